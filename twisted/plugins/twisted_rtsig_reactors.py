@@ -1,0 +1,11 @@
+"""The short names of this package's reactors, for ``twistd`` and ``trial``."""
+
+from twisted.application.reactors import Reactor
+
+rtsig = Reactor(
+    "rtsig",
+    "twisted_rtsig.rtsigreactor",
+    "Linux realtime signals: the kernel queues each event (twisted-rtsig).",
+)
+
+__all__ = ["rtsig"]

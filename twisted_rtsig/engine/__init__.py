@@ -1,0 +1,1 @@
+"""What every reactor of this package shares: registrations, dispatch, clean-up."""

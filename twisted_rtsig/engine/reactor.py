@@ -1,0 +1,353 @@
+"""
+The engine: a reactor that keeps who reads and who writes, and lets a notifier
+find out when they can.
+
+The subclasses are a few lines each: they choose the notifier.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from twisted.internet import main, tcp
+from twisted.internet.error import ConnectionFdescWentAway
+from twisted.internet.interfaces import IReactorDaemonize, IReactorFDSet
+from twisted.internet.posixbase import PosixReactorBase
+from twisted.python import log
+from zope.interface import implementer
+
+from twisted_rtsig.engine.registration import Origin
+from twisted_rtsig.notifiers import GONE, HANGUP, READ, WRITE, Notifier, Registration
+
+
+def origin_of(selectable: Any) -> Origin:
+    """
+    Whether the reactor itself opened the descriptor of C{selectable}.
+
+    An adopted connection is a ``Server`` without the port that accepted it.
+    """
+    if isinstance(selectable, tcp.Server):
+        opened_here = selectable.server is not None
+    else:
+        opened_here = isinstance(selectable, tcp.BaseClient)
+    if not opened_here:
+        return Origin.SHARED
+    # There is no twisted.internet.unix on Windows.
+    if getattr(selectable, "addressFamily", None) == getattr(socket, "AF_UNIX", -1):
+        return Origin.OWN_UNIX
+    return Origin.OWN_TCP
+
+
+@implementer(IReactorFDSet, IReactorDaemonize)
+class EngineReactor(PosixReactorBase):
+    """
+    A reactor over any notifier.
+
+    Interest is kept by selectable, since C{fileno()} may have turned -1 by the
+    time of C{removeReader}, and by descriptor, since that is what the kernel
+    knows.  Both lead to the same registration.
+
+    One descriptor has at most one reader and one writer.  When another
+    selectable comes with a number that is still registered, then the former
+    owner has either closed it, or wants only the other direction; it keeps
+    that one if it still has the number.
+    """
+
+    # Twisted's posix_spawn(3) path cannot clear the blocked signals of the
+    # child; its fork(2) path runs the hooks of os.register_at_fork, which can.
+    _neverUseSpawn = True
+
+    def __init__(self, notifier: Notifier) -> None:
+        self._notifier = notifier
+        self._registrations: dict[int, Registration] = {}
+        self._reading: dict[Any, Registration] = {}
+        self._writing: dict[Any, Registration] = {}
+        self._unchecked: dict[Registration, int] = {}
+        super().__init__()
+
+    # IReactorFDSet
+
+    def addReader(self, reader: Any) -> None:
+        """
+        Call C{reader.doRead} whenever there is something to read.
+
+        :raises ValueError: if its descriptor is negative.
+        :raises OSError: if its descriptor cannot be watched.
+        """
+        registration = self._registration_for(reader, self._reading)
+        if registration.reader is not reader:
+            self._attach_reader(registration, reader)
+
+    def addWriter(self, writer: Any) -> None:
+        """
+        Call C{writer.doWrite} whenever there is room to write.
+
+        :raises ValueError: if its descriptor is negative.
+        :raises OSError: if its descriptor cannot be watched.
+        """
+        registration = self._registration_for(writer, self._writing)
+        if registration.writer is not writer:
+            self._attach_writer(registration, writer)
+
+    def removeReader(self, reader: Any) -> None:
+        """Stop to call C{reader.doRead}, also in the pass under way."""
+        registration = self._reading.pop(reader, None)
+        if registration is not None:
+            registration.reader = None
+            self._interest_ends(registration, READ)
+
+    def removeWriter(self, writer: Any) -> None:
+        """Stop to call C{writer.doWrite}, also in the pass under way."""
+        registration = self._writing.pop(writer, None)
+        if registration is not None:
+            registration.writer = None
+            self._interest_ends(registration, WRITE)
+
+    def removeAll(self) -> list[Any]:
+        """Remove all readers and writers but the reactor's own; return them."""
+        removed: list[Any] = self._removeAll(  # type: ignore[no-untyped-call]
+            self.getReaders(), self.getWriters()
+        )
+        return removed
+
+    def getReaders(self) -> list[Any]:
+        """All readers, the reactor's own included."""
+        return list(self._reading)
+
+    def getWriters(self) -> list[Any]:
+        """All writers."""
+        return list(self._writing)
+
+    # Registrations
+
+    def _registration_for(
+        self, selectable: Any, table: dict[Any, Registration]
+    ) -> Registration:
+        """The registration of C{selectable} and its descriptor, begun if need be."""
+        descriptor: int = selectable.fileno()
+        known = table.get(selectable)
+        if known is not None:
+            if known.descriptor == descriptor:
+                return known
+            # It has another descriptor now than when it was added.
+            if table is self._reading:
+                self.removeReader(selectable)
+            else:
+                self.removeWriter(selectable)
+        if descriptor < 0:
+            raise ValueError(
+                f"{selectable!r} has no descriptor to watch: its fileno() is "
+                f"{descriptor}; add it before it is closed, not after"
+            )
+        registration = self._registrations.get(descriptor)
+        if registration is not None:
+            if registration.reader is selectable or registration.writer is selectable:
+                return registration
+            return self._succeed(registration, selectable)
+        return self._begin(descriptor, selectable)
+
+    def _begin(self, descriptor: int, *selectables: Any) -> Registration:
+        origins = {origin_of(each) for each in selectables}
+        registration = Registration(
+            descriptor, origins.pop() if len(origins) == 1 else Origin.SHARED
+        )
+        self._notifier.watch(registration)
+        self._registrations[descriptor] = registration
+        return registration
+
+    def _succeed(self, former: Registration, newcomer: Any) -> Registration:
+        """
+        C{newcomer} brings a descriptor that C{former} holds.  The number may
+        have been closed and reused, so that nothing the kernel was told about
+        it counts any more: begin again, with the owners that still have it.
+        """
+        reader, writer = former.reader, former.writer
+        if reader is not None:
+            self.removeReader(reader)
+        if writer is not None:
+            self.removeWriter(writer)
+        still = former.descriptor
+        if reader is not None and reader.fileno() != still:
+            reader = None
+        if writer is not None and writer.fileno() != still:
+            writer = None
+        owners = (each for each in (newcomer, reader, writer) if each is not None)
+        registration = self._begin(still, *owners)
+        if reader is not None:
+            self._attach_reader(registration, reader)
+        if writer is not None:
+            self._attach_writer(registration, writer)
+        return registration
+
+    def _attach_reader(self, registration: Registration, reader: Any) -> None:
+        self._reading.pop(registration.reader, None)
+        registration.reader = reader
+        self._reading[reader] = registration
+        self._interest_begins(registration, READ)
+
+    def _attach_writer(self, registration: Registration, writer: Any) -> None:
+        self._writing.pop(registration.writer, None)
+        registration.writer = writer
+        self._writing[writer] = registration
+        self._interest_begins(registration, WRITE)
+
+    def _end(self, registration: Registration) -> None:
+        del self._registrations[registration.descriptor]
+        self._unchecked.pop(registration, None)
+        self._notifier.unwatch(registration)
+
+    def _interest_begins(self, registration: Registration, direction: int) -> None:
+        registration.interest |= direction
+        self._notifier.update(registration)
+        # An edge may have come and gone while nobody was interested.
+        self._mark_unchecked(registration, direction)
+
+    def _interest_ends(self, registration: Registration, direction: int) -> None:
+        registration.interest &= ~direction
+        if registration.interest:
+            self._notifier.update(registration)
+        else:
+            self._end(registration)
+
+    def _mark_unchecked(self, registration: Registration, directions: int) -> None:
+        unchecked = self._unchecked
+        unchecked[registration] = unchecked.get(registration, 0) | directions
+
+    # The loop
+
+    def doIteration(self, delay: float | None) -> None:
+        """
+        One pass: wait at most C{delay} seconds (None: for ever), then call
+        whoever can read or write.
+        """
+        unchecked = self._unchecked
+        self._unchecked = {}
+        try:
+            events = self._notifier.wait(delay, unchecked)
+        except BaseException:
+            # KeyboardInterrupt, say, out of a signal handler.
+            for registration, directions in unchecked.items():
+                self._mark_unchecked(registration, directions)
+            raise
+        try:
+            for registration, ready, disarmed in events:
+                self._dispatch(registration, ready, disarmed)
+        except BaseException:
+            # Only KeyboardInterrupt comes here.  A level check finds again
+            # whatever of this pass was not dispatched.
+            for registration, _, _ in events:
+                if registration.interest:
+                    self._mark_unchecked(registration, registration.interest)
+            raise
+
+    def _dispatch(self, registration: Registration, ready: int, disarmed: int) -> None:
+        interest = registration.interest
+        if disarmed & interest:
+            self._mark_unchecked(registration, disarmed & interest)
+        if ready & (HANGUP | GONE):
+            if ready & GONE or (registration.hung_up and not ready & interest):
+                self._abandon(registration, ready)
+                return
+            # doRead and doWrite find out what has happened, and say it better
+            # than the event could.  Who does not act on it is told once more,
+            # and then disconnected: the condition will not go away.
+            registration.hung_up = not ready & interest
+            ready |= interest
+        else:
+            registration.hung_up = False
+        for direction in (READ, WRITE):
+            # Earlier calls of this pass may have ended the interest, or ended
+            # it and begun it anew, in which case the event is not for it.
+            if (
+                ready & registration.interest & direction
+                and not self._unchecked.get(registration, 0) & direction
+            ):
+                selectable = (
+                    registration.reader if direction == READ else registration.writer
+                )
+                log.callWithLogger(
+                    selectable, self._read_or_write, selectable, direction
+                )
+                if registration.interest & direction:
+                    self._mark_unchecked(registration, direction)
+
+    def _read_or_write(self, selectable: Any, direction: int) -> None:
+        """Call C{selectable}, and disconnect it if it says so or fails."""
+        reading = False
+        try:
+            # Gives a lost descriptor, or a fileno() that raises, a chance to
+            # be noticed, as Twisted's own reactors do.
+            if selectable.fileno() == -1:
+                why: Any = ConnectionFdescWentAway("File descriptor lost")
+            elif direction == READ:
+                why = selectable.doRead()
+                reading = True
+            else:
+                why = selectable.doWrite()
+        except BaseException:
+            why = sys.exc_info()[1]
+            log.err()
+        if why:
+            self._disconnectSelectable(  # type: ignore[no-untyped-call]
+                selectable, why, reading
+            )
+
+    def _abandon(self, registration: Registration, ready: int) -> None:
+        """Disconnect owners whose descriptor is closed, or hung up for good."""
+        reader, writer = registration.reader, registration.writer
+        for selectable in {reader: None, writer: None}:
+            if selectable is None:
+                continue
+            reading = selectable is reader
+            if ready & GONE:
+                why: Any = ConnectionFdescWentAway("File descriptor lost")
+            else:
+                # What Twisted's reactors say of a hang-up.
+                why = main.CONNECTION_DONE if reading else main.CONNECTION_LOST
+            log.callWithLogger(
+                selectable, self._disconnectSelectable, selectable, why, reading
+            )
+
+    # Life of the process
+
+    def startRunning(self, *args: Any, **kwargs: Any) -> None:
+        """
+        :raises UnsupportedReactorError: if the kernel refuses what the reactor
+            needs, or if another thread has run it.
+        """
+        if not self._started:
+            self._notifier.open()
+        super().startRunning(*args, **kwargs)
+
+    def mainLoop(self) -> None:
+        """Run until stopped; then leave no trace in the process."""
+        try:
+            super().mainLoop()
+        finally:
+            self._notifier.close()
+
+    # IReactorDaemonize
+
+    def beforeDaemonize(self) -> None:
+        """Give the kernel everything back, for the parent to exit with nothing."""
+        self._notifier.close()
+
+    def afterDaemonize(self) -> None:
+        """What was inherited is ours alone: the parent has exited."""
+        self._notifier.daemonized()
+
+    # Observation
+
+    def statistics(self) -> Mapping[str, int]:
+        """
+        Counts for monitoring: C{readers} and C{writers} at the moment, and
+        what the notifier has counted since the reactor was made.
+        """
+        return {
+            "readers": len(self._reading),
+            "writers": len(self._writing),
+            **self._notifier.statistics(),
+        }

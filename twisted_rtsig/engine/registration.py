@@ -1,0 +1,66 @@
+"""The token by which the engine and a notifier speak of one watched descriptor."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+READ = 1
+"""Direction: the reader wants to know when it can read."""
+WRITE = 2
+"""Direction: the writer wants to know when it can write."""
+
+
+class Origin(enum.Enum):
+    """Where a descriptor comes from, which tells who else may hold it."""
+
+    SHARED = "shared"
+    """Anything that another process or a ``dup`` may hold as well."""
+    OWN_TCP = "own TCP"
+    """A TCP connection that the reactor itself accepted or made."""
+    OWN_UNIX = "own UNIX"
+    """A UNIX stream connection that the reactor itself accepted or made."""
+
+
+class Registration:
+    """
+    One descriptor while somebody is interested in it.
+
+    The engine makes a new one whenever interest in a descriptor begins, and
+    never uses it again once the last interest has ended.  Numbers are reused
+    by the kernel, registrations are not: an event that carries an ended
+    registration finds no interest in it and goes nowhere.
+
+    :ivar descriptor: the file descriptor.
+    :ivar reader: the selectable that wants to read, or None.
+    :ivar writer: the selectable that wants to write, or None.
+    :ivar interest: the directions with a reader or a writer, ``READ | WRITE``.
+    :ivar origin: who may hold the open file description.
+    :ivar edges: for the notifier: the directions whose next change the kernel
+        will announce by itself.  The others need a level check every time.
+    :ivar hung_up: for the engine: the last event told of nothing but a hang-up
+        or an error, and the selectable did not act on it.
+    """
+
+    __slots__ = (
+        "descriptor",
+        "edges",
+        "hung_up",
+        "interest",
+        "origin",
+        "reader",
+        "writer",
+    )
+
+    def __init__(self, descriptor: int, origin: Origin) -> None:
+        self.descriptor = descriptor
+        self.origin = origin
+        self.reader: Any = None
+        self.writer: Any = None
+        self.interest = 0
+        self.edges = 0
+        self.hung_up = False
+
+    def __repr__(self) -> str:
+        directions = ("nothing", "read", "write", "read and write")[self.interest]
+        return f"<Registration of descriptor {self.descriptor} for {directions}>"

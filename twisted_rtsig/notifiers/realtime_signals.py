@@ -1,0 +1,376 @@
+"""
+Linux realtime signals: the kernel queues a signal whenever something happens
+to a descriptor, and signalfd(2) hands them over in batches.
+
+References: fcntl(2) under "Signal-driven I/O", signalfd(2), signal(7), and
+``fs/fcntl.c`` of the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import socket
+import struct
+import termios
+import threading
+from collections.abc import Mapping, Sequence
+
+from twisted.logger import Logger
+
+from twisted_rtsig.engine.registration import Origin
+from twisted_rtsig.notifiers import GONE, HANGUP, READ, WRITE, Event, Registration
+from twisted_rtsig.notifiers.signal_queue import (
+    PLAIN_INPUT,
+    SignalQueue,
+    open_signalfd,
+    refuse,
+)
+
+# Some facts about realtime-signal I/O
+# ------------------------------------
+#
+# A descriptor is armed by three calls: F_SETOWN_EX names the thread that gets
+# the signals, F_SETSIG chooses a realtime signal (those are queued, and carry
+# the descriptor and a band, a mask like poll's), and FIOASYNC switches them
+# on.  All three change the open file description, not the descriptor.  From
+# that follows most of what this file does:
+#
+# * A description that two processes share has one owner.  Whoever arms it last
+#   makes the other one deaf for good.  And after a dup(2), si_fd tells the
+#   number that armed last, even if that is closed.  So only what this process
+#   has opened itself, and nobody else can hold, is armed: connections that the
+#   reactor accepted or made.  The rest is few (listening ports, pipes, the
+#   terminal, what was adopted or inherited), and stays in the set of poll(2).
+#   That also covers what has no fasync support (regular files, eventfd, pidfd,
+#   timerfd), terminals, which signal data but no hang-up, and UNIX datagram
+#   sockets, whose writers get no signal at all when the peer's queue drains.
+#
+# * A signal is an edge, and only a hint.  Data that waited before the
+#   descriptor was armed gives none.  It may be stale: si_fd was closed and its
+#   number is another's now.  Its band lies at the end of a connection: a reset
+#   comes without POLLIN, a close from a socketpair's other end likewise.
+#   Hence the rule: signals nominate, poll confirms.  Only one single signal
+#   that tells of input and nothing else is believed as it stands, since it
+#   leads to a read of a socket that does not block.
+#
+# * POLL_OUT is sent when the kernel knows that somebody waits for room: after
+#   a write that met a full buffer, or, for TCP, after a poll that found the
+#   socket not writable.  The poll of a UNIX stream leaves no such note, so its
+#   writers stay in the set of poll(2) while they wait.
+#
+# * The queue is finite: RLIMIT_SIGPENDING, for all processes of the user
+#   together.  When it is full the kernel sends one SIGIO instead, and then
+#   everything is checked.  The signals still queued are part of the truth.
+#
+# * The owner is a thread, and signalfd(2) reads the signals of the thread that
+#   calls read(2).  So all this happens in the thread that runs the reactor,
+#   not in the one that made it.
+#
+# * A forked child shares every description with its parent, and never touches
+#   what it inherited: what it inherited is polled, what it opens is armed.
+
+_log = Logger()
+
+_F_SETOWN_EX = 15
+_F_OWNER_TID = 0
+_ON = struct.pack("i", 1)
+_OFF = struct.pack("i", 0)
+
+# The directions of which a signal will tell, once found not ready.
+_EDGES = {Origin.SHARED: 0, Origin.OWN_TCP: READ | WRITE, Origin.OWN_UNIX: READ}
+
+# Indexed by interest: nothing, READ, WRITE, READ | WRITE.
+_POLL_MASKS = (0, select.POLLIN, select.POLLOUT, select.POLLIN | select.POLLOUT)
+
+# Indexed by the low six bits of what poll(2) returned.
+_READY = tuple(
+    (READ if revents & select.POLLIN else 0)
+    | (WRITE if revents & select.POLLOUT else 0)
+    | (HANGUP if revents & (select.POLLHUP | select.POLLERR) else 0)
+    | (GONE if revents & select.POLLNVAL else 0)
+    for revents in range(64)
+)
+
+_forks = 0
+
+
+def _after_fork_in_child() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _probe(signal_number: int) -> None:
+    """
+    Try what the notifier will need, on a socket of its own.
+
+    :raises UnsupportedReactorError: if the kernel refuses.
+    """
+    os.close(open_signalfd({signal_number}))
+    one, other = socket.socketpair()
+    with one, other:
+        try:
+            fcntl.fcntl(one, _F_SETOWN_EX, struct.pack("ii", _F_OWNER_TID, 0))
+            fcntl.fcntl(one, fcntl.F_SETSIG, signal_number)
+            fcntl.ioctl(one, termios.FIOASYNC, _OFF)
+        except OSError as error:
+            raise refuse(
+                f"this kernel refuses realtime-signal I/O (F_SETSIG: {error})"
+            ) from error
+
+
+class RealtimeSignalNotifier:
+    """
+    :param signal_number: the realtime signal to use.
+    :raises UnsupportedReactorError: where there is no realtime-signal I/O.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+        _probe(signal_number)
+        self._registrations: dict[int, Registration] = {}
+        self._poll = select.poll()
+        self._polled: dict[int, int] = {}
+        self._queue: SignalQueue | None = None
+        self._thread = 0
+        self._owner = b""
+        self._forks = _forks
+        self._check_all = False
+        self._waits = 0
+        self._signals = 0
+        self._overflows = 0
+        self._checks = 0
+
+    def open(self) -> None:
+        """See :meth:`Notifier.open`."""
+        thread = threading.get_native_id()
+        if self._forks != _forks:
+            self._inherit()
+        if self._queue is not None:
+            if self._thread == thread:
+                return
+            raise refuse(
+                f"this reactor has run in thread {self._thread} and cannot go on "
+                f"in thread {thread}, because its signals are sent to the former: "
+                "run it in one thread, or another reactor here"
+            )
+        self._queue = SignalQueue.join(self.signal_number, self)
+        self._thread = thread
+        self._owner = struct.pack("ii", _F_OWNER_TID, thread)
+        self._poll.register(self._queue.descriptor, select.POLLIN)
+        for registration in self._registrations.values():
+            self._arm(registration)
+            self.update(registration)
+        self._check_all = True
+
+    def close(self) -> None:
+        """See :meth:`Notifier.close`."""
+        queue = self._queue
+        if queue is None or self._forks != _forks:
+            return
+        for registration in self._registrations.values():
+            self._disarm(registration)
+            self.update(registration)
+        self._poll.unregister(queue.descriptor)
+        self._queue = None
+        queue.leave(self)
+
+    def daemonized(self) -> None:
+        """See :meth:`Notifier.daemonized`."""
+        self._forks = _forks
+
+    def watch(self, registration: Registration) -> None:
+        """See :meth:`Notifier.watch`."""
+        if self._forks != _forks:
+            self._inherit()
+        if self._queue is None or not self._arm(registration):
+            # Fails with EBADF where poll would only say so later.
+            fcntl.fcntl(registration.descriptor, fcntl.F_GETFD)
+        self._registrations[registration.descriptor] = registration
+
+    def update(self, registration: Registration) -> None:
+        """See :meth:`Notifier.update`."""
+        descriptor = registration.descriptor
+        mask = _POLL_MASKS[registration.interest & ~registration.edges]
+        if mask:
+            self._poll.register(descriptor, mask)
+            self._polled[descriptor] = mask
+        elif self._polled.pop(descriptor, None) is not None:
+            self._poll.unregister(descriptor)
+
+    def unwatch(self, registration: Registration) -> None:
+        """See :meth:`Notifier.unwatch`."""
+        if self._forks != _forks:
+            self._inherit()
+        descriptor = registration.descriptor
+        del self._registrations[descriptor]
+        if self._polled.pop(descriptor, None) is not None:
+            self._poll.unregister(descriptor)
+        self._disarm(registration)
+
+    def wait(
+        self, timeout: float | None, unchecked: Mapping[Registration, int]
+    ) -> Sequence[Event]:
+        """See :meth:`Notifier.wait`."""
+        if self._queue is None or self._thread != threading.get_native_id():
+            self.open()
+        queue = self._queue
+        assert queue is not None
+        if self._check_all:
+            self._check_all = False
+            unchecked = dict.fromkeys(self._registrations.values(), 0)
+        checking = self._poll_too(unchecked)
+        try:
+            polled = self._poll.poll(None if timeout is None else timeout * 1000)
+        finally:
+            self._poll_no_more(checking)
+        self._waits += 1
+        ready: dict[Registration, int] = {}
+        signalled = False
+        for descriptor, revents in polled:
+            if descriptor == queue.descriptor:
+                signalled = True
+            elif descriptor in self._registrations:
+                ready[self._registrations[descriptor]] = _READY[revents & 63]
+        if signalled:
+            self._take_signals(queue, ready)
+        return [(registration, what, 0) for registration, what in ready.items()]
+
+    def statistics(self) -> Mapping[str, int]:
+        """
+        See :meth:`Notifier.statistics`.
+
+        C{waits} counts the passes, C{signals} the signals that were read,
+        C{checks} the level checks of descriptors that may be armed, and
+        C{overflows} how often the kernel found the signal queue full.
+        """
+        return {
+            "armed": sum(1 for each in self._registrations.values() if each.edges),
+            "waits": self._waits,
+            "signals": self._signals,
+            "checks": self._checks,
+            "overflows": self._overflows,
+        }
+
+    # Signals nominate
+
+    def _take_signals(self, queue: SignalQueue, ready: dict[Registration, int]) -> None:
+        nominated, count, overflowed = queue.read()
+        self._signals += count
+        registrations = self._registrations
+        suspects: dict[Registration, int] = {}
+        strangers = False
+        for descriptor, band in nominated.items():
+            registration = registrations.get(descriptor)
+            if registration is None:
+                strangers = True
+            elif band == PLAIN_INPUT:
+                ready[registration] = ready.get(registration, 0) | READ
+            else:
+                suspects[registration] = 0
+        if overflowed:
+            self._overflow()
+            suspects = dict.fromkeys(registrations.values(), 0)
+        if overflowed or strangers:
+            # Reactors that run in turn in this thread share the queue.
+            for member in queue.members:
+                if member is not self:
+                    member._check_all = True  # type: ignore[attr-defined]
+        if suspects:
+            self._confirm(suspects, ready)
+
+    def _overflow(self) -> None:
+        if not self._overflows:
+            _log.warn(
+                "The queue of realtime signals was full (RLIMIT_SIGPENDING, see "
+                "getrlimit(2)), so all {count} descriptors are checked by poll. "
+                "Nothing is lost, but if it happens often, raise the limit "
+                "(ulimit -i) or use another reactor.",
+                count=len(self._registrations),
+            )
+        self._overflows += 1
+
+    # Poll confirms
+
+    def _poll_too(self, unchecked: Mapping[Registration, int]) -> list[Registration]:
+        """Put what must be checked beside what is always polled."""
+        checking = []
+        registrations = self._registrations
+        for registration in unchecked:
+            descriptor = registration.descriptor
+            if registration.edges and registrations.get(descriptor) is registration:
+                self._poll.register(descriptor, _POLL_MASKS[registration.interest])
+                checking.append(registration)
+        self._checks += len(checking)
+        return checking
+
+    def _poll_no_more(self, checking: list[Registration]) -> None:
+        for registration in checking:
+            descriptor = registration.descriptor
+            mask = self._polled.get(descriptor)
+            if mask is not None:
+                self._poll.register(descriptor, mask)
+                continue
+            # Not there any more if a signal handler has ended the interest.
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(descriptor)
+
+    def _confirm(
+        self, suspects: Mapping[Registration, int], ready: dict[Registration, int]
+    ) -> None:
+        checking = self._poll_too(suspects)
+        try:
+            polled = self._poll.poll(0)
+        finally:
+            self._poll_no_more(checking)
+        for descriptor, revents in polled:
+            registration = self._registrations.get(descriptor)
+            if registration is not None:
+                ready[registration] = ready.get(registration, 0) | _READY[revents & 63]
+
+    # The open file description
+
+    def _arm(self, registration: Registration) -> bool:
+        """
+        Have signals sent to this thread, if nobody else can hold the descriptor.
+
+        :raises OSError: EBADF
+        """
+        edges = _EDGES[registration.origin]
+        if not edges:
+            return False
+        descriptor = registration.descriptor
+        fcntl.fcntl(descriptor, _F_SETOWN_EX, self._owner)
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, self.signal_number)
+        fcntl.ioctl(descriptor, termios.FIOASYNC, _ON)
+        registration.edges = edges
+        return True
+
+    def _disarm(self, registration: Registration) -> None:
+        """Events would go on after the interest in them has ended."""
+        if not registration.edges:
+            return
+        registration.edges = 0
+        try:
+            fcntl.ioctl(registration.descriptor, termios.FIOASYNC, _OFF)
+        except OSError:
+            # Closed while it was watched.  If it was duplicated before, then
+            # its signals go on.
+            if self._queue is not None:
+                self._queue.keep_blocked = True
+
+    def _inherit(self) -> None:
+        """This is a forked child, and its parent may go on with the reactor."""
+        self._forks = _forks
+        self._queue = None
+        self._poll = select.poll()
+        self._polled = {}
+        for registration in self._registrations.values():
+            registration.origin = Origin.SHARED
+            registration.edges = 0
+            self.update(registration)

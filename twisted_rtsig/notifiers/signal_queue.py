@@ -1,0 +1,277 @@
+"""
+The queue of realtime signals of one thread, read in batches through
+signalfd(2), and shared by all reactors that run in that thread.
+
+It keeps the process clean: the signals are blocked only while a queue is open
+and only in its thread; a forked child unblocks them before it does anything
+else, so that no program started by a fork inherits them blocked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import weakref
+
+from twisted_rtsig.notifiers import UnsupportedReactorError
+
+SIGNAL_VARIABLE = "TWISTED_RTSIG_SIGNAL"
+"""The environment variable that chooses the signal, by number or SIGRTMIN+n."""
+
+_ALTERNATIVES = "use --reactor=epoll, or --reactor=poll where there is no epoll"
+
+# signalfd(2): struct signalfd_siginfo is 128 bytes, 32 words.
+_RECORD_BYTES = 128
+_RECORD_WORDS = 32
+_SIGNO, _FD, _BAND = 0, 5, 7
+_BATCH = 512
+
+_SFD_NONBLOCK = os.O_NONBLOCK if hasattr(os, "O_NONBLOCK") else 0
+_SFD_CLOEXEC = os.O_CLOEXEC if hasattr(os, "O_CLOEXEC") else 0
+_SIGSET_BYTES = 128
+
+# poll(2) flags as they arrive in ssi_band; POLLRDNORM goes with POLLIN.
+PLAIN_INPUT = 0x001 | 0x040
+"""The band of a signal that tells of input and nothing else."""
+SEVERAL = -1
+"""In place of a band: more than one signal came for the descriptor."""
+
+
+def _sigset(signals: set[int]) -> bytes:
+    mask = 0
+    for number in signals:
+        mask |= 1 << (number - 1)
+    return mask.to_bytes(_SIGSET_BYTES, sys.byteorder)
+
+
+def refuse(why: str) -> UnsupportedReactorError:
+    """The error that says why realtime signals cannot be had, and what can."""
+    return UnsupportedReactorError(f"{why}; {_ALTERNATIVES}")
+
+
+def open_signalfd(signals: set[int]) -> int:
+    """
+    A new descriptor of signalfd(2), which CPython lacks.
+    (``signal.sigwaitinfo`` would do, but its result leaves out the
+    descriptor.)
+
+    :raises UnsupportedReactorError: if the system has none to give.
+    """
+    try:
+        signalfd = ctypes.CDLL(None, use_errno=True).signalfd
+    except AttributeError:
+        raise refuse("the C library has no signalfd(2)") from None
+    descriptor: int = signalfd(-1, _sigset(signals), _SFD_NONBLOCK | _SFD_CLOEXEC)
+    if descriptor < 0:
+        why = os.strerror(ctypes.get_errno())
+        raise refuse(f"signalfd(2) gives no descriptor ({why})")
+    return descriptor
+
+
+def _parse(name: str) -> int:
+    text = name.strip()
+    if text.upper().startswith("SIGRTMIN"):
+        return int(signal.SIGRTMIN) + int(text[len("SIGRTMIN") :] or 0)
+    return int(text)
+
+
+def choose_signal(requested: int | None = None) -> int:
+    """
+    A realtime signal that nobody in this process handles.
+
+    :param requested: a signal number to use; None for the one named by the
+        environment variable ``TWISTED_RTSIG_SIGNAL``, or else for the first
+        free one from SIGRTMIN up.
+    :raises UnsupportedReactorError: if there is none, or if the requested one
+        is no realtime signal.
+    """
+    if not sys.platform.startswith("linux"):
+        raise refuse(
+            "realtime-signal I/O (O_ASYNC with F_SETSIG) exists on Linux only, "
+            f"and this is {sys.platform}"
+        )
+    first, last = int(signal.SIGRTMIN), int(signal.SIGRTMAX)
+    variable = os.environ.get(SIGNAL_VARIABLE)
+    if requested is None and variable:
+        try:
+            requested = _parse(variable)
+        except ValueError:
+            raise refuse(
+                f"{SIGNAL_VARIABLE}={variable!r} is neither a number from {first} "
+                f"to {last} nor SIGRTMIN+n"
+            ) from None
+    if requested is not None:
+        if not first <= requested <= last:
+            raise refuse(
+                f"signal {requested} is no realtime signal: they go from {first} "
+                f"to {last}"
+            )
+        return requested
+    taken = _signals_in_use()
+    for number in range(first, last + 1):
+        if number in _ours or not taken >> (number - 1) & 1:
+            return number
+    raise refuse(
+        f"all realtime signals from {first} to {last} are handled, ignored or "
+        "blocked by something in this process"
+    )
+
+
+def _signals_in_use() -> int:
+    """
+    A bit for each signal that is caught, ignored or blocked.  Only the kernel
+    knows: ``signal.getsignal`` does not see a handler that C code has set.
+    """
+    taken = 0
+    try:
+        with open("/proc/thread-self/status") as status:
+            for line in status:
+                name, _, value = line.partition(":")
+                if name in ("SigCgt", "SigIgn", "SigBlk"):
+                    taken |= int(value, 16)
+    except FileNotFoundError:
+        # No /proc here: what Python knows must do.
+        for number in range(int(signal.SIGRTMIN), int(signal.SIGRTMAX) + 1):
+            if signal.getsignal(number) is not signal.SIG_DFL:
+                taken |= 1 << (number - 1)
+    return taken
+
+
+_ours: set[int] = set()
+
+
+class _ThisThread(threading.local):
+    """What this package has done to the calling thread."""
+
+    def __init__(self) -> None:
+        self.queues: dict[int, SignalQueue] = {}
+        self.blocked: set[int] = set()
+
+    def block(self, signals: set[int]) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        self.blocked |= signals - {int(each) for each in before}
+
+    def unblock(self, signals: set[int]) -> None:
+        """What was blocked already when we came stays so."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.blocked & signals)
+        self.blocked -= signals
+
+
+_this_thread = _ThisThread()
+
+
+class SignalQueue:
+    """
+    Use :meth:`join` to get the one of the calling thread.
+
+    :ivar descriptor: readable whenever signals are waiting.
+    :ivar members: the notifiers that share the queue.
+    :ivar keep_blocked: set when a descriptor may still send signals though
+        nobody watches it.  Then the signal stays blocked when the queue
+        closes, since the default action of a realtime signal ends the process.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.descriptor = -1
+        self.number = number
+        self.signals = {number, int(signal.SIGIO)}
+        self.members: weakref.WeakSet[object] = weakref.WeakSet()
+        self.keep_blocked = False
+        self._buffer = bytearray(_RECORD_BYTES * _BATCH)
+        self._words = memoryview(self._buffer).cast("i")
+        self.descriptor = open_signalfd(self.signals)
+
+    @classmethod
+    def join(cls, number: int, member: object) -> SignalQueue:
+        """
+        The queue of the calling thread for signal C{number}, with C{member}
+        in it.
+
+        :raises UnsupportedReactorError: if it cannot be opened.
+        """
+        queue = _this_thread.queues.get(number)
+        if queue is None:
+            queue = cls(number)
+            _ours.add(number)
+            _this_thread.queues[number] = queue
+            _this_thread.block(queue.signals)
+        queue.members.add(member)
+        return queue
+
+    def leave(self, member: object) -> None:
+        """
+        C{member} watches nothing any more.  The last one closes the queue, and
+        signals that are still in it are thrown away.
+
+        Call it in the thread of the queue.
+        """
+        self.members.discard(member)
+        if self.members:
+            return
+        while self.read()[1]:
+            pass
+        self.close()
+        queues = _this_thread.queues
+        del queues[self.number]
+        if not self.keep_blocked:
+            needed = {each for queue in queues.values() for each in queue.signals}
+            _this_thread.unblock(self.signals - needed)
+
+    def read(self) -> tuple[dict[int, int], int, bool]:
+        """
+        One batch of signals.
+
+        :return: the band (``ssi_band``, or ``SEVERAL``) of each descriptor
+            that was named; how many signals there were; and whether the kernel
+            said that its queue was full, so that others were lost.
+        """
+        try:
+            size = os.readv(self.descriptor, [self._buffer])
+        except BlockingIOError:
+            return {}, 0, False
+        end = size // _RECORD_BYTES * _RECORD_WORDS
+        words = self._words
+        descriptors = words[_FD:end:_RECORD_WORDS].tolist()
+        bands = words[_BAND:end:_RECORD_WORDS].tolist()
+        nominated = dict(zip(descriptors, bands, strict=True))
+        if len(nominated) < len(descriptors):
+            seen: set[int] = set()
+            for descriptor in descriptors:
+                if descriptor in seen:
+                    nominated[descriptor] = SEVERAL
+                seen.add(descriptor)
+        # F_SETSIG: when the queue is full the kernel sends SIGIO instead, and
+        # standard signals come out before realtime ones.
+        overflowed = int(signal.SIGIO) in words[_SIGNO:end:_RECORD_WORDS].tolist()
+        return nominated, len(descriptors), overflowed
+
+    def close(self) -> None:
+        """Close the descriptor; does nothing the second time."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        # The thread has ended without leaving; its blocked signals and what
+        # was pending have ended with it.
+        self.close()
+
+
+def _after_fork_in_child() -> None:
+    """
+    Signals are queued for the thread that owns a descriptor, which is one of
+    the parent's: nothing is pending here, so that to unblock is safe.  Only
+    the thread that forked exists in the child.
+    """
+    for queue in _this_thread.queues.values():
+        queue.close()
+    _this_thread.queues.clear()
+    if _this_thread.blocked:
+        _this_thread.unblock(set(_this_thread.blocked))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,54 @@
+"""
+The realtime-signals reactor, for Linux.
+
+Install it before anything imports ``twisted.internet.reactor``::
+
+    from twisted_rtsig import rtsigreactor
+    rtsigreactor.install()
+
+or by its short name: ``twistd --reactor=rtsig web``.
+"""
+
+from __future__ import annotations
+
+from twisted.internet.main import installReactor
+
+from twisted_rtsig.engine.reactor import EngineReactor
+from twisted_rtsig.notifiers import Notifier
+from twisted_rtsig.notifiers.signal_queue import choose_signal
+
+
+def _notifier(signal_number: int | None) -> Notifier:
+    # Refuses elsewhere than on Linux, where the next import would fail with
+    # an error that tells a user nothing.
+    chosen = choose_signal(signal_number)
+    from twisted_rtsig.notifiers.realtime_signals import RealtimeSignalNotifier
+
+    return RealtimeSignalNotifier(chosen)
+
+
+class RealtimeSignalReactor(EngineReactor):
+    """
+    A reactor that is told of events by queued realtime signals.
+
+    :param signal_number: the realtime signal to use.  None takes the one that
+        the environment variable ``TWISTED_RTSIG_SIGNAL`` names (a number, or
+        ``SIGRTMIN+n``), or else the first that nobody in this process uses.
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: where realtime
+        signals cannot be had; the message says why and what to use instead.
+    """
+
+    def __init__(self, signal_number: int | None = None) -> None:
+        super().__init__(_notifier(signal_number))
+
+
+def install(signal_number: int | None = None) -> None:
+    """
+    Make the realtime-signals reactor the one of this process.
+
+    Takes and raises what :class:`RealtimeSignalReactor` does.
+    """
+    installReactor(RealtimeSignalReactor(signal_number))
+
+
+__all__ = ["RealtimeSignalReactor", "install"]
