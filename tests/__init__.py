@@ -1,0 +1,1 @@
+"""The tests of this package: real sockets, real signals, real processes."""
