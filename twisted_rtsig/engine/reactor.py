@@ -7,7 +7,6 @@ The subclasses are a few lines each: they choose the notifier.
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +14,18 @@ from typing import Any
 from twisted.internet import main, tcp
 from twisted.internet.error import ConnectionFdescWentAway
 from twisted.internet.interfaces import IReactorDaemonize, IReactorFDSet
-from twisted.internet.posixbase import PosixReactorBase
+from twisted.internet.posixbase import PosixReactorBase, unixEnabled
 from twisted.python import log
 from zope.interface import implementer
 
 from twisted_rtsig.engine.registration import Origin
 from twisted_rtsig.notifiers import GONE, HANGUP, READ, WRITE, Notifier, Registration
+
+_UNIX_STREAMS: tuple[type, ...] = ()
+if unixEnabled:
+    from twisted.internet import unix
+
+    _UNIX_STREAMS = (unix.Server, unix.Client)
 
 
 def origin_of(selectable: Any) -> Origin:
@@ -35,8 +40,7 @@ def origin_of(selectable: Any) -> Origin:
         opened_here = isinstance(selectable, tcp.BaseClient)
     if not opened_here:
         return Origin.SHARED
-    # There is no twisted.internet.unix on Windows.
-    if getattr(selectable, "addressFamily", None) == getattr(socket, "AF_UNIX", -1):
+    if isinstance(selectable, _UNIX_STREAMS):
         return Origin.OWN_UNIX
     return Origin.OWN_TCP
 

@@ -1,0 +1,137 @@
+"""What several test files need: reactors to dispose of, protocols that record."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.abstract import FileDescriptor
+from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.python.failure import Failure
+
+from twisted_rtsig.engine.reactor import EngineReactor
+
+DEADLINE = 20.0
+"""Seconds after which a test gives up on an event that should come at once."""
+
+
+def dispose(reactor: EngineReactor) -> None:
+    """Close whatever a reactor holds that was made for one test."""
+    for call in reactor.getDelayedCalls():
+        call.cancel()
+    reactor.disconnectAll()
+    for reader in list(reactor._internalReaders):
+        reactor.removeReader(reader)
+        reader.connectionLost(Failure(Exception("end of test")))
+    reactor._internalReaders.clear()
+    # Gives the kernel everything back.
+    reactor.beforeDaemonize()
+
+
+def spin(reactor: EngineReactor, until: Callable[[], Any]) -> None:
+    """Iterate until something is true; fail when it does not become so."""
+    end = time.monotonic() + DEADLINE
+    while not until():
+        assert time.monotonic() < end, "it did not happen"
+        # A lost event shows as a wait of this long: the deadline lets a few
+        # pass, no more.
+        reactor.iterate(5)
+
+
+def settle(reactor: EngineReactor) -> None:
+    """Iterate until there is nothing to do at the moment."""
+    for _ in range(10):
+        reactor.iterate(0)
+
+
+class Recorder(Protocol):
+    """Records what happens to a connection."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self.lost: list[Failure] = []
+
+    def dataReceived(self, data: bytes) -> None:
+        self.data += data
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.lost.append(reason)
+
+
+class RecorderFactory(Factory):
+    """Makes recorders, and remembers them in order."""
+
+    noisy = False
+
+    def __init__(self, protocol: Callable[[], Recorder] = Recorder) -> None:
+        self.make = protocol
+        self.connections: list[Any] = []
+
+    def buildProtocol(self, addr: Any) -> Recorder:
+        recorder = self.make()
+        self.connections.append(recorder)
+        return recorder
+
+
+class Watcher(FileDescriptor):
+    """A selectable on any descriptor, as an application would write it."""
+
+    def __init__(self, reactor: EngineReactor, descriptor: int) -> None:
+        super().__init__(reactor)
+        self.descriptor = descriptor
+        self.reads = 0
+        self.writes = 0
+        self.lost: list[Failure] = []
+        self.on_read: Callable[[], Any] = lambda: None
+        self.on_write: Callable[[], Any] = lambda: None
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def doRead(self) -> Any:
+        self.reads += 1
+        return self.on_read()
+
+    def doWrite(self) -> Any:
+        self.writes += 1
+        return self.on_write()
+
+    def connectionLost(self, reason: Failure) -> None:
+        self.lost.append(reason)
+
+
+def connect(port: Any) -> socket.socket:
+    """A plain client of a listening port, with a time limit on all it does."""
+    client = socket.create_connection(("127.0.0.1", port.getHost().port))
+    client.settimeout(DEADLINE)
+    return client
+
+
+def run_program(code: str, *arguments: str) -> str:
+    """
+    Run a Python program in a process group of its own; its output, if it went
+    well.  Whatever it has left behind is killed.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as program:
+        try:
+            output, errors = program.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+    assert program.returncode == 0, (program.returncode, output, errors[-5000:])
+    return output
