@@ -949,6 +949,25 @@ def test_children_inherit_no_blocked_signal(served: Served, use_pty: bool) -> No
     assert blocked_signals(child.output.decode()) == 0
 
 
+def test_subprocess_with_a_hook_inherits_no_blocked_signal(
+    reactor: EngineReactor,
+) -> None:
+    """
+    The way around that the documentation names: subprocess runs Python's hooks
+    after fork only when it is given a preexec_fn.
+    """
+    reactor.iterate(0)
+    done = subprocess.run(
+        ["/bin/cat", "/proc/self/status"],
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: None,
+    )
+    assert blocked_signals() != 0
+    assert blocked_signals(done.stdout) == 0
+
+
 def test_descriptor_handed_to_a_child(served: Served) -> None:
     """
     A child gets the connection as its standard input and output, inetd style,
