@@ -33,6 +33,7 @@ from twisted.internet.error import (
     ConnectionFdescWentAway,
     ConnectionLost,
     ReactorAlreadyRunning,
+    ReactorNotRestartable,
 )
 from twisted.internet.interfaces import (
     IHalfCloseableProtocol,
@@ -875,6 +876,14 @@ def test_nothing_is_left_after_a_run(reactor: EngineReactor) -> None:
     assert during[0] != mask
     assert blocked_signals() == mask
     assert set(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_nothing_is_left_after_a_run_that_is_refused(reactor: EngineReactor) -> None:
+    reactor.callWhenRunning(reactor.stop)
+    reactor.run(installSignalHandlers=False)
+    with pytest.raises(ReactorNotRestartable):
+        reactor.run(installSignalHandlers=False)
+    assert blocked_signals() == 0
 
 
 def test_signals_left_over_do_not_kill(served: Served) -> None:

@@ -322,9 +322,16 @@ class EngineReactor(PosixReactorBase):
         :raises UnsupportedReactorError: if the kernel refuses what the reactor
             needs, or if another thread has run it.
         """
-        if not self._started:
-            self._notifier.open()
-        super().startRunning(*args, **kwargs)
+        if self._started:
+            super().startRunning(*args, **kwargs)
+            return
+        self._notifier.open()
+        try:
+            super().startRunning(*args, **kwargs)
+        except BaseException:
+            # A reactor cannot be started a second time, say.
+            self._notifier.close()
+            raise
 
     def mainLoop(self) -> None:
         """Run until stopped; then leave no trace in the process."""
