@@ -11,15 +11,18 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from twisted.internet import main, tcp
+from twisted.internet import tcp
 from twisted.internet.error import ConnectionFdescWentAway
 from twisted.internet.interfaces import IReactorDaemonize, IReactorFDSet
+from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.internet.posixbase import PosixReactorBase, unixEnabled
 from twisted.python import log
 from zope.interface import implementer
 
 from twisted_rtsig.engine.registration import Origin
 from twisted_rtsig.notifiers import GONE, HANGUP, READ, WRITE, Notifier, Registration
+
+_LOST = "File descriptor lost"
 
 _UNIX_STREAMS: tuple[type, ...] = ()
 if unixEnabled:
@@ -169,22 +172,35 @@ class EngineReactor(PosixReactorBase):
         it counts any more: begin again, with the owners that still have it.
         """
         reader, writer = former.reader, former.writer
+        descriptor = former.descriptor
         if reader is not None:
             self.removeReader(reader)
         if writer is not None:
             self.removeWriter(writer)
-        still = former.descriptor
-        if reader is not None and reader.fileno() != still:
+        if reader is not None and not self._still_has(reader, descriptor):
             reader = None
-        if writer is not None and writer.fileno() != still:
+        if writer is not None and not self._still_has(writer, descriptor):
             writer = None
-        owners = (each for each in (newcomer, reader, writer) if each is not None)
-        registration = self._begin(still, *owners)
+        owners = [each for each in (reader, writer) if each is not None]
+        try:
+            registration = self._begin(descriptor, newcomer, *owners)
+        except OSError:
+            for owner in dict.fromkeys(owners):
+                self._disconnect(owner, ConnectionFdescWentAway(_LOST), False)
+            raise
         if reader is not None:
             self._attach_reader(registration, reader)
         if writer is not None:
             self._attach_writer(registration, writer)
         return registration
+
+    def _still_has(self, owner: Any, descriptor: int) -> bool:
+        try:
+            number: int = owner.fileno()
+        except Exception:
+            log.err()
+            return False
+        return number == descriptor
 
     def _attach_reader(self, registration: Registration, reader: Any) -> None:
         self._reading.pop(registration.reader, None)
@@ -205,6 +221,7 @@ class EngineReactor(PosixReactorBase):
 
     def _interest_begins(self, registration: Registration, direction: int) -> None:
         registration.interest |= direction
+        registration.hung_up = False
         self._notifier.update(registration)
         # An edge may have come and gone while nobody was interested.
         self._mark_unchecked(registration, direction)
@@ -232,9 +249,10 @@ class EngineReactor(PosixReactorBase):
         try:
             events = self._notifier.wait(delay, unchecked)
         except BaseException:
-            # KeyboardInterrupt, say, out of a signal handler.
-            for registration, directions in unchecked.items():
-                self._mark_unchecked(registration, directions)
+            # KeyboardInterrupt, say, out of a signal handler.  Nobody knows
+            # which events the notifier had in hand.
+            for registration in self._registrations.values():
+                self._mark_unchecked(registration, registration.interest)
             raise
         try:
             for registration, ready, disarmed in events:
@@ -248,20 +266,27 @@ class EngineReactor(PosixReactorBase):
             raise
 
     def _dispatch(self, registration: Registration, ready: int, disarmed: int) -> None:
-        interest = registration.interest
-        if disarmed & interest:
-            self._mark_unchecked(registration, disarmed & interest)
         if ready & (HANGUP | GONE):
-            if ready & GONE or (registration.hung_up and not ready & interest):
+            disarmed = READ | WRITE
+            told_nothing_else = not ready & registration.interest
+            if ready & GONE or (registration.hung_up and told_nothing_else):
                 self._abandon(registration, ready)
-                return
-            # doRead and doWrite find out what has happened, and say it better
-            # than the event could.  Who does not act on it is told once more,
-            # and then disconnected: the condition will not go away.
-            registration.hung_up = not ready & interest
-            ready |= interest
+            else:
+                # doRead and doWrite find out what has happened, and say it
+                # better than the event could.  Who does not act on it is told
+                # once more, and then disconnected: it will not go away.
+                called = self._call(registration, READ | WRITE)
+                registration.hung_up = told_nothing_else and called
         else:
             registration.hung_up = False
+            self._call(registration, ready)
+            disarmed |= ready
+        if disarmed & registration.interest:
+            self._mark_unchecked(registration, disarmed & registration.interest)
+
+    def _call(self, registration: Registration, ready: int) -> bool:
+        """Call who is interested in what is ready; whether anybody is."""
+        called = False
         for direction in (READ, WRITE):
             # Earlier calls of this pass may have ended the interest, or ended
             # it and begun it anew, in which case the event is not for it.
@@ -269,14 +294,14 @@ class EngineReactor(PosixReactorBase):
                 ready & registration.interest & direction
                 and not self._unchecked.get(registration, 0) & direction
             ):
+                called = True
                 selectable = (
                     registration.reader if direction == READ else registration.writer
                 )
                 log.callWithLogger(
                     selectable, self._read_or_write, selectable, direction
                 )
-                if registration.interest & direction:
-                    self._mark_unchecked(registration, direction)
+        return called
 
     def _read_or_write(self, selectable: Any, direction: int) -> None:
         """Call C{selectable}, and disconnect it if it says so or fails."""
@@ -285,7 +310,7 @@ class EngineReactor(PosixReactorBase):
             # Gives a lost descriptor, or a fileno() that raises, a chance to
             # be noticed, as Twisted's own reactors do.
             if selectable.fileno() == -1:
-                why: Any = ConnectionFdescWentAway("File descriptor lost")
+                why: Any = ConnectionFdescWentAway(_LOST)
             elif direction == READ:
                 why = selectable.doRead()
                 reading = True
@@ -302,18 +327,20 @@ class EngineReactor(PosixReactorBase):
     def _abandon(self, registration: Registration, ready: int) -> None:
         """Disconnect owners whose descriptor is closed, or hung up for good."""
         reader, writer = registration.reader, registration.writer
-        for selectable in {reader: None, writer: None}:
-            if selectable is None:
-                continue
-            reading = selectable is reader
-            if ready & GONE:
-                why: Any = ConnectionFdescWentAway("File descriptor lost")
-            else:
-                # What Twisted's reactors say of a hang-up.
-                why = main.CONNECTION_DONE if reading else main.CONNECTION_LOST
-            log.callWithLogger(
-                selectable, self._disconnectSelectable, selectable, why, reading
-            )
+        why: Exception
+        if reader is not None:
+            # What Twisted's reactors say of a hang-up.
+            why = ConnectionFdescWentAway(_LOST) if ready & GONE else CONNECTION_DONE
+            self._disconnect(reader, why, True)
+        # Unless the reader has disconnected it, or was the writer itself.
+        if writer is not None and registration.writer is writer is not reader:
+            why = ConnectionFdescWentAway(_LOST) if ready & GONE else CONNECTION_LOST
+            self._disconnect(writer, why, False)
+
+    def _disconnect(self, selectable: Any, why: Exception, reading: bool) -> None:
+        log.callWithLogger(
+            selectable, self._disconnectSelectable, selectable, why, reading
+        )
 
     # Life of the process
 
