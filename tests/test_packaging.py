@@ -1,0 +1,172 @@
+"""
+What pip installs: the contents of the wheel and of the sdist, and that the
+reactors' short names work from the wheel alone, without the checkout.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from email.parser import HeaderParser
+from pathlib import Path, PurePath
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+PLUGIN = "twisted/plugins/twisted_rtsig_reactors.py"
+
+
+@dataclass
+class Built:
+    """The wheel and the sdist of this checkout."""
+
+    wheel: Path
+    sdist: Path
+
+    def wheel_names(self) -> set[str]:
+        with zipfile.ZipFile(self.wheel) as archive:
+            return set(archive.namelist())
+
+    def sdist_names(self) -> set[str]:
+        """Without the leading folder, which names the version."""
+        with tarfile.open(self.sdist) as archive:
+            return {name.partition("/")[2] for name in archive.getnames()}
+
+
+def run(*arguments: str, cwd: Path, **environment: str) -> str:
+    """The output of a Python process that has to succeed."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Built from a copy, which keeps the checkout as it is."""
+    copy = tmp_path_factory.mktemp("build") / "project"
+    shutil.copytree(
+        CHECKOUT,
+        copy,
+        ignore=shutil.ignore_patterns(
+            ".git", ".venv", ".*_cache", ".hypothesis", "dist", "_trial_temp*"
+        ),
+    )
+    # What Twisted leaves in a checkout, and nobody should get.
+    (copy / "twisted/plugins/dropin.cache").write_bytes(b"")
+    dist = tmp_path_factory.mktemp("dist")
+    run("-m", "hatchling", "build", "-d", str(dist), cwd=copy)
+    (wheel,) = dist.glob("*.whl")
+    (sdist,) = dist.glob("*.tar.gz")
+    assert len(list(dist.iterdir())) == 2
+    return Built(wheel, sdist)
+
+
+@pytest.fixture(scope="module")
+def unpacked(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(built.wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def run_from_wheel(unpacked: Path, cwd: Path, code: str, *arguments: str) -> str:
+    """Run code that finds the unpacked wheel where it would find the checkout."""
+    path = [str(unpacked)]
+    path += [each for each in sys.path if each and Path(each).resolve() != CHECKOUT]
+    # -S: or else site would add the checkout of an editable install again.
+    return run("-S", "-c", code, *arguments, cwd=cwd, PYTHONPATH=os.pathsep.join(path))
+
+
+def test_wheel_contents(built: Built) -> None:
+    names = built.wheel_names()
+    assert {"twisted_rtsig/__init__.py", "twisted_rtsig/py.typed", PLUGIN} <= names
+    # Beside Twisted's own package, the plugin is all there may be: these two
+    # would overwrite Twisted's, and go when this project is uninstalled.
+    assert {name for name in names if name.startswith("twisted/")} == {PLUGIN}
+    tops = {PurePath(name).parts[0] for name in names}
+    info = {top for top in tops if top.endswith(".dist-info")}
+    assert len(info) == 1
+    assert tops - info == {"twisted", "twisted_rtsig"}
+
+
+def test_wheel_holds_every_module(built: Built) -> None:
+    modules = {
+        path.relative_to(CHECKOUT).as_posix()
+        for path in (CHECKOUT / "twisted_rtsig").rglob("*.py")
+    }
+    packed = {name for name in built.wheel_names() if name.startswith("twisted_rtsig/")}
+    assert packed == modules | {"twisted_rtsig/py.typed"}
+
+
+def test_sdist_contents(built: Built) -> None:
+    names = built.sdist_names()
+    assert {PLUGIN, "LICENSE", "README.md", "pyproject.toml"} <= names
+    assert {"tests/__init__.py", f"tests/{Path(__file__).name}"} <= names
+    assert [name for name in names if name.endswith((".pyc", ".cache"))] == []
+
+
+def test_dependencies(built: Built) -> None:
+    """At run time, Twisted and zope.interface; all else is an extra."""
+    with zipfile.ZipFile(built.wheel) as archive:
+        (metadata,) = (
+            name for name in archive.namelist() if name.endswith(".dist-info/METADATA")
+        )
+        headers = HeaderParser().parsestr(archive.read(metadata).decode())
+    required = headers.get_all("Requires-Dist", [])
+    names = []
+    for each in required:
+        requirement, _, marker = each.partition(";")
+        if "extra" not in marker:
+            name = re.match(r"[\w.-]+", requirement)
+            assert name is not None
+            names.append(re.sub(r"[-_.]+", "-", name[0]).lower())
+    assert sorted(names) == ["twisted", "zope-interface"]
+
+
+@pytest.mark.parametrize("program", ["twistd", "trial"])
+def test_listed(unpacked: Path, tmp_path: Path, program: str) -> None:
+    """``--help-reactors`` lists rtsig, with a description."""
+    listing = run_from_wheel(
+        unpacked,
+        tmp_path,
+        f"from twisted.scripts.{program} import run; run()",
+        "--help-reactors",
+    )
+    # A "!" before the name marks a reactor that does not work here.
+    mark = "" if sys.platform.startswith("linux") else "!"
+    assert re.search(rf"^\s+{mark}rtsig\s+\S+ \S+", listing, re.MULTILINE), listing
+
+
+@pytest.mark.parametrize(
+    "module", ["twisted_rtsig", "twisted.plugins.twisted_rtsig_reactors"]
+)
+def test_import_chooses_no_reactor(unpacked: Path, tmp_path: Path, module: str) -> None:
+    """
+    Importing the package or listing the reactors leaves the choice open, and
+    loads none of what works on one operating system only.
+    """
+    code = f"""
+import sys
+import {module}
+
+print(sys.modules["{module}"].__file__)
+for name in ("twisted.internet.reactor", "twisted_rtsig.rtsigreactor"):
+    assert name not in sys.modules, name
+"""
+    origin = run_from_wheel(unpacked, tmp_path, code).strip()
+    assert Path(origin).is_relative_to(unpacked)
