@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support import dispose
+from tests.support import Served, dispose
 from twisted_rtsig.engine.reactor import EngineReactor
 
 
@@ -32,3 +32,10 @@ def make_reactor() -> Iterator[Callable[[], EngineReactor]]:
 @pytest.fixture
 def reactor(make_reactor: Callable[[], EngineReactor]) -> EngineReactor:
     return make_reactor()
+
+
+@pytest.fixture
+def served(reactor: EngineReactor) -> Iterator[Served]:
+    it = Served(reactor)
+    yield it
+    it.close()

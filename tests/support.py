@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.abstract import FileDescriptor
+from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
 
@@ -135,3 +136,116 @@ def run_program(code: str, *arguments: str) -> str:
                 os.killpg(program.pid, signal.SIGKILL)
     assert program.returncode == 0, (program.returncode, output, errors[-5000:])
     return output
+
+
+class Served:
+    """A listening port on a reactor, its connections, and plain clients."""
+
+    def __init__(
+        self, reactor: EngineReactor, protocol: Callable[[], Recorder] = Recorder
+    ) -> None:
+        self.reactor = reactor
+        self.factory = RecorderFactory(protocol)
+        self.port = reactor.listenTCP(0, self.factory, interface="127.0.0.1")
+        self.clients: list[socket.socket] = []
+
+    def connect(self) -> tuple[socket.socket, Any]:
+        """A new client, and the connection that the reactor has accepted."""
+        client = connect(self.port)
+        self.clients.append(client)
+        wanted = len(self.factory.connections) + 1
+        spin(self.reactor, lambda: len(self.factory.connections) == wanted)
+        settle(self.reactor)
+        return client, self.factory.connections[-1]
+
+    def close(self) -> None:
+        """Close both ends of all connections, paused ones as well."""
+        for client in self.clients:
+            client.close()
+        for connection in self.factory.connections:
+            if not connection.lost:
+                connection.transport.connectionLost(Failure(ConnectionDone()))
+
+
+def blocked_signals(status: str = "") -> int:
+    """The mask of blocked signals, of this thread or out of another's status."""
+    if not status:
+        with open("/proc/thread-self/status") as file:
+            status = file.read()
+    line = next(each for each in status.splitlines() if each.startswith("SigBlk"))
+    return int(line.split()[1], 16)
+
+
+def read_all(reactor: EngineReactor, client: socket.socket, size: int) -> None:
+    client.setblocking(False)
+    got = 0
+
+    def done() -> bool:
+        nonlocal got
+        with contextlib.suppress(BlockingIOError):
+            while chunk := client.recv(1 << 20):
+                got += len(chunk)
+        return got >= size
+
+    spin(reactor, done)
+    assert got == size
+
+
+ECHO = """
+import os, socket, sys, threading
+from twisted.internet.protocol import Factory, Protocol
+from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
+
+class Echo(Protocol):
+    def dataReceived(self, data):
+        self.transport.write(data)
+
+def listen(reactor):
+    return reactor.listenTCP(
+        0, Factory.forProtocol(Echo), interface="127.0.0.1").socket.getsockname()
+
+def talk(client, times=20):
+    for turn in range(times):
+        client.sendall(b"%03d" % turn)
+        assert client.recv(3) == b"%03d" % turn
+
+def converse(address, times=20):
+    with socket.create_connection(address, timeout=20) as client:
+        talk(client, times)
+
+def in_thread(function, *arguments):
+    outcome = []
+    def call():
+        try:
+            outcome.append(function(*arguments))
+        except BaseException as error:
+            outcome.append(error)
+    thread = threading.Thread(target=call)
+    thread.outcome = outcome
+    thread.start()
+    return thread
+"""
+
+
+FORKING = (
+    ECHO
+    + """
+reactor = RealtimeSignalReactor()
+address = listen(reactor)
+client = socket.create_connection(address, timeout=20)
+
+def spin_until_done(thread):
+    while thread.is_alive():
+        reactor.iterate(0.05)
+    assert thread.outcome == [None], thread.outcome
+
+def heard():
+    'The parent is told by signals, and not by luck.'
+    before = reactor.statistics()["signals"]
+    spin_until_done(in_thread(talk, client))
+    assert reactor.statistics()["armed"] == 1
+    assert reactor.statistics()["signals"] >= before + 10, reactor.statistics()
+
+heard()
+"""
+)

@@ -15,7 +15,7 @@ from twisted.internet.main import installReactor
 
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.notifiers import Notifier
-from twisted_rtsig.notifiers.signal_queue import choose_signal
+from twisted_rtsig.notifiers.signal_queue import choose_signal, refuse
 
 
 def _notifier(signal_number: int | None) -> Notifier:
@@ -39,7 +39,12 @@ class RealtimeSignalReactor(EngineReactor):
     """
 
     def __init__(self, signal_number: int | None = None) -> None:
-        super().__init__(_notifier(signal_number))
+        try:
+            super().__init__(_notifier(signal_number))
+        except OSError as error:
+            raise refuse(
+                f"the system has no descriptors left for a reactor ({error})"
+            ) from error
 
 
 def install(signal_number: int | None = None) -> None:

@@ -8,7 +8,8 @@ The subclasses are a few lines each: they choose the notifier.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from twisted.internet import tcp
@@ -20,7 +21,15 @@ from twisted.python import log
 from zope.interface import implementer
 
 from twisted_rtsig.engine.registration import Origin
-from twisted_rtsig.notifiers import GONE, HANGUP, READ, WRITE, Notifier, Registration
+from twisted_rtsig.notifiers import (
+    GONE,
+    HANGUP,
+    READ,
+    WRITE,
+    Event,
+    Notifier,
+    Registration,
+)
 
 _LOST = "File descriptor lost"
 
@@ -73,6 +82,8 @@ class EngineReactor(PosixReactorBase):
         self._reading: dict[Any, Registration] = {}
         self._writing: dict[Any, Registration] = {}
         self._unchecked: dict[Registration, int] = {}
+        self._events: deque[Event] = deque()
+        self._waiting = False
         super().__init__()
 
     # IReactorFDSet
@@ -225,11 +236,17 @@ class EngineReactor(PosixReactorBase):
         self._notifier.update(registration)
         # An edge may have come and gone while nobody was interested.
         self._mark_unchecked(registration, direction)
+        if self._waiting:
+            # A signal handler, say, which runs in the middle of the sleep.
+            self.wakeUp()
 
     def _interest_ends(self, registration: Registration, direction: int) -> None:
         registration.interest &= ~direction
         if registration.interest:
             self._notifier.update(registration)
+            unchecked = self._unchecked.pop(registration, 0) & ~direction
+            if unchecked:
+                self._unchecked[registration] = unchecked
         else:
             self._end(registration)
 
@@ -244,26 +261,36 @@ class EngineReactor(PosixReactorBase):
         One pass: wait at most C{delay} seconds (None: for ever), then call
         whoever can read or write.
         """
-        unchecked = self._unchecked
-        self._unchecked = {}
+        # Somebody who was called in a pass may iterate the reactor.  Then what
+        # that pass has not come to yet is checked anew here.
+        self._check_again(self._events)
+        unchecked, self._unchecked = self._unchecked, {}
+        self._waiting = True
         try:
-            events = self._notifier.wait(delay, unchecked)
+            self._events = deque(self._notifier.wait(delay, unchecked))
         except BaseException:
             # KeyboardInterrupt, say, out of a signal handler.  Nobody knows
             # which events the notifier had in hand.
             for registration in self._registrations.values():
                 self._mark_unchecked(registration, registration.interest)
             raise
-        try:
-            for registration, ready, disarmed in events:
-                self._dispatch(registration, ready, disarmed)
-        except BaseException:
-            # Only KeyboardInterrupt comes here.  A level check finds again
-            # whatever of this pass was not dispatched.
-            for registration, _, _ in events:
-                if registration.interest:
-                    self._mark_unchecked(registration, registration.interest)
-            raise
+        finally:
+            self._waiting = False
+        while self._events:
+            event = self._events.popleft()
+            try:
+                self._dispatch(*event)
+            except BaseException:
+                # Only KeyboardInterrupt comes here.
+                self._check_again([event, *self._events])
+                self._events.clear()
+                raise
+
+    def _check_again(self, events: Iterable[Event]) -> None:
+        """No event will tell of these any more: they were not dispatched."""
+        for registration, _, _ in events:
+            if registration.interest:
+                self._mark_unchecked(registration, registration.interest)
 
     def _dispatch(self, registration: Registration, ready: int, disarmed: int) -> None:
         if ready & (HANGUP | GONE):
@@ -298,6 +325,8 @@ class EngineReactor(PosixReactorBase):
                 selectable = (
                     registration.reader if direction == READ else registration.writer
                 )
+                # Before the call, for a pass inside of it.
+                self._mark_unchecked(registration, direction)
                 log.callWithLogger(
                     selectable, self._read_or_write, selectable, direction
                 )

@@ -25,6 +25,7 @@ from twisted_rtsig.notifiers import GONE, HANGUP, READ, WRITE, Event, Registrati
 from twisted_rtsig.notifiers.signal_queue import (
     PLAIN_INPUT,
     SignalQueue,
+    members_in_this_thread,
     open_signalfd,
     refuse,
 )
@@ -140,6 +141,7 @@ class RealtimeSignalNotifier:
         self._thread = 0
         self._owner = b""
         self._forks = _forks
+        self._inherited: set[int] = set()
         self._check_all = False
         self._waits = 0
         self._signals = 0
@@ -164,7 +166,9 @@ class RealtimeSignalNotifier:
         self._owner = struct.pack("ii", _F_OWNER_TID, thread)
         self._poll.register(self._queue.descriptor, select.POLLIN)
         for registration in self._registrations.values():
-            self._arm(registration)
+            # Closed meanwhile: then poll says so.
+            with contextlib.suppress(OSError):
+                self._arm(registration)
             self.update(registration)
         self._check_all = True
 
@@ -217,7 +221,11 @@ class RealtimeSignalNotifier:
         self, timeout: float | None, unchecked: Mapping[Registration, int]
     ) -> Sequence[Event]:
         """See :meth:`Notifier.wait`."""
-        if self._queue is None or self._thread != threading.get_native_id():
+        if (
+            self._queue is None
+            or self._thread != threading.get_native_id()
+            or self._forks != _forks
+        ):
             self.open()
         queue = self._queue
         assert queue is not None
@@ -269,7 +277,7 @@ class RealtimeSignalNotifier:
             registration = registrations.get(descriptor)
             if registration is None:
                 strangers = True
-            elif band == PLAIN_INPUT:
+            elif band == PLAIN_INPUT and registration.edges:
                 ready[registration] = ready.get(registration, 0) | READ
             else:
                 suspects[registration] = 0
@@ -277,8 +285,9 @@ class RealtimeSignalNotifier:
             self._overflow()
             suspects = dict.fromkeys(registrations.values(), 0)
         if overflowed or strangers:
-            # Reactors that run in turn in this thread share the queue.
-            for member in queue.members:
+            # Reactors that run in turn in this thread share the queue, and
+            # SIGIO is one for all queues.
+            for member in members_in_this_thread():
                 if member is not self:
                     member._check_all = True  # type: ignore[attr-defined]
         if suspects:
@@ -345,6 +354,8 @@ class RealtimeSignalNotifier:
         if not edges:
             return False
         descriptor = registration.descriptor
+        if self._inherited and os.fstat(descriptor).st_ino in self._inherited:
+            return False
         fcntl.fcntl(descriptor, _F_SETOWN_EX, self._owner)
         fcntl.fcntl(descriptor, fcntl.F_SETSIG, self.signal_number)
         fcntl.ioctl(descriptor, termios.FIOASYNC, _ON)
@@ -370,6 +381,10 @@ class RealtimeSignalNotifier:
         self._queue = None
         self._poll = select.poll()
         self._polled = {}
+        # Also the ones that nobody watches now: a paused connection.
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                self._inherited.add(os.fstat(int(name)).st_ino)
         for registration in self._registrations.values():
             registration.origin = Origin.SHARED
             registration.edges = 0

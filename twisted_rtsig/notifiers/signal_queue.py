@@ -112,7 +112,7 @@ def choose_signal(requested: int | None = None) -> int:
         return requested
     taken = _signals_in_use()
     for number in range(first, last + 1):
-        if number in _ours or not taken >> (number - 1) & 1:
+        if not taken >> (number - 1) & 1:
             return number
     raise refuse(
         f"all realtime signals from {first} to {last} are handled, ignored or "
@@ -131,7 +131,11 @@ def _signals_in_use() -> int:
             for line in status:
                 name, _, value = line.partition(":")
                 if name in ("SigCgt", "SigIgn", "SigBlk"):
-                    taken |= int(value, 16)
+                    mask = int(value, 16)
+                    if name == "SigBlk":
+                        for number in _blocked_by_us:
+                            mask &= ~(1 << (number - 1))
+                    taken |= mask
     except FileNotFoundError:
         # No /proc here: what Python knows must do.
         for number in range(int(signal.SIGRTMIN), int(signal.SIGRTMAX) + 1):
@@ -140,7 +144,8 @@ def _signals_in_use() -> int:
     return taken
 
 
-_ours: set[int] = set()
+# By any thread: those that it starts inherit its mask.
+_blocked_by_us: set[int] = set()
 
 
 class _ThisThread(threading.local):
@@ -149,10 +154,12 @@ class _ThisThread(threading.local):
     def __init__(self) -> None:
         self.queues: dict[int, SignalQueue] = {}
         self.blocked: set[int] = set()
+        self.kept: set[int] = set()
 
     def block(self, signals: set[int]) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         self.blocked |= signals - {int(each) for each in before}
+        _blocked_by_us.update(self.blocked)
 
     def unblock(self, signals: set[int]) -> None:
         """What was blocked already when we came stays so."""
@@ -195,7 +202,6 @@ class SignalQueue:
         queue = _this_thread.queues.get(number)
         if queue is None:
             queue = cls(number)
-            _ours.add(number)
             _this_thread.queues[number] = queue
             _this_thread.block(queue.signals)
         queue.members.add(member)
@@ -209,16 +215,17 @@ class SignalQueue:
         Call it in the thread of the queue.
         """
         self.members.discard(member)
-        if self.members:
+        if self.members or _this_thread.queues.get(self.number) is not self:
             return
         while self.read()[1]:
             pass
         self.close()
         queues = _this_thread.queues
         del queues[self.number]
-        if not self.keep_blocked:
-            needed = {each for queue in queues.values() for each in queue.signals}
-            _this_thread.unblock(self.signals - needed)
+        if self.keep_blocked:
+            _this_thread.kept |= self.signals
+        needed = {each for queue in queues.values() for each in queue.signals}
+        _this_thread.unblock(self.signals - needed - _this_thread.kept)
 
     def read(self) -> tuple[dict[int, int], int, bool]:
         """
@@ -260,6 +267,11 @@ class SignalQueue:
         self.close()
 
 
+def members_in_this_thread() -> list[object]:
+    """The notifiers that are open in the calling thread."""
+    return [each for queue in _this_thread.queues.values() for each in queue.members]
+
+
 def _after_fork_in_child() -> None:
     """
     Signals are queued for the thread that owns a descriptor, which is one of
@@ -269,8 +281,9 @@ def _after_fork_in_child() -> None:
     for queue in _this_thread.queues.values():
         queue.close()
     _this_thread.queues.clear()
-    if _this_thread.blocked:
-        _this_thread.unblock(set(_this_thread.blocked))
+    if _blocked_by_us:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _blocked_by_us)
+    _this_thread.blocked.clear()
 
 
 if hasattr(os, "register_at_fork"):
