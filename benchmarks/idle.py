@@ -9,11 +9,11 @@ The bar for the realtime-signals reactor is 1.3 times the cost without idle
 connections, as the median over the rounds; above it the exit status is 1.
 
 In each round, every reactor runs in two fresh server processes, one with idle
-connections and one without, which are pinned to the same core and take turns of
-a few milliseconds, so that whatever else the machine does meets both alike.  The
-client is pinned to another core.  Every idle connection has made one request
-before.  The CPU time is the server's own, user and system, and leaves out what
-the kernel does on the client's core.
+connections and one without, which are pinned to the same core and take short
+turns, so that whatever else the machine does meets both alike.  The client is
+pinned to another core.  Every idle connection has made one request before.  The
+CPU time is the server's own, user and system, and leaves out what the kernel
+does on the client's core.
 """
 
 from __future__ import annotations
@@ -298,8 +298,11 @@ def positive(text: str) -> int:
 
 def parse() -> argparse.Namespace:
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=positive, default=5)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--rounds", type=positive, default=5, help="how often")
     parser.add_argument(
         "--requests", type=positive, default=50_000, help="to each server in a round"
     )

@@ -95,18 +95,19 @@ def choose_signal(requested: int | None = None) -> int:
         )
     first, last = int(signal.SIGRTMIN), int(signal.SIGRTMAX)
     variable = os.environ.get(SIGNAL_VARIABLE)
+    source = ""
     if requested is None and variable:
+        source = f"{SIGNAL_VARIABLE}={variable!r}: "
         try:
             requested = _parse(variable)
         except ValueError:
             raise refuse(
-                f"{SIGNAL_VARIABLE}={variable!r} is neither a number from {first} "
-                f"to {last} nor SIGRTMIN+n"
+                f"{source}neither a number from {first} to {last} nor SIGRTMIN+n"
             ) from None
     if requested is not None:
         if not first <= requested <= last:
             raise refuse(
-                f"signal {requested} is no realtime signal: they go from {first} "
+                f"{source}signal {requested} is no realtime signal: they go from {first} "
                 f"to {last}"
             )
         return requested
