@@ -107,8 +107,8 @@ def choose_signal(requested: int | None = None) -> int:
     if requested is not None:
         if not first <= requested <= last:
             raise refuse(
-                f"{source}signal {requested} is no realtime signal: they go from {first} "
-                f"to {last}"
+                f"{source}signal {requested} is no realtime signal: they go from "
+                f"{first} to {last}"
             )
         return requested
     taken = _signals_in_use()
