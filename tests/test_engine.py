@@ -51,6 +51,7 @@ from twisted_rtsig.notifiers import (
     READ,
     WRITE,
     Event,
+    Registration,
     UnsupportedReactorError,
 )
 
@@ -1200,10 +1201,10 @@ class EngineMachine(RuleBasedStateMachine):
         self.interests: dict[tuple[Modelled, int], Interest] = {}
         self.beginnings = itertools.count()
         # Of the pass under way: the events by number, and whom they are for.
-        self.events: dict[int, int] = {}
+        self.events: dict[int, Event] = {}
         self.entitled: dict[tuple[Modelled, int], Interest] = {}
         self.called: list[Interest] = []
-        self.told_of_hang_up: set[Interest] = set()
+        self.told_of_hang_up: set[tuple[Modelled, Registration]] = set()
         self.to_be_logged: list[BaseException] = []
         # An assertion within a call would only be logged by the engine.
         self.violations: list[str] = []
@@ -1334,11 +1335,12 @@ class EngineMachine(RuleBasedStateMachine):
     # What the reactor does
 
     def wait_returns(self, events: Sequence[Event]) -> None:
-        for registration, ready, _ in events:
+        for event in events:
+            registration, ready, _ = event
             number = registration.descriptor
             if self.notifier.watched.get(number) is not registration:
                 continue
-            self.events[number] = ready
+            self.events[number] = event
             for key, interest in self.interests.items():
                 if interest.number == number and ready & (key[1] | HANGUP | GONE):
                     self.entitled[key] = interest
@@ -1349,8 +1351,9 @@ class EngineMachine(RuleBasedStateMachine):
             self.violations.append(f"a call in direction {direction} for no event")
             return None
         self.called.append(interest)
-        if self.events[interest.number] & HANGUP:
-            self.told_of_hang_up.add(interest)
+        registration, ready, _ = self.events[interest.number]
+        if ready & HANGUP:
+            self.told_of_hang_up.add((it, registration))
         plan = it.plans[direction]
         default = "drain" if it.keen else "ignore"
         action = plan.pop(0) if plan else Action(default, 0, direction)
@@ -1396,19 +1399,15 @@ class EngineMachine(RuleBasedStateMachine):
             self.do(action)
 
     def may_be_lost(self, it: Modelled, interest: Interest, reason: Failure) -> bool:
-        event = self.events[interest.number]
+        registration, ready, _ = self.events[interest.number]
         if reason.check(ConnectionFdescWentAway):
-            return it.number == -1 or bool(event & GONE)
+            return it.number == -1 or bool(ready & GONE)
         wanted = 0
         for (_, direction), each in self.interests.items():
             if each.number == interest.number:
                 wanted |= direction
-        told = any(
-            each in self.told_of_hang_up
-            for (owner, _), each in self.interests.items()
-            if owner is it
-        )
-        return bool(event & HANGUP) and not event & wanted and told
+        told = (it, registration) in self.told_of_hang_up
+        return bool(ready & HANGUP) and not ready & wanted and told
 
     def expect(self, truth: bool, violation: str) -> None:
         if not truth:

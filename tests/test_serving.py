@@ -332,7 +332,7 @@ def test_daemon(site: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variable", "platform", "why"),
     [
-        ("foo", "linux", "TWISTED_RTSIG_SIGNAL='foo' is neither a number"),
+        ("foo", "linux", "TWISTED_RTSIG_SIGNAL='foo': neither a number"),
         ("9", "linux", "signal 9 is no realtime signal"),
         ("", "darwin", "exists on Linux only, and this is darwin"),
     ],
