@@ -87,7 +87,7 @@ class ScriptedNotifier:
 
     def wait(
         self, timeout: float | None, unchecked: Mapping[Registration, int]
-    ) -> Sequence[Event]:
+    ) -> tuple[Sequence[Registration], Sequence[Event]]:
         self.waits.append((timeout, dict(unchecked)))
         raises, self.raises = self.raises, None
         if raises is not None and not raises[1]:
@@ -107,7 +107,7 @@ class ScriptedNotifier:
         if raises is not None:
             raise raises[0]
         self.on_events(events)
-        return events
+        return [], events
 
     def statistics(self) -> Mapping[str, int]:
         return {"waits": len(self.waits)}

@@ -92,20 +92,29 @@ def test_interrupted_after_the_signals_were_read(
 
 
 def test_interrupted_dispatch(served: Served) -> None:
+    """Ctrl-C between two calls: who was not called yet is called later."""
     pairs = [served.connect() for _ in range(3)]
+    one, other = socket.socketpair()
+    watcher: Any = Watcher(served.reactor, one.fileno())
+    served.reactor.addReader(watcher)
+    settle(served.reactor)
 
     def interrupt() -> str:
-        for _, connection in pairs:
-            del connection.transport.logPrefix
         raise KeyboardInterrupt
 
-    for client, connection in pairs:
-        connection.transport.logPrefix = interrupt
-        client.sendall(b"x")
-    with pytest.raises(KeyboardInterrupt):
-        served.reactor.iterate(1)
-    for _, connection in pairs:
-        spin(served.reactor, lambda: connection.data)
+    watcher.on_read = lambda: one.recv(1) and None
+    with one, other:
+        watcher.logPrefix = interrupt
+        other.send(b"x")
+        for client, _ in pairs:
+            client.sendall(b"x")
+        with pytest.raises(KeyboardInterrupt):
+            served.reactor.iterate(1)
+        del watcher.logPrefix
+        spin(served.reactor, lambda: watcher.reads)
+        for _, connection in pairs:
+            spin(served.reactor, lambda: connection.data)
+        served.reactor.removeReader(watcher)
 
 
 def test_closed_and_number_accepted_again(served: Served) -> None:
@@ -467,6 +476,8 @@ def test_removed_by_a_signal_handler(served: Served) -> None:
     client, connection = served.connect()
     client.sendall(b"x")
     spin(served.reactor, lambda: connection.data)
+    connection.transport.pauseProducing()
+    connection.transport.resumeProducing()
     # The next pass sleeps while it checks the connection.
     assert served.reactor._unchecked
     before = signal.signal(

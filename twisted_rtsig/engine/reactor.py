@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from twisted.internet import tcp
 from twisted.internet.error import ConnectionFdescWentAway
 from twisted.internet.interfaces import IReactorDaemonize, IReactorFDSet
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
-from twisted.internet.posixbase import PosixReactorBase, unixEnabled
-from twisted.python import log
+from twisted.python import context, log
 from zope.interface import implementer
 
-from twisted_rtsig.engine.registration import Origin
+from twisted_rtsig.engine.streams import (
+    NOT_WRITING,
+    QUEUED,
+    REGISTERED,
+    Stream,
+    StreamReactor,
+)
 from twisted_rtsig.notifiers import (
     GONE,
     HANGUP,
@@ -33,32 +37,11 @@ from twisted_rtsig.notifiers import (
 
 _LOST = "File descriptor lost"
 
-_UNIX_STREAMS: tuple[type, ...] = ()
-if unixEnabled:
-    from twisted.internet import unix
-
-    _UNIX_STREAMS = (unix.Server, unix.Client)
-
-
-def origin_of(selectable: Any) -> Origin:
-    """
-    Whether the reactor itself opened the descriptor of C{selectable}.
-
-    An adopted connection is a ``Server`` without the port that accepted it.
-    """
-    if isinstance(selectable, tcp.Server):
-        opened_here = selectable.server is not None
-    else:
-        opened_here = isinstance(selectable, tcp.BaseClient)
-    if not opened_here:
-        return Origin.SHARED
-    if isinstance(selectable, _UNIX_STREAMS):
-        return Origin.OWN_UNIX
-    return Origin.OWN_TCP
+LogContext = dict[Any, Any]
 
 
 @implementer(IReactorFDSet, IReactorDaemonize)
-class EngineReactor(PosixReactorBase):
+class EngineReactor(StreamReactor):
     """
     A reactor over any notifier.
 
@@ -82,7 +65,11 @@ class EngineReactor(PosixReactorBase):
         self._reading: dict[Any, Registration] = {}
         self._writing: dict[Any, Registration] = {}
         self._unchecked: dict[Registration, int] = {}
-        self._events: deque[Event] = deque()
+        # Streams with something to send at the end of the pass, in order.
+        self._queued: deque[Stream] = deque()
+        # What the pass under way has not come to yet.
+        self._plain_input: Iterator[Registration] = iter(())
+        self._events: Iterator[Event] = iter(())
         self._waiting = False
         super().__init__()
 
@@ -119,6 +106,8 @@ class EngineReactor(PosixReactorBase):
 
     def removeWriter(self, writer: Any) -> None:
         """Stop to call C{writer.doWrite}, also in the pass under way."""
+        if isinstance(writer, Stream):
+            writer.write_state = NOT_WRITING
         registration = self._writing.pop(writer, None)
         if registration is not None:
             registration.writer = None
@@ -126,9 +115,7 @@ class EngineReactor(PosixReactorBase):
 
     def removeAll(self) -> list[Any]:
         """Remove all readers and writers but the reactor's own; return them."""
-        removed: list[Any] = self._removeAll(  # type: ignore[no-untyped-call]
-            self.getReaders(), self.getWriters()
-        )
+        removed: list[Any] = self._removeAll(self.getReaders(), self.getWriters())
         return removed
 
     def getReaders(self) -> list[Any]:
@@ -136,8 +123,27 @@ class EngineReactor(PosixReactorBase):
         return list(self._reading)
 
     def getWriters(self) -> list[Any]:
-        """All writers."""
-        return list(self._writing)
+        """All writers, also those that only wait for the end of the pass."""
+        queued = [each for each in self._queued if each.write_state == QUEUED]
+        return [*self._writing, *dict.fromkeys(queued)]
+
+    # Streams
+
+    def look_again(self, stream: Stream) -> None:
+        """There may be more to read than C{stream} has read."""
+        registration = self._reading.get(stream)
+        if registration is not None:
+            self._mark_unchecked(registration, READ)
+
+    def write_soon(self, stream: Stream) -> None:
+        """
+        Call C{stream.doWrite} at the end of the pass, whether the kernel has
+        room or not, unless it waits for room already.
+        """
+        stream.write_state = QUEUED
+        self._queued.append(stream)
+        if self._waiting:
+            self.wakeUp()
 
     # Registrations
 
@@ -167,11 +173,11 @@ class EngineReactor(PosixReactorBase):
             return self._succeed(registration, selectable)
         return self._begin(descriptor, selectable)
 
-    def _begin(self, descriptor: int, *selectables: Any) -> Registration:
-        origins = {origin_of(each) for each in selectables}
-        registration = Registration(
-            descriptor, origins.pop() if len(origins) == 1 else Origin.SHARED
-        )
+    def _begin(self, descriptor: int, newcomer: Any, *others: Any) -> Registration:
+        if isinstance(newcomer, Stream) and not others:
+            registration = Registration(descriptor, newcomer.origin, True)
+        else:
+            registration = Registration(descriptor)
         self._notifier.watch(registration)
         self._registrations[descriptor] = registration
         return registration
@@ -197,7 +203,13 @@ class EngineReactor(PosixReactorBase):
             registration = self._begin(descriptor, newcomer, *owners)
         except OSError:
             for owner in dict.fromkeys(owners):
-                self._disconnect(owner, ConnectionFdescWentAway(_LOST), False)
+                log.callWithLogger(
+                    owner,
+                    self._disconnectSelectable,
+                    owner,
+                    ConnectionFdescWentAway(_LOST),
+                    False,
+                )
             raise
         if reader is not None:
             self._attach_reader(registration, reader)
@@ -220,7 +232,12 @@ class EngineReactor(PosixReactorBase):
         self._interest_begins(registration, READ)
 
     def _attach_writer(self, registration: Registration, writer: Any) -> None:
-        self._writing.pop(registration.writer, None)
+        former = registration.writer
+        self._writing.pop(former, None)
+        if isinstance(former, Stream):
+            former.write_state = NOT_WRITING
+        if isinstance(writer, Stream):
+            writer.write_state = REGISTERED
         registration.writer = writer
         self._writing[writer] = registration
         self._interest_begins(registration, WRITE)
@@ -251,8 +268,9 @@ class EngineReactor(PosixReactorBase):
             self._end(registration)
 
     def _mark_unchecked(self, registration: Registration, directions: int) -> None:
-        unchecked = self._unchecked
-        unchecked[registration] = unchecked.get(registration, 0) | directions
+        if directions:
+            unchecked = self._unchecked
+            unchecked[registration] = unchecked.get(registration, 0) | directions
 
     # The loop
 
@@ -263,55 +281,118 @@ class EngineReactor(PosixReactorBase):
         """
         # Somebody who was called in a pass may iterate the reactor.  Then what
         # that pass has not come to yet is checked anew here.
-        self._check_again(self._events)
+        self._check_rest_again()
+        if self._queued:
+            self._with_log_context(self._send_queued)
+            # Who was called may want another pass: by callLater, say.
+            delay = 0
         unchecked, self._unchecked = self._unchecked, {}
         self._waiting = True
         try:
-            self._events = deque(self._notifier.wait(delay, unchecked))
+            plain_input, events = self._notifier.wait(delay, unchecked)
         except BaseException:
             # KeyboardInterrupt, say, out of a signal handler.  Nobody knows
             # which events the notifier had in hand.
-            for registration in self._registrations.values():
-                self._mark_unchecked(registration, registration.interest)
+            self._check_all_again()
             raise
         finally:
             self._waiting = False
-        while self._events:
-            event = self._events.popleft()
+        if plain_input or events or self._queued:
+            self._plain_input = iter(plain_input)
+            self._events = iter(events)
             try:
-                self._dispatch(*event)
+                self._with_log_context(self._dispatch_all)
             except BaseException:
                 # Only KeyboardInterrupt comes here.
-                self._check_again([event, *self._events])
-                self._events.clear()
+                self._check_all_again()
                 raise
 
-    def _check_again(self, events: Iterable[Event]) -> None:
-        """No event will tell of these any more: they were not dispatched."""
-        for registration, _, _ in events:
-            if registration.interest:
-                self._mark_unchecked(registration, registration.interest)
+    def _check_all_again(self) -> None:
+        for registration in self._registrations.values():
+            self._mark_unchecked(registration, registration.interest)
 
-    def _dispatch(self, registration: Registration, ready: int, disarmed: int) -> None:
+    def _check_rest_again(self) -> None:
+        """No event will tell of these any more: they were not dispatched."""
+        for registration in self._plain_input:
+            self._mark_unchecked(registration, registration.interest)
+        for registration, _, _ in self._events:
+            self._mark_unchecked(registration, registration.interest)
+
+    def _with_log_context(self, function: Callable[[LogContext], None]) -> None:
+        """
+        Do once for many calls what C{log.callWithLogger} does for each.
+        C{function} sets C{"system"} before it calls anybody.
+        """
+        fields = dict(context.get(log.ILogContext))
+        context.call({log.ILogContext: fields}, function, fields)
+
+    def _dispatch_all(self, fields: LogContext) -> None:
+        # The shortest way, since nearly everything goes it.
+        for registration in self._plain_input:
+            stream = registration.reader
+            if stream is None:
+                continue
+            fields["system"] = stream.logstr
+            try:
+                why = stream.doRead()
+            except BaseException:
+                why = sys.exc_info()[1]
+                log.err()
+            if why:
+                self._disconnect(stream, why, True)
+        for registration, ready, disarmed in self._events:
+            self._dispatch(fields, registration, ready, disarmed)
+        if self._queued:
+            self._send_queued(fields)
+
+    def _send_queued(self, fields: LogContext) -> None:
+        """Each of those that are queued now; some may queue up again."""
+        queued = self._queued
+        for _ in range(len(queued)):
+            # A pass inside of this one may have taken the rest.
+            if not queued:
+                break
+            stream = queued.popleft()
+            # Unless an earlier one has disconnected it, say.
+            if stream.write_state != QUEUED:
+                continue
+            try:
+                stream.write_state = NOT_WRITING
+                fields["system"] = stream.logstr
+                try:
+                    why = stream.doWrite()
+                except BaseException:
+                    why = sys.exc_info()[1]
+                    log.err()
+                if why:
+                    self._disconnect(stream, why, False)
+            except BaseException:
+                # KeyboardInterrupt out of a signal handler.
+                if stream.connected:
+                    self.write_soon(stream)
+                raise
+
+    def _dispatch(
+        self, fields: LogContext, registration: Registration, ready: int, disarmed: int
+    ) -> None:
         if ready & (HANGUP | GONE):
             disarmed = READ | WRITE
             told_nothing_else = not ready & registration.interest
             if ready & GONE or (registration.hung_up and told_nothing_else):
-                self._abandon(registration, ready)
+                self._abandon(fields, registration, ready)
             else:
                 # doRead and doWrite find out what has happened, and say it
                 # better than the event could.  Who does not act on it is told
                 # once more, and then disconnected: it will not go away.
-                called = self._call(registration, READ | WRITE)
+                called = self._call(fields, registration, READ | WRITE)
                 registration.hung_up = told_nothing_else and called
         else:
             registration.hung_up = False
-            self._call(registration, ready)
+            self._call(fields, registration, ready)
             disarmed |= ready
-        if disarmed & registration.interest:
-            self._mark_unchecked(registration, disarmed & registration.interest)
+        self._mark_unchecked(registration, disarmed & registration.interest)
 
-    def _call(self, registration: Registration, ready: int) -> bool:
+    def _call(self, fields: LogContext, registration: Registration, ready: int) -> bool:
         """Call who is interested in what is ready; whether anybody is."""
         called = False
         for direction in (READ, WRITE):
@@ -327,10 +408,19 @@ class EngineReactor(PosixReactorBase):
                 )
                 # Before the call, for a pass inside of it.
                 self._mark_unchecked(registration, direction)
-                log.callWithLogger(
-                    selectable, self._read_or_write, selectable, direction
-                )
+                fields["system"] = self._log_prefix(selectable)
+                self._read_or_write(selectable, direction)
         return called
+
+    def _log_prefix(self, selectable: Any) -> str:
+        try:
+            prefix: str = selectable.logPrefix()
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            prefix = "(buggy logPrefix method)"
+            log.err(system=prefix)
+        return prefix
 
     def _read_or_write(self, selectable: Any, direction: int) -> None:
         """Call C{selectable}, and disconnect it if it says so or fails."""
@@ -349,27 +439,32 @@ class EngineReactor(PosixReactorBase):
             why = sys.exc_info()[1]
             log.err()
         if why:
-            self._disconnectSelectable(  # type: ignore[no-untyped-call]
-                selectable, why, reading
-            )
+            self._disconnect(selectable, why, reading)
 
-    def _abandon(self, registration: Registration, ready: int) -> None:
+    def _abandon(
+        self, fields: LogContext, registration: Registration, ready: int
+    ) -> None:
         """Disconnect owners whose descriptor is closed, or hung up for good."""
         reader, writer = registration.reader, registration.writer
         why: Exception
         if reader is not None:
             # What Twisted's reactors say of a hang-up.
             why = ConnectionFdescWentAway(_LOST) if ready & GONE else CONNECTION_DONE
+            fields["system"] = self._log_prefix(reader)
             self._disconnect(reader, why, True)
         # Unless the reader has disconnected it, or was the writer itself.
         if writer is not None and registration.writer is writer is not reader:
             why = ConnectionFdescWentAway(_LOST) if ready & GONE else CONNECTION_LOST
+            fields["system"] = self._log_prefix(writer)
             self._disconnect(writer, why, False)
 
-    def _disconnect(self, selectable: Any, why: Exception, reading: bool) -> None:
-        log.callWithLogger(
-            selectable, self._disconnectSelectable, selectable, why, reading
-        )
+    def _disconnect(self, selectable: Any, why: Any, reading: bool) -> None:
+        try:
+            self._disconnectSelectable(selectable, why, reading)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            log.err()
 
     # Life of the process
 

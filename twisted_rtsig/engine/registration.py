@@ -36,6 +36,8 @@ class Registration:
     :ivar writer: the selectable that wants to write, or None.
     :ivar interest: the directions with a reader or a writer, ``READ | WRITE``.
     :ivar origin: who may hold the open file description.
+    :ivar tells_drained: its reader tells whether it has emptied the descriptor,
+        so that its events may come as plain input (see ``Notifier.wait``).
     :ivar edges: for the notifier: the directions whose next change the kernel
         will announce by itself.  The others need a level check every time.
     :ivar hung_up: for the engine: the last event told of nothing but a hang-up
@@ -49,12 +51,19 @@ class Registration:
         "interest",
         "origin",
         "reader",
+        "tells_drained",
         "writer",
     )
 
-    def __init__(self, descriptor: int, origin: Origin) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        origin: Origin = Origin.SHARED,
+        tells_drained: bool = False,
+    ) -> None:
         self.descriptor = descriptor
         self.origin = origin
+        self.tells_drained = tells_drained
         self.reader: Any = None
         self.writer: Any = None
         self.interest = 0

@@ -14,7 +14,8 @@ Each watched direction of a registration is in one of three states:
     :meth:`Notifier.wait`.
 ``ready``
     A ``wait`` said so.  The engine calls ``doRead`` or ``doWrite``, after
-    which the direction is unchecked again.
+    which the direction is unchecked again; or armed, if the event was plain
+    input (see :meth:`Notifier.wait`) and the read was short.
 ``armed``
     A ``wait`` that was given the direction did not report it: it was found
     not ready, and the kernel owes an event.  The engine sleeps only when
@@ -102,14 +103,19 @@ class Notifier(Protocol):
 
     def wait(
         self, timeout: float | None, unchecked: Mapping[Registration, int]
-    ) -> Sequence[Event]:
+    ) -> tuple[Sequence[Registration], Sequence[Event]]:
         """
         Check, then sleep until something is ready.
 
         :param timeout: seconds; None for no limit, 0 to return at once.
         :param unchecked: the directions of each registration that must be
             level-checked before any sleep.  Some registrations may have ended.
-        :return: at most one event for each registration.
+        :return: plain input, and all other events; each registration comes at
+            most once.  *Plain input* is an event that tells of nothing but
+            input, of a registration that ``tells_drained``.  The notifier
+            vouches that a read which returns less than it asked for empties
+            the descriptor, and that whatever comes later, the end of the
+            stream included, is announced by another event.
         """
 
     def statistics(self) -> Mapping[str, int]:

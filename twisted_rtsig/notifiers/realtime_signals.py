@@ -21,7 +21,14 @@ from collections.abc import Mapping, Sequence
 from twisted.logger import Logger
 
 from twisted_rtsig.engine.registration import Origin
-from twisted_rtsig.notifiers import GONE, HANGUP, READ, WRITE, Event, Registration
+from twisted_rtsig.notifiers import (
+    GONE,
+    HANGUP,
+    READ,
+    WRITE,
+    Event,
+    Registration,
+)
 from twisted_rtsig.notifiers.signal_queue import (
     PLAIN_INPUT,
     SignalQueue,
@@ -95,6 +102,9 @@ _READY = tuple(
     for revents in range(64)
 )
 
+# More than one signal came for the descriptor; beside the flags of its band.
+_SEVERAL = 1 << 16
+
 _forks = 0
 
 
@@ -150,11 +160,11 @@ class RealtimeSignalNotifier:
 
     def open(self) -> None:
         """See :meth:`Notifier.open`."""
-        thread = threading.get_native_id()
         if self._forks != _forks:
             self._inherit()
+        thread = threading.get_native_id()
         if self._queue is not None:
-            if self._thread == thread:
+            if self._queue.is_of_this_thread():
                 return
             raise refuse(
                 f"this reactor has run in thread {self._thread} and cannot go on "
@@ -219,16 +229,13 @@ class RealtimeSignalNotifier:
 
     def wait(
         self, timeout: float | None, unchecked: Mapping[Registration, int]
-    ) -> Sequence[Event]:
+    ) -> tuple[Sequence[Registration], Sequence[Event]]:
         """See :meth:`Notifier.wait`."""
-        if (
-            self._queue is None
-            or self._thread != threading.get_native_id()
-            or self._forks != _forks
-        ):
-            self.open()
         queue = self._queue
-        assert queue is not None
+        if queue is None or self._forks != _forks or not queue.is_of_this_thread():
+            self.open()
+            queue = self._queue
+            assert queue is not None
         if self._check_all:
             self._check_all = False
             unchecked = dict.fromkeys(self._registrations.values(), 0)
@@ -239,6 +246,7 @@ class RealtimeSignalNotifier:
             self._poll_no_more(checking)
         self._waits += 1
         ready: dict[Registration, int] = {}
+        plain: Sequence[Registration] = ()
         signalled = False
         for descriptor, revents in polled:
             if descriptor == queue.descriptor:
@@ -246,8 +254,8 @@ class RealtimeSignalNotifier:
             elif descriptor in self._registrations:
                 ready[self._registrations[descriptor]] = _READY[revents & 63]
         if signalled:
-            self._take_signals(queue, ready)
-        return [(registration, what, 0) for registration, what in ready.items()]
+            plain = self._take_signals(queue, ready)
+        return plain, [(registration, what, 0) for registration, what in ready.items()]
 
     def statistics(self) -> Mapping[str, int]:
         """
@@ -267,20 +275,43 @@ class RealtimeSignalNotifier:
 
     # Signals nominate
 
-    def _take_signals(self, queue: SignalQueue, ready: dict[Registration, int]) -> None:
-        nominated, count, overflowed = queue.read()
-        self._signals += count
+    def _take_signals(
+        self, queue: SignalQueue, ready: dict[Registration, int]
+    ) -> Sequence[Registration]:
+        descriptors, bands, overflowed = queue.read()
+        self._signals += len(descriptors)
         registrations = self._registrations
+        count = len(descriptors)
+        if (
+            # Nothing but plain input, one signal for each: nearly always.
+            bands.count(PLAIN_INPUT) == count == len(set(descriptors))
+            and not ready
+            and self._polled.keys().isdisjoint(descriptors)
+        ):
+            try:
+                return list(map(registrations.__getitem__, descriptors))
+            except KeyError:
+                pass
+        merged: dict[int, int] = {}
+        for descriptor, band in zip(descriptors, bands, strict=True):
+            if descriptor in merged:
+                band |= merged[descriptor] | _SEVERAL
+            merged[descriptor] = band
+        plain = []
         suspects: dict[Registration, int] = {}
         strangers = False
-        for descriptor, band in nominated.items():
+        for descriptor, band in merged.items():
             registration = registrations.get(descriptor)
             if registration is None:
                 strangers = True
-            elif band == PLAIN_INPUT and registration.edges:
+            elif band & ~_SEVERAL != PLAIN_INPUT or not registration.edges:
+                if band & select.POLLPRI:
+                    self._distrust(registration)
+                suspects[registration] = 0
+            elif band & _SEVERAL or overflowed or registration in ready:
                 ready[registration] = ready.get(registration, 0) | READ
             else:
-                suspects[registration] = 0
+                plain.append(registration)
         if overflowed:
             self._overflow()
             suspects = dict.fromkeys(registrations.values(), 0)
@@ -292,6 +323,15 @@ class RealtimeSignalNotifier:
                     member._check_all = True  # type: ignore[attr-defined]
         if suspects:
             self._confirm(suspects, ready)
+        return plain
+
+    def _distrust(self, registration: Registration) -> None:
+        """
+        A read stops at the mark of urgent data, so that a short one proves
+        nothing any more.
+        """
+        self._disarm(registration)
+        self.update(registration)
 
     def _overflow(self) -> None:
         if not self._overflows:

@@ -33,11 +33,11 @@ _SFD_NONBLOCK = os.O_NONBLOCK if hasattr(os, "O_NONBLOCK") else 0
 _SFD_CLOEXEC = os.O_CLOEXEC if hasattr(os, "O_CLOEXEC") else 0
 _SIGSET_BYTES = 128
 
+_SIGIO = int(signal.SIGIO) if hasattr(signal, "SIGIO") else 0
+
 # poll(2) flags as they arrive in ssi_band; POLLRDNORM goes with POLLIN.
 PLAIN_INPUT = 0x001 | 0x040
 """The band of a signal that tells of input and nothing else."""
-SEVERAL = -1
-"""In place of a band: more than one signal came for the descriptor."""
 
 
 def _sigset(signals: set[int]) -> bytes:
@@ -185,11 +185,11 @@ class SignalQueue:
     def __init__(self, number: int) -> None:
         self.descriptor = -1
         self.number = number
-        self.signals = {number, int(signal.SIGIO)}
+        self.signals = {number, _SIGIO}
         self.members: weakref.WeakSet[object] = weakref.WeakSet()
         self.keep_blocked = False
-        self._buffer = bytearray(_RECORD_BYTES * _BATCH)
-        self._words = memoryview(self._buffer).cast("i")
+        self._buffers = [bytearray(_RECORD_BYTES * _BATCH)]
+        self._words = memoryview(self._buffers[0]).cast("i")
         self.descriptor = open_signalfd(self.signals)
 
     @classmethod
@@ -208,6 +208,10 @@ class SignalQueue:
         queue.members.add(member)
         return queue
 
+    def is_of_this_thread(self) -> bool:
+        """Whether the calling thread is the one that joined it."""
+        return _this_thread.queues.get(self.number) is self
+
     def leave(self, member: object) -> None:
         """
         C{member} watches nothing any more.  The last one closes the queue, and
@@ -216,9 +220,9 @@ class SignalQueue:
         Call it in the thread of the queue.
         """
         self.members.discard(member)
-        if self.members or _this_thread.queues.get(self.number) is not self:
+        if self.members or not self.is_of_this_thread():
             return
-        while self.read()[1]:
+        while self.read()[0]:
             pass
         self.close()
         queues = _this_thread.queues
@@ -228,33 +232,26 @@ class SignalQueue:
         needed = {each for queue in queues.values() for each in queue.signals}
         _this_thread.unblock(self.signals - needed - _this_thread.kept)
 
-    def read(self) -> tuple[dict[int, int], int, bool]:
+    def read(self) -> tuple[list[int], list[int], bool]:
         """
         One batch of signals.
 
-        :return: the band (``ssi_band``, or ``SEVERAL``) of each descriptor
-            that was named; how many signals there were; and whether the kernel
-            said that its queue was full, so that others were lost.
+        :return: the descriptors that were named, in order and as often as they
+            were; the band (``ssi_band``) of each; and whether the kernel said
+            that its queue was full, so that other signals were lost.
         """
         try:
-            size = os.readv(self.descriptor, [self._buffer])
+            size = os.readv(self.descriptor, self._buffers)
         except BlockingIOError:
-            return {}, 0, False
+            return [], [], False
         end = size // _RECORD_BYTES * _RECORD_WORDS
         words = self._words
         descriptors = words[_FD:end:_RECORD_WORDS].tolist()
         bands = words[_BAND:end:_RECORD_WORDS].tolist()
-        nominated = dict(zip(descriptors, bands, strict=True))
-        if len(nominated) < len(descriptors):
-            seen: set[int] = set()
-            for descriptor in descriptors:
-                if descriptor in seen:
-                    nominated[descriptor] = SEVERAL
-                seen.add(descriptor)
-        # F_SETSIG: when the queue is full the kernel sends SIGIO instead, and
-        # standard signals come out before realtime ones.
-        overflowed = int(signal.SIGIO) in words[_SIGNO:end:_RECORD_WORDS].tolist()
-        return nominated, len(descriptors), overflowed
+        # F_SETSIG: when the queue is full the kernel sends SIGIO instead, with
+        # an empty band.
+        overflowed = 0 in bands and _SIGIO in words[_SIGNO:end:_RECORD_WORDS].tolist()
+        return descriptors, bands, overflowed
 
     def close(self) -> None:
         """Close the descriptor; does nothing the second time."""
