@@ -1,0 +1,249 @@
+"""
+Compare the contenders, side by side: what a request costs the server.
+
+    python benchmarks/compare.py [--work NAME,...] [--contenders NAME,...]
+        [--rounds N] [--seconds N] [--json FILE]
+    python benchmarks/compare.py --list
+
+The main figure is the CPU time of the server's process, user and system, for each
+request.  It leaves out what the kernel does on the client's core.
+
+All servers are pinned to one core, and their clients to another.  In each round,
+every contender has a fresh server with a client of its own.  They are all there
+together, and take short turns, while the others sleep: so whatever else the
+machine does meets all alike, and the ratios hold even where the figures do not.
+
+The exit status is 1 if one of the bars is missed (report.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from benchmarks import report
+from benchmarks.servers import CONTENDERS
+from benchmarks.works import WORKS, Subject, Turn, Work, prepare
+
+TURN = 0.2
+"""Seconds, about."""
+
+SAVED = Path(__file__).parent / "results" / "latest.json"
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def measure(
+    name: str,
+    contenders: list[str],
+    round_: int,
+    seconds: float,
+    core: int,
+    folder: Path,
+) -> list[report.Sample]:
+    """One round of one work."""
+    work = WORKS[name]
+    # wrk does not do less than a second.
+    turns = 1 if work.client == "wrk" else max(1, round(seconds / TURN))
+    with contextlib.ExitStack() as stack:
+        subjects = [
+            Subject(stack, folder, contender, work, idle, core)
+            for contender in contenders
+            for idle in sorted({0, work.idle})
+        ]
+        for subject in subjects:
+            subject.connect()
+        for subject in subjects:
+            subject.take_turn(seconds / turns)
+        taken: dict[Subject, list[Turn]] = {subject: [] for subject in subjects}
+        for turn in range(turns):
+            for subject in subjects if (turn + round_) % 2 else subjects[::-1]:
+                taken[subject].append(subject.take_turn(seconds / turns))
+        return [
+            sample(name, round_, subject, turns) for subject, turns in taken.items()
+        ]
+
+
+def sample(
+    work: str, round_: int, subject: Subject, turns: list[Turn]
+) -> report.Sample:
+    requests = sum(turn["requests"] for turn in turns)
+    halves = [turn["p50"] for turn in turns if "p50" in turn]
+    tails = [turn["p99"] for turn in turns if "p99" in turn]
+    return {
+        "work": work,
+        "round": round_,
+        "contender": subject.contender,
+        "idle": subject.idle,
+        "rate": requests / sum(turn["elapsed"] for turn in turns),
+        "cpu": sum(turn["cpu"] for turn in turns) / requests * 1e6,
+        "p50": statistics.median(halves) if halves else None,
+        "p99": statistics.median(tails) if tails else None,
+        "memory": subject.memory,
+    }
+
+
+def environment() -> str:
+    """Where it was measured."""
+    packages = []
+    for name in ("Twisted", "uvloop"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(
+        [
+            f"{platform.system()} {platform.release()} on {platform.machine()}",
+            f"{platform.python_implementation()} {platform.python_version()}",
+            *packages,
+        ]
+    )
+
+
+def allow_many_descriptors(works: list[Work]) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    needed = max(work.connections + work.idle for work in works) + 50
+    if needed > hard:
+        raise SystemExit(
+            f"{needed:,} open files are needed, and the hard limit is {hard:,}: raise "
+            "it (ulimit -Hn), or leave out the works with many connections."
+        )
+
+
+def names_of(allowed: Mapping[str, object]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"{name}: see --list")
+        return names
+
+    return parse
+
+
+def positive(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+    return number
+
+
+def parse() -> argparse.Namespace:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--work",
+        type=names_of(WORKS),
+        metavar="NAME,…",
+        default=list(WORKS),
+        help="what is measured",
+    )
+    add(
+        "--contenders",
+        type=names_of(CONTENDERS),
+        metavar="NAME,…",
+        default=list(CONTENDERS),
+        help="who is measured",
+    )
+    add("--rounds", type=int, metavar="N", default=5, help="how often")
+    add(
+        "--seconds",
+        type=positive,
+        metavar="N",
+        default=1.0,
+        help="of each contender in a round",
+    )
+    add("--json", type=Path, metavar="FILE", default=SAVED, help="where all samples go")
+    add("--list", action="store_true", help="list works and contenders")
+    return parser.parse_args()
+
+
+def list_all() -> None:
+    for title, known in (("Works", WORKS), ("Contenders", CONTENDERS)):
+        print(f"{title}:")
+        for name, each in known.items():
+            print(f"  {name:16} {each.what}")
+
+
+def main() -> int:
+    options = parse()
+    if options.list:
+        list_all()
+        return 0
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise SystemExit("Two cores are needed, one for the server.")
+    os.sched_setaffinity(0, {cores[1]})
+    contenders = []
+    for name in options.contenders:
+        if CONTENDERS[name].missing():
+            say(f"{name} is left out: there is no {CONTENDERS[name].needs} here.")
+        else:
+            contenders.append(name)
+    works = {}
+    for name in options.work:
+        able = [each for each in contenders if each in WORKS[name].contenders()]
+        if reason := WORKS[name].missing():
+            say(f"{name} is left out: {reason}.")
+        elif able:
+            works[name] = able
+    if not works:
+        raise SystemExit("There is nothing to measure.")
+    chosen = [WORKS[name] for name in works]
+    allow_many_descriptors(chosen)
+
+    samples: list[report.Sample] = []
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        prepare(folder, chosen)
+        for name, able in works.items():
+            for round_ in range(1, options.rounds + 1):
+                measured = measure(
+                    name, able, round_, options.seconds, cores[0], folder
+                )
+                samples += measured
+                costs = ", ".join(
+                    f"{each['contender']}{' with idle' if each['idle'] else ''} "
+                    f"{report.figure(each['cpu'])}"
+                    for each in measured
+                )
+                say(f"{name}, round {round_} of {options.rounds}, CPU in µs: {costs}")
+            options.json.parent.mkdir(exist_ok=True)
+            options.json.write_text(
+                json.dumps(
+                    {
+                        "environment": environment(),
+                        "rounds": options.rounds,
+                        "seconds": options.seconds,
+                        "samples": samples,
+                    },
+                    indent=1,
+                )
+            )
+    results = report.Results(samples)
+    print(f"{environment()}; {options.rounds} rounds of {options.seconds:g} s")
+    for name in results.works():
+        print(f"\n## {name}: {WORKS[name].what}\n\n{report.table(results, name)}")
+    lines, good = report.judge(results)
+    if lines:
+        print(f"\n## Bars\n\n{lines}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

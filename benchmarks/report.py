@@ -1,0 +1,195 @@
+"""
+What the samples say: one table for each work, and whether the bars are met.
+
+Every ratio is taken within a round, of figures measured side by side, and only
+then are the median and the quartiles taken over the rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict
+
+from benchmarks.servers import CONTENDERS
+from benchmarks.works import WORKS
+
+YARDSTICK = "epoll"
+
+
+class Sample(TypedDict):
+    """One contender at one work in one round."""
+
+    work: str
+    round: int
+    contender: str
+    idle: int
+    """Idle connections."""
+    rate: float
+    """Requests (or what else the work consists of) in a second."""
+    cpu: float
+    """Microseconds of the server's CPU for each of them."""
+    p50: float | None
+    p99: float | None
+    """Latencies, in microseconds."""
+    memory: float | None
+    """Bytes for each connection."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """How many times less than another a contender has to use, at least."""
+
+    work: str
+    against: str
+    least: float
+    measure: str = "cpu"
+    contender: str = "rtsig"
+
+
+BARS = [
+    Bar("echo-100", "epoll", 2.5),
+    Bar("echo-100", "python", 0.85),
+    Bar("echo-100", "protocol-uvloop", 0.85),
+    Bar("echo-1000", "epoll", 2.2),
+    Bar("echo-idle", "epoll", 2.5),
+    # At most a tenth above.
+    Bar("echo-idle", "python", 1 / 1.1, "penalty"),
+    Bar("echo-1", "epoll", 1.3),
+    Bar("echo-1", "epoll", 1.0, "p50"),
+    Bar("connect", "epoll", 1.15),
+    Bar("echo-64k", "epoll", 1.1),
+    Bar("bulk", "epoll", 1.1),
+    Bar("bulk-out", "epoll", 1.1),
+    Bar("udp", "epoll", 1.1),
+    Bar("tls", "epoll", 1.2),
+    Bar("web-hello", "epoll", 1.15),
+    Bar("echo-idle", "epoll", 1.0, "memory"),
+]
+
+MEASURES = {
+    "cpu": "CPU",
+    "p50": "median latency",
+    "penalty": "CPU with idle connections over CPU without",
+    "memory": "memory per connection",
+}
+
+
+class Spread:
+    """The median and the quartiles of some values, of at least one."""
+
+    def __init__(self, values: Iterable[float]) -> None:
+        ordered = sorted(values)
+        self.low, self.median, self.high = (
+            statistics.quantiles(ordered, n=4, method="inclusive")
+            if len(ordered) > 1
+            else ordered * 3
+        )
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+class Results:
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        self._samples: dict[tuple[str, str], dict[tuple[int, bool], Sample]] = {}
+        for sample in samples:
+            by_round = self._samples.setdefault(
+                (sample["work"], sample["contender"]), {}
+            )
+            by_round[sample["round"], bool(sample["idle"])] = sample
+
+    @classmethod
+    def load(cls, file: Path) -> Results:
+        return cls(json.loads(file.read_text())["samples"])
+
+    def works(self) -> list[str]:
+        return [
+            work for work in WORKS if any(work == each for each, _ in self._samples)
+        ]
+
+    def contenders(self, work: str) -> list[str]:
+        return [name for name in CONTENDERS if (work, name) in self._samples]
+
+    def values(
+        self, work: str, contender: str, measure: str, *, alone: bool = False
+    ) -> dict[int, float]:
+        """A measure in each round; alone is without the work's idle connections."""
+        samples = self._samples.get((work, contender), {})
+        if measure == "penalty":
+            without = self.values(work, contender, "cpu", alone=True)
+            cpu = self.values(work, contender, "cpu")
+            return {each: cpu[each] / without[each] for each in cpu if each in without}
+        idle = bool(WORKS[work].idle) and not alone
+        found: dict[int, Any] = {
+            round_: dict(sample)[measure]
+            for (round_, with_idle), sample in samples.items()
+            if with_idle == idle
+        }
+        return {each: value for each, value in found.items() if value is not None}
+
+    def spread(
+        self, work: str, contender: str, measure: str, *, alone: bool = False
+    ) -> Spread | None:
+        values = self.values(work, contender, measure, alone=alone).values()
+        return Spread(values) if values else None
+
+    def times(
+        self, work: str, contender: str, against: str, measure: str = "cpu"
+    ) -> Spread | None:
+        """How many times less than the other the contender uses."""
+        mine = self.values(work, contender, measure)
+        others = self.values(work, against, measure)
+        ratios = [others[each] / mine[each] for each in mine if each in others]
+        return Spread(ratios) if ratios else None
+
+
+def figure(value: float) -> str:
+    digits = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:,.{digits}f}"
+
+
+def median(spread: Spread | None, unit: str = "") -> str:
+    return f"{figure(spread.median)}{unit}" if spread else "-"
+
+
+def table(results: Results, work: str) -> str:
+    """A table of all who did a work, in Markdown."""
+    unit, idle = WORKS[work].unit, WORKS[work].idle
+    plural = unit if unit == "MiB" else f"{unit}s"
+    head = ["contender", f"{plural}/s", f"CPU per {unit}", "times Twisted's epoll"]
+    head += ["p50", "p99"]
+    if idle:
+        head += ["CPU without idle", "penalty", "memory per connection"]
+    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for name in results.contenders(work):
+        get = partial(results.spread, work, name)
+        row = [CONTENDERS[name].what, median(get("rate")), median(get("cpu"), " µs")]
+        row.append(str(results.times(work, name, YARDSTICK) or "-"))
+        row += [median(get("p50"), " µs"), median(get("p99"), " µs")]
+        if idle:
+            row.append(median(get("cpu", alone=True), " µs"))
+            row += [str(get("penalty") or "-"), median(get("memory"), " B")]
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def judge(results: Results) -> tuple[str, bool]:
+    """A line for each bar whose figures are there; whether all are met."""
+    lines, good = [], True
+    for bar in BARS:
+        times = results.times(bar.work, bar.contender, bar.against, bar.measure)
+        if times is None:
+            continue
+        met = times.median >= bar.least
+        good = good and met
+        lines.append(
+            f"{bar.work}, {MEASURES[bar.measure]}: {bar.contender} is {times} times as "
+            f"good as {bar.against}; at least {bar.least:.2f} wanted: "
+            + ("good." if met else "MISSED.")
+        )
+    return "\n".join(lines), good

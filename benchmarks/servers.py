@@ -1,0 +1,436 @@
+"""
+The contenders: every server that is measured, on every event loop.
+
+    python benchmarks/servers.py CONTENDER SERVICE [--folder FOLDER]
+
+serves on a port, whose number goes to standard output.  The services:
+
+echo      answer with what was received (TCP)
+sink      answer with one byte for each MiB received (TCP)
+source    answer with one MiB for each byte received (TCP)
+udp       answer with what was received (UDP)
+tls       echo over TLS, with FOLDER/server.pem
+web       FOLDER/file under /file, and a greeting under /hello (twisted.web)
+timers    no server: set and cancel timers.  For each number of seconds on
+          standard input, do so for that long, and tell as load.c does
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import importlib
+import importlib.util
+import json
+import select
+import signal
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+BACKLOG = 1024
+MIB = 1 << 20
+BLOCK = bytes(MIB)
+READ = 1 << 16
+
+TIMERS = 10_000
+"""How many timers are set before they are cancelled."""
+
+
+# What is served, without a loop
+
+
+class Sink:
+    """Of one connection."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __call__(self, data: bytes) -> bytes:
+        whole, self.received = divmod(self.received + len(data), MIB)
+        return b"." * whole
+
+
+def make_sink() -> Callable[[bytes], bytes]:
+    return Sink()
+
+
+def make_source() -> Callable[[bytes], bytes]:
+    return lambda data: BLOCK * len(data)
+
+
+ANSWERS = {"sink": make_sink, "source": make_source}
+
+
+def say(word: object) -> None:
+    print(word, flush=True)
+
+
+def timer_turns(later: Callable[[float, Callable[[], object]], Any]) -> Iterator[None]:
+    """Yields where the loop shall go round once."""
+
+    def never() -> None:
+        raise AssertionError("a timer has not been cancelled")
+
+    # Spread as those of connections are, in no order.
+    delays = [30 + each * 7919 % TIMERS / TIMERS for each in range(TIMERS)]
+    say("ready")
+    for line in sys.stdin:
+        seconds, done, start = float(line), 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < seconds:
+            calls = [later(delay, never) for delay in delays]
+            yield
+            for call in calls:
+                call.cancel()
+            yield
+            done += TIMERS
+        say(json.dumps({"requests": done, "elapsed": elapsed}))
+
+
+def turn_timers(
+    later: Callable[[float, Callable[[], object]], Any], stop: Callable[[], object]
+) -> None:
+    turns = timer_turns(later)
+
+    def step() -> None:
+        if next(turns, stop) is stop:
+            stop()
+        else:
+            later(0, step)
+
+    later(0, step)
+
+
+# Twisted
+
+
+def twisted(reactor_module: str, service: str, folder: Path) -> None:
+    importlib.import_module(reactor_module).install()
+    run_twisted(service, folder)
+
+
+def twisted_on_uvloop(service: str, folder: Path) -> None:
+    from twisted.internet import asyncioreactor
+
+    asyncioreactor.install(new_loop("uvloop"))
+    run_twisted(service, folder)
+
+
+def run_twisted(service: str, folder: Path) -> None:
+    from twisted.internet import reactor
+
+    running: Any = reactor
+    port = listen(running, service, folder)
+    if port is not None:
+        say(port.getHost().port)
+    running.run()
+
+
+def listen(reactor: Any, service: str, folder: Path) -> Any:
+    from twisted.internet.protocol import DatagramProtocol, Factory, Protocol
+
+    class Echo(Protocol):
+        transport: Any
+
+        def dataReceived(self, data: bytes) -> None:
+            self.transport.write(data)
+
+    class Answering(Protocol):
+        transport: Any
+
+        def connectionMade(self) -> None:
+            self.answer = ANSWERS[service]()
+
+        def dataReceived(self, data: bytes) -> None:
+            if answer := self.answer(data):
+                self.transport.write(answer)
+
+    class EchoDatagrams(DatagramProtocol):
+        transport: Any
+
+        def datagramReceived(self, datagram: bytes, addr: Any) -> None:
+            self.transport.write(datagram, addr)
+
+    Factory.noisy = DatagramProtocol.noisy = False
+    where = {"interface": "127.0.0.1"}
+    if service == "timers":
+        turn_timers(reactor.callLater, reactor.stop)
+        return None
+    if service == "udp":
+        return reactor.listenUDP(0, EchoDatagrams(), **where)
+    if service == "tls":
+        from twisted.internet.ssl import PrivateCertificate
+
+        pem = (folder / "server.pem").read_bytes()
+        options = PrivateCertificate.loadPEM(pem).options()
+        echo = Factory.forProtocol(Echo)
+        return reactor.listenSSL(0, echo, options, backlog=BACKLOG, **where)
+    factory: Any
+    if service == "web":
+        factory = web_site(folder)
+    else:
+        factory = Factory.forProtocol(Echo if service == "echo" else Answering)
+    return reactor.listenTCP(0, factory, backlog=BACKLOG, **where)
+
+
+def web_site(folder: Path) -> Any:
+    from twisted.web.resource import Resource
+    from twisted.web.server import Site
+    from twisted.web.static import Data, File
+
+    root = Resource()
+    root.putChild(b"hello", Data(b"Hello, world!\n", "text/plain"))
+    root.putChild(b"file", File(str(folder / "file")))
+    return Site(root)
+
+
+# asyncio
+
+
+def new_loop(module: str) -> asyncio.AbstractEventLoop:
+    loop: asyncio.AbstractEventLoop = importlib.import_module(module).new_event_loop()
+    return loop
+
+
+def asyncio_protocol(loop_module: str, service: str, folder: Path) -> None:
+    class Echo(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+
+        def data_received(self, data: bytes) -> None:
+            self.transport.write(data)
+
+    class Answering(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+            self.answer = ANSWERS[service]()
+
+        def data_received(self, data: bytes) -> None:
+            if answer := self.answer(data):
+                self.transport.write(answer)
+
+    class EchoDatagrams(asyncio.DatagramProtocol):
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+
+        def datagram_received(self, data: bytes, addr: Any) -> None:
+            self.transport.sendto(data, addr)
+
+    loop = new_loop(loop_module)
+
+    async def start() -> Any:
+        if service == "udp":
+            where = ("127.0.0.1", 0)
+            transport, _ = await loop.create_datagram_endpoint(
+                EchoDatagrams, local_addr=where
+            )
+            return transport.get_extra_info("sockname")
+        server = await loop.create_server(
+            Answering if service in ANSWERS else Echo,
+            "127.0.0.1",
+            0,
+            backlog=BACKLOG,
+            ssl=tls_context(service, folder),
+        )
+        return server.sockets[0].getsockname()
+
+    if service == "timers":
+        turn_timers(loop.call_later, loop.stop)
+    else:
+        say(loop.run_until_complete(start())[1])
+    loop.run_forever()
+
+
+def asyncio_streams(loop_module: str, service: str, folder: Path) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        echo = service not in ANSWERS
+        answer = bytes if echo else ANSWERS[service]()
+        while data := await reader.read(READ):
+            writer.write(data if echo else answer(data))
+            await writer.drain()
+        writer.close()
+
+    async def start() -> None:
+        server = await asyncio.start_server(
+            serve,
+            "127.0.0.1",
+            0,
+            backlog=BACKLOG,
+            ssl=tls_context(service, folder),
+        )
+        say(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    new_loop(loop_module).run_until_complete(start())
+
+
+def tls_context(service: str, folder: Path) -> ssl.SSLContext | None:
+    if service != "tls":
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.pem")
+    return context
+
+
+# No framework
+
+
+def bare_loop(service: str, folder: Path) -> None:
+    """The leanest loop that is still one: what Python itself costs."""
+    if service == "udp":
+        return bare_datagrams()
+    echo = service == "echo"
+    listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
+    listener.setblocking(False)
+    listening = listener.fileno()
+    poller = select.epoll()
+    poller.register(listening, select.EPOLLIN)
+    connections: dict[int, socket.socket] = {}
+    answers: dict[int, Callable[[bytes], bytes]] = {}
+    rests: dict[int, bytes] = {}
+    say(listener.getsockname()[1])
+    while True:
+        for number, _ in poller.poll():
+            if number == listening:
+                try:
+                    connection, _ = listener.accept()
+                except BlockingIOError:
+                    continue
+                connection.setblocking(False)
+                number = connection.fileno()
+                connections[number] = connection
+                if not echo:
+                    answers[number] = ANSWERS[service]()
+                poller.register(number, select.EPOLLIN)
+                continue
+            connection = connections[number]
+            answer = b""
+            try:
+                if number in rests:
+                    answer = rests.pop(number)
+                    poller.modify(number, select.EPOLLIN)
+                elif data := connection.recv(READ):
+                    answer = data if echo else answers[number](data)
+                else:
+                    raise ConnectionResetError
+                sent = connection.send(answer) if answer else 0
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                del connections[number]
+                answers.pop(number, None)
+                connection.close()
+                continue
+            if sent < len(answer):
+                rests[number] = answer[sent:]
+                poller.modify(number, select.EPOLLOUT)
+
+
+def bare_datagrams() -> None:
+    port = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    port.bind(("127.0.0.1", 0))
+    port.setblocking(False)
+    poller = select.epoll()
+    poller.register(port, select.EPOLLIN)
+    say(port.getsockname()[1])
+    while True:
+        poller.poll()
+        try:
+            while True:
+                data, address = port.recvfrom(READ)
+                port.sendto(data, address)
+        except BlockingIOError:
+            pass
+
+
+# The contenders
+
+TCP = frozenset({"echo", "sink", "source"})
+SERVICES = TCP | {"udp", "tls", "web", "timers"}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """
+    :ivar what: what it is, for a reader of the tables.
+    :ivar serve: serves a service; None where that is done in C.
+    :ivar needs: the module without which it is left out.
+    :ivar most: how many connections it can have, if not as many as the system.
+    """
+
+    what: str
+    serve: Callable[[str, Path], None] | None
+    services: frozenset[str] = SERVICES
+    needs: str = "twisted"
+    most: float = float("inf")
+
+    def missing(self) -> bool:
+        return importlib.util.find_spec(self.needs) is None
+
+
+def reactor(what: str, module: str, most: float = float("inf")) -> Contender:
+    return Contender(what, partial(twisted, module), needs=module, most=most)
+
+
+CONTENDERS = {
+    "rtsig": reactor("rtsig reactor", "twisted_rtsig.rtsigreactor"),
+    "rtsig-epoll": reactor("rtsig-epoll reactor", "twisted_rtsig.epollreactor"),
+    "epoll": reactor("Twisted's epoll reactor", "twisted.internet.epollreactor"),
+    "poll": reactor("Twisted's poll reactor", "twisted.internet.pollreactor"),
+    # Of 1,024 descriptors, a few are not connections.
+    "select": reactor(
+        "Twisted's select reactor", "twisted.internet.selectreactor", 1010
+    ),
+    "asyncio": reactor("Twisted's asyncio reactor", "twisted.internet.asyncioreactor"),
+    "asyncio-uvloop": Contender(
+        "Twisted's asyncio reactor on uvloop", twisted_on_uvloop, needs="uvloop"
+    ),
+    "protocol": Contender(
+        "asyncio.Protocol",
+        partial(asyncio_protocol, "asyncio"),
+        SERVICES - {"web"},
+        "asyncio",
+    ),
+    "protocol-uvloop": Contender(
+        "asyncio.Protocol on uvloop",
+        partial(asyncio_protocol, "uvloop"),
+        SERVICES - {"web"},
+        "uvloop",
+    ),
+    "streams": Contender(
+        "asyncio streams", partial(asyncio_streams, "asyncio"), TCP | {"tls"}, "asyncio"
+    ),
+    "streams-uvloop": Contender(
+        "asyncio streams on uvloop",
+        partial(asyncio_streams, "uvloop"),
+        TCP | {"tls"},
+        "uvloop",
+    ),
+    "python": Contender("bare Python epoll loop", bare_loop, TCP | {"udp"}, "select"),
+    "c": Contender("C epoll loop", None, TCP | {"udp"}, "select"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve as one of the contenders.")
+    parser.add_argument("contender", choices=CONTENDERS)
+    parser.add_argument("service", choices=sorted(SERVICES))
+    parser.add_argument("--folder", type=Path, default=Path())
+    options = parser.parse_args()
+    # End with whoever started this, however that ended.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    serve = CONTENDERS[options.contender].serve
+    if serve is None or options.service not in CONTENDERS[options.contender].services:
+        parser.error(f"{options.contender} does not serve {options.service} here")
+    serve(options.service, options.folder)
+
+
+if __name__ == "__main__":
+    main()
