@@ -31,9 +31,9 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks import report
-from benchmarks.servers import CONTENDERS
-from benchmarks.works import WORKS, Subject, Turn, Work, prepare
+import report
+from servers import CONTENDERS
+from works import WORKS, Subject, Turn, Work, prepare
 
 TURN = 0.2
 """Seconds, about."""

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
-from benchmarks.servers import CONTENDERS
-from benchmarks.works import WORKS
+from servers import CONTENDERS
+from works import WORKS
 
 YARDSTICK = "epoll"
 

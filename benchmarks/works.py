@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from benchmarks.servers import CONTENDERS, MIB
+from servers import CONTENDERS, MIB
 
 HERE = Path(__file__).parent
 PATIENCE = 30.0
