@@ -97,17 +97,13 @@ def sample(
 
 def environment() -> str:
     """Where it was measured."""
-    packages = []
+    kernel = platform.release().split("-")[0]
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    parts = [f"{platform.system()} {kernel} on {platform.machine()}", python]
     for name in ("Twisted", "uvloop"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            packages.append(f"{name} {importlib.metadata.version(name)}")
-    return ", ".join(
-        [
-            f"{platform.system()} {platform.release()} on {platform.machine()}",
-            f"{platform.python_implementation()} {platform.python_version()}",
-            *packages,
-        ]
-    )
+            parts.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(parts)
 
 
 def allow_many_descriptors(works: list[Work]) -> None:
@@ -132,45 +128,44 @@ def names_of(allowed: Mapping[str, object]) -> Callable[[str], list[str]]:
     return parse
 
 
-def positive(text: str) -> float:
-    number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
-    return number
-
-
 def parse() -> argparse.Namespace:
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     add = parser.add_argument
     add(
         "--work",
         type=names_of(WORKS),
-        metavar="NAME,…",
+        metavar="NAME,...",
         default=list(WORKS),
-        help="what is measured",
+        help="what is measured (all)",
     )
     add(
         "--contenders",
         type=names_of(CONTENDERS),
-        metavar="NAME,…",
+        metavar="NAME,...",
         default=list(CONTENDERS),
-        help="who is measured",
+        help="who is measured (all)",
     )
-    add("--rounds", type=int, metavar="N", default=5, help="how often")
+    add("--rounds", type=int, metavar="N", default=5, help="how often (5)")
     add(
         "--seconds",
-        type=positive,
+        type=float,
         metavar="N",
         default=1.0,
-        help="of each contender in a round",
+        help="of each contender in a round (1); wrk takes whole ones",
     )
-    add("--json", type=Path, metavar="FILE", default=SAVED, help="where all samples go")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        default=SAVED,
+        help="where all samples go (results/latest.json beside this file)",
+    )
     add("--list", action="store_true", help="list works and contenders")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.rounds < 1 or options.seconds <= 0:
+        parser.error("there is nothing to measure")
+    return options
 
 
 def list_all() -> None:
@@ -236,12 +231,12 @@ def main() -> int:
                 )
             )
     results = report.Results(samples)
-    print(f"{environment()}; {options.rounds} rounds of {options.seconds:g} s")
+    print(f"{environment()}. Rounds: {options.rounds}, of {options.seconds:g} s.")
     for name in results.works():
         print(f"\n## {name}: {WORKS[name].what}\n\n{report.table(results, name)}")
-    lines, good = report.judge(results)
-    if lines:
-        print(f"\n## Bars\n\n{lines}")
+    bars, good = report.judge(results)
+    if bars:
+        print(f"\n## Bars for rtsig\n\n{bars}")
     return 0 if good else 1
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -157,15 +157,21 @@ def median(spread: Spread | None, unit: str = "") -> str:
     return f"{figure(spread.median)}{unit}" if spread else "-"
 
 
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(
+        f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)
+    )
+
+
 def table(results: Results, work: str) -> str:
     """A table of all who did a work, in Markdown."""
     unit, idle = WORKS[work].unit, WORKS[work].idle
     plural = unit if unit == "MiB" else f"{unit}s"
-    head = ["contender", f"{plural}/s", f"CPU per {unit}", "times Twisted's epoll"]
-    head += ["p50", "p99"]
+    head = ["contender", f"{plural}/s", f"CPU per {unit}"]
+    head += ["times Twisted's epoll (quartiles)", "p50", "p99"]
     if idle:
         head += ["CPU without idle", "penalty", "memory per connection"]
-    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    rows = []
     for name in results.contenders(work):
         get = partial(results.spread, work, name)
         row = [CONTENDERS[name].what, median(get("rate")), median(get("cpu"), " µs")]
@@ -175,21 +181,23 @@ def table(results: Results, work: str) -> str:
             row.append(median(get("cpu", alone=True), " µs"))
             row += [str(get("penalty") or "-"), median(get("memory"), " B")]
         rows.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(head, rows)
 
 
 def judge(results: Results) -> tuple[str, bool]:
-    """A line for each bar whose figures are there; whether all are met."""
-    lines, good = [], True
+    """A table of the bars whose figures are there; whether all are met."""
+    rows, all_met = [], True
     for bar in BARS:
         times = results.times(bar.work, bar.contender, bar.against, bar.measure)
         if times is None:
             continue
         met = times.median >= bar.least
-        good = good and met
-        lines.append(
-            f"{bar.work}, {MEASURES[bar.measure]}: {bar.contender} is {times} times as "
-            f"good as {bar.against}; at least {bar.least:.2f} wanted: "
-            + ("good." if met else "MISSED.")
+        all_met = all_met and met
+        rows.append(
+            (
+                *(bar.work, MEASURES[bar.measure], CONTENDERS[bar.against].what),
+                *(str(times), f"{bar.least:.2f}", "good" if met else "MISSED"),
+            )
         )
-    return "\n".join(lines), good
+    head = ("work", "of", "times less than", "measured (quartiles)", "at least", "")
+    return markdown(head, rows) if rows else "", all_met

@@ -21,7 +21,7 @@ from servers import CONTENDERS, MIB
 
 HERE = Path(__file__).parent
 PATIENCE = 30.0
-"""Seconds after which a process is given up."""
+"""Seconds after which a process that has closed its output is given up."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Process:
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait(PATIENCE)
-            raise RuntimeError(f"{self._command} has ended with {status}")
+            raise SystemExit(f"{self._command} has ended with status {status}.")
         return line
 
     def cpu(self) -> float:
@@ -299,7 +299,7 @@ class Subject:
         turn: Turn = json.loads(told)
         turn["cpu"] = self._server.cpu() - before
         if turn.get("errors"):
-            raise RuntimeError(f"{self.contender}: wrk has seen errors: {told}")
+            raise SystemExit(f"{self.contender}: wrk has seen errors: {told}")
         return turn
 
     def _wrk(self, seconds: float) -> str:

@@ -1,0 +1,155 @@
+"""
+Draw what compare.py has measured, as SVG for README and docs.
+
+    python benchmarks/draw.py [RESULTS] [--folder FOLDER]
+
+speed.svg   how many times less CPU than Twisted's epoll reactor a request takes
+cost.svg    the CPU that a request takes, in microseconds, of all contenders
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from report import YARDSTICK, Results, figure
+from servers import CONTENDERS
+from works import WORKS
+
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+except ImportError:
+    raise SystemExit("There is no matplotlib: pip install -e '.[bench]'") from None
+
+HERE = Path(__file__).parent
+PUBLISHED = HERE / "results" / "published.json"
+
+# Readable on white as well as on black.
+INK = "#7d8590"
+SPEED = {
+    "rtsig": "#e8590c",
+    "rtsig-epoll": "#f2a65a",
+    "python": "#4c8dd6",
+    "protocol-uvloop": "#8bb8e8",
+}
+COST_WORKS = ("echo-100", "echo-idle", "connect")
+OURS = ("rtsig", "rtsig-epoll")
+
+STYLE = {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "svg.fonttype": "none",
+    # The same picture from the same results.
+    "svg.hashsalt": "twisted-rtsig",
+}
+
+
+def plain(axes: Any) -> None:
+    """No more lines than needed."""
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+
+
+def draw_speed(results: Results) -> Figure:
+    works = [
+        work
+        for work in results.works()
+        if any(results.times(work, name, YARDSTICK) for name in OURS)
+    ]
+    names = [
+        name
+        for name in SPEED
+        if any(results.times(work, name, YARDSTICK) for work in works)
+    ]
+    thickness = 0.8 / max(1, len(names))
+    drawn = Figure(figsize=(7.5, 1.2 + 0.2 * len(names) * len(works)))
+    axes = drawn.subplots()
+    for place, name in enumerate(names):
+        spreads = {
+            row: spread
+            for row, work in enumerate(works)
+            if (spread := results.times(work, name, YARDSTICK))
+        }
+        medians = [spread.median for spread in spreads.values()]
+        below = [spread.median - spread.low for spread in spreads.values()]
+        above = [spread.high - spread.median for spread in spreads.values()]
+        axes.barh(
+            [row - 0.4 + (place + 0.5) * thickness for row in spreads],
+            medians,
+            thickness,
+            xerr=[below, above],
+            color=SPEED[name],
+            error_kw={"ecolor": INK, "elinewidth": 1},
+            label=CONTENDERS[name].what,
+        )
+    axes.axvline(1, color=INK, linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(works)), [WORKS[work].what for work in works])
+    axes.set_xlabel(
+        "times less CPU than Twisted's epoll reactor (dashed); quartiles of the rounds"
+    )
+    axes.legend(
+        frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0
+    )
+    plain(axes)
+    return drawn
+
+
+def draw_cost(results: Results) -> Figure:
+    works = [work for work in COST_WORKS if work in results.works()]
+    works = works or results.works()[:1]
+    names = [
+        name
+        for name in CONTENDERS
+        if any(name in results.contenders(work) for work in works)
+    ]
+    drawn = Figure(figsize=(2.2 + 2.7 * len(works), 1 + 0.24 * len(names)))
+    for place, work in enumerate(works):
+        axes = drawn.add_subplot(1, len(works), place + 1)
+        costs = [results.spread(work, name, "cpu") for name in names]
+        bars = axes.barh(
+            range(len(names)),
+            [cost.median if cost else 0 for cost in costs],
+            color=[SPEED["rtsig"] if name in OURS else INK for name in names],
+        )
+        labels = [figure(cost.median) if cost else "" for cost in costs]
+        axes.bar_label(bars, labels, padding=3)
+        axes.set_yticks(
+            range(len(names)),
+            ["" if place else CONTENDERS[name].what for name in names],
+        )
+        axes.set_xticks([])
+        axes.margins(x=0.2)
+        axes.set_title(f"{work}: µs of CPU per {WORKS[work].unit}", loc="left")
+        plain(axes)
+        axes.spines["bottom"].set_visible(False)
+    return drawn
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("results", nargs="?", type=Path, default=PUBLISHED)
+    parser.add_argument("--folder", type=Path, default=HERE.parent / "docs")
+    options = parser.parse_args()
+    results = Results.load(options.results)
+    matplotlib.rcParams.update(STYLE)
+    for name, draw in (("speed", draw_speed), ("cost", draw_cost)):
+        file = options.folder / f"{name}.svg"
+        draw(results).savefig(
+            file, transparent=True, bbox_inches="tight", metadata={"Date": None}
+        )
+        print(file)
+
+
+if __name__ == "__main__":
+    main()

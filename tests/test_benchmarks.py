@@ -1,0 +1,68 @@
+"""The benchmarks run: tiny measurements, through real sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+WORKS = ["echo-1", "connect", "timers"]
+CONTENDERS = ["rtsig", "epoll", "python", "c"]
+
+Measured = tuple[subprocess.CompletedProcess[str], Path]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """A run of compare.py, and the file of its samples."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the benchmarks are for Linux")
+    if not shutil.which(os.environ.get("CC") or "cc"):
+        pytest.skip("there is no C compiler for the client of the benchmarks")
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("the benchmarks need two cores")
+    file = tmp_path_factory.mktemp("results") / "results.json"
+    options = {
+        "--work": ",".join(WORKS),
+        "--contenders": ",".join(CONTENDERS),
+        "--rounds": "1",
+        "--seconds": "0.02",
+        "--json": str(file),
+    }
+    command = [sys.executable, str(BENCHMARKS / "compare.py")]
+    command += [each for option in options.items() for each in option]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60), file
+
+
+def test_compare(measured: Measured) -> None:
+    run, file = measured
+    # Whether so short a measurement meets the bars is luck.
+    assert run.returncode == ("MISSED" in run.stdout), run.stderr
+    samples: list[dict[str, Any]] = json.loads(file.read_text())["samples"]
+    done = {(each["work"], each["contender"]) for each in samples if each["cpu"] > 0}
+    assert done == {
+        *((work, name) for work in WORKS[:2] for name in CONTENDERS),
+        *(("timers", name) for name in CONTENDERS[:2]),
+    }
+    cpu = {
+        each["contender"]: each["cpu"] for each in samples if each["work"] == "echo-1"
+    }
+    assert f"| {cpu['epoll'] / cpu['rtsig']:.2f} (" in run.stdout
+    for work in WORKS:
+        assert f"## {work}: " in run.stdout
+
+
+def test_draw(measured: Measured, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _, file = measured
+    command = [sys.executable, str(BENCHMARKS / "draw.py"), str(file)]
+    subprocess.run([*command, "--folder", str(tmp_path)], check=True, timeout=60)
+    for name in ("speed.svg", "cost.svg"):
+        assert "rtsig reactor" in (tmp_path / name).read_text()
