@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import resource
@@ -37,8 +36,6 @@ from works import WORKS, Subject, Turn, Work, prepare
 
 TURN = 0.2
 """Seconds, about."""
-
-SAVED = Path(__file__).parent / "results" / "latest.json"
 
 
 def say(line: str) -> None:
@@ -87,8 +84,8 @@ def sample(
         "round": round_,
         "contender": subject.contender,
         "idle": subject.idle,
-        "rate": requests / sum(turn["elapsed"] for turn in turns),
-        "cpu": sum(turn["cpu"] for turn in turns) / requests * 1e6,
+        "rate": round(requests / sum(turn["elapsed"] for turn in turns), 1),
+        "cpu": round(sum(turn["cpu"] for turn in turns) / requests * 1e6, 4),
         "p50": statistics.median(halves) if halves else None,
         "p99": statistics.median(tails) if tails else None,
         "memory": subject.memory,
@@ -158,7 +155,7 @@ def parse() -> argparse.Namespace:
         "--json",
         type=Path,
         metavar="FILE",
-        default=SAVED,
+        default=report.LATEST,
         help="where all samples go (results/latest.json beside this file)",
     )
     add("--list", action="store_true", help="list works and contenders")
@@ -202,6 +199,10 @@ def main() -> int:
     chosen = [WORKS[name] for name in works]
     allow_many_descriptors(chosen)
 
+    about = (
+        f"{environment()}. Rounds: {options.rounds}, of {options.seconds:g} s for each "
+        "contender."
+    )
     samples: list[report.Sample] = []
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
@@ -218,26 +219,8 @@ def main() -> int:
                     for each in measured
                 )
                 say(f"{name}, round {round_} of {options.rounds}, CPU in µs: {costs}")
-            options.json.parent.mkdir(exist_ok=True)
-            options.json.write_text(
-                json.dumps(
-                    {
-                        "environment": environment(),
-                        "rounds": options.rounds,
-                        "seconds": options.seconds,
-                        "samples": samples,
-                    },
-                    indent=1,
-                )
-            )
-    results = report.Results(samples)
-    print(f"{environment()}. Rounds: {options.rounds}, of {options.seconds:g} s.")
-    for name in results.works():
-        print(f"\n## {name}: {WORKS[name].what}\n\n{report.table(results, name)}")
-    bars, good = report.judge(results)
-    if bars:
-        print(f"\n## Bars for rtsig\n\n{bars}")
-    return 0 if good else 1
+                report.save(options.json, about, samples)
+    return 0 if report.tell(options.json) else 1
 
 
 if __name__ == "__main__":

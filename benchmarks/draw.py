@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from report import YARDSTICK, Results, figure
+from report import PUBLISHED, YARDSTICK, Results, figure, load
 from servers import CONTENDERS
 from works import WORKS
 
@@ -23,8 +23,7 @@ try:
 except ImportError:
     raise SystemExit("There is no matplotlib: pip install -e '.[bench]'") from None
 
-HERE = Path(__file__).parent
-PUBLISHED = HERE / "results" / "published.json"
+DOCS = Path(__file__).parent.parent / "docs"
 
 # Readable on white as well as on black.
 INK = "#7d8590"
@@ -139,9 +138,9 @@ def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("results", nargs="?", type=Path, default=PUBLISHED)
-    parser.add_argument("--folder", type=Path, default=HERE.parent / "docs")
+    parser.add_argument("--folder", type=Path, default=DOCS)
     options = parser.parse_args()
-    results = Results.load(options.results)
+    results = load(options.results)
     matplotlib.rcParams.update(STYLE)
     for name, draw in (("speed", draw_speed), ("cost", draw_cost)):
         file = options.folder / f"{name}.svg"

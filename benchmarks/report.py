@@ -1,14 +1,20 @@
 """
 What the samples say: one table for each work, and whether the bars are met.
 
+    python benchmarks/report.py [RESULTS]
+
+says it of what compare.py has saved.
+
 Every ratio is taken within a round, of figures measured side by side, and only
 then are the median and the quartiles taken over the rounds.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +23,11 @@ from typing import Any, TypedDict
 
 from servers import CONTENDERS
 from works import WORKS
+
+RESULTS = Path(__file__).parent / "results"
+LATEST = RESULTS / "latest.json"
+PUBLISHED = RESULTS / "published.json"
+"""What README and docs quote."""
 
 YARDSTICK = "epoll"
 
@@ -95,17 +106,14 @@ class Spread:
 
 
 class Results:
-    def __init__(self, samples: Iterable[Sample]) -> None:
+    def __init__(self, about: str, samples: Iterable[Sample]) -> None:
+        self.about = about
         self._samples: dict[tuple[str, str], dict[tuple[int, bool], Sample]] = {}
         for sample in samples:
             by_round = self._samples.setdefault(
                 (sample["work"], sample["contender"]), {}
             )
             by_round[sample["round"], bool(sample["idle"])] = sample
-
-    @classmethod
-    def load(cls, file: Path) -> Results:
-        return cls(json.loads(file.read_text())["samples"])
 
     def works(self) -> list[str]:
         return [
@@ -148,6 +156,17 @@ class Results:
         return Spread(ratios) if ratios else None
 
 
+def save(file: Path, about: str, samples: list[Sample]) -> None:
+    lines = ",\n".join(json.dumps(sample) for sample in samples)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f'{{"about": {json.dumps(about)}, "samples": [\n{lines}\n]}}\n')
+
+
+def load(file: Path) -> Results:
+    saved = json.loads(file.read_text())
+    return Results(saved["about"], saved["samples"])
+
+
 def figure(value: float) -> str:
     digits = 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:,.{digits}f}"
@@ -185,7 +204,7 @@ def table(results: Results, work: str) -> str:
 
 
 def judge(results: Results) -> tuple[str, bool]:
-    """A table of the bars whose figures are there; whether all are met."""
+    """A table of the bars whose figures are there, and whether all are met."""
     rows, all_met = [], True
     for bar in BARS:
         times = results.times(bar.work, bar.contender, bar.against, bar.measure)
@@ -201,3 +220,26 @@ def judge(results: Results) -> tuple[str, bool]:
         )
     head = ("work", "of", "times less than", "measured (quartiles)", "at least", "")
     return markdown(head, rows) if rows else "", all_met
+
+
+def tell(file: Path) -> bool:
+    """Print what the samples in a file say; whether all bars are met."""
+    results = load(file)
+    print(results.about)
+    for work in results.works():
+        print(f"\n## {work}: {WORKS[work].what}\n\n{table(results, work)}")
+    bars, met = judge(results)
+    if bars:
+        print(f"\n## Bars for rtsig\n\n{bars}")
+    return met
+
+
+def main() -> int:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("results", nargs="?", type=Path, default=PUBLISHED)
+    return 0 if tell(parser.parse_args().results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -192,7 +192,8 @@ class Process:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         if question is not None:
-            print(question, file=self._process.stdin, flush=True)
+            with contextlib.suppress(BrokenPipeError):
+                print(question, file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait(PATIENCE)
@@ -260,35 +261,30 @@ class Subject:
         if CONTENDERS[self.contender].serve is None:
             return [str(self._folder / "echo"), self._work.service]
         return [
-            sys.executable,
-            str(HERE / "servers.py"),
-            self.contender,
-            self._work.service,
-            "--folder",
-            str(self._folder),
+            *(sys.executable, str(HERE / "servers.py")),
+            *(self.contender, self._work.service, "--folder", str(self._folder)),
         ]
+
+    def _client_command(self) -> list[str]:
+        arguments = [str(each) for each in self._work.arguments]
+        if self._work.client == "tls":
+            return [sys.executable, str(HERE / "tls_load.py"), self._port, *arguments]
+        kind, *sizes = arguments
+        load = str(self._folder / "load")
+        return [load, kind, self._port, *sizes, str(self.idle)]
 
     def connect(self) -> None:
         """Once the server is there: start the client, and all connections."""
         self._port = self._server.answer().strip()
-        before = self._server.memory()
-        arguments = [str(each) for each in self._work.arguments]
-        if self._work.client == "load":
-            kind, *sizes = arguments
-            program = [str(self._folder / "load"), kind, self._port, *sizes]
-            self._client = Process(self._stack, [*program, str(self.idle)])
-        elif self._work.client == "tls":
-            program = [sys.executable, str(HERE / "tls_load.py"), self._port]
-            self._client = Process(self._stack, [*program, *arguments])
-        elif self._work.client == "":
+        if not self._work.client:
             self._client = self._server
-            return
-        else:
-            return
-        self._client.answer()
-        if self.idle:
-            connections = self._work.connections + self.idle
-            self.memory = (self._server.memory() - before) / connections
+        elif self._work.client != "wrk":
+            before = self._server.memory()
+            self._client = Process(self._stack, self._client_command())
+            self._client.answer()
+            if self.idle:
+                connections = self._work.connections + self.idle
+                self.memory = (self._server.memory() - before) / connections
 
     def take_turn(self, seconds: float) -> Turn:
         before = self._server.cpu()
