@@ -8,7 +8,6 @@ The subclasses are a few lines each: they choose the notifier.
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from zope.interface import implementer
 
 from twisted_rtsig.engine.streams import (
     NOT_WRITING,
+    ONE_CHUNK,
     QUEUED,
     REGISTERED,
     Stream,
@@ -66,7 +66,9 @@ class EngineReactor(StreamReactor):
         self._writing: dict[Any, Registration] = {}
         self._unchecked: dict[Registration, int] = {}
         # Streams with something to send at the end of the pass, in order.
-        self._queued: deque[Stream] = deque()
+        self._queued: list[Stream] = []
+        # Those of the pass under way, the next one last.
+        self._sending: list[Stream] = []
         # What the pass under way has not come to yet.
         self._plain_input: Iterator[Registration] = iter(())
         self._events: Iterator[Event] = iter(())
@@ -124,7 +126,11 @@ class EngineReactor(StreamReactor):
 
     def getWriters(self) -> list[Any]:
         """All writers, also those that only wait for the end of the pass."""
-        queued = [each for each in self._queued if each.write_state == QUEUED]
+        queued = [
+            each
+            for each in (*self._sending, *self._queued)
+            if each.write_state in (ONE_CHUNK, QUEUED)
+        ]
         return [*self._writing, *dict.fromkeys(queued)]
 
     # Streams
@@ -135,12 +141,12 @@ class EngineReactor(StreamReactor):
         if registration is not None:
             self._mark_unchecked(registration, READ)
 
-    def write_soon(self, stream: Stream) -> None:
+    def write_soon(self, stream: Stream, state: int) -> None:
         """
         Call C{stream.doWrite} at the end of the pass, whether the kernel has
         room or not, unless it waits for room already.
         """
-        stream.write_state = QUEUED
+        stream.write_state = state
         self._queued.append(stream)
         if self._waiting:
             self.wakeUp()
@@ -175,7 +181,9 @@ class EngineReactor(StreamReactor):
 
     def _begin(self, descriptor: int, newcomer: Any, *others: Any) -> Registration:
         if isinstance(newcomer, Stream) and not others:
-            registration = Registration(descriptor, newcomer.origin, True)
+            registration = Registration(
+                descriptor, newcomer.origin, newcomer.tells_drained
+            )
         else:
             registration = Registration(descriptor)
         self._notifier.watch(registration)
@@ -310,6 +318,9 @@ class EngineReactor(StreamReactor):
     def _check_all_again(self) -> None:
         for registration in self._registrations.values():
             self._mark_unchecked(registration, registration.interest)
+            stream = registration.reader
+            if isinstance(stream, Stream) and stream.connected:
+                stream.startWriting()
 
     def _check_rest_again(self) -> None:
         """No event will tell of these any more: they were not dispatched."""
@@ -327,50 +338,79 @@ class EngineReactor(StreamReactor):
         context.call({log.ILogContext: fields}, function, fields)
 
     def _dispatch_all(self, fields: LogContext) -> None:
-        # The shortest way, since nearly everything goes it.
-        for registration in self._plain_input:
-            stream = registration.reader
-            if stream is None:
-                continue
-            fields["system"] = stream.logstr
-            try:
-                why = stream.doRead()
-            except BaseException:
-                why = sys.exc_info()[1]
-                log.err()
-            if why:
-                self._disconnect(stream, why, True)
+        self._read_plain_input(fields)
         for registration, ready, disarmed in self._events:
             self._dispatch(fields, registration, ready, disarmed)
         if self._queued:
             self._send_queued(fields)
 
-    def _send_queued(self, fields: LogContext) -> None:
-        """Each of those that are queued now; some may queue up again."""
-        queued = self._queued
-        for _ in range(len(queued)):
-            # A pass inside of this one may have taken the rest.
-            if not queued:
-                break
-            stream = queued.popleft()
-            # Unless an earlier one has disconnected it, say.
-            if stream.write_state != QUEUED:
+    def _read_plain_input(self, fields: LogContext) -> None:
+        # Nearly everything goes through here and through _send_queued, so that
+        # they are kept short: C{doRead} is written out.
+        for registration in self._plain_input:
+            stream = registration.reader
+            if stream is None:
                 continue
-            try:
-                stream.write_state = NOT_WRITING
-                fields["system"] = stream.logstr
+            fields["system"] = stream.logstr
+            if stream.reads_by_recv:
+                size = stream.bufferSize
                 try:
-                    why = stream.doWrite()
+                    data = stream.socket.recv(size)
+                except OSError as error:
+                    why = stream.why_lost(error)
+                else:
+                    if len(data) == size:
+                        self.look_again(stream)
+                    try:
+                        if data:
+                            stream.protocol.dataReceived(data)
+                            continue
+                        why = CONNECTION_DONE
+                    except BaseException:
+                        why = sys.exc_info()[1]
+                        log.err()
+            else:
+                try:
+                    why = stream.doRead()
                 except BaseException:
                     why = sys.exc_info()[1]
                     log.err()
-                if why:
-                    self._disconnect(stream, why, False)
+            if why:
+                self._disconnect(stream, why, True)
+
+    def _send_queued(self, fields: LogContext) -> None:
+        """Each of those that are queued now; some may queue up again."""
+        sending = self._sending
+        # Below what the pass around this one, if any, has not come to yet.
+        sending[:0] = reversed(self._queued)
+        self._queued.clear()
+        while sending:
+            stream = sending.pop()
+            if stream.write_state == ONE_CHUNK:
+                data = stream.dataBuffer
+                sent = 0
+                if len(data) <= stream.SEND_LIMIT:
+                    try:
+                        sent = stream.socket.send(data)
+                    except Exception:
+                        sent = 0  # doWrite meets the error again.
+                if sent == len(data):
+                    stream.dataBuffer = b""
+                    stream.write_state = NOT_WRITING
+                    continue
+                stream.offset = sent
+            elif stream.write_state != QUEUED:
+                # An earlier one has disconnected it, say.
+                continue
+            stream.write_state = NOT_WRITING
+            fields["system"] = stream.logstr
+            try:
+                why = stream.doWrite()
             except BaseException:
-                # KeyboardInterrupt out of a signal handler.
-                if stream.connected:
-                    self.write_soon(stream)
-                raise
+                why = sys.exc_info()[1]
+                log.err()
+            if why:
+                self._disconnect(stream, why, False)
 
     def _dispatch(
         self, fields: LogContext, registration: Registration, ready: int, disarmed: int

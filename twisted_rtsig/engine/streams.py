@@ -26,48 +26,61 @@ from twisted.internet.abstract import FileDescriptor
 from twisted.internet.error import ConnectionFdescWentAway, UnsupportedAddressFamily
 from twisted.internet.main import CONNECTION_LOST
 from twisted.internet.posixbase import PosixReactorBase, unixEnabled
+from twisted.python.versions import Version
 
+from twisted import version  # type: ignore[attr-defined]
 from twisted_rtsig.engine.registration import Origin
 
 if TYPE_CHECKING:
     from twisted_rtsig.engine.reactor import EngineReactor
 
 
-# As Twisted has it: ENOBUFS is what some systems say when a queue is full.
-_FULL = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.ENOBUFS})
+# Some systems say ENOBUFS when there is no room.
+_LATER = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.ENOBUFS})
 
+# Until Twisted 26.10 the result of dataReceived had a meaning, though a
+# deprecated one; then doRead, which knows it, must be called.
+_RESULT_IGNORED = version >= Version("Twisted", 26, 10, 0)
 
-def _why_lost(error: OSError) -> Exception:
-    if error.errno == errno.EBADF:
-        return ConnectionFdescWentAway("File descriptor lost")
-    return CONNECTION_LOST
-
-
-# How a stream is known to the reactor as a writer.
-NOT_WRITING, QUEUED, REGISTERED = range(3)
+# What a stream is to the reactor as a writer.
+NOT_WRITING = 0
+ONE_CHUNK = 1
+"""At the end of the pass C{dataBuffer} is to be sent, and that is all there is."""
+QUEUED = 2
+"""At the end of the pass C{doWrite} is to be called."""
+REGISTERED = 3
+"""It waits for a write event."""
+ABORTED = 4
+"""What is written goes nowhere, though it may still be connected."""
 
 
 class Stream(tcp.Connection):
     """
     A stream connection; goes before the class of Twisted's that it changes.
 
+    The engine reads and sends by itself in the simplest cases (one plain event,
+    one chunk), in the same way as C{doRead} and C{doWrite} do.
+
     :cvar origin: who may hold its open file description.
-    :ivar write_state: C{QUEUED} until the end of the pass, or C{REGISTERED}
-        for write events, or C{NOT_WRITING}.  Only the reactor changes it.
+    :ivar reads_by_recv: all that C{doRead} does is recv(2) and C{dataReceived}.
+    :ivar write_state: what it is to the reactor as a writer.
     """
 
     # What each request looks at.  Twisted has most of these as attributes of
     # the class until they are set, which take longer to find than slots.
     __slots__ = (
+        "SEND_LIMIT",
         "TLS",
         "_writeDisconnected",
         "_writeDisconnecting",
+        "bufferSize",
         "connected",
         "dataBuffer",
         "disconnecting",
         "offset",
         "producer",
         "reactor",
+        "reads_by_recv",
         "write_state",
     )
 
@@ -75,54 +88,71 @@ class Stream(tcp.Connection):
     reactor: EngineReactor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.SEND_LIMIT = tcp.Connection.SEND_LIMIT
         self.TLS = False
         self._writeDisconnected = False
         self._writeDisconnecting = False
+        self.bufferSize = tcp.Connection.bufferSize
         self.connected = 0
         self.dataBuffer = b""
         self.disconnecting = 0
         self.offset = 0
         self.producer = None
+        self.reads_by_recv = _RESULT_IGNORED
         self.write_state = NOT_WRITING
         super().__init__(*args, **kwargs)
 
+    @property
+    def tells_drained(self) -> bool:
+        """C{doRead} is that of this module, which looks again after a full read."""
+        return True
+
     def doRead(self) -> Any:
         """As ``tcp.Connection.doRead``."""
-        size = 65536
         try:
-            data = self.socket.recv(size)
-        except BlockingIOError:
-            return None
+            data = self.socket.recv(self.bufferSize)
         except OSError as error:
-            return _why_lost(error)
-        if len(data) == size:
+            return self.why_lost(error)
+        if len(data) == self.bufferSize:
             self.reactor.look_again(self)
-        if data:
-            self.protocol.dataReceived(data)
-            return None
         return self._dataReceived(data)
+
+    def why_lost(self, error: OSError) -> Exception | None:
+        """What C{doRead} and C{doWrite} return after an error; None to go on."""
+        if error.errno in _LATER:
+            return None
+        if error.errno == errno.EBADF:
+            return ConnectionFdescWentAway("File descriptor lost")
+        return CONNECTION_LOST
 
     def write(self, data: bytes) -> None:
         """As ``ITransport.write``."""
-        if self.TLS or self.producer is not None or data.__class__ is not bytes:
+        if self.TLS or self.producer is not None or type(data) is not bytes:
             super().write(data)
         elif data and self.connected and not self._writeDisconnected:
-            if self.dataBuffer or self._tempDataLen:
+            if self.write_state or self.dataBuffer or self._tempDataLen:
                 self._tempDataBuffer.append(data)
                 self._tempDataLen += len(data)
+                self.startWriting()
             else:
                 self.dataBuffer = data
-            if not self.write_state:
-                self.reactor.write_soon(self)
+                self.reactor.write_soon(self, ONE_CHUNK)
 
     def startWriting(self) -> None:
         """Have ``doWrite`` called at the end of the pass."""
-        if self.connected:
-            if not self.write_state:
-                self.reactor.write_soon(self)
-        else:
+        if not self.connected:
             # Not before the kernel says so: the connection is being made.
             self.reactor.addWriter(self)
+        elif self.write_state == NOT_WRITING:
+            self.reactor.write_soon(self, QUEUED)
+        elif self.write_state == ONE_CHUNK:
+            self.write_state = QUEUED
+
+    def abortConnection(self) -> None:
+        """As ``IAbortingTransport.abortConnection``."""
+        super().abortConnection()
+        if self.connected:
+            self.write_state = ABORTED
 
     def doWrite(self) -> Any:
         """As ``FileDescriptor.doWrite``, for a writer that may be queued."""
@@ -133,22 +163,16 @@ class Stream(tcp.Connection):
             try:
                 sent = self.socket.send(data)
             except OSError as error:
-                if error.errno not in _FULL:
-                    return _why_lost(error)
+                why = self.why_lost(error)
+                if why is not None:
+                    return why
                 sent = 0
             if sent < len(data):
                 self.offset = sent
                 self.reactor.addWriter(self)
                 return None
             self.dataBuffer = b""
-        if (
-            self.producer is not None
-            or self.disconnecting
-            or self._writeDisconnecting
-            or self.write_state
-        ):
-            return self._wrote_all()
-        return None
+        return self._wrote_all()
 
     def _write_part(self) -> Any:
         limit = self.SEND_LIMIT
@@ -162,8 +186,9 @@ class Stream(tcp.Connection):
         try:
             sent = start + self.socket.send(memoryview(data)[start:end])
         except OSError as error:
-            if error.errno not in _FULL:
-                return _why_lost(error)
+            why = self.why_lost(error)
+            if why is not None:
+                return why
             sent = start
         if sent < len(data) or self._tempDataLen:
             self.dataBuffer = data
@@ -205,6 +230,11 @@ class AdoptedTCPServer(TCPServer):
 class TCPClient(Stream, tcp.Client):
     """A TCP connection that the reactor makes."""
 
+    @property
+    def tells_drained(self) -> bool:
+        """While it connects, C{doRead} is another."""
+        return bool(self.connected)
+
 
 class TCPPort(tcp.Port):
     """A listening TCP port."""
@@ -231,6 +261,11 @@ if unixEnabled:
         """A UNIX stream connection, which carries descriptors as well."""
 
         origin = Origin.OWN_UNIX
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.reads_by_recv = False
+
         # What unix._SendmsgMixin has.
         _sendmsgQueue: list[int]
         _ancillaryLevelSOLSOCKETTypeSCMRIGHTS: Callable[[bytes], None]
@@ -241,10 +276,8 @@ if unixEnabled:
                 data, ancillary, _, _ = self.socket.recvmsg(
                     self.bufferSize, _ANCILLARY_BYTES
                 )
-            except BlockingIOError:
-                return None
             except OSError as error:
-                return _why_lost(error)
+                return self.why_lost(error)
             # A message with ancillary data ends the read, whatever follows it.
             if ancillary or len(data) == self.bufferSize:
                 self.reactor.look_again(self)
@@ -284,6 +317,11 @@ if unixEnabled:
 
     class UNIXClient(UNIXStream, unix.Client):
         """A UNIX connection that the reactor makes."""
+
+        @property
+        def tells_drained(self) -> bool:
+            """While it connects, C{doRead} is another."""
+            return bool(self.connected)
 
     class UNIXPort(unix.Port):
         """A listening UNIX port."""

@@ -282,11 +282,12 @@ class RealtimeSignalNotifier:
         self._signals += len(descriptors)
         registrations = self._registrations
         count = len(descriptors)
+        named = set(descriptors)
         if (
             # Nothing but plain input, one signal for each: nearly always.
-            bands.count(PLAIN_INPUT) == count == len(set(descriptors))
+            bands.count(PLAIN_INPUT) == count == len(named)
             and not ready
-            and self._polled.keys().isdisjoint(descriptors)
+            and named.isdisjoint(self._polled)
         ):
             try:
                 return list(map(registrations.__getitem__, descriptors))
