@@ -14,6 +14,7 @@ from typing import Any
 from twisted.internet.error import ConnectionFdescWentAway
 from twisted.internet.interfaces import IReactorDaemonize, IReactorFDSet
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
+from twisted.logger import Logger
 from twisted.python import context, log
 from zope.interface import implementer
 
@@ -38,6 +39,9 @@ from twisted_rtsig.notifiers import (
 _LOST = "File descriptor lost"
 
 LogContext = dict[Any, Any]
+
+# What Twisted's main loop logs to.
+_log = Logger(namespace="twisted.internet.base")
 
 
 @implementer(IReactorFDSet, IReactorDaemonize)
@@ -73,6 +77,9 @@ class EngineReactor(StreamReactor):
         self._plain_input: Iterator[Registration] = iter(())
         self._events: Iterator[Event] = iter(())
         self._waiting = False
+        self._dispatching = False
+        # Of the main loop, while it calls doIteration.
+        self._fields: LogContext | None = None
         super().__init__()
 
     # IReactorFDSet
@@ -282,38 +289,82 @@ class EngineReactor(StreamReactor):
 
     # The loop
 
+    def mainLoop(self) -> None:
+        """Run until stopped; then leave no trace in the process."""
+        try:
+            self._in_log_context(self._run_passes)
+        finally:
+            self._notifier.close()
+
+    def _in_log_context(self, function: Callable[..., None], *arguments: Any) -> None:
+        """
+        Do once for many calls what C{log.callWithLogger} does for each.
+
+        C{function} gets the fields, and sets C{"system"} before each call.
+        """
+        fields = {"system": "-", **context.get(log.ILogContext)}
+        context.call({log.ILogContext: fields}, function, fields, *arguments)
+
+    def _run_passes(self, fields: LogContext) -> None:
+        while self._started:
+            try:
+                while self._started:
+                    self.runUntilCurrent()
+                    delay = self.timeout()
+                    self._fields = fields
+                    self.doIteration(self.running and delay)
+            except BaseException:
+                _log.failure("Unexpected error in main loop.")
+        _log.info("Main loop terminated.")
+
     def doIteration(self, delay: float | None) -> None:
         """
         One pass: wait at most C{delay} seconds (None: for ever), then call
         whoever can read or write.
         """
-        # Somebody who was called in a pass may iterate the reactor.  Then what
-        # that pass has not come to yet is checked anew here.
-        self._check_rest_again()
+        fields, self._fields = self._fields, None
+        if fields is None:
+            # Not called by the main loop, but by iterate(): in any context.
+            self._in_log_context(self._pass, delay)
+        else:
+            self._pass(fields, delay)
+
+    def _pass(self, fields: LogContext, delay: float | None) -> None:
+        inside_another = self._dispatching
+        if inside_another:
+            # Somebody who was called in a pass iterates the reactor.  What that
+            # pass has not come to yet is checked anew here.
+            self._check_rest_again()
+        system = fields["system"]
         if self._queued:
-            self._with_log_context(self._send_queued)
+            self._send_queued(fields)
+            fields["system"] = system
             # Who was called may want another pass: by callLater, say.
             delay = 0
-        unchecked, self._unchecked = self._unchecked, {}
+        unchecked = self._unchecked
+        if unchecked:
+            self._unchecked = {}
         self._waiting = True
         try:
             plain_input, events = self._notifier.wait(delay, unchecked)
+            self._waiting = False
+            self._dispatching = True
+            self._plain_input = iter(plain_input)
+            self._events = iter(events)
+            self._read_plain_input(fields)
+            for registration, ready, disarmed in self._events:
+                self._dispatch(fields, registration, ready, disarmed)
+            if self._queued:
+                self._send_queued(fields)
         except BaseException:
-            # KeyboardInterrupt, say, out of a signal handler.  Nobody knows
-            # which events the notifier had in hand.
+            # KeyboardInterrupt out of a signal handler: nobody knows which
+            # events the notifier had in hand, and who was being called.
             self._check_all_again()
             raise
         finally:
             self._waiting = False
-        if plain_input or events or self._queued:
-            self._plain_input = iter(plain_input)
-            self._events = iter(events)
-            try:
-                self._with_log_context(self._dispatch_all)
-            except BaseException:
-                # Only KeyboardInterrupt comes here.
-                self._check_all_again()
-                raise
+            self._dispatching = inside_another
+            fields["system"] = system
 
     def _check_all_again(self) -> None:
         for registration in self._registrations.values():
@@ -328,21 +379,6 @@ class EngineReactor(StreamReactor):
             self._mark_unchecked(registration, registration.interest)
         for registration, _, _ in self._events:
             self._mark_unchecked(registration, registration.interest)
-
-    def _with_log_context(self, function: Callable[[LogContext], None]) -> None:
-        """
-        Do once for many calls what C{log.callWithLogger} does for each.
-        C{function} sets C{"system"} before it calls anybody.
-        """
-        fields = dict(context.get(log.ILogContext))
-        context.call({log.ILogContext: fields}, function, fields)
-
-    def _dispatch_all(self, fields: LogContext) -> None:
-        self._read_plain_input(fields)
-        for registration, ready, disarmed in self._events:
-            self._dispatch(fields, registration, ready, disarmed)
-        if self._queued:
-            self._send_queued(fields)
 
     def _read_plain_input(self, fields: LogContext) -> None:
         # Nearly everything goes through here and through _send_queued, so that
@@ -523,13 +559,6 @@ class EngineReactor(StreamReactor):
             # A reactor cannot be started a second time, say.
             self._notifier.close()
             raise
-
-    def mainLoop(self) -> None:
-        """Run until stopped; then leave no trace in the process."""
-        try:
-            super().mainLoop()
-        finally:
-            self._notifier.close()
 
     # IReactorDaemonize
 

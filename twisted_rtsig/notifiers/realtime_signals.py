@@ -239,11 +239,15 @@ class RealtimeSignalNotifier:
         if self._check_all:
             self._check_all = False
             unchecked = dict.fromkeys(self._registrations.values(), 0)
-        checking = self._poll_too(unchecked)
-        try:
-            polled = self._poll.poll(None if timeout is None else timeout * 1000)
-        finally:
-            self._poll_no_more(checking)
+        milliseconds = None if timeout is None else timeout * 1000
+        if unchecked:
+            checking = self._poll_too(unchecked)
+            try:
+                polled = self._poll.poll(milliseconds)
+            finally:
+                self._poll_no_more(checking)
+        else:
+            polled = self._poll.poll(milliseconds)
         self._waits += 1
         ready: dict[Registration, int] = {}
         plain: Sequence[Registration] = ()

@@ -244,8 +244,11 @@ class SignalQueue:
             size = os.readv(self.descriptor, self._buffers)
         except BlockingIOError:
             return [], [], False
-        end = size // _RECORD_BYTES * _RECORD_WORDS
         words = self._words
+        if size == _RECORD_BYTES:
+            band = words[_BAND]
+            return [words[_FD]], [band], not band and words[_SIGNO] == _SIGIO
+        end = size // _RECORD_BYTES * _RECORD_WORDS
         descriptors = words[_FD:end:_RECORD_WORDS].tolist()
         bands = words[_BAND:end:_RECORD_WORDS].tolist()
         # F_SETSIG: when the queue is full the kernel sends SIGIO instead, with
