@@ -8,7 +8,7 @@ The subclasses are a few lines each: they choose the notifier.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from twisted.internet.error import ConnectionFdescWentAway
@@ -73,8 +73,12 @@ class EngineReactor(StreamReactor):
         self._queued: list[Stream] = []
         # Those of the pass under way, the next one last.
         self._sending: list[Stream] = []
+        # Streams to be read from in the next pass, and the next, until there is
+        # nothing left.
+        self._read_on: list[Registration] = []
         # What the pass under way has not come to yet.
         self._plain_input: Iterator[Registration] = iter(())
+        self._reading_on: Iterator[Registration] = iter(())
         self._events: Iterator[Event] = iter(())
         self._waiting = False
         self._dispatching = False
@@ -344,14 +348,21 @@ class EngineReactor(StreamReactor):
         unchecked = self._unchecked
         if unchecked:
             self._unchecked = {}
+        read_on = self._read_on
+        if read_on:
+            self._read_on = []
+            delay = 0
         self._waiting = True
         try:
             plain_input, events = self._notifier.wait(delay, unchecked)
             self._waiting = False
             self._dispatching = True
             self._plain_input = iter(plain_input)
+            self._reading_on = iter(read_on)
             self._events = iter(events)
             self._read_plain_input(fields)
+            if read_on:
+                self._read_till_empty(fields, self._reading_on)
             for registration, ready, disarmed in self._events:
                 self._dispatch(fields, registration, ready, disarmed)
             if self._queued:
@@ -375,7 +386,7 @@ class EngineReactor(StreamReactor):
 
     def _check_rest_again(self) -> None:
         """No event will tell of these any more: they were not dispatched."""
-        for registration in self._plain_input:
+        for registration in (*self._plain_input, *self._reading_on):
             self._mark_unchecked(registration, registration.interest)
         for registration, _, _ in self._events:
             self._mark_unchecked(registration, registration.interest)
@@ -396,7 +407,7 @@ class EngineReactor(StreamReactor):
                     why = stream.why_lost(error)
                 else:
                     if len(data) == size:
-                        self.look_again(stream)
+                        self._read_on.append(registration)
                     try:
                         if data:
                             stream.protocol.dataReceived(data)
@@ -408,6 +419,32 @@ class EngineReactor(StreamReactor):
             else:
                 try:
                     why = stream.doRead()
+                except BaseException:
+                    why = sys.exc_info()[1]
+                    log.err()
+            if why:
+                self._disconnect(stream, why, True)
+
+    def _read_till_empty(
+        self, fields: LogContext, registrations: Iterable[Registration]
+    ) -> None:
+        """
+        One read of each, and another in the next pass if there was something.
+        Unlike a short read, a read that would block leaves nothing behind.
+        """
+        for registration in registrations:
+            stream = registration.reader
+            if stream is None:
+                continue
+            fields["system"] = stream.logstr
+            try:
+                data = stream.socket.recv(stream.bufferSize)
+            except OSError as error:
+                why = stream.why_lost(error)
+            else:
+                self._read_on.append(registration)
+                try:
+                    why = stream._dataReceived(data)
                 except BaseException:
                     why = sys.exc_info()[1]
                     log.err()
@@ -451,6 +488,15 @@ class EngineReactor(StreamReactor):
     def _dispatch(
         self, fields: LogContext, registration: Registration, ready: int, disarmed: int
     ) -> None:
+        if (
+            ready == READ
+            and registration.edges & READ
+            and registration.tells_drained
+            and registration.reader is not None
+            and registration.reader.reads_by_recv
+        ):
+            self._read_till_empty(fields, (registration,))
+            return
         if ready & (HANGUP | GONE):
             disarmed = READ | WRITE
             told_nothing_else = not ready & registration.interest
