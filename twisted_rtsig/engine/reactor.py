@@ -18,6 +18,7 @@ from twisted.logger import Logger
 from twisted.python import context, log
 from zope.interface import implementer
 
+from twisted_rtsig.engine.datagrams import DatagramReactor
 from twisted_rtsig.engine.streams import (
     NOT_WRITING,
     ONE_CHUNK,
@@ -45,7 +46,7 @@ _log = Logger(namespace="twisted.internet.base")
 
 
 @implementer(IReactorFDSet, IReactorDaemonize)
-class EngineReactor(StreamReactor):
+class EngineReactor(StreamReactor, DatagramReactor):
     """
     A reactor over any notifier.
 
@@ -313,8 +314,16 @@ class EngineReactor(StreamReactor):
         while self._started:
             try:
                 while self._started:
-                    self.runUntilCurrent()
-                    delay = self.timeout()
+                    if (
+                        self._newTimedCalls
+                        or self._pendingTimedCalls
+                        or self.threadCallQueue
+                        or self._justStopped
+                    ):
+                        self.runUntilCurrent()
+                        delay = self.timeout()
+                    else:
+                        delay = None
                     self._fields = fields
                     self.doIteration(self.running and delay)
             except BaseException:

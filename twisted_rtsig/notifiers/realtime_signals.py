@@ -250,16 +250,16 @@ class RealtimeSignalNotifier:
             polled = self._poll.poll(milliseconds)
         self._waits += 1
         ready: dict[Registration, int] = {}
-        plain: Sequence[Registration] = ()
         signalled = False
         for descriptor, revents in polled:
             if descriptor == queue.descriptor:
                 signalled = True
             elif descriptor in self._registrations:
                 ready[self._registrations[descriptor]] = _READY[revents & 63]
-        if signalled:
-            plain = self._take_signals(queue, ready)
-        return plain, [(registration, what, 0) for registration, what in ready.items()]
+        plain = self._take_signals(queue, ready) if signalled else ()
+        if ready:
+            return plain, [(each, what, 0) for each, what in ready.items()]
+        return plain, ()
 
     def statistics(self) -> Mapping[str, int]:
         """

@@ -10,6 +10,7 @@ else, so that no program started by a fork inherits them blocked.
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import signal
 import sys
@@ -149,10 +150,32 @@ def _signals_in_use() -> int:
 _blocked_by_us: set[int] = set()
 
 
+class _Thread:
+    """
+    :ivar ident: of the thread; 0 once it has ended, since a later thread may
+        get the same.
+    """
+
+    def __init__(self) -> None:
+        self.ident = threading.get_ident()
+
+
+class _EndOfThread:
+    """Goes with the local storage of a thread."""
+
+    def __init__(self, thread: _Thread) -> None:
+        self._thread = thread
+
+    def __del__(self) -> None:
+        self._thread.ident = 0
+
+
 class _ThisThread(threading.local):
     """What this package has done to the calling thread."""
 
     def __init__(self) -> None:
+        self.thread = _Thread()
+        self._end = _EndOfThread(self.thread)
         self.queues: dict[int, SignalQueue] = {}
         self.blocked: set[int] = set()
         self.kept: set[int] = set()
@@ -186,11 +209,14 @@ class SignalQueue:
         self.descriptor = -1
         self.number = number
         self.signals = {number, _SIGIO}
+        self._thread = _this_thread.thread
         self.members: weakref.WeakSet[object] = weakref.WeakSet()
         self.keep_blocked = False
-        self._buffers = [bytearray(_RECORD_BYTES * _BATCH)]
-        self._words = memoryview(self._buffers[0]).cast("i")
+        self._buffer = bytearray(_RECORD_BYTES * _BATCH)
+        self._words = memoryview(self._buffer).cast("i")
         self.descriptor = open_signalfd(self.signals)
+        # The quickest of Python's ways to read into a buffer.
+        self._read_into = io.FileIO(self.descriptor, closefd=False).readinto
 
     @classmethod
     def join(cls, number: int, member: object) -> SignalQueue:
@@ -210,7 +236,7 @@ class SignalQueue:
 
     def is_of_this_thread(self) -> bool:
         """Whether the calling thread is the one that joined it."""
-        return _this_thread.queues.get(self.number) is self
+        return self._thread.ident == threading.get_ident()
 
     def leave(self, member: object) -> None:
         """
@@ -240,14 +266,13 @@ class SignalQueue:
             were; the band (``ssi_band``) of each; and whether the kernel said
             that its queue was full, so that other signals were lost.
         """
-        try:
-            size = os.readv(self.descriptor, self._buffers)
-        except BlockingIOError:
-            return [], [], False
+        size = self._read_into(self._buffer)
         words = self._words
         if size == _RECORD_BYTES:
             band = words[_BAND]
             return [words[_FD]], [band], not band and words[_SIGNO] == _SIGIO
+        if size is None:
+            return [], [], False
         end = size // _RECORD_BYTES * _RECORD_WORDS
         descriptors = words[_FD:end:_RECORD_WORDS].tolist()
         bands = words[_BAND:end:_RECORD_WORDS].tolist()

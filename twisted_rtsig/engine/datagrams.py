@@ -1,0 +1,88 @@
+"""
+The UDP ports of the engine's reactors: Twisted's own, which look at each
+address to send to only once.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from twisted.internet import udp
+from twisted.internet.error import UnsupportedAddressFamily
+from twisted.internet.posixbase import PosixReactorBase
+
+_MOST_HOSTS = 1000
+
+
+class UDPPort(udp.Port):
+    """A UDP port."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Hosts that this port has sent to: IP addresses of its own family.
+        self._known_hosts: set[str] = set()
+
+    def write(self, datagram: bytes, addr: tuple[str, int] | None = None) -> Any:
+        """As ``IUDPTransport.write``."""
+        if addr is None or self._connectedAddr:
+            return super().write(datagram, addr)
+        known = self._known_hosts
+        if addr[0] in known:
+            try:
+                return self.socket.sendto(datagram, addr)
+            except OSError:
+                # Twisted knows what each error means.
+                return super().write(datagram, addr)
+        sent = super().write(datagram, addr)
+        if len(known) == _MOST_HOSTS:
+            known.clear()
+        known.add(addr[0])
+        return sent
+
+
+class MulticastPort(UDPPort, udp.MulticastPort):
+    """A UDP port that can join multicast groups."""
+
+
+class DatagramReactor(PosixReactorBase):
+    """Gives out the ports of this module wherever Twisted gives out its own."""
+
+    def listenUDP(
+        self, port: int, protocol: Any, interface: str = "", maxPacketSize: int = 8192
+    ) -> UDPPort:
+        """See ``IReactorUDP.listenUDP``."""
+        listening = UDPPort(port, protocol, interface, maxPacketSize, self)
+        listening.startListening()
+        return listening
+
+    def listenMulticast(
+        self,
+        port: int,
+        protocol: Any,
+        interface: str = "",
+        maxPacketSize: int = 8192,
+        listenMultiple: bool = False,
+    ) -> MulticastPort:
+        """See ``IReactorMulticast.listenMulticast``."""
+        listening = MulticastPort(
+            port, protocol, interface, maxPacketSize, self, listenMultiple
+        )
+        listening.startListening()
+        return listening
+
+    def adoptDatagramPort(
+        self,
+        fileDescriptor: int,
+        addressFamily: int,
+        protocol: Any,
+        maxPacketSize: int = 8192,
+    ) -> Any:
+        """See ``IReactorSocket.adoptDatagramPort``."""
+        if addressFamily not in (socket.AF_INET, socket.AF_INET6):
+            raise UnsupportedAddressFamily(addressFamily)
+        listening = UDPPort._fromListeningDescriptor(
+            self, fileDescriptor, addressFamily, protocol, maxPacketSize=maxPacketSize
+        )
+        listening.startListening()
+        return listening
