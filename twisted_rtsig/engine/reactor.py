@@ -366,14 +366,18 @@ class EngineReactor(StreamReactor, DatagramReactor):
             plain_input, events = self._notifier.wait(delay, unchecked)
             self._waiting = False
             self._dispatching = True
-            self._plain_input = iter(plain_input)
-            self._reading_on = iter(read_on)
-            self._events = iter(events)
-            self._read_plain_input(fields)
+            if events:
+                self._events = iter(events)
+            if read_on:
+                self._reading_on = iter(read_on)
+            if plain_input:
+                self._plain_input = iter(plain_input)
+                self._read_plain_input(fields)
             if read_on:
                 self._read_till_empty(fields, self._reading_on)
-            for registration, ready, disarmed in self._events:
-                self._dispatch(fields, registration, ready, disarmed)
+            if events:
+                for registration, ready, disarmed in self._events:
+                    self._dispatch(fields, registration, ready, disarmed)
             if self._queued:
                 self._send_queued(fields)
         except BaseException:

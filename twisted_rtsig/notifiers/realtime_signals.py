@@ -285,18 +285,15 @@ class RealtimeSignalNotifier:
         descriptors, bands, overflowed = queue.read()
         self._signals += len(descriptors)
         registrations = self._registrations
+        # Nearly always there is nothing but plain input, one signal for each.
         count = len(descriptors)
-        named = set(descriptors)
-        if (
-            # Nothing but plain input, one signal for each: nearly always.
-            bands.count(PLAIN_INPUT) == count == len(named)
-            and not ready
-            and named.isdisjoint(self._polled)
-        ):
-            try:
-                return list(map(registrations.__getitem__, descriptors))
-            except KeyError:
-                pass
+        if bands.count(PLAIN_INPUT) == count and not ready:
+            named = set(descriptors) if count > 1 else descriptors
+            if len(named) == count and self._polled.keys().isdisjoint(named):
+                try:
+                    return [registrations[each] for each in descriptors]
+                except KeyError:
+                    pass
         merged: dict[int, int] = {}
         for descriptor, band in zip(descriptors, bands, strict=True):
             if descriptor in merged:
