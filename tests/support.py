@@ -33,8 +33,9 @@ def dispose(reactor: EngineReactor) -> None:
         reactor.removeReader(reader)
         reader.connectionLost(Failure(Exception("end of test")))
     reactor._internalReaders.clear()
-    # Gives the kernel everything back.
-    reactor.beforeDaemonize()
+    if isinstance(reactor, EngineReactor):
+        # Gives the kernel everything back.
+        reactor.beforeDaemonize()
 
 
 def spin(reactor: EngineReactor, until: Callable[[], Any]) -> None:

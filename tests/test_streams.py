@@ -1,0 +1,920 @@
+"""
+The stream transports: what is written and read, in whatever role a stream is,
+and whatever happens to it meanwhile.
+
+Every test of behaviour runs on Twisted's epoll reactor as well, which says what
+the behaviour has to be.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import random
+import signal
+import socket
+import ssl
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+if not sys.platform.startswith("linux"):
+    pytest.skip("realtime signals exist on Linux only", allow_module_level=True)
+
+from twisted.internet import tcp, unix
+from twisted.internet.epollreactor import EPollReactor
+from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import (
+    IFileDescriptorReceiver,
+    IHalfCloseableProtocol,
+    IPullProducer,
+    IPushProducer,
+)
+from twisted.internet.protocol import ClientFactory
+from twisted.internet.ssl import PrivateCertificate
+from twisted.python import log
+from twisted.python.failure import Failure
+from zope.interface import alsoProvides, implementer
+
+from tests.support import DEADLINE, Recorder, RecorderFactory, dispose, settle
+from tests.test_serving import make_certificate
+from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
+
+REACTORS = [RealtimeSignalReactor, EPollReactor]
+KINDS = [
+    "TCP server",
+    "TCP client",
+    "UNIX server",
+    "UNIX client",
+    "adopted TCP",
+    "adopted UNIX",
+]
+MEGABYTE = 1 << 20
+
+
+def spin(reactor: Any, until: Callable[[], Any]) -> None:
+    """
+    Iterate until something is true, which may come true without an event for
+    the reactor: at the other end of a connection.
+    """
+    end = time.monotonic() + DEADLINE
+    while not until():
+        assert time.monotonic() < end, "it did not happen"
+        reactor.iterate(0.01)
+
+
+class Counted:
+    """
+    A socket that counts what it is asked to do.
+
+    :ivar sent: what each ``send`` was given and has sent.
+    """
+
+    def __init__(self, real: socket.socket) -> None:
+        self._real = real
+        self.sent: list[bytes] = []
+        self.received = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def send(self, data: Any) -> int:
+        size = self._real.send(data)
+        self.sent.append(bytes(data[:size]))
+        return size
+
+    def recv(self, size: int) -> bytes:
+        self.received += 1
+        return self._real.recv(size)
+
+
+class Link:
+    """
+    A stream on a reactor, and a plain socket at its other end.
+
+    :ivar protocol: records what the stream receives.
+    :ivar peer: the plain socket, with a time limit.
+    """
+
+    def __init__(self, reactor: Any, kind: str, folder: Any) -> None:
+        self.reactor = reactor
+        self.factory = RecorderFactory()
+        self._listening: list[Any] = []
+        family, role = kind.split()
+        if family == "adopted":
+            family, role = role, "adopted"
+        unix_path = str(folder / "socket")
+        if role == "server":
+            if family == "TCP":
+                port = reactor.listenTCP(0, self.factory, interface="127.0.0.1")
+                self.peer = socket.create_connection(port.socket.getsockname())
+            else:
+                port = reactor.listenUNIX(unix_path, self.factory)
+                self.peer = socket.socket(socket.AF_UNIX)
+                self.peer.connect(unix_path)
+            self._listening.append(port)
+            spin(reactor, lambda: self.factory.connections)
+        elif role == "client":
+            listener = socket.socket(
+                socket.AF_INET if family == "TCP" else socket.AF_UNIX
+            )
+            listener.bind(("127.0.0.1", 0) if family == "TCP" else unix_path)
+            listener.listen()
+            client = ClientFactory()
+            client.noisy = False
+            client.buildProtocol = self.factory.buildProtocol  # type: ignore[method-assign]
+            if family == "TCP":
+                reactor.connectTCP(*listener.getsockname(), client)
+            else:
+                reactor.connectUNIX(unix_path, client)
+            spin(reactor, lambda: self.factory.connections)
+            self.peer, _ = listener.accept()
+            listener.close()
+        else:
+            if family == "TCP":
+                listener = socket.create_server(("127.0.0.1", 0))
+                self.peer = socket.create_connection(listener.getsockname())
+                adopted, _ = listener.accept()
+                listener.close()
+            else:
+                self.peer, adopted = socket.socketpair()
+            adopted.setblocking(False)
+            reactor.adoptStreamConnection(
+                adopted.fileno(), adopted.family, self.factory
+            )
+            adopted.close()
+        self.peer.settimeout(DEADLINE)
+        self.protocol: Any = self.factory.connections[0]
+        self.transport: Any = self.protocol.transport
+        settle(reactor)
+
+    def count(self) -> Counted:
+        self.transport.socket = counted = Counted(self.transport.socket)
+        return counted
+
+    def receive(self, size: int) -> bytes:
+        """So many bytes at the other end."""
+        self.peer.setblocking(False)
+        data = b""
+
+        def complete() -> bool:
+            nonlocal data
+            with contextlib.suppress(BlockingIOError):
+                while len(data) < size and (chunk := self.peer.recv(size - len(data))):
+                    data += chunk
+            return len(data) >= size
+
+        spin(self.reactor, complete)
+        self.peer.settimeout(DEADLINE)
+        return data
+
+    def receive_rest(self) -> bytes:
+        """What the other end gets until the stream has closed."""
+        self.peer.setblocking(False)
+        data, ended = b"", False
+
+        def complete() -> bool:
+            nonlocal data, ended
+            with contextlib.suppress(BlockingIOError):
+                while chunk := self.peer.recv(MEGABYTE):
+                    data += chunk
+                ended = True
+            return ended
+
+        spin(self.reactor, complete)
+        return data
+
+    def fill(self) -> bytes:
+        """Write until the kernel's buffer is full; what was written."""
+        data = random.Random(1).randbytes(8 * MEGABYTE)
+        self.transport.write(data)
+        settle(self.reactor)
+        return data
+
+    def is_writer(self) -> bool:
+        return self.transport in self.reactor.getWriters()
+
+    def close(self) -> None:
+        self.peer.close()
+        for connection in self.factory.connections:
+            if not connection.lost:
+                connection.transport.abortConnection()
+        settle(self.reactor)
+        for port in self._listening:
+            port.stopListening()
+        settle(self.reactor)
+
+
+@pytest.fixture(params=REACTORS, ids=lambda each: each.__name__)
+def any_reactor(request: Any) -> Iterator[Any]:
+    reactor = request.param()
+    yield reactor
+    dispose(reactor)
+
+
+@pytest.fixture(params=KINDS)
+def link(request: Any, any_reactor: Any, tmp_path: Any) -> Iterator[Link]:
+    it = Link(any_reactor, request.param, tmp_path)
+    yield it
+    it.close()
+
+
+@pytest.fixture(params=KINDS)
+def our_link(request: Any, tmp_path: Any) -> Iterator[Link]:
+    reactor = RealtimeSignalReactor()
+    it = Link(reactor, request.param, tmp_path)
+    yield it
+    it.close()
+    dispose(reactor)
+
+
+@pytest.fixture
+def tcp_link(any_reactor: Any, tmp_path: Any) -> Iterator[Link]:
+    it = Link(any_reactor, "TCP server", tmp_path)
+    yield it
+    it.close()
+
+
+# What is written
+
+
+def test_is_a_transport_of_twisted(link: Link) -> None:
+    """Programs ask for the classes."""
+    classes = {tcp.Server, tcp.Client, unix.Server, unix.Client}
+    assert sum(isinstance(link.transport, each) for each in classes) in (1, 2)
+
+
+def test_one_send_at_the_end_of_the_pass(our_link: Link) -> None:
+    counted = our_link.count()
+    during: list[int] = []
+
+    def answer(data: bytes) -> None:
+        for piece in (b"one ", b"two ", b"three"):
+            our_link.transport.write(piece)
+        our_link.transport.writeSequence([b" and", b" four"])
+        during.append(len(counted.sent))
+
+    our_link.protocol.dataReceived = answer
+    our_link.peer.sendall(b"x")
+    assert our_link.receive(18) == b"one two three and "
+    assert during == [0]
+    assert counted.sent == [b"one two three and four"]
+    assert not our_link.is_writer()
+
+
+def test_no_look_after_a_short_read(tmp_path: Any) -> None:
+    """One request is one read, and no level check."""
+    reactor = RealtimeSignalReactor()
+    link = Link(reactor, "TCP server", tmp_path)
+    counted = link.count()
+    checks = reactor.statistics()["checks"]
+    for turn in range(1, 11):
+        link.peer.sendall(b"x")
+        spin(reactor, lambda: len(link.protocol.data) == turn)
+    settle(reactor)
+    assert counted.received == 10
+    assert reactor.statistics()["checks"] == checks
+    link.close()
+    dispose(reactor)
+
+
+@pytest.mark.parametrize("where", ["timer", "thread call", "outside"])
+def test_write_from_elsewhere(link: Link, where: str) -> None:
+    write = link.transport.write
+    if where == "timer":
+        link.reactor.callLater(0, write, b"hello")
+    elif where == "thread call":
+        link.reactor.callFromThread(write, b"hello")
+    else:
+        write(b"hello")
+    assert link.receive(5) == b"hello"
+
+
+def test_write_from_a_signal_handler(link: Link) -> None:
+    """While the reactor sleeps."""
+    before = signal.signal(
+        signal.SIGALRM, lambda *_: link.transport.write(b"from the handler")
+    )
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        assert link.receive(16) == b"from the handler"
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_written_by_who_iterates_within(link: Link) -> None:
+    """A pass inside of a pass sends what the outer one has queued, and reads."""
+    inner: list[bytes] = []
+
+    def iterate(data: bytes) -> None:
+        inner.append(data)
+        if len(inner) == 1:
+            link.transport.write(b"first")
+            assert link.receive(5) == b"first"
+            link.peer.sendall(b"more")
+            spin(link.reactor, lambda: len(inner) > 1)
+
+    link.protocol.dataReceived = iterate
+    link.peer.sendall(b"x")
+    spin(link.reactor, lambda: inner)
+    assert b"".join(inner) == b"xmore"
+
+
+def test_more_than_the_kernel_takes(link: Link) -> None:
+    data = link.fill()
+    assert link.is_writer()
+    link.transport.write(b"the end")
+    assert link.receive(len(data) + 7) == data + b"the end"
+    settle(link.reactor)
+    assert not link.is_writer()
+
+
+def test_write_limit(our_link: Link) -> None:
+    """No send is longer than SEND_LIMIT, however much there is to write."""
+    counted = our_link.count()
+    our_link.transport.SEND_LIMIT = 1000
+    our_link.transport.write(b"x" * 1001)
+    our_link.transport.write(b"y" * 2500)
+    assert our_link.receive(3501) == b"x" * 1001 + b"y" * 2500
+    assert max(map(len, counted.sent)) == 1000
+
+
+def test_what_cannot_be_written(link: Link) -> None:
+    with pytest.raises(TypeError):
+        link.transport.write("text")
+    link.transport.write(b"")
+    settle(link.reactor)
+    assert not link.is_writer()
+
+    class Subclass(bytes):
+        pass
+
+    link.transport.write(Subclass(b"bytes"))
+    assert link.receive(5) == b"bytes"
+
+
+def test_queued_writer_is_a_writer(our_link: Link) -> None:
+    our_link.transport.write(b"x")
+    assert our_link.reactor.getWriters().count(our_link.transport) == 1
+    our_link.transport.stopWriting()
+    assert not our_link.is_writer()
+    settle(our_link.reactor)
+    our_link.transport.write(b"y")
+    assert our_link.receive(2) == b"xy"
+
+
+def test_added_as_a_writer_while_queued(link: Link) -> None:
+    """By the application, which may."""
+    link.transport.write(b"x")
+    link.reactor.addWriter(link.transport)
+    assert link.receive(1) == b"x"
+    settle(link.reactor)
+    assert not link.is_writer()
+    link.transport.write(b"y")
+    assert link.receive(1) == b"y"
+
+
+def test_remove_all_while_queued(our_link: Link) -> None:
+    our_link.transport.write(b"x")
+    removed = our_link.reactor.removeAll()
+    assert our_link.transport in removed
+    assert not our_link.is_writer()
+    our_link.transport.startReading()
+
+
+# Producers
+
+
+@implementer(IPushProducer)
+class Producer:
+    """Counts what it is asked to do; in turn it may do something."""
+
+    def __init__(self, resume: Callable[[], None] = lambda: None) -> None:
+        self.calls: list[str] = []
+        self._resume = resume
+
+    def resumeProducing(self) -> None:
+        self.calls.append("resume")
+        self._resume()
+
+    def pauseProducing(self) -> None:
+        self.calls.append("pause")
+
+    def stopProducing(self) -> None:
+        self.calls.append("stop")
+
+
+def test_push_producer(link: Link) -> None:
+    producer = Producer()
+    link.transport.registerProducer(producer, True)
+    link.transport.write(b"x")
+    assert link.receive(1) == b"x"
+    assert producer.calls == []
+    data = link.fill()
+    assert producer.calls == ["pause"]
+    link.receive(len(data))
+    spin(link.reactor, lambda: producer.calls == ["pause", "resume"])
+    link.transport.unregisterProducer()
+    link.transport.write(b"y")
+    assert link.receive(1) == b"y"
+
+
+def test_producer_registered_after_a_write(link: Link) -> None:
+    producer = Producer()
+    link.transport.write(b"x")
+    link.transport.registerProducer(producer, True)
+    link.transport.write(b"y" * (1 << 17))
+    assert producer.calls == ["pause"]
+    assert link.receive(1 + (1 << 17)) == b"x" + b"y" * (1 << 17)
+    spin(link.reactor, lambda: producer.calls == ["pause", "resume"])
+    link.transport.unregisterProducer()
+
+
+def test_pull_producer(link: Link) -> None:
+    pieces = [b"%04d" % number for number in range(100)]
+    left = list(pieces)
+
+    def produce() -> None:
+        if left:
+            link.transport.write(left.pop(0))
+        else:
+            link.transport.unregisterProducer()
+            link.transport.loseConnection()
+
+    producer = Producer(produce)
+    alsoProvides(producer, IPullProducer)
+    link.transport.registerProducer(producer, False)
+    assert link.receive_rest() == b"".join(pieces)
+    assert producer.calls == ["resume"] * 101
+    assert link.protocol.lost
+
+
+def test_producer_raises(link: Link) -> None:
+    """It is logged, and the connection ends."""
+    error = RuntimeError("the producer")
+
+    def fail() -> None:
+        if len(producer.calls) > 1:
+            raise error
+
+    producer = Producer(fail)
+    link.transport.registerProducer(producer, False)
+    logged: list[Any] = []
+    log.addObserver(logged.append)
+    try:
+        link.transport.write(b"x")
+        spin(link.reactor, lambda: link.protocol.lost)
+    finally:
+        log.removeObserver(logged.append)
+    [event] = [each for each in logged if each["isError"]]
+    assert event["failure"].value is error
+    assert event["system"] == link.transport.logPrefix()
+
+
+# The end of a connection
+
+
+def test_lose_connection_sends_first(link: Link) -> None:
+    link.transport.write(b"the last")
+    link.transport.write(b" words")
+    link.transport.loseConnection()
+    link.transport.write(b", too late")
+    assert link.receive_rest().startswith(b"the last words")
+    [reason] = link.protocol.lost
+    assert reason.check(ConnectionDone)
+
+
+def test_lose_connection_with_a_full_buffer(link: Link) -> None:
+    data = link.fill()
+    link.transport.loseConnection()
+    assert link.receive_rest() == data
+    assert link.protocol.lost[0].check(ConnectionDone)
+
+
+def test_abort_sends_nothing(link: Link) -> None:
+    link.transport.write(b"never")
+    link.transport.abortConnection()
+    link.transport.write(b"sent")
+    spin(link.reactor, lambda: link.protocol.lost)
+    assert link.protocol.lost[0].check(ConnectionAborted)
+    with contextlib.suppress(ConnectionResetError):
+        assert link.peer.recv(10) == b""
+
+
+def test_write_after_abort(link: Link) -> None:
+    link.transport.abortConnection()
+    link.transport.write(b"never")
+    spin(link.reactor, lambda: link.protocol.lost)
+    with contextlib.suppress(ConnectionResetError):
+        assert link.peer.recv(10) == b""
+
+
+def test_half_close(link: Link) -> None:
+    """Both directions, one after the other."""
+    ends: list[str] = []
+    link.protocol.readConnectionLost = lambda: ends.append("read")
+    link.protocol.writeConnectionLost = lambda: ends.append("write")
+    alsoProvides(link.protocol, IHalfCloseableProtocol)
+    link.transport.write(b"request")
+    link.transport.loseWriteConnection()
+    assert link.receive_rest() == b"request"
+    assert ends == ["write"]
+    link.peer.settimeout(DEADLINE)
+    link.peer.sendall(b"answer")
+    link.peer.shutdown(socket.SHUT_WR)
+    spin(link.reactor, lambda: len(ends) == 2)
+    assert ends == ["write", "read"]
+    assert link.protocol.data == b"answer"
+    link.transport.loseConnection()
+    spin(link.reactor, lambda: link.protocol.lost)
+
+
+def test_peer_is_gone_when_written_to(link: Link) -> None:
+    link.transport.pauseProducing()
+    settle(link.reactor)
+    if link.peer.family == socket.AF_INET:
+        link.peer.setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
+    link.peer.close()
+
+    def write() -> bool:
+        link.transport.write(b"x")
+        return bool(link.protocol.lost)
+
+    spin(link.reactor, write)
+    assert link.protocol.lost[0].check(ConnectionLost)
+
+
+def test_reset_is_told_as_such(tcp_link: Link) -> None:
+    tcp_link.peer.sendall(b"data")
+    tcp_link.peer.setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+    )
+    tcp_link.peer.close()
+    spin(tcp_link.reactor, lambda: tcp_link.protocol.lost)
+    assert tcp_link.protocol.lost[0].check(ConnectionLost)
+    assert not tcp_link.protocol.lost[0].check(ConnectionDone)
+
+
+def test_one_disconnects_the_other(any_reactor: Any, tmp_path: Any) -> None:
+    """Before the other has sent what it has queued in the same pass."""
+    first = Link(any_reactor, "TCP server", tmp_path)
+    second = Link(any_reactor, "TCP server", tmp_path)
+
+    def resume() -> None:
+        if len(producer.calls) == 2:
+            second.transport.connectionLost(Failure(ConnectionDone()))
+
+    producer = Producer(resume)
+    first.transport.registerProducer(producer, False)
+    first.transport.write(b"x")
+    second.transport.write(b"y")
+    spin(any_reactor, lambda: second.protocol.lost)
+    assert first.receive(1) == b"x"
+    first.transport.unregisterProducer()
+    first.close()
+    second.close()
+
+
+# What is read
+
+
+@pytest.mark.parametrize("size", [1, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, 1 << 18])
+def test_data_and_end_together(link: Link, size: int) -> None:
+    """No read is the last one before the end of the stream was seen."""
+    data = b"x" * size
+    link.peer.setblocking(False)
+    sent = 0
+
+    def send() -> bool:
+        nonlocal sent
+        with contextlib.suppress(BlockingIOError):
+            while sent < size:
+                sent += link.peer.send(data[sent:])
+        return sent == size
+
+    spin(link.reactor, send)
+    link.peer.shutdown(socket.SHUT_WR)
+    spin(link.reactor, lambda: link.protocol.lost)
+    assert link.protocol.data == data
+    assert link.protocol.lost[0].check(ConnectionDone)
+
+
+def test_data_and_end_of_many(any_reactor: Any) -> None:
+    """In all the ways that signals of data and end can be spread over batches."""
+    factory = RecorderFactory()
+    port = any_reactor.listenTCP(0, factory, backlog=200, interface="127.0.0.1")
+    clients = [socket.create_connection(port.socket.getsockname()) for _ in range(150)]
+    spin(any_reactor, lambda: len(factory.connections) == len(clients))
+    settle(any_reactor)
+    for number, client in enumerate(clients):
+        client.sendall(b"x" * (number + 1))
+        if number % 3 == 0:
+            any_reactor.iterate(0)
+        client.sendall(b"y")
+        if number % 2:
+            any_reactor.iterate(0)
+        client.close()
+    spin(any_reactor, lambda: all(each.lost for each in factory.connections))
+    assert sorted(len(each.data) for each in factory.connections) == [
+        number + 2 for number in range(len(clients))
+    ]
+    port.stopListening()
+    settle(any_reactor)
+
+
+def test_paused_while_data_comes(link: Link) -> None:
+    for turn in range(5):
+        link.transport.pauseProducing()
+        link.peer.sendall(b"%d" % turn)
+        settle(link.reactor)
+        assert len(link.protocol.data) == turn
+        link.transport.resumeProducing()
+        spin(link.reactor, lambda: len(link.protocol.data) == turn + 1)
+    assert link.protocol.data == b"01234"
+
+
+def test_paused_by_another_of_the_same_batch(any_reactor: Any, tmp_path: Any) -> None:
+    links = [Link(any_reactor, "TCP server", tmp_path) for _ in range(2)]
+
+    def pause_both(data: bytes) -> None:
+        calls.append(data)
+        for each in links:
+            each.transport.pauseProducing()
+
+    calls: list[bytes] = []
+    for each in links:
+        each.protocol.dataReceived = pause_both
+        each.peer.sendall(b"x")
+    spin(any_reactor, lambda: calls)
+    settle(any_reactor)
+    assert calls == [b"x"]
+    for each in links:
+        each.transport.resumeProducing()
+    spin(any_reactor, lambda: len(calls) == 2)
+    for each in links:
+        each.close()
+
+
+def test_urgent_data(tcp_link: Link) -> None:
+    """A read stops at its mark; what is behind is read as well."""
+    for turn in range(3):
+        tcp_link.peer.sendall(b"before")
+        tcp_link.peer.send(b"!", socket.MSG_OOB)
+        tcp_link.peer.sendall(b"behind")
+        wanted = b"beforebehind" * (turn + 1)
+        spin(tcp_link.reactor, lambda: tcp_link.protocol.data == wanted)
+    tcp_link.peer.send(b"!", socket.MSG_OOB)
+    tcp_link.peer.sendall(b"end")
+    tcp_link.peer.close()
+    spin(tcp_link.reactor, lambda: tcp_link.protocol.lost)
+    assert tcp_link.protocol.data.endswith(b"end")
+
+
+@pytest.mark.parametrize("kind", ["UNIX server", "UNIX client", "adopted UNIX"])
+def test_descriptors_travel(any_reactor: Any, kind: str, tmp_path: Any) -> None:
+    """In order with the bytes before and behind them, in both directions."""
+    link = Link(any_reactor, kind, tmp_path)
+    got: list[int] = []
+    link.protocol.fileDescriptorReceived = got.append
+    alsoProvides(link.protocol, IFileDescriptorReceiver)
+    reading, writing = os.pipe()
+    descriptors = array.array("i", [reading])
+    for _ in range(3):
+        link.peer.sendall(b"before")
+        link.peer.sendmsg(
+            [b"with"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)]
+        )
+        link.peer.sendall(b"behind")
+    spin(any_reactor, lambda: link.protocol.data == b"beforewithbehind" * 3)
+    assert len(got) == 3
+
+    link.transport.write(b"before")
+    link.transport.sendFileDescriptor(writing)
+    link.transport.write(b"behind")
+    settle(any_reactor)
+    data, received, _, _ = socket.recv_fds(link.peer, 100, 5)
+    while len(data) < 12:
+        settle(any_reactor)
+        data += link.peer.recv(100)
+    assert data == b"beforebehind"
+    os.write(received[0], b"through")
+    assert os.read(got[0], 10) == b"through"
+    for number in (reading, writing, *got, *received):
+        os.close(number)
+    assert not link.is_writer()
+    link.close()
+
+
+def test_application_fails(any_reactor: Any, tmp_path: Any) -> None:
+    """It is logged with who it was, and nobody else suffers."""
+    links = [Link(any_reactor, "TCP server", tmp_path) for _ in range(3)]
+    error = RuntimeError("the application")
+
+    def fail(data: bytes) -> None:
+        raise error
+
+    links[1].protocol.dataReceived = fail
+    prefix = links[1].transport.logPrefix()
+    logged: list[Any] = []
+    log.addObserver(logged.append)
+    try:
+        for each in links:
+            each.peer.sendall(b"x")
+        for each in (links[0], links[2]):
+            spin(any_reactor, lambda: each.protocol.data)
+        spin(any_reactor, lambda: links[1].protocol.lost)
+    finally:
+        log.removeObserver(logged.append)
+    [event] = [each for each in logged if each["isError"]]
+    assert event["failure"].value is error
+    assert event["system"] == prefix
+    assert links[1].protocol.lost[0].value is error
+    for each in links:
+        each.close()
+
+
+def test_what_is_logged_tells_who(any_reactor: Any, tmp_path: Any) -> None:
+    """From a stream its prefix, from elsewhere nobody's."""
+    links = [Link(any_reactor, "TCP server", tmp_path) for _ in range(2)]
+    systems: list[str] = []
+
+    def observe(event: Any) -> None:
+        if event.get("message") == ("here",):
+            systems.append(event["system"])
+
+    def say(*arguments: Any) -> None:
+        log.msg("here")
+
+    log.addObserver(observe)
+    try:
+        for each in links:
+            each.protocol.dataReceived = say
+            each.protocol.connectionLost = say
+            each.peer.sendall(b"x")
+            spin(any_reactor, lambda: len(systems) % 2 == 1)
+            any_reactor.callLater(0, say)
+            spin(any_reactor, lambda: len(systems) % 2 == 0)
+        for each in links:
+            each.peer.close()
+            spin(any_reactor, lambda: each.transport.disconnected)
+    finally:
+        log.removeObserver(observe)
+    prefixes = [each.transport.logPrefix() for each in links]
+    assert systems == [prefixes[0], "-", prefixes[1], "-", *prefixes]
+    for each in links:
+        each.protocol.lost.append(None)
+        each.close()
+
+
+# TLS
+
+
+# Twisted hands its certificates to pyOpenSSL in an old way.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["TCP server", "UNIX server"])
+def test_start_tls(any_reactor: Any, kind: str, tmp_path: Any) -> None:
+    """What was written before goes out as it is, and nothing after it does."""
+    link = Link(any_reactor, kind, tmp_path)
+    certificate, key = make_certificate(tmp_path)
+    both = certificate.read_bytes() + key.read_bytes()
+    options = PrivateCertificate.loadPEM(both).options()
+    secret = b"secret" * 50_000
+
+    def start(data: bytes) -> None:
+        link.transport.write(b"220 ready")
+        link.transport.startTLS(options)
+        link.transport.write(secret)
+        del link.protocol.dataReceived
+
+    link.protocol.dataReceived = start
+    link.peer.sendall(b"STARTTLS")
+    assert link.receive(9) == b"220 ready"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(str(certificate))
+    raw, plain = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = context.wrap_bio(raw, plain)
+    link.peer.setblocking(False)
+    seen = b""
+
+    def talk(step: Callable[[], Any]) -> Any:
+        nonlocal seen
+        result = None
+        with contextlib.suppress(ssl.SSLWantReadError):
+            result = step()
+        if plain.pending:
+            link.peer.sendall(plain.read())
+        with contextlib.suppress(BlockingIOError):
+            chunk = link.peer.recv(MEGABYTE)
+            seen += chunk
+            raw.write(chunk)
+        return result
+
+    def shake_hands() -> bool:
+        client.do_handshake()
+        return True
+
+    spin(any_reactor, lambda: talk(shake_hands))
+    got = b""
+
+    def all_read() -> bool:
+        nonlocal got
+        got += talk(lambda: client.read(MEGABYTE)) or b""
+        return len(got) == len(secret)
+
+    spin(any_reactor, all_read)
+    assert got == secret
+    # The type of a TLS record, and not a word in plain.
+    assert seen[0] == 22
+    assert b"secret" not in seen
+    talk(lambda: client.write(b"hello over TLS"))
+    spin(any_reactor, lambda: link.protocol.data == b"hello over TLS")
+    link.close()
+
+
+# Everything at once
+
+
+def test_storm(any_reactor: Any) -> None:
+    """Many connections, which say what they like when they like, and end so."""
+    seed = random.randrange(1 << 32)
+    chance = random.Random(seed)
+    factory = RecorderFactory(Echo)
+    port = any_reactor.listenTCP(0, factory, backlog=500, interface="127.0.0.1")
+    talkers = [Talker(port.socket.getsockname(), chance) for _ in range(200)]
+
+    def done() -> bool:
+        for talker in talkers:
+            talker.go_on()
+        return all(each.ended for each in talkers) and all(
+            each.lost for each in factory.connections
+        )
+
+    try:
+        spin(any_reactor, done)
+    except AssertionError:
+        print("seed", seed, [vars(each) for each in talkers if not each.ended][:3])
+        raise
+    assert all(each.received == each.sent for each in talkers)
+    port.stopListening()
+    settle(any_reactor)
+
+
+@implementer(IHalfCloseableProtocol)
+class Echo(Recorder):
+    """Answers with what it gets, and ends when the other side does."""
+
+    transport: Any
+
+    def dataReceived(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def readConnectionLost(self) -> None:
+        self.transport.loseConnection()
+
+    def writeConnectionLost(self) -> None:
+        pass
+
+
+class Talker:
+    """A client of an echo server that does as chance has it."""
+
+    def __init__(self, address: Any, chance: random.Random) -> None:
+        self._chance = chance
+        self._socket = socket.create_connection(address)
+        self._socket.setblocking(False)
+        self._to_say = [
+            chance.randbytes(chance.choice([1, 10, 1000, 1 << 16, 100_000]))
+            for _ in range(chance.randrange(1, 8))
+        ]
+        self.sent = b""
+        self.received = b""
+        self.ended = False
+
+    def go_on(self) -> None:
+        if self.ended or self._chance.random() < 0.3:
+            return
+        with contextlib.suppress(BlockingIOError):
+            if self._to_say:
+                piece = self._to_say.pop(0)
+                try:
+                    size = self._socket.send(piece)
+                except BlockingIOError:
+                    size = 0
+                self.sent += piece[:size]
+                if size < len(piece):
+                    self._to_say.insert(0, piece[size:])
+                if not self._to_say:
+                    self._socket.shutdown(socket.SHUT_WR)
+            chunk = self._socket.recv(1 << 20)
+            self.received += chunk
+            if not chunk:
+                self.ended = True
+                self._socket.close()
