@@ -38,8 +38,9 @@ class Registration:
     :ivar origin: who may hold the open file description.
     :ivar tells_drained: its reader tells whether it has emptied the descriptor,
         so that its events may come as plain input (see ``Notifier.wait``).
-    :ivar edges: for the notifier: the directions whose next change the kernel
-        will announce by itself.  The others need a level check every time.
+    :ivar edges: set by the notifier: the directions whose next change the
+        kernel will announce by itself.  The others need a level check every
+        time.
     :ivar hung_up: for the engine: the last event told of nothing but a hang-up
         or an error, and the selectable did not act on it.
     """

@@ -14,8 +14,11 @@ Each watched direction of a registration is in one of three states:
     :meth:`Notifier.wait`.
 ``ready``
     A ``wait`` said so.  The engine calls ``doRead`` or ``doWrite``, after
-    which the direction is unchecked again; or armed, if the event was plain
-    input (see :meth:`Notifier.wait`) and the read was short.
+    which the direction is unchecked again.  It does not come back for a check,
+    but is armed, when the engine knows by itself that nothing is left: after a
+    short read that plain input led to (see :meth:`Notifier.wait`), or after a
+    read that would have blocked, in a direction that is among the
+    registration's ``edges``.
 ``armed``
     A ``wait`` that was given the direction did not report it: it was found
     not ready, and the kernel owes an event.  The engine sleeps only when

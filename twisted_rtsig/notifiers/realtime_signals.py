@@ -60,9 +60,16 @@ from twisted_rtsig.notifiers.signal_queue import (
 #   descriptor was armed gives none.  It may be stale: si_fd was closed and its
 #   number is another's now.  Its band lies at the end of a connection: a reset
 #   comes without POLLIN, a close from a socketpair's other end likewise.
-#   Hence the rule: signals nominate, poll confirms.  Only one single signal
-#   that tells of input and nothing else is believed as it stands, since it
-#   leads to a read of a socket that does not block.
+#   Hence the rule: signals nominate, poll confirms.  Only a signal that tells
+#   of input and nothing else is believed as it stands, since it leads to a read
+#   of a socket that does not block.
+#
+# * The end of a stream is not marked: a FIN arrives as plain input.  But data
+#   that carries a FIN queues two signals or three, never one.  So a read that
+#   comes back short has emptied the socket if exactly one signal came since it
+#   was last found empty.  If more came then only a read that would block tells.
+#   Urgent data (POLLPRI) stops reads at its mark, short of what is there; who
+#   ever showed it stays in the set of poll(2) from then on.
 #
 # * POLL_OUT is sent when the kernel knows that somebody waits for room: after
 #   a write that met a full buffer, or, for TCP, after a poll that found the
