@@ -68,6 +68,7 @@ class ScriptedNotifier:
         number = registration.descriptor
         self._expect(number not in self.watched, f"{number} is watched already")
         self._expect(registration not in self._known, f"{registration} had ended")
+        self._expect(registration.interest != 0, f"{registration} is for nobody")
         if number in self.refused:
             raise OSError(errno.ENOMEM, "refused by the script")
         self.watched[number] = registration

@@ -140,7 +140,7 @@ def test_dependencies(built: Built) -> None:
 
 @pytest.mark.parametrize("program", ["twistd", "trial"])
 def test_listed(unpacked: Path, tmp_path: Path, program: str) -> None:
-    """``--help-reactors`` lists rtsig, with a description."""
+    """``--help-reactors`` lists the reactors, each with a description."""
     listing = run_from_wheel(
         unpacked,
         tmp_path,
@@ -149,7 +149,9 @@ def test_listed(unpacked: Path, tmp_path: Path, program: str) -> None:
     )
     # A "!" before the name marks a reactor that does not work here.
     mark = "" if sys.platform.startswith("linux") else "!"
-    assert re.search(rf"^\s+{mark}rtsig\s+\S+ \S+", listing, re.MULTILINE), listing
+    for name in ("rtsig", "rtsig-epoll"):
+        entry = rf"^\s+{mark}{name}\s+\S+ \S+"
+        assert re.search(entry, listing, re.MULTILINE), listing
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,11 @@ import sys
 import {module}
 
 print(sys.modules["{module}"].__file__)
-for name in ("twisted.internet.reactor", "twisted_rtsig.rtsigreactor"):
+for name in (
+    "twisted.internet.reactor",
+    "twisted_rtsig.rtsigreactor",
+    "twisted_rtsig.epollreactor",
+):
     assert name not in sys.modules, name
 """
     origin = run_from_wheel(unpacked, tmp_path, code).strip()

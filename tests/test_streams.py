@@ -43,9 +43,12 @@ from zope.interface import alsoProvides, implementer
 
 from tests.support import DEADLINE, Recorder, RecorderFactory, dispose, settle
 from tests.test_serving import make_certificate
+from twisted_rtsig.engine.reactor import EngineReactor
+from twisted_rtsig.epollreactor import EdgeEPollReactor
 from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
 
-REACTORS = [RealtimeSignalReactor, EPollReactor]
+OURS = [RealtimeSignalReactor, EdgeEPollReactor]
+REACTORS = [*OURS, EPollReactor]
 KINDS = [
     "TCP server",
     "TCP client",
@@ -225,12 +228,12 @@ def link(request: Any, any_reactor: Any, tmp_path: Any) -> Iterator[Link]:
 
 
 @pytest.fixture(params=KINDS)
-def our_link(request: Any, tmp_path: Any) -> Iterator[Link]:
-    reactor = RealtimeSignalReactor()
-    it = Link(reactor, request.param, tmp_path)
+def our_link(
+    request: Any, make_reactor: Callable[[], EngineReactor], tmp_path: Any
+) -> Iterator[Link]:
+    it = Link(make_reactor(), request.param, tmp_path)
     yield it
     it.close()
-    dispose(reactor)
 
 
 @pytest.fixture
@@ -267,9 +270,8 @@ def test_one_send_at_the_end_of_the_pass(our_link: Link) -> None:
     assert not our_link.is_writer()
 
 
-def test_no_look_after_a_short_read(tmp_path: Any) -> None:
+def test_no_look_after_a_short_read(reactor: EngineReactor, tmp_path: Any) -> None:
     """One request is one read, and no level check."""
-    reactor = RealtimeSignalReactor()
     link = Link(reactor, "TCP server", tmp_path)
     counted = link.count()
     checks = reactor.statistics()["checks"]
@@ -280,7 +282,6 @@ def test_no_look_after_a_short_read(tmp_path: Any) -> None:
     assert counted.received == 10
     assert reactor.statistics()["checks"] == checks
     link.close()
-    dispose(reactor)
 
 
 @pytest.mark.parametrize("where", ["timer", "thread call", "outside"])

@@ -2,7 +2,7 @@
 Twisted's own black-box tests of a reactor, run on any reactors, one after the
 other, in a process of their own.
 
-    python -m tests.twisted_suite REACTOR... [--only TEST_ID...]
+    python -m tests.twisted_suite REACTOR... [--only TEST_ID...] [--skip TEST_ID...]
 
 A reactor is given by its dotted class name.  Prints one JSON object: for each
 reactor, the outcome ("success", "skip", "fail") of each test by its id; a test
@@ -59,11 +59,12 @@ def reactor_test_cases(reactors: list[str]) -> list[type[Any]]:
     return cases
 
 
-def run(reactors: list[str], only: set[str]) -> dict[str, Outcomes]:
+def run(reactors: list[str], only: set[str], skip: set[str]) -> dict[str, Outcomes]:
     """
     The outcome of each test on each reactor.
 
     :param only: the ids of the tests to run; empty for all.
+    :param skip: the ids of the tests not to run.
     """
     outcomes: dict[str, Outcomes] = {each: {} for each in reactors}
     loader = TestLoader()
@@ -78,7 +79,7 @@ def run(reactors: list[str], only: set[str]) -> dict[str, Outcomes]:
         for name in loader.getTestCaseNames(case):
             # Without the prefix, as trial's loader gives them.
             test_id = f"{base}.test{name}"
-            if only and test_id not in only:
+            if test_id in skip or (only and test_id not in only):
                 continue
             result = TestResult()
             TestSuite([case(f"test{name}")]).run(result)
@@ -98,11 +99,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("reactors", nargs="+", metavar="REACTOR")
     parser.add_argument("--only", nargs="*", default=[], metavar="TEST_ID")
+    parser.add_argument("--skip", nargs="*", default=[], metavar="TEST_ID")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         with contextlib.redirect_stdout(io.StringIO()):
-            outcomes = run(options.reactors, set(options.only))
+            outcomes = run(options.reactors, set(options.only), set(options.skip))
         os.chdir("/")
     json.dump(outcomes, sys.stdout)
 

@@ -8,4 +8,10 @@ rtsig = Reactor(
     "Linux realtime signals: the kernel queues each event (twisted-rtsig).",
 )
 
-__all__ = ["rtsig"]
+rtsig_epoll = Reactor(
+    "rtsig-epoll",
+    "twisted_rtsig.epollreactor",
+    "Linux epoll, edge-triggered, under the same engine (twisted-rtsig).",
+)
+
+__all__ = ["rtsig", "rtsig_epoll"]

@@ -96,7 +96,7 @@ class EngineReactor(StreamReactor, DatagramReactor):
         :raises ValueError: if its descriptor is negative.
         :raises OSError: if its descriptor cannot be watched.
         """
-        registration = self._registration_for(reader, self._reading)
+        registration = self._registration_for(reader, READ)
         if registration.reader is not reader:
             self._attach_reader(registration, reader)
 
@@ -107,7 +107,7 @@ class EngineReactor(StreamReactor, DatagramReactor):
         :raises ValueError: if its descriptor is negative.
         :raises OSError: if its descriptor cannot be watched.
         """
-        registration = self._registration_for(writer, self._writing)
+        registration = self._registration_for(writer, WRITE)
         if registration.writer is not writer:
             self._attach_writer(registration, writer)
 
@@ -165,17 +165,15 @@ class EngineReactor(StreamReactor, DatagramReactor):
 
     # Registrations
 
-    def _registration_for(
-        self, selectable: Any, table: dict[Any, Registration]
-    ) -> Registration:
+    def _registration_for(self, selectable: Any, direction: int) -> Registration:
         """The registration of C{selectable} and its descriptor, begun if need be."""
         descriptor: int = selectable.fileno()
-        known = table.get(selectable)
+        known = (self._reading if direction == READ else self._writing).get(selectable)
         if known is not None:
             if known.descriptor == descriptor:
                 return known
             # It has another descriptor now than when it was added.
-            if table is self._reading:
+            if direction == READ:
                 self.removeReader(selectable)
             else:
                 self.removeWriter(selectable)
@@ -188,21 +186,26 @@ class EngineReactor(StreamReactor, DatagramReactor):
         if registration is not None:
             if registration.reader is selectable or registration.writer is selectable:
                 return registration
-            return self._succeed(registration, selectable)
-        return self._begin(descriptor, selectable)
+            return self._succeed(registration, selectable, direction)
+        return self._begin(descriptor, direction, selectable)
 
-    def _begin(self, descriptor: int, newcomer: Any, *others: Any) -> Registration:
+    def _begin(
+        self, descriptor: int, interest: int, newcomer: Any, *others: Any
+    ) -> Registration:
         if isinstance(newcomer, Stream) and not others:
             registration = Registration(
                 descriptor, newcomer.origin, newcomer.tells_drained
             )
         else:
             registration = Registration(descriptor)
+        registration.interest = interest
         self._notifier.watch(registration)
         self._registrations[descriptor] = registration
         return registration
 
-    def _succeed(self, former: Registration, newcomer: Any) -> Registration:
+    def _succeed(
+        self, former: Registration, newcomer: Any, direction: int
+    ) -> Registration:
         """
         C{newcomer} brings a descriptor that C{former} holds.  The number may
         have been closed and reused, so that nothing the kernel was told about
@@ -219,8 +222,13 @@ class EngineReactor(StreamReactor, DatagramReactor):
         if writer is not None and not self._still_has(writer, descriptor):
             writer = None
         owners = [each for each in (reader, writer) if each is not None]
+        interest = direction
+        if reader is not None:
+            interest |= READ
+        if writer is not None:
+            interest |= WRITE
         try:
-            registration = self._begin(descriptor, newcomer, *owners)
+            registration = self._begin(descriptor, interest, newcomer, *owners)
         except OSError:
             for owner in dict.fromkeys(owners):
                 log.callWithLogger(
@@ -268,9 +276,10 @@ class EngineReactor(StreamReactor, DatagramReactor):
         self._notifier.unwatch(registration)
 
     def _interest_begins(self, registration: Registration, direction: int) -> None:
-        registration.interest |= direction
         registration.hung_up = False
-        self._notifier.update(registration)
+        if not registration.interest & direction:
+            registration.interest |= direction
+            self._notifier.update(registration)
         # An edge may have come and gone while nobody was interested.
         self._mark_unchecked(registration, direction)
         if self._waiting:

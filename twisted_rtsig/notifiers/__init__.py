@@ -93,7 +93,7 @@ class Notifier(Protocol):
 
     def watch(self, registration: Registration) -> None:
         """
-        Begin to watch, all directions unchecked.
+        Begin to watch for ``registration.interest``, all of it unchecked.
 
         :raises OSError: if the descriptor cannot be watched; nothing changes.
         """

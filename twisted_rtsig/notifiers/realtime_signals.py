@@ -28,6 +28,7 @@ from twisted_rtsig.notifiers import (
     WRITE,
     Event,
     Registration,
+    forks,
 )
 from twisted_rtsig.notifiers.signal_queue import (
     PLAIN_INPUT,
@@ -112,16 +113,6 @@ _READY = tuple(
 # More than one signal came for the descriptor; beside the flags of its band.
 _SEVERAL = 1 << 16
 
-_forks = 0
-
-
-def _after_fork_in_child() -> None:
-    global _forks
-    _forks += 1
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
-
 
 def _probe(signal_number: int) -> None:
     """
@@ -157,7 +148,7 @@ class RealtimeSignalNotifier:
         self._queue: SignalQueue | None = None
         self._thread = 0
         self._owner = b""
-        self._forks = _forks
+        self._forks = forks.count
         self._inherited: set[int] = set()
         self._check_all = False
         self._waits = 0
@@ -167,7 +158,7 @@ class RealtimeSignalNotifier:
 
     def open(self) -> None:
         """See :meth:`Notifier.open`."""
-        if self._forks != _forks:
+        if self._forks != forks.count:
             self._inherit()
         thread = threading.get_native_id()
         if self._queue is not None:
@@ -192,7 +183,7 @@ class RealtimeSignalNotifier:
     def close(self) -> None:
         """See :meth:`Notifier.close`."""
         queue = self._queue
-        if queue is None or self._forks != _forks:
+        if queue is None or self._forks != forks.count:
             return
         for registration in self._registrations.values():
             self._disarm(registration)
@@ -203,16 +194,17 @@ class RealtimeSignalNotifier:
 
     def daemonized(self) -> None:
         """See :meth:`Notifier.daemonized`."""
-        self._forks = _forks
+        self._forks = forks.count
 
     def watch(self, registration: Registration) -> None:
         """See :meth:`Notifier.watch`."""
-        if self._forks != _forks:
+        if self._forks != forks.count:
             self._inherit()
         if self._queue is None or not self._arm(registration):
             # Fails with EBADF where poll would only say so later.
             fcntl.fcntl(registration.descriptor, fcntl.F_GETFD)
         self._registrations[registration.descriptor] = registration
+        self.update(registration)
 
     def update(self, registration: Registration) -> None:
         """See :meth:`Notifier.update`."""
@@ -226,7 +218,7 @@ class RealtimeSignalNotifier:
 
     def unwatch(self, registration: Registration) -> None:
         """See :meth:`Notifier.unwatch`."""
-        if self._forks != _forks:
+        if self._forks != forks.count:
             self._inherit()
         descriptor = registration.descriptor
         del self._registrations[descriptor]
@@ -239,7 +231,7 @@ class RealtimeSignalNotifier:
     ) -> tuple[Sequence[Registration], Sequence[Event]]:
         """See :meth:`Notifier.wait`."""
         queue = self._queue
-        if queue is None or self._forks != _forks or not queue.is_of_this_thread():
+        if queue is None or self._forks != forks.count or not queue.is_of_this_thread():
             self.open()
             queue = self._queue
             assert queue is not None
@@ -426,7 +418,7 @@ class RealtimeSignalNotifier:
 
     def _inherit(self) -> None:
         """This is a forked child, and its parent may go on with the reactor."""
-        self._forks = _forks
+        self._forks = forks.count
         self._queue = None
         self._poll = select.poll()
         self._polled = {}

@@ -1,0 +1,61 @@
+"""
+The edge-triggered epoll reactor, for Linux.
+
+Install it before anything imports ``twisted.internet.reactor``::
+
+    from twisted_rtsig import epollreactor
+    epollreactor.install()
+
+or by its short name: ``twistd --reactor=rtsig-epoll web``.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from twisted.internet.main import installReactor
+
+from twisted_rtsig.engine.reactor import EngineReactor
+from twisted_rtsig.notifiers import Notifier, UnsupportedReactorError
+
+
+def _notifier() -> Notifier:
+    # Refuses elsewhere than on Linux, where the next import would fail with
+    # an error that tells a user nothing.
+    if not sys.platform.startswith("linux"):
+        raise UnsupportedReactorError(
+            f"epoll exists on Linux only, and this is {sys.platform}; use "
+            "--reactor=poll, or --reactor=select where there is no poll"
+        )
+    from twisted_rtsig.notifiers.edge_epoll import EdgeEPollNotifier
+
+    return EdgeEPollNotifier()
+
+
+class EdgeEPollReactor(EngineReactor):
+    """
+    A reactor that is told of events by edge-triggered epoll.
+
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: elsewhere than on
+        Linux, or where the system has no descriptors left for a reactor.
+    """
+
+    def __init__(self) -> None:
+        try:
+            super().__init__(_notifier())
+        except OSError as error:
+            raise UnsupportedReactorError(
+                f"the system has no descriptors left for a reactor ({error})"
+            ) from error
+
+
+def install() -> None:
+    """
+    Make the edge-triggered epoll reactor the one of this process.
+
+    Raises what :class:`EdgeEPollReactor` does.
+    """
+    installReactor(EdgeEPollReactor())
+
+
+__all__ = ["EdgeEPollReactor", "install"]
