@@ -28,6 +28,11 @@ from twisted.trial.unittest import TestSuite
 
 Outcomes = dict[str, str]
 
+# Seconds for one test; trial itself has patience for 120.  A few of Twisted's
+# tests hang once in a while, on any reactor: on a busy machine a child may end
+# before the reactor runs that it should stop.
+TIMEOUT = 20
+
 
 def reactor_test_cases(reactors: list[str]) -> list[type[Any]]:
     """Every test case class that Twisted's ReactorBuilder makes for the reactors."""
@@ -75,6 +80,7 @@ def run(reactors: list[str], only: set[str], skip: set[str]) -> dict[str, Outcom
             if case.__name__.endswith(f"_{each.rsplit('.', 1)[-1]}Tests")
         )
         suffix = f"_{reactor.rsplit('.', 1)[-1]}Tests"
+        case.timeout = TIMEOUT
         base = f"{case.__module__}.{case.__name__.removesuffix(suffix)}"
         for name in loader.getTestCaseNames(case):
             # Without the prefix, as trial's loader gives them.
