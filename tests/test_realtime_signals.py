@@ -5,6 +5,7 @@ lost, wrong or endless if the reactor believed the signals.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -34,6 +35,7 @@ from tests.support import (
     Served,
     Watcher,
     blocked_signals,
+    connect,
     dispose,
     run_program,
     settle,
@@ -110,6 +112,69 @@ def test_adopted_connection(reactor: EngineReactor) -> None:
             spin(reactor, lambda: connection.lost)
 
 
+def test_short_connections_are_not_armed(served: Served) -> None:
+    """To arm and to disarm costs more than to poll a few times."""
+    before = served.reactor.statistics()
+    for turn in range(20):
+        with connect(served.port) as client:
+            client.sendall(b"x")
+            spin(served.reactor, lambda: len(served.factory.connections) == turn + 1)
+        connection = served.factory.connections[turn]
+        spin(served.reactor, lambda: connection.lost)
+        assert connection.data == b"x"
+    after = served.reactor.statistics()
+    assert after["signals"] == before["signals"]
+    assert after["checks"] == before["checks"]
+
+
+def test_signals_for_the_idle_poll_for_the_noisy(served: Served) -> None:
+    """Who sends several signals for one read is polled until it calms down."""
+    client, connection = served.connect()
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    assert served.reactor.statistics()["armed"] == 1
+    for _ in range(50):
+        client.sendall(b"x")
+    spin(served.reactor, lambda: len(connection.data) == 50)
+    assert served.reactor.statistics()["armed"] == 0
+    signals = served.reactor.statistics()["signals"]
+    for _ in range(50):
+        client.sendall(b"x")
+    spin(served.reactor, lambda: len(connection.data) == 100)
+    assert served.reactor.statistics()["signals"] == signals
+    settle(served.reactor)
+    assert served.reactor.statistics()["armed"] == 1
+    client.sendall(b"x")
+    spin(served.reactor, lambda: len(connection.data) == 101)
+    assert served.reactor.statistics()["signals"] > signals
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_data_between_the_last_poll_and_the_arming(
+    served: Served, monkeypatch: pytest.MonkeyPatch, end: bool
+) -> None:
+    """It was polled too early and signalled too late."""
+    client = connect(served.port)
+    spin(served.reactor, lambda: served.factory.connections)
+    (connection,) = served.factory.connections
+    real = fcntl.fcntl
+
+    def arm(descriptor: int, command: int, *argument: Any) -> Any:
+        if command == fcntl.F_SETSIG and client.fileno() >= 0:
+            client.sendall(b"in between")
+            if end:
+                client.close()
+        return real(descriptor, command, *argument)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "fcntl", arm)
+        for _ in range(8):
+            served.reactor.iterate(0)
+    assert connection.data == b""
+    spin(served.reactor, lambda: connection.data == b"in between")
+    client.close()
+    spin(served.reactor, lambda: connection.lost)
+
+
 def test_no_signals_while_paused(served: Served) -> None:
     """Interest ended, so the kernel has been told to be silent."""
     client, connection = served.connect()
@@ -133,7 +198,13 @@ def test_made_in_one_thread_and_run_in_another() -> None:
 reactor = Reactor()
 address = listen(reactor)
 thread = in_thread(reactor.run, False)
-converse(address)
+from twisted.internet.threads import blockingCallFromThread
+with socket.create_connection(address, timeout=20) as client:
+    talk(client)
+    # Each is a pass of its own: found idle a few times, it is armed.
+    for _ in range(10):
+        blockingCallFromThread(reactor, int)
+    talk(client)
 signals = reactor.statistics()["signals"]
 reactor.callFromThread(reactor.stop)
 thread.join()

@@ -428,7 +428,7 @@ class EngineReactor(StreamReactor, DatagramReactor):
                 except OSError as error:
                     why = stream.why_lost(error)
                 else:
-                    if len(data) == size:
+                    if len(data) == size and registration.edges:
                         self._read_on.append(registration)
                     try:
                         if data:

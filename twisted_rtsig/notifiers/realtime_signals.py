@@ -77,6 +77,15 @@ from twisted_rtsig.notifiers.signal_queue import (
 #   socket not writable.  The poll of a UNIX stream leaves no such note, so its
 #   writers stay in the set of poll(2) while they wait.
 #
+# * Signals cost something too: three calls to have them sent, one to silence
+#   them, and for each a record to be queued, read and looked up.  poll(2) is
+#   cheaper for a connection that is ready most of the times that it is polled,
+#   or will be closed soon, or sends several signals for each read (which would
+#   also fill the queue).  So a connection is armed only after it was found not
+#   ready a few times, and polled again when it sends more than one signal.
+#   Provos and Lever, "Scalable Network I/O in Linux" (2000), is about such
+#   hybrids.
+#
 # * The queue is finite: RLIMIT_SIGPENDING, for all processes of the user
 #   together.  When it is full the kernel sends one SIGIO instead, and then
 #   everything is checked.  The signals still queued are part of the truth.
@@ -94,6 +103,9 @@ _F_SETOWN_EX = 15
 _F_OWNER_TID = 0
 _ON = struct.pack("i", 1)
 _OFF = struct.pack("i", 0)
+
+# How often a connection is found not ready before it is armed.
+_PATIENCE = 8
 
 # The directions of which a signal will tell, once found not ready.
 _EDGES = {Origin.SHARED: 0, Origin.OWN_TCP: READ | WRITE, Origin.OWN_UNIX: READ}
@@ -145,6 +157,11 @@ class RealtimeSignalNotifier:
         self._registrations: dict[int, Registration] = {}
         self._poll = select.poll()
         self._polled: dict[int, int] = {}
+        # Those that may be armed, but are polled still: how often they may yet
+        # be found not ready.
+        self._patience: dict[Registration, int] = {}
+        # To be checked once more, since they were armed after the last check.
+        self._just_armed: dict[Registration, int] = {}
         self._queue: SignalQueue | None = None
         self._thread = 0
         self._owner = b""
@@ -174,11 +191,7 @@ class RealtimeSignalNotifier:
         self._owner = struct.pack("ii", _F_OWNER_TID, thread)
         self._poll.register(self._queue.descriptor, select.POLLIN)
         for registration in self._registrations.values():
-            # Closed meanwhile: then poll says so.
-            with contextlib.suppress(OSError):
-                self._arm(registration)
-            self.update(registration)
-        self._check_all = True
+            self._begin_with_poll(registration)
 
     def close(self) -> None:
         """See :meth:`Notifier.close`."""
@@ -188,6 +201,8 @@ class RealtimeSignalNotifier:
         for registration in self._registrations.values():
             self._disarm(registration)
             self.update(registration)
+        self._patience.clear()
+        self._just_armed.clear()
         self._poll.unregister(queue.descriptor)
         self._queue = None
         queue.leave(self)
@@ -200,11 +215,12 @@ class RealtimeSignalNotifier:
         """See :meth:`Notifier.watch`."""
         if self._forks != forks.count:
             self._inherit()
-        if self._queue is None or not self._arm(registration):
-            # Fails with EBADF where poll would only say so later.
-            fcntl.fcntl(registration.descriptor, fcntl.F_GETFD)
+        # Fails with EBADF where poll would only say so later.
+        fcntl.fcntl(registration.descriptor, fcntl.F_GETFD)
         self._registrations[registration.descriptor] = registration
         self.update(registration)
+        if self._queue is not None:
+            self._begin_with_poll(registration)
 
     def update(self, registration: Registration) -> None:
         """See :meth:`Notifier.update`."""
@@ -222,6 +238,8 @@ class RealtimeSignalNotifier:
             self._inherit()
         descriptor = registration.descriptor
         del self._registrations[descriptor]
+        self._patience.pop(registration, None)
+        self._just_armed.pop(registration, None)
         if self._polled.pop(descriptor, None) is not None:
             self._poll.unregister(descriptor)
         self._disarm(registration)
@@ -238,6 +256,9 @@ class RealtimeSignalNotifier:
         if self._check_all:
             self._check_all = False
             unchecked = dict.fromkeys(self._registrations.values(), 0)
+        elif self._just_armed:
+            unchecked = {**unchecked, **self._just_armed}
+            self._just_armed.clear()
         milliseconds = None if timeout is None else timeout * 1000
         if unchecked:
             checking = self._poll_too(unchecked)
@@ -248,14 +269,30 @@ class RealtimeSignalNotifier:
         else:
             polled = self._poll.poll(milliseconds)
         self._waits += 1
+        registrations = self._registrations
+        plain: list[Registration] = []
         ready: dict[Registration, int] = {}
         signalled = False
         for descriptor, revents in polled:
             if descriptor == queue.descriptor:
                 signalled = True
-            elif descriptor in self._registrations:
-                ready[self._registrations[descriptor]] = _READY[revents & 63]
-        plain = self._take_signals(queue, ready) if signalled else ()
+                continue
+            registration = registrations.get(descriptor)
+            if registration is None:
+                continue
+            if (
+                revents == select.POLLIN
+                and registration.tells_drained
+                and not registration.edges
+            ):
+                # Polled each time, so that nothing is missed.
+                plain.append(registration)
+            else:
+                ready[registration] = _READY[revents & 63]
+        if self._patience:
+            self._arm_the_idle(plain, ready)
+        if signalled:
+            plain += self._take_signals(queue, ready)
         if ready:
             return plain, [(each, what, 0) for each, what in ready.items()]
         return plain, ()
@@ -287,12 +324,17 @@ class RealtimeSignalNotifier:
         # Nearly always there is nothing but plain input, one signal for each.
         count = len(descriptors)
         if bands.count(PLAIN_INPUT) == count and not ready:
-            named = set(descriptors) if count > 1 else descriptors
-            if len(named) == count and self._polled.keys().isdisjoint(named):
-                try:
-                    return [registrations[each] for each in descriptors]
-                except KeyError:
-                    pass
+            if count == 1:
+                descriptor = descriptors[0]
+                if descriptor in registrations and descriptor not in self._polled:
+                    return (registrations[descriptor],)
+            else:
+                named = set(descriptors)
+                if len(named) == count and self._polled.keys().isdisjoint(named):
+                    try:
+                        return [registrations[each] for each in descriptors]
+                    except KeyError:
+                        pass
         merged: dict[int, int] = {}
         for descriptor, band in zip(descriptors, bands, strict=True):
             if descriptor in merged:
@@ -305,17 +347,23 @@ class RealtimeSignalNotifier:
             registration = registrations.get(descriptor)
             if registration is None:
                 strangers = True
-            elif band & ~_SEVERAL != PLAIN_INPUT or not registration.edges:
+            elif not registration.edges:
+                # Stale: it is polled each time.
+                continue
+            elif band & ~_SEVERAL != PLAIN_INPUT:
                 if band & select.POLLPRI:
                     self._distrust(registration)
                 suspects[registration] = 0
             elif band & _SEVERAL or overflowed or registration in ready:
                 ready[registration] = ready.get(registration, 0) | READ
+                if band & _SEVERAL:
+                    self._disarm(registration)
+                    self._begin_with_poll(registration)
             else:
                 plain.append(registration)
         if overflowed:
             self._overflow()
-            suspects = dict.fromkeys(registrations.values(), 0)
+            suspects = {each: 0 for each in registrations.values() if each.edges}
         if overflowed or strangers:
             # Reactors that run in turn in this thread share the queue, and
             # SIGIO is one for all queues.
@@ -380,8 +428,35 @@ class RealtimeSignalNotifier:
             self._poll_no_more(checking)
         for descriptor, revents in polled:
             registration = self._registrations.get(descriptor)
-            if registration is not None:
+            # Others of the set have just been polled.
+            if registration is not None and registration in suspects:
                 ready[registration] = ready.get(registration, 0) | _READY[revents & 63]
+
+    # Who is polled, and who is armed
+
+    def _begin_with_poll(self, registration: Registration) -> None:
+        self.update(registration)
+        if _EDGES[registration.origin]:
+            self._patience[registration] = _PATIENCE
+
+    def _arm_the_idle(
+        self, plain: Sequence[Registration], ready: Mapping[Registration, int]
+    ) -> None:
+        """Of those that were polled and found not ready."""
+        busy = set(plain)
+        idle = [
+            each for each in self._patience if each not in busy and each not in ready
+        ]
+        for registration in idle:
+            self._patience[registration] -= 1
+            if self._patience[registration]:
+                continue
+            del self._patience[registration]
+            # Closed meanwhile: then poll says so.
+            with contextlib.suppress(OSError):
+                if self._arm(registration):
+                    self.update(registration)
+                    self._just_armed[registration] = 0
 
     # The open file description
 
@@ -422,6 +497,8 @@ class RealtimeSignalNotifier:
         self._queue = None
         self._poll = select.poll()
         self._polled = {}
+        self._patience.clear()
+        self._just_armed.clear()
         # Also the ones that nobody watches now: a paused connection.
         for name in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):
