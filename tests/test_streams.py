@@ -95,6 +95,10 @@ class Counted:
         self.received += 1
         return self._real.recv(size)
 
+    def recvmsg(self, *arguments: Any) -> Any:
+        self.received += 1
+        return self._real.recvmsg(*arguments)
+
 
 class Link:
     """
@@ -676,6 +680,21 @@ def test_urgent_data(tcp_link: Link) -> None:
     tcp_link.peer.close()
     spin(tcp_link.reactor, lambda: tcp_link.protocol.lost)
     assert tcp_link.protocol.data.endswith(b"end")
+
+
+def test_fast_sender(our_link: Link) -> None:
+    """Who always has more to say gets no larger share of a pass with time."""
+    our_link.transport.bufferSize = 10
+    counted = our_link.count()
+    reads = []
+    for _ in range(20):
+        our_link.peer.sendall(b"x" * 100)
+        before = counted.received
+        our_link.reactor.iterate(0.01)
+        reads.append(counted.received - before)
+    # What an event leads to, and what a full read in the last pass does.
+    assert max(reads) <= 2
+    spin(our_link.reactor, lambda: len(our_link.protocol.data) == 2000)
 
 
 @pytest.mark.parametrize("kind", ["UNIX server", "UNIX client", "adopted UNIX"])

@@ -75,8 +75,8 @@ class EngineReactor(StreamReactor, DatagramReactor):
         # Those of the pass under way, the next one last.
         self._sending: list[Stream] = []
         # Streams to be read from in the next pass, and the next, until there is
-        # nothing left.
-        self._read_on: list[Registration] = []
+        # nothing left; in order, and each but once.
+        self._read_on: dict[Registration, None] = {}
         # What the pass under way has not come to yet.
         self._plain_input: Iterator[Registration] = iter(())
         self._reading_on: Iterator[Registration] = iter(())
@@ -368,7 +368,7 @@ class EngineReactor(StreamReactor, DatagramReactor):
             self._unchecked = {}
         read_on = self._read_on
         if read_on:
-            self._read_on = []
+            self._read_on = {}
             delay = 0
         self._waiting = True
         try:
@@ -429,7 +429,7 @@ class EngineReactor(StreamReactor, DatagramReactor):
                     why = stream.why_lost(error)
                 else:
                     if len(data) == size and registration.edges:
-                        self._read_on.append(registration)
+                        self._read_on[registration] = None
                     try:
                         if data:
                             stream.protocol.dataReceived(data)
@@ -464,7 +464,7 @@ class EngineReactor(StreamReactor, DatagramReactor):
             except OSError as error:
                 why = stream.why_lost(error)
             else:
-                self._read_on.append(registration)
+                self._read_on[registration] = None
                 try:
                     why = stream._dataReceived(data)
                 except BaseException:
