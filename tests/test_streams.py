@@ -459,6 +459,17 @@ def test_pull_producer(link: Link) -> None:
     assert link.protocol.lost
 
 
+def test_pull_producer_that_has_nothing_yet(link: Link) -> None:
+    """It is asked again when what was written before it came has been sent."""
+    producer = Producer()
+    link.transport.write(b"x")
+    link.transport.registerProducer(producer, False)
+    assert producer.calls == ["resume"]
+    spin(link.reactor, lambda: producer.calls == ["resume"] * 2)
+    assert link.receive(1) == b"x"
+    link.transport.unregisterProducer()
+
+
 def test_producer_raises(link: Link) -> None:
     """It is logged, and the connection ends."""
     error = RuntimeError("the producer")

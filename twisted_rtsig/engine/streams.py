@@ -138,6 +138,13 @@ class Stream(tcp.Connection):
                 self.dataBuffer = data
                 self.reactor.write_soon(self, ONE_CHUNK)
 
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """As ``IConsumer.registerProducer``."""
+        super().registerProducer(producer, streaming)
+        if self.write_state == ONE_CHUNK:
+            # That is not all any more: there is a producer to ask for more.
+            self.write_state = QUEUED
+
     def startWriting(self) -> None:
         """Have ``doWrite`` called at the end of the pass."""
         if not self.connected:
