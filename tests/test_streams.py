@@ -76,12 +76,15 @@ class Counted:
     A socket that counts what it is asked to do.
 
     :ivar sent: what each ``send`` was given and has sent.
+    :ivar received: how often it was read from.
+    :ivar send_raises: what the next sends raise, after they have sent.
     """
 
     def __init__(self, real: socket.socket) -> None:
         self._real = real
         self.sent: list[bytes] = []
         self.received = 0
+        self.send_raises: list[BaseException] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
@@ -89,6 +92,8 @@ class Counted:
     def send(self, data: Any) -> int:
         size = self._real.send(data)
         self.sent.append(bytes(data[:size]))
+        if self.send_raises:
+            raise self.send_raises.pop()
         return size
 
     def recv(self, size: int) -> bytes:
@@ -596,6 +601,46 @@ def test_one_disconnects_the_other(any_reactor: Any, tmp_path: Any) -> None:
     first.transport.unregisterProducer()
     first.close()
     second.close()
+
+
+@pytest.mark.parametrize("pieces", [[b"x"], [b"x", b"y"]])
+def test_interrupted_send(link: Link, pieces: list[bytes]) -> None:
+    """Nobody knows what was sent: it is not sent twice, and it is the end."""
+    counted = link.count()
+    error = KeyboardInterrupt()
+    counted.send_raises.append(error)
+    for piece in pieces:
+        link.transport.write(piece)
+    logged: list[Any] = []
+    log.addObserver(logged.append)
+    try:
+        spin(link.reactor, lambda: link.protocol.lost)
+    finally:
+        log.removeObserver(logged.append)
+    [event] = [each for each in logged if each["isError"]]
+    assert event["failure"].value is error
+    assert link.protocol.lost[0].value is error
+    assert counted.sent == [b"".join(pieces)]
+
+
+def test_interrupted_after_half_a_close(our_link: Link, monkeypatch: Any) -> None:
+    """What is queued again, to be sure, does not end a second time."""
+    ends: list[str] = []
+    our_link.protocol.readConnectionLost = lambda: ends.append("read")
+    our_link.protocol.writeConnectionLost = lambda: ends.append("write")
+    alsoProvides(our_link.protocol, IHalfCloseableProtocol)
+    our_link.transport.loseWriteConnection()
+    settle(our_link.reactor)
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(our_link.reactor._notifier, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            our_link.reactor.iterate(0)
+    settle(our_link.reactor)
+    assert ends == ["write"]
 
 
 # What is read

@@ -403,8 +403,15 @@ class EngineReactor(StreamReactor, DatagramReactor):
         for registration in self._registrations.values():
             self._mark_unchecked(registration, registration.interest)
             stream = registration.reader
-            if isinstance(stream, Stream) and stream.connected:
-                stream.startWriting()
+            if (
+                isinstance(stream, Stream)
+                and stream.connected
+                and not stream._writeDisconnected
+                and stream.write_state in (NOT_WRITING, ONE_CHUNK, QUEUED)
+            ):
+                # It may have been taken out of the queue just before; to be in
+                # it twice does no harm.
+                self.write_soon(stream, QUEUED)
 
     def _check_rest_again(self) -> None:
         """No event will tell of these any more: they were not dispatched."""
@@ -481,25 +488,25 @@ class EngineReactor(StreamReactor, DatagramReactor):
         self._queued.clear()
         while sending:
             stream = sending.pop()
-            if stream.write_state == ONE_CHUNK:
-                data = stream.dataBuffer
-                sent = 0
-                if len(data) <= stream.SEND_LIMIT:
-                    try:
-                        sent = stream.socket.send(data)
-                    except Exception:
-                        sent = 0  # doWrite meets the error again.
-                if sent == len(data):
-                    stream.dataBuffer = b""
-                    stream.write_state = NOT_WRITING
-                    continue
-                stream.offset = sent
-            elif stream.write_state != QUEUED:
-                # An earlier one has disconnected it, say.
-                continue
-            stream.write_state = NOT_WRITING
-            fields["system"] = stream.logstr
             try:
+                if stream.write_state == ONE_CHUNK:
+                    data = stream.dataBuffer
+                    sent = 0
+                    if len(data) <= stream.SEND_LIMIT:
+                        try:
+                            sent = stream.socket.send(data)
+                        except Exception:
+                            sent = 0  # doWrite meets the error again.
+                    if sent == len(data):
+                        stream.dataBuffer = b""
+                        stream.write_state = NOT_WRITING
+                        continue
+                    stream.offset = sent
+                elif stream.write_state != QUEUED:
+                    # An earlier one has disconnected it, say.
+                    continue
+                stream.write_state = NOT_WRITING
+                fields["system"] = stream.logstr
                 why = stream.doWrite()
             except BaseException:
                 why = sys.exc_info()[1]
