@@ -758,7 +758,6 @@ if os.fork():
     os.read(ready, 1)
     os._exit(0)
 reactor.afterDaemonize()
-settle()
 heard()
 print("heard", flush=True)
 """,

@@ -141,7 +141,8 @@ def test_signals_for_the_idle_poll_for_the_noisy(served: Served) -> None:
         client.sendall(b"x")
     spin(served.reactor, lambda: len(connection.data) == 100)
     assert served.reactor.statistics()["signals"] == signals
-    settle(served.reactor)
+    for _ in range(10):
+        settle(served.reactor)
     assert served.reactor.statistics()["armed"] == 1
     client.sendall(b"x")
     spin(served.reactor, lambda: len(connection.data) == 101)
@@ -167,7 +168,9 @@ def test_data_between_the_last_poll_and_the_arming(
 
     with monkeypatch.context() as patched:
         patched.setattr(fcntl, "fcntl", arm)
-        for _ in range(8):
+        for _ in range(100):
+            if served.reactor.statistics()["armed"]:
+                break
             served.reactor.iterate(0)
     assert connection.data == b""
     spin(served.reactor, lambda: connection.data == b"in between")
@@ -202,7 +205,7 @@ from twisted.internet.threads import blockingCallFromThread
 with socket.create_connection(address, timeout=20) as client:
     talk(client)
     # Each is a pass of its own: found idle a few times, it is armed.
-    for _ in range(10):
+    for _ in range(20):
         blockingCallFromThread(reactor, int)
     talk(client)
 signals = reactor.statistics()["signals"]

@@ -37,6 +37,10 @@ from twisted_rtsig.notifiers import (
     Registration,
 )
 
+# What a connection that has much to read may have before others get their turn:
+# 256 KiB, with Twisted's size of a read.
+_READS_IN_A_ROW = 4
+
 _LOST = "File descriptor lost"
 
 LogContext = dict[Any, Any]
@@ -77,6 +81,8 @@ class EngineReactor(StreamReactor, DatagramReactor):
         # Streams to be read from in the next pass, and the next, until there is
         # nothing left; in order, and each but once.
         self._read_on: dict[Registration, None] = {}
+        # Those whose read in the last pass returned all that it asked for.
+        self._full: set[Registration] = set()
         # What the pass under way has not come to yet.
         self._plain_input: Iterator[Registration] = iter(())
         self._reading_on: Iterator[Registration] = iter(())
@@ -423,6 +429,9 @@ class EngineReactor(StreamReactor, DatagramReactor):
     def _read_plain_input(self, fields: LogContext) -> None:
         # Nearly everything goes through here and through _send_queued, so that
         # they are kept short: C{doRead} is written out.
+        full_before = self._full
+        if full_before:
+            self._full = set()
         for registration in self._plain_input:
             stream = registration.reader
             if stream is None:
@@ -435,8 +444,14 @@ class EngineReactor(StreamReactor, DatagramReactor):
                 except OSError as error:
                     why = stream.why_lost(error)
                 else:
-                    if len(data) == size and registration.edges:
-                        self._read_on[registration] = None
+                    if len(data) == size:
+                        # Who is watched by level will be told of, if there is
+                        # more; but who was full in the pass before as well has
+                        # so much that to wait is a waste.
+                        if registration.edges or registration in full_before:
+                            self._read_on[registration] = None
+                        else:
+                            self._full.add(registration)
                     try:
                         if data:
                             stream.protocol.dataReceived(data)
@@ -458,7 +473,7 @@ class EngineReactor(StreamReactor, DatagramReactor):
         self, fields: LogContext, registrations: Iterable[Registration]
     ) -> None:
         """
-        One read of each, and another in the next pass if there was something.
+        A few reads of each, and others in the next pass if there was something.
         Unlike a short read, a read that would block leaves nothing behind.
         """
         for registration in registrations:
@@ -466,17 +481,22 @@ class EngineReactor(StreamReactor, DatagramReactor):
             if stream is None:
                 continue
             fields["system"] = stream.logstr
-            try:
-                data = stream.socket.recv(stream.bufferSize)
-            except OSError as error:
-                why = stream.why_lost(error)
-            else:
+            for _ in range(_READS_IN_A_ROW):
+                size = stream.bufferSize
+                try:
+                    data = stream.socket.recv(size)
+                except OSError as error:
+                    self._read_on.pop(registration, None)
+                    why = stream.why_lost(error)
+                    break
                 self._read_on[registration] = None
                 try:
                     why = stream._dataReceived(data)
                 except BaseException:
                     why = sys.exc_info()[1]
                     log.err()
+                if why or len(data) < size or registration.reader is not stream:
+                    break
             if why:
                 self._disconnect(stream, why, True)
 
