@@ -26,9 +26,8 @@ from twisted.internet.abstract import FileDescriptor
 from twisted.internet.error import ConnectionFdescWentAway, UnsupportedAddressFamily
 from twisted.internet.main import CONNECTION_LOST
 from twisted.internet.posixbase import PosixReactorBase, unixEnabled
-from twisted.python.versions import Version
 
-from twisted import version  # type: ignore[attr-defined]
+from twisted_rtsig.engine.private_names import RESULT_IGNORED
 from twisted_rtsig.engine.registration import Origin
 
 if TYPE_CHECKING:
@@ -37,10 +36,6 @@ if TYPE_CHECKING:
 
 # Some systems say ENOBUFS when there is no room.
 _LATER = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.ENOBUFS})
-
-# Until Twisted 26.10 the result of dataReceived had a meaning, though a
-# deprecated one; then doRead, which knows it, must be called.
-_RESULT_IGNORED = version >= Version("Twisted", 26, 10, 0)
 
 # What a stream is to the reactor as a writer.
 NOT_WRITING = 0
@@ -98,7 +93,7 @@ class Stream(tcp.Connection):
         self.disconnecting = 0
         self.offset = 0
         self.producer = None
-        self.reads_by_recv = _RESULT_IGNORED
+        self.reads_by_recv = RESULT_IGNORED
         self.write_state = NOT_WRITING
         super().__init__(*args, **kwargs)
 

@@ -1,0 +1,199 @@
+"""
+All of Twisted that this package leans on though Twisted promises it to nobody:
+its private names, and the functions that the engine writes out anew.
+
+The engine is faster than Twisted's own reactors because it reaches into
+Twisted's transports and goes around some of their functions.  A new release of
+Twisted may change either without a word.  ``tests/test_private_names.py``
+compares this module with the Twisted that is installed, and with the code of
+this package, and says which release has changed what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from twisted.python.versions import Version
+
+from twisted import version  # type: ignore[attr-defined]
+
+RESULT_IGNORED: Final[bool] = version >= Version("Twisted", 26, 10, 0)
+"""
+Until Twisted 26.10 the result of C{dataReceived} had a meaning, though a
+deprecated one; then C{tcp.Connection._dataReceived}, which knows it, must be
+called.
+"""
+
+NAMES: Final[Mapping[str, tuple[str, ...]]] = {
+    "twisted.internet._newtls.ConnectionMixin": ("TLS",),
+    "twisted.internet.abstract.FileDescriptor": (
+        "SEND_LIMIT",
+        "_closeWriteConnection",
+        "_postLoseConnection",
+        "_tempDataBuffer",
+        "_tempDataLen",
+        "_writeDisconnected",
+        "_writeDisconnecting",
+        "bufferSize",
+        "connected",
+        "dataBuffer",
+        "disconnecting",
+        "offset",
+        "producer",
+        "reactor",
+    ),
+    "twisted.internet.abstract._ConsumerMixin": (
+        "producerPaused",
+        "streamingProducer",
+    ),
+    "twisted.internet.abstract._LogOwner": ("_getLogPrefix",),
+    "twisted.internet.base.BaseConnector": ("reactor",),
+    "twisted.internet.base.ReactorBase": (
+        "_justStopped",
+        "_newTimedCalls",
+        "_pendingTimedCalls",
+        "_started",
+        "threadCallQueue",
+    ),
+    "twisted.internet.posixbase": ("unixEnabled",),
+    "twisted.internet.posixbase.PosixReactorBase": (
+        "_removeAll",
+        "_supportedAddressFamilies",
+    ),
+    "twisted.internet.posixbase._DisconnectSelectableMixin": ("_disconnectSelectable",),
+    # Twisted does not define this one: it asks the reactor for it.
+    "twisted.internet.process.Process": ("_neverUseSpawn",),
+    "twisted.internet.tcp.Connection": (
+        "_closeWriteConnection",
+        "_dataReceived",
+        "logstr",
+        "protocol",
+        "socket",
+    ),
+    "twisted.internet.tcp.Connector": ("_makeTransport", "bindAddress", "host", "port"),
+    "twisted.internet.tcp.Port": ("_fromListeningDescriptor", "transport"),
+    "twisted.internet.tcp.Server": ("_fromConnectedSocket",),
+    "twisted.internet.udp.Port": (
+        "_connectedAddr",
+        "_fromListeningDescriptor",
+        "socket",
+    ),
+    "twisted.internet.unix.Connector": ("_makeTransport", "address", "checkPID"),
+    "twisted.internet.unix.Port": ("_fromListeningDescriptor", "transport"),
+    "twisted.internet.unix.Server": ("_fromConnectedSocket",),
+    "twisted.internet.unix._SendmsgMixin": (
+        "_ancillaryLevelSOLSOCKETTypeSCMRIGHTS",
+        "_sendmsgQueue",
+    ),
+}
+"""
+By the class or module of Twisted that defines them: private names, and
+attributes that no interface of Twisted's has.
+"""
+
+_STREAM = "twisted_rtsig.engine.streams.Stream"
+_UNIX_STREAM = "twisted_rtsig.engine.streams.UNIXStream"
+_STREAM_REACTOR = "twisted_rtsig.engine.streams.StreamReactor"
+_DATAGRAM_REACTOR = "twisted_rtsig.engine.datagrams.DatagramReactor"
+_REACTOR = "twisted_rtsig.engine.reactor.EngineReactor"
+
+MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
+    # Streams
+    "twisted.internet._newtls.ConnectionMixin.write": (f"{_STREAM}.write",),
+    "twisted.internet.abstract.FileDescriptor.doWrite": (
+        f"{_STREAM}.doWrite",
+        f"{_REACTOR}._send_queued",
+    ),
+    "twisted.internet.abstract.FileDescriptor.startWriting": (
+        f"{_STREAM}.startWriting",
+    ),
+    "twisted.internet.abstract.FileDescriptor.write": (f"{_STREAM}.write",),
+    "twisted.internet.tcp.BaseClient._connectDone": (
+        "twisted_rtsig.engine.streams.TCPClient.tells_drained",
+    ),
+    "twisted.internet.tcp.BaseClient.doConnect": (
+        "twisted_rtsig.engine.streams.TCPClient.tells_drained",
+        f"{_STREAM}.startWriting",
+    ),
+    "twisted.internet.tcp.Connection._dataReceived": (f"{_REACTOR}._read_plain_input",),
+    "twisted.internet.tcp.Connection.doRead": (
+        f"{_STREAM}.doRead",
+        f"{_REACTOR}._read_plain_input",
+        f"{_REACTOR}._read_till_empty",
+    ),
+    "twisted.internet.tcp.Connection.writeSomeData": (
+        f"{_STREAM}.doWrite",
+        f"{_STREAM}.why_lost",
+        f"{_REACTOR}._send_queued",
+    ),
+    "twisted.internet.tcp.Connector._makeTransport": (
+        "twisted_rtsig.engine.streams.TCPConnector._makeTransport",
+    ),
+    "twisted.internet.tcp._AbortingMixin.abortConnection": (
+        f"{_STREAM}.abortConnection",
+    ),
+    "twisted.internet.unix.Connector._makeTransport": (
+        "twisted_rtsig.engine.streams.UNIXConnector._makeTransport",
+    ),
+    "twisted.internet.unix._SendmsgMixin.doRead": (f"{_UNIX_STREAM}.doRead",),
+    "twisted.internet.unix._SendmsgMixin.writeSomeData": (f"{_UNIX_STREAM}.doWrite",),
+    "twisted.python.sendmsg.recvmsg": (f"{_UNIX_STREAM}.doRead",),
+    # Ports and connectors
+    "twisted.internet.posixbase.PosixReactorBase.adoptDatagramPort": (
+        f"{_DATAGRAM_REACTOR}.adoptDatagramPort",
+    ),
+    "twisted.internet.posixbase.PosixReactorBase.adoptStreamConnection": (
+        f"{_STREAM_REACTOR}.adoptStreamConnection",
+    ),
+    "twisted.internet.posixbase.PosixReactorBase.adoptStreamPort": (
+        f"{_STREAM_REACTOR}.adoptStreamPort",
+    ),
+    "twisted.internet.posixbase.PosixReactorBase.connectTCP": (
+        f"{_STREAM_REACTOR}.connectTCP",
+    ),
+    "twisted.internet.posixbase.PosixReactorBase.connectUNIX": (
+        f"{_STREAM_REACTOR}.connectUNIX",
+    ),
+    "twisted.internet.posixbase.PosixReactorBase.listenMulticast": (
+        f"{_DATAGRAM_REACTOR}.listenMulticast",
+    ),
+    "twisted.internet.posixbase.PosixReactorBase.listenTCP": (
+        f"{_STREAM_REACTOR}.listenTCP",
+    ),
+    "twisted.internet.posixbase.PosixReactorBase.listenUDP": (
+        f"{_DATAGRAM_REACTOR}.listenUDP",
+    ),
+    "twisted.internet.posixbase.PosixReactorBase.listenUNIX": (
+        f"{_STREAM_REACTOR}.listenUNIX",
+    ),
+    # Datagrams
+    "twisted.internet.udp.Port.write": (
+        "twisted_rtsig.engine.datagrams.UDPPort.write",
+    ),
+    # The loop: mainLoop leaves out what these would find nothing to do in.
+    "twisted.internet.base.ReactorBase._insertNewDelayedCalls": (
+        f"{_REACTOR}._run_passes",
+    ),
+    "twisted.internet.base.ReactorBase.mainLoop": (f"{_REACTOR}._run_passes",),
+    "twisted.internet.base.ReactorBase.runUntilCurrent": (f"{_REACTOR}._run_passes",),
+    "twisted.internet.base.ReactorBase.timeout": (f"{_REACTOR}._run_passes",),
+    "twisted.internet.base.ReactorBase.startRunning": (f"{_REACTOR}.startRunning",),
+    "twisted.internet.posixbase._PollLikeMixin._doReadOrWrite": (
+        f"{_REACTOR}._read_or_write",
+        f"{_REACTOR}._abandon",
+    ),
+    "twisted.python.log.callWithContext": (f"{_REACTOR}._in_log_context",),
+    "twisted.python.log.callWithLogger": (
+        f"{_REACTOR}._log_prefix",
+        f"{_REACTOR}._disconnect",
+    ),
+    # Processes: when it forks, and when it does not.
+    "twisted.internet.process.Process._trySpawnInsteadOfFork": (
+        f"{_REACTOR}._neverUseSpawn",
+    ),
+}
+"""
+The functions of Twisted which this package writes out, or knows so well that it
+goes around them; each with where it does so.
+"""
