@@ -4,6 +4,7 @@ Notifiers whose kernel is a script: a test says what each wait returns.
 :class:`ScriptedNotifier` returns what it was told to.  :class:`EdgeNotifier`
 and :class:`OneShotNotifier` work it out from a small fake kernel, each in the
 way of one family of real ones, and both as unhelpfully as the contract allows.
+:class:`StreamNotifier` adds what there is for streams: edges and plain input.
 All of them also hold the engine to its side of the contract.
 """
 
@@ -94,7 +95,8 @@ class ScriptedNotifier:
         if raises is not None and not raises[1]:
             raise raises[0]
         for registration, armed in self._armed.items():
-            lost = registration.interest & ~(armed | unchecked.get(registration, 0))
+            known = armed | unchecked.get(registration, 0)
+            lost = registration.interest & ~(known | self._spared(registration))
             self._expect(not lost, f"{registration}: {lost} is not armed")
         events = self._happened(unchecked)
         for registration, directions in unchecked.items():
@@ -108,7 +110,8 @@ class ScriptedNotifier:
         if raises is not None:
             raise raises[0]
         self.on_events(events)
-        return [], events
+        plain = self._plain_input(events)
+        return plain, [event for event in events if event[0] not in plain]
 
     def statistics(self) -> Mapping[str, int]:
         return {"waits": len(self.waits)}
@@ -117,6 +120,14 @@ class ScriptedNotifier:
 
     def _happened(self, unchecked: Mapping[Registration, int]) -> Sequence[Event]:
         return self.batches.popleft() if self.batches else []
+
+    def _spared(self, registration: Registration) -> int:
+        """The directions that need be neither armed nor handed to this wait."""
+        return 0
+
+    def _plain_input(self, events: Sequence[Event]) -> Sequence[Registration]:
+        """Whose events are told as plain input."""
+        return []
 
     def _is_live(self, registration: Registration) -> bool:
         return self.watched.get(registration.descriptor) is registration
@@ -297,3 +308,201 @@ class OneShotNotifier(KernelNotifier):
                 yield registration, what, mask & ~what
             else:
                 self._polls[registration] = self.files[registration.descriptor], mask
+
+
+class StreamSocket(File):
+    """
+    A connected stream socket: what the engine calls, and the other end of it.
+
+    :ivar number: its descriptor, until it is closed.
+    :ivar arrived: all that its peer has sent.
+    :ivar sent: all that it has sent itself.
+    :ivar room: how much more it could send.
+    :ivar ended: the peer sends no more.
+    :ivar reset: the peer is gone, and what it sent with it.
+    :ivar shut: it sends no more itself.
+    :ivar on_recv: called before each read.
+    :ivar on_send: called before each attempt to send.
+    :ivar on_sent: called after each send, with whether there was room for all.
+    """
+
+    def __init__(self, notifier: StreamNotifier, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.arrived = b""
+        self.sent = b""
+        self.room = 10
+        self.ended = False
+        self.reset = False
+        self.shut = False
+        self.on_recv: Callable[[], None] = lambda: None
+        self.on_send: Callable[[], None] = lambda: None
+        self.on_sent: Callable[[bool], None] = lambda complete: None
+        self._notifier = notifier
+        self._taken = 0
+        self._update()
+
+    # The peer
+
+    def peer_sends(self, data: bytes) -> None:
+        if not self.ended and not self.reset:
+            self.arrived += data
+            self._arrives(READ)
+
+    def peer_ends(self) -> None:
+        self.ended = True
+        self._arrives(READ, end=True)
+
+    def peer_resets(self) -> None:
+        self.reset = True
+        self._arrives(READ | WRITE, end=True)
+
+    def peer_reads(self, size: int) -> None:
+        self.room += size
+        self._arrives(WRITE)
+
+    # The engine
+
+    def fileno(self) -> int:
+        return self.number
+
+    def setblocking(self, blocking: bool) -> None:
+        pass
+
+    def setsockopt(self, *option: object) -> None:
+        pass
+
+    def recv(self, size: int) -> bytes:
+        self.on_recv()
+        self._fail_if_closed()
+        if self.reset:
+            raise ConnectionResetError(errno.ECONNRESET, "reset by the script")
+        data = self.arrived[self._taken : self._taken + size]
+        self._taken += len(data)
+        self._update()
+        would_block = not data and not self.ended
+        self._notifier.was_read(self, would_block, len(data) < size)
+        if would_block:
+            raise BlockingIOError(errno.EAGAIN, "nothing there")
+        return data
+
+    def send(self, data: bytes | memoryview) -> int:
+        self.on_send()
+        self._fail_if_closed()
+        if self.reset or self.shut:
+            raise BrokenPipeError(errno.EPIPE, "reset by the script")
+        size = min(len(data), self.room)
+        if not size:
+            raise BlockingIOError(errno.EAGAIN, "no room")
+        self.sent += bytes(data[:size])
+        self.room -= size
+        self._update()
+        self.on_sent(size == len(data))
+        return size
+
+    def shutdown(self, how: int) -> None:
+        self.shut = True
+        if self.ended:
+            self._arrives(READ, end=True)
+
+    def close(self) -> None:
+        if self.number != -1:
+            self._notifier.file_closes(self.number)
+            self.number = -1
+
+    def _fail_if_closed(self) -> None:
+        if self.number == -1:
+            raise OSError(errno.EBADF, "closed by the script")
+
+    def _update(self) -> None:
+        self.levels = 0
+        if self.reset or self.ended or self._taken < len(self.arrived):
+            self.levels |= READ
+        if self.reset or self.room:
+            self.levels |= WRITE
+        if self.reset or (self.ended and self.shut):
+            self.levels |= HANGUP
+
+    def _arrives(self, what: int, end: bool = False) -> None:
+        self._update()
+        self._notifier.arrives(self, what | self.levels & HANGUP, end)
+
+
+class StreamNotifier(KernelNotifier):
+    """
+    Persistent and edge-triggered, and it knows plain input.
+
+    It tells of what arrives if it owes that, and otherwise as chance has it.
+    The directions that are not among the edges it checks in each wait.
+
+    :ivar edges: those of the registrations that begin from now on, if they
+        tell when they are drained.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.edges = READ | WRITE
+        # Told as plain input by the last wait, and not read since.
+        self._unread: set[Registration] = set()
+
+    def distrust(self, number: int) -> None:
+        """Urgent data, say: no edge of this registration is good any more."""
+        if number in self.watched:
+            self.watched[number].edges = 0
+
+    def arrives(self, file: StreamSocket, what: int, end: bool) -> None:
+        for registration, bound in self.bound.items():
+            if bound is not file:
+                continue
+            owed = bool(self._armed[registration] & what)
+            if end and registration in self._unread:
+                # A short read, which is still to come, will not show it.
+                owed = True
+            if owed or self.random.random() < 0.5:
+                self._pending.append((registration, what, 0))
+
+    def was_read(self, file: StreamSocket, would_block: bool, short: bool) -> None:
+        for registration, bound in self.bound.items():
+            if bound is not file:
+                continue
+            drained = would_block or (short and registration in self._unread)
+            self._unread.discard(registration)
+            if drained:
+                self._armed[registration] |= registration.edges & READ
+
+    def is_quiet(self) -> bool:
+        """The last wait would sleep for ever, and has no reason not to."""
+        return self.waits[-1] == (None, {}) and not self._pending
+
+    def watch(self, registration: Registration) -> None:
+        super().watch(registration)
+        if registration.tells_drained:
+            registration.edges = self.edges
+
+    def _spared(self, registration: Registration) -> int:
+        spared = ~registration.edges if registration.tells_drained else 0
+        if self.waits[-1][0] == 0:
+            # It does not sleep, and may have to read on after this wait.
+            spared |= registration.edges & READ
+        return spared
+
+    def _check(self, unchecked: Mapping[Registration, int]) -> Iterable[Event]:
+        for registration in self.watched.values():
+            directions = unchecked.get(registration, 0) | ~registration.edges
+            if directions & registration.interest:
+                what = self._level(registration, directions)
+                if what:
+                    yield registration, what, 0
+
+    def _plain_input(self, events: Sequence[Event]) -> Sequence[Registration]:
+        plain = []
+        for registration, ready, _ in events:
+            edge = ready == READ and registration.edges & READ
+            if edge and self.random.random() < 0.7:
+                plain.append(registration)
+                file = self.bound.get(registration)
+                if isinstance(file, StreamSocket) and (file.ended or file.reset):
+                    # Which a short read does not show.
+                    self._pending.append((registration, READ, 0))
+        self._unread = set(plain)
+        return plain
