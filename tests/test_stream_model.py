@@ -313,7 +313,8 @@ class StreamMachine(RuleBasedStateMachine):
         self.expect(talk.reading, "it reads for who does not want to")
         self.expect(not self.sent_from_queue, "it sends before all have read")
         talk.reads += 1
-        self.expect(talk.reads <= 2, "it reads on and on from one")
+        # What an event leads to, and a few reads after a full one.
+        self.expect(talk.reads <= 1 + 4, "it reads on and on from one")
 
     def sends(self, talk: Talk) -> None:
         self.expect(not self.writing, "it sends from inside write()")

@@ -481,21 +481,28 @@ class EngineReactor(StreamReactor, DatagramReactor):
             if stream is None:
                 continue
             fields["system"] = stream.logstr
+            read_on = self._read_on
             for _ in range(_READS_IN_A_ROW):
                 size = stream.bufferSize
                 try:
                     data = stream.socket.recv(size)
                 except OSError as error:
-                    self._read_on.pop(registration, None)
+                    read_on.pop(registration, None)
                     why = stream.why_lost(error)
                     break
-                self._read_on[registration] = None
+                read_on[registration] = None
                 try:
                     why = stream._dataReceived(data)
                 except BaseException:
                     why = sys.exc_info()[1]
                     log.err()
-                if why or len(data) < size or registration.reader is not stream:
+                if (
+                    why
+                    or len(data) < size
+                    or registration.reader is not stream
+                    # A pass inside of the call has taken it over.
+                    or self._read_on is not read_on
+                ):
                     break
             if why:
                 self._disconnect(stream, why, True)
@@ -544,7 +551,9 @@ class EngineReactor(StreamReactor, DatagramReactor):
             and registration.reader is not None
             and registration.reader.reads_by_recv
         ):
-            self._read_till_empty(fields, (registration,))
+            # Unless this pass has read from it already, and the next will.
+            if registration not in self._read_on:
+                self._read_till_empty(fields, (registration,))
             return
         if ready & (HANGUP | GONE):
             disarmed = READ | WRITE
