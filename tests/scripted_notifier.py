@@ -361,6 +361,9 @@ class StreamSocket(File):
         self.room += size
         self._arrives(WRITE)
 
+    def ends_behind_data(self) -> bool:
+        return self.ended and not self.reset and self._taken < len(self.arrived)
+
     # The engine
 
     def fileno(self) -> int:
@@ -433,7 +436,6 @@ class StreamNotifier(KernelNotifier):
     Persistent and edge-triggered, and it knows plain input.
 
     It tells of what arrives if it owes that, and otherwise as chance has it.
-    The directions that are not among the edges it checks in each wait.
 
     :ivar edges: those of the registrations that begin from now on, if they
         tell when they are drained.
@@ -444,11 +446,16 @@ class StreamNotifier(KernelNotifier):
         self.edges = READ | WRITE
         # Told as plain input by the last wait, and not read since.
         self._unread: set[Registration] = set()
+        self._level_triggered: set[Registration] = set()
 
     def distrust(self, number: int) -> None:
-        """Urgent data, say: no edge of this registration is good any more."""
+        """
+        Urgent data, say: no edge of this registration is good any more.  It is
+        checked in each wait from now on, whatever the engine takes for armed.
+        """
         if number in self.watched:
             self.watched[number].edges = 0
+            self._level_triggered.add(self.watched[number])
 
     def arrives(self, file: StreamSocket, what: int, end: bool) -> None:
         for registration, bound in self.bound.items():
@@ -480,15 +487,16 @@ class StreamNotifier(KernelNotifier):
             registration.edges = self.edges
 
     def _spared(self, registration: Registration) -> int:
-        spared = ~registration.edges if registration.tells_drained else 0
-        if self.waits[-1][0] == 0:
-            # It does not sleep, and may have to read on after this wait.
-            spared |= registration.edges & READ
-        return spared
+        if registration in self._level_triggered:
+            return READ | WRITE
+        # Who does not sleep may have to read on after this wait.
+        return registration.edges & READ if self.waits[-1][0] == 0 else 0
 
     def _check(self, unchecked: Mapping[Registration, int]) -> Iterable[Event]:
         for registration in self.watched.values():
-            directions = unchecked.get(registration, 0) | ~registration.edges
+            directions = unchecked.get(registration, 0)
+            if registration in self._level_triggered:
+                directions = READ | WRITE
             if directions & registration.interest:
                 what = self._level(registration, directions)
                 if what:
@@ -501,7 +509,7 @@ class StreamNotifier(KernelNotifier):
             if edge and self.random.random() < 0.7:
                 plain.append(registration)
                 file = self.bound.get(registration)
-                if isinstance(file, StreamSocket) and (file.ended or file.reset):
+                if isinstance(file, StreamSocket) and file.ends_behind_data():
                     # Which a short read does not show.
                     self._pending.append((registration, READ, 0))
         self._unread = set(plain)
