@@ -402,6 +402,24 @@ def test_removed_and_added_again(bench: Bench, interest: int) -> None:
     assert bench.handed() == {first.number: READ, second.number: READ}
 
 
+def test_renewed_before_it_is_told_gone(bench: Bench) -> None:
+    """One direction after the other, so that the registration is the same."""
+    first, second = bench.reader(), bench.armed(BOTH)
+
+    def renew() -> None:
+        bench.reactor.removeReader(second)
+        bench.reactor.addReader(second)
+        bench.reactor.removeWriter(second)
+        bench.reactor.addWriter(second)
+
+    first.on_read = renew
+    bench.happens(bench.event(first, READ), bench.event(second, GONE))
+    assert second.calls == []
+    assert bench.handed()[second.number] == BOTH
+    bench.happens(bench.event(second, GONE))
+    assert second.calls == ["lost"]
+
+
 def test_number_reused_within_a_batch(bench: Bench) -> None:
     """An event for a descriptor closed meanwhile is not for its successor."""
     first, former = bench.reader(), bench.reader()

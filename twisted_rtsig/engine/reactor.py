@@ -625,7 +625,10 @@ class EngineReactor(StreamReactor, DatagramReactor):
         self, fields: LogContext, registration: Registration, ready: int
     ) -> None:
         """Disconnect owners whose descriptor is closed, or hung up for good."""
-        reader, writer = registration.reader, registration.writer
+        # Interest that has begun anew meanwhile is checked anew.
+        unchecked = self._unchecked.get(registration, 0)
+        reader = None if unchecked & READ else registration.reader
+        writer = None if unchecked & WRITE else registration.writer
         why: Exception
         if reader is not None:
             # What Twisted's reactors say of a hang-up.
