@@ -68,7 +68,7 @@ from twisted_rtsig.notifiers.signal_queue import (
 # * The end of a stream is not marked: a FIN arrives as plain input.  But data
 #   that carries a FIN queues two signals or three, never one.  So a read that
 #   comes back short has emptied the socket if exactly one signal came since it
-#   was last found empty.  If more came then only a read that would block tells.
+#   was last found empty.  If more came then only another poll tells.
 #   Urgent data (POLLPRI) stops reads at its mark, short of what is there; who
 #   ever showed it stays in the set of poll(2) from then on.
 #
