@@ -623,6 +623,26 @@ def test_interrupted_send(link: Link, pieces: list[bytes]) -> None:
     assert counted.sent == [b"".join(pieces)]
 
 
+def test_interrupted_between_two_sends(reactor: EngineReactor, tmp_path: Any) -> None:
+    """What was not come to is sent by the next pass, also for one who reads not."""
+    first, second = (Link(reactor, "TCP server", tmp_path) for _ in range(2))
+
+    def interrupted(reason: Any) -> None:
+        raise KeyboardInterrupt
+
+    first.protocol.connectionLost = interrupted
+    first.count().send_raises += [BrokenPipeError(errno.EPIPE, "by the test")] * 2
+    second.transport.pauseProducing()
+    first.transport.write(b"x")
+    second.transport.write(b"y")
+    with pytest.raises(KeyboardInterrupt):
+        settle(reactor)
+    assert second.receive(1) == b"y"
+    first.protocol.lost.append(None)
+    first.close()
+    second.close()
+
+
 def test_interrupted_after_half_a_close(our_link: Link, monkeypatch: Any) -> None:
     """What is queued again, to be sure, does not end a second time."""
     ends: list[str] = []

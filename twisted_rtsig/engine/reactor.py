@@ -364,20 +364,20 @@ class EngineReactor(StreamReactor, DatagramReactor):
             # pass has not come to yet is checked anew here.
             self._check_rest_again()
         system = fields["system"]
-        if self._queued:
-            self._send_queued(fields)
-            fields["system"] = system
-            # Who was called may want another pass: by callLater, say.
-            delay = 0
-        unchecked = self._unchecked
-        if unchecked:
-            self._unchecked = {}
-        read_on = self._read_on
-        if read_on:
-            self._read_on = {}
-            delay = 0
-        self._waiting = True
         try:
+            if self._queued:
+                self._send_queued(fields)
+                fields["system"] = system
+                # Who was called may want another pass: by callLater, say.
+                delay = 0
+            unchecked = self._unchecked
+            if unchecked:
+                self._unchecked = {}
+            read_on = self._read_on
+            if read_on:
+                self._read_on = {}
+                delay = 0
+            self._waiting = True
             plain_input, events = self._notifier.wait(delay, unchecked)
             self._waiting = False
             self._dispatching = True
@@ -408,16 +408,9 @@ class EngineReactor(StreamReactor, DatagramReactor):
     def _check_all_again(self) -> None:
         for registration in self._registrations.values():
             self._mark_unchecked(registration, registration.interest)
-            stream = registration.reader
-            if (
-                isinstance(stream, Stream)
-                and stream.connected
-                and not stream._writeDisconnected
-                and stream.write_state in (NOT_WRITING, ONE_CHUNK, QUEUED)
-            ):
-                # It may have been taken out of the queue just before; to be in
-                # it twice does no harm.
-                self.write_soon(stream, QUEUED)
+        # Whom the pass has not sent for is the first in the next one.
+        self._queued[:0] = reversed(self._sending)
+        self._sending.clear()
 
     def _check_rest_again(self) -> None:
         """No event will tell of these any more: they were not dispatched."""
@@ -514,8 +507,11 @@ class EngineReactor(StreamReactor, DatagramReactor):
         sending[:0] = reversed(self._queued)
         self._queued.clear()
         while sending:
-            stream = sending.pop()
+            stream = sending[-1]
             try:
+                # An interrupt before this leaves it where it is; one after it
+                # is taken for its own.
+                del sending[-1]
                 if stream.write_state == ONE_CHUNK:
                     data = stream.dataBuffer
                     sent = 0
