@@ -685,6 +685,29 @@ def test_watch_fails_for_a_newcomer(bench: Bench) -> None:
     assert (reader in bench.reactor.getReaders()) is watched
 
 
+# A pass inside of a pass
+
+
+def test_nested_pass_checks_what_is_left(bench: Bench) -> None:
+    """
+    Who iterates from within a call may wait for just the event that the pass
+    around it has in hand: it is checked anew, and told once.
+    """
+    first, second, third = bench.reader(), bench.reader(), bench.reader()
+
+    def iterate() -> None:
+        bench.happens(bench.event(second, READ))
+        bench.happens()
+
+    first.on_read = iterate
+    events = [bench.event(each, READ) for each in (first, second, third)]
+    waits = len(bench.notifier.waits)
+    bench.happens(*events)
+    _, unchecked = bench.notifier.waits[waits + 1]
+    assert unchecked == {event[0]: READ for event in events}
+    assert (second.calls, third.calls) == (["read"], [])
+
+
 # Exceptions of the application
 
 ERRORS = [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit]
@@ -826,6 +849,26 @@ def test_calls_are_logged_under_their_prefix(bench: Bench) -> None:
     it.on_read = it.on_lost = note
     bench.happens(bench.event(it, READ))
     assert names == [f"selectable {it.number}"] * 2
+
+
+def test_between_the_calls_nobody_logs(bench: Bench) -> None:
+    """A timer, or a signal handler in the sleep, logs under its own name."""
+    it = bench.armed(BOTH)
+    names: list[Any] = []
+
+    def note(*arguments: Any) -> None:
+        names.append(context.get(log.ILogContext)["system"])
+
+    def read() -> None:
+        note()
+        bench.notifier.on_events = note
+        bench.reactor.callLater(0, note)
+        bench.reactor.callLater(0, bench.reactor.stop)
+
+    it.on_read = read
+    bench.notifier.batches.append([bench.event(it, READ)])
+    bench.reactor.run(installSignalHandlers=False)
+    assert names == [f"selectable {it.number}", "-", "-"]
 
 
 # Disconnection

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -78,6 +79,7 @@ class Counted:
     :ivar sent: what each ``send`` was given and has sent.
     :ivar received: how often it was read from.
     :ivar send_raises: what the next sends raise, after they have sent.
+    :ivar recv_raises: what the reads raise, instead of reading.
     """
 
     def __init__(self, real: socket.socket) -> None:
@@ -85,6 +87,7 @@ class Counted:
         self.sent: list[bytes] = []
         self.received = 0
         self.send_raises: list[BaseException] = []
+        self.recv_raises: BaseException | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
@@ -98,10 +101,14 @@ class Counted:
 
     def recv(self, size: int) -> bytes:
         self.received += 1
+        if self.recv_raises is not None:
+            raise self.recv_raises
         return self._real.recv(size)
 
     def recvmsg(self, *arguments: Any) -> Any:
         self.received += 1
+        if self.recv_raises is not None:
+            raise self.recv_raises
         return self._real.recvmsg(*arguments)
 
 
@@ -305,16 +312,21 @@ def test_write_from_elsewhere(link: Link, where: str) -> None:
     assert link.receive(5) == b"hello"
 
 
-def test_write_from_a_signal_handler(link: Link) -> None:
-    """While the reactor sleeps."""
+def test_write_from_a_signal_handler(our_link: Link) -> None:
+    """While the reactor sleeps, which ends it."""
+    counted = our_link.count()
     before = signal.signal(
-        signal.SIGALRM, lambda *_: link.transport.write(b"from the handler")
+        signal.SIGALRM, lambda *_: our_link.transport.write(b"from the handler")
     )
     signal.setitimer(signal.ITIMER_REAL, 0.05)
+    start = time.monotonic()
     try:
-        assert link.receive(16) == b"from the handler"
+        while not counted.sent:
+            our_link.reactor.iterate(DEADLINE)
     finally:
         signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() < start + DEADLINE / 2
+    assert our_link.receive(16) == b"from the handler"
 
 
 def test_written_by_who_iterates_within(link: Link) -> None:
@@ -348,6 +360,8 @@ def test_write_limit(our_link: Link) -> None:
     """No send is longer than SEND_LIMIT, however much there is to write."""
     counted = our_link.count()
     our_link.transport.SEND_LIMIT = 1000
+    our_link.transport.write(b"w" * 1001)
+    assert our_link.receive(1001) == b"w" * 1001
     our_link.transport.write(b"x" * 1001)
     our_link.transport.write(b"y" * 2500)
     assert our_link.receive(3501) == b"x" * 1001 + b"y" * 2500
@@ -756,6 +770,44 @@ def test_urgent_data(tcp_link: Link) -> None:
     tcp_link.peer.close()
     spin(tcp_link.reactor, lambda: tcp_link.protocol.lost)
     assert tcp_link.protocol.data.endswith(b"end")
+
+
+@pytest.mark.parametrize("size", [1, 10])
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ETIMEDOUT, ConnectionLost), (errno.EBADF, None)]
+)
+def test_read_fails(link: Link, size: int, number: int, kind: Any) -> None:
+    """At once, or when it reads on because there may be more."""
+    link.transport.bufferSize = 10
+    counted = link.count()
+
+    def fail(data: bytes) -> None:
+        counted.recv_raises = OSError(number, "by the test")
+
+    if size == 1:
+        fail(b"")
+    else:
+        link.protocol.dataReceived = fail
+    link.peer.sendall(b"x" * (size + 1))
+    spin(link.reactor, lambda: link.protocol.lost)
+    if kind is not None:
+        assert link.protocol.lost[0].check(kind)
+
+
+def test_half_close_after_a_full_read(link: Link) -> None:
+    """The end that a further read finds is the end of one direction only."""
+    ends: list[str] = []
+    link.protocol.readConnectionLost = lambda: ends.append("read")
+    link.protocol.writeConnectionLost = lambda: ends.append("write")
+    alsoProvides(link.protocol, IHalfCloseableProtocol)
+    link.transport.bufferSize = 10
+    link.peer.sendall(b"x" * 10)
+    link.peer.shutdown(socket.SHUT_WR)
+    spin(link.reactor, lambda: ends)
+    assert link.protocol.data == b"x" * 10
+    link.transport.write(b"answer")
+    assert link.receive(6) == b"answer"
+    assert ends == ["read"]
 
 
 def test_fast_sender(our_link: Link) -> None:
