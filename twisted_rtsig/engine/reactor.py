@@ -159,12 +159,12 @@ class EngineReactor(StreamReactor, DatagramReactor):
         if registration is not None:
             self._mark_unchecked(registration, READ)
 
-    def write_soon(self, stream: Stream, state: int) -> None:
+    def write_soon(self, stream: Stream) -> None:
         """
         Call C{stream.doWrite} at the end of the pass, whether the kernel has
         room or not, unless it waits for room already.
         """
-        stream.write_state = state
+        stream.write_state = QUEUED
         self._queued.append(stream)
         if self._waiting:
             self.wakeUp()

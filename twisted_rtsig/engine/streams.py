@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 # Some systems say ENOBUFS when there is no room.
 _LATER = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.ENOBUFS})
 
+# How often a stream that has much to send may do so before others get their turn:
+# 512 KiB, with Twisted's SEND_LIMIT.
+_SENDS_IN_A_ROW = 4
+
 # What a stream is to the reactor as a writer.
 NOT_WRITING = 0
 ONE_CHUNK = 1
@@ -130,8 +134,13 @@ class Stream(tcp.Connection):
                 self._tempDataLen += len(data)
                 self.startWriting()
             else:
+                # As write_soon, without the call: each request comes here.
                 self.dataBuffer = data
-                self.reactor.write_soon(self, ONE_CHUNK)
+                self.write_state = ONE_CHUNK
+                reactor = self.reactor
+                reactor._queued.append(self)
+                if reactor._waiting:
+                    reactor.wakeUp()
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """As ``IConsumer.registerProducer``."""
@@ -146,7 +155,7 @@ class Stream(tcp.Connection):
             # Not before the kernel says so: the connection is being made.
             self.reactor.addWriter(self)
         elif self.write_state == NOT_WRITING:
-            self.reactor.write_soon(self, QUEUED)
+            self.reactor.write_soon(self)
         elif self.write_state == ONE_CHUNK:
             self.write_state = QUEUED
 
@@ -184,18 +193,21 @@ class Stream(tcp.Connection):
             start = 0
             self._tempDataBuffer.clear()
             self._tempDataLen = 0
-        end = min(len(data), start + limit)
-        try:
-            sent = start + self.socket.send(memoryview(data)[start:end])
-        except OSError as error:
-            why = self.why_lost(error)
-            if why is not None:
-                return why
-            sent = start
-        if sent < len(data) or self._tempDataLen:
+        view = memoryview(data)
+        for _ in range(_SENDS_IN_A_ROW):
+            end = min(len(data), start + limit)
+            try:
+                start += self.socket.send(view[start:end])
+            except OSError as error:
+                why = self.why_lost(error)
+                if why is not None:
+                    return why
+            if start < end or end == len(data):
+                break
+        if start < len(data) or self._tempDataLen:
             self.dataBuffer = data
-            self.offset = sent
-            if sent < end:
+            self.offset = start
+            if start < end:
                 self.reactor.addWriter(self)
             else:
                 self.startWriting()
