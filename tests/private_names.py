@@ -318,6 +318,16 @@ class _WithoutRemarks(ast.NodeTransformer):
             return None
         return ast.Assign(targets=[node.target], value=node.value)
 
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.JoinedStr:
+        self.generic_visit(node)
+        # Python 3.12 puts an empty string after what ends a format.
+        node.values = [
+            each
+            for each in node.values
+            if not (isinstance(each, ast.Constant) and each.value == "")
+        ]
+        return node
+
 
 def _dump(node: Any) -> str:
     """
