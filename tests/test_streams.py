@@ -448,6 +448,23 @@ def test_push_producer(link: Link) -> None:
     assert link.receive(1) == b"y"
 
 
+@pytest.mark.parametrize(
+    ("parts", "paused"),
+    [((1 << 16,), False), (((1 << 16) + 1,), True), ((1, 1 << 16), True), ((), False)],
+)
+def test_a_push_producer_is_paused_by_more_than_a_buffer(
+    link: Link, parts: tuple[int, ...], paused: bool
+) -> None:
+    producer = Producer()
+    link.transport.registerProducer(producer, True)
+    for length in parts:
+        link.transport.write(b"x" * length)
+    assert producer.calls == ["pause"] * paused
+    assert link.receive(sum(parts)) == b"x" * sum(parts)
+    spin(link.reactor, lambda: producer.calls == ["pause", "resume"][: 2 * paused])
+    link.transport.unregisterProducer()
+
+
 def test_producer_registered_after_a_write(link: Link) -> None:
     producer = Producer()
     link.transport.write(b"x")

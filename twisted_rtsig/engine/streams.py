@@ -126,7 +126,11 @@ class Stream(tcp.Connection):
 
     def write(self, data: bytes) -> None:
         """As ``ITransport.write``."""
-        if self.TLS or self.producer is not None or type(data) is not bytes:
+        if (
+            self.TLS
+            or type(data) is not bytes
+            or (self.producer is not None and self._producer_minds(data))
+        ):
             super().write(data)
         elif data and self.connected and not self._writeDisconnected:
             if self.write_state or self.dataBuffer or self._tempDataLen:
@@ -141,6 +145,14 @@ class Stream(tcp.Connection):
                 reactor._queued.append(self)
                 if reactor._waiting:
                     reactor.wakeUp()
+
+    def _producer_minds(self, data: bytes) -> bool:
+        """Whether to write C{data} may pause the producer, or it was asked for."""
+        return (
+            not self.streamingProducer
+            or bool(self.write_state or self.dataBuffer or self._tempDataLen)
+            or len(data) > self.bufferSize
+        )
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """As ``IConsumer.registerProducer``."""
