@@ -1,0 +1,1 @@
+"""Tests of the coroutine adapter, on this package's reactors and on Twisted's."""

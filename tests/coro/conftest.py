@@ -1,0 +1,59 @@
+"""Fixtures for the tests of the coroutine adapter."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.support import dispose
+
+
+def _asyncio() -> Any:
+    from twisted.internet.asyncioreactor import AsyncioSelectorReactor
+
+    return AsyncioSelectorReactor(asyncio.new_event_loop())
+
+
+def _reactors() -> dict[str, Callable[[], Any]]:
+    """Ours and Twisted's, of those that this platform has."""
+    from twisted.internet.selectreactor import SelectReactor
+
+    reactors: dict[str, Callable[[], Any]] = {
+        "select": SelectReactor,
+        "asyncio": _asyncio,
+    }
+    if sys.platform.startswith("linux"):
+        from twisted.internet.epollreactor import EPollReactor
+
+        from twisted_rtsig.epollreactor import EdgeEPollReactor
+        from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
+
+        reactors["epoll"] = EPollReactor
+        reactors["rtsig-epoll"] = EdgeEPollReactor
+        reactors["rtsig"] = RealtimeSignalReactor
+    return reactors
+
+
+@pytest.fixture(params=_reactors())
+def reactor(request: Any) -> Iterator[Any]:
+    """Each reactor; the adapter needs none of this package's."""
+    made = _reactors()[request.param]()
+    yield made
+    dispose(made)
+    if request.param == "asyncio":
+        made._asyncioEventloop.close()
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The events that are logged, failures and others, to be looked at."""
+    from twisted.logger import globalLogPublisher
+
+    events: list[Any] = []
+    globalLogPublisher.addObserver(events.append)
+    yield events
+    globalLogPublisher.removeObserver(events.append)

@@ -1,0 +1,39 @@
+"""What the tests of the coroutine adapter share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.endpoints import TCP4ClientEndpoint, TCP4ServerEndpoint
+
+from tests.support import DEADLINE
+from twisted_rtsig.coro import Server, Stream, connect, serve, spawn
+
+
+def run(reactor: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """Run a function as a task on a reactor until it ends; what it returns."""
+    task = spawn(function, *args, reactor=reactor)
+    spin(reactor, lambda: task.done)
+    return task.result()
+
+
+def spin(reactor: Any, until: Callable[[], Any]) -> None:
+    """Iterate until something is true; fail when it does not become so."""
+    end = time.monotonic() + DEADLINE
+    while not until():
+        assert time.monotonic() < end, "it did not happen"
+        reactor.iterate(0.01)
+
+
+async def listen(reactor: Any, handler: Any, **options: Any) -> Server:
+    """A server on a TCP port of this machine."""
+    endpoint = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
+    return await serve(endpoint, handler, reactor=reactor, **options)
+
+
+async def call(reactor: Any, server: Server) -> Stream:
+    """A connection to such a server."""
+    port = server.port.getHost().port
+    return await connect(TCP4ClientEndpoint(reactor, "127.0.0.1", port))

@@ -1,0 +1,53 @@
+"""
+Coroutines for Twisted: a protocol as one function that reads from top to bottom,
+on every reactor.
+
+See ``docs/coroutines.md``.  Importing this imports no reactor.
+"""
+
+from twisted_rtsig.coro.errors import (
+    BusyResourceError,
+    Cancelled,
+    DelimiterNotFound,
+    IncompleteRead,
+    NoTaskError,
+    StreamError,
+    UnreadPlaintext,
+)
+from twisted_rtsig.coro.serving import CoroutineFactory, Server, connect, serve
+from twisted_rtsig.coro.streams import Stream
+from twisted_rtsig.coro.tasks import (
+    Task,
+    TaskGroup,
+    coroutine,
+    current_task,
+    run_group,
+    shield,
+    sleep,
+    spawn,
+    timeout,
+)
+
+__all__ = [
+    "BusyResourceError",
+    "Cancelled",
+    "CoroutineFactory",
+    "DelimiterNotFound",
+    "IncompleteRead",
+    "NoTaskError",
+    "Server",
+    "Stream",
+    "StreamError",
+    "Task",
+    "TaskGroup",
+    "UnreadPlaintext",
+    "connect",
+    "coroutine",
+    "current_task",
+    "run_group",
+    "serve",
+    "shield",
+    "sleep",
+    "spawn",
+    "timeout",
+]

@@ -1,0 +1,85 @@
+"""What can go wrong in a conversation, and what a task is told."""
+
+from __future__ import annotations
+
+
+class Cancelled(BaseException):
+    """
+    Raised where a task waits when the task, or the C{timeout} or C{TaskGroup}
+    around what it does, is cancelled.
+
+    Not an C{Exception}, so that C{except Exception} does not swallow it.  Clean
+    up in C{finally}, or raise it again.  It never leaves its task: to the
+    outside, a cancelled task is Twisted's ``CancelledError``.
+    """
+
+    def __init__(self, scope: object = None) -> None:
+        super().__init__()
+        # Who has cancelled: a timeout or group, or None for Task.cancel.
+        self._scope = scope
+
+
+class BusyResourceError(RuntimeError):
+    """Two tasks read from one stream at the same time."""
+
+
+class StreamError(Exception):
+    """A read that cannot be done."""
+
+
+class IncompleteRead(StreamError):
+    """
+    The stream has ended before all that was asked for.
+
+    :ivar partial: what there was; it is not in the stream any more.
+    """
+
+    def __init__(self, partial: bytes, wanted: str) -> None:
+        super().__init__(
+            f"the stream ended after {len(partial)} bytes, in the middle of {wanted}"
+            if partial
+            else f"the stream ended where {wanted} should begin"
+        )
+        self.partial = partial
+
+
+class DelimiterNotFound(StreamError):
+    """
+    There is no end within the limit.  All of it is still in the stream.
+
+    :ivar max_bytes: the limit.
+    """
+
+    def __init__(self, wanted: str, max_bytes: int) -> None:
+        super().__init__(
+            f"{wanted} does not end within {max_bytes} bytes: refuse the peer, or "
+            "pass a larger max_bytes"
+        )
+        self.max_bytes = max_bytes
+
+
+class UnreadPlaintext(StreamError):
+    """
+    C{start_tls} was called while there was something left to read.
+
+    It was not encrypted, so that anybody may have put it there: what follows it
+    must not be taken for a part of the encrypted conversation.  This is the
+    STARTTLS injection of CVE-2011-0411.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(
+            f"{size} bytes came before TLS was started and were not read: whoever "
+            "sent them could speak for the peer, so close the connection"
+        )
+
+
+class NoTaskError(RuntimeError):
+    """What needs a task was called outside of one."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} works only in a task: start the coroutine with spawn(), or "
+            "decorate the generator function with @coroutine in place of "
+            "@inlineCallbacks"
+        )

@@ -1,0 +1,427 @@
+"""
+The glue between streams and Twisted: factories and protocols that run a function
+for each connection, for any endpoint, on either side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.error import ConnectionClosed
+from twisted.internet.interfaces import (
+    IHalfCloseableProtocol,
+    IHandshakeListener,
+    IPushProducer,
+    ISSLTransport,
+)
+from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from twisted_rtsig.coro.errors import IncompleteRead
+from twisted_rtsig.coro.operations import Operation
+from twisted_rtsig.coro.scheduler import Scheduler
+from twisted_rtsig.coro.streams import Stream
+from twisted_rtsig.coro.tasks import Task, scheduler_for, spawn, timeout
+
+_log = Logger()
+
+Handler = Callable[[Stream], Any]
+"""An C{async def}, a generator function, or what returns a Deferred."""
+
+HANDSHAKE_TIMEOUT = 30.0
+"""Seconds that a TLS handshake may take, by default."""
+
+# How often the watchdog looks in the time that it grants.
+_LOOKS = 4
+
+
+@implementer(IHandshakeListener, IPushProducer)
+class StreamProtocol(Protocol):
+    """Feeds a stream; the transport's only producer."""
+
+    stream: Stream
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+
+    def connectionMade(self) -> None:
+        """See ``IProtocol.connectionMade``."""
+        transport: Any = self.transport
+        self.stream = stream = Stream(transport, self._scheduler)
+        # One call less for each piece of data.
+        self.dataReceived = stream.feed  # type: ignore[method-assign]
+        transport.registerProducer(self, True)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """See ``IProtocol.connectionLost``."""
+        self.stream.lose(reason)
+
+    def handshakeCompleted(self) -> None:
+        """See ``IHandshakeListener.handshakeCompleted``."""
+        self.stream.secure()
+
+    def pauseProducing(self) -> None:
+        """See ``IPushProducer.pauseProducing``."""
+        self.stream.fill()
+
+    def resumeProducing(self) -> None:
+        """See ``IPushProducer.resumeProducing``."""
+        self.stream.drain()
+
+    def stopProducing(self) -> None:
+        """See ``IProducer.stopProducing``: the end of the connection follows."""
+
+
+@implementer(IHalfCloseableProtocol)
+class _HalfCloseable:
+    """For the protocols to which the end of what comes is data."""
+
+    stream: Stream
+
+    def readConnectionLost(self) -> None:
+        """See ``IHalfCloseableProtocol.readConnectionLost``."""
+        self.stream.feed_eof()
+
+    def writeConnectionLost(self) -> None:
+        """See ``IHalfCloseableProtocol.writeConnectionLost``."""
+        self.stream.finish_output()
+
+
+# Servers
+
+
+class _ServerProtocol(StreamProtocol):
+    """Runs a handler as long as the connection lasts."""
+
+    factory: CoroutineFactory
+    _task: Task[Any]
+    _handshake: Any = None
+
+    def connectionMade(self) -> None:
+        super().connectionMade()
+        factory = self.factory
+        factory.connections[self] = None
+        if ISSLTransport.providedBy(self.transport):
+            self._limit_handshake()
+        self._task = spawn(
+            factory.handler,
+            self.stream,
+            name=factory.name,
+            reactor=self._scheduler.reactor,
+        )
+        self._task._when_done(self._handled)
+        factory.watch()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._handshake_done()
+        super().connectionLost(reason)
+        if self.factory.cancel_on_loss:
+            self._task.cancel()
+        self._forget()
+
+    def handshakeCompleted(self) -> None:
+        self._handshake_done()
+        super().handshakeCompleted()
+
+    def cancel(self) -> None:
+        """Cancel the handler."""
+        self._task.cancel()
+
+    def _limit_handshake(self) -> None:
+        limit = self.factory.handshake_timeout
+        if limit is not None:
+            reactor = self._scheduler.reactor
+            self._handshake = reactor.callLater(limit, self._handshake_expired)
+
+    def _handshake_expired(self) -> None:
+        self._handshake = None
+        _log.info("{stream}: no TLS handshake in time", stream=self.stream)
+        self.stream.abort()
+
+    def _handshake_done(self) -> None:
+        handshake, self._handshake = self._handshake, None
+        if handshake is not None:
+            handshake.cancel()
+
+    def _handled(self, task: Task[Any]) -> None:
+        """The handler has come to its end, in whatever way."""
+        if task.cancelled:
+            self.stream.abort()
+        elif not task.failed:
+            self.stream.close()
+        else:
+            failure = task._see_failure()
+            if self.stream.lost and failure.check(ConnectionClosed, IncompleteRead):
+                # The peer's doing, and no mistake of the handler.
+                _log.info(
+                    "{name}, {stream}: {error}",
+                    name=task.name,
+                    stream=self.stream,
+                    error=failure.getErrorMessage(),
+                )
+            else:
+                _log.failure(
+                    "{name}, {stream}: the handler has failed",
+                    failure,
+                    name=task.name,
+                    stream=self.stream,
+                )
+            self.stream.abort()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Once neither the connection nor the handler is there any more."""
+        if self.stream.lost and self._task.done:
+            self.factory.forget(self)
+
+
+class _HalfCloseableServer(_HalfCloseable, _ServerProtocol):
+    pass
+
+
+class _Refused(Protocol):
+    """A connection too many."""
+
+    def connectionMade(self) -> None:
+        transport: Any = self.transport
+        getattr(transport, "abortConnection", transport.loseConnection)()
+
+
+class CoroutineFactory(Factory):
+    """
+    Runs a function for each connection: as a server, on any endpoint.
+
+    When C{handler} returns, everything is sent and the connection closed; when
+    it raises, that is logged and the connection aborted.  When the connection is
+    lost, reads return what has arrived, and raise then.
+
+    :param handler: called with a :class:`Stream`; in a task of its own.
+    :param name: what the task is called in logs; by default the handler's name.
+    :param max_connections: how many there may be at once; more are refused.
+    :param idle_timeout: after how many seconds in which nothing comes or goes a
+        connection is aborted.
+    :param read_timeout: how many seconds a read may take once a part of it has
+        arrived; this is for peers that send byte after byte for ever.
+    :param handshake_timeout: how many seconds the handshake of a TLS endpoint
+        may take.
+    :param cancel_on_loss: cancel the handler when the connection is lost, at the
+        latest when the peer closes its side.  Then there is no half close.
+    :param reactor: an ``IReactorTime`` provider; by default the installed one.
+    :ivar connections: what there is at the moment, with an item for each.
+    """
+
+    noisy = False
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        name: str | None = None,
+        max_connections: int | None = None,
+        idle_timeout: float | None = None,
+        read_timeout: float | None = None,
+        handshake_timeout: float | None = HANDSHAKE_TIMEOUT,
+        cancel_on_loss: bool = False,
+        reactor: Any | None = None,
+    ) -> None:
+        self.handler = handler
+        self.name = name
+        self.max_connections = max_connections
+        self.handshake_timeout = handshake_timeout
+        self.cancel_on_loss = cancel_on_loss
+        self.connections: dict[_ServerProtocol, None] = {}
+        self._reactor = reactor
+        self._stopping = False
+        self._last_ends: Operation[None] | None = None
+        self._watchdogs = [
+            _Watchdog(self, limit, sign, what)
+            for limit, sign, what in (
+                (idle_timeout, _sign_of_life, "nothing has come or gone"),
+                (read_timeout, _slow_read, "the rest of a message has not come"),
+            )
+            if limit is not None
+        ]
+
+    def buildProtocol(self, addr: Any) -> Protocol:
+        """See ``IProtocolFactory.buildProtocol``."""
+        full = len(self.connections) == self.max_connections
+        if full or self._stopping:
+            why = f"{self.max_connections} connections" if full else "stopping"
+            _log.info("Refused {peer}: {why}", peer=addr, why=why)
+            return _Refused()
+        scheduler = scheduler_for(self._reactor)
+        protocol = (_ServerProtocol if self.cancel_on_loss else _HalfCloseableServer)(
+            scheduler
+        )
+        protocol.factory = self
+        return protocol
+
+    def stop(self, grace: float) -> Deferred[None]:
+        """
+        Refuse new connections, let the handlers finish for C{grace} seconds, and
+        then cancel them.
+
+        :return: fires when all of them have ended.
+        """
+        return spawn(self._stop, grace, reactor=self._reactor).as_deferred()
+
+    async def _stop(self, grace: float) -> None:
+        self._stopping = True
+        try:
+            with timeout(grace):
+                await self._all_gone()
+        except TimeoutError:
+            for protocol in list(self.connections):
+                protocol.cancel()
+            await self._all_gone()
+
+    async def _all_gone(self) -> None:
+        while self.connections:
+            if self._last_ends is None or self._last_ends.called:
+                self._last_ends = Operation()
+            await self._last_ends
+
+    def watch(self) -> None:
+        """There is a connection."""
+        for watchdog in self._watchdogs:
+            watchdog.start(scheduler_for(self._reactor).reactor)
+
+    def forget(self, protocol: _ServerProtocol) -> None:
+        """A connection and its handler have ended."""
+        del self.connections[protocol]
+        last = self._last_ends
+        if not self.connections and last is not None and not last.called:
+            last.succeed(None)
+
+
+class _Watchdog:
+    """
+    Aborts connections that have shown the same sign for too long.
+
+    :param sign: tells something of a stream that changes when all is well; None
+        if all is well.
+    """
+
+    def __init__(
+        self,
+        factory: CoroutineFactory,
+        limit: float,
+        sign: Callable[[Stream], object],
+        what: str,
+    ) -> None:
+        self._factory = factory
+        self._limit = limit
+        self._sign = sign
+        self._what = what
+        self._seen: dict[_ServerProtocol, tuple[object, int]] = {}
+        self._running = False
+
+    def start(self, reactor: Any) -> None:
+        if not self._running:
+            self._running = True
+            reactor.callLater(self._limit / _LOOKS, self._look, reactor)
+
+    def _look(self, reactor: Any) -> None:
+        self._running = False
+        seen: dict[_ServerProtocol, tuple[object, int]] = {}
+        for protocol in list(self._factory.connections):
+            sign = self._sign(protocol.stream)
+            before, times = self._seen.get(protocol, (None, 0))
+            times = times + 1 if sign is not None and sign == before else 0
+            seen[protocol] = sign, times
+            if times == _LOOKS:
+                _log.info(
+                    "{stream}: {what} for {limit} s",
+                    stream=protocol.stream,
+                    what=self._what,
+                    limit=self._limit,
+                )
+                protocol.stream.abort()
+        self._seen = seen
+        if self._factory.connections:
+            self.start(reactor)
+
+
+def _sign_of_life(stream: Stream) -> object:
+    return stream.activity
+
+
+def _slow_read(stream: Stream) -> object:
+    return stream.unfinished_read
+
+
+class Server:
+    """
+    What :func:`serve` has started.
+
+    :ivar port: the ``IListeningPort``; of an endpoint without one, what it has.
+    :ivar factory: the :class:`CoroutineFactory`.
+    """
+
+    def __init__(self, port: Any, factory: CoroutineFactory) -> None:
+        self.port = port
+        self.factory = factory
+
+    def stop(self, grace: float = 0) -> Deferred[None]:
+        """
+        Stop listening, let the handlers finish for C{grace} seconds, and then
+        cancel them.
+
+        :return: fires when all of them have ended.
+        """
+        stopped = maybeDeferred(getattr(self.port, "stopListening", lambda: None))
+        finished = self.factory.stop(grace)
+        return stopped.addCallback(lambda _: finished)
+
+
+def serve(endpoint: Any, handler: Handler, **options: Any) -> Deferred[Server]:
+    """
+    Listen, and run C{handler} for each connection.
+
+    :param endpoint: an ``IStreamServerEndpoint`` provider.
+    :param options: those of :class:`CoroutineFactory`.
+    :return: a :class:`Server`.
+    """
+    factory = CoroutineFactory(handler, **options)
+    listening: Deferred[Any] = endpoint.listen(factory)
+    return listening.addCallback(Server, factory)
+
+
+# Clients
+
+
+class _Client(_HalfCloseable, StreamProtocol):
+    def connectionMade(self) -> None:
+        transport: Any = self.transport
+        if "protocol" in getattr(transport, "__dict__", ()):
+            # The wrapper that endpoints put around each protocol has done its
+            # work by now, and it hides that there is a half close: it provides
+            # only the last of our interfaces.
+            transport.protocol = self
+        super().connectionMade()
+
+
+class _ClientFactory(Factory):
+    noisy = False
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+
+    def buildProtocol(self, addr: Any) -> Protocol:
+        return _Client(self._scheduler)
+
+
+def connect(endpoint: Any, reactor: Any | None = None) -> Deferred[Stream]:
+    """
+    Connect, as a client.
+
+    :param endpoint: an ``IStreamClientEndpoint`` provider.
+    :param reactor: an ``IReactorTime`` provider; by default that of the task.
+    :return: a :class:`Stream`.
+    """
+    connecting: Deferred[Any] = endpoint.connect(_ClientFactory(scheduler_for(reactor)))
+    return connecting.addCallback(lambda protocol: protocol.stream)

@@ -1,0 +1,561 @@
+"""
+Streams: a connection, to read from and to write to, from the top to the bottom.
+
+A stream knows no transport's inner life.  It is fed by a protocol (see
+``serving.py``), and finishes the operation of whoever waits for the data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Any, Final
+
+from twisted.internet.error import ConnectionClosed, ConnectionDone
+from twisted.internet.interfaces import ISSLTransport
+from twisted.python.failure import Failure
+
+from twisted_rtsig.coro.buffers import ReadBuffer
+from twisted_rtsig.coro.errors import (
+    BusyResourceError,
+    DelimiterNotFound,
+    IncompleteRead,
+    StreamError,
+    UnreadPlaintext,
+)
+from twisted_rtsig.coro.operations import Finished, Operation, failed
+from twisted_rtsig.coro.scheduler import Scheduler
+
+MAX_BYTES: Final = 1 << 16
+"""How much a read returns at most, or a delimiter may be away, by default."""
+
+# Nobody reads, and this much is there: the transport is paused, until half of it
+# was read.
+_HIGH_MARK = 1 << 17
+_LOW_MARK = _HIGH_MARK // 2
+
+# How many reads in a row a stream answers from what is there, before all others
+# have their turn.
+_READS_IN_A_TURN = 256
+
+
+class Stream:
+    """
+    A connection.  Made by ``CoroutineFactory``, ``serve`` and ``connect``.
+
+    Reads return what they have read, and leave the stream as it is when they
+    are cancelled.  Only one task at a time reads; any number may write.
+
+    :ivar transport: the Twisted transport.
+    :ivar activity: changes whenever anything comes or goes.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_buffer",
+        "_closed",
+        "_closing",
+        "_drained",
+        "_ended",
+        "_full",
+        "_limit",
+        "_lost",
+        "_paused",
+        "_reader",
+        "_reads_left",
+        "_scheduler",
+        "_secured",
+        "_take",
+        "_what",
+        "_wrote_eof",
+        "activity",
+        "transport",
+    )
+
+    def __init__(self, transport: Any, scheduler: Scheduler) -> None:
+        self.transport = transport
+        self._scheduler = scheduler
+        self._buffer = ReadBuffer()
+        # Who reads; and what takes it from the buffer, with two arguments.
+        self._reader: Operation[bytes] | None = None
+        self._take: _Take = _take_some
+        self._what: Any = None
+        self._limit = 0
+        self._reads_left = _READS_IN_A_TURN
+        self._paused = False
+        # Nothing more will come.
+        self._ended = False
+        # Why there is no connection any more.
+        self._lost: Exception | None = None
+        # Who waits for room, for the end of all output, of everything, for TLS.
+        self._full = False
+        self._drained: tuple[Operation[None], ...] = ()
+        self._wrote_eof: Operation[None] | None = None
+        self._closed: tuple[Operation[None], ...] = ()
+        self._secured: Operation[None] | None = None
+        self._closing = False
+        self.activity = 0
+
+    @property
+    def peer(self) -> Any:
+        """The address of the other side: an ``IAddress`` provider."""
+        return self.transport.getPeer()
+
+    @property
+    def host(self) -> Any:
+        """The address of this side: an ``IAddress`` provider."""
+        return self.transport.getHost()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the connection is gone."""
+        return self._lost is not None
+
+    @property
+    def unfinished_read(self) -> object:
+        """The read that waits for the rest of what it wants; None if none does."""
+        return self._reader if self._buffer else None
+
+    # Reading
+
+    def read(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
+        """
+        What has arrived, as soon as that is anything: 1 to C{max_bytes} bytes.
+        At the end of the stream, no bytes.
+
+        :raises ConnectionLost: if the connection was lost in an unclean way.
+        """
+        return self._read(_take_some, b"", _checked(max_bytes))
+
+    def peek(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
+        """As :meth:`read`, of what stays there to be read again."""
+        return self._read(_look, b"", _checked(max_bytes))
+
+    def read_exactly(self, size: int) -> Operation[bytes]:
+        """
+        The next C{size} bytes.
+
+        :raises IncompleteRead: if the stream ends before.
+        """
+        if size <= 0:
+            if size < 0:
+                raise ValueError(f"cannot read {size} bytes: 0 is the least")
+            return Finished(b"")
+        return self._read(_take_exactly, b"", size)
+
+    def read_until(
+        self, delimiter: bytes, max_bytes: int = MAX_BYTES
+    ) -> Operation[bytes]:
+        """
+        What comes before C{delimiter}, which is read as well but not returned.
+
+        :param max_bytes: how many bytes may come before it.
+        :raises DelimiterNotFound: if it does not begin within the limit.
+        :raises IncompleteRead: if the stream ends before.
+        """
+        if not delimiter:
+            raise ValueError("cannot read until an empty delimiter: use read()")
+        return self._read(_take_until, delimiter, _checked(max_bytes))
+
+    def read_line(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
+        """
+        The next line, without the C{\\n} or C{\\r\\n} at its end.
+
+        :param max_bytes: how long the line may be.
+        :raises DelimiterNotFound: if it is longer.
+        :raises IncompleteRead: if the stream ends before.
+        """
+        return self._read(_take_line, b"", _checked(max_bytes))
+
+    def read_until_regex(
+        self, pattern: bytes | re.Pattern[bytes], max_bytes: int = MAX_BYTES
+    ) -> Operation[bytes]:
+        """
+        Everything up to the end of the first match of a regular expression.
+
+        What has arrived is searched again whenever more arrives, and the first
+        match counts, even if more data would make it longer.
+
+        :param max_bytes: within how many bytes the match must end.
+        :raises DelimiterNotFound: if it does not.
+        :raises IncompleteRead: if the stream ends before.
+        """
+        return self._read(_take_match, re.compile(pattern), _checked(max_bytes))
+
+    async def lines(self, max_bytes: int = MAX_BYTES) -> AsyncIterator[bytes]:
+        """
+        Each line, as :meth:`read_line` returns it, until the stream ends::
+
+            async for line in stream.lines():
+
+        :raises IncompleteRead: if it ends in the middle of a line.
+        """
+        while True:
+            try:
+                line = await self.read_line(max_bytes)
+            except IncompleteRead as end:
+                if end.partial:
+                    raise
+                return
+            yield line
+
+    def _read(self, take: _Take, what: Any, limit: int) -> Operation[bytes]:
+        if self._reader is not None:
+            raise BusyResourceError(
+                f"another task reads from {self!r} already: let one task read, and "
+                "pass on what it has read"
+            )
+        if self._buffer or self._ended:
+            if not self._reads_left:
+                self._scheduler.next_turn(self._serve_reader)
+            else:
+                try:
+                    data = take(self, what, limit)
+                except (StreamError, ConnectionClosed) as error:
+                    return failed(error)
+                if data is not None:
+                    self._reads_left -= 1
+                    if self._paused and len(self._buffer) <= _LOW_MARK:
+                        self._resume_transport()
+                    return Finished(data)
+        self._take = take
+        self._what = what
+        self._limit = limit
+        self._reads_left = _READS_IN_A_TURN
+        operation: Operation[bytes] = Operation(self._forget_reader)
+        self._reader = operation
+        if self._paused:
+            self._resume_transport()
+        return operation
+
+    def _forget_reader(self) -> None:
+        self._reader = None
+
+    def _serve_reader(self) -> None:
+        reader = self._reader
+        if reader is None:
+            return
+        try:
+            data = self._take(self, self._what, self._limit)
+        except (StreamError, ConnectionClosed) as error:
+            self._reader = None
+            reader.fail(error)
+        else:
+            if data is not None:
+                self._reader = None
+                reader.succeed(data)
+
+    def _resume_transport(self) -> None:
+        self._paused = False
+        self.transport.resumeProducing()
+
+    def _incomplete(self, wanted: str) -> Exception:
+        partial = self._buffer.take(len(self._buffer))
+        lost = self._unclean()
+        if lost is not None and not partial:
+            return lost
+        error = IncompleteRead(partial, wanted)
+        error.__cause__ = lost
+        return error
+
+    def _unclean(self) -> Exception | None:
+        """Why the connection was lost, if it was not simply closed."""
+        lost = self._lost
+        if lost is None or isinstance(lost, ConnectionDone):
+            return None
+        return lost.with_traceback(None)
+
+    # Writing
+
+    def write(self, data: bytes | bytearray | memoryview) -> Operation[None]:
+        """
+        Write.  The operation is done when there is room for more: to wait for it
+        keeps a peer that does not read from filling the memory.
+
+        :raises ConnectionClosed: (when awaited) if the connection is lost.
+        :raises StreamError: (when awaited) after ``close`` or ``write_eof``.
+        """
+        if self._lost is not None or self._closing or self._wrote_eof is not None:
+            return self._unwritable()
+        self.activity += 1
+        self.transport.write(data if type(data) is bytes else bytes(memoryview(data)))
+        if not self._full:
+            return Finished(None)
+        operation: Operation[None] = Operation()
+        self._drained += (operation,)
+        return operation
+
+    def write_eof(self) -> Operation[None]:
+        """
+        Tell the peer that nothing more will come.  One can still read.
+
+        The operation is done when everything was sent.
+
+        :raises StreamError: if the transport has no half close: TLS, for example.
+        """
+        if self._lost is not None or self._closing:
+            return self._unwritable()
+        if self._wrote_eof is None:
+            lose = getattr(self.transport, "loseWriteConnection", None)
+            if lose is None or ISSLTransport.providedBy(self.transport):
+                raise StreamError(
+                    f"{self!r} has no half close: use close(), or let the protocol "
+                    "tell the peer that nothing more comes"
+                )
+            self._wrote_eof = Operation()
+            lose()
+        return self._wrote_eof
+
+    def close(self) -> Operation[None]:
+        """
+        Close the connection when everything was sent; what comes is discarded.
+
+        The operation is done when the connection is gone.
+        """
+        if self._lost is None and not self._closing:
+            self._closing = True
+            self.transport.unregisterProducer()
+            self.transport.loseConnection()
+            if self._paused:
+                # TLS waits for the peer's farewell.
+                self._resume_transport()
+        return self._when_closed()
+
+    def abort(self) -> Operation[None]:
+        """
+        Close the connection at once, whatever was not sent yet.
+
+        The operation is done when the connection is gone.
+        """
+        if self._lost is None:
+            self._closing = True
+            transport = self.transport
+            getattr(transport, "abortConnection", transport.loseConnection)()
+        return self._when_closed()
+
+    def _when_closed(self) -> Operation[None]:
+        if self._lost is not None:
+            return Finished(None)
+        operation: Operation[None] = Operation()
+        self._closed += (operation,)
+        return operation
+
+    def _unwritable(self) -> Operation[Any]:
+        error: BaseException
+        if self._lost is not None:
+            error = self._lost.with_traceback(None)
+        else:
+            how = "close" if self._closing else "write_eof"
+            error = StreamError(f"nothing can be written to {self!r} after {how}()")
+        return failed(error, quietly=True)
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await (self.close() if error is None else self.abort())
+
+    # TLS
+
+    def start_tls(self, context: Any) -> Operation[None]:
+        """
+        Go on encrypted.  The operation is done when the handshake is.
+
+        :param context: for a server an ``IOpenSSLServerConnectionCreator`` or
+            ``ssl.CertificateOptions``; for a client what
+            ``ssl.optionsForClientTLS`` returns.
+        :raises UnreadPlaintext: if anything is there that was not read yet.
+        :raises StreamError: if the transport cannot do it.
+        """
+        if self._reader is not None:
+            raise BusyResourceError(f"start TLS on {self!r} when nobody reads from it")
+        if self._buffer:
+            raise UnreadPlaintext(len(self._buffer))
+        if self._lost is not None or self._ended or self._closing:
+            return failed(self._lost or StreamError(f"{self!r} has ended: no TLS"))
+        start = getattr(self.transport, "startTLS", None)
+        if start is None:
+            raise StreamError(f"{self!r} cannot start TLS: {self.transport!r} has none")
+        operation: Operation[None] = Operation()
+        self._secured = operation
+        start(context)
+        return operation
+
+    # From the protocol
+
+    def feed(self, data: bytes) -> None:
+        """Something has arrived."""
+        self.activity += 1
+        reader = self._reader
+        buffer = self._buffer
+        if reader is None:
+            if self._closing:
+                return
+            buffer.append(data)
+        elif self._take is _take_some and len(data) <= self._limit and not buffer:
+            self._reader = None
+            reader.succeed(data)
+            return
+        else:
+            buffer.append(data)
+            self._serve_reader()
+        if len(buffer) > _HIGH_MARK and self._reader is None and not self._paused:
+            self._paused = True
+            self.transport.pauseProducing()
+
+    def feed_eof(self) -> None:
+        """Nothing more will arrive."""
+        self._ended = True
+        self._serve_reader()
+
+    def lose(self, reason: Failure) -> None:
+        """The connection is gone."""
+        lost = reason.value
+        assert isinstance(lost, Exception)
+        self._lost = lost
+        self._ended = True
+        drained, self._drained = self._drained, ()
+        closed, self._closed = self._closed, ()
+        if self._wrote_eof is not None and not self._wrote_eof.called:
+            drained += (self._wrote_eof,)
+        self._serve_reader()
+        if self._secured is not None and not self._secured.called:
+            self._secured.fail(lost)
+        for operation in drained:
+            if not operation.called:
+                operation.fail(lost, quietly=True)
+        _succeed(closed)
+
+    def fill(self) -> None:
+        """The transport has no room for more."""
+        self._full = True
+
+    def drain(self) -> None:
+        """The transport has room again."""
+        self._full = False
+        self.activity += 1
+        drained, self._drained = self._drained, ()
+        _succeed(drained)
+
+    def finish_output(self) -> None:
+        """Everything was sent, and the end of it."""
+        if self._wrote_eof is not None:
+            _succeed((self._wrote_eof,))
+
+    def secure(self) -> None:
+        """The TLS handshake is done."""
+        if self._secured is not None:
+            _succeed((self._secured,))
+
+    def __repr__(self) -> str:
+        return f"<Stream to {self.peer}>"
+
+
+def _succeed(operations: tuple[Operation[None], ...]) -> None:
+    for operation in operations:
+        # Unless it was cancelled.
+        if not operation.called:
+            operation.succeed(None)
+
+
+# What takes the data of a read from the buffer: None if it is not there yet.
+_Take = Callable[[Stream, Any, int], "bytes | None"]
+
+
+def _checked(max_bytes: int) -> int:
+    if max_bytes < 1:
+        raise ValueError(f"max_bytes={max_bytes}: 1 is the least that can be read")
+    return max_bytes
+
+
+def _take_some(stream: Stream, what: Any, limit: int) -> bytes | None:
+    buffer = stream._buffer
+    if buffer:
+        return buffer.take(limit)
+    return _nothing_more(stream)
+
+
+def _look(stream: Stream, what: Any, limit: int) -> bytes | None:
+    buffer = stream._buffer
+    if buffer:
+        return buffer.peek(limit)
+    return _nothing_more(stream)
+
+
+def _nothing_more(stream: Stream) -> bytes | None:
+    if not stream._ended:
+        return None
+    lost = stream._unclean()
+    if lost is not None:
+        raise lost
+    return b""
+
+
+def _take_exactly(stream: Stream, what: Any, size: int) -> bytes | None:
+    buffer = stream._buffer
+    if len(buffer) >= size:
+        return buffer.take(size)
+    if stream._ended:
+        raise stream._incomplete(f"{size} bytes")
+    return None
+
+
+def _take_until(stream: Stream, delimiter: bytes, limit: int) -> bytes | None:
+    buffer = stream._buffer
+    end = buffer.find(delimiter, limit)
+    if end >= 0:
+        data = buffer.take(end)
+        buffer.take(len(delimiter))
+        return data
+    _check_unfinished(
+        stream, limit + len(delimiter), limit, "what ends with", delimiter
+    )
+    return None
+
+
+def _take_line(stream: Stream, what: Any, limit: int) -> bytes | None:
+    buffer = stream._buffer
+    # One more, for a \r.
+    end = buffer.find(b"\n", limit + 1)
+    if 0 <= end <= limit:
+        line = buffer.take(end + 1)
+        return line[:-2] if line[-2:-1] == b"\r" else line[:-1]
+    if end > limit and buffer.peek(end)[-1:] == b"\r":
+        return buffer.take(end + 1)[:-2]
+    # That many bytes are too many, unless only the \n is missing.
+    enough = limit + 1
+    if len(buffer) == enough and buffer.peek(enough)[-1:] == b"\r":
+        enough += 1
+    _check_unfinished(stream, enough, limit, "a line")
+    return None
+
+
+def _take_match(stream: Stream, pattern: re.Pattern[bytes], limit: int) -> bytes | None:
+    buffer = stream._buffer
+    end = buffer.match_end(pattern, limit)
+    if end >= 0:
+        return buffer.take(end)
+    _check_unfinished(stream, limit, limit, "a match of", pattern.pattern)
+    return None
+
+
+def _check_unfinished(
+    stream: Stream, enough: int, limit: int, wanted: str, what: bytes | None = None
+) -> None:
+    """
+    C{enough} bytes would have shown the end.
+
+    :raises StreamError: if it cannot come any more.
+    """
+    if what is not None:
+        wanted = f"{wanted} {what!r}"
+    if len(stream._buffer) >= enough:
+        raise DelimiterNotFound(wanted, limit)
+    if stream._ended:
+        raise stream._incomplete(wanted)

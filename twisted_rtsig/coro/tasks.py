@@ -1,0 +1,746 @@
+"""
+Tasks: coroutines and generators that run by themselves, and wait for Deferreds.
+
+:func:`spawn` starts one.  It steps through its function from one wait to the
+next; whatever it waits for resumes it.  See ``docs/coroutines.md``.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable, Coroutine, Generator
+from types import CodeType, FrameType
+from typing import Any, Generic, ParamSpec, TypeVar, cast
+
+from twisted.internet import defer
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from twisted_rtsig.coro.errors import Cancelled, NoTaskError
+from twisted_rtsig.coro.operations import Operation
+from twisted_rtsig.coro.scheduler import Scheduler, scheduler_of
+from twisted_rtsig.coro.tracebacks import without_machinery
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
+_log = Logger()
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+Runnable = Coroutine[Any, Any, T] | Generator[Any, Any, T]
+
+# What a task is: see Task._state.
+_ACTIVE = 0
+_SUCCEEDED = 1
+_FAILED = 2
+_CANCELLED = 3
+
+# Whether it has cancelled what it waits for: see Task._interrupted.
+_NOT = 0
+_NOW = 1
+_EARLIER = 2
+
+_running: Task[Any] | None = None
+
+
+class _Unseen:
+    """Logs the failure of a task, unless somebody looks at it before it goes."""
+
+    def __init__(self, name: str, failure: Failure) -> None:
+        self._name = name
+        self.failure: Failure | None = failure
+
+    def __del__(self) -> None:
+        if self.failure is not None:
+            _log.failure("Task {name} has failed", self.failure, name=self._name)
+
+
+class Task(Generic[T]):
+    """
+    A coroutine that runs by itself.  It can be awaited.
+
+    Made by :func:`spawn`.
+
+    :ivar name: what it is called in logs.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_cancels",
+        "_context",
+        "_done",
+        "_interrupted",
+        "_result",
+        "_runnable",
+        "_scheduler",
+        "_scopes",
+        "_state",
+        "_waiting_on",
+        "name",
+    )
+
+    def __init__(
+        self, runnable: Runnable[T], name: str | None, scheduler: Scheduler
+    ) -> None:
+        self.name = name or _name_of(runnable)
+        self._runnable: Runnable[T] | None = runnable
+        self._scheduler = scheduler
+        self._context: contextvars.Context | None = contextvars.copy_context()
+        # The timeouts, groups and shields that it is in, the outermost first.
+        self._scopes: tuple[Scope, ...] = ()
+        # Who has cancelled it, where it does not know yet.
+        self._cancels: tuple[Scope | None, ...] = ()
+        # What it waits for; None while it runs, or is about to.
+        self._waiting_on: Deferred[Any] | None = None
+        self._interrupted = _NOT
+        self._state = _ACTIVE
+        # The value; of a failed one, the failure, and who sees to it.
+        self._result: Any = None
+        # Who is told of the end: functions that take the task.
+        self._done: tuple[Callable[[Task[T]], object], ...] = ()
+
+    # The end
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, in whatever way."""
+        return self._state != _ACTIVE
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it has ended because it was cancelled."""
+        return self._state == _CANCELLED
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended because its function has raised something."""
+        return self._state == _FAILED
+
+    def result(self) -> T:
+        """
+        What the function has returned.
+
+        :raises RuntimeError: if it has not ended yet: await it before.
+        :raises CancelledError: if the task was cancelled.
+        :raises BaseException: whatever its function has raised.
+        """
+        if self._state == _ACTIVE:
+            raise RuntimeError(f"{self!r} has not ended yet: await it before")
+        if self._state == _SUCCEEDED:
+            return cast(T, self._result)
+        failure = self._see_failure()
+        assert failure.value is not None
+        raise failure.value
+
+    def as_deferred(self) -> Deferred[T]:
+        """
+        A new Deferred of its result.  To cancel that is to cancel the task.
+        """
+        deferred: _OfTask[T] = _OfTask(self)
+        self._when_done(deferred.finish)
+        return deferred
+
+    def __await__(self) -> Generator[Deferred[T], Any, T]:
+        if self._state == _ACTIVE:
+            return cast(T, (yield self.as_deferred()))
+        return self.result()
+
+    def _when_done(self, function: Callable[[Task[T]], object]) -> None:
+        """Call C{function} with this task when it has ended."""
+        if self._state == _ACTIVE:
+            self._done += (function,)
+        else:
+            function(self)
+
+    def _see_failure(self) -> Failure:
+        """Why it has not succeeded; whoever calls this sees to it."""
+        if self._state == _CANCELLED:
+            return Failure(CancelledError(f"{self.name} was cancelled"))
+        failure: Failure = self._result[0]
+        self._result[1].failure = None
+        return failure
+
+    def _end(self, state: int, result: Any) -> None:
+        self._state = state
+        self._result = result
+        self._runnable = None
+        self._context = None
+        self._scopes = ()
+        self._cancels = ()
+        done, self._done = self._done, ()
+        for function in done:
+            function(self)
+
+    def _fail(self, error: BaseException) -> None:
+        failure = Failure(without_machinery(error))
+        self._end(_FAILED, (failure, _Unseen(self.name, failure)))
+
+    # Cancellation
+
+    def cancel(self) -> None:
+        """
+        Raise :class:`Cancelled` where it waits, once; if it does not wait, then
+        where it waits next.  What it waits for is cancelled.
+
+        Does nothing to a task that has ended.
+        """
+        self._cancel_for(None)
+
+    def _cancel_for(self, scope: Scope | None) -> None:
+        if self._state == _ACTIVE:
+            if scope not in self._cancels:
+                self._cancels += (scope,)
+            if self._waiting_on is not None:
+                self._interrupt()
+
+    def _next_cancel(self) -> Cancelled | None:
+        """The cancellation to raise now, unless a shield is in its way."""
+        for scope in self._cancels:
+            inside = (
+                self._scopes
+                if scope is None
+                else self._scopes[self._scopes.index(scope) + 1 :]
+            )
+            if not any(isinstance(each, shield) for each in inside):
+                self._cancels = tuple(e for e in self._cancels if e is not scope)
+                return Cancelled(scope)
+        return None
+
+    def _interrupt(self) -> None:
+        """Cancel what it waits for, if that is to be."""
+        awaited = self._waiting_on
+        if isinstance(awaited, Operation) and awaited.waiter is self:
+            cancelled = self._next_cancel()
+            if cancelled is not None:
+                self._waiting_on = None
+                awaited.abandon()
+                self._scheduler.resume(self, None, cancelled)
+        elif awaited is not None:
+            # It may take a while, or succeed all the same.
+            before = self._cancels
+            if self._next_cancel() is not None:
+                self._cancels = before
+                self._interrupted = _NOW
+                awaited.cancel()
+                if self._interrupted == _NOW:
+                    self._interrupted = _EARLIER
+
+    # Steps
+
+    def _resume(self, value: Any, error: BaseException | None = None) -> None:
+        """What it waited for has happened."""
+        self._waiting_on = None
+        self._scheduler.resume(self, value, error)
+
+    def _step(self, value: Any, error: BaseException | None) -> None:
+        """Run until it waits; called by the scheduler alone."""
+        global _running
+        runnable, context = self._runnable, self._context
+        assert runnable is not None
+        assert context is not None
+        # One of another reactor, which turns within this one's task.
+        before, _running = _running, self
+        try:
+            while True:
+                if error is None:
+                    awaited = context.run(runnable.send, value)
+                else:
+                    awaited = context.run(runnable.throw, error)
+                    error = None
+                if isinstance(awaited, Operation) and not awaited._has_callbacks:
+                    if awaited.called:
+                        value, error = _outcome(awaited)
+                        continue
+                    if awaited.waiter is None:
+                        awaited.waiter = self
+                        self._waiting_on = awaited
+                    else:
+                        self._wait_for(awaited)
+                elif isinstance(awaited, Deferred):
+                    self._wait_for(awaited)
+                elif isinstance(awaited, Task):
+                    # Yielded by a generator.
+                    self._wait_for(awaited.as_deferred())
+                else:
+                    value, error = None, _not_awaitable(awaited)
+                    continue
+                if self._cancels:
+                    self._interrupt()
+                return
+        except StopIteration as stop:
+            if self._scopes:
+                self._fail(_held_open(self._scopes[-1]))
+            else:
+                self._end(_SUCCEEDED, stop.value)
+        except Cancelled as cancelled:
+            if cancelled._scope is None:
+                self._end(_CANCELLED, None)
+            else:
+                self._fail(_held_open(cancelled._scope))
+        except BaseException as raised:
+            self._fail(raised)
+        finally:
+            _running = before
+
+    def _wait_for(self, deferred: Deferred[Any]) -> None:
+        self._waiting_on = deferred
+        deferred.addBoth(self._fired, deferred)
+
+    def _fired(self, result: Any, deferred: Deferred[Any]) -> Any:
+        if self._waiting_on is not deferred:
+            # Abandoned.
+            return None if isinstance(result, Failure) else result
+        interrupted, self._interrupted = self._interrupted, _NOT
+        if not isinstance(result, Failure):
+            self._resume(result)
+            # It may be awaited by another task as well.
+            return result
+        error: BaseException | None = result.value
+        # What fails at once fails because of it, whatever it calls that.
+        if interrupted == _NOW or (interrupted and isinstance(error, CancelledError)):
+            cancelled = self._next_cancel()
+            if cancelled is not None:
+                cancelled.__cause__, error = error, cancelled
+        self._resume(None, error)
+        return None
+
+    def __repr__(self) -> str:
+        state = ("active", "succeeded", "failed", "cancelled")[self._state]
+        return f"<Task {self.name}: {state}>"
+
+
+class _OfTask(Deferred[T]):
+    """Fires when a task has ended, and not before, even if it is cancelled."""
+
+    def __init__(self, task: Task[T]) -> None:
+        super().__init__()
+        self._task = task
+
+    def finish(self, task: Task[T]) -> None:
+        if task._state == _SUCCEEDED:
+            self.callback(task._result)
+        else:
+            self.errback(task._see_failure())
+
+    def cancel(self) -> None:
+        """See ``Deferred.cancel``."""
+        if self.called:
+            super().cancel()
+        else:
+            self._task.cancel()
+
+
+def _outcome(operation: Operation[Any]) -> tuple[Any, BaseException | None]:
+    try:
+        return operation.__await__().send(None), None
+    except StopIteration as stop:
+        return stop.value, None
+    except BaseException as error:
+        return None, error
+
+
+def _not_awaitable(what: object) -> TypeError:
+    return TypeError(
+        f"a task cannot wait for {what!r}: await or yield a Deferred, a task or "
+        "what a function of twisted_rtsig.coro has returned"
+    )
+
+
+def _held_open(scope: object) -> RuntimeError:
+    return RuntimeError(
+        f"{scope!r} was still open when its task had left it: an asynchronous "
+        "generator has yielded inside of it, and was not finished; take the "
+        "yield out of the block, or put the block around the loop"
+    )
+
+
+def _name_of(function: object) -> str:
+    return getattr(function, "__qualname__", None) or repr(function)
+
+
+# Starting
+
+
+def spawn(
+    function: Callable[..., Any] | Runnable[Any],
+    *args: Any,
+    name: str | None = None,
+    reactor: Any | None = None,
+) -> Task[Any]:
+    """
+    Run C{function(*args)} as a task.
+
+    It begins at once; or, if a task calls this, when that one waits.
+
+    :param function: an ``async def`` or generator function, one decorated with
+        :func:`coroutine` or ``inlineCallbacks``, any other; or the coroutine or
+        generator that such a function has returned, without arguments.
+    :param name: what it is called in logs; by default the name of the function.
+    :param reactor: an ``IReactorTime`` provider, ``task.Clock`` for example; by
+        default that of the task that calls this, or the installed one.
+    :raises TypeError: if there is nothing to run.
+    """
+    scheduler = scheduler_for(reactor)
+    task: Task[Any] = Task(_runnable(function, args), name, scheduler)
+    scheduler.resume(task, None)
+    return task
+
+
+def scheduler_for(reactor: Any | None) -> Scheduler:
+    """That of a reactor; None for the one of the task that runs."""
+    if reactor is None and _running is not None:
+        return _running._scheduler
+    return scheduler_of(reactor)
+
+
+def _runnable(function: Any, args: tuple[Any, ...]) -> Runnable[Any]:
+    if inspect.iscoroutine(function) or inspect.isgenerator(function):
+        if args:
+            raise TypeError(f"{function!r} runs already: it cannot take {args!r}")
+        return function
+    if not callable(function):
+        raise TypeError(
+            f"spawn() needs a function and its arguments, or a coroutine: {function!r} "
+            "is neither"
+        )
+    # That of what @coroutine has decorated makes no task of its own.
+    inner = getattr(function, "generator_function", function)
+    code: CodeType | None = getattr(inner, "__code__", None)
+    if code is not None and code.co_flags & _RUNNABLE_CODE:
+        made: Runnable[Any] = inner(*args)
+        return made
+    runnable: Any = _call(function, args)
+    runnable.__qualname__ = _name_of(function)
+    return cast(Runnable[Any], runnable)
+
+
+_RUNNABLE_CODE = inspect.CO_COROUTINE | inspect.CO_GENERATOR
+
+
+async def _call(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    result = function(*args)
+    if inspect.isgenerator(result):
+        return await awaitable(result)
+    return await result if inspect.isawaitable(result) else result
+
+
+@types.coroutine
+def awaitable(generator: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+    """A generator, for a coroutine to await."""
+    return (yield from generator)
+
+
+def coroutine(
+    function: Callable[P, Generator[Any, Any, T]],
+) -> Callable[P, Deferred[T]]:
+    """
+    Decorate a generator function: each call runs as a task of its own, and
+    returns a Deferred of the result.
+
+    As ``inlineCallbacks``, with all that a task can do.  An ``async def`` needs
+    no decoration.
+
+    :raises TypeError: if it is no generator function.
+    """
+    if not inspect.isgeneratorfunction(function):
+        raise TypeError(
+            f"@coroutine is for generator functions, and {function!r} is none: an "
+            "async def needs no decoration"
+        )
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
+        return spawn(function(*args, **kwargs)).as_deferred()
+
+    call.generator_function = function  # type: ignore[attr-defined]
+    return call
+
+
+def current_task() -> Task[Any]:
+    """
+    The task that calls this.
+
+    :raises NoTaskError: if none does.
+    """
+    return task_of_caller("current_task()")
+
+
+_STEP: CodeType = Task._step.__code__
+
+
+def task_of_caller(what: str) -> Task[Any]:
+    """
+    The task whose function has called C{what}, and not, say, a function under
+    C{inlineCallbacks} which that one has called.
+
+    :raises NoTaskError: if there is none.
+    """
+    if _running is not None:
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame.f_globals is not vars(defer):
+            if frame.f_code is _STEP:
+                return _running
+            frame = frame.f_back
+    raise NoTaskError(what)
+
+
+# Time
+
+
+def sleep(seconds: float, reactor: Any | None = None) -> Operation[None]:
+    """
+    Wait for some time.  C{sleep(0)} lets everybody else who is ready go first:
+    other tasks and the reactor.
+
+    :param reactor: an ``IReactorTime`` provider; by default that of the task.
+    :raises ValueError: if the time is negative.
+    """
+    if not seconds >= 0:
+        raise ValueError(f"cannot sleep for {seconds} seconds: 0 is the least")
+    scheduler = scheduler_for(reactor)
+    operation: Operation[None]
+    if seconds == 0:
+        operation = Operation()
+        scheduler.next_turn(functools.partial(_wake, operation))
+    else:
+        call = scheduler.reactor.callLater(seconds, lambda: operation.succeed(None))
+        operation = Operation(call.cancel)
+    return operation
+
+
+def _wake(operation: Operation[None]) -> None:
+    if not operation.called:
+        operation.succeed(None)
+
+
+# Scopes
+
+
+class Scope:
+    """
+    A block of code that a task is in, which may cancel what is inside of it.
+    """
+
+    def __init__(self) -> None:
+        self._task: Task[Any] | None = None
+
+    def _enter(self, what: str) -> Task[Any]:
+        if self._task is not None:
+            raise RuntimeError(f"{self!r} was entered before: make a new one")
+        task = self._task = task_of_caller(what)
+        task._scopes += (self,)
+        return task
+
+    def _exit(self) -> None:
+        task = self._task
+        if task is None or task._scopes[-1:] != (self,):
+            raise _held_open(self)
+        task._scopes = task._scopes[:-1]
+        task._cancels = tuple(each for each in task._cancels if each is not self)
+
+
+class timeout(Scope):
+    """
+    Let a block of code take only so long::
+
+        with timeout(5):
+            line = await stream.read_line()
+
+    If it takes longer, then what it waits for is cancelled, and the block raises
+    ``TimeoutError``.  Of nested ones, each raises only its own.
+
+    :param seconds: how long, from the beginning of the block.
+    :param reactor: an ``IReactorTime`` provider; by default that of the task.
+    :raises ValueError: if the time is negative.
+    :raises NoTaskError: at the beginning of the block, outside of a task.
+    :ivar expired: whether the time was over before the block was.
+    """
+
+    def __init__(self, seconds: float, reactor: Any | None = None) -> None:
+        super().__init__()
+        if not seconds >= 0:
+            raise ValueError(f"cannot time out after {seconds} seconds: 0 is the least")
+        self.expired = False
+        self._seconds = seconds
+        self._reactor = reactor
+        self._call: Any = None
+
+    def __enter__(self) -> timeout:
+        task = self._enter("timeout")
+        reactor = self._reactor or task._scheduler.reactor
+        self._call = reactor.callLater(self._seconds, self._expire)
+        return self
+
+    def _expire(self) -> None:
+        self._call = None
+        self.expired = True
+        assert self._task is not None
+        self._task._cancel_for(self)
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if self._call is not None:
+            self._call.cancel()
+        self._exit()
+        if isinstance(error, Cancelled) and error._scope is self:
+            raise TimeoutError(f"it took more than {self._seconds} s") from error
+
+    def __repr__(self) -> str:
+        return f"<timeout of {self._seconds} s>"
+
+
+class shield(Scope):
+    """
+    Let nothing outside of a block of code cancel what is inside::
+
+        with shield():
+            await stream.write(b"QUIT\r\n")
+
+    It is cancelled where it waits next after the block.  A C{timeout} inside of
+    the block does what it always does.
+
+    :raises NoTaskError: at the beginning of the block, outside of a task.
+    """
+
+    def __enter__(self) -> shield:
+        self._enter("shield")
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self._exit()
+
+    def __repr__(self) -> str:
+        return "<shield>"
+
+
+class TaskGroup(Scope):
+    """
+    Tasks that end together::
+
+        async with TaskGroup() as group:
+            group.spawn(serve, first)
+            group.spawn(serve, second)
+
+    The block ends when all of them have ended.  If one of them fails, or the
+    block does, then the others and the block are cancelled, and all errors are
+    raised in one ``ExceptionGroup``.  For generators there is :func:`run_group`.
+
+    :raises NoTaskError: at the beginning of the block, outside of a task.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tasks: dict[Task[Any], None] = {}
+        self._errors: list[BaseException] = []
+        self._cancelled = False
+        self._in_block = False
+        self._last_ends: Operation[None] | None = None
+
+    def spawn(
+        self, function: Callable[..., Any] | Runnable[Any], *args: Any, **named: Any
+    ) -> Task[Any]:
+        """
+        As :func:`spawn`, for a task of this group.
+
+        :raises RuntimeError: before or after the block.
+        """
+        if self._task is None or self not in self._task._scopes:
+            raise RuntimeError(
+                f"{self!r} runs no task outside of its block: call spawn() within "
+                "async with"
+            )
+        named.setdefault("reactor", self._task._scheduler.reactor)
+        task = spawn(function, *args, **named)
+        self._tasks[task] = None
+        task._when_done(self._ended)
+        if self._cancelled:
+            task.cancel()
+        return task
+
+    def cancel(self) -> None:
+        """Cancel all tasks of the group, and the block."""
+        self._cancelled = True
+        for task in list(self._tasks):
+            task.cancel()
+        if self._in_block and self._task is not None:
+            self._task._cancel_for(self)
+
+    def _ended(self, task: Task[Any]) -> None:
+        del self._tasks[task]
+        if task._state == _FAILED:
+            error = task._see_failure().value
+            assert error is not None
+            self._errors.append(error)
+            self.cancel()
+        if not self._tasks and self._last_ends is not None:
+            self._last_ends.succeed(None)
+
+    async def __aenter__(self) -> TaskGroup:
+        self._enter("TaskGroup")
+        self._in_block = True
+        return self
+
+    async def __aexit__(
+        self, kind: object, error: BaseException | None, traceback: object
+    ) -> bool:
+        self._in_block = False
+        own = isinstance(error, Cancelled) and error._scope is self
+        if error is not None:
+            self.cancel()
+        outer: Cancelled | None = None
+        while self._tasks:
+            self._last_ends = Operation()
+            try:
+                await self._last_ends
+            except Cancelled as cancelled:
+                if cancelled._scope is not self:
+                    outer = cancelled
+                self.cancel()
+        task = self._task
+        assert task is not None
+        self._exit()
+        if isinstance(error, Cancelled) and not own:
+            outer = error
+        errors = self._errors
+        if error is not None and not isinstance(error, Cancelled):
+            errors = [error, *errors]
+        if errors:
+            if outer is not None:
+                # Where it waits next.
+                task._cancels += (outer._scope,)  # type: ignore[operator]
+            raise BaseExceptionGroup(
+                f"{len(errors)} of a group of tasks have failed", errors
+            ) from None
+        if outer is not None and outer is not error:
+            raise outer
+        return own
+
+    def __repr__(self) -> str:
+        return f"<TaskGroup of {len(self._tasks)} tasks>"
+
+
+def run_group(body: Callable[[TaskGroup], Any], *args: Any) -> Deferred[Any]:
+    """
+    The :class:`TaskGroup` for generators::
+
+        def body(group):
+            group.spawn(serve, first)
+            yield sleep(1)
+
+        yield run_group(body)
+
+    :param body: called with the group and C{args}: the block.
+    :return: what C{body} returns, when all tasks of the group have ended.
+    """
+
+    async def block() -> Any:
+        async with TaskGroup() as group:
+            return await _call(body, (group, *args))
+
+    return spawn(block, name=getattr(body, "__qualname__", None)).as_deferred()
