@@ -236,6 +236,7 @@ int main(int argc, char **argv) {
     struct connection *all = calloc(count + idle, sizeof *all);
     need(payload && answers && all, "malloc");
     memset(payload, 'x', request_size);
+    payload[request_size - 1] = '\n';
     need((poller = epoll_create1(0)) >= 0, "epoll_create1");
 
     if (kind != CONNECT) {

@@ -6,6 +6,7 @@ The contenders: every server that is measured, on every event loop.
 serves on a port, whose number goes to standard output.  The services:
 
 echo      answer with what was received (TCP)
+lines     the same, line by line
 sink      answer with one byte for each MiB received (TCP)
 source    answer with one MiB for each byte received (TCP)
 udp       answer with what was received (UDP)
@@ -135,12 +136,19 @@ def run_twisted(service: str, folder: Path) -> None:
 
 def listen(reactor: Any, service: str, folder: Path) -> Any:
     from twisted.internet.protocol import DatagramProtocol, Factory, Protocol
+    from twisted.protocols.basic import LineOnlyReceiver
 
     class Echo(Protocol):
         transport: Any
 
         def dataReceived(self, data: bytes) -> None:
             self.transport.write(data)
+
+    class EchoLines(LineOnlyReceiver):
+        delimiter = b"\n"
+
+        def lineReceived(self, line: bytes) -> None:
+            self.sendLine(line)
 
     class Answering(Protocol):
         transport: Any
@@ -176,7 +184,8 @@ def listen(reactor: Any, service: str, folder: Path) -> Any:
     if service == "web":
         factory = web_site(folder)
     else:
-        factory = Factory.forProtocol(Echo if service == "echo" else Answering)
+        protocols = {"echo": Echo, "lines": EchoLines}
+        factory = Factory.forProtocol(protocols.get(service, Answering))
     return reactor.listenTCP(0, factory, backlog=BACKLOG, **where)
 
 
@@ -189,6 +198,29 @@ def web_site(folder: Path) -> Any:
     root.putChild(b"hello", Data(b"Hello, world!\n", "text/plain"))
     root.putChild(b"file", File(str(folder / "file")))
     return Site(root)
+
+
+def coroutines(reactor_module: str, service: str, folder: Path) -> None:
+    """The handlers of this package, on one of its reactors."""
+    importlib.import_module(reactor_module).install()
+    from twisted.internet import reactor
+
+    from twisted_rtsig.coro import CoroutineFactory, Stream
+
+    async def echo(stream: Stream) -> None:
+        while data := await stream.read():
+            await stream.write(data)
+
+    async def echo_lines(stream: Stream) -> None:
+        while True:
+            line = await stream.read_line()
+            await stream.write(line + b"\n")
+
+    running: Any = reactor
+    factory = CoroutineFactory(echo if service == "echo" else echo_lines)
+    port = running.listenTCP(0, factory, backlog=BACKLOG, interface="127.0.0.1")
+    say(port.getHost().port)
+    running.run()
 
 
 # asyncio
@@ -257,9 +289,17 @@ def asyncio_streams(loop_module: str, service: str, folder: Path) -> None:
             await writer.drain()
         writer.close()
 
+    async def serve_lines(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        while line := await reader.readline():
+            writer.write(line)
+            await writer.drain()
+        writer.close()
+
     async def start() -> None:
         server = await asyncio.start_server(
-            serve,
+            serve_lines if service == "lines" else serve,
             "127.0.0.1",
             0,
             backlog=BACKLOG,
@@ -353,7 +393,7 @@ def bare_datagrams() -> None:
 # The contenders
 
 TCP = frozenset({"echo", "sink", "source"})
-SERVICES = TCP | {"udp", "tls", "web", "timers"}
+SERVICES = TCP | {"lines", "udp", "tls", "web", "timers"}
 
 
 @dataclass(frozen=True)
@@ -382,6 +422,12 @@ def reactor(what: str, module: str, most: float = float("inf")) -> Contender:
 CONTENDERS = {
     "rtsig": reactor("rtsig reactor", "twisted_rtsig.rtsigreactor"),
     "rtsig-epoll": reactor("rtsig-epoll reactor", "twisted_rtsig.epollreactor"),
+    "coro": Contender(
+        "coroutines on the rtsig-epoll reactor",
+        partial(coroutines, "twisted_rtsig.epollreactor"),
+        frozenset({"echo", "lines"}),
+        "twisted_rtsig",
+    ),
     "epoll": reactor("Twisted's epoll reactor", "twisted.internet.epollreactor"),
     "poll": reactor("Twisted's poll reactor", "twisted.internet.pollreactor"),
     # Of 1,024 descriptors, a few are not connections.
@@ -395,22 +441,25 @@ CONTENDERS = {
     "protocol": Contender(
         "asyncio.Protocol",
         partial(asyncio_protocol, "asyncio"),
-        SERVICES - {"web"},
+        SERVICES - {"web", "lines"},
         "asyncio",
     ),
     "protocol-uvloop": Contender(
         "asyncio.Protocol on uvloop",
         partial(asyncio_protocol, "uvloop"),
-        SERVICES - {"web"},
+        SERVICES - {"web", "lines"},
         "uvloop",
     ),
     "streams": Contender(
-        "asyncio streams", partial(asyncio_streams, "asyncio"), TCP | {"tls"}, "asyncio"
+        "asyncio streams",
+        partial(asyncio_streams, "asyncio"),
+        TCP | {"lines", "tls"},
+        "asyncio",
     ),
     "streams-uvloop": Contender(
         "asyncio streams on uvloop",
         partial(asyncio_streams, "uvloop"),
-        TCP | {"tls"},
+        TCP | {"lines", "tls"},
         "uvloop",
     ),
     "python": Contender("bare Python epoll loop", bare_loop, TCP | {"udp"}, "select"),

@@ -89,6 +89,9 @@ WORKS = {
     "echo-64k": tcp(
         "TCP echo of 64 KiB, 4 connections", 4, request=1 << 16, answer=1 << 16
     ),
+    "lines-100": tcp(
+        "TCP echo of lines of 64 bytes, 100 connections", 100, service="lines"
+    ),
     "connect": Work(
         "connect, echo 64 bytes, close, 50 at a time",
         "echo",

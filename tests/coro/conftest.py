@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from twisted.logger import ILogObserver, globalLogPublisher
 
 from tests.support import dispose
 
@@ -49,11 +50,10 @@ def reactor(request: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
-def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def logged() -> Iterator[list[Any]]:
     """The events that are logged, failures and others, to be looked at."""
-    from twisted.logger import globalLogPublisher
-
     events: list[Any] = []
-    globalLogPublisher.addObserver(events.append)
+    observer = cast(ILogObserver, events.append)
+    globalLogPublisher.addObserver(observer)
     yield events
-    globalLogPublisher.removeObserver(events.append)
+    globalLogPublisher.removeObserver(observer)

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-from twisted.internet.error import ConnectionDone, ConnectionLost
-
 from tests.coro.support import call, listen, run
 from twisted_rtsig.coro import (
-    BusyResourceError,
-    DelimiterNotFound,
-    IncompleteRead,
     Stream,
-    StreamError,
-    spawn,
 )
 
 

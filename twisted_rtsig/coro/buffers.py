@@ -13,11 +13,16 @@ import re
 
 
 class ReadBuffer:
-    """Bytes, in at the end and out at the front."""
+    """
+    Bytes, in at the end and out at the front.
 
-    __slots__ = ("_data", "_searched", "_searched_for", "_start")
+    :ivar size: how many there are.
+    """
+
+    __slots__ = ("_data", "_searched", "_searched_for", "_start", "size")
 
     def __init__(self) -> None:
+        self.size = 0
         self._data: bytes | bytearray = b""
         # Where it begins; 0 in a bytearray.
         self._start = 0
@@ -25,12 +30,9 @@ class ReadBuffer:
         self._searched = 0
         self._searched_for = b""
 
-    def __len__(self) -> int:
-        return len(self._data) - self._start
-
     def append(self, data: bytes) -> None:
         """Add what has arrived."""
-        if self._start == len(self._data):
+        if not self.size:
             self._data = data
             self._start = 0
         elif type(self._data) is bytearray:
@@ -40,35 +42,28 @@ class ReadBuffer:
             gathered += data
             self._data = gathered
             self._start = 0
+        self.size += len(data)
 
     def peek(self, size: int) -> bytes:
-        """The first C{size} bytes, which stay there."""
+        """The first C{size} bytes, which stay there; fewer if there are fewer."""
         start = self._start
         return bytes(memoryview(self._data)[start : start + size])
 
     def take(self, size: int) -> bytes:
-        """The first C{size} bytes; fewer if there are not as many."""
+        """The first C{size} bytes; fewer if there are fewer."""
         data, start = self._data, self._start
-        end = start + size
         self._searched = 0
-        if end >= len(data):
+        if size >= self.size:
             self._data = b""
-            self._start = 0
+            self._start = self.size = 0
             return bytes(memoryview(data)[start:]) if start else bytes(data)
-        if type(data) is bytearray:
-            taken = bytes(memoryview(data)[:size])
-            del data[:size]
-            return taken
-        self._start = end
-        return data[start:end]  # type: ignore[return-value]
-
-    def drop(self, size: int) -> None:
-        """Take, without a look."""
-        if type(self._data) is bytearray:
-            del self._data[:size]
-        else:
-            self._start += size
-        self._searched = 0
+        self.size -= size
+        if type(data) is bytes:
+            self._start = end = start + size
+            return data[start:end]
+        taken = bytes(memoryview(data)[:size])
+        del data[:size]  # type: ignore[union-attr]
+        return taken
 
     def find(self, delimiter: bytes, limit: int) -> int:
         """
@@ -86,7 +81,7 @@ class ReadBuffer:
             return at - start
         self._searched_for = delimiter
         # It may have begun at the end.
-        known = min(len(self), limit + len(delimiter)) - len(delimiter) + 1
+        known = min(self.size, limit + len(delimiter)) - len(delimiter) + 1
         self._searched = max(known, searched)
         return -1
 

@@ -28,22 +28,27 @@ class Operation(Deferred[T]):
     """
     Something that is under way.
 
-    :param abandon: called without arguments if nobody wants the result any more;
-        afterwards the operation must not be finished by whoever has made it.
+    :ivar waiter: the task that is resumed when it is finished.
     """
 
-    # An operation is made for each read and each write.  All that a Deferred
-    # has beyond these is made for those that are used as one.
-    __slots__ = ("_abandon", "result", "waiter")
-
-    waiter: Task[Any] | None
+    # One is made for each read and each write, so that nothing is set until it
+    # is needed.  All that a Deferred has beyond this is made for those that are
+    # used as one.
     result: Any
+    waiter: Task[Any] | None = None
 
+    _abandon: Callable[[], object] | None = None
     _has_callbacks = False
 
-    def __init__(self, abandon: Callable[[], object] | None = None) -> None:
-        self._abandon = abandon
-        self.waiter = None
+    __init__ = object.__init__
+
+    def on_abandon(self, function: Callable[[], object]) -> Operation[T]:
+        """
+        Have C{function} called without arguments if nobody wants the result any
+        more; afterwards whoever has made the operation must not finish it.
+        """
+        self._abandon = function
+        return self
 
     def succeed(self, value: T) -> None:
         """Finish with a value."""
@@ -55,7 +60,8 @@ class Operation(Deferred[T]):
         waiter = self.waiter
         if waiter is not None:
             self.waiter = None
-            waiter._resume(value)
+            waiter._waiting_on = None
+            waiter._scheduler.resume(waiter, value)
 
     def fail(self, error: BaseException, quietly: bool = False) -> None:
         """
@@ -113,7 +119,7 @@ class Operation(Deferred[T]):
     def _have_callbacks(self) -> None:
         if not self._has_callbacks:
             self._has_callbacks = True
-            super().__init__()
+            Deferred.__init__(self)
 
     def addCallbacks(self, *args: Any, **kwargs: Any) -> Any:
         """See ``Deferred.addCallbacks``."""
@@ -137,14 +143,17 @@ class Operation(Deferred[T]):
 
 
 class Finished(Operation[T]):
-    """An operation that was done at once."""
-
-    __slots__ = ()
+    """An operation that was done at once, with the result None or what is set."""
 
     called = True
+    result: Any = None
 
-    def __init__(self, value: T) -> None:
-        self.result = value
+    def __await__(self) -> Generator[Deferred[T], Any, T]:
+        if self._has_callbacks:
+            return (yield from super().__await__())
+        return self.result  # type: ignore[no-any-return]
+
+    __iter__ = __await__
 
 
 def _ignore(failure: Failure) -> None:

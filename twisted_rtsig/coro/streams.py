@@ -68,6 +68,7 @@ class Stream:
         "_secured",
         "_take",
         "_what",
+        "_writable",
         "_wrote_eof",
         "activity",
         "transport",
@@ -95,6 +96,7 @@ class Stream:
         self._closed: tuple[Operation[None], ...] = ()
         self._secured: Operation[None] | None = None
         self._closing = False
+        self._writable = True
         self.activity = 0
 
     @property
@@ -115,7 +117,7 @@ class Stream:
     @property
     def unfinished_read(self) -> object:
         """The read that waits for the rest of what it wants; None if none does."""
-        return self._reader if self._buffer else None
+        return self._reader if self._buffer.size else None
 
     # Reading
 
@@ -126,11 +128,11 @@ class Stream:
 
         :raises ConnectionLost: if the connection was lost in an unclean way.
         """
-        return self._read(_take_some, b"", _checked(max_bytes))
+        return self._read(_take_some, None, max_bytes)
 
     def peek(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
         """As :meth:`read`, of what stays there to be read again."""
-        return self._read(_look, b"", _checked(max_bytes))
+        return self._read(_look, None, max_bytes)
 
     def read_exactly(self, size: int) -> Operation[bytes]:
         """
@@ -141,8 +143,10 @@ class Stream:
         if size <= 0:
             if size < 0:
                 raise ValueError(f"cannot read {size} bytes: 0 is the least")
-            return Finished(b"")
-        return self._read(_take_exactly, b"", size)
+            nothing: Finished[bytes] = Finished()
+            nothing.result = b""
+            return nothing
+        return self._read(_take_exactly, None, size)
 
     def read_until(
         self, delimiter: bytes, max_bytes: int = MAX_BYTES
@@ -156,7 +160,7 @@ class Stream:
         """
         if not delimiter:
             raise ValueError("cannot read until an empty delimiter: use read()")
-        return self._read(_take_until, delimiter, _checked(max_bytes))
+        return self._read(_take_until, delimiter, max_bytes)
 
     def read_line(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
         """
@@ -166,7 +170,7 @@ class Stream:
         :raises DelimiterNotFound: if it is longer.
         :raises IncompleteRead: if the stream ends before.
         """
-        return self._read(_take_line, b"", _checked(max_bytes))
+        return self._read(_take_line, None, max_bytes)
 
     def read_until_regex(
         self, pattern: bytes | re.Pattern[bytes], max_bytes: int = MAX_BYTES
@@ -181,7 +185,7 @@ class Stream:
         :raises DelimiterNotFound: if it does not.
         :raises IncompleteRead: if the stream ends before.
         """
-        return self._read(_take_match, re.compile(pattern), _checked(max_bytes))
+        return self._read(_take_match, re.compile(pattern), max_bytes)
 
     async def lines(self, max_bytes: int = MAX_BYTES) -> AsyncIterator[bytes]:
         """
@@ -201,12 +205,14 @@ class Stream:
             yield line
 
     def _read(self, take: _Take, what: Any, limit: int) -> Operation[bytes]:
+        if limit < 1:
+            raise ValueError(f"max_bytes={limit}: 1 is the least that can be read")
         if self._reader is not None:
             raise BusyResourceError(
                 f"another task reads from {self!r} already: let one task read, and "
                 "pass on what it has read"
             )
-        if self._buffer or self._ended:
+        if self._buffer.size or self._ended:
             if not self._reads_left:
                 self._scheduler.next_turn(self._serve_reader)
             else:
@@ -216,14 +222,17 @@ class Stream:
                     return failed(error)
                 if data is not None:
                     self._reads_left -= 1
-                    if self._paused and len(self._buffer) <= _LOW_MARK:
+                    if self._paused and self._buffer.size <= _LOW_MARK:
                         self._resume_transport()
-                    return Finished(data)
+                    finished: Finished[bytes] = Finished()
+                    finished.result = data
+                    return finished
         self._take = take
         self._what = what
         self._limit = limit
         self._reads_left = _READS_IN_A_TURN
-        operation: Operation[bytes] = Operation(self._forget_reader)
+        operation: Operation[bytes] = Operation()
+        operation._abandon = self._forget_reader
         self._reader = operation
         if self._paused:
             self._resume_transport()
@@ -251,7 +260,7 @@ class Stream:
         self.transport.resumeProducing()
 
     def _incomplete(self, wanted: str) -> Exception:
-        partial = self._buffer.take(len(self._buffer))
+        partial = self._buffer.take(self._buffer.size)
         lost = self._unclean()
         if lost is not None and not partial:
             return lost
@@ -276,12 +285,13 @@ class Stream:
         :raises ConnectionClosed: (when awaited) if the connection is lost.
         :raises StreamError: (when awaited) after ``close`` or ``write_eof``.
         """
-        if self._lost is not None or self._closing or self._wrote_eof is not None:
+        if not self._writable:
             return self._unwritable()
         self.activity += 1
         self.transport.write(data if type(data) is bytes else bytes(memoryview(data)))
         if not self._full:
-            return Finished(None)
+            finished: Finished[None] = Finished()
+            return finished
         operation: Operation[None] = Operation()
         self._drained += (operation,)
         return operation
@@ -304,6 +314,7 @@ class Stream:
                     "tell the peer that nothing more comes"
                 )
             self._wrote_eof = Operation()
+            self._writable = False
             lose()
         return self._wrote_eof
 
@@ -315,6 +326,7 @@ class Stream:
         """
         if self._lost is None and not self._closing:
             self._closing = True
+            self._writable = False
             self.transport.unregisterProducer()
             self.transport.loseConnection()
             if self._paused:
@@ -330,13 +342,15 @@ class Stream:
         """
         if self._lost is None:
             self._closing = True
+            self._writable = False
             transport = self.transport
             getattr(transport, "abortConnection", transport.loseConnection)()
         return self._when_closed()
 
     def _when_closed(self) -> Operation[None]:
         if self._lost is not None:
-            return Finished(None)
+            gone: Finished[None] = Finished()
+            return gone
         operation: Operation[None] = Operation()
         self._closed += (operation,)
         return operation
@@ -375,8 +389,8 @@ class Stream:
         """
         if self._reader is not None:
             raise BusyResourceError(f"start TLS on {self!r} when nobody reads from it")
-        if self._buffer:
-            raise UnreadPlaintext(len(self._buffer))
+        if self._buffer.size:
+            raise UnreadPlaintext(self._buffer.size)
         if self._lost is not None or self._ended or self._closing:
             return failed(self._lost or StreamError(f"{self!r} has ended: no TLS"))
         start = getattr(self.transport, "startTLS", None)
@@ -398,14 +412,14 @@ class Stream:
             if self._closing:
                 return
             buffer.append(data)
-        elif self._take is _take_some and len(data) <= self._limit and not buffer:
+        elif self._take is _take_some and len(data) <= self._limit and not buffer.size:
             self._reader = None
             reader.succeed(data)
             return
         else:
             buffer.append(data)
             self._serve_reader()
-        if len(buffer) > _HIGH_MARK and self._reader is None and not self._paused:
+        if buffer.size > _HIGH_MARK and self._reader is None and not self._paused:
             self._paused = True
             self.transport.pauseProducing()
 
@@ -420,6 +434,7 @@ class Stream:
         assert isinstance(lost, Exception)
         self._lost = lost
         self._ended = True
+        self._writable = False
         drained, self._drained = self._drained, ()
         closed, self._closed = self._closed, ()
         if self._wrote_eof is not None and not self._wrote_eof.called:
@@ -468,22 +483,16 @@ def _succeed(operations: tuple[Operation[None], ...]) -> None:
 _Take = Callable[[Stream, Any, int], "bytes | None"]
 
 
-def _checked(max_bytes: int) -> int:
-    if max_bytes < 1:
-        raise ValueError(f"max_bytes={max_bytes}: 1 is the least that can be read")
-    return max_bytes
-
-
 def _take_some(stream: Stream, what: Any, limit: int) -> bytes | None:
     buffer = stream._buffer
-    if buffer:
+    if buffer.size:
         return buffer.take(limit)
     return _nothing_more(stream)
 
 
 def _look(stream: Stream, what: Any, limit: int) -> bytes | None:
     buffer = stream._buffer
-    if buffer:
+    if buffer.size:
         return buffer.peek(limit)
     return _nothing_more(stream)
 
@@ -499,7 +508,7 @@ def _nothing_more(stream: Stream) -> bytes | None:
 
 def _take_exactly(stream: Stream, what: Any, size: int) -> bytes | None:
     buffer = stream._buffer
-    if len(buffer) >= size:
+    if buffer.size >= size:
         return buffer.take(size)
     if stream._ended:
         raise stream._incomplete(f"{size} bytes")
@@ -530,7 +539,7 @@ def _take_line(stream: Stream, what: Any, limit: int) -> bytes | None:
         return buffer.take(end + 1)[:-2]
     # That many bytes are too many, unless only the \n is missing.
     enough = limit + 1
-    if len(buffer) == enough and buffer.peek(enough)[-1:] == b"\r":
+    if buffer.size == enough and buffer.peek(enough)[-1:] == b"\r":
         enough += 1
     _check_unfinished(stream, enough, limit, "a line")
     return None
@@ -555,7 +564,7 @@ def _check_unfinished(
     """
     if what is not None:
         wanted = f"{wanted} {what!r}"
-    if len(stream._buffer) >= enough:
+    if stream._buffer.size >= enough:
         raise DelimiterNotFound(wanted, limit)
     if stream._ended:
         raise stream._incomplete(wanted)

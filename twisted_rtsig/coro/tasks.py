@@ -22,7 +22,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.errors import Cancelled, NoTaskError
-from twisted_rtsig.coro.operations import Operation
+from twisted_rtsig.coro.operations import Finished, Operation
 from twisted_rtsig.coro.scheduler import Scheduler, scheduler_of
 from twisted_rtsig.coro.tracebacks import without_machinery
 
@@ -254,15 +254,16 @@ class Task(Generic[T]):
                 else:
                     awaited = context.run(runnable.throw, error)
                     error = None
-                if isinstance(awaited, Operation) and not awaited._has_callbacks:
-                    if awaited.called:
-                        value, error = _outcome(awaited)
-                        continue
-                    if awaited.waiter is None:
+                if type(awaited) is Operation and not awaited._has_callbacks:
+                    if not awaited.called and awaited.waiter is None:
                         awaited.waiter = self
                         self._waiting_on = awaited
                     else:
                         self._wait_for(awaited)
+                elif type(awaited) is Finished and not awaited._has_callbacks:
+                    # Yielded by a generator.
+                    value = awaited.result
+                    continue
                 elif isinstance(awaited, Deferred):
                     self._wait_for(awaited)
                 elif isinstance(awaited, Task):
@@ -335,15 +336,6 @@ class _OfTask(Deferred[T]):
             super().cancel()
         else:
             self._task.cancel()
-
-
-def _outcome(operation: Operation[Any]) -> tuple[Any, BaseException | None]:
-    try:
-        return operation.__await__().send(None), None
-    except StopIteration as stop:
-        return stop.value, None
-    except BaseException as error:
-        return None, error
 
 
 def _not_awaitable(what: object) -> TypeError:
@@ -505,13 +497,12 @@ def sleep(seconds: float, reactor: Any | None = None) -> Operation[None]:
     if not seconds >= 0:
         raise ValueError(f"cannot sleep for {seconds} seconds: 0 is the least")
     scheduler = scheduler_for(reactor)
-    operation: Operation[None]
+    operation: Operation[None] = Operation()
     if seconds == 0:
-        operation = Operation()
         scheduler.next_turn(functools.partial(_wake, operation))
     else:
-        call = scheduler.reactor.callLater(seconds, lambda: operation.succeed(None))
-        operation = Operation(call.cancel)
+        call = scheduler.reactor.callLater(seconds, operation.succeed, None)
+        operation.on_abandon(call.cancel)
     return operation
 
 

@@ -126,18 +126,21 @@ class Stream(tcp.Connection):
 
     def write(self, data: bytes) -> None:
         """As ``ITransport.write``."""
-        if (
-            self.TLS
-            or type(data) is not bytes
-            or (self.producer is not None and self._producer_minds(data))
-        ):
+        if self.TLS or type(data) is not bytes:
             super().write(data)
         elif data and self.connected and not self._writeDisconnected:
+            producer = self.producer
             if self.write_state or self.dataBuffer or self._tempDataLen:
+                if producer is not None:
+                    # Which may have to be paused.
+                    super().write(data)
+                    return
                 self._tempDataBuffer.append(data)
                 self._tempDataLen += len(data)
                 self.startWriting()
-            else:
+            elif producer is None or (
+                self.streamingProducer and len(data) <= self.bufferSize
+            ):
                 # As write_soon, without the call: each request comes here.
                 self.dataBuffer = data
                 self.write_state = ONE_CHUNK
@@ -145,14 +148,8 @@ class Stream(tcp.Connection):
                 reactor._queued.append(self)
                 if reactor._waiting:
                     reactor.wakeUp()
-
-    def _producer_minds(self, data: bytes) -> bool:
-        """Whether to write C{data} may pause the producer, or it was asked for."""
-        return (
-            not self.streamingProducer
-            or bool(self.write_state or self.dataBuffer or self._tempDataLen)
-            or len(data) > self.bufferSize
-        )
+            else:
+                super().write(data)
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """As ``IConsumer.registerProducer``."""
