@@ -5,6 +5,7 @@ on every reactor.
 See ``docs/coroutines.md``.  Importing this imports no reactor.
 """
 
+from twisted_rtsig.coro.datagrams import DatagramSocket, open_datagrams
 from twisted_rtsig.coro.errors import (
     BusyResourceError,
     Cancelled,
@@ -14,6 +15,7 @@ from twisted_rtsig.coro.errors import (
     StreamError,
     UnreadPlaintext,
 )
+from twisted_rtsig.coro.processes import Process, open_process
 from twisted_rtsig.coro.serving import CoroutineFactory, Server, connect, serve
 from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.tasks import (
@@ -27,14 +29,17 @@ from twisted_rtsig.coro.tasks import (
     spawn,
     timeout,
 )
+from twisted_rtsig.coro.threads import from_thread, in_thread
 
 __all__ = [
     "BusyResourceError",
     "Cancelled",
     "CoroutineFactory",
+    "DatagramSocket",
     "DelimiterNotFound",
     "IncompleteRead",
     "NoTaskError",
+    "Process",
     "Server",
     "Stream",
     "StreamError",
@@ -44,6 +49,10 @@ __all__ = [
     "connect",
     "coroutine",
     "current_task",
+    "from_thread",
+    "in_thread",
+    "open_datagrams",
+    "open_process",
     "run_group",
     "serve",
     "shield",

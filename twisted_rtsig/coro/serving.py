@@ -13,7 +13,6 @@ from twisted.internet.error import ConnectionClosed
 from twisted.internet.interfaces import (
     IHalfCloseableProtocol,
     IHandshakeListener,
-    IPushProducer,
     ISSLTransport,
 )
 from twisted.internet.protocol import Factory, Protocol, connectionDone
@@ -39,9 +38,9 @@ HANDSHAKE_TIMEOUT = 30.0
 _LOOKS = 4
 
 
-@implementer(IHandshakeListener, IPushProducer)
+@implementer(IHandshakeListener)
 class StreamProtocol(Protocol):
-    """Feeds a stream; the transport's only producer."""
+    """Feeds a stream, which is the transport's only producer."""
 
     stream: Stream
 
@@ -54,7 +53,7 @@ class StreamProtocol(Protocol):
         self.stream = stream = Stream(transport, self._scheduler)
         # One call less for each piece of data.
         self.dataReceived = stream.feed  # type: ignore[method-assign]
-        transport.registerProducer(self, True)
+        transport.registerProducer(stream, True)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """See ``IProtocol.connectionLost``."""
@@ -63,17 +62,6 @@ class StreamProtocol(Protocol):
     def handshakeCompleted(self) -> None:
         """See ``IHandshakeListener.handshakeCompleted``."""
         self.stream.secure()
-
-    def pauseProducing(self) -> None:
-        """See ``IPushProducer.pauseProducing``."""
-        self.stream.fill()
-
-    def resumeProducing(self) -> None:
-        """See ``IPushProducer.resumeProducing``."""
-        self.stream.drain()
-
-    def stopProducing(self) -> None:
-        """See ``IProducer.stopProducing``: the end of the connection follows."""
 
 
 @implementer(IHalfCloseableProtocol)

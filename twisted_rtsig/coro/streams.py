@@ -12,9 +12,10 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Final
 
-from twisted.internet.error import ConnectionClosed, ConnectionDone
-from twisted.internet.interfaces import ISSLTransport
+from twisted.internet.error import ConnectionClosed, ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IPushProducer, ISSLTransport
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from twisted_rtsig.coro.buffers import ReadBuffer
 from twisted_rtsig.coro.errors import (
@@ -40,6 +41,7 @@ _LOW_MARK = _HIGH_MARK // 2
 _READS_IN_A_TURN = 256
 
 
+@implementer(IPushProducer)
 class Stream:
     """
     A connection.  Made by ``CoroutineFactory``, ``serve`` and ``connect``.
@@ -67,8 +69,8 @@ class Stream:
         "_scheduler",
         "_secured",
         "_take",
+        "_unwritable",
         "_what",
-        "_writable",
         "_wrote_eof",
         "activity",
         "transport",
@@ -96,7 +98,8 @@ class Stream:
         self._closed: tuple[Operation[None], ...] = ()
         self._secured: Operation[None] | None = None
         self._closing = False
-        self._writable = True
+        # Why nothing can be written any more.
+        self._unwritable: Exception | None = None
         self.activity = 0
 
     @property
@@ -285,8 +288,8 @@ class Stream:
         :raises ConnectionClosed: (when awaited) if the connection is lost.
         :raises StreamError: (when awaited) after ``close`` or ``write_eof``.
         """
-        if not self._writable:
-            return self._unwritable()
+        if self._unwritable is not None:
+            return failed(self._unwritable.with_traceback(None), quietly=True)
         self.activity += 1
         self.transport.write(data if type(data) is bytes else bytes(memoryview(data)))
         if not self._full:
@@ -304,9 +307,9 @@ class Stream:
 
         :raises StreamError: if the transport has no half close: TLS, for example.
         """
-        if self._lost is not None or self._closing:
-            return self._unwritable()
         if self._wrote_eof is None:
+            if self._unwritable is not None:
+                return failed(self._unwritable.with_traceback(None), quietly=True)
             lose = getattr(self.transport, "loseWriteConnection", None)
             if lose is None or ISSLTransport.providedBy(self.transport):
                 raise StreamError(
@@ -314,7 +317,7 @@ class Stream:
                     "tell the peer that nothing more comes"
                 )
             self._wrote_eof = Operation()
-            self._writable = False
+            self._unwritable = StreamError("nothing can be written after write_eof()")
             lose()
         return self._wrote_eof
 
@@ -325,8 +328,7 @@ class Stream:
         The operation is done when the connection is gone.
         """
         if self._lost is None and not self._closing:
-            self._closing = True
-            self._writable = False
+            self._close_writing()
             self.transport.unregisterProducer()
             self.transport.loseConnection()
             if self._paused:
@@ -341,8 +343,7 @@ class Stream:
         The operation is done when the connection is gone.
         """
         if self._lost is None:
-            self._closing = True
-            self._writable = False
+            self._close_writing()
             transport = self.transport
             getattr(transport, "abortConnection", transport.loseConnection)()
         return self._when_closed()
@@ -355,14 +356,10 @@ class Stream:
         self._closed += (operation,)
         return operation
 
-    def _unwritable(self) -> Operation[Any]:
-        error: BaseException
-        if self._lost is not None:
-            error = self._lost.with_traceback(None)
-        else:
-            how = "close" if self._closing else "write_eof"
-            error = StreamError(f"nothing can be written to {self!r} after {how}()")
-        return failed(error, quietly=True)
+    def _close_writing(self) -> None:
+        self._closing = True
+        if self._unwritable is None:
+            self._unwritable = StreamError("nothing can be written after close()")
 
     async def __aenter__(self) -> Stream:
         return self
@@ -434,7 +431,7 @@ class Stream:
         assert isinstance(lost, Exception)
         self._lost = lost
         self._ended = True
-        self._writable = False
+        self._unwritable = lost
         drained, self._drained = self._drained, ()
         closed, self._closed = self._closed, ()
         if self._wrote_eof is not None and not self._wrote_eof.called:
@@ -442,21 +439,15 @@ class Stream:
         self._serve_reader()
         if self._secured is not None and not self._secured.called:
             self._secured.fail(lost)
-        for operation in drained:
-            if not operation.called:
-                operation.fail(lost, quietly=True)
+        _fail(drained, lost)
         _succeed(closed)
 
-    def fill(self) -> None:
-        """The transport has no room for more."""
-        self._full = True
-
-    def drain(self) -> None:
-        """The transport has room again."""
-        self._full = False
-        self.activity += 1
+    def lose_output(self) -> None:
+        """The peer takes nothing any more, but may still say something."""
+        lost = ConnectionLost("the other side has closed what is written to")
+        self._unwritable = self._unwritable or lost
         drained, self._drained = self._drained, ()
-        _succeed(drained)
+        _fail(drained, lost)
 
     def finish_output(self) -> None:
         """Everything was sent, and the end of it."""
@@ -468,6 +459,22 @@ class Stream:
         if self._secured is not None:
             _succeed((self._secured,))
 
+    # IPushProducer, of what is written
+
+    def pauseProducing(self) -> None:
+        """See ``IPushProducer``: the transport has no room for more."""
+        self._full = True
+
+    def resumeProducing(self) -> None:
+        """See ``IPushProducer``: the transport has room again."""
+        self._full = False
+        self.activity += 1
+        drained, self._drained = self._drained, ()
+        _succeed(drained)
+
+    def stopProducing(self) -> None:
+        """See ``IPushProducer``: the end of the connection follows."""
+
     def __repr__(self) -> str:
         return f"<Stream to {self.peer}>"
 
@@ -477,6 +484,12 @@ def _succeed(operations: tuple[Operation[None], ...]) -> None:
         # Unless it was cancelled.
         if not operation.called:
             operation.succeed(None)
+
+
+def _fail(operations: tuple[Operation[None], ...], error: Exception) -> None:
+    for operation in operations:
+        if not operation.called:
+            operation.fail(error, quietly=True)
 
 
 # What takes the data of a read from the buffer: None if it is not there yet.

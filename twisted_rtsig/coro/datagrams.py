@@ -1,0 +1,173 @@
+"""Datagrams: to send and to receive UDP in a task."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any
+
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.protocol import DatagramProtocol
+
+from twisted_rtsig.coro.errors import BusyResourceError, StreamError
+from twisted_rtsig.coro.operations import Finished, Operation, failed
+from twisted_rtsig.coro.tasks import scheduler_for
+
+Address = tuple[Any, ...]
+
+# So many wait to be received here; further ones wait in the kernel, which drops
+# what is too much.
+_MOST_WAITING = 64
+
+
+class DatagramSocket:
+    """
+    A UDP port.  Made by :func:`open_datagrams`.
+
+    Only one task at a time receives; any number may send.
+
+    :ivar transport: the Twisted transport, for multicast and the like.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self.transport = transport
+        self._waiting: deque[tuple[bytes, Address]] = deque()
+        self._receiver: Operation[tuple[bytes, Address]] | None = None
+        self._refused: Exception | None = None
+        self._paused = False
+        self._closed: Deferred[None] | None = None
+
+    @property
+    def host(self) -> Any:
+        """The address of this side: an ``IAddress`` provider."""
+        return self.transport.getHost()
+
+    def receive_from(self) -> Operation[tuple[bytes, Address]]:
+        """
+        The next datagram, and the address it is from: ``(host, port)`` or longer.
+
+        :raises ConnectionRefusedError: after ``transport.connect``, when nobody
+            is there.
+        :raises StreamError: after ``close``.
+        """
+        if self._receiver is not None:
+            raise BusyResourceError("another task receives from this socket already")
+        if self._waiting:
+            finished: Finished[tuple[bytes, Address]] = Finished()
+            finished.result = self._waiting.popleft()
+            if self._paused and not self._waiting:
+                self._paused = False
+                self.transport.resumeProducing()
+            return finished
+        if self._refused is not None:
+            error, self._refused = self._refused, None
+            return failed(error)
+        if self._closed is not None:
+            return failed(StreamError("nothing can be received after close()"))
+        operation: Operation[tuple[bytes, Address]] = Operation()
+        self._receiver = operation.on_abandon(self._forget_receiver)
+        return operation
+
+    def send_to(self, data: bytes, address: Address | None = None) -> Operation[None]:
+        """
+        Send a datagram.  If the network is too busy for it, it is lost.
+
+        :param address: ``(host, port)``, with the host's number, not its name;
+            None after ``transport.connect``.
+        :raises OSError: if it is too large, say.
+        :raises StreamError: after ``close``.
+        """
+        if self._closed is not None:
+            return failed(StreamError("nothing can be sent after close()"), True)
+        try:
+            self.transport.write(data, address)
+        except OSError as error:
+            return failed(error, quietly=True)
+        finished: Finished[None] = Finished()
+        return finished
+
+    def close(self) -> Deferred[None]:
+        """Close the port; fires when it is closed."""
+        if self._closed is None:
+            self._closed = maybeDeferred(self.transport.stopListening)
+        done: Deferred[None] = Deferred()
+        self._closed.addCallback(_pass_on, done)
+        return done
+
+    async def __aenter__(self) -> DatagramSocket:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[bytes, Address]]:
+        while True:
+            yield await self.receive_from()
+
+    def _forget_receiver(self) -> None:
+        self._receiver = None
+
+    # From the protocol
+
+    def feed(self, data: bytes, address: Address) -> None:
+        """A datagram has arrived."""
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            receiver.succeed((data, address))
+            return
+        self._waiting.append((data, address))
+        if len(self._waiting) >= _MOST_WAITING and not self._paused:
+            self._paused = True
+            self.transport.pauseProducing()
+
+    def fail(self, error: Exception) -> None:
+        """The receiver is told that there is no receiving."""
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            receiver.fail(error)
+        else:
+            self._refused = error
+
+
+def _pass_on(result: object, to: Deferred[None]) -> object:
+    to.callback(None)
+    return result
+
+
+class _Datagrams(DatagramProtocol):
+    socket: DatagramSocket
+
+    def startProtocol(self) -> None:
+        self.socket = DatagramSocket(self.transport)
+
+    def datagramReceived(self, datagram: bytes, addr: Address) -> None:
+        self.socket.feed(datagram, addr)
+
+    def connectionRefused(self) -> None:
+        self.socket.fail(ConnectionRefusedError("nobody receives at that address"))
+
+    def stopProtocol(self) -> None:
+        self.socket.fail(StreamError("nothing can be received after close()"))
+
+
+def open_datagrams(
+    port: int = 0, interface: str = "", reactor: Any | None = None
+) -> DatagramSocket:
+    """
+    Open a UDP port.
+
+    :param port: 0 for any.
+    :param interface: the address of one network interface; all by default.
+    :param reactor: an ``IReactorUDP`` provider; by default that of the task.
+    :raises CannotListenError: if the port is taken.
+    """
+    protocol = _Datagrams()
+    protocol.noisy = False
+    scheduler_for(reactor).reactor.listenUDP(port, protocol, interface)
+    return protocol.socket
