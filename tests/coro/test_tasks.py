@@ -1,0 +1,699 @@
+"""Tasks: what they wait for, how they end, and how they are cancelled."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import sys
+import traceback
+from collections.abc import AsyncIterator, Generator
+from typing import Any
+
+import pytest
+from twisted.internet.defer import (
+    CancelledError,
+    Deferred,
+    fail,
+    inlineCallbacks,
+    succeed,
+)
+from twisted.internet.task import Clock
+
+from twisted_rtsig.coro import (
+    Cancelled,
+    NoTaskError,
+    Task,
+    TaskGroup,
+    coroutine,
+    current_task,
+    run_group,
+    shield,
+    sleep,
+    spawn,
+    timeout,
+)
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def failures(logged: list[Any]) -> list[Any]:
+    """What was logged about failures, once nobody can look at them any more."""
+    gc.collect()
+    return [each for each in logged if each.get("log_failure")]
+
+
+# Running
+
+
+def test_it_begins_at_once_and_waits_for_deferreds(clock: Clock) -> None:
+    first: Deferred[int] = Deferred()
+
+    async def add() -> int:
+        return await first + await succeed(2)
+
+    task = spawn(add, reactor=clock)
+    assert not task.done
+    with pytest.raises(RuntimeError, match="has not ended yet"):
+        task.result()
+    first.callback(1)
+    assert task.done
+    assert task.result() == 3
+
+
+async def _async_def(deferred: Deferred[int], base: int) -> int:
+    return base + await deferred
+
+
+def _generator(deferred: Deferred[int], base: int) -> Generator[Any, Any, int]:
+    return base + (yield deferred)
+
+
+def _returns_a_deferred(deferred: Deferred[int], base: int) -> Deferred[int]:
+    return deferred.addCallback(lambda value: base + value)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _async_def,
+        _generator,
+        coroutine(_generator),
+        inlineCallbacks(_generator),
+        _returns_a_deferred,
+    ],
+)
+def test_whatever_can_be_run(clock: Clock, function: Any) -> None:
+    deferred: Deferred[int] = Deferred()
+    task = spawn(function, deferred, 40, reactor=clock)
+    deferred.callback(2)
+    assert task.result() == 42
+    assert "_" in task.name
+
+
+def test_a_coroutine_or_generator_object(clock: Clock) -> None:
+    assert spawn(_async_def(succeed(2), 1), reactor=clock).result() == 3
+    assert spawn(_generator(succeed(2), 1), reactor=clock).result() == 3
+
+
+@pytest.mark.parametrize("what", [None, 3, "function"])
+def test_what_cannot_be_run(clock: Clock, what: Any) -> None:
+    with pytest.raises(TypeError, match="needs a function"):
+        spawn(what, reactor=clock)
+
+
+def test_what_runs_already_takes_no_arguments(clock: Clock) -> None:
+    generator = _generator(succeed(2), 1)
+    with pytest.raises(TypeError, match="cannot take"):
+        spawn(generator, 3, reactor=clock)
+
+
+def test_only_generator_functions_are_decorated() -> None:
+    with pytest.raises(TypeError, match="needs no decoration"):
+        coroutine(_async_def)  # type: ignore[arg-type]
+
+
+def test_it_cannot_wait_for_anything_else(clock: Clock) -> None:
+    def waits() -> Generator[Any, Any, str]:
+        with pytest.raises(TypeError, match="cannot wait for 3"):
+            yield 3
+        return "goes on"
+
+    assert spawn(waits, reactor=clock).result() == "goes on"
+
+
+def test_tasks_wait_for_tasks(clock: Clock) -> None:
+    async def inner() -> str:
+        await sleep(1)
+        return "done"
+
+    async def outer() -> list[str]:
+        task = spawn(inner)
+        return [await task, await task]
+
+    def generator() -> Generator[Any, Any, str]:
+        return (yield spawn(inner))
+
+    tasks = [spawn(outer, reactor=clock), spawn(generator, reactor=clock)]
+    clock.advance(1)
+    assert [each.result() for each in tasks] == [["done", "done"], "done"]
+
+
+def test_one_that_is_spawned_by_a_task_begins_when_that_one_waits(
+    clock: Clock,
+) -> None:
+    order = []
+
+    async def child() -> None:
+        order.append("child")
+
+    async def parent() -> None:
+        spawn(child)
+        order.append("parent")
+        await sleep(1)
+
+    spawn(parent, reactor=clock)
+    assert order == ["parent", "child"]
+
+
+def test_sleep_zero_lets_the_others_go_first(clock: Clock) -> None:
+    order = []
+
+    async def polite() -> None:
+        await sleep(0)
+        order.append("polite")
+
+    async def other() -> None:
+        order.append("other")
+
+    async def main() -> None:
+        spawn(polite)
+        spawn(other)
+
+    spawn(main, reactor=clock)
+    clock.callLater(0, order.append, "reactor")
+    clock.advance(0)
+    assert order == ["other", "polite", "reactor"] or order == [
+        "other",
+        "reactor",
+        "polite",
+    ]
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan")])
+def test_no_time_is_negative(clock: Clock, seconds: float) -> None:
+    with pytest.raises(ValueError, match="0 is the least"):
+        sleep(seconds, clock)
+    with pytest.raises(ValueError, match="0 is the least"):
+        timeout(seconds, clock)
+
+
+def test_context_variables_are_those_of_the_task(clock: Clock) -> None:
+    variable = contextvars.ContextVar("variable", default="none")
+
+    async def sets(value: str) -> tuple[str, str]:
+        inherited = variable.get()
+        variable.set(value)
+        await sleep(1)
+        return inherited, variable.get()
+
+    async def parent() -> tuple[Any, ...]:
+        variable.set("parent")
+        tasks = [spawn(sets, "one"), spawn(sets, "two")]
+        return (*[await each for each in tasks], variable.get())
+
+    task = spawn(parent, reactor=clock)
+    clock.advance(1)
+    assert task.result() == (("parent", "one"), ("parent", "two"), "parent")
+    assert variable.get() == "none"
+
+
+def test_a_busy_pair_lets_the_reactor_have_its_turns(clock: Clock) -> None:
+    turns = 0
+
+    async def busy() -> None:
+        nonlocal turns
+        while turns < 5000:
+            turns += 1
+            await spawn(_nothing)
+
+    task = spawn(busy, reactor=clock)
+    assert 0 < turns < 5000
+    while not task.done:
+        before = turns
+        clock.advance(0)
+        assert turns > before or task.done
+
+
+async def _nothing() -> None:
+    pass
+
+
+# Errors
+
+
+def test_an_error_is_raised_where_it_is_asked_for(
+    clock: Clock, logged: list[Any]
+) -> None:
+    async def fails() -> None:
+        await succeed(None)
+        raise KeyError("why")
+
+    async def waits() -> None:
+        with pytest.raises(KeyError, match="why"):
+            await spawn(fails)
+
+    spawn(waits, reactor=clock).result()
+    with pytest.raises(KeyError, match="why"):
+        spawn(fails, reactor=clock).result()
+    deferred = spawn(fails, reactor=clock).as_deferred()
+    deferred.addErrback(lambda failure: failure.trap(KeyError))
+    assert failures(logged) == []
+
+
+def test_an_error_that_nobody_looks_at_is_logged(
+    clock: Clock, logged: list[Any]
+) -> None:
+    async def helper() -> None:
+        raise KeyError("why")
+
+    async def fails() -> None:
+        await sleep(1)
+        await helper()
+
+    spawn(fails, name="Frederick", reactor=clock)
+    clock.advance(1)
+    [event] = failures(logged)
+    assert event["name"] == "Frederick"
+    trace = event["log_failure"].getTraceback()
+    assert trace.index("in fails") < trace.index("in helper")
+    assert "twisted" not in trace.replace("twisted_rtsig/tests", "")
+
+
+def test_the_stack_shows_only_what_the_user_wrote(clock: Clock) -> None:
+    @coroutine
+    def third() -> Generator[Any, Any, None]:
+        yield sleep(1)
+        raise KeyError("why")
+
+    @inlineCallbacks
+    def second() -> Generator[Any, Any, None]:
+        yield third()
+
+    async def first() -> None:
+        try:
+            await second()
+        except KeyError as error:
+            raise RuntimeError("therefore") from error
+
+    task = spawn(first, reactor=clock)
+    clock.advance(1)
+    with pytest.raises(RuntimeError) as caught:
+        task.result()
+    cause = caught.value.__cause__
+    assert cause is not None
+    names = [each.name for each in traceback.extract_tb(cause.__traceback__)]
+    assert names == ["first", "second", "third"]
+
+
+# Cancellation
+
+
+def test_what_it_waits_for_is_cancelled(clock: Clock) -> None:
+    cancelled = []
+    deferred: Deferred[None] = Deferred(cancelled.append)
+
+    async def waits() -> None:
+        try:
+            await deferred
+        except Exception:
+            pytest.fail("it is no Exception")
+        finally:
+            await sleep(1)
+            cancelled.append("cleaned up")  # type: ignore[arg-type]
+
+    task = spawn(waits, reactor=clock)
+    task.cancel()
+    assert cancelled == [deferred]
+    clock.advance(1)
+    assert cancelled == [deferred, "cleaned up"]
+    assert task.cancelled
+    with pytest.raises(CancelledError):
+        task.result()
+    task.cancel()
+
+
+def test_to_the_outside_it_is_twisteds_cancelled_error(clock: Clock) -> None:
+    task = spawn(sleep, 5, reactor=clock)
+    deferred = task.as_deferred()
+    caught: list[Any] = []
+    deferred.addErrback(caught.append)
+    deferred.cancel()
+    assert caught[0].check(CancelledError)
+    assert task.cancelled
+    assert not clock.getDelayedCalls()
+
+
+def test_the_error_of_another_cancellation_is_that_error(clock: Clock) -> None:
+    deferred: Deferred[None] = Deferred()
+
+    async def waits() -> str:
+        with pytest.raises(CancelledError):
+            await deferred
+        return "not mine"
+
+    task = spawn(waits, reactor=clock)
+    deferred.cancel()
+    assert task.result() == "not mine"
+
+
+def test_a_result_that_is_there_is_not_lost(clock: Clock) -> None:
+    deferred: Deferred[str] = Deferred()
+    got = []
+
+    async def waits() -> None:
+        got.append(await deferred)
+        await sleep(5)
+
+    async def main() -> None:
+        task = spawn(waits)
+        await sleep(0)
+        deferred.callback("a connection")
+        # It is about to be resumed.
+        task.cancel()
+        with pytest.raises(CancelledError):
+            await task
+
+    task = spawn(main, reactor=clock)
+    clock.advance(0)
+    assert got == ["a connection"]
+    task.result()
+
+
+def test_what_succeeds_in_spite_of_it(clock: Clock) -> None:
+    deferred: Deferred[str] = Deferred(lambda d: d.callback("late"))
+
+    async def waits() -> str:
+        result = await deferred
+        with pytest.raises(Cancelled):
+            await sleep(1)
+        return result
+
+    task = spawn(waits, reactor=clock)
+    task.cancel()
+    assert task.result() == "late"
+
+
+def test_it_waits_for_the_cleaning_up_of_what_it_waits_for(clock: Clock) -> None:
+    @inlineCallbacks
+    def cleans_up() -> Generator[Any, Any, None]:
+        try:
+            yield Deferred()
+        finally:
+            yield sleep(1, clock)
+
+    async def waits() -> None:
+        await cleans_up()
+
+    task = spawn(waits, reactor=clock)
+    task.cancel()
+    assert not task.done
+    clock.advance(1)
+    assert task.cancelled
+
+
+@pytest.mark.parametrize("late", [succeed, fail])
+def test_what_was_abandoned_is_not_logged(
+    clock: Clock, logged: list[Any], late: Any
+) -> None:
+    deferred: Deferred[Any] = Deferred()
+
+    async def waits() -> None:
+        await deferred
+
+    spawn(waits, reactor=clock).cancel()
+    if late is succeed:
+        deferred.callback(None)
+    else:
+        deferred.errback(KeyError())
+    del deferred
+    assert failures(logged) == []
+
+
+# Timeouts
+
+
+def test_timeout(clock: Clock) -> None:
+    async def waits() -> str:
+        with pytest.raises(TimeoutError, match="more than 5 s"):
+            with timeout(5) as limit:
+                await sleep(10)
+        assert limit.expired
+        with timeout(5) as limit:
+            await sleep(1)
+        assert not limit.expired
+        return "both"
+
+    task = spawn(waits, reactor=clock)
+    clock.advance(5)
+    clock.advance(1)
+    assert task.result() == "both"
+    assert not clock.getDelayedCalls()
+
+
+def test_timeout_in_a_generator(clock: Clock) -> None:
+    @coroutine
+    def waits() -> Generator[Any, Any, None]:
+        with timeout(5):
+            yield sleep(10)
+
+    async def main() -> None:
+        with pytest.raises(TimeoutError):
+            await waits()
+
+    task = spawn(main, reactor=clock)
+    clock.advance(5)
+    task.result()
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "expected"),
+    [(1, 2, ["inner", "outer"]), (2, 1, ["outer"]), (1, 1, ["outer"])],
+)
+def test_nested_timeouts_know_their_own(
+    clock: Clock, inner: int, outer: int, expected: list[str]
+) -> None:
+    seen = []
+
+    async def waits() -> None:
+        try:
+            with timeout(outer):
+                try:
+                    with timeout(inner):
+                        await sleep(10)
+                except TimeoutError:
+                    seen.append("inner")
+                await sleep(10)
+        except TimeoutError:
+            seen.append("outer")
+
+    task = spawn(waits, reactor=clock)
+    clock.advance(1)
+    clock.advance(1)
+    task.result()
+    assert seen == expected
+
+
+def test_a_timeout_that_expires_when_all_is_done(clock: Clock) -> None:
+    deferred: Deferred[None] = Deferred()
+
+    async def waits() -> str:
+        with timeout(1):
+            await deferred
+        await sleep(5)
+        return "went on"
+
+    async def main() -> str:
+        task = spawn(waits)
+        await sleep(0.5)
+        deferred.callback(None)
+        clock.advance(0.5)
+        result: str = await task
+        return result
+
+    task = spawn(main, reactor=clock)
+    clock.advance(0.5)
+    clock.advance(5)
+    assert task.result() == "went on"
+
+
+def test_a_timeout_over_a_yield_of_an_asynchronous_generator(clock: Clock) -> None:
+    async def numbers() -> AsyncIterator[int]:
+        with timeout(5):
+            yield 1
+
+    async def expires_outside() -> None:
+        async for _ in numbers():
+            await sleep(10)
+
+    async def ends_inside() -> None:
+        await generator.__anext__()
+
+    generator = numbers()
+    tasks = [spawn(expires_outside, reactor=clock), spawn(ends_inside, reactor=clock)]
+    clock.advance(5)
+    for task in tasks:
+        with pytest.raises(RuntimeError, match="asynchronous generator has yielded"):
+            task.result()
+    with pytest.raises(RuntimeError, match="asynchronous generator has yielded"):
+        generator.aclose().send(None)
+
+
+def test_what_needs_a_task_says_so(clock: Clock) -> None:
+    @inlineCallbacks
+    def bare() -> Generator[Any, Any, None]:
+        yield succeed(None)
+        with pytest.raises(NoTaskError, match="@coroutine"), timeout(5):
+            pass
+        with pytest.raises(NoTaskError, match="@coroutine"), shield():
+            pass
+        with pytest.raises(NoTaskError, match="@coroutine"):
+            current_task()
+
+    async def group() -> None:
+        async with TaskGroup():
+            pass
+
+    bare().addErrback(pytest.fail)
+
+    async def within_a_task() -> str:
+        await bare()
+        with pytest.raises(NoTaskError, match="spawn"):
+            await Deferred.fromCoroutine(group())
+        return current_task().name
+
+    assert spawn(within_a_task, name="mine", reactor=clock).result() == "mine"
+
+
+def test_shield(clock: Clock) -> None:
+    seen = []
+
+    async def waits() -> None:
+        with shield():
+            await sleep(2)
+            seen.append("shielded")
+            with pytest.raises(TimeoutError), timeout(1):
+                await sleep(5)
+            seen.append("timeout inside")
+        await sleep(5)
+        seen.append("never")
+
+    async def in_time() -> None:
+        with pytest.raises(TimeoutError), timeout(1):
+            await waits()
+
+    tasks = [spawn(waits, reactor=clock), spawn(in_time, reactor=clock)]
+    clock.advance(1)
+    tasks[0].cancel()
+    clock.advance(1)
+    clock.advance(1)
+    assert tasks[0].cancelled
+    tasks[1].result()
+    assert seen == ["shielded", "shielded", "timeout inside", "timeout inside"]
+
+
+# Groups
+
+
+def test_a_group_waits_for_its_tasks(clock: Clock) -> None:
+    async def main() -> list[int]:
+        async with TaskGroup() as group:
+            tasks = [group.spawn(_after, each, each) for each in (1, 2, 3)]
+        return [each.result() for each in tasks]
+
+    task = spawn(main, reactor=clock)
+    clock.pump([1, 1])
+    assert not task.done
+    clock.advance(1)
+    assert task.result() == [1, 2, 3]
+
+
+async def _after(seconds: float, value: Any) -> Any:
+    await sleep(seconds)
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
+@pytest.mark.parametrize("in_block", [False, True])
+def test_an_error_cancels_the_others(clock: Clock, in_block: bool) -> None:
+    tasks: list[Task[Any]] = []
+
+    async def main() -> None:
+        async with TaskGroup() as group:
+            tasks.append(group.spawn(_after, 10, None))
+            if in_block:
+                await _after(1, KeyError("block"))
+            group.spawn(_after, 1, KeyError("task"))
+            await sleep(10)
+
+    task = spawn(main, reactor=clock)
+    clock.advance(1)
+    with pytest.raises(ExceptionGroup) as caught:
+        task.result()
+    [error] = caught.value.exceptions
+    assert isinstance(error, KeyError)
+    assert tasks[0].cancelled
+    assert not clock.getDelayedCalls()
+
+
+def test_all_errors_are_raised_together(clock: Clock) -> None:
+    async def cleans_up_badly() -> None:
+        try:
+            await sleep(10)
+        finally:
+            raise ValueError("cleaning up")
+
+    async def main() -> None:
+        async with TaskGroup() as group:
+            group.spawn(cleans_up_badly)
+            group.spawn(_after, 1, KeyError("task"))
+
+    task = spawn(main, reactor=clock)
+    clock.advance(1)
+    with pytest.raises(ExceptionGroup) as caught:
+        task.result()
+    assert {type(each) for each in caught.value.exceptions} == {KeyError, ValueError}
+
+
+def test_to_cancel_the_outside_cancels_the_group(clock: Clock) -> None:
+    tasks: list[Task[Any]] = []
+
+    async def main() -> None:
+        with pytest.raises(TimeoutError), timeout(1):
+            async with TaskGroup() as group:
+                tasks.append(group.spawn(_after, 10, None))
+
+    task = spawn(main, reactor=clock)
+    clock.advance(1)
+    task.result()
+    assert tasks[0].cancelled
+
+
+def test_to_cancel_the_group(clock: Clock) -> None:
+    async def main() -> str:
+        async with TaskGroup() as group:
+            group.spawn(_after, 10, None)
+            group.cancel()
+            await sleep(10)
+        return "went on"
+
+    assert spawn(main, reactor=clock).result() == "went on"
+
+
+def test_a_group_for_generators(clock: Clock) -> None:
+    def body(group: TaskGroup, value: int) -> Generator[Any, Any, int]:
+        group.spawn(_after, 2, None)
+        yield sleep(1)
+        return value
+
+    @inlineCallbacks
+    def main() -> Generator[Any, Any, int]:
+        return (yield spawn(run_group, body, 3, reactor=clock).as_deferred())
+
+    results: list[int] = []
+    main().addCallback(results.append)
+    clock.advance(1)
+    assert not results
+    clock.advance(1)
+    assert results == [3]
+
+
+def test_a_group_runs_nothing_outside_of_its_block(clock: Clock) -> None:
+    with pytest.raises(RuntimeError, match="outside of its block"):
+        TaskGroup().spawn(_nothing)
