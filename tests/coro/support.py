@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ClientEndpoint, TCP4ServerEndpoint
 
 from tests.support import DEADLINE
@@ -24,7 +27,9 @@ def spin(reactor: Any, until: Callable[[], Any]) -> None:
     end = time.monotonic() + DEADLINE
     while not until():
         assert time.monotonic() < end, "it did not happen"
-        reactor.iterate(0.01)
+        # iterate() would sleep through what is due earlier.
+        due = reactor.timeout()
+        reactor.iterate(0.01 if due is None else min(0.01, due))
 
 
 async def listen(reactor: Any, handler: Any, **options: Any) -> Server:
@@ -37,3 +42,26 @@ async def call(reactor: Any, server: Server) -> Stream:
     """A connection to such a server."""
     port = server.port.getHost().port
     return await connect(TCP4ClientEndpoint(reactor, "127.0.0.1", port))
+
+
+@contextlib.asynccontextmanager
+async def connected(reactor: Any) -> AsyncIterator[tuple[Stream, socket.socket]]:
+    """A stream that a server has accepted, and a plain socket at its other end."""
+    accepted: Deferred[Stream] = Deferred()
+    left: Deferred[None] = Deferred()
+
+    async def handler(stream: Stream) -> None:
+        accepted.callback(stream)
+        await left
+
+    server = await listen(reactor, handler)
+    port = server.port.getHost().port
+    with socket.create_connection(("127.0.0.1", port)) as peer:
+        peer.setblocking(False)
+        stream = await accepted
+        try:
+            yield stream, peer
+        finally:
+            left.callback(None)
+            await stream.abort()
+            await server.stop()

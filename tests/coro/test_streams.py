@@ -1,28 +1,334 @@
-"""Reading from and writing to streams, over real connections."""
+"""Reading from and writing to streams, over real connections, on each reactor."""
 
 from __future__ import annotations
 
+import re
+import socket
+from collections.abc import Generator
 from typing import Any
 
-from tests.coro.support import call, listen, run
+import pytest
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.error import ConnectionLost
+
+from tests.coro.support import call, connected, listen, run
 from twisted_rtsig.coro import (
+    BusyResourceError,
+    DelimiterNotFound,
+    IncompleteRead,
     Stream,
+    StreamError,
+    coroutine,
+    sleep,
+    spawn,
+    timeout,
 )
 
 
-def test_a_conversation(reactor: Any) -> None:
-    async def echo(stream: Stream) -> None:
-        async for line in stream.lines():
-            await stream.write(line + b"!\r\n")
+async def _session(stream: Stream) -> None:
+    """The same as the two below."""
+    await stream.write(b"who?\n")
+    name = await stream.read_line()
+    size = int(await stream.read_until(b";"))
+    data = await stream.read_exactly(size)
+    word = await stream.read_until_regex(rb"\w+[.!]")
+    start = await stream.peek(1)
+    rest = await stream.read_line()
+    await stream.write(repr((name, data, word, start, rest)).encode())
+    await stream.write_eof()
+    assert await stream.read() == b""
 
-    async def client() -> list[bytes]:
-        server = await listen(reactor, echo)
+
+def _generator(stream: Stream) -> Generator[Any, Any, None]:
+    yield stream.write(b"who?\n")
+    name = yield stream.read_line()
+    size = int((yield stream.read_until(b";")))
+    data = yield stream.read_exactly(size)
+    word = yield stream.read_until_regex(rb"\w+[.!]")
+    start = yield stream.peek(1)
+    rest = yield stream.read_line()
+    yield stream.write(repr((name, data, word, start, rest)).encode())
+    yield stream.write_eof()
+    assert (yield stream.read()) == b""
+
+
+SESSIONS = {
+    "async def": _session,
+    "generator": _generator,
+    "@coroutine": coroutine(_generator),
+    "@inlineCallbacks": inlineCallbacks(_generator),
+    "fromCoroutine": lambda stream: Deferred.fromCoroutine(_session(stream)),
+}
+
+
+@pytest.mark.parametrize("style", SESSIONS)
+@pytest.mark.parametrize("pieces", [1, 5, 1000])
+def test_the_same_session_in_every_style(reactor: Any, style: str, pieces: int) -> None:
+    text = b"me\r\n5;12345 hello! the rest\n"
+
+    async def client() -> bytes:
+        server = await listen(reactor, SESSIONS[style])
         async with await call(reactor, server) as stream:
-            await stream.write(b"one\ntwo\r\n")
-            answers = [await stream.read_line(), await stream.read_line()]
-            await stream.write_eof()
-            answers.append(await stream.read())
+            assert await stream.read_line() == b"who?"
+            for start in range(0, len(text), pieces):
+                await stream.write(text[start : start + pieces])
+                await sleep(0)
+            answer = await stream.read_until(b")")
+            assert await stream.read() == b""
         await server.stop()
-        return answers
+        return answer
 
-    assert run(reactor, client) == [b"one!", b"two!", b""]
+    expected = (b"me", b"12345", b" hello!", b" ", b" the rest")
+    assert run(reactor, client) == repr(expected).encode()[:-1]
+
+
+def test_what_is_left_at_the_end_of_the_stream(reactor: Any) -> None:
+    async def main() -> None:
+        async with connected(reactor) as (stream, peer):
+            peer.sendall(b"one\ntwo")
+            peer.shutdown(socket.SHUT_WR)
+            assert [await stream.read_line(), await stream.peek(1)] == [b"one", b"t"]
+            with pytest.raises(
+                IncompleteRead, match="3 bytes, in the middle of a line"
+            ):
+                await stream.read_line()
+            with pytest.raises(IncompleteRead) as caught:
+                await stream.read_exactly(2)
+            assert caught.value.partial == b""
+            assert [await stream.read(), await stream.peek()] == [b"", b""]
+            # The other direction is open still.
+            await stream.write(b"answer")
+            assert await from_peer(peer, 6) == b"answer"
+
+    async def from_peer(peer: socket.socket, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            try:
+                data += peer.recv(size)
+            except BlockingIOError:
+                await sleep(0.01)
+        return data
+
+    run(reactor, main)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda stream: stream.read_exactly(8),
+        lambda stream: stream.read_until(b"\n"),
+        lambda stream: stream.read_until_regex(re.compile(rb"\d")),
+    ],
+)
+def test_the_partial_data_is_on_the_error(reactor: Any, read: Any) -> None:
+    async def main() -> None:
+        async with connected(reactor) as (stream, peer):
+            peer.sendall(b"partial")
+            peer.shutdown(socket.SHUT_WR)
+            with pytest.raises(IncompleteRead) as caught:
+                await read(stream)
+            assert caught.value.partial == b"partial"
+
+    run(reactor, main)
+
+
+def test_limits(reactor: Any) -> None:
+    async def main() -> None:
+        async with connected(reactor) as (stream, peer):
+            peer.sendall(b"12345\r\nx")
+            assert await stream.read_line(5) == b"12345"
+            peer.sendall(b"12345678")
+            for reading in (
+                lambda: stream.read_line(4),
+                lambda: stream.read_until(b";", 4),
+                lambda: stream.read_until_regex(b"z", 4),
+            ):
+                with pytest.raises(DelimiterNotFound, match="within 4 bytes") as caught:
+                    await reading()
+                assert caught.value.max_bytes == 4
+            # It is all there still.
+            assert await stream.read_exactly(9) == b"x12345678"
+            peer.sendall(b"12345")
+            with pytest.raises(DelimiterNotFound):
+                await stream.read_line(4)
+            assert await stream.read(2) == b"12"
+
+    run(reactor, main)
+
+
+def test_bad_arguments(reactor: Any) -> None:
+    async def main() -> None:
+        async with connected(reactor) as (stream, _):
+            for reading in (
+                lambda: stream.read(0),
+                lambda: stream.read_line(-1),
+                lambda: stream.read_exactly(-1),
+                lambda: stream.read_until(b""),
+            ):
+                with pytest.raises(ValueError, match=r"least|empty"):
+                    reading()
+            for data in ("text", 5):
+                with pytest.raises(TypeError):
+                    stream.write(data)  # type: ignore[arg-type]
+            assert await stream.read_exactly(0) == b""
+
+    run(reactor, main)
+
+
+def test_only_one_reads_at_a_time(reactor: Any) -> None:
+    async def main() -> None:
+        async with connected(reactor) as (stream, peer):
+            reading = stream.read()
+            with pytest.raises(BusyResourceError, match="another task reads"):
+                stream.read_line()
+            peer.sendall(b"x")
+            assert await reading == b"x"
+
+    run(reactor, main)
+
+
+def test_a_cancelled_read_leaves_everything_there(reactor: Any) -> None:
+    async def main() -> None:
+        async with connected(reactor) as (stream, peer):
+            peer.sendall(b"partial")
+            while await stream.peek() != b"partial":
+                pass
+            with pytest.raises(TimeoutError), timeout(0.01):
+                await stream.read_line()
+            stream.read_line().addErrback(lambda _: None).cancel()
+            peer.sendall(b" line\n")
+            assert await stream.read_line() == b"partial line"
+
+    run(reactor, main)
+
+
+def test_reset(reactor: Any, logged: list[Any]) -> None:
+    async def main() -> None:
+        async with connected(reactor) as (stream, peer):
+            peer.sendall(b"last words")
+            assert await stream.peek() == b"last words"
+            linger = b"\x01\0\0\0\0\0\0\0"
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            peer.close()
+            with pytest.raises(IncompleteRead) as caught:
+                await stream.read_line()
+            assert caught.value.partial == b"last words"
+            assert isinstance(caught.value.__cause__, ConnectionLost)
+            for operation in (stream.read, stream.read_line, stream.peek):
+                with pytest.raises(ConnectionLost):
+                    await operation()
+            with pytest.raises(ConnectionLost):
+                await stream.write(b"x")
+            stream.write(b"nobody waits for this")
+            assert stream.lost
+
+    run(reactor, main)
+    assert not [each for each in logged if each.get("log_failure")]
+
+
+def test_after_the_end_of_output(reactor: Any) -> None:
+    async def main() -> None:
+        async with connected(reactor) as (stream, _):
+            await stream.write_eof()
+            await stream.write_eof()
+            with pytest.raises(StreamError, match="after write_eof"):
+                await stream.write(b"x")
+            await stream.close()
+            await stream.close()
+            with pytest.raises(Exception, match="closed"):
+                await stream.write(b"x")
+
+    run(reactor, main)
+
+
+def test_everything_is_sent_before_it_closes(reactor: Any) -> None:
+    data = bytes(range(256)) * 8192
+
+    async def main() -> bytes:
+        async def send(stream: Stream) -> None:
+            stream.write(data)
+
+        server = await listen(reactor, send)
+        received = []
+        async with await call(reactor, server) as stream:
+            while chunk := await stream.read():
+                received.append(chunk)
+        await server.stop()
+        return b"".join(received)
+
+    assert run(reactor, main) == data
+
+
+def test_a_peer_that_does_not_read_holds_up_the_writer(reactor: Any) -> None:
+    async def main() -> None:
+        async with connected(reactor) as (stream, peer):
+            written = 0
+
+            async def write_without_end() -> None:
+                nonlocal written
+                while True:
+                    await stream.write(bytes(10_000))
+                    written += 10_000
+
+            writer = spawn(write_without_end)
+            before = -1
+            while written != before:
+                before = written
+                await sleep(0.05)
+            # What the kernel holds, and one buffer here.
+            assert 0 < written < 1 << 26
+            received = 0
+            while received <= before:
+                try:
+                    received += len(peer.recv(1 << 20))
+                except BlockingIOError:
+                    await sleep(0.01)
+            assert written > before
+            writer.cancel()
+            await stream.abort()
+
+    run(reactor, main)
+
+
+def test_a_handler_that_does_not_read_holds_up_the_peer(reactor: Any) -> None:
+    async def main() -> None:
+        async with connected(reactor) as (stream, peer):
+            sent, stuck = 0, 0
+            while stuck < 10:
+                try:
+                    sent += peer.send(bytes(100_000))
+                    stuck = 0
+                except BlockingIOError:
+                    stuck += 1
+                await sleep(0.01)
+            held = len(await stream.peek(1 << 30))
+            assert 1 << 17 < held <= 1 << 19
+            received = 0
+            while received < sent:
+                received += len(await stream.read())
+            assert received == sent
+
+    run(reactor, main)
+
+
+def test_who_always_has_data_lets_the_others_have_their_turn(reactor: Any) -> None:
+    async def main() -> None:
+        async with connected(reactor) as (stream, peer):
+            peer.sendall(b"\n" * 50_000)
+            while len(await stream.peek(50_000)) < 50_000:
+                await sleep(0)
+            turns = 0
+
+            async def count() -> None:
+                nonlocal turns
+                while True:
+                    await sleep(0)
+                    turns += 1
+
+            counter = spawn(count)
+            for _ in range(50_000):
+                await stream.read_line()
+            assert turns > 50
+            counter.cancel()
+
+    run(reactor, main)

@@ -6,7 +6,7 @@ import contextvars
 import gc
 import sys
 import traceback
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncGenerator, Generator
 from typing import Any
 
 import pytest
@@ -70,7 +70,7 @@ async def _async_def(deferred: Deferred[int], base: int) -> int:
     return base + await deferred
 
 
-def _generator(deferred: Deferred[int], base: int) -> Generator[Any, Any, int]:
+def _generator(deferred: Deferred[int], base: int) -> Generator[Any, int, int]:
     return base + (yield deferred)
 
 
@@ -136,7 +136,7 @@ def test_tasks_wait_for_tasks(clock: Clock) -> None:
         task = spawn(inner)
         return [await task, await task]
 
-    def generator() -> Generator[Any, Any, str]:
+    def generator() -> Generator[Any, str, str]:
         return (yield spawn(inner))
 
     tasks = [spawn(outer, reactor=clock), spawn(generator, reactor=clock)]
@@ -305,7 +305,7 @@ def test_the_stack_shows_only_what_the_user_wrote(clock: Clock) -> None:
 
 
 def test_what_it_waits_for_is_cancelled(clock: Clock) -> None:
-    cancelled = []
+    cancelled: list[Any] = []
     deferred: Deferred[None] = Deferred(cancelled.append)
 
     async def waits() -> None:
@@ -315,7 +315,7 @@ def test_what_it_waits_for_is_cancelled(clock: Clock) -> None:
             pytest.fail("it is no Exception")
         finally:
             await sleep(1)
-            cancelled.append("cleaned up")  # type: ignore[arg-type]
+            cancelled.append("cleaned up")
 
     task = spawn(waits, reactor=clock)
     task.cancel()
@@ -421,7 +421,6 @@ def test_what_was_abandoned_is_not_logged(
         deferred.callback(None)
     else:
         deferred.errback(KeyError())
-    del deferred
     assert failures(logged) == []
 
 
@@ -430,9 +429,11 @@ def test_what_was_abandoned_is_not_logged(
 
 def test_timeout(clock: Clock) -> None:
     async def waits() -> str:
-        with pytest.raises(TimeoutError, match="more than 5 s"):
-            with timeout(5) as limit:
-                await sleep(10)
+        with (
+            pytest.raises(TimeoutError, match="more than 5 s"),
+            timeout(5) as limit,
+        ):
+            await sleep(10)
         assert limit.expired
         with timeout(5) as limit:
             await sleep(1)
@@ -513,7 +514,7 @@ def test_a_timeout_that_expires_when_all_is_done(clock: Clock) -> None:
 
 
 def test_a_timeout_over_a_yield_of_an_asynchronous_generator(clock: Clock) -> None:
-    async def numbers() -> AsyncIterator[int]:
+    async def numbers() -> AsyncGenerator[int, None]:
         with timeout(5):
             yield 1
 
@@ -549,7 +550,7 @@ def test_what_needs_a_task_says_so(clock: Clock) -> None:
         async with TaskGroup():
             pass
 
-    bare().addErrback(pytest.fail)
+    bare().addErrback(lambda failure: pytest.fail(str(failure)))
 
     async def within_a_task() -> str:
         await bare()
@@ -683,7 +684,7 @@ def test_a_group_for_generators(clock: Clock) -> None:
         return value
 
     @inlineCallbacks
-    def main() -> Generator[Any, Any, int]:
+    def main() -> Generator[Any, int, int]:
         return (yield spawn(run_group, body, 3, reactor=clock).as_deferred())
 
     results: list[int] = []

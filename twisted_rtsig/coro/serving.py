@@ -280,7 +280,8 @@ class CoroutineFactory(Factory):
 
     def forget(self, protocol: _ServerProtocol) -> None:
         """A connection and its handler have ended."""
-        del self.connections[protocol]
+        # To close a connection may be to lose it at once, and to come here twice.
+        self.connections.pop(protocol, None)
         last = self._last_ends
         if not self.connections and last is not None and not last.called:
             last.succeed(None)

@@ -7,6 +7,7 @@ A stream knows no transport's inner life.  It is fed by a protocol (see
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
@@ -276,7 +277,7 @@ class Stream:
         lost = self._lost
         if lost is None or isinstance(lost, ConnectionDone):
             return None
-        return lost.with_traceback(None)
+        return _again(lost)
 
     # Writing
 
@@ -289,7 +290,7 @@ class Stream:
         :raises StreamError: (when awaited) after ``close`` or ``write_eof``.
         """
         if self._unwritable is not None:
-            return failed(self._unwritable.with_traceback(None), quietly=True)
+            return failed(_again(self._unwritable), quietly=True)
         self.activity += 1
         self.transport.write(data if type(data) is bytes else bytes(memoryview(data)))
         if not self._full:
@@ -309,7 +310,7 @@ class Stream:
         """
         if self._wrote_eof is None:
             if self._unwritable is not None:
-                return failed(self._unwritable.with_traceback(None), quietly=True)
+                return failed(_again(self._unwritable), quietly=True)
             lose = getattr(self.transport, "loseWriteConnection", None)
             if lose is None or ISSLTransport.providedBy(self.transport):
                 raise StreamError(
@@ -489,7 +490,16 @@ def _succeed(operations: tuple[Operation[None], ...]) -> None:
 def _fail(operations: tuple[Operation[None], ...], error: Exception) -> None:
     for operation in operations:
         if not operation.called:
-            operation.fail(error, quietly=True)
+            operation.fail(_again(error), quietly=True)
+
+
+def _again(error: Exception) -> Exception:
+    """A copy, since each raise adds to the traceback of an exception."""
+    try:
+        return copy.copy(error).with_traceback(None)
+    except Exception:
+        # It is made with other arguments than it keeps.
+        return error.with_traceback(None)
 
 
 # What takes the data of a read from the buffer: None if it is not there yet.
