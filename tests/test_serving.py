@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import datetime
 import hashlib
 import http.client
-import ipaddress
 import json
 import os
 import random
@@ -33,13 +31,8 @@ import pytest
 if not sys.platform.startswith("linux"):
     pytest.skip("realtime signals exist on Linux only", allow_module_level=True)
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-
 from tests.programs import hostile_client, line_server
-from tests.support import DEADLINE
+from tests.support import DEADLINE, make_certificate
 
 TWISTD = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
 OURS = {
@@ -190,41 +183,6 @@ def check_all_files(folder: Path, make: MakeConnection, megabytes: int) -> None:
     with ThreadPoolExecutor(CONNECTIONS) as clients:
         for _ in clients.map(take, shares):
             pass
-
-
-def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for this machine, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(
-            x509.SubjectAlternativeName(
-                [x509.IPAddress(ipaddress.IPv4Address("127.0.0.1"))]
-            ),
-            critical=False,
-        )
-        .sign(key, hashes.SHA256())
-    )
-    certificate_path, key_path = folder / "certificate.pem", folder / "key.pem"
-    certificate_path.write_bytes(
-        certificate.public_bytes(serialization.Encoding.PEM),
-    )
-    key_path.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return certificate_path, key_path
 
 
 @pytest.fixture(params=OURS)

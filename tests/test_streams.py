@@ -42,8 +42,14 @@ from twisted.python import log
 from twisted.python.failure import Failure
 from zope.interface import alsoProvides, implementer
 
-from tests.support import DEADLINE, Recorder, RecorderFactory, dispose, settle
-from tests.test_serving import make_certificate
+from tests.support import (
+    DEADLINE,
+    Recorder,
+    RecorderFactory,
+    dispose,
+    make_certificate,
+    settle,
+)
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.epollreactor import EdgeEPollReactor
 from twisted_rtsig.rtsigreactor import RealtimeSignalReactor

@@ -40,9 +40,14 @@ def _reactors() -> dict[str, Callable[[], Any]]:
 
 
 @pytest.fixture(params=_reactors())
-def reactor(request: Any) -> Iterator[Any]:
-    """Each reactor; the adapter needs none of this package's."""
+def reactor(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """
+    Each reactor, as the installed one; the adapter needs none of this package's.
+    """
     made = _reactors()[request.param]()
+    # Twisted's TLS, for example, takes no other.
+    monkeypatch.setitem(sys.modules, "twisted.internet.reactor", made)
+    monkeypatch.setattr("twisted.internet.reactor", made, raising=False)
     yield made
     dispose(made)
     if request.param == "asyncio":

@@ -40,8 +40,11 @@ async def listen(reactor: Any, handler: Any, **options: Any) -> Server:
 
 async def call(reactor: Any, server: Server) -> Stream:
     """A connection to such a server."""
-    port = server.port.getHost().port
-    return await connect(TCP4ClientEndpoint(reactor, "127.0.0.1", port))
+    return await connect(client_endpoint(reactor, server))
+
+
+def client_endpoint(reactor: Any, server: Server) -> TCP4ClientEndpoint:
+    return TCP4ClientEndpoint(reactor, "127.0.0.1", server.port.getHost().port)
 
 
 @contextlib.asynccontextmanager

@@ -143,7 +143,10 @@ class _ServerProtocol(StreamProtocol):
             self.stream.close()
         else:
             failure = task._see_failure()
-            if self.stream.lost and failure.check(ConnectionClosed, IncompleteRead):
+            stream = self.stream
+            if (stream.ended and failure.check(IncompleteRead)) or (
+                stream.lost and failure.check(ConnectionClosed)
+            ):
                 # The peer's doing, and no mistake of the handler.
                 _log.info(
                     "{name}, {stream}: {error}",

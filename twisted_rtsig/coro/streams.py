@@ -114,6 +114,11 @@ class Stream:
         return self.transport.getHost()
 
     @property
+    def ended(self) -> bool:
+        """Whether nothing more will come; there may be something left to read."""
+        return self._ended
+
+    @property
     def lost(self) -> bool:
         """Whether the connection is gone."""
         return self._lost is not None
@@ -435,11 +440,11 @@ class Stream:
         self._unwritable = lost
         drained, self._drained = self._drained, ()
         closed, self._closed = self._closed, ()
-        if self._wrote_eof is not None and not self._wrote_eof.called:
+        if self._wrote_eof is not None:
             drained += (self._wrote_eof,)
         self._serve_reader()
-        if self._secured is not None and not self._secured.called:
-            self._secured.fail(lost)
+        if self._secured is not None:
+            drained += (self._secured,)
         _fail(drained, lost)
         _succeed(closed)
 

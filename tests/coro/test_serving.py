@@ -1,0 +1,494 @@
+"""The life of a handler is bound to its connection; limits; graceful stops."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Generator
+from typing import Any, cast
+
+import pytest
+from twisted.application.internet import StreamServerEndpointService
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import (
+    SSL4ServerEndpoint,
+    TCP4ClientEndpoint,
+    TCP4ServerEndpoint,
+    UNIXClientEndpoint,
+    UNIXServerEndpoint,
+    wrapClientTLS,
+)
+from twisted.internet.error import ConnectError, ConnectionAborted, ConnectionClosed
+from twisted.internet.ssl import PrivateCertificate, optionsForClientTLS
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
+
+from tests.coro.support import call, client_endpoint, listen, run, spin
+from tests.support import make_certificate
+from twisted_rtsig.coro import (
+    Cancelled,
+    CoroutineFactory,
+    Server,
+    Stream,
+    StreamError,
+    UnreadPlaintext,
+    connect,
+    serve,
+    sleep,
+    spawn,
+    timeout,
+)
+
+# Twisted and pyOpenSSL hold different opinions on what is deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+Logged = list[dict[str, Any]]
+
+
+def failures(logged: Logged) -> list[Any]:
+    return [each["log_failure"].value for each in logged if each.get("log_failure")]
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> PrivateCertificate:
+    """Of this machine, by its address."""
+    files = make_certificate(tmp_path_factory.mktemp("certificate"))
+    pem = b"".join(each.read_bytes() for each in files)
+    return cast(PrivateCertificate, PrivateCertificate.loadPEM(pem))
+
+
+async def _until_told(stream: Stream) -> None:
+    """A handler that does what it is told, a word at a time."""
+    async for word in stream.lines():
+        if word == b"return":
+            return
+        if word == b"raise":
+            raise KeyError("told so")
+        await stream.write(b"not that\n")
+
+
+# How it ends
+
+
+def test_a_handler_that_returns(reactor: Any, logged: Logged) -> None:
+    async def main() -> None:
+        server = await listen(reactor, _until_told)
+        async with await call(reactor, server) as stream:
+            await stream.write(b"what?\nreturn\n")
+            assert await stream.read_exactly(9) == b"not that\n"
+            assert await stream.read() == b""
+        await server.stop()
+        assert not server.factory.connections
+
+    run(reactor, main)
+    assert failures(logged) == []
+
+
+def test_a_handler_that_raises(reactor: Any, logged: Logged) -> None:
+    async def main() -> None:
+        server = await listen(reactor, _until_told, name="Frederick")
+        async with await call(reactor, server) as stream:
+            await stream.write(b"raise\n")
+            with pytest.raises(ConnectionClosed):
+                await stream.read()
+        await server.stop()
+
+    run(reactor, main)
+    [error] = failures(logged)
+    assert isinstance(error, KeyError)
+    [event] = [each for each in logged if each.get("log_failure")]
+    assert event["name"] == "Frederick"
+    assert "in _until_told" in event["log_failure"].getTraceback()
+
+
+def test_a_generator_that_raises(reactor: Any, logged: Logged) -> None:
+    def handler(stream: Stream) -> Generator[Any, Any, None]:
+        yield stream.read_line()
+        raise KeyError("told so")
+
+    async def main() -> None:
+        server = await listen(reactor, handler)
+        async with await call(reactor, server) as stream:
+            await stream.write(b"\n")
+            with pytest.raises(ConnectionClosed):
+                await stream.read()
+        await server.stop()
+
+    run(reactor, main)
+    [error] = failures(logged)
+    assert isinstance(error, KeyError)
+
+
+def test_a_peer_that_goes_is_no_failure(reactor: Any, logged: Logged) -> None:
+    async def main() -> None:
+        server = await listen(reactor, _until_told, name="Frederick")
+        stream = await call(reactor, server)
+        await stream.write(b"half a l")
+        await stream.close()
+        await server.factory.stop(10)
+        await server.stop()
+
+    run(reactor, main)
+    assert failures(logged) == []
+    assert [each for each in logged if each.get("name") == "Frederick"]
+
+
+def test_a_handler_may_go_on_without_its_connection(reactor: Any) -> None:
+    ended: Deferred[str] = Deferred()
+
+    async def handler(stream: Stream) -> None:
+        try:
+            while True:
+                await stream.write(bytes(1000))
+        except ConnectionClosed:
+            await sleep(0)
+        ended.callback("cleaned up")
+
+    async def main() -> str:
+        server = await listen(reactor, handler)
+        await (await call(reactor, server)).abort()
+        assert server.factory.connections
+        result = await ended
+        await server.stop()
+        return result
+
+    assert run(reactor, main) == "cleaned up"
+
+
+def test_a_loss_cancels_the_handler_on_request(reactor: Any, logged: Logged) -> None:
+    seen: Deferred[str] = Deferred()
+
+    async def handler(stream: Stream) -> None:
+        try:
+            await Deferred()
+        except Cancelled:
+            seen.callback("cancelled")
+            raise
+
+    async def main() -> str:
+        server = await listen(reactor, handler, cancel_on_loss=True)
+        await (await call(reactor, server)).close()
+        result = await seen
+        await server.stop()
+        return result
+
+    assert run(reactor, main) == "cancelled"
+    assert failures(logged) == []
+
+
+# Stopping
+
+
+def test_stop_lets_them_finish(reactor: Any) -> None:
+    async def main() -> None:
+        server = await listen(reactor, _until_told)
+        stream = await call(reactor, server)
+        await stream.write(b"what?\n")
+        await stream.read_line()
+        endpoint = client_endpoint(reactor, server)
+        stopping = spawn(lambda: server.stop(60))
+        await sleep(0)
+        with pytest.raises(ConnectError):
+            await connect(endpoint)
+        assert not stopping.done
+        await stream.write(b"what?\nreturn\n")
+        assert await stream.read_line() == b"not that"
+        await stream.close()
+        await stopping
+
+    run(reactor, main)
+
+
+def test_stop_cancels_who_does_not_finish(reactor: Any, logged: Logged) -> None:
+    async def main() -> None:
+        server = await listen(reactor, _until_told)
+        stream = await call(reactor, server)
+        await stream.write(b"what?\n")
+        await stream.read_line()
+        await server.stop(0.01)
+        with pytest.raises(ConnectionClosed):
+            await stream.read()
+
+    run(reactor, main)
+    assert failures(logged) == []
+
+
+def test_a_cancelled_handler_can_say_goodbye(reactor: Any) -> None:
+    async def handler(stream: Stream) -> None:
+        try:
+            await stream.read()
+        except Cancelled:
+            await stream.write(b"bye")
+            await stream.close()
+            raise
+
+    async def main() -> bytes:
+        server = await listen(reactor, handler)
+        async with await call(reactor, server) as stream:
+            while not server.factory.connections:
+                await sleep(0)
+            stopping = server.stop()
+            farewell = await stream.read()
+            await stopping
+        return farewell
+
+    assert run(reactor, main) == b"bye"
+
+
+def test_a_service(reactor: Any) -> None:
+    """As twistd runs it."""
+    endpoint = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
+    factory = CoroutineFactory(_until_told, reactor=reactor)
+    service = StreamServerEndpointService(endpoint, factory)
+    service.startService()
+    port: Any = service._waitingForPort.result  # type: ignore[union-attr]
+
+    async def main() -> bytes:
+        async with await call(reactor, Server(port, factory)) as stream:
+            await stream.write(b"what?\n")
+            answer = await stream.read_line()
+        await service.stopService()
+        await factory.stop(60)
+        return answer
+
+    assert run(reactor, main) == b"not that"
+
+
+# Limits
+
+
+def test_max_connections(reactor: Any) -> None:
+    async def main() -> None:
+        server = await listen(reactor, _until_told, max_connections=1)
+        first = await call(reactor, server)
+        await first.write(b"what?\n")
+        await first.read_line()
+        async with await call(reactor, server) as second:
+            with pytest.raises(ConnectionClosed):
+                await second.read()
+        await first.write(b"return\n")
+        assert await first.read() == b""
+        await first.close()
+        while server.factory.connections:
+            await sleep(0)
+        async with await call(reactor, server) as third:
+            await third.write(b"what?\n")
+            await third.read_line()
+        await server.stop()
+
+    run(reactor, main)
+
+
+class _Transport(StringTransport):
+    """Tells the protocol when it is aborted, as real ones do."""
+
+    protocol: Any
+    aborting = False
+
+    def abortConnection(self) -> None:
+        self.aborting = True
+        self.protocol.connectionLost(Failure(ConnectionAborted()))
+
+
+def _made(factory: CoroutineFactory) -> tuple[Any, _Transport]:
+    protocol: Any = factory.buildProtocol(None)
+    transport = _Transport()
+    transport.protocol = protocol
+    protocol.makeConnection(transport)
+    return protocol, transport
+
+
+async def _echo(stream: Stream) -> None:
+    async for line in stream.lines():
+        await stream.write(line)
+
+
+def test_idle_timeout(logged: Logged) -> None:
+    clock = Clock()
+    factory = CoroutineFactory(_echo, idle_timeout=60, reactor=clock)
+    busy, _ = _made(factory)
+    _, transport = _made(factory)
+    for _ in range(40):
+        clock.advance(5)
+        busy.dataReceived(b"x\n")
+        if transport.aborting:
+            break
+    assert 60 <= clock.seconds() <= 75
+    assert transport.aborting
+    assert list(factory.connections) == [busy]
+    assert any("nothing has come or gone" in str(each.get("what")) for each in logged)
+    busy.connectionLost(Failure(ConnectionAborted()))
+    clock.advance(60)
+    assert not clock.getDelayedCalls()
+    assert failures(logged) == []
+
+
+def test_read_timeout() -> None:
+    clock = Clock()
+    factory = CoroutineFactory(_echo, read_timeout=60, reactor=clock)
+    patient, patient_transport = _made(factory)
+    slow, slow_transport = _made(factory)
+    for _ in range(12):
+        clock.advance(10)
+        # Whole lines, or nothing for long, are well.
+        patient.dataReceived(b"x\n")
+        if not slow_transport.aborting:
+            slow.dataReceived(b"x")
+    assert slow_transport.aborting
+    assert not patient_transport.aborting
+    patient.connectionLost(Failure(ConnectionAborted()))
+    clock.advance(60)
+    assert not clock.getDelayedCalls()
+
+
+def test_handshake_timeout(reactor: Any, certificate: Any, logged: Logged) -> None:
+    async def main() -> None:
+        endpoint = _tls_endpoint(reactor, certificate)
+        server = await serve(
+            endpoint, _until_told, handshake_timeout=0.05, reactor=reactor
+        )
+        port = server.port.getHost().port
+        with socket.create_connection(("127.0.0.1", port)) as silent:
+            silent.setblocking(False)
+            while not server.factory.connections:
+                await sleep(0)
+            while server.factory.connections:
+                await sleep(0.01)
+            with pytest.raises(ConnectionResetError):
+                silent.recv(1)
+        await server.stop()
+
+    run(reactor, main)
+    assert failures(logged) == []
+
+
+# Clients and endpoints
+
+
+def test_nobody_is_there(reactor: Any) -> None:
+    async def main() -> None:
+        server = await listen(reactor, _until_told)
+        endpoint = client_endpoint(reactor, server)
+        await server.stop()
+        with pytest.raises(ConnectError):
+            await connect(endpoint)
+
+    run(reactor, main)
+
+
+def test_a_connect_that_takes_too_long(reactor: Any) -> None:
+    """Nobody accepts: the queue of the listening socket is full."""
+
+    async def main() -> None:
+        with socket.socket() as listening, socket.socket() as first:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen(0)
+            first.connect(listening.getsockname())
+            endpoint = TCP4ClientEndpoint(reactor, *listening.getsockname())
+            with pytest.raises(TimeoutError), timeout(0.05):
+                await connect(endpoint)
+
+    run(reactor, main)
+    spin(reactor, lambda: not reactor.getDelayedCalls())
+
+
+def test_unix_sockets(reactor: Any, tmp_path: Any) -> None:
+    address = str(tmp_path / "socket")
+
+    async def main() -> bytes:
+        endpoint = UNIXServerEndpoint(reactor, address)
+        server = await serve(endpoint, _until_told, reactor=reactor)
+        async with await connect(UNIXClientEndpoint(reactor, address)) as stream:
+            await stream.write(b"what?\n")
+            answer = await stream.read_line()
+        await server.stop()
+        return answer
+
+    assert run(reactor, main) == b"not that"
+
+
+# TLS
+
+
+def _tls_endpoint(reactor: Any, certificate: PrivateCertificate) -> Any:
+    options = certificate.options()
+    return SSL4ServerEndpoint(reactor, 0, options, interface="127.0.0.1")
+
+
+def test_tls(reactor: Any, certificate: PrivateCertificate) -> None:
+    async def main() -> bytes:
+        server = await serve(
+            _tls_endpoint(reactor, certificate), _until_told, reactor=reactor
+        )
+        port = server.port.getHost().port
+        trusted = optionsForClientTLS("127.0.0.1", certificate)
+        endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", port)
+        async with await connect(wrapClientTLS(trusted, endpoint)) as stream:
+            await stream.write(b"what?\n")
+            answer = await stream.read_line()
+            with pytest.raises(StreamError, match="no half close"):
+                stream.write_eof()
+            await stream.write(b"return\n")
+            assert await stream.read() == b""
+        await server.stop()
+        return answer
+
+    assert run(reactor, main) == b"not that"
+
+
+def test_start_tls(reactor: Any, certificate: PrivateCertificate) -> None:
+    async def handler(stream: Stream) -> None:
+        assert await stream.read_line() == b"STARTTLS"
+        await stream.write(b"go ahead\n")
+        await stream.start_tls(certificate.options())
+        await stream.write(b"secret\n")
+        assert await stream.read_line() == b"thanks"
+
+    async def main() -> bytes:
+        server = await listen(reactor, handler)
+        async with await call(reactor, server) as stream:
+            await stream.write(b"STARTTLS\n")
+            await stream.read_line()
+            await stream.start_tls(optionsForClientTLS("127.0.0.1", certificate))
+            secret = await stream.read_line()
+            await stream.write(b"thanks\n")
+            assert await stream.read() == b""
+        await server.stop()
+        return secret
+
+    assert run(reactor, main) == b"secret"
+
+
+def test_what_was_injected_before_tls_is_refused(
+    reactor: Any, certificate: PrivateCertificate, logged: Logged
+) -> None:
+    async def handler(stream: Stream) -> None:
+        assert await stream.read_line() == b"STARTTLS"
+        with pytest.raises(UnreadPlaintext, match="7 bytes came before TLS"):
+            await stream.start_tls(certificate.options())
+
+    async def main() -> None:
+        server = await listen(reactor, handler)
+        async with await call(reactor, server) as stream:
+            await stream.write(b"STARTTLS\ninject\n")
+            assert await stream.read() == b""
+        await server.stop()
+
+    run(reactor, main)
+    assert failures(logged) == []
+
+
+def test_a_handshake_that_fails(reactor: Any, certificate: PrivateCertificate) -> None:
+    async def handler(stream: Stream) -> None:
+        with pytest.raises(Exception, match=r"alert|lost"):
+            await stream.start_tls(certificate.options())
+
+    async def main() -> None:
+        server = await listen(reactor, handler)
+        async with await call(reactor, server) as stream:
+            with pytest.raises(Exception, match="certificate verify failed"):
+                # It does not trust that one.
+                await stream.start_tls(optionsForClientTLS("127.0.0.1"))
+        await server.stop()
+
+    run(reactor, main)
