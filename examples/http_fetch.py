@@ -1,0 +1,133 @@
+"""
+Fetch a page over HTTP/1.1 through a proxy, in so many seconds and no more.
+
+    python examples/http_fetch.py PROXY_HOST:PORT URL [SECONDS]
+
+The body may have a Content-Length, come in chunks, or last until the connection
+ends.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from twisted.internet.endpoints import HostnameEndpoint
+from twisted.internet.error import ConnectError
+from twisted.internet.task import react
+
+from twisted_rtsig.coro import Stream, StreamError, connect, spawn, timeout
+
+MAX_LINE = 1 << 13
+MAX_HEADERS = 100
+MAX_BODY = 1 << 24
+
+
+class Response(NamedTuple):
+    """:ivar headers: values by names in lower case; of equal names the last."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class BadResponse(Exception):
+    """Not what HTTP allows, or more than this takes."""
+
+
+async def fetch(proxy: Any, url: str, seconds: float = 10) -> Response:
+    """
+    :param proxy: an ``IStreamClientEndpoint`` provider.
+    :raises TimeoutError: if it takes longer.
+    :raises BadResponse: if it is no HTTP, or too much.
+    :raises StreamError: if it ends in the middle.
+    """
+    host = urlsplit(url).netloc
+    if not host or not re.fullmatch(r"[!-~]+", url):
+        raise ValueError(f"not a URL that could be sent: {url!r}")
+    request = f"GET {url} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+    with timeout(seconds):
+        async with await connect(proxy) as stream:
+            await stream.write(request.encode())
+            status, headers = await read_head(stream)
+            # What comes first may be hints: 100 Continue, 103 Early Hints.
+            while 100 <= status < 200:
+                status, headers = await read_head(stream)
+            return Response(status, headers, await read_body(stream, status, headers))
+
+
+async def read_head(stream: Stream) -> tuple[int, dict[str, str]]:
+    """The status, and the headers."""
+    line = await stream.read_line(MAX_LINE)
+    start = re.fullmatch(rb"HTTP/1\.[01] ([1-9]\d\d)( .*)?", line)
+    if start is None:
+        raise BadResponse(f"no status of HTTP/1.1: {line!r}")
+    headers: dict[str, str] = {}
+    for _ in range(MAX_HEADERS):
+        line = await stream.read_line(MAX_LINE)
+        if not line:
+            return int(start[1]), headers
+        name, _, value = line.decode("latin-1").partition(":")
+        headers[name.lower()] = value.strip()
+    raise BadResponse(f"more than {MAX_HEADERS} headers")
+
+
+async def read_body(stream: Stream, status: int, headers: dict[str, str]) -> bytes:
+    if status in (204, 304):
+        return b""
+    if headers.get("transfer-encoding", "").lower() == "chunked":
+        return await read_chunks(stream)
+    if "content-length" in headers:
+        return await stream.read_exactly(number(headers["content-length"], 10))
+    body = bytearray()
+    while data := await stream.read():
+        body += data
+        check_size(len(body))
+    return bytes(body)
+
+
+async def read_chunks(stream: Stream) -> bytes:
+    body = bytearray()
+    while True:
+        line = (await stream.read_line(MAX_LINE)).decode("latin-1")
+        size = number(line.partition(";")[0].strip(), 16)
+        if not size:
+            # Trailers, which nobody wants, and an empty line.
+            while await stream.read_line(MAX_LINE):
+                pass
+            return bytes(body)
+        check_size(len(body) + size)
+        body += await stream.read_exactly(size)
+        if await stream.read_line(MAX_LINE):
+            raise BadResponse("a chunk is longer than it says")
+
+
+def number(digits: str, base: int) -> int:
+    """Without the signs and underscores that C{int} takes."""
+    if not re.fullmatch(r"[0-9a-fA-F]{1,16}" if base == 16 else r"[0-9]{1,16}", digits):
+        raise BadResponse(f"not a size: {digits!r}")
+    size = int(digits, base)
+    check_size(size)
+    return size
+
+
+def check_size(size: int) -> None:
+    if size > MAX_BODY:
+        raise BadResponse(f"a body of more than {MAX_BODY} bytes")
+
+
+async def main(reactor: Any, proxy: str, url: str, seconds: str = "10") -> None:
+    host, _, port = proxy.rpartition(":")
+    endpoint = HostnameEndpoint(reactor, host, int(port))
+    try:
+        # A timeout needs a task to be in.
+        response = await spawn(fetch, endpoint, url, float(seconds))
+    except (BadResponse, StreamError, ConnectError, OSError, ValueError) as error:
+        sys.exit(f"{url}: {error!r}")
+    sys.stdout.buffer.write(response.body)
+
+
+if __name__ == "__main__":
+    react(main, sys.argv[1:])

@@ -1,0 +1,300 @@
+"""
+A server that speaks the protocol of Redis (RESP2): strings, lists, BLPOP and
+PUBLISH, all in memory.
+
+    python examples/redis_server.py [PORT]
+    redis-cli -p 6379
+    redis-benchmark -p 6379 -P 16 -t ping,set,get,incr,lpush,rpop,lrange
+
+A client may send many commands without waiting for answers; the answers to all
+that has arrived leave in one write.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ServerEndpoint
+from twisted.internet.task import react
+
+from twisted_rtsig.coro import DelimiterNotFound, IncompleteRead, Stream, serve, timeout
+
+MAX_COMMAND = 1 << 24
+# So many bytes of answers are written at once, even if there is more to do.
+MAX_ANSWERS = 1 << 16
+# A subscriber that is behind by so many is disconnected.
+MAX_BEHIND = 1 << 20
+
+OK, NIL, NIL_ARRAY = b"+OK\r\n", b"$-1\r\n", b"*-1\r\n"
+FOR_SUBSCRIBERS = (b"SUBSCRIBE", b"UNSUBSCRIBE", b"PING", b"QUIT")
+
+
+class CommandError(Exception):
+    """What the client is told."""
+
+
+class ProtocolError(Exception):
+    """What the client is told at last: nobody knows where the next command begins."""
+
+
+def number(value: int) -> bytes:
+    return b":%d\r\n" % value
+
+
+def bulk(value: bytes | None) -> bytes:
+    return NIL if value is None else b"$%d\r\n%b\r\n" % (len(value), value)
+
+
+def array(*items: bytes) -> bytes:
+    return b"*%d\r\n%b" % (len(items), b"".join(items))
+
+
+def integer(digits: bytes) -> int:
+    try:
+        return int(digits)
+    except ValueError:
+        raise CommandError("value is not an integer") from None
+
+
+class Database:
+    """What all connections share."""
+
+    def __init__(self) -> None:
+        self.values: dict[bytes, bytes | deque[bytes]] = {}
+        # Who waits in BLPOP, by key: first come, first served.
+        self.waiting: dict[bytes, list[Deferred[bytes]]] = {}
+        self.subscribers: dict[bytes, dict[Connection, None]] = {}
+
+    async def session(self, stream: Stream) -> None:
+        await Connection(self, stream).run()
+
+    def string(self, key: bytes) -> bytes | None:
+        value = self.values.get(key)
+        if isinstance(value, deque):
+            raise CommandError("the value of that key is a list")
+        return value
+
+    def add(self, key: bytes, step: int) -> int:
+        value = integer(self.string(key) or b"0") + step
+        self.values[key] = b"%d" % value
+        return value
+
+    def list(self, key: bytes) -> deque[bytes]:
+        value = self.values.get(key, deque())
+        if isinstance(value, bytes):
+            raise CommandError("the value of that key is a string")
+        return value
+
+    def push(self, key: bytes, values: tuple[bytes, ...], left: bool) -> int:
+        items = self.values[key] = self.list(key)
+        (items.extendleft if left else items.extend)(values)
+        length = len(items)
+        for waiter in list(self.waiting.get(key, ())):
+            # It may wait for several keys, and have got another one.
+            if items and not waiter.called:
+                waiter.callback(array(bulk(key), bulk(items.popleft())))
+        if not items:
+            del self.values[key]
+        return length
+
+    def pop(self, key: bytes, left: bool) -> bytes | None:
+        items = self.list(key)
+        if not items:
+            return None
+        value = items.popleft() if left else items.pop()
+        if not items:
+            del self.values[key]
+        return value
+
+
+class Connection:
+    """A client, and what it has not been answered yet."""
+
+    def __init__(self, database: Database, stream: Stream) -> None:
+        self.database = database
+        self.stream = stream
+        self.answers = bytearray()
+        self.channels: dict[bytes, None] = {}
+        self.behind = 0
+
+    async def run(self) -> None:
+        try:
+            command: list[bytes] = []
+            while command[:1] != [b"QUIT"]:
+                command = await self.read_command()
+                if command:
+                    await self.answer(command)
+        except (ProtocolError, DelimiterNotFound) as error:
+            self.answers += b"-ERR Protocol error: %b\r\n" % str(error).encode()
+        except IncompleteRead:
+            # Whoever has nothing more to say closes the connection.
+            pass
+        finally:
+            self.unsubscribe(*self.channels)
+        await self.flush()
+
+    # What has arrived is executed, one command after the other, and the answers
+    # are collected.  A read that finds what it wants is done when it is called;
+    # if it is not, then it is time to send.
+
+    async def read(self, reading: Deferred[bytes]) -> bytes:
+        if reading.called and len(self.answers) < MAX_ANSWERS:
+            return await reading
+        written = self.flush()
+        data = await reading
+        await written
+        return data
+
+    def flush(self) -> Deferred[None]:
+        answers = bytes(self.answers)
+        self.answers.clear()
+        return self.stream.write(answers)
+
+    async def read_command(self) -> list[bytes]:
+        line = await self.read(self.stream.read_line())
+        if line[:1] != b"*":
+            # As somebody types it.
+            return line.split()
+        command: list[bytes] = []
+        left = MAX_COMMAND
+        try:
+            for _ in range(int(line[1:])):
+                line = await self.read(self.stream.read_line())
+                size = int(line.removeprefix(b"$"))
+                left -= len(line) + size
+                if size < 0 or left < 0:
+                    raise ProtocolError("too long, or less than nothing")
+                command.append(await self.read(self.stream.read_exactly(size)))
+                await self.read(self.stream.read_exactly(2))
+        except ValueError:
+            raise ProtocolError("expected a size") from None
+        return command
+
+    async def answer(self, command: list[bytes]) -> None:
+        command[0] = name = command[0].upper()
+        try:
+            if self.channels and name not in FOR_SUBSCRIBERS:
+                raise CommandError("a subscriber may only SUBSCRIBE and UNSUBSCRIBE")
+            self.answers += await self.execute(command)
+        except CommandError as error:
+            self.answers += b"-ERR %b\r\n" % str(error).encode()
+
+    async def execute(self, command: list[bytes]) -> bytes:
+        database = self.database
+        match command:
+            case [b"PING", *text] if self.channels:
+                return array(bulk(b"pong"), bulk(b"".join(text)))
+            case [b"PING"]:
+                return b"+PONG\r\n"
+            case [b"PING" | b"ECHO", text]:
+                return bulk(text)
+            case [b"SET", key, value]:
+                database.values[key] = value
+                return OK
+            case [b"GET", key]:
+                return bulk(database.string(key))
+            case [b"DEL", _, *_]:
+                gone = [database.values.pop(key, None) for key in command[1:]]
+                return number(len(gone) - gone.count(None))
+            case [b"INCR", key]:
+                return number(database.add(key, 1))
+            case [b"INCRBY", key, step]:
+                return number(database.add(key, integer(step)))
+            case [b"LPUSH" | b"RPUSH" as name, key, _, *_]:
+                values = tuple(command[2:])
+                return number(database.push(key, values, left=name == b"LPUSH"))
+            case [b"LPOP" | b"RPOP" as name, key]:
+                return bulk(database.pop(key, left=name == b"LPOP"))
+            case [b"LLEN", key]:
+                return number(len(database.list(key)))
+            case [b"LRANGE", key, first, last]:
+                items = database.list(key)
+                part = slice(integer(first), integer(last) + 1 or None)
+                start, stop, _ = part.indices(len(items))
+                return array(*map(bulk, islice(items, start, max(start, stop))))
+            case [b"BLPOP", _, *_, seconds]:
+                return await self.blocking_pop(command[1:-1], seconds)
+            case [b"SUBSCRIBE", _, *_]:
+                return b"".join(map(self.subscribe, command[1:]))
+            case [b"UNSUBSCRIBE", *channels]:
+                return self.unsubscribe(*(channels or self.channels or (None,)))
+            case [b"PUBLISH", channel, message]:
+                return number(self.publish(channel, message))
+            case [b"CONFIG" | b"COMMAND", *_]:
+                # The tools ask, and go on without.
+                return array()
+            case [b"INFO", *_]:
+                return bulk(b"# Keyspace\r\ndb0:keys=%d\r\n" % len(database.values))
+            case [b"QUIT"]:
+                return OK
+        raise CommandError("unknown command, or wrong number of arguments")
+
+    async def blocking_pop(self, keys: list[bytes], seconds: bytes) -> bytes:
+        for key in keys:
+            value = self.database.pop(key, left=True)
+            if value is not None:
+                return array(bulk(key), bulk(value))
+        try:
+            limit = timeout(float(seconds)) if float(seconds) else nullcontext()
+        except ValueError:
+            raise CommandError("the time is not a number, or negative") from None
+        # Nobody should wait for this to learn what came before.
+        self.flush()
+        waiter: Deferred[bytes] = Deferred()
+        for key in keys:
+            self.database.waiting.setdefault(key, []).append(waiter)
+        try:
+            with limit:
+                return await waiter
+        except TimeoutError:
+            return NIL_ARRAY
+        finally:
+            for key in keys:
+                self.database.waiting[key].remove(waiter)
+                if not self.database.waiting[key]:
+                    del self.database.waiting[key]
+
+    def subscribe(self, channel: bytes) -> bytes:
+        self.channels[channel] = None
+        self.database.subscribers.setdefault(channel, {})[self] = None
+        return array(bulk(b"subscribe"), bulk(channel), number(len(self.channels)))
+
+    def unsubscribe(self, *channels: bytes | None) -> bytes:
+        answer = b""
+        for channel in channels:
+            if channel in self.channels:
+                del self.channels[channel]
+                del self.database.subscribers[channel][self]
+                if not self.database.subscribers[channel]:
+                    del self.database.subscribers[channel]
+            left = number(len(self.channels))
+            answer += array(bulk(b"unsubscribe"), bulk(channel), left)
+        return answer
+
+    def publish(self, channel: bytes, message: bytes) -> int:
+        data = array(bulk(b"message"), bulk(channel), bulk(message))
+        subscribers = list(self.database.subscribers.get(channel, ()))
+        for each in subscribers:
+            # To wait would let one who does not read hold up all.
+            written = each.stream.write(data)
+            each.behind = 0 if written.called else each.behind + len(data)
+            if each.behind > MAX_BEHIND:
+                each.stream.abort()
+        return len(subscribers)
+
+
+async def main(reactor: Any, port: str = "6379") -> None:
+    endpoint = TCP4ServerEndpoint(reactor, int(port), interface="127.0.0.1")
+    # Whoever waits in BLPOP and goes must not take what comes to nowhere.
+    server = await serve(endpoint, Database().session, cancel_on_loss=True)
+    print("redis-cli -p", server.port.getHost().port, flush=True)
+    await Deferred()
+
+
+if __name__ == "__main__":
+    react(main, sys.argv[1:])

@@ -1,0 +1,202 @@
+"""
+An SMTP server that takes messages from its users, and prints them: with STARTTLS,
+and AUTH PLAIN and LOGIN, which are allowed only after it.
+
+    openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost \\
+        -keyout server.pem -out server.pem
+    python examples/smtp_server.py server.pem [PORT]
+
+The one user is ann, with the password secret.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from base64 import b64decode, b64encode
+from collections.abc import Callable
+from hmac import compare_digest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ServerEndpoint
+from twisted.internet.ssl import PrivateCertificate
+from twisted.internet.task import react
+
+from twisted_rtsig.coro import (
+    DelimiterNotFound,
+    IncompleteRead,
+    Stream,
+    UnreadPlaintext,
+    serve,
+)
+
+MAX_LINE = 1000
+MAX_MESSAGE = 1 << 24
+MAX_RECIPIENTS = 100
+MAX_FAILURES = 3
+PATH = re.compile(r"(FROM|TO):<([^<>\s]*)>( .*)?", re.IGNORECASE)
+
+
+class Message(NamedTuple):
+    """:ivar user: who has sent it, as she has logged in."""
+
+    user: bytes
+    sender: str
+    recipients: list[str]
+    text: bytes
+
+
+class Server:
+    """
+    :param context: for TLS: ``ssl.CertificateOptions``, say.
+    :param passwords: by user.
+    :param deliver: what is called with each message.
+    """
+
+    def __init__(
+        self,
+        context: Any,
+        passwords: dict[bytes, bytes],
+        deliver: Callable[[Message], object],
+    ) -> None:
+        self.context = context
+        self.passwords = passwords
+        self.deliver = deliver
+
+    async def session(self, stream: Stream) -> None:
+        try:
+            await reply(stream, 220, "ready")
+            if await self.talk(stream, secure=False):
+                # It all begins again, and what was said before does not count.
+                await stream.start_tls(self.context)
+                await self.talk(stream, secure=True)
+        except DelimiterNotFound:
+            await reply(stream, 500, "that line is too long")
+        except (IncompleteRead, UnreadPlaintext):
+            # It has gone without a farewell; or somebody has slipped in commands
+            # behind STARTTLS, which would have counted as encrypted.
+            pass
+
+    async def talk(self, stream: Stream, secure: bool) -> bool:
+        """:return: whether to start TLS now; if not, it is the end."""
+        user: bytes | None = None
+        sender: str | None = None
+        recipients: list[str] = []
+        failures = 0
+        while failures < MAX_FAILURES:
+            verb, _, rest = (await read_line(stream)).decode("latin-1").partition(" ")
+            path = PATH.fullmatch(rest)
+            match verb.upper():
+                case "QUIT":
+                    await reply(stream, 221, "goodbye")
+                    return False
+                case "NOOP":
+                    await reply(stream, 250, "done")
+                case "EHLO":
+                    sender, recipients = None, []
+                    offer = "AUTH PLAIN LOGIN" if secure else "STARTTLS"
+                    await reply(stream, 250, "hello", f"SIZE {MAX_MESSAGE}", offer)
+                case "HELO" | "RSET":
+                    sender, recipients = None, []
+                    await reply(stream, 250, "done")
+                case "STARTTLS" if not secure:
+                    await reply(stream, 220, "go ahead")
+                    return True
+                case "AUTH" if secure and user is None:
+                    user = await self.authenticate(stream, *rest.split()[:2])
+                    if user is None:
+                        failures += 1
+                        await reply(stream, 535, "no, that is not right")
+                    else:
+                        await reply(stream, 235, "welcome")
+                case "MAIL" | "RCPT" | "DATA" if user is None:
+                    await reply(stream, 530, "STARTTLS and AUTH come first")
+                case "MAIL" if path and path[1].upper() == "FROM" and sender is None:
+                    sender = path[2]
+                    await reply(stream, 250, "and for whom?")
+                case "RCPT" if path and path[1].upper() == "TO" and sender is not None:
+                    if len(recipients) < MAX_RECIPIENTS:
+                        recipients.append(path[2])
+                        await reply(stream, 250, "for whom else?")
+                    else:
+                        await reply(stream, 452, "that is enough")
+                case "DATA" if recipients:
+                    assert user is not None
+                    assert sender is not None
+                    await reply(stream, 354, "a line with nothing but a dot ends it")
+                    text = await read_text(stream)
+                    if len(text) > MAX_MESSAGE:
+                        await reply(stream, 552, "that is too long")
+                    else:
+                        self.deliver(Message(user, sender, recipients, text))
+                        await reply(stream, 250, "it is delivered")
+                    sender, recipients = None, []
+                case _:
+                    await reply(stream, 503, "not now, or not at all")
+        return False
+
+    async def authenticate(
+        self, stream: Stream, mechanism: str = "", initial: str = ""
+    ) -> bytes | None:
+        """:return: the user, if she is one and knows the password."""
+
+        async def ask(question: bytes) -> bytes:
+            await reply(stream, 334, b64encode(question).decode())
+            return await read_line(stream)
+
+        try:
+            match mechanism.upper():
+                case "PLAIN":
+                    answer = b64decode(initial or await ask(b""), validate=True)
+                    _, user, password = answer.split(b"\0")
+                case "LOGIN":
+                    name = initial or await ask(b"Username:")
+                    user = b64decode(name, validate=True)
+                    password = b64decode(await ask(b"Password:"), validate=True)
+                case _:
+                    return None
+        except ValueError:
+            # No base64; or "*", which is to give up.
+            return None
+        known = self.passwords.get(user)
+        # In the same time, however much of it is right.
+        right = compare_digest(known or b"", password)
+        return user if right and known is not None else None
+
+
+async def read_line(stream: Stream) -> bytes:
+    """Not with read_line: a line that ends with a bare \\n here, and elsewhere does
+    not, can smuggle in a message of its own."""
+    return await stream.read_until(b"\r\n", MAX_LINE)
+
+
+async def read_text(stream: Stream) -> bytes:
+    """A message; of one that is too long, the beginning."""
+    text = bytearray()
+    while (line := await read_line(stream)) != b".":
+        if len(text) <= MAX_MESSAGE:
+            text += line.removeprefix(b".") + b"\r\n"
+    return bytes(text)
+
+
+async def reply(stream: Stream, code: int, *lines: str) -> None:
+    *first, last = lines
+    text = "".join(f"{code}-{each}\r\n" for each in first) + f"{code} {last}\r\n"
+    await stream.write(text.encode())
+
+
+async def main(reactor: Any, pem: str, port: str = "2525") -> None:
+    context = PrivateCertificate.loadPEM(Path(pem).read_bytes()).options()
+    handler = Server(context, {b"ann": b"secret"}, print).session
+    endpoint = TCP4ServerEndpoint(reactor, int(port), interface="127.0.0.1")
+    server = await serve(endpoint, handler, idle_timeout=300, max_connections=1000)
+    # When the reactor is stopped, messages that are under way have some seconds.
+    reactor.addSystemEventTrigger("before", "shutdown", server.stop, 5)
+    print("SMTP on 127.0.0.1", server.port.getHost().port, flush=True)
+    await Deferred()
+
+
+if __name__ == "__main__":
+    react(main, sys.argv[1:])

@@ -1,0 +1,896 @@
+"""The examples, driven by the clients that people use with such servers."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+import signal
+import smtplib
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import pytest
+import redis
+import twisted.internet
+from twisted.internet.endpoints import TCP4ClientEndpoint
+from twisted.internet.ssl import PrivateCertificate
+
+from tests.coro.support import listen, run, spin
+from tests.support import DEADLINE, dispose, make_certificate
+from twisted_rtsig.coro import (
+    CoroutineFactory,
+    IncompleteRead,
+    Server,
+    Stream,
+    in_thread,
+    spawn,
+)
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+# Of pyOpenSSL's, about what Twisted does with certificates.
+pytestmark = pytest.mark.filterwarnings("ignore:Passing pyOpenSSL:DeprecationWarning")
+
+T = TypeVar("T")
+
+
+@pytest.fixture
+def reactor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """
+    One reactor is enough for the examples.  It has threads, for the clients.
+
+    It is the installed one, as in a program: Twisted's TLS asks no other for
+    the time.
+    """
+    made: Any
+    if sys.platform.startswith("linux"):
+        from twisted_rtsig.epollreactor import EdgeEPollReactor
+
+        made = EdgeEPollReactor()
+    else:
+        from twisted.internet.selectreactor import SelectReactor
+
+        made = SelectReactor()
+    monkeypatch.setattr(twisted.internet, "reactor", made, raising=False)
+    monkeypatch.setitem(sys.modules, "twisted.internet.reactor", made)
+    threads = made.getThreadPool()
+    threads.start()
+    yield made
+    threads.stop()
+    dispose(made)
+
+
+def example(name: str) -> Any:
+    """An example, as a module of its own."""
+    path = EXAMPLES / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"examples.{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def serving(reactor: Any, handler: Any, **options: Any) -> int:
+    """The port on which a handler is served."""
+    server: Server = run(reactor, lambda: listen(reactor, handler, **options))
+    port: int = server.port.getHost().port
+    return port
+
+
+def meanwhile(reactor: Any, function: Callable[..., T], *args: Any) -> T:
+    """What a function returns that blocks, while the reactor turns."""
+    result: T = run(reactor, in_thread, function, *args)
+    return result
+
+
+def program(name: str) -> str:
+    """Where a program is."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"there is no {name}: install it (Debian: redis-tools, curl)")
+    return path
+
+
+def output(*command: str) -> str:
+    """What a program prints, if it goes well."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 0, (command, done.stdout, done.stderr)
+    return done.stdout
+
+
+def failures(logged: list[Any]) -> list[Any]:
+    return [each["log_failure"] for each in logged if each.get("log_failure")]
+
+
+class Client:
+    """A client in a thread: lines, there and back."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=DEADLINE)
+        self.file = self.socket.makefile("rb")
+
+    def send(self, text: bytes) -> None:
+        self.socket.sendall(text)
+
+    def line(self) -> bytes:
+        return self.file.readline().removesuffix(b"\r\n")
+
+    def ask(self, text: bytes) -> bytes:
+        self.send(text + b"\r\n")
+        return self.line()
+
+    def close(self) -> None:
+        self.file.close()
+        self.socket.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+# The chat.  It is written with callbacks as well, in docs/coroutines.md, and the
+# tests of that page have the same conversations with it.
+
+
+def converse_in_chat(port: int) -> None:
+    with Client(port) as ann, Client(port) as bob:
+        assert ann.line() == bob.line() == b"What is your name?"
+        assert ann.ask(b"Ann") == b"Hello, Ann!"
+        assert bob.ask(b"Ann") == b"Choose another one."
+        assert bob.ask(b" \x1b ") == b"Choose another one."
+        # In two pieces, and as telnet and netcat end their lines.
+        bob.send(b"B")
+        assert ann.ask(b"/who") == b"* Ann"
+        assert bob.ask(b"ob") == b"Hello, Bob!"
+        assert ann.line() == b"* Bob is here"
+        ann.send(b"hi\nh\xc3\xb6\x1b[2J\r\n\r\n")
+        assert bob.line() == b"<Ann> hi"
+        assert bob.line() == "<Ann> hö[2J".encode()
+        bob.send(b"well, well\r\n")
+        assert ann.line() == b"<Bob> well, well"
+        assert bob.ask(b"/who") == b"* Ann, Bob"
+        assert bob.ask(b"/quit") == b""
+        assert ann.line() == b"* Bob has left"
+        with Client(port) as bob_again:
+            bob_again.send(b"Bob\r\nthis and no mo")
+            assert ann.line() == b"* Bob is here"
+            bob_again.socket.shutdown(socket.SHUT_WR)
+            assert ann.line() == b"* Bob has left"
+        assert ann.ask(b"x" * 2000) == b"That line is too long."
+        assert ann.line() == b""
+
+
+def flood_chat(port: int) -> None:
+    """Until the one who does not read is thrown out."""
+    with Client(port) as ann, Client(port) as bob:
+        assert [bob.line(), bob.ask(b"Bob")][1] == b"Hello, Bob!"
+        assert [ann.line(), ann.ask(b"Ann")][1] == b"Hello, Ann!"
+        lines = (b"x" * 900 + b"\n") * 100
+        for _ in range(1000):
+            ann.send(lines)
+            if ann.ask(b"/who") != b"* Ann, Bob":
+                break
+        else:
+            raise AssertionError("Bob is there still")
+
+
+def time_out_in_chat(port: int) -> None:
+    with Client(port) as ann:
+        assert ann.line() == b"What is your name?"
+        assert ann.line() == b"You have no name."
+        assert ann.line() == b""
+
+
+@pytest.mark.parametrize("conversation", [converse_in_chat, flood_chat])
+def test_chat(
+    reactor: Any, conversation: Callable[[int], None], logged: list[Any]
+) -> None:
+    room = example("chat").Room()
+    meanwhile(reactor, conversation, serving(reactor, room.session))
+    spin(reactor, lambda: not room.members)
+    assert failures(logged) == []
+
+
+def test_chat_without_a_name(reactor: Any, logged: list[Any]) -> None:
+    chat = example("chat")
+    chat.SECONDS_FOR_A_NAME = 0.05
+    meanwhile(reactor, time_out_in_chat, serving(reactor, chat.Room().session))
+    assert failures(logged) == []
+
+
+# SMTP
+
+
+class Mail:
+    """The server, and what it has delivered."""
+
+    def __init__(self, reactor: Any, folder: Path) -> None:
+        self.certificate, key = make_certificate(folder)
+        pem = key.read_bytes() + self.certificate.read_bytes()
+        self.messages: list[Any] = []
+        handler = example("smtp_server").Server(
+            PrivateCertificate.loadPEM(pem).options(),
+            {b"ann": b"secret"},
+            self.messages.append,
+        )
+        self.port = serving(reactor, handler.session)
+
+    def context(self) -> ssl.SSLContext:
+        """A client's, which believes this certificate and no other."""
+        return ssl.create_default_context(cafile=str(self.certificate))
+
+    def connect(self) -> smtplib.SMTP:
+        return smtplib.SMTP("127.0.0.1", self.port, timeout=DEADLINE)
+
+    def connect_encrypted(self) -> smtplib.SMTP:
+        client = self.connect()
+        assert client.starttls(context=self.context())[0] == 220
+        return client
+
+
+@pytest.fixture
+def mail(reactor: Any, tmp_path: Path) -> Mail:
+    return Mail(reactor, tmp_path)
+
+
+TEXT = b"Subject: dots\r\n\r\n.\r\n..two\r\nand bare newlines\n.\nthe end\r\n"
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN"])
+def test_smtp(reactor: Any, mail: Mail, mechanism: str, logged: list[Any]) -> None:
+    def send() -> None:
+        with mail.connect_encrypted() as client:
+            client.user, client.password = "ann", "secret"
+            authobject = getattr(client, f"auth_{mechanism.lower()}")
+            client.ehlo()
+            assert client.auth(mechanism, authobject)[0] == 235
+            for _ in range(2):
+                assert client.mail("ann@here.example")[0] == 250
+                assert client.rcpt("bob@there.example")[0] == 250
+                assert client.rcpt("eve@there.example")[0] == 250
+                # Not with data(), which would mend the bare newlines.
+                assert client.docmd("DATA")[0] == 354
+                client.send(TEXT.replace(b"\r\n.", b"\r\n..") + b".\r\n")
+                assert client.getreply()[0] == 250
+            assert client.noop()[0] == client.rset()[0] == 250
+
+    meanwhile(reactor, send)
+    recipients = ["bob@there.example", "eve@there.example"]
+    assert mail.messages == [(b"ann", "ann@here.example", recipients, TEXT)] * 2
+    assert failures(logged) == []
+
+
+def test_smtp_the_simple_way(reactor: Any, mail: Mail) -> None:
+    def send() -> None:
+        with mail.connect_encrypted() as client:
+            client.login("ann", "secret")
+            client.sendmail("", "bob@there.example", "\n.hello\n")
+
+    meanwhile(reactor, send)
+    assert mail.messages == [(b"ann", "", ["bob@there.example"], b"\r\n.hello\r\n")]
+
+
+def test_smtp_wrong_password(reactor: Any, mail: Mail, logged: list[Any]) -> None:
+    def guess() -> None:
+        with mail.connect_encrypted() as client:
+            client.ehlo()
+            for client.user in ("ann", "nobody"):
+                client.password = "guess"
+                # login() would try both ways.
+                with pytest.raises(smtplib.SMTPAuthenticationError, match="535"):
+                    client.auth("PLAIN", client.auth_plain)
+            assert client.mail("ann@here.example")[0] == 530
+            # The third one, which is not even base64.
+            assert client.docmd("AUTH", "PLAIN !")[0] == 535
+            with pytest.raises(smtplib.SMTPServerDisconnected):
+                client.noop()
+
+    meanwhile(reactor, guess)
+    assert mail.messages == []
+    assert failures(logged) == []
+
+
+def test_smtp_without_tls(reactor: Any, mail: Mail) -> None:
+    def try_it() -> None:
+        with mail.connect() as client:
+            client.ehlo()
+            assert client.has_extn("STARTTLS")
+            assert not client.has_extn("AUTH")
+            assert client.docmd("AUTH", "PLAIN AGFubgBzZWNyZXQ=")[0] == 503
+            assert client.mail("ann@here.example")[0] == 530
+            assert client.docmd("DATA")[0] == 530
+
+    meanwhile(reactor, try_it)
+
+
+def test_smtp_injection(reactor: Any, mail: Mail, logged: list[Any]) -> None:
+    """What comes behind STARTTLS in clear is not taken for encrypted."""
+
+    def inject() -> list[bytes]:
+        with Client(mail.port) as client:
+            assert client.line() == b"220 ready"
+            assert client.ask(b"STARTTLS\r\nNOOP") == b"220 go ahead"
+            return client.file.readlines()
+
+    assert meanwhile(reactor, inject) == []
+    assert failures(logged) == []
+
+
+def test_smtp_line_without_end(reactor: Any, mail: Mail, logged: list[Any]) -> None:
+    def send() -> bytes:
+        with Client(mail.port) as client:
+            client.line()
+            return client.ask(b"x" * 2000)
+
+    assert meanwhile(reactor, send) == b"500 that line is too long"
+    assert failures(logged) == []
+
+
+# SOCKS5
+
+PAGE = bytes(range(256)) * 4096
+
+
+@pytest.fixture
+def page(reactor: Any) -> int:
+    """The port of a web server with one page."""
+
+    async def answer(stream: Stream) -> None:
+        while await stream.read_line():
+            pass
+        await stream.write(b"HTTP/1.0 200 OK\r\n\r\n" + PAGE)
+
+    return serving(reactor, answer)
+
+
+@pytest.fixture
+def socks(reactor: Any) -> int:
+    return serving(reactor, example("socks5_proxy").Proxy(reactor).session)
+
+
+@pytest.mark.parametrize("option", ["--socks5", "--socks5-hostname"])
+def test_curl_through_socks5(
+    reactor: Any, socks: int, page: int, option: str, logged: list[Any]
+) -> None:
+    curl = [program("curl"), "--silent", "--show-error", "--output", "-"]
+    curl += [option, f"127.0.0.1:{socks}", f"http://localhost:{page}/"]
+    done = meanwhile(
+        reactor, lambda: subprocess.run(curl, capture_output=True, timeout=DEADLINE)
+    )
+    assert done.stderr == b""
+    assert done.stdout == PAGE
+    assert failures(logged) == []
+
+
+def test_socks5_to_nowhere(reactor: Any, socks: int, logged: list[Any]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    curl = [program("curl"), "--silent", "--show-error", "--noproxy", ""]
+    curl += ["--socks5", f"127.0.0.1:{socks}", f"http://127.0.0.1:{port}/"]
+    done = meanwhile(
+        reactor, lambda: subprocess.run(curl, capture_output=True, timeout=DEADLINE)
+    )
+    assert done.returncode
+    assert b"(5)" in done.stderr
+    assert failures(logged) == []
+
+
+HELLO = b"\x05\x01\x00"
+WELCOME = b"\x05\x00"
+REFUSED = b"\x00\x01" + bytes(6)
+
+
+@pytest.mark.parametrize(
+    ("sent", "answered"),
+    [
+        (b"\x04\x01\x00", b"\x05\xff"),
+        (b"\x05\x02\x01\x02", b"\x05\xff"),
+        (HELLO + b"\x05\x01\x00\x02", WELCOME + b"\x05\x08" + REFUSED),
+        (HELLO + b"\x05\x02\x00\x01" + bytes(6), WELCOME + b"\x05\x07" + REFUSED),
+        # A name that no resolver takes.
+        (
+            HELLO + b"\x05\x01\x00\x03\x05a..b.\x00\x50",
+            WELCOME + b"\x05\x04" + REFUSED,
+        ),
+        (b"\x05", b""),
+    ],
+)
+def test_socks5_refusals(
+    reactor: Any, socks: int, sent: bytes, answered: bytes, logged: list[Any]
+) -> None:
+    def ask() -> bytes:
+        with Client(socks) as client:
+            client.send(sent)
+            client.socket.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionResetError):
+                return client.file.read()
+            return b""
+
+    assert meanwhile(reactor, ask) == answered
+    assert failures(logged) == []
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_socks5_passes_on_the_end_of_each_direction(
+    reactor: Any, socks: int, host: str, logged: list[Any]
+) -> None:
+    async def reverse(stream: Stream) -> None:
+        received = b""
+        while data := await stream.read():
+            received += data
+        await stream.write(received[::-1])
+
+    if host == "::1":
+        with contextlib.closing(socket.socket(socket.AF_INET6)) as probe:
+            try:
+                probe.bind((host, 0))
+            except OSError:
+                pytest.skip("this machine has no IPv6")
+        factory = CoroutineFactory(reverse, reactor=reactor)
+        port = reactor.listenTCP(0, factory, interface=host).getHost().port
+        address = b"\x04" + socket.inet_pton(socket.AF_INET6, host)
+    else:
+        port = serving(reactor, reverse)
+        address = b"\x01" + socket.inet_aton(host)
+
+    def converse() -> bytes:
+        with Client(socks) as client:
+            client.send(HELLO + b"\x05\x01\x00" + address + port.to_bytes(2, "big"))
+            welcome = WELCOME + b"\x05\x00" + REFUSED
+            assert client.file.read(len(welcome)) == welcome
+            client.send(PAGE)
+            client.socket.shutdown(socket.SHUT_WR)
+            return client.file.read()
+
+    assert meanwhile(reactor, converse) == PAGE[::-1]
+    assert failures(logged) == []
+
+
+def test_socks5_passes_on_a_loss(reactor: Any, socks: int, logged: list[Any]) -> None:
+    async def abort(stream: Stream) -> None:
+        await stream.read_line()
+        await stream.abort()
+
+    port = serving(reactor, abort)
+
+    def converse() -> bytes:
+        with Client(socks) as client:
+            address = socket.inet_aton("127.0.0.1") + port.to_bytes(2, "big")
+            client.send(HELLO + b"\x05\x01\x00\x01" + address)
+            client.file.read(len(WELCOME + b"\x05\x00" + REFUSED))
+            client.send(b"go away\n")
+            return client.file.read()
+
+    with pytest.raises(ConnectionResetError):
+        meanwhile(reactor, converse)
+    assert failures(logged) == []
+
+
+# Redis
+
+
+class Redis:
+    """The server, and its clients."""
+
+    def __init__(self, reactor: Any) -> None:
+        self.database = example("redis_server").Database()
+        self.port = serving(reactor, self.database.session, cancel_on_loss=True)
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[Any]:
+        """One of redis-py."""
+        with redis.Redis(
+            port=self.port, protocol=2, socket_timeout=DEADLINE
+        ) as connected:
+            yield connected
+
+
+@pytest.fixture
+def server(reactor: Any) -> Redis:
+    return Redis(reactor)
+
+
+def test_redis_py(reactor: Any, server: Redis, logged: list[Any]) -> None:
+    def converse() -> None:
+        with server.client() as client:
+            assert client.ping()
+            assert client.echo("hello") == b"hello"
+            assert client.get("key") is None
+            assert client.set("key", b"\r\n\0")
+            assert client.get("key") == b"\r\n\0"
+            assert [client.incr("count"), client.incr("count")] == [1, 2]
+            assert client.rpush("list", "c", "d") == 2
+            assert client.lpush("list", "b", "a") == 4
+            assert client.lrange("list", 0, -1) == [b"a", b"b", b"c", b"d"]
+            assert client.lrange("list", -3, -2) == [b"b", b"c"]
+            assert client.lrange("list", 2, 1) == client.lrange("none", 0, 9) == []
+            assert [client.lpop("list"), client.rpop("list")] == [b"a", b"d"]
+            assert [client.llen("list"), client.llen("none")] == [2, 0]
+            assert client.lpop("none") is None
+            assert client.delete("key", "count", "list", "none") == 3
+            assert client.config_get("save") == {}
+            assert client.info()["db0"]["keys"] == 0
+            client.set("text", "x")
+            client.rpush("list", "x")
+            for wrong in (
+                lambda: client.incr("text"),
+                lambda: client.lpush("text", 1),
+                lambda: client.get("list"),
+                lambda: client.lrange("list", "a", "b"),
+                lambda: client.blpop("none", timeout=-1),
+                lambda: client.execute_command("NONSENSE", "x"),
+                lambda: client.execute_command("GET"),
+            ):
+                with pytest.raises(redis.ResponseError):
+                    wrong()
+
+    meanwhile(reactor, converse)
+    assert failures(logged) == []
+
+
+def test_redis_pipelines(
+    reactor: Any, server: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    write = Stream.write
+
+    def counting(stream: Stream, data: bytes) -> Any:
+        written.append(len(data))
+        return write(stream, data)
+
+    monkeypatch.setattr(Stream, "write", counting)
+
+    def converse() -> None:
+        with server.client() as client:
+            client.ping()
+            written.clear()
+            with client.pipeline(transaction=False) as pipeline:
+                for number in range(20):
+                    pipeline.set(f"key{number}", number)
+                    pipeline.get(f"key{number}")
+                answers = pipeline.execute()
+            assert answers[1::2] == [b"%d" % number for number in range(20)]
+
+    meanwhile(reactor, converse)
+    assert sum(1 for size in written if size) <= 4
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 1000])
+def test_redis_commands_in_pieces(reactor: Any, server: Redis, pieces: int) -> None:
+    text = b"PING\r\n*2\r\n$4\r\nECHO\r\n$3\r\na\r\n\r\n\r\n*0\r\n*1\r\n$4\r\nQUIT\r\n"
+
+    def converse() -> bytes:
+        with Client(server.port) as client:
+            client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for start in range(0, len(text), pieces):
+                client.send(text[start : start + pieces])
+            return client.file.read()
+
+    assert meanwhile(reactor, converse) == b"+PONG\r\n$3\r\na\r\n\r\n+OK\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent", [b"*x\r\n", b"*1\r\n:4\r\n", b"*1\r\n$-4\r\n", b"*1\r\n$99999999\r\n"]
+)
+def test_redis_nonsense(
+    reactor: Any, server: Redis, sent: bytes, logged: list[Any]
+) -> None:
+    def converse() -> bytes:
+        with Client(server.port) as client:
+            client.send(b"PING\r\n" + sent)
+            return client.file.read()
+
+    assert meanwhile(reactor, converse).startswith(b"+PONG\r\n-ERR Protocol error")
+    assert failures(logged) == []
+
+
+def test_redis_blpop(reactor: Any, server: Redis) -> None:
+    database = server.database
+
+    def converse() -> None:
+        with server.client() as one, server.client() as two:
+            two.rpush("b", "there already")
+            assert one.blpop(["a", "b"]) == (b"b", b"there already")
+            assert one.blpop(["a", "b"], timeout=0.05) is None
+            assert not database.waiting
+
+    meanwhile(reactor, converse)
+    assert not database.values
+
+
+def test_redis_blpop_in_order(reactor: Any, server: Redis) -> None:
+    """Who has come first is served first, from whichever key."""
+    waiting = server.database.waiting
+
+    def wait() -> Any:
+        with server.client() as client:
+            return client.blpop(["a", "b"], timeout=DEADLINE)
+
+    results: list[Any] = []
+    for number in (1, 2):
+        spawn(in_thread, wait, reactor=reactor).as_deferred().addCallback(
+            results.append
+        )
+        spin(reactor, lambda: len(waiting.get(b"b", ())) == number)
+
+    def push() -> None:
+        with server.client() as client:
+            assert client.rpush("b", "1", "2", "3") == 3
+            assert client.lrange("b", 0, -1) == [b"3"]
+
+    meanwhile(reactor, push)
+    spin(reactor, lambda: len(results) == 2)
+    assert sorted(results) == [(b"b", b"1"), (b"b", b"2")]
+    assert not waiting
+
+
+def test_redis_blpop_of_one_who_has_gone(
+    reactor: Any, server: Redis, logged: list[Any]
+) -> None:
+    waiting = server.database.waiting
+    gone = Client(server.port)
+    gone.send(b"PING\r\nBLPOP a 0\r\n")
+    spin(reactor, lambda: waiting)
+    # What came before was answered, though this is not.
+    assert gone.line() == b"+PONG"
+    gone.close()
+    spin(reactor, lambda: not waiting)
+
+    def push() -> None:
+        with server.client() as client:
+            client.rpush("a", "precious")
+            assert client.lpop("a") == b"precious"
+
+    meanwhile(reactor, push)
+    assert failures(logged) == []
+
+
+def test_redis_publish(reactor: Any, server: Redis, logged: list[Any]) -> None:
+    def converse() -> None:
+        with server.client() as client, client.pubsub() as subscriber:
+            assert client.publish("news", "nobody hears") == 0
+            subscriber.subscribe("news", "sport")
+            answers = [subscriber.get_message(timeout=DEADLINE) for _ in range(2)]
+            assert [each["type"] for each in answers] == ["subscribe"] * 2
+            assert [each["data"] for each in answers] == [1, 2]
+            assert client.publish("news", "all hear") == 1
+            message = subscriber.get_message(timeout=DEADLINE)
+            assert message == {
+                "type": "message",
+                "pattern": None,
+                "channel": b"news",
+                "data": b"all hear",
+            }
+            subscriber.ping()
+            assert subscriber.get_message(timeout=DEADLINE)["type"] == "pong"
+            subscriber.unsubscribe("news")
+            assert subscriber.get_message(timeout=DEADLINE)["data"] == 1
+            assert client.publish("news", "nobody hears") == 0
+            subscriber.unsubscribe()
+            assert subscriber.get_message(timeout=DEADLINE)["data"] == 0
+        with Client(server.port) as plain:
+            assert plain.ask(b"UNSUBSCRIBE") == b"*3"
+            assert [plain.line() for _ in range(4)] == [
+                b"$11",
+                b"unsubscribe",
+                b"$-1",
+                b":0",
+            ]
+            plain.send(b"SUBSCRIBE news\r\n")
+            assert [plain.line() for _ in range(6)][-1] == b":1"
+            assert plain.ask(b"GET key").startswith(b"-ERR a subscriber")
+
+    meanwhile(reactor, converse)
+    spin(reactor, lambda: not server.database.subscribers)
+    assert failures(logged) == []
+
+
+def test_redis_subscriber_who_does_not_read(reactor: Any, server: Redis) -> None:
+    def converse() -> None:
+        with server.client() as client, Client(server.port) as deaf:
+            deaf.send(b"SUBSCRIBE news\r\n")
+            assert deaf.line() == b"*3"
+            for _ in range(1000):
+                if not client.publish("news", bytes(100_000)):
+                    return
+        raise AssertionError("it is subscribed still")
+
+    meanwhile(reactor, converse)
+
+
+def test_redis_cli(reactor: Any, server: Redis) -> None:
+    cli = [program("redis-cli"), "-p", str(server.port)]
+
+    def converse() -> None:
+        assert output(*cli, "set", "key", "some value") == "OK\n"
+        assert output(*cli, "get", "key") == "some value\n"
+        assert output(*cli, "rpush", "list", "1", "2") == "2\n"
+        assert output(*cli, "lrange", "list", "0", "-1") == "1\n2\n"
+        assert "unknown command" in output(*cli, "nonsense")
+        typed = subprocess.run(
+            cli,
+            input="incr count\nincr count\nquit\n",
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+        assert typed.stdout == "1\n2\n"
+
+    meanwhile(reactor, converse)
+
+
+def test_redis_benchmark(reactor: Any, server: Redis, logged: list[Any]) -> None:
+    tests = "ping,set,get,incr,lpush,rpush,lpop,rpop,lrange_100"
+    command = [program("redis-benchmark"), "-p", str(server.port), "-t", tests]
+    command += ["-n", "200", "-c", "5", "-P", "8", "--csv"]
+    printed = meanwhile(reactor, output, *command)
+    for name in ("PING_INLINE", "PING_MBULK", "LRANGE_100", "INCR"):
+        assert f'"{name}' in printed
+    assert failures(logged) == []
+
+
+# HTTP through a proxy
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+
+ANSWERS: dict[str, bytes] = {
+    "length": OK + b"Content-Length: 5\r\n\r\nhello",
+    "until-the-end": OK + b"\r\nhello",
+    "chunks": CHUNKED + b"3\r\nhel\r\n2;x=y\r\nlo\r\n0\r\nTrailer: x\r\n\r\n",
+    "hints": b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+    + OK
+    + b"Content-Length: 5\r\n\r\nhello",
+    "nothing": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "not-found": b"HTTP/1.0 404\r\nContent-Length: 0\r\n\r\n",
+    "no-http": b"220 ready\r\n",
+    "bad-length": OK + b"Content-Length: +5\r\n\r\nhello",
+    "bad-chunk": CHUNKED + b"2\r\nhello\r\n",
+    "bad-chunk-size": CHUNKED + b"-1\r\n",
+    "huge-chunk": CHUNKED + b"ffffffff\r\n",
+    "headers": OK + b"X: y\r\n" * 200,
+    "short": OK + b"Content-Length: 5\r\n\r\nhel",
+    "short-chunk": CHUNKED + b"5\r\nhel",
+    "silence": b"",
+    "silence-in-the-middle": OK + b"Content-Length: 5\r\n\r\nhel",
+}
+
+
+async def proxy(stream: Stream) -> None:
+    """Answers what it is asked for by name, whatever the host."""
+    method, url, version = (await stream.read_line()).decode().split()
+    assert (method, version) == ("GET", "HTTP/1.1")
+    scheme, _, host, name = url.split("/")
+    assert scheme == "http:"
+    headers = set()
+    while line := await stream.read_line():
+        headers.add(line)
+    assert f"Host: {host}".encode() in headers
+    await stream.write(ANSWERS[name])
+    if name.startswith("silence"):
+        # Until the client goes.
+        await stream.read()
+
+
+def fetch(reactor: Any, name: str, seconds: float = DEADLINE) -> Any:
+    endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", serving(reactor, proxy))
+    http_fetch = example("http_fetch")
+    try:
+        return run(
+            reactor, http_fetch.fetch, endpoint, f"http://site.test/{name}", seconds
+        )
+    except http_fetch.BadResponse as error:
+        return error
+
+
+@pytest.mark.parametrize("name", ["length", "until-the-end", "chunks", "hints"])
+def test_http_fetch(reactor: Any, name: str, logged: list[Any]) -> None:
+    assert fetch(reactor, name)[::2] == (200, b"hello")
+    assert failures(logged) == []
+
+
+def test_http_fetch_without_a_body(reactor: Any) -> None:
+    assert fetch(reactor, "nothing") == (204, {}, b"")
+    assert fetch(reactor, "not-found") == (404, {"content-length": "0"}, b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("no-http", "no status"),
+        ("bad-length", "not a size"),
+        ("bad-chunk", "longer than it says"),
+        ("bad-chunk-size", "not a size"),
+        ("huge-chunk", "a body of more"),
+        ("headers", "more than 100 headers"),
+    ],
+)
+def test_http_fetch_of_nonsense(reactor: Any, name: str, why: str) -> None:
+    assert why in str(fetch(reactor, name))
+
+
+def test_http_fetch_of_what_ends_too_early(reactor: Any) -> None:
+    for name in ("short", "short-chunk"):
+        with pytest.raises(IncompleteRead) as caught:
+            fetch(reactor, name)
+        assert caught.value.partial == b"hel"
+
+
+@pytest.mark.parametrize("name", ["silence", "silence-in-the-middle"])
+def test_http_fetch_times_out(reactor: Any, name: str, logged: list[Any]) -> None:
+    with pytest.raises(TimeoutError):
+        fetch(reactor, name, seconds=0.1)
+    assert failures(logged) == []
+
+
+def test_http_fetch_sends_no_line_of_its_own(reactor: Any) -> None:
+    for url in ("http://site.test/\r\nX: y", "http://site.test/ x", "/page"):
+        with pytest.raises(ValueError, match="not a URL"):
+            run(reactor, example("http_fetch").fetch, None, url)
+
+
+# As programs
+
+
+def test_the_servers_are_programs(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path)
+    pem = tmp_path / "both.pem"
+    pem.write_bytes(key.read_bytes() + certificate.read_bytes())
+    # All at once, for they take their time to start.
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments, "0"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name, *arguments in (
+            ("chat",),
+            ("redis_server",),
+            ("smtp_server", str(pem)),
+            ("socks5_proxy",),
+        )
+    ]
+    try:
+        for each, (sent, answered) in zip(
+            running,
+            (
+                (b"", b"What is your name?"),
+                (b"PING\r\n", b"+PONG"),
+                (b"", b"220 ready"),
+                (b"\x05\x01\x02", b"\x05\xff"),
+            ),
+            strict=True,
+        ):
+            assert each.stdout is not None
+            port = int(each.stdout.readline().split()[-1])
+            with Client(port) as client:
+                client.send(sent)
+                assert client.line() == answered
+    finally:
+        for each in running:
+            each.send_signal(signal.SIGINT)
+        for each in running:
+            each.communicate(timeout=DEADLINE)
+
+
+def test_http_fetch_is_a_program(reactor: Any) -> None:
+    program = [sys.executable, str(EXAMPLES / "http_fetch.py")]
+    program += [f"127.0.0.1:{serving(reactor, proxy)}"]
+    assert meanwhile(reactor, output, *program, "http://site.test/chunks") == "hello"
+    silent = [*program, "http://site.test/silence", "0.1"]
+    done = meanwhile(
+        reactor,
+        lambda: subprocess.run(silent, capture_output=True, timeout=DEADLINE),
+    )
+    assert done.returncode == 1
+    assert b"TimeoutError" in done.stderr
