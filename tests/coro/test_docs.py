@@ -1,0 +1,222 @@
+"""
+Every example of docs/coroutines.md runs, and says what the page says.
+
+What a block of code is, is seen from what is around it:
+
+- After a comment with the name of a file it is a quotation, of as many whole lines
+  of that file, which has tests of its own.
+- Any other block of Python runs: the blocks of one section (of the second level)
+  one after the other in one namespace, and in a task, so that they may await.
+- A block of text with C: and S: is a conversation.  It is had with each function
+  that takes a stream and was defined in the section since the last conversation:
+  the client says what is behind C:, and closes its side after the last of it; the
+  server says what is behind S:, and nothing else, and closes.
+- Any other block of text is what was printed since the last such block.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import inspect
+import io
+import re
+import socket
+import textwrap
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from twisted.internet.process import reapAllProcesses
+from twisted.internet.task import LoopingCall
+
+from tests.coro.support import run
+from tests.coro.test_examples import (
+    Client,
+    converse_in_chat,
+    failures,
+    flood_chat,
+    meanwhile,
+    serving,
+    time_out_in_chat,
+)
+from tests.coro.test_examples import reactor as reactor
+from twisted_rtsig import coro
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "coroutines.md"
+# What protocols, transports and watchdogs call.
+NOT_FOR_HANDLERS = [
+    *("feed", "feed_eof", "finish_output", "lose", "lose_output", "secure"),
+    *("pauseProducing", "resumeProducing", "stopProducing"),
+    "unfinished_read",
+]
+CHAT = "The chat, with coroutines and with callbacks"
+
+
+class Block(NamedTuple):
+    """
+    :ivar quoted: the file that it is a part of.
+    :ivar line: where it begins in the page.
+    """
+
+    section: str
+    quoted: str | None
+    language: str
+    code: str
+    line: int
+
+
+BLOCK = re.compile(
+    r"(?:^<!-- (?P<quoted>\S+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def _blocks() -> list[Block]:
+    text = PAGE.read_text()
+    headings = [
+        (each.start(), each[1]) for each in re.finditer(r"^##? (.*)$", text, re.M)
+    ]
+    blocks = []
+    for each in BLOCK.finditer(text):
+        section = [title for start, title in headings if start < each.start()][-1]
+        line = text.count("\n", 0, each.start("code"))
+        blocks.append(
+            Block(section, each["quoted"], each["language"], each["code"], line)
+        )
+    return blocks
+
+
+BLOCKS = _blocks()
+SECTIONS = list(dict.fromkeys(each.section for each in BLOCKS))
+
+
+class Section:
+    """Runs the blocks of a section, one after the other."""
+
+    def __init__(self, reactor: Any, title: str) -> None:
+        self.reactor = reactor
+        self.blocks = [each for each in BLOCKS if each.section == title]
+        self.namespace: dict[str, Any] = {
+            "__name__": "page",
+            "__builtins__": builtins,
+        }
+        self.printed = io.StringIO()
+        self.handlers: list[Any] = []
+
+    def run(self) -> None:
+        for block in self.blocks:
+            if block.quoted is not None:
+                continue
+            if block.language == "python":
+                self.run_code(block)
+            elif re.match("[CS]: ", block.code):
+                assert self.handlers, "there is nobody to converse with"
+                for handler in self.handlers:
+                    self.converse(handler, block.code)
+                self.handlers.clear()
+            else:
+                assert self.printed.getvalue() == block.code
+                self.printed.seek(0)
+                self.printed.truncate()
+        assert self.printed.getvalue() == "", "the page does not say what is printed"
+
+    def run_code(self, block: Block) -> None:
+        before = dict(self.namespace)
+        compiled = compile(
+            # So that the lines in tracebacks are those of the page.
+            "\n" * block.line + block.code,
+            str(PAGE),
+            "exec",
+            ast.PyCF_ALLOW_TOP_LEVEL_AWAIT,
+            dont_inherit=True,
+        )
+
+        async def module() -> None:
+            result = types.FunctionType(compiled, self.namespace)()
+            if inspect.iscoroutine(result):
+                await result
+
+        with contextlib.redirect_stdout(self.printed):
+            run(self.reactor, module)
+        self.handlers += [
+            value
+            for name, value in self.namespace.items()
+            if inspect.isfunction(value)
+            and value is not before.get(name)
+            and value.__module__ == "page"
+            and list(inspect.signature(value).parameters) == ["stream"]
+        ]
+
+    def converse(self, handler: Any, conversation: str) -> None:
+        port = serving(self.reactor, handler)
+        turns = [line.split(": ", 1) for line in conversation.splitlines()]
+
+        def client() -> list[str]:
+            said = []
+            with Client(port) as connection:
+                for number, (who, text) in enumerate(turns):
+                    if all(who == "S" for who, _ in turns[number:]):
+                        connection.socket.shutdown(socket.SHUT_WR)
+                        break
+                    if who == "C":
+                        connection.send(f"{text}\r\n".encode())
+                    else:
+                        said.append(connection.line().decode().rstrip("\n"))
+                return said + connection.file.read().decode().splitlines()
+
+        expected = [text for who, text in turns if who == "S"]
+        assert meanwhile(self.reactor, client) == expected
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_the_page_is_right(reactor: Any, title: str, logged: list[Any]) -> None:
+    # A reactor that is only iterated is not told that a child has ended.
+    LoopingCall(reapAllProcesses).start(0.01)
+    Section(reactor, title).run()
+    assert failures(logged) == []
+
+
+@pytest.mark.parametrize(
+    "block",
+    [each for each in BLOCKS if each.quoted is not None],
+    ids=lambda each: f"{each.quoted}, line {each.line}",
+)
+def test_quotations(block: Block) -> None:
+    assert block.quoted is not None
+    assert f"\n{block.code}" in "\n" + (ROOT / block.quoted).read_text()
+    # Not the end of one thing and the beginning of another.
+    assert not textwrap.dedent(block.code).startswith(" ")
+
+
+@pytest.mark.parametrize(
+    "conversation", [converse_in_chat, flood_chat, time_out_in_chat]
+)
+def test_the_chat_with_callbacks(
+    reactor: Any, conversation: Callable[[int], None], logged: list[Any]
+) -> None:
+    section = Section(reactor, CHAT)
+    section.run()
+    if conversation is time_out_in_chat:
+        section.namespace["SECONDS_FOR_A_NAME"] = 0.05
+    factory = section.namespace["ChatFactory"]()
+    port = reactor.listenTCP(0, factory, interface="127.0.0.1").getHost().port
+    meanwhile(reactor, conversation, port)
+    assert failures(logged) == []
+
+
+def test_the_page_names_what_there_is() -> None:
+    text = PAGE.read_text()
+    for name, value in vars(coro.Stream).items():
+        documented = inspect.isfunction(value) or isinstance(value, property)
+        if documented and not name.startswith("_") and name not in NOT_FOR_HANDLERS:
+            assert re.search(rf"\b{name}\b", text), name
+    options = inspect.signature(coro.CoroutineFactory.__init__).parameters
+    for option in {*options} - {"self", "handler"}:
+        assert f"| `{option}` |" in text, option
+    for name in coro.__all__:
+        assert re.search(rf"\b{name}\b", text), name
