@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -12,7 +13,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ClientEndpoint, TCP4ServerEndpoint
 
 from tests.support import DEADLINE
-from twisted_rtsig.coro import Server, Stream, connect, serve, spawn
+from twisted_rtsig.coro import Server, Stream, Task, connect, serve, spawn
 
 
 def run(reactor: Any, function: Callable[..., Any], *args: Any) -> Any:
@@ -30,6 +31,31 @@ def spin(reactor: Any, until: Callable[[], Any]) -> None:
         # iterate() would sleep through what is due earlier.
         due = reactor.timeout()
         reactor.iterate(0.01 if due is None else min(0.01, due))
+
+
+def run_for_real(reactor: Any, function: Callable[..., Any]) -> Any:
+    """As C{run}, with C{reactor.run}, for what needs threads or signals."""
+    tasks: list[Task[Any]] = []
+
+    def start() -> None:
+        tasks.append(spawn(function, reactor=reactor))
+        tasks[0].as_deferred().addBoth(lambda _: reactor.stop())
+
+    reactor.callWhenRunning(start)
+    deadline = reactor.callLater(DEADLINE, reactor.stop)
+    # It handles the signals that pytest would handle, and keeps them.
+    handlers = {each: signal.getsignal(each) for each in _HANDLED}
+    try:
+        reactor.run()
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    assert deadline.active(), "it did not happen"
+    deadline.cancel()
+    return tasks[0].result()
+
+
+_HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
 async def listen(reactor: Any, handler: Any, **options: Any) -> Server:

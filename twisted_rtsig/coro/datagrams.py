@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.error import MessageLengthError
 from twisted.internet.protocol import DatagramProtocol
 
 from twisted_rtsig.coro.errors import BusyResourceError, StreamError
@@ -75,14 +76,15 @@ class DatagramSocket:
 
         :param address: ``(host, port)``, with the host's number, not its name;
             None after ``transport.connect``.
-        :raises OSError: if it is too large, say.
+        :raises MessageLengthError: if it is too large.
+        :raises OSError: if the network says no.
         :raises StreamError: after ``close``.
         """
         if self._closed is not None:
             return failed(StreamError("nothing can be sent after close()"), True)
         try:
             self.transport.write(data, address)
-        except OSError as error:
+        except (OSError, MessageLengthError) as error:
             return failed(error, quietly=True)
         finished: Finished[None] = Finished()
         return finished

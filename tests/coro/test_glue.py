@@ -1,0 +1,259 @@
+"""Threads, datagrams and child processes, from tasks."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import signal
+import socket
+import threading
+from typing import Any
+
+import pytest
+from twisted.internet.endpoints import ProcessEndpoint
+from twisted.internet.error import CannotListenError, ConnectionLost, MessageLengthError
+
+from tests.coro.support import run, run_for_real
+from twisted_rtsig.coro import (
+    BusyResourceError,
+    IncompleteRead,
+    StreamError,
+    connect,
+    from_thread,
+    in_thread,
+    open_datagrams,
+    open_process,
+    sleep,
+    spawn,
+    timeout,
+)
+
+# Threads
+
+
+def test_in_a_thread_and_back(reactor: Any) -> None:
+    variable = contextvars.ContextVar("variable", default="none")
+
+    async def doubled(number: int) -> tuple[int, int]:
+        await sleep(0)
+        return number * 2, threading.get_ident()
+
+    def blocking(number: int) -> tuple[int, int, int, str]:
+        twice, home = from_thread(doubled, number)
+        return twice, home, threading.get_ident(), variable.get()
+
+    async def main() -> Any:
+        variable.set("of the task")
+        return await in_thread(blocking, 21)
+
+    twice, home, away, value = run_for_real(reactor, main)
+    assert (twice, home, value) == (42, threading.get_ident(), "of the task")
+    assert away != home
+
+
+def test_an_error_in_a_thread(reactor: Any) -> None:
+    async def fails() -> None:
+        raise KeyError("why")
+
+    async def main() -> None:
+        with pytest.raises(KeyError, match="why"):
+            await in_thread(from_thread, fails)
+
+    run_for_real(reactor, main)
+
+
+def test_from_another_thread() -> None:
+    with pytest.raises(RuntimeError, match="only in a function that in_thread"):
+        from_thread(sleep, 0)
+
+
+# Datagrams
+
+
+def test_datagrams(reactor: Any) -> None:
+    async def main() -> None:
+        async with (
+            open_datagrams(interface="127.0.0.1") as server,
+            open_datagrams(interface="127.0.0.1") as client,
+        ):
+
+            async def echo() -> None:
+                async for data, address in server:
+                    await server.send_to(data.upper(), address)
+
+            task = spawn(echo)
+            to = ("127.0.0.1", server.host.port)
+            for word in (b"one", b"two"):
+                await client.send_to(word, to)
+                data, address = await client.receive_from()
+                assert (data, address) == (word.upper(), to)
+            task.cancel()
+
+    run(reactor, main)
+
+
+def test_datagrams_that_wait(reactor: Any) -> None:
+    """A few wait here, some more in the kernel, and none for ever."""
+
+    async def main() -> None:
+        async with open_datagrams(interface="127.0.0.1") as receiver:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                sender.connect(("127.0.0.1", receiver.host.port))
+                for number in range(200):
+                    sender.send(b"%d" % number)
+            await sleep(0.05)
+            for number in range(200):
+                data, _ = await receiver.receive_from()
+                assert int(data) == number
+            reading = receiver.receive_from()
+            with pytest.raises(BusyResourceError):
+                receiver.receive_from()
+            with pytest.raises(TimeoutError), timeout(0.01):
+                await reading
+
+    run(reactor, main)
+
+
+def test_datagrams_that_cannot_be(reactor: Any) -> None:
+    async def main() -> None:
+        async with open_datagrams(interface="127.0.0.1") as used:
+            port = used.host.port
+            with pytest.raises(MessageLengthError):
+                await used.send_to(bytes(70_000), ("127.0.0.1", port))
+            waiting = spawn(used.receive_from)
+            await sleep(0)
+        with pytest.raises(StreamError, match="after close"):
+            await waiting
+        with pytest.raises(StreamError, match="after close"):
+            await used.send_to(b"x", ("127.0.0.1", port))
+        with pytest.raises(StreamError, match="after close"):
+            await used.receive_from()
+        async with open_datagrams(interface="127.0.0.1") as client:
+            client.transport.connect("127.0.0.1", port)
+            client.send_to(b"is anybody there?")
+            # Twisted's epoll reactor takes that for the end of the port.
+            refused = (ConnectionRefusedError, StreamError)
+            with pytest.raises(refused, match=r"nobody receives|after close"):
+                await client.receive_from()
+
+    run(reactor, main)
+
+
+# Twisted leaves the socket that it could not bind to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_port_that_is_taken(reactor: Any) -> None:
+    async def main() -> None:
+        async with open_datagrams(interface="127.0.0.1") as used:
+            with pytest.raises(CannotListenError):
+                open_datagrams(used.host.port, "127.0.0.1")
+            gc.collect()
+
+    run(reactor, main)
+
+
+# Processes
+
+
+def test_a_filter(reactor: Any) -> None:
+    async def main() -> Any:
+        async with open_process(["sort", "-n"]) as sort:
+            await sort.stream.write(b"3\n1\n2\n")
+            await sort.stream.write_eof()
+            lines = [line async for line in sort.stream.lines()]
+            return lines, await sort.wait(), await sort.wait()
+
+    assert run_for_real(reactor, main) == ([b"1", b"2", b"3"], 0, 0)
+
+
+def test_how_it_ends(reactor: Any) -> None:
+    async def main() -> Any:
+        script = "echo $WORD >&2; pwd; exit 3"
+        process = open_process(["sh", "-c", script], env={"WORD": "hello"}, cwd="/")
+        async with process:
+            errors = await process.errors.read_line()
+            output = await process.stream.read_line()
+            status = await process.wait()
+        assert process.pid is None
+        with pytest.raises(ProcessLookupError, match="has ended already"):
+            process.send_signal("TERM")
+        return errors, output, status
+
+    assert run_for_real(reactor, main) == (b"hello", b"/", 3)
+
+
+def test_signals(reactor: Any) -> None:
+    async def main() -> None:
+        async with open_process(["sh", "-c", "echo; exec sleep 60"]) as process:
+            # Before it runs the program, it still has the handlers of this one.
+            await process.stream.read_line()
+            process.send_signal("TERM")
+            assert await process.wait() == -signal.SIGTERM
+        with pytest.raises(TimeoutError), timeout(0.01):
+            async with open_process(["sleep", "60"]) as process:
+                await process.wait()
+        assert await process.wait() == -signal.SIGKILL
+
+    run_for_real(reactor, main)
+
+
+def test_no_such_program(reactor: Any) -> None:
+    with pytest.raises(FileNotFoundError, match="no such program in PATH"):
+        open_process(["no-such-program-anywhere"], reactor=reactor)
+
+
+def test_a_child_that_does_not_read(reactor: Any) -> None:
+    async def main() -> None:
+        async with open_process(["sleep", "60"]) as process:
+
+            async def write_without_end() -> None:
+                while True:
+                    await process.stream.write(bytes(10_000))
+
+            with pytest.raises(TimeoutError), timeout(0.1):
+                await write_without_end()
+            process.send_signal("KILL")
+
+    run_for_real(reactor, main)
+
+
+def test_a_child_that_closes_its_input(reactor: Any) -> None:
+    async def main() -> None:
+        async with open_process(["sh", "-c", "exec <&-; echo; exec sleep 60"]) as child:
+            await child.stream.read_line()
+
+            async def write_without_end() -> None:
+                while True:
+                    await child.stream.write(bytes(10_000))
+
+            with pytest.raises(ConnectionLost, match="closed what is written to"):
+                await write_without_end()
+            child.send_signal("KILL")
+
+    run_for_real(reactor, main)
+
+
+def test_a_child_that_says_too_much(reactor: Any) -> None:
+    async def main() -> int:
+        async with open_process(["sh", "-c", "yes | head -c 10000000"]) as child:
+            await sleep(0.1)
+            assert len(await child.stream.peek(1 << 30)) < 1 << 20
+            size = 0
+            while data := await child.stream.read():
+                size += len(data)
+        return size
+
+    assert run_for_real(reactor, main) == 10_000_000
+
+
+def test_a_process_endpoint(reactor: Any) -> None:
+    async def main() -> bytes:
+        endpoint = ProcessEndpoint(reactor, "/bin/cat", ["cat"])
+        async with await connect(endpoint) as stream:
+            await stream.write(b"through\nand thr")
+            line = await stream.read_line()
+            await stream.close()
+            with pytest.raises(IncompleteRead):
+                await stream.read_line()
+        return line
+
+    assert run_for_real(reactor, main) == b"through"
