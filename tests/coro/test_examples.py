@@ -358,28 +358,39 @@ def socks(reactor: Any) -> int:
     return serving(reactor, example("socks5_proxy").Proxy(reactor).session)
 
 
+def fetch_by_curl(reactor: Any, *arguments: str) -> Any:
+    # Whatever the environment says about proxies.
+    command = [program("curl"), "--silent", "--show-error", "--noproxy", "", *arguments]
+    return meanwhile(
+        reactor, lambda: subprocess.run(command, capture_output=True, timeout=DEADLINE)
+    )
+
+
 @pytest.mark.parametrize("option", ["--socks5", "--socks5-hostname"])
 def test_curl_through_socks5(
-    reactor: Any, socks: int, page: int, option: str, logged: list[Any]
+    reactor: Any, page: int, option: str, logged: list[Any]
 ) -> None:
-    curl = [program("curl"), "--silent", "--show-error", "--output", "-"]
-    curl += [option, f"127.0.0.1:{socks}", f"http://localhost:{page}/"]
-    done = meanwhile(
-        reactor, lambda: subprocess.run(curl, capture_output=True, timeout=DEADLINE)
-    )
+    socks5_proxy = example("socks5_proxy")
+    asked: list[str] = []
+
+    class Proxy(socks5_proxy.Proxy):  # type: ignore[misc, name-defined]
+        async def connect(self, host: str, port: int) -> Any:
+            asked.append(host)
+            return await super().connect(host, port)
+
+    proxy = f"127.0.0.1:{serving(reactor, Proxy(reactor).session)}"
+    done = fetch_by_curl(reactor, "-4", option, proxy, f"http://localhost:{page}/")
     assert done.stderr == b""
     assert done.stdout == PAGE
+    assert asked == ["localhost" if option == "--socks5-hostname" else "127.0.0.1"]
     assert failures(logged) == []
 
 
 def test_socks5_to_nowhere(reactor: Any, socks: int, logged: list[Any]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    curl = [program("curl"), "--silent", "--show-error", "--noproxy", ""]
-    curl += ["--socks5", f"127.0.0.1:{socks}", f"http://127.0.0.1:{port}/"]
-    done = meanwhile(
-        reactor, lambda: subprocess.run(curl, capture_output=True, timeout=DEADLINE)
-    )
+    proxy = f"127.0.0.1:{socks}"
+    done = fetch_by_curl(reactor, "--socks5", proxy, f"http://127.0.0.1:{port}/")
     assert done.returncode
     assert b"(5)" in done.stderr
     assert failures(logged) == []
