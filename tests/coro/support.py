@@ -43,11 +43,13 @@ def run_for_real(reactor: Any, function: Callable[..., Any]) -> Any:
 
     reactor.callWhenRunning(start)
     deadline = reactor.callLater(DEADLINE, reactor.stop)
-    # It handles the signals that pytest would handle, and keeps them.
+    # It handles the signals that pytest would handle, and keeps them; asyncio's
+    # even to a descriptor that is about to be closed.
     handlers = {each: signal.getsignal(each) for each in _HANDLED}
     try:
         reactor.run()
     finally:
+        signal.set_wakeup_fd(-1)
         for each, handler in handlers.items():
             signal.signal(each, handler)
     assert deadline.active(), "it did not happen"
@@ -55,7 +57,7 @@ def run_for_real(reactor: Any, function: Callable[..., Any]) -> Any:
     return tasks[0].result()
 
 
-_HANDLED = (signal.SIGINT, signal.SIGTERM)
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 
 
 async def listen(reactor: Any, handler: Any, **options: Any) -> Server:
