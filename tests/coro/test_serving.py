@@ -31,6 +31,7 @@ from twisted_rtsig.coro import (
     Server,
     Stream,
     StreamError,
+    TaskGroup,
     UnreadPlaintext,
     connect,
     serve,
@@ -101,6 +102,20 @@ def test_a_handler_that_raises(reactor: Any, logged: Logged) -> None:
     assert "in _until_told" in event["log_failure"].getTraceback()
 
 
+def test_each_error_of_a_group_is_logged(reactor: Any, logged: Logged) -> None:
+    async def main() -> None:
+        server = await listen(reactor, _in_a_group)
+        async with await call(reactor, server) as stream:
+            await stream.write(b"raise\n")
+            with pytest.raises(ConnectionClosed):
+                await stream.read()
+        await server.stop()
+
+    run(reactor, main)
+    [error] = failures(logged)
+    assert isinstance(error, KeyError)
+
+
 def test_a_generator_that_raises(reactor: Any, logged: Logged) -> None:
     def handler(stream: Stream) -> Generator[Any, Any, None]:
         yield stream.read_line()
@@ -119,9 +134,17 @@ def test_a_generator_that_raises(reactor: Any, logged: Logged) -> None:
     assert isinstance(error, KeyError)
 
 
-def test_a_peer_that_goes_is_no_failure(reactor: Any, logged: Logged) -> None:
+async def _in_a_group(stream: Stream) -> None:
+    async with TaskGroup() as group:
+        group.spawn(_until_told, stream)
+
+
+@pytest.mark.parametrize("handler", [_until_told, _in_a_group])
+def test_a_peer_that_goes_is_no_failure(
+    reactor: Any, logged: Logged, handler: Any
+) -> None:
     async def main() -> None:
-        server = await listen(reactor, _until_told, name="Frederick")
+        server = await listen(reactor, handler, name="Frederick")
         stream = await call(reactor, server)
         await stream.write(b"half a l")
         await stream.close()

@@ -25,6 +25,7 @@ from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.tasks import Task, scheduler_for, spawn, timeout
+from twisted_rtsig.coro.tracebacks import causes, log_failure
 
 _log = Logger()
 
@@ -143,26 +144,25 @@ class _ServerProtocol(StreamProtocol):
             self.stream.close()
         else:
             failure = task._see_failure()
-            stream = self.stream
-            if (stream.ended and failure.check(IncompleteRead)) or (
-                stream.lost and failure.check(ConnectionClosed)
-            ):
-                # The peer's doing, and no mistake of the handler.
+            names = {"name": task.name, "stream": self.stream}
+            if all(map(self._is_of_the_peer, causes(failure.value))):
                 _log.info(
                     "{name}, {stream}: {error}",
-                    name=task.name,
-                    stream=self.stream,
                     error=failure.getErrorMessage(),
+                    **names,
                 )
             else:
-                _log.failure(
-                    "{name}, {stream}: the handler has failed",
-                    failure,
-                    name=task.name,
-                    stream=self.stream,
-                )
+                message = "{name}, {stream}: the handler has failed"
+                log_failure(_log, message, failure, **names)
             self.stream.abort()
         self._forget()
+
+    def _is_of_the_peer(self, error: BaseException) -> bool:
+        """Whether an error is the peer's doing, and no mistake of the handler."""
+        stream = self.stream
+        return (stream.ended and isinstance(error, IncompleteRead)) or (
+            stream.lost and isinstance(error, ConnectionClosed)
+        )
 
     def _forget(self) -> None:
         """Once neither the connection nor the handler is there any more."""

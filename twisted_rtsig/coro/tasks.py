@@ -24,7 +24,7 @@ from twisted.python.failure import Failure
 from twisted_rtsig.coro.errors import Cancelled, NoTaskError
 from twisted_rtsig.coro.operations import Finished, Operation
 from twisted_rtsig.coro.scheduler import Scheduler, scheduler_of
-from twisted_rtsig.coro.tracebacks import without_machinery
+from twisted_rtsig.coro.tracebacks import log_failure, without_machinery
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -59,7 +59,8 @@ class _Unseen:
 
     def __del__(self) -> None:
         if self.failure is not None:
-            _log.failure("Task {name} has failed", self.failure, name=self._name)
+            message = "Task {name} has failed"
+            log_failure(_log, message, self.failure, name=self._name)
 
 
 class Task(Generic[T]):
@@ -105,6 +106,11 @@ class Task(Generic[T]):
         self._result: Any = None
         # Who is told of the end: functions that take the task.
         self._done: tuple[Callable[[Task[T]], object], ...] = ()
+
+    @property
+    def reactor(self) -> Any:
+        """The reactor that it runs on."""
+        return self._scheduler.reactor
 
     # The end
 
@@ -565,7 +571,7 @@ class timeout(Scope):
 
     def __enter__(self) -> timeout:
         task = self._enter("timeout")
-        reactor = self._reactor or task._scheduler.reactor
+        reactor = self._reactor or task.reactor
         self._call = reactor.callLater(self._seconds, self._expire)
         return self
 
@@ -646,7 +652,7 @@ class TaskGroup(Scope):
                 f"{self!r} runs no task outside of its block: call spawn() within "
                 "async with"
             )
-        named.setdefault("reactor", self._task._scheduler.reactor)
+        named.setdefault("reactor", self._task.reactor)
         task = spawn(function, *args, **named)
         self._tasks[task] = None
         task._when_done(self._ended)

@@ -1,8 +1,20 @@
-"""Stack traces that show what the user wrote, and not what drives it."""
+"""
+Errors as they are told: with stack traces that show what the user wrote, and not
+what drives it, and groups of them one by one.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
+
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 _MACHINERY = ("twisted_rtsig.coro.", "twisted.internet.defer", "twisted.python.failure")
 
@@ -40,3 +52,19 @@ def _filtered(traceback: TracebackType | None) -> TracebackType | None:
 def _is_machinery(entry: TracebackType) -> bool:
     module = entry.tb_frame.f_globals.get("__name__", "")
     return isinstance(module, str) and module.startswith(_MACHINERY)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """C{error} itself, or if it is a group, all that are in it."""
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            yield from causes(each)
+    elif error is not None:
+        yield error
+
+
+def log_failure(log: Logger, message: str, failure: Failure, **fields: Any) -> None:
+    """Log a failure; of a group, whose trace shows no more than that, each one."""
+    for error in causes(failure.value):
+        each = failure if error is failure.value else Failure(error)
+        log.failure(message, each, **fields)
