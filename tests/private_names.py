@@ -118,7 +118,7 @@ def functions_of(owner: ast.Module | ast.ClassDef) -> set[str]:
     return {
         each.name
         for each in _statements(owner.body)
-        if isinstance(each, ast.FunctionDef)
+        if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)
     }
 
 
@@ -275,7 +275,11 @@ def leaned_on(files: Mapping[str, ast.Module]) -> dict[str, str]:
                     used[name] = place
                 case ast.Name(id=name, ctx=ast.Store()) if node not in told:
                     own.add(name)
-                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                case (
+                    ast.FunctionDef(name=name)
+                    | ast.AsyncFunctionDef(name=name)
+                    | ast.ClassDef(name=name)
+                ):
                     own.add(name)
                 case _ if name := _asked_for(node):
                     used[name] = place

@@ -481,7 +481,7 @@ def task_of_caller(what: str) -> Task[Any]:
     :raises NoTaskError: if there is none.
     """
     if _running is not None:
-        frame: FrameType | None = sys._getframe(2)
+        frame: FrameType | None = inspect.currentframe()
         while frame is not None and frame.f_globals is not vars(defer):
             if frame.f_code is _STEP:
                 return _running

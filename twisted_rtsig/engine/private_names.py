@@ -108,6 +108,10 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
     "twisted.internet.abstract.FileDescriptor.startWriting": (
         f"{_STREAM}.startWriting",
     ),
+    "twisted.internet.abstract.FileDescriptor._isSendBufferFull": (f"{_STREAM}.write",),
+    "twisted.internet.abstract.FileDescriptor._maybePauseProducer": (
+        f"{_STREAM}.write",
+    ),
     "twisted.internet.abstract.FileDescriptor.write": (f"{_STREAM}.write",),
     "twisted.internet.tcp.BaseClient._connectDone": (
         "twisted_rtsig.engine.streams.TCPClient.tells_drained",

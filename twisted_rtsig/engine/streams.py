@@ -129,18 +129,27 @@ class Stream(tcp.Connection):
         if self.TLS or type(data) is not bytes:
             super().write(data)
         elif data and self.connected and not self._writeDisconnected:
-            producer = self.producer
-            if self.write_state or self.dataBuffer or self._tempDataLen:
-                if producer is not None:
-                    # Which may have to be paused.
-                    super().write(data)
-                    return
+            producer: Any = self.producer
+            if (
+                self.write_state
+                or self.dataBuffer
+                or self._tempDataLen
+                or (
+                    producer is not None
+                    and (not self.streamingProducer or len(data) > self.bufferSize)
+                )
+            ):
                 self._tempDataBuffer.append(data)
                 self._tempDataLen += len(data)
+                if (
+                    producer is not None
+                    and self.streamingProducer
+                    and len(self.dataBuffer) + self._tempDataLen > self.bufferSize
+                ):
+                    self.producerPaused = True
+                    producer.pauseProducing()
                 self.startWriting()
-            elif producer is None or (
-                self.streamingProducer and len(data) <= self.bufferSize
-            ):
+            else:
                 # As write_soon, without the call: each request comes here.
                 self.dataBuffer = data
                 self.write_state = ONE_CHUNK
@@ -148,8 +157,6 @@ class Stream(tcp.Connection):
                 reactor._queued.append(self)
                 if reactor._waiting:
                     reactor.wakeUp()
-            else:
-                super().write(data)
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """As ``IConsumer.registerProducer``."""
