@@ -151,6 +151,10 @@ class StreamMachine(RuleBasedStateMachine):
         self.queue: list[Talk] = []
         self.order_is_known = True
         self.sent_from_queue = False
+        # Whose turn it is, and how many more sends belong to it: what is longer
+        # than one send takes may go on at once for a few.
+        self.turn_of: Talk | None = None
+        self.left_of_turn = 0
         self.to_be_logged: list[BaseException] = []
         # An assertion within a call would only be logged by the engine.
         self.violations: list[str] = []
@@ -306,6 +310,7 @@ class StreamMachine(RuleBasedStateMachine):
     def wait_returns(self, events: Sequence[Event]) -> None:
         self.told = len(events)
         self.sent_from_queue = False
+        self.turn_of = None
         for talk in self.talks:
             talk.reads = 0
 
@@ -323,6 +328,11 @@ class StreamMachine(RuleBasedStateMachine):
             return
         self.sent_from_queue = True
         place = self.queue.index(talk)
+        if talk is self.turn_of and self.left_of_turn:
+            self.left_of_turn -= 1
+            del self.queue[place]
+            return
+        self.turn_of, self.left_of_turn = talk, 4 - 1
         before, self.queue = self.queue[:place], self.queue[place + 1 :]
         if self.order_is_known:
             waiting = [
@@ -337,8 +347,10 @@ class StreamMachine(RuleBasedStateMachine):
         if talk.interrupted:
             self.fail(talk, KeyboardInterrupt("send"))
         if complete and talk.socket.sent != talk.written:
-            # What is longer than one send is behind the others with the rest.
+            # What is longer than one turn is behind the others with the rest.
             self.queues_up(talk)
+        else:
+            self.turn_of = None
 
     def is_given(self, talk: Talk, data: bytes) -> None:
         self.expect(talk.reading and not talk.over, "data for who wants none")
