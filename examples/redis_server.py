@@ -6,8 +6,8 @@ PUBLISH, all in memory.
     redis-cli -p 6379
     redis-benchmark -p 6379 -P 16 -t ping,set,get,incr,lpush,rpop,lrange
 
-A client may send many commands without waiting for answers; the answers to all
-that has arrived leave in one write.
+A client may send many commands without waiting for answers.  The transport sends
+the answers to all that has arrived at once.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from twisted.internet.task import react
 from twisted_rtsig.coro import DelimiterNotFound, IncompleteRead, Stream, serve, timeout
 
 MAX_COMMAND = 1 << 24
-# So many bytes of answers are written at once, even if there is more to do.
-MAX_ANSWERS = 1 << 16
 # A subscriber that is behind by so many is disconnected.
 MAX_BEHIND = 1 << 20
 
@@ -113,12 +111,11 @@ class Database:
 
 
 class Connection:
-    """A client, and what it has not been answered yet."""
+    """A client."""
 
     def __init__(self, database: Database, stream: Stream) -> None:
         self.database = database
         self.stream = stream
-        self.answers = bytearray()
         self.channels: dict[bytes, None] = {}
         self.behind = 0
 
@@ -128,35 +125,19 @@ class Connection:
             while command[:1] != [b"QUIT"]:
                 command = await self.read_command()
                 if command:
-                    await self.answer(command)
+                    await self.stream.write(await self.answer(command))
         except (ProtocolError, DelimiterNotFound) as error:
-            self.answers += b"-ERR Protocol error: %b\r\n" % str(error).encode()
+            answer = b"-ERR Protocol error: %b\r\n" % str(error).encode()
+            await self.stream.write(answer)
         except IncompleteRead:
             # Whoever has nothing more to say closes the connection.
             pass
         finally:
             self.unsubscribe(*self.channels)
-        await self.flush()
-
-    # What has arrived is executed, one command after the other, and the answers
-    # are collected.  A read that finds what it wants is done when it is called;
-    # if it is not, then it is time to send.
-
-    async def read(self, reading: Deferred[bytes]) -> bytes:
-        if reading.called and len(self.answers) < MAX_ANSWERS:
-            return await reading
-        written = self.flush()
-        data = await reading
-        await written
-        return data
-
-    def flush(self) -> Deferred[None]:
-        answers = bytes(self.answers)
-        self.answers.clear()
-        return self.stream.write(answers)
 
     async def read_command(self) -> list[bytes]:
-        line = await self.read(self.stream.read_line())
+        stream = self.stream
+        line = await stream.read_line()
         if line[:1] != b"*":
             # As somebody types it.
             return line.split()
@@ -164,25 +145,24 @@ class Connection:
         left = MAX_COMMAND
         try:
             for _ in range(int(line[1:])):
-                line = await self.read(self.stream.read_line())
+                line = await stream.read_line()
                 size = int(line.removeprefix(b"$"))
                 left -= len(line) + size
                 if size < 0 or left < 0:
                     raise ProtocolError("too long, or less than nothing")
-                command.append(await self.read(self.stream.read_exactly(size)))
-                await self.read(self.stream.read_exactly(2))
+                command.append((await stream.read_exactly(size + 2))[:size])
         except ValueError:
             raise ProtocolError("expected a size") from None
         return command
 
-    async def answer(self, command: list[bytes]) -> None:
+    async def answer(self, command: list[bytes]) -> bytes:
         command[0] = name = command[0].upper()
         try:
             if self.channels and name not in FOR_SUBSCRIBERS:
                 raise CommandError("a subscriber may only SUBSCRIBE and UNSUBSCRIBE")
-            self.answers += await self.execute(command)
+            return await self.execute(command)
         except CommandError as error:
-            self.answers += b"-ERR %b\r\n" % str(error).encode()
+            return b"-ERR %b\r\n" % str(error).encode()
 
     async def execute(self, command: list[bytes]) -> bytes:
         database = self.database
@@ -243,8 +223,6 @@ class Connection:
             limit = timeout(float(seconds)) if float(seconds) else nullcontext()
         except ValueError:
             raise CommandError("the time is not a number, or negative") from None
-        # Nobody should wait for this to learn what came before.
-        self.flush()
         waiter: Deferred[bytes] = Deferred()
         for key in keys:
             self.database.waiting.setdefault(key, []).append(waiter)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import re
 
+_CARRIAGE_RETURN = 0x0D
+
 
 class ReadBuffer:
     """
@@ -64,6 +66,24 @@ class ReadBuffer:
         taken = bytes(memoryview(data)[:size])
         del data[:size]  # type: ignore[union-attr]
         return taken
+
+    def take_line(self, limit: int) -> bytes | None:
+        """
+        The first line without its end, if it is of at most C{limit} bytes with a
+        C{\\r} at its end.  None does not say that there is none.
+        """
+        data, start = self._data, self._start
+        if type(data) is not bytes:
+            return None
+        end = data.find(b"\n", start, start + limit + 1)
+        if end < 0:
+            return None
+        self._searched = 0
+        self._start = end + 1
+        self.size -= end + 1 - start
+        if end > start and data[end - 1] == _CARRIAGE_RETURN:
+            end -= 1
+        return data[start:end]
 
     def find(self, delimiter: bytes, limit: int) -> int:
         """

@@ -155,6 +155,18 @@ class Stream:
             nothing: Finished[bytes] = Finished()
             nothing.result = b""
             return nothing
+        buffer = self._buffer
+        if (
+            # As in read_line.
+            buffer.size >= size
+            and self._reads_left
+            and self._reader is None
+            and not self._paused
+        ):
+            self._reads_left -= 1
+            finished: Finished[bytes] = Finished()
+            finished.result = buffer.take(size)
+            return finished
         return self._read(_take_exactly, None, size)
 
     def read_until(
@@ -179,6 +191,21 @@ class Stream:
         :raises DelimiterNotFound: if it is longer.
         :raises IncompleteRead: if the stream ends before.
         """
+        buffer = self._buffer
+        if (
+            # The most frequent read of all: the line is there, and nothing else.
+            buffer.size
+            and max_bytes > 0
+            and self._reads_left
+            and self._reader is None
+            and not self._paused
+        ):
+            line = buffer.take_line(max_bytes)
+            if line is not None:
+                self._reads_left -= 1
+                finished: Finished[bytes] = Finished()
+                finished.result = line
+                return finished
         return self._read(_take_line, None, max_bytes)
 
     def read_until_regex(
