@@ -52,8 +52,8 @@ def measure(
 ) -> list[report.Sample]:
     """One round of one work."""
     work = WORKS[name]
-    # wrk does not do less than a second.
-    turns = 1 if work.client == "wrk" else max(1, round(seconds / TURN))
+    # wrk does not do less than a second, and redis-benchmark is slow to start.
+    turns = 1 if work.client in ("wrk", "redis") else max(1, round(seconds / TURN))
     with contextlib.ExitStack() as stack:
         subjects = [
             Subject(stack, folder, contender, work, idle, core)

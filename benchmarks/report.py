@@ -83,6 +83,7 @@ BARS = [
     Bar("echo-100", "rtsig-epoll", 1 / 1.35, contender="coro"),
     Bar("echo-100", "streams-uvloop", 1.0, contender="coro"),
     Bar("lines-100", "streams-uvloop", 1.0, contender="coro"),
+    Bar("redis", "streams", 2.0, contender="coro"),
 ]
 
 MEASURES = {

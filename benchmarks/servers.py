@@ -12,6 +12,7 @@ source    answer with one MiB for each byte received (TCP)
 udp       answer with what was received (UDP)
 tls       echo over TLS, with FOLDER/server.pem
 web       FOLDER/file under /file, and a greeting under /hello (twisted.web)
+redis     a part of the protocol of Redis: examples/redis_server.py
 timers    no server: set and cancel timers.  For each number of seconds on
           standard input, do so for that long, and tell as load.c does
 """
@@ -217,10 +218,18 @@ def coroutines(reactor_module: str, service: str, folder: Path) -> None:
             await stream.write(line + b"\n")
 
     running: Any = reactor
-    factory = CoroutineFactory(echo if service == "echo" else echo_lines)
+    handlers = {"echo": echo, "lines": echo_lines}
+    factory = CoroutineFactory(
+        redis_example().Database().session if service == "redis" else handlers[service]
+    )
     port = running.listenTCP(0, factory, backlog=BACKLOG, interface="127.0.0.1")
     say(port.getHost().port)
     running.run()
+
+
+def redis_example() -> Any:
+    sys.path.append(str(Path(__file__).parent.parent / "examples"))
+    return importlib.import_module("redis_server")
 
 
 # asyncio
@@ -297,9 +306,29 @@ def asyncio_streams(loop_module: str, service: str, folder: Path) -> None:
             await writer.drain()
         writer.close()
 
+    example = redis_example() if service == "redis" else None
+    database = example.Database() if example else None
+
+    async def serve_redis(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """The commands of the example, with another way to read and to write."""
+        assert example is not None
+        connection = example.Connection(database, None)
+        while line := await reader.readline():
+            command = []
+            for _ in range(int(line[1:])):
+                size = int((await reader.readline())[1:])
+                command.append((await reader.readexactly(size + 2))[:-2])
+            writer.write(await connection.answer(command))
+            await writer.drain()
+        writer.close()
+
+    handlers = {"lines": serve_lines, "redis": serve_redis}
+
     async def start() -> None:
         server = await asyncio.start_server(
-            serve_lines if service == "lines" else serve,
+            handlers.get(service, serve),
             "127.0.0.1",
             0,
             backlog=BACKLOG,
@@ -393,7 +422,8 @@ def bare_datagrams() -> None:
 # The contenders
 
 TCP = frozenset({"echo", "sink", "source"})
-SERVICES = TCP | {"lines", "udp", "tls", "web", "timers"}
+SERVICES = TCP | {"lines", "redis", "udp", "tls", "web", "timers"}
+CALLBACKS = SERVICES - {"redis"}
 
 
 @dataclass(frozen=True)
@@ -407,8 +437,8 @@ class Contender:
 
     what: str
     serve: Callable[[str, Path], None] | None
-    services: frozenset[str] = SERVICES
-    needs: str = "twisted"
+    services: frozenset[str]
+    needs: str
     most: float = float("inf")
 
     def missing(self) -> bool:
@@ -416,7 +446,7 @@ class Contender:
 
 
 def reactor(what: str, module: str, most: float = float("inf")) -> Contender:
-    return Contender(what, partial(twisted, module), needs=module, most=most)
+    return Contender(what, partial(twisted, module), CALLBACKS, module, most)
 
 
 CONTENDERS = {
@@ -425,7 +455,7 @@ CONTENDERS = {
     "coro": Contender(
         "coroutines on the rtsig-epoll reactor",
         partial(coroutines, "twisted_rtsig.epollreactor"),
-        frozenset({"echo", "lines"}),
+        frozenset({"echo", "lines", "redis"}),
         "twisted_rtsig",
     ),
     "epoll": reactor("Twisted's epoll reactor", "twisted.internet.epollreactor"),
@@ -436,30 +466,30 @@ CONTENDERS = {
     ),
     "asyncio": reactor("Twisted's asyncio reactor", "twisted.internet.asyncioreactor"),
     "asyncio-uvloop": Contender(
-        "Twisted's asyncio reactor on uvloop", twisted_on_uvloop, needs="uvloop"
+        "Twisted's asyncio reactor on uvloop", twisted_on_uvloop, CALLBACKS, "uvloop"
     ),
     "protocol": Contender(
         "asyncio.Protocol",
         partial(asyncio_protocol, "asyncio"),
-        SERVICES - {"web", "lines"},
+        SERVICES - {"web", "lines", "redis"},
         "asyncio",
     ),
     "protocol-uvloop": Contender(
         "asyncio.Protocol on uvloop",
         partial(asyncio_protocol, "uvloop"),
-        SERVICES - {"web", "lines"},
+        SERVICES - {"web", "lines", "redis"},
         "uvloop",
     ),
     "streams": Contender(
         "asyncio streams",
         partial(asyncio_streams, "asyncio"),
-        TCP | {"lines", "tls"},
+        TCP | {"lines", "redis", "tls"},
         "asyncio",
     ),
     "streams-uvloop": Contender(
         "asyncio streams on uvloop",
         partial(asyncio_streams, "uvloop"),
-        TCP | {"lines", "tls"},
+        TCP | {"lines", "redis", "tls"},
         "uvloop",
     ),
     "python": Contender("bare Python epoll loop", bare_loop, TCP | {"udp"}, "select"),

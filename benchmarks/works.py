@@ -28,7 +28,8 @@ PATIENCE = 30.0
 class Work:
     """
     :ivar client: what keeps the server busy: "load" (load.c), "tls"
-        (tls_load.py), "wrk", or "" where the server does so itself.
+        (tls_load.py), "wrk", "redis" (redis-benchmark), or "" where the server
+        does so itself.
     :ivar arguments: of the client; of load.c without port and idle connections.
     :ivar connections: that are busy.
     :ivar idle: further connections.  The work is measured without them, too.
@@ -46,6 +47,8 @@ class Work:
         """The sentence that says why it cannot be measured here, or nothing."""
         if self.client == "wrk" and not shutil.which("wrk"):
             return "wrk is not installed (apt-get install wrk)"
+        if self.client == "redis" and not shutil.which("redis-benchmark"):
+            return "redis-benchmark is not installed (apt-get install redis-tools)"
         if self.service == "tls":
             try:
                 import cryptography  # noqa: F401
@@ -125,6 +128,14 @@ WORKS = {
     ),
     "web-file": Work(
         "twisted.web, a file of 1 MB, 10 connections", "web", "wrk", (10, "/file"), 10
+    ),
+    "redis": Work(
+        "redis-benchmark: GET, 50 connections, 16 commands at a time",
+        "redis",
+        "redis",
+        ("get", 50, 16),
+        50,
+        unit="command",
     ),
     "timers": Work(
         "timers, 10,000 at a time set and cancelled", "timers", "", unit="timer"
@@ -281,7 +292,7 @@ class Subject:
         self._port = self._server.answer().strip()
         if not self._work.client:
             self._client = self._server
-        elif self._work.client != "wrk":
+        elif self._work.client not in ("wrk", "redis"):
             before = self._server.memory()
             self._client = Process(self._stack, self._client_command())
             self._client.answer()
@@ -293,6 +304,8 @@ class Subject:
         before = self._server.cpu()
         if self._client is not None:
             told = self._client.answer(seconds)
+        elif self._work.client == "redis":
+            told = self._redis_benchmark(seconds)
         else:
             told = self._wrk(seconds)
         turn: Turn = json.loads(told)
@@ -313,3 +326,22 @@ class Subject:
             command, check=True, capture_output=True, text=True
         ).stdout
         return output.splitlines()[-1]
+
+    def _redis_benchmark(self, seconds: float) -> str:
+        name, connections, pipeline = self._work.arguments
+        # It counts requests, not seconds.
+        requests = max(1000, int(seconds * 50_000))
+        command = [
+            *("redis-benchmark", "-h", "127.0.0.1", "-p", self._port, "--csv"),
+            *("-t", str(name), "-c", str(connections), "-P", str(pipeline)),
+            *("-n", str(requests)),
+        ]
+        output = subprocess.run(
+            command, check=True, capture_output=True, text=True
+        ).stdout
+        # "test","rps","avg_latency_ms","min","p50","p95","p99","max"
+        fields = [each.strip('"') for each in output.splitlines()[-1].split(",")]
+        told: Turn = {"requests": requests, "elapsed": requests / float(fields[1])}
+        told["p50"] = float(fields[4]) * 1000
+        told["p99"] = float(fields[6]) * 1000
+        return json.dumps(told)
