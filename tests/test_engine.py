@@ -708,6 +708,22 @@ def test_nested_pass_checks_what_is_left(bench: Bench) -> None:
     assert (second.calls, third.calls) == (["read"], [])
 
 
+@pytest.mark.parametrize(
+    ("ready", "disarmed"), [(BOTH, 0), (READ, WRITE), (WRITE, READ)]
+)
+def test_nested_pass_checks_the_other_direction(
+    bench: Bench, ready: int, disarmed: int
+) -> None:
+    """Of the event that the pass around it is at, too."""
+    it = bench.armed(BOTH)
+    it.on_read = it.on_write = bench.happens
+    waits = len(bench.notifier.waits)
+    event = bench.event(it, ready, disarmed)
+    bench.happens(event)
+    _, unchecked = bench.notifier.waits[waits + 1]
+    assert unchecked == {event[0]: BOTH}
+
+
 # Exceptions of the application
 
 ERRORS = [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit]

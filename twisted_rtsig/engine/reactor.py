@@ -87,6 +87,8 @@ class EngineReactor(StreamReactor, DatagramReactor):
         self._plain_input: Iterator[Registration] = iter(())
         self._reading_on: Iterator[Registration] = iter(())
         self._events: Iterator[Event] = iter(())
+        # Whose event it is at.
+        self._dispatched: Registration | None = None
         self._waiting = False
         self._dispatching = False
         # Of the main loop, while it calls doIteration.
@@ -411,6 +413,7 @@ class EngineReactor(StreamReactor, DatagramReactor):
         # Whom the pass has not sent for is the first in the next one.
         self._queued[:0] = reversed(self._sending)
         self._sending.clear()
+        self._dispatched = None
 
     def _check_rest_again(self) -> None:
         """No event will tell of these any more: they were not dispatched."""
@@ -418,6 +421,9 @@ class EngineReactor(StreamReactor, DatagramReactor):
             self._mark_unchecked(registration, registration.interest)
         for registration, _, _ in self._events:
             self._mark_unchecked(registration, registration.interest)
+        if self._dispatched is not None:
+            # The other direction of it, or what it disarms.
+            self._mark_unchecked(self._dispatched, self._dispatched.interest)
 
     def _read_plain_input(self, fields: LogContext) -> None:
         # Nearly everything goes through here and through _send_queued, so that
@@ -551,6 +557,7 @@ class EngineReactor(StreamReactor, DatagramReactor):
             if registration not in self._read_on:
                 self._read_till_empty(fields, (registration,))
             return
+        around, self._dispatched = self._dispatched, registration
         if ready & (HANGUP | GONE):
             disarmed = READ | WRITE
             told_nothing_else = not ready & registration.interest
@@ -567,6 +574,7 @@ class EngineReactor(StreamReactor, DatagramReactor):
             self._call(fields, registration, ready)
             disarmed |= ready
         self._mark_unchecked(registration, disarmed & registration.interest)
+        self._dispatched = around
 
     def _call(self, fields: LogContext, registration: Registration, ready: int) -> bool:
         """Call who is interested in what is ready; whether anybody is."""
