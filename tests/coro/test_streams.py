@@ -156,6 +156,25 @@ def test_limits(reactor: Any) -> None:
     run(reactor, main)
 
 
+def test_a_higher_limit_after_a_lower_one(reactor: Any) -> None:
+    """What is known of the data behind a line is not taken for the line's."""
+
+    async def main() -> None:
+        async with connected(reactor) as (stream, peer):
+            text = b"much too long\nb"
+            peer.sendall(text)
+            while await stream.peek() != text:
+                await sleep(0)
+            with pytest.raises(DelimiterNotFound):
+                await stream.read_line(5)
+            assert await stream.read_line() == b"much too long"
+            reading = stream.read_line()
+            peer.sendall(b"\n")
+            assert await reading == b"b"
+
+    run(reactor, main)
+
+
 def test_bad_arguments(reactor: Any) -> None:
     async def main() -> None:
         async with connected(reactor) as (stream, _):

@@ -363,10 +363,10 @@ class Stream:
         if self._lost is None and not self._closing:
             self._close_writing()
             self.transport.unregisterProducer()
-            self.transport.loseConnection()
             if self._paused:
                 # TLS waits for the peer's farewell.
                 self._resume_transport()
+            self.transport.loseConnection()
         return self._when_closed()
 
     def abort(self) -> Operation[None]:
