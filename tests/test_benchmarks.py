@@ -66,3 +66,16 @@ def test_draw(measured: Measured, tmp_path: Path) -> None:
     subprocess.run([*command, "--folder", str(tmp_path)], check=True, timeout=60)
     for name in ("speed.svg", "cost.svg"):
         assert "rtsig reactor" in (tmp_path / name).read_text()
+
+
+def test_handlers() -> None:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the benchmarks are for Linux")
+    command = [sys.executable, str(BENCHMARKS / "handlers.py")]
+    command += ["--handlers", "500", "--rounds", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert "500 handlers" in run.stdout
+    sizes = [row.split("|")[2] for row in run.stdout.splitlines()[4:]]
+    assert all(int(size.replace(" B", "").replace(",", "")) > 500 for size in sizes)
+    assert len(sizes) >= 4
