@@ -167,17 +167,17 @@ class Connection:
     async def execute(self, command: list[bytes]) -> bytes:
         database = self.database
         match command:
+            case [b"SET", key, value]:
+                database.values[key] = value
+                return OK
+            case [b"GET", key]:
+                return bulk(database.string(key))
             case [b"PING", *text] if self.channels:
                 return array(bulk(b"pong"), bulk(b"".join(text)))
             case [b"PING"]:
                 return b"+PONG\r\n"
             case [b"PING" | b"ECHO", text]:
                 return bulk(text)
-            case [b"SET", key, value]:
-                database.values[key] = value
-                return OK
-            case [b"GET", key]:
-                return bulk(database.string(key))
             case [b"DEL", _, *_]:
                 gone = [database.values.pop(key, None) for key in command[1:]]
                 return number(len(gone) - gone.count(None))

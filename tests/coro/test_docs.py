@@ -48,6 +48,7 @@ from twisted_rtsig import coro
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "coroutines.md"
+README = ROOT / "README.md"
 # What protocols, transports and watchdogs call.
 NOT_FOR_HANDLERS = [
     *("feed", "feed_eof", "finish_output", "lose", "lose_output", "secure"),
@@ -60,7 +61,7 @@ CHAT = "The chat, with coroutines and with callbacks"
 class Block(NamedTuple):
     """
     :ivar quoted: the file that it is a part of.
-    :ivar line: where it begins in the page.
+    :ivar line: where it begins in its page.
     """
 
     section: str
@@ -76,8 +77,8 @@ BLOCK = re.compile(
 )
 
 
-def _blocks() -> list[Block]:
-    text = PAGE.read_text()
+def _blocks(page: Path) -> list[Block]:
+    text = page.read_text()
     headings = [
         (each.start(), each[1]) for each in re.finditer(r"^##? (.*)$", text, re.M)
     ]
@@ -91,7 +92,7 @@ def _blocks() -> list[Block]:
     return blocks
 
 
-BLOCKS = _blocks()
+BLOCKS = _blocks(PAGE)
 SECTIONS = list(dict.fromkeys(each.section for each in BLOCKS))
 
 
@@ -183,7 +184,7 @@ def test_the_page_is_right(reactor: Any, title: str, logged: list[Any]) -> None:
 
 @pytest.mark.parametrize(
     "block",
-    [each for each in BLOCKS if each.quoted is not None],
+    [each for each in [*BLOCKS, *_blocks(README)] if each.quoted is not None],
     ids=lambda each: f"{each.quoted}, line {each.line}",
 )
 def test_quotations(block: Block) -> None:

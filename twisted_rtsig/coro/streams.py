@@ -86,6 +86,7 @@ class Stream:
         self._take: _Take = _take_some
         self._what: Any = None
         self._limit = 0
+        # How many more reads are answered at once; 0 while somebody reads.
         self._reads_left = _READS_IN_A_TURN
         self._paused = False
         # Nothing more will come.
@@ -158,10 +159,7 @@ class Stream:
         buffer = self._buffer
         if (
             # As in read_line.
-            buffer.size >= size
-            and self._reads_left
-            and self._reader is None
-            and not self._paused
+            buffer.size >= size and self._reads_left and not self._paused
         ):
             self._reads_left -= 1
             finished: Finished[bytes] = Finished()
@@ -191,16 +189,9 @@ class Stream:
         :raises DelimiterNotFound: if it is longer.
         :raises IncompleteRead: if the stream ends before.
         """
-        buffer = self._buffer
-        if (
+        if self._reads_left and not self._paused and max_bytes > 0:
             # The most frequent read of all: the line is there, and nothing else.
-            buffer.size
-            and max_bytes > 0
-            and self._reads_left
-            and self._reader is None
-            and not self._paused
-        ):
-            line = buffer.take_line(max_bytes)
+            line = self._buffer.take_line(max_bytes)
             if line is not None:
                 self._reads_left -= 1
                 finished: Finished[bytes] = Finished()
@@ -266,7 +257,7 @@ class Stream:
         self._take = take
         self._what = what
         self._limit = limit
-        self._reads_left = _READS_IN_A_TURN
+        self._reads_left = 0
         operation: Operation[bytes] = Operation()
         operation._abandon = self._forget_reader
         self._reader = operation
@@ -276,6 +267,7 @@ class Stream:
 
     def _forget_reader(self) -> None:
         self._reader = None
+        self._reads_left = _READS_IN_A_TURN
 
     def _serve_reader(self) -> None:
         reader = self._reader
@@ -284,11 +276,11 @@ class Stream:
         try:
             data = self._take(self, self._what, self._limit)
         except (StreamError, ConnectionClosed) as error:
-            self._reader = None
+            self._forget_reader()
             reader.fail(error)
         else:
             if data is not None:
-                self._reader = None
+                self._forget_reader()
                 reader.succeed(data)
 
     def _resume_transport(self) -> None:
@@ -444,6 +436,7 @@ class Stream:
             buffer.append(data)
         elif self._take is _take_some and len(data) <= self._limit and not buffer.size:
             self._reader = None
+            self._reads_left = _READS_IN_A_TURN
             reader.succeed(data)
             return
         else:

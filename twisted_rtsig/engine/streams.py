@@ -148,7 +148,8 @@ class Stream(tcp.Connection):
                 ):
                     self.producerPaused = True
                     producer.pauseProducing()
-                self.startWriting()
+                if self.write_state != QUEUED:
+                    self.startWriting()
             else:
                 # As write_soon, without the call: each request comes here.
                 self.dataBuffer = data
