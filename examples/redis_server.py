@@ -122,7 +122,7 @@ class Connection:
     async def run(self) -> None:
         try:
             command: list[bytes] = []
-            while command[:1] != [b"QUIT"]:
+            while command != [b"QUIT"]:
                 command = await self.read_command()
                 if command:
                     await self.stream.write(await self.answer(command))

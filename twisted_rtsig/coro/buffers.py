@@ -79,8 +79,14 @@ class ReadBuffer:
         if end < 0:
             return None
         self._searched = 0
-        self._start = end + 1
-        self.size -= end + 1 - start
+        after = end + 1
+        self.size -= after - start
+        if self.size:
+            self._start = after
+        else:
+            # Nobody needs it any more.
+            self._data = b""
+            self._start = 0
         if end > start and data[end - 1] == _CARRIAGE_RETURN:
             end -= 1
         return data[start:end]

@@ -13,7 +13,7 @@ An operation starts when its function is called, whether it is awaited or not.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
@@ -28,17 +28,19 @@ class Operation(Deferred[T]):
     """
     Something that is under way.
 
-    :ivar waiter: the task that is resumed when it is finished.
+    One that is used as a Deferred, in other ways than to await it, becomes one of
+    another class: so that nobody need ask whether it has callbacks, and that what
+    they take is made for those only which have some.
+
+    :ivar waiter: the task that is resumed when it is finished; C{OVER} then.
     """
 
-    # One is made for each read and each write, so that nothing is set until it
-    # is needed.  All that a Deferred has beyond this is made for those that are
-    # used as one.
+    # Nothing is set until it is needed, since one is made for each read and each
+    # write.
     result: Any
-    waiter: Task[Any] | None = None
+    waiter: Any = None
 
     _abandon: Callable[[], object] | None = None
-    _has_callbacks = False
 
     __init__ = object.__init__
 
@@ -52,14 +54,14 @@ class Operation(Deferred[T]):
 
     def succeed(self, value: T) -> None:
         """Finish with a value."""
-        if self._has_callbacks:
+        waiter: Task[Any] | None = self.waiter
+        self.waiter = OVER
+        if type(self) is _UsedAsDeferred:
             self.callback(value)
         else:
             self.called = True
             self.result = value
-        waiter = self.waiter
         if waiter is not None:
-            self.waiter = None
             waiter._waiting_on = None
             waiter._scheduler.resume(waiter, value)
 
@@ -69,15 +71,16 @@ class Operation(Deferred[T]):
 
         :param quietly: do not log it if nobody ever asks for it.
         """
-        waiter = self.waiter
-        if self._has_callbacks or (waiter is None and not quietly):
-            self._have_callbacks()
+        waiter: Task[Any] | None = self.waiter
+        self.waiter = OVER
+        if waiter is None and not quietly:
+            self._become_deferred()
+        if type(self) is _UsedAsDeferred:
             self.errback(Failure(error))
         else:
             self.called = True
             self.result = Failure(error)
         if waiter is not None:
-            self.waiter = None
             waiter._resume(None, error)
 
     def abandon(self) -> None:
@@ -116,44 +119,62 @@ class Operation(Deferred[T]):
 
     __iter__ = __await__
 
-    def _have_callbacks(self) -> None:
-        if not self._has_callbacks:
-            self._has_callbacks = True
+    def _become_deferred(self) -> None:
+        if type(self) is not _UsedAsDeferred:
+            self.__class__ = _UsedAsDeferred
             Deferred.__init__(self)
 
     def addCallbacks(self, *args: Any, **kwargs: Any) -> Any:
         """See ``Deferred.addCallbacks``."""
-        self._have_callbacks()
-        return super().addCallbacks(*args, **kwargs)
+        self._become_deferred()
+        return self.addCallbacks(*args, **kwargs)
 
     def addCallback(self, *args: Any, **kwargs: Any) -> Any:
         """See ``Deferred.addCallback``."""
-        self._have_callbacks()
-        return super().addCallback(*args, **kwargs)
+        self._become_deferred()
+        return self.addCallback(*args, **kwargs)
 
     def addErrback(self, *args: Any, **kwargs: Any) -> Any:
         """See ``Deferred.addErrback``."""
-        self._have_callbacks()
-        return super().addErrback(*args, **kwargs)
+        self._become_deferred()
+        return self.addErrback(*args, **kwargs)
 
     def addBoth(self, *args: Any, **kwargs: Any) -> Any:
         """See ``Deferred.addBoth``."""
-        self._have_callbacks()
-        return super().addBoth(*args, **kwargs)
+        self._become_deferred()
+        return self.addBoth(*args, **kwargs)
+
+
+OVER: Final = object()
+"""Whom an operation resumes that is finished: nobody."""
 
 
 class Finished(Operation[T]):
     """An operation that was done at once, with the result None or what is set."""
 
     called = True
+    waiter = OVER
     result: Any = None
 
     def __await__(self) -> Generator[Deferred[T], Any, T]:
-        if self._has_callbacks:
-            return (yield from super().__await__())
         return self.result  # type: ignore[no-any-return]
+        yield self
 
     __iter__ = __await__
+
+    def _become_deferred(self) -> None:
+        self.called = True
+        self.result = self.result
+        super()._become_deferred()
+
+
+class _UsedAsDeferred(Operation[T]):
+    """An operation that has, or has had, callbacks."""
+
+    addCallbacks = Deferred.addCallbacks
+    addCallback = Deferred.addCallback
+    addErrback = Deferred.addErrback
+    addBoth = Deferred.addBoth
 
 
 def _ignore(failure: Failure) -> None:

@@ -138,7 +138,22 @@ class Stream:
 
         :raises ConnectionLost: if the connection was lost in an unclean way.
         """
-        return self._read(_take_some, None, max_bytes)
+        if (
+            self._buffer.size
+            or self._reader is not None
+            or self._ended
+            or self._paused
+            or max_bytes < 1
+        ):
+            return self._read(_take_some, None, max_bytes)
+        # The most frequent wait of all: as at the end of _read.
+        self._take = _take_some
+        self._limit = max_bytes
+        self._reads_left = 0
+        reading: Operation[bytes] = Operation()
+        reading._abandon = self._forget_reader
+        self._reader = reading
+        return reading
 
     def peek(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
         """As :meth:`read`, of what stays there to be read again."""
@@ -189,9 +204,10 @@ class Stream:
         :raises DelimiterNotFound: if it is longer.
         :raises IncompleteRead: if the stream ends before.
         """
-        if self._reads_left and not self._paused and max_bytes > 0:
+        buffer = self._buffer
+        if buffer.size and self._reads_left and not self._paused and max_bytes > 0:
             # The most frequent read of all: the line is there, and nothing else.
-            line = self._buffer.take_line(max_bytes)
+            line = buffer.take_line(max_bytes)
             if line is not None:
                 self._reads_left -= 1
                 finished: Finished[bytes] = Finished()
@@ -258,12 +274,12 @@ class Stream:
         self._what = what
         self._limit = limit
         self._reads_left = 0
-        operation: Operation[bytes] = Operation()
-        operation._abandon = self._forget_reader
-        self._reader = operation
+        reading: Operation[bytes] = Operation()
+        reading._abandon = self._forget_reader
+        self._reader = reading
         if self._paused:
             self._resume_transport()
-        return operation
+        return reading
 
     def _forget_reader(self) -> None:
         self._reader = None
@@ -319,6 +335,8 @@ class Stream:
         self.transport.write(data if type(data) is bytes else bytes(memoryview(data)))
         if not self._full:
             finished: Finished[None] = Finished()
+            # To look up that of the class would take longer.
+            finished.result = None
             return finished
         operation: Operation[None] = Operation()
         self._drained += (operation,)
@@ -578,6 +596,9 @@ def _take_until(stream: Stream, delimiter: bytes, limit: int) -> bytes | None:
 
 def _take_line(stream: Stream, what: Any, limit: int) -> bytes | None:
     buffer = stream._buffer
+    whole = buffer.take_line(limit)
+    if whole is not None:
+        return whole
     # One more, for a \r.
     end = buffer.find(b"\n", limit + 1)
     if 0 <= end <= limit:

@@ -260,13 +260,10 @@ class Task(Generic[T]):
                 else:
                     awaited = context.run(runnable.throw, error)
                     error = None
-                if type(awaited) is Operation and not awaited._has_callbacks:
-                    if not awaited.called and awaited.waiter is None:
-                        awaited.waiter = self
-                        self._waiting_on = awaited
-                    else:
-                        self._wait_for(awaited)
-                elif type(awaited) is Finished and not awaited._has_callbacks:
+                if type(awaited) is Operation and awaited.waiter is None:
+                    awaited.waiter = self
+                    self._waiting_on = awaited
+                elif type(awaited) is Finished:
                     # Yielded by a generator.
                     value = awaited.result
                     continue
