@@ -121,11 +121,14 @@ class Connection:
 
     async def run(self) -> None:
         try:
-            command: list[bytes] = []
+            command = [b""]
             while command != [b"QUIT"]:
                 command = await self.read_command()
-                if command:
-                    await self.stream.write(await self.answer(command))
+                try:
+                    answer = await self.answer(command)
+                except CommandError as error:
+                    answer = b"-ERR %b\r\n" % str(error).encode()
+                await self.stream.write(answer)
         except (ProtocolError, DelimiterNotFound) as error:
             answer = b"-ERR Protocol error: %b\r\n" % str(error).encode()
             await self.stream.write(answer)
@@ -156,15 +159,11 @@ class Connection:
         return command
 
     async def answer(self, command: list[bytes]) -> bytes:
+        if not command:
+            return b""
         command[0] = name = command[0].upper()
-        try:
-            if self.channels and name not in FOR_SUBSCRIBERS:
-                raise CommandError("a subscriber may only SUBSCRIBE and UNSUBSCRIBE")
-            return await self.execute(command)
-        except CommandError as error:
-            return b"-ERR %b\r\n" % str(error).encode()
-
-    async def execute(self, command: list[bytes]) -> bytes:
+        if self.channels and name not in FOR_SUBSCRIBERS:
+            raise CommandError("a subscriber may only SUBSCRIBE and UNSUBSCRIBE")
         database = self.database
         match command:
             case [b"SET", key, value]:
