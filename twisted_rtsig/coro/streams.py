@@ -142,11 +142,11 @@ class Stream:
             self._buffer.size
             or self._reader is not None
             or self._ended
-            or self._paused
             or max_bytes < 1
         ):
             return self._read(_take_some, None, max_bytes)
-        # The most frequent wait of all: as at the end of _read.
+        # The most frequent wait of all: as at the end of _read, but the transport
+        # is not paused where nothing has come.
         self._take = _take_some
         self._limit = max_bytes
         self._reads_left = 0

@@ -47,7 +47,21 @@ _NOT = 0
 _NOW = 1
 _EARLIER = 2
 
-_running: Task[Any] | None = None
+
+class _Running:
+    """
+    Which task runs.
+
+    An attribute of a slot, since a step would take longer to set a global variable.
+    """
+
+    __slots__ = ("task",)
+
+    def __init__(self) -> None:
+        self.task: Task[Any] | None = None
+
+
+_running = _Running()
 
 
 class _Unseen:
@@ -247,12 +261,12 @@ class Task(Generic[T]):
 
     def _step(self, value: Any, error: BaseException | None) -> None:
         """Run until it waits; called by the scheduler alone."""
-        global _running
-        runnable, context = self._runnable, self._context
-        assert runnable is not None
-        assert context is not None
+        # It is active, and has both.
+        runnable: Any = self._runnable
+        context: Any = self._context
         # One of another reactor, which turns within this one's task.
-        before, _running = _running, self
+        before = _running.task
+        _running.task = self
         try:
             while True:
                 if error is None:
@@ -260,10 +274,11 @@ class Task(Generic[T]):
                 else:
                     awaited = context.run(runnable.throw, error)
                     error = None
-                if type(awaited) is Operation and awaited.waiter is None:
+                kind = type(awaited)
+                if kind is Operation and awaited.waiter is None:
                     awaited.waiter = self
                     self._waiting_on = awaited
-                elif type(awaited) is Finished:
+                elif kind is Finished:
                     # Yielded by a generator.
                     value = awaited.result
                     continue
@@ -291,7 +306,7 @@ class Task(Generic[T]):
         except BaseException as raised:
             self._fail(raised)
         finally:
-            _running = before
+            _running.task = before
 
     def _wait_for(self, deferred: Deferred[Any]) -> None:
         self._waiting_on = deferred
@@ -390,8 +405,8 @@ def spawn(
 
 def scheduler_for(reactor: Any | None) -> Scheduler:
     """That of a reactor; None for the one of the task that runs."""
-    if reactor is None and _running is not None:
-        return _running._scheduler
+    if reactor is None and _running.task is not None:
+        return _running.task._scheduler
     return scheduler_of(reactor)
 
 
@@ -477,11 +492,11 @@ def task_of_caller(what: str) -> Task[Any]:
 
     :raises NoTaskError: if there is none.
     """
-    if _running is not None:
+    if _running.task is not None:
         frame: FrameType | None = inspect.currentframe()
         while frame is not None and frame.f_globals is not vars(defer):
             if frame.f_code is _STEP:
-                return _running
+                return _running.task
             frame = frame.f_back
     raise NoTaskError(what)
 
