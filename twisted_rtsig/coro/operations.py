@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class _OnDemand:
+    """
+    The callbacks of an operation that has none.  Another Deferred asks for them,
+    if a callback of its own has returned the operation.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, operation: Operation[Any], owner: type) -> Any:
+        operation._become_deferred()
+        return vars(operation)[self._name]
+
+
 class Operation(Deferred[T]):
     """
     Something that is under way.
@@ -41,6 +55,11 @@ class Operation(Deferred[T]):
     waiter: Any = None
 
     _abandon: Callable[[], object] | None = None
+
+    # What they are called from Twisted 25.5 on, and before.
+    _callbacks = _OnDemand()
+    if "callbacks" not in vars(Deferred):
+        callbacks = _OnDemand()
 
     __init__ = object.__init__
 
@@ -104,18 +123,8 @@ class Operation(Deferred[T]):
             self.fail(CancelledError())
 
     def __await__(self) -> Generator[Deferred[T], Any, T]:
-        if not self.called:
-            # The driver sends the result.
-            return (yield self)  # type: ignore[no-any-return]
-        result = self.result
-        if self.paused:
-            return (yield from super().__iter__())
-        if type(result) is Failure:
-            # It is not unhandled any more.
-            self.addErrback(_ignore)
-            self.result = result
-            result.raiseException()
-        return result  # type: ignore[no-any-return]
+        # The driver sends the result; a task's at once if it is there.
+        return (yield self)  # type: ignore[no-any-return]
 
     __iter__ = __await__
 
@@ -170,6 +179,19 @@ class Finished(Operation[T]):
 
 class _UsedAsDeferred(Operation[T]):
     """An operation that has, or has had, callbacks."""
+
+    def __await__(self) -> Generator[Deferred[T], Any, T]:
+        if not self.called or self.paused:
+            return (yield self)  # type: ignore[no-any-return]
+        result = self.result
+        if type(result) is Failure:
+            # It is not unhandled any more.
+            self.addErrback(_ignore)
+            self.result = result
+            result.raiseException()
+        return result  # type: ignore[no-any-return]
+
+    __iter__ = __await__
 
     addCallbacks = Deferred.addCallbacks
     addCallback = Deferred.addCallback

@@ -278,9 +278,10 @@ class Task(Generic[T]):
                 if kind is Operation and awaited.waiter is None:
                     awaited.waiter = self
                     self._waiting_on = awaited
-                elif kind is Finished:
-                    # Yielded by a generator.
+                elif (kind is Operation and awaited.called) or kind is Finished:
                     value = awaited.result
+                    if type(value) is Failure:
+                        value, error = None, value.value
                     continue
                 elif isinstance(awaited, Deferred):
                     self._wait_for(awaited)
@@ -300,6 +301,8 @@ class Task(Generic[T]):
                 self._end(_SUCCEEDED, stop.value)
         except Cancelled as cancelled:
             if cancelled._scope is None:
+                # The frames there hold it, in their turn.
+                cancelled.__traceback__ = None
                 self._end(_CANCELLED, None)
             else:
                 self._fail(_held_open(cancelled._scope))

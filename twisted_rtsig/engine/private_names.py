@@ -113,6 +113,10 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
         f"{_STREAM}.write",
     ),
     "twisted.internet.abstract.FileDescriptor.write": (f"{_STREAM}.write",),
+    # When a callback returns an operation, its callbacks are made.
+    "twisted.internet.defer.Deferred._runCallbacks": (
+        "twisted_rtsig.coro.operations.Operation",
+    ),
     "twisted.internet.tcp.BaseClient._connectDone": (
         "twisted_rtsig.engine.streams.TCPClient.tells_drained",
     ),

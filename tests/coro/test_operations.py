@@ -1,0 +1,299 @@
+"""What functions that wait return: to be awaited, and to be used as Deferreds."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import Any
+
+import pytest
+from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
+
+from twisted_rtsig.coro import CoroutineFactory, Stream, Task, coroutine, sleep, spawn
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+class Peer:
+    """
+    Somebody who says what a test wants.
+
+    :ivar stream: what a handler has at the other side.
+    """
+
+    stream: Stream
+
+    def __init__(self, clock: Clock) -> None:
+        self.over: Deferred[None] = Deferred()
+        factory = CoroutineFactory(self._handler, reactor=clock)
+        self._protocol: Any = factory.buildProtocol(None)
+        self._protocol.makeConnection(StringTransport())
+
+    async def _handler(self, stream: Stream) -> None:
+        self.stream = stream
+        await self.over
+
+    def says(self, data: bytes) -> None:
+        self._protocol.dataReceived(data)
+
+    def leaves(self, why: Exception) -> None:
+        self._protocol.connectionLost(Failure(why))
+
+
+@pytest.fixture
+def peer(clock: Clock) -> Peer:
+    return Peer(clock)
+
+
+async def _async_def(waited: list[Any], got: list[Any]) -> None:
+    for each in waited:
+        try:
+            got.append(await each)
+        except Exception as error:
+            got.append(type(error))
+
+
+def _generator(waited: list[Any], got: list[Any]) -> Generator[Any, Any, None]:
+    for each in waited:
+        try:
+            got.append((yield each))
+        except Exception as error:
+            got.append(type(error))
+
+
+STYLES: dict[str, Callable[[list[Any], list[Any]], Any]] = {
+    "async def": lambda *args: spawn(_async_def, *args),
+    "generator": lambda *args: spawn(_generator, *args),
+    "@coroutine": coroutine(_generator),
+    "@inlineCallbacks": inlineCallbacks(_generator),
+    "fromCoroutine": lambda *args: Deferred.fromCoroutine(_async_def(*args)),
+}
+styles = pytest.mark.parametrize("style", STYLES)
+endings = pytest.mark.parametrize("ending", ["a value", "an error"])
+
+
+def end(peer: Peer, ending: str) -> Any:
+    """Let a read come to its end; what it is to be."""
+    if ending == "a value":
+        peer.says(b"hello")
+        return b"hello"
+    peer.leaves(ConnectionLost())
+    return ConnectionLost
+
+
+@styles
+@endings
+@pytest.mark.parametrize("used", [False, True])
+def test_it_is_awaited_before_it_is_done(
+    peer: Peer, style: str, ending: str, used: bool
+) -> None:
+    got: list[Any] = []
+    reading = peer.stream.read()
+    if used:
+        reading.addBoth(lambda result: result)
+    STYLES[style]([reading], got)
+    assert got == []
+    assert [end(peer, ending)] == got
+
+
+@styles
+@endings
+@pytest.mark.parametrize("used", [False, True])
+def test_it_is_awaited_when_it_is_done(
+    peer: Peer, style: str, ending: str, used: bool
+) -> None:
+    got: list[Any] = []
+    reading = peer.stream.read()
+    if used:
+        reading.addBoth(lambda result: result)
+    expected = end(peer, ending)
+    STYLES[style]([reading], got)
+    assert [expected] == got
+
+
+@styles
+def test_what_was_there_already(peer: Peer, style: str) -> None:
+    got: list[Any] = []
+    peer.says(b"one\ntwo\n")
+    reads = [peer.stream.read_line(), peer.stream.read_exactly(0)]
+    reads.append(peer.stream.read_line())
+    used = peer.stream.write(b"x")
+    assert used.addCallback(lambda _: "changed") is used
+    STYLES[style]([*reads, used], got)
+    assert got == [b"one", b"", b"two", "changed"]
+
+
+@endings
+def test_two_await_it(peer: Peer, ending: str) -> None:
+    got: list[Any] = []
+    reading = peer.stream.read()
+    spawn(_async_def, [reading], got)
+    spawn(_async_def, [reading], got)
+    expected = end(peer, ending)
+    assert got == [expected, expected]
+
+
+@endings
+def test_it_is_awaited_twice(peer: Peer, ending: str) -> None:
+    got: list[Any] = []
+    reading = peer.stream.read()
+    expected = end(peer, ending)
+    spawn(_async_def, [reading, reading], got)
+    assert got == [expected, expected]
+
+
+def test_it_waits_for_what_a_callback_returns(peer: Peer, clock: Clock) -> None:
+    got: list[Any] = []
+    reading = peer.stream.read().addCallback(lambda data: sleep(1, clock))
+    spawn(_async_def, [reading], got)
+    peer.says(b"hello")
+    spawn(_async_def, [reading], got)
+    assert got == []
+    clock.advance(1)
+    assert got == [None, None]
+
+
+def _second(second: Any, first: object) -> Any:
+    return second
+
+
+@endings
+def test_a_callback_returns_it(peer: Peer, ending: str) -> None:
+    """As any Deferred: before it is done, and when it is."""
+    got: list[Any] = []
+    for when in range(2):
+        deferred: Deferred[Any] = Deferred()
+        reading = peer.stream.read()
+        deferred.addCallback(partial(_second, reading))
+        if not when:
+            deferred.callback(None)
+        expected = end(peer, ending)
+        if when:
+            deferred.callback(None)
+        spawn(_async_def, [deferred], got)
+        assert got.pop() == expected
+        if ending == "an error":
+            return
+
+
+def test_a_callback_returns_what_was_there_already(peer: Peer) -> None:
+    got: list[Any] = []
+    deferred: Deferred[Any] = Deferred()
+    peer.says(b"one\ntwo\n")
+    deferred.addCallback(lambda _: peer.stream.read_line())
+    deferred.addCallback(got.append)
+    deferred.addCallback(lambda _: peer.stream.write(b"x"))
+    deferred.addCallback(lambda _: peer.stream.read_line())
+    deferred.addCallback(got.append)
+    deferred.callback(None)
+    assert got == [b"one", b"two"]
+
+
+def test_to_cancel_it_is_an_error_for_who_waits(peer: Peer) -> None:
+    """Who has not been cancelled himself; and it can be read again."""
+    got: list[Any] = []
+    reading = peer.stream.read()
+    spawn(_async_def, [reading], got)
+    reading.cancel()
+    reading.cancel()
+    assert got == [CancelledError]
+    spawn(_async_def, [peer.stream.read()], got)
+    peer.says(b"hello")
+    assert got == [CancelledError, b"hello"]
+
+
+def test_an_error_that_nobody_asks_for_is_logged(peer: Peer, logged: list[Any]) -> None:
+    reading = peer.stream.read_line()
+    peer.leaves(ConnectionLost())
+    del reading
+    gc.collect()
+    failures = [each["log_failure"] for each in logged if each.get("log_failure")]
+    assert [each.type for each in failures] == [ConnectionLost]
+
+
+# Chains, however long
+
+
+def test_a_long_chain_of_tasks(clock: Clock) -> None:
+    """Each waits for the one before, and nothing recurses."""
+    first: Deferred[int] = Deferred()
+
+    async def add_one(to: Any) -> int:
+        number: int = await to
+        return number + 1
+
+    last: Any = first
+    for _ in range(100_000):
+        last = spawn(add_one, last, reactor=clock)
+    first.callback(0)
+    while not last.done:
+        clock.advance(0)
+    assert last.result() == 100_000
+
+
+def test_a_long_line_of_waiters(clock: Clock) -> None:
+    """Each is woken by the one before."""
+    gates: list[Deferred[None]] = [Deferred() for _ in range(100_000)]
+
+    async def pass_on(number: int) -> None:
+        await gates[number]
+        if number + 1 < len(gates):
+            gates[number + 1].callback(None)
+
+    tasks = [spawn(pass_on, number, reactor=clock) for number in range(len(gates))]
+    gates[0].callback(None)
+    while not tasks[-1].done:
+        clock.advance(0)
+    assert all(task.done for task in tasks)
+
+
+# What is left behind
+
+
+def test_nothing_is_left_of_what_is_over(clock: Clock) -> None:
+    """Nor does it take the garbage collector."""
+    gone: list[weakref.ref[Any]] = []
+
+    class Marked:
+        pass
+
+    async def converse(stream: Stream) -> None:
+        marked = Marked()
+        gone.extend(map(weakref.ref, (marked, stream)))
+        await stream.write(await stream.read_line())
+        await sleep(1)
+
+    def talk() -> None:
+        factory = CoroutineFactory(converse, reactor=clock)
+        protocol: Any = factory.buildProtocol(None)
+        protocol.makeConnection(StringTransport())
+        gone.append(weakref.ref(protocol))
+        protocol.dataReceived(b"hel")
+        protocol.dataReceived(b"lo\n")
+        clock.advance(1)
+        protocol.connectionLost(Failure(ConnectionDone()))
+        protocol.makeConnection = None
+
+    def cancel() -> None:
+        task: Task[None] = spawn(sleep, 1, reactor=clock)
+        gone.append(weakref.ref(task))
+        task.cancel()
+
+    gc.disable()
+    try:
+        talk()
+        cancel()
+        left = [each() for each in gone if each() is not None]
+    finally:
+        gc.enable()
+    assert len(gone) == 4
+    assert left == []
