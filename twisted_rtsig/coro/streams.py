@@ -37,6 +37,8 @@ MAX_BYTES: Final = 1 << 16
 _HIGH_MARK = 1 << 17
 _LOW_MARK = _HIGH_MARK // 2
 
+_CARRIAGE_RETURN = 0x0D
+
 # How many reads in a row a stream answers from what is there, before all others
 # have their turn.
 _READS_IN_A_TURN = 256
@@ -127,7 +129,7 @@ class Stream:
     @property
     def unfinished_read(self) -> object:
         """The read that waits for the rest of what it wants; None if none does."""
-        return self._reader if self._buffer.size else None
+        return self._reader if self._buffer.data else None
 
     # Reading
 
@@ -139,7 +141,7 @@ class Stream:
         :raises ConnectionLost: if the connection was lost in an unclean way.
         """
         if (
-            self._buffer.size
+            self._buffer.data
             or self._reader is not None
             or self._ended
             or max_bytes < 1
@@ -172,13 +174,19 @@ class Stream:
             nothing.result = b""
             return nothing
         buffer = self._buffer
+        data, start = buffer.data, buffer.start
+        end = start + size
         if (
             # As in read_line.
-            buffer.size >= size and self._reads_left and not self._paused
+            end < len(data)
+            and type(data) is bytes
+            and self._reads_left
+            and not self._paused
         ):
             self._reads_left -= 1
+            buffer.start = end
             finished: Finished[bytes] = Finished()
-            finished.result = buffer.take(size)
+            finished.result = data[start:end]
             return finished
         return self._read(_take_exactly, None, size)
 
@@ -205,13 +213,25 @@ class Stream:
         :raises IncompleteRead: if the stream ends before.
         """
         buffer = self._buffer
-        if buffer.size and self._reads_left and not self._paused and max_bytes > 0:
-            # The most frequent read of all: the line is there, and nothing else.
-            line = buffer.take_line(max_bytes)
-            if line is not None:
+        data = buffer.data
+        if (
+            # The most frequent read of all: it is there, with more behind it, and
+            # in one piece.
+            data
+            and type(data) is bytes
+            and self._reads_left
+            and not self._paused
+            and max_bytes > 0
+        ):
+            start = buffer.start
+            end = data.find(b"\n", start, start + max_bytes + 1)
+            if 0 <= end < len(data) - 1:
                 self._reads_left -= 1
+                buffer.start = end + 1
+                if data[end - 1] == _CARRIAGE_RETURN and end > start:
+                    end -= 1
                 finished: Finished[bytes] = Finished()
-                finished.result = line
+                finished.result = data[start:end]
                 return finished
         return self._read(_take_line, None, max_bytes)
 
@@ -255,7 +275,7 @@ class Stream:
                 f"another task reads from {self!r} already: let one task read, and "
                 "pass on what it has read"
             )
-        if self._buffer.size or self._ended:
+        if self._buffer.data or self._ended:
             if not self._reads_left:
                 self._scheduler.next_turn(self._serve_reader)
             else:
@@ -429,7 +449,7 @@ class Stream:
         """
         if self._reader is not None:
             raise BusyResourceError(f"start TLS on {self!r} when nobody reads from it")
-        if self._buffer.size:
+        if self._buffer.data:
             raise UnreadPlaintext(self._buffer.size)
         if self._lost is not None or self._ended or self._closing:
             return failed(self._lost or StreamError(f"{self!r} has ended: no TLS"))
@@ -452,7 +472,7 @@ class Stream:
             if self._closing:
                 return
             buffer.append(data)
-        elif self._take is _take_some and len(data) <= self._limit and not buffer.size:
+        elif self._take is _take_some and len(data) <= self._limit and not buffer.data:
             self._reader = None
             self._reads_left = _READS_IN_A_TURN
             reader.succeed(data)
@@ -460,7 +480,7 @@ class Stream:
         else:
             buffer.append(data)
             self._serve_reader()
-        if buffer.size > _HIGH_MARK and self._reader is None and not self._paused:
+        if self._reader is None and not self._paused and buffer.size > _HIGH_MARK:
             self._paused = True
             self.transport.pauseProducing()
 
@@ -551,14 +571,14 @@ _Take = Callable[[Stream, Any, int], "bytes | None"]
 
 def _take_some(stream: Stream, what: Any, limit: int) -> bytes | None:
     buffer = stream._buffer
-    if buffer.size:
+    if buffer.data:
         return buffer.take(limit)
     return _nothing_more(stream)
 
 
 def _look(stream: Stream, what: Any, limit: int) -> bytes | None:
     buffer = stream._buffer
-    if buffer.size:
+    if buffer.data:
         return buffer.peek(limit)
     return _nothing_more(stream)
 
@@ -596,14 +616,13 @@ def _take_until(stream: Stream, delimiter: bytes, limit: int) -> bytes | None:
 
 def _take_line(stream: Stream, what: Any, limit: int) -> bytes | None:
     buffer = stream._buffer
-    whole = buffer.take_line(limit)
-    if whole is not None:
-        return whole
     # One more, for a \r.
     end = buffer.find(b"\n", limit + 1)
     if 0 <= end <= limit:
         line = buffer.take(end + 1)
-        return line[:-2] if line[-2:-1] == b"\r" else line[:-1]
+        if end and line[end - 1] == _CARRIAGE_RETURN:
+            end -= 1
+        return line[:end]
     if end > limit and buffer.peek(end)[-1:] == b"\r":
         return buffer.take(end + 1)[:-2]
     # That many bytes are too many, unless only the \n is missing.
