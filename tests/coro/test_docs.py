@@ -53,7 +53,7 @@ README = ROOT / "README.md"
 NOT_FOR_HANDLERS = [
     *("feed", "feed_eof", "finish_output", "lose", "lose_output", "secure"),
     *("pauseProducing", "resumeProducing", "stopProducing"),
-    "unfinished_read",
+    *("forget", "unfinished_read", "waits_for"),
 ]
 CHAT = "The chat, with coroutines and with callbacks"
 

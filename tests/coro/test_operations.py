@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Generator
@@ -15,7 +16,15 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
-from twisted_rtsig.coro import CoroutineFactory, Stream, Task, coroutine, sleep, spawn
+from twisted_rtsig.coro import (
+    CoroutineFactory,
+    Stream,
+    Task,
+    coroutine,
+    sleep,
+    spawn,
+    timeout,
+)
 
 
 @pytest.fixture
@@ -297,3 +306,38 @@ def test_nothing_is_left_of_what_is_over(clock: Clock) -> None:
         gc.enable()
     assert len(gone) == 4
     assert left == []
+
+
+def test_an_abandoned_one_is_cancelled_to_whoever_asks_later(
+    peer: Peer, clock: Clock
+) -> None:
+    async def reads() -> None:
+        reading = peer.stream.read()
+        with pytest.raises(TimeoutError), timeout(1):
+            await reading
+        with pytest.raises(CancelledError):
+            await reading
+
+    task = spawn(reads, reactor=clock)
+    clock.advance(1)
+    assert task.result() is None
+
+
+def test_writes_that_were_given_up_do_not_pile_up(peer: Peer, clock: Clock) -> None:
+    given_up = []
+
+    async def writes() -> None:
+        peer.stream.pauseProducing()
+        for _ in range(10):
+            writing = peer.stream.write(b"x")
+            given_up.append(weakref.ref(writing))
+            with contextlib.suppress(TimeoutError), timeout(1):
+                await writing
+            del writing
+        await sleep(1)
+
+    task = spawn(writes, reactor=clock)
+    clock.pump([1] * 10)
+    gc.collect()
+    assert not task.done
+    assert [each() for each in given_up] == [None] * 10

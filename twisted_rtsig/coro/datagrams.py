@@ -67,7 +67,8 @@ class DatagramSocket:
         if self._closed is not None:
             return failed(StreamError("nothing can be received after close()"))
         operation: Operation[tuple[bytes, Address]] = Operation()
-        self._receiver = operation.on_abandon(self._forget_receiver)
+        operation.owner = self
+        self._receiver = operation
         return operation
 
     def send_to(self, data: bytes, address: Address | None = None) -> Operation[None]:
@@ -112,8 +113,13 @@ class DatagramSocket:
         while True:
             yield await self.receive_from()
 
-    def _forget_receiver(self) -> None:
+    def forget(self, operation: Operation[Any]) -> None:
+        """See ``Owner.forget``."""
         self._receiver = None
+
+    def waits_for(self, operation: Operation[Any]) -> str:
+        """See ``Owner.waits_for``."""
+        return f"a datagram to {self.host}"
 
     # From the protocol
 

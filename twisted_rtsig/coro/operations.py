@@ -12,8 +12,8 @@ An operation starts when its function is called, whether it is awaited or not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from twisted_rtsig.coro.tasks import Task
 
 T = TypeVar("T")
+
+
+class Owner(Protocol):
+    """Who has made an operation, and finishes it."""
+
+    def forget(self, operation: Operation[Any]) -> None:
+        """Nobody wants the result any more: do not finish it."""
+
+    def waits_for(self, operation: Operation[Any]) -> str:
+        """What the operation waits for, in words."""
 
 
 class _OnDemand:
@@ -46,15 +56,16 @@ class Operation(Deferred[T]):
     another class: so that nobody need ask whether it has callbacks, and that what
     they take is made for those only which have some.
 
-    :ivar waiter: the task that is resumed when it is finished; C{OVER} then.
+    :ivar waiter: the task that is resumed when it is finished; C{OVER} once it is,
+        or has been abandoned.
+    :ivar owner: who is to finish it; None if nobody need know that it is abandoned.
     """
 
     # Nothing is set until it is needed, since one is made for each read and each
     # write.
     result: Any
     waiter: Any = None
-
-    _abandon: Callable[[], object] | None = None
+    owner: Owner | None = None
 
     # What they are called from Twisted 25.5 on, and before.
     _callbacks = _OnDemand()
@@ -62,14 +73,6 @@ class Operation(Deferred[T]):
         callbacks = _OnDemand()
 
     __init__ = object.__init__
-
-    def on_abandon(self, function: Callable[[], object]) -> Operation[T]:
-        """
-        Have C{function} called without arguments if nobody wants the result any
-        more; afterwards whoever has made the operation must not finish it.
-        """
-        self._abandon = function
-        return self
 
     def succeed(self, value: T) -> None:
         """Finish with a value."""
@@ -99,17 +102,15 @@ class Operation(Deferred[T]):
         else:
             self.called = True
             self.result = Failure(error)
-        if waiter is not None:
+        if waiter is not None and waiter is not OVER:
             waiter._resume(None, error)
 
     def abandon(self) -> None:
         """
-        Nobody waits any more.  Unlike C{cancel} this finishes nothing, for a
-        task that is about to be told itself.
+        Cancel, for a task that is about to be told itself: it is not resumed.
         """
-        self.waiter = None
-        if self._abandon is not None:
-            self._abandon()
+        self.waiter = OVER
+        self.cancel()
 
     # Deferred
 
@@ -118,8 +119,8 @@ class Operation(Deferred[T]):
         if self.called:
             super().cancel()
         else:
-            if self._abandon is not None:
-                self._abandon()
+            if self.owner is not None:
+                self.owner.forget(self)
             self.fail(CancelledError())
 
     def __await__(self) -> Generator[Deferred[T], Any, T]:
@@ -155,7 +156,7 @@ class Operation(Deferred[T]):
 
 
 OVER: Final = object()
-"""Whom an operation resumes that is finished: nobody."""
+"""Whom an operation resumes that is finished or abandoned: nobody."""
 
 
 class Finished(Operation[T]):

@@ -106,6 +106,7 @@ class Process:
             finished.result = self._status
             return finished
         operation: Operation[int] = Operation()
+        operation.owner = self
         self._waiters += (operation,)
         return operation
 
@@ -139,11 +140,20 @@ class Process:
         self.stream.close()
         self.errors.close()
 
+    def forget(self, operation: Operation[Any]) -> None:
+        """See ``Owner.forget``."""
+        self._waiters = tuple(each for each in self._waiters if each is not operation)
+
+    def waits_for(self, operation: Operation[Any]) -> str:
+        """See ``Owner.waits_for``."""
+        return f"the end of process {self.pid}"
+
     def _exited(self, reason: Failure) -> None:
         why: Any = reason.value
         self._status = -why.signal if why.signal else why.exitCode
         waiters, self._waiters = self._waiters, ()
         for operation in waiters:
+            # One that is resumed may cancel another.
             if not operation.called:
                 operation.succeed(self._status)
 

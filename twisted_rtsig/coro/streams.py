@@ -153,7 +153,7 @@ class Stream:
         self._limit = max_bytes
         self._reads_left = 0
         reading: Operation[bytes] = Operation()
-        reading._abandon = self._forget_reader
+        reading.owner = self
         self._reader = reading
         return reading
 
@@ -295,11 +295,33 @@ class Stream:
         self._limit = limit
         self._reads_left = 0
         reading: Operation[bytes] = Operation()
-        reading._abandon = self._forget_reader
+        reading.owner = self
         self._reader = reading
         if self._paused:
             self._resume_transport()
         return reading
+
+    def forget(self, operation: Operation[Any]) -> None:
+        """See ``Owner.forget``."""
+        if operation is self._reader:
+            self._forget_reader()
+        elif operation is self._wrote_eof:
+            # For who asks again.
+            self._wrote_eof = self._operation()
+        else:
+            # They would pile up if one tried again and again.
+            self._drained = _without(operation, self._drained)
+            self._closed = _without(operation, self._closed)
+
+    def waits_for(self, operation: Operation[Any]) -> str:
+        """See ``Owner.waits_for``."""
+        if operation is self._reader:
+            return f"{_wanted(self._take, self._what, self._limit)} from {self!r}"
+        if operation is self._secured:
+            return f"the TLS handshake of {self!r}"
+        if operation in self._closed:
+            return f"the end of {self!r}"
+        return f"room to write to {self!r}"
 
     def _forget_reader(self) -> None:
         self._reader = None
@@ -358,7 +380,7 @@ class Stream:
             # To look up that of the class would take longer.
             finished.result = None
             return finished
-        operation: Operation[None] = Operation()
+        operation = self._operation()
         self._drained += (operation,)
         return operation
 
@@ -379,7 +401,7 @@ class Stream:
                     f"{self!r} has no half close: use close(), or let the protocol "
                     "tell the peer that nothing more comes"
                 )
-            self._wrote_eof = Operation()
+            self._wrote_eof = self._operation()
             self._unwritable = StreamError("nothing can be written after write_eof()")
             lose()
         return self._wrote_eof
@@ -415,8 +437,13 @@ class Stream:
         if self._lost is not None:
             gone: Finished[None] = Finished()
             return gone
-        operation: Operation[None] = Operation()
+        operation = self._operation()
         self._closed += (operation,)
+        return operation
+
+    def _operation(self) -> Operation[None]:
+        operation: Operation[None] = Operation()
+        operation.owner = self
         return operation
 
     def _close_writing(self) -> None:
@@ -456,10 +483,9 @@ class Stream:
         start = getattr(self.transport, "startTLS", None)
         if start is None:
             raise StreamError(f"{self!r} cannot start TLS: {self.transport!r} has none")
-        operation: Operation[None] = Operation()
-        self._secured = operation
+        self._secured = self._operation()
         start(context)
-        return operation
+        return self._secured
 
     # From the protocol
 
@@ -543,6 +569,12 @@ class Stream:
         return f"<Stream to {self.peer}>"
 
 
+def _without(
+    operation: Operation[Any], operations: tuple[Operation[None], ...]
+) -> tuple[Operation[None], ...]:
+    return tuple(each for each in operations if each is not operation)
+
+
 def _succeed(operations: tuple[Operation[None], ...]) -> None:
     for operation in operations:
         # Unless it was cancelled.
@@ -597,7 +629,7 @@ def _take_exactly(stream: Stream, what: Any, size: int) -> bytes | None:
     if buffer.size >= size:
         return buffer.take(size)
     if stream._ended:
-        raise stream._incomplete(f"{size} bytes")
+        raise stream._incomplete(_wanted(_take_exactly, what, size))
     return None
 
 
@@ -608,9 +640,7 @@ def _take_until(stream: Stream, delimiter: bytes, limit: int) -> bytes | None:
         data = buffer.take(end)
         buffer.take(len(delimiter))
         return data
-    _check_unfinished(
-        stream, limit + len(delimiter), limit, "what ends with", delimiter
-    )
+    _check_unfinished(stream, limit + len(delimiter), _take_until, delimiter, limit)
     return None
 
 
@@ -629,7 +659,7 @@ def _take_line(stream: Stream, what: Any, limit: int) -> bytes | None:
     enough = limit + 1
     if buffer.size == enough and buffer.peek(enough)[-1:] == b"\r":
         enough += 1
-    _check_unfinished(stream, enough, limit, "a line")
+    _check_unfinished(stream, enough, _take_line, what, limit)
     return None
 
 
@@ -638,21 +668,34 @@ def _take_match(stream: Stream, pattern: re.Pattern[bytes], limit: int) -> bytes
     end = buffer.match_end(pattern, limit)
     if end >= 0:
         return buffer.take(end)
-    _check_unfinished(stream, limit, limit, "a match of", pattern.pattern)
+    _check_unfinished(stream, limit, _take_match, pattern, limit)
     return None
 
 
 def _check_unfinished(
-    stream: Stream, enough: int, limit: int, wanted: str, what: bytes | None = None
+    stream: Stream, enough: int, take: _Take, what: Any, limit: int
 ) -> None:
     """
     C{enough} bytes would have shown the end.
 
     :raises StreamError: if it cannot come any more.
     """
-    if what is not None:
-        wanted = f"{wanted} {what!r}"
     if stream._buffer.size >= enough:
-        raise DelimiterNotFound(wanted, limit)
+        raise DelimiterNotFound(_wanted(take, what, limit), limit)
     if stream._ended:
-        raise stream._incomplete(wanted)
+        raise stream._incomplete(_wanted(take, what, limit))
+
+
+def _wanted(take: _Take, what: Any, limit: int) -> str:
+    """What a read is about, in words."""
+    return _WANTED[take].format(what=what, limit=limit)
+
+
+_WANTED: Final[dict[_Take, str]] = {
+    _take_some: "anything",
+    _look: "anything",
+    _take_exactly: "{limit} bytes",
+    _take_until: "what ends with {what!r}",
+    _take_line: "a line",
+    _take_match: "a match of {what.pattern!r}",
+}

@@ -523,8 +523,25 @@ def sleep(seconds: float, reactor: Any | None = None) -> Operation[None]:
         scheduler.next_turn(functools.partial(_wake, operation))
     else:
         call = scheduler.reactor.callLater(seconds, operation.succeed, None)
-        operation.on_abandon(call.cancel)
+        operation.owner = _Alarm(call, scheduler)
     return operation
+
+
+class _Alarm:
+    """What finishes a C{sleep}."""
+
+    __slots__ = ("_call", "_scheduler")
+
+    def __init__(self, call: Any, scheduler: Scheduler) -> None:
+        self._call = call
+        self._scheduler = scheduler
+
+    def forget(self, operation: Operation[None]) -> None:
+        self._call.cancel()
+
+    def waits_for(self, operation: Operation[None]) -> str:
+        left = self._call.getTime() - self._scheduler.reactor.seconds()
+        return f"{left:.1f} more seconds of sleep"
 
 
 def _wake(operation: Operation[None]) -> None:
