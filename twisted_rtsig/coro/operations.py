@@ -12,7 +12,7 @@ An operation starts when its function is called, whether it is awaited or not.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from twisted_rtsig.coro.tasks import Task
 
 T = TypeVar("T")
+
+
+NOTHING: Final = object()
+"""Where a value could be, and is none."""
 
 
 class Owner(Protocol):
@@ -48,6 +52,24 @@ class _OnDemand:
         return vars(operation)[self._name]
 
 
+def _with_room_for(*names: str) -> Callable[[type[T]], type[T]]:
+    """
+    Decorate a class whose instances will have these attributes.
+
+    CPython lays out the instances of a class like its first ones, and makes a
+    dictionary for each that has more, which takes far longer and twice the memory.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        first = cls()
+        for name in names:
+            setattr(first, name, None)
+        return cls
+
+    return decorate
+
+
+@_with_room_for("owner", "waiter", "called", "result", "value")
 class Operation(Deferred[T]):
     """
     Something that is under way.
@@ -57,8 +79,9 @@ class Operation(Deferred[T]):
     they take is made for those only which have some.
 
     :ivar waiter: the task that is resumed when it is finished; C{OVER} once it is,
-        or has been abandoned.
+        or has been abandoned, if there was none.
     :ivar owner: who is to finish it; None if nobody need know that it is abandoned.
+    :ivar value: of a send: what waits to be sent.
     """
 
     # Nothing is set until it is needed, since one is made for each read and each
@@ -66,6 +89,7 @@ class Operation(Deferred[T]):
     result: Any
     waiter: Any = None
     owner: Owner | None = None
+    value: Any = NOTHING
 
     # What they are called from Twisted 25.5 on, and before.
     _callbacks = _OnDemand()
@@ -77,15 +101,17 @@ class Operation(Deferred[T]):
     def succeed(self, value: T) -> None:
         """Finish with a value."""
         waiter: Task[Any] | None = self.waiter
-        self.waiter = OVER
-        if type(self) is _UsedAsDeferred:
-            self.callback(value)
+        self.called = True
+        self.result = value
+        if waiter is None:
+            self.waiter = OVER
         else:
-            self.called = True
-            self.result = value
-        if waiter is not None:
+            # As in Scheduler.resume.
             waiter._waiting_on = None
-            waiter._scheduler.resume(waiter, value)
+            scheduler = waiter._scheduler
+            scheduler._ready.append((waiter, value, None))
+            if not scheduler._busy:
+                scheduler._run()
 
     def fail(self, error: BaseException, quietly: bool = False) -> None:
         """
@@ -159,6 +185,7 @@ OVER: Final = object()
 """Whom an operation resumes that is finished or abandoned: nobody."""
 
 
+@_with_room_for("result")
 class Finished(Operation[T]):
     """An operation that was done at once, with the result None or what is set."""
 
@@ -178,6 +205,12 @@ class Finished(Operation[T]):
         super()._become_deferred()
 
 
+class Done(Finished[None]):
+    """One without a value: to await it is to iterate over nothing, in no time."""
+
+    __await__ = ().__iter__  # type: ignore[assignment]
+
+
 class _UsedAsDeferred(Operation[T]):
     """An operation that has, or has had, callbacks."""
 
@@ -187,12 +220,20 @@ class _UsedAsDeferred(Operation[T]):
         result = self.result
         if type(result) is Failure:
             # It is not unhandled any more.
-            self.addErrback(_ignore)
+            self.addErrback(ignore)
             self.result = result
             result.raiseException()
         return result  # type: ignore[no-any-return]
 
     __iter__ = __await__
+
+    def succeed(self, value: T) -> None:
+        """See ``Operation.succeed``."""
+        waiter: Task[Any] | None = self.waiter
+        self.waiter = OVER
+        self.callback(value)
+        if waiter is not None:
+            waiter._resume(value)
 
     addCallbacks = Deferred.addCallbacks
     addCallback = Deferred.addCallback
@@ -200,8 +241,8 @@ class _UsedAsDeferred(Operation[T]):
     addBoth = Deferred.addBoth
 
 
-def _ignore(failure: Failure) -> None:
-    pass
+def ignore(failure: Failure) -> None:
+    """An errback: somebody has seen to it."""
 
 
 def failed(error: BaseException, quietly: bool = False) -> Operation[Any]:

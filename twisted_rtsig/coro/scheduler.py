@@ -8,18 +8,73 @@ so that nothing recurses however long a chain of tasks is.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator
+from itertools import islice
+from operator import length_hint
+from types import CodeType
+from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakValueDictionary
+
+from twisted.internet.defer import Deferred, fail
+
+from twisted_rtsig.coro.errors import NoTaskError
+from twisted_rtsig.coro.operations import Done, Finished, Operation
 
 if TYPE_CHECKING:
     from twisted_rtsig.coro.tasks import Task
 
-# How many tasks run in a row before the reactor gets a turn.
-STEPS_IN_A_TURN = 500
+# How many tasks run in a row before the reactor gets a turn, and how often each of
+# them transfers to another one.
+_STEPS_IN_A_TURN = 500
+_TRANSFERS_IN_A_STEP = 100
 
-_Step = tuple["Task[Any]", Any, "BaseException | None"]
+_Ready = tuple["Task[Any]", Any, "BaseException | None"]
+
+
+class _Running:
+    """
+    Which task runs.
+
+    An attribute of a slot, since a step would take longer to set a global variable.
+    """
+
+    __slots__ = ("task",)
+
+    def __init__(self) -> None:
+        self.task: Task[Any] | None = None
+
+
+running: Final = _Running()
+
+
+class _Handover(Deferred[Any]):
+    """
+    What a task yields to transfer to another one, and waits for afterwards.
+
+    There is only one, since to make one for each transfer would take longer.
+
+    :ivar target: the other one, from the call of C{transfer} until it happens.
+    :ivar value: what it gets.
+    """
+
+    target: Task[Any] | None = None
+    value: Any = None
+
+    __init__ = object.__init__
+
+    def __await__(self) -> Generator[Deferred[Any], Any, Any]:
+        return (yield self)
+
+    # Whatever else drives a coroutine asks for callbacks.
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        self.target = self.value = None
+        return fail(NoTaskError("transfer()")).addBoth(*args, **kwargs)
+
+    addCallbacks = addBoth = _refuse
+
+
+HANDOVER: Final = _Handover()
 
 
 class Scheduler:
@@ -29,28 +84,23 @@ class Scheduler:
     :ivar reactor: an ``IReactorTime`` provider, for what lies in the future.
     """
 
-    __slots__ = ("__weakref__", "_next_turn", "_ready", "_running", "reactor")
+    __slots__ = ("__weakref__", "_busy", "_next_turn", "_ready", "_running", "reactor")
 
     def __init__(self, reactor: Any) -> None:
         self.reactor = reactor
-        self._ready: deque[_Step] = deque()
+        self._ready: list[_Ready] = []
         self._next_turn: list[Callable[[], object]] = []
         self._running = False
+        # Whether those who are ready are run already, or will be in the next turn.
+        self._busy = False
 
     def resume(
         self, task: Task[Any], value: Any, error: BaseException | None = None
     ) -> None:
         """Run a task until it waits again: now, or after those that are ready."""
-        if self._running:
-            self._ready.append((task, value, error))
-            return
-        self._running = True
-        try:
-            task._step(value, error)
-            if self._ready:
-                self._run_ready()
-        finally:
-            self._running = False
+        self._ready.append((task, value, error))
+        if not self._busy:
+            self._run()
 
     def next_turn(self, function: Callable[[], object]) -> None:
         """Call C{function} when the reactor has had a turn."""
@@ -58,30 +108,95 @@ class Scheduler:
             self.reactor.callLater(0, self._turn)
         self._next_turn.append(function)
 
-    def _run_ready(self) -> None:
-        ready = self._ready
-        for _ in range(STEPS_IN_A_TURN):
-            task, value, error = ready.popleft()
-            task._step(value, error)
-            if not ready:
-                return
-        self.next_turn(self._nothing)
+    def _turn(self) -> None:
+        functions, self._next_turn = self._next_turn, []
+        # Each of them resumes tasks, which come after who is ready already.
+        self._busy = True
+        try:
+            for function in functions:
+                function()
+        finally:
+            # Unless a task has called the reactor.
+            if not self._running:
+                self._run()
 
     def _nothing(self) -> None:
         """The turn itself runs who is ready."""
 
-    def _turn(self) -> None:
-        functions, self._next_turn = self._next_turn, []
-        self._running = True
+    def _run(self) -> None:
+        """Run those who are ready; of too many, the rest in the next turn."""
+        self._busy = self._running = True
+        # One of another reactor, which turns within this one's task.
+        before = running.task
+        ready = self._ready
+        # What is appended meanwhile comes as well.
+        upcoming = iter(ready)
+        # Whoever is ready is active, and has all that is asked for here.
+        task: Any
+        target: Any
         try:
-            # Each of them resumes tasks, which come after who is ready already.
-            for function in functions:
-                function()
-            if self._ready:
-                self._run_ready()
+            for task, value, error in islice(upcoming, _STEPS_IN_A_TURN):
+                running.task = task
+                transfers = 0
+                # Until it waits.
+                while True:
+                    try:
+                        if error is None:
+                            awaited = task._context.run(task._send, value)
+                        else:
+                            awaited = task._context.run(
+                                task._send.__self__.throw, error
+                            )
+                            error = None
+                    except StopIteration as stop:
+                        task._return(stop.value)
+                        break
+                    except BaseException as raised:
+                        task._raise(raised)
+                        break
+                    kind = type(awaited)
+                    if kind is Operation and awaited.waiter is None:
+                        awaited.waiter = task
+                        task._waiting_on = awaited
+                        if task._cancels:
+                            task._interrupt()
+                        break
+                    if awaited is HANDOVER:
+                        target = HANDOVER.target
+                        value = HANDOVER.value
+                        HANDOVER.target = None
+                        if target._waiting_on is not HANDOVER or task._cancels:
+                            error = task._before_transfer(target)
+                            if error is not None:
+                                continue
+                        task._waiting_on = HANDOVER
+                        target._waiting_on = None
+                        transfers += 1
+                        if transfers == _TRANSFERS_IN_A_STEP:
+                            ready.append((target, value, None))
+                            break
+                        running.task = task = target
+                    elif kind is Finished or kind is Done:
+                        value = awaited.result
+                    else:
+                        result = task._wait_for(awaited)
+                        if result is None:
+                            break
+                        value, error = result
         finally:
             self._running = False
+            running.task = before
+            left = length_hint(upcoming)
+            del ready[: len(ready) - left]
+            if left:
+                # Still busy: whoever is resumed meanwhile comes after those.
+                self.next_turn(self._nothing)
+            else:
+                self._busy = False
 
+
+# The code that calls every task's function.
+RUN: Final[CodeType] = Scheduler._run.__code__
 
 # By id of the reactor, which stays what it is as long as its scheduler lives.
 _schedulers: WeakValueDictionary[int, Scheduler] = WeakValueDictionary()

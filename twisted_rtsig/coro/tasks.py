@@ -22,8 +22,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.errors import Cancelled, NoTaskError
-from twisted_rtsig.coro.operations import Finished, Operation
-from twisted_rtsig.coro.scheduler import Scheduler, scheduler_of
+from twisted_rtsig.coro.operations import Operation
+from twisted_rtsig.coro.scheduler import RUN, Scheduler, running, scheduler_of
 from twisted_rtsig.coro.tracebacks import log_failure, without_machinery
 
 if sys.version_info < (3, 11):
@@ -46,22 +46,6 @@ _CANCELLED = 3
 _NOT = 0
 _NOW = 1
 _EARLIER = 2
-
-
-class _Running:
-    """
-    Which task runs.
-
-    An attribute of a slot, since a step would take longer to set a global variable.
-    """
-
-    __slots__ = ("task",)
-
-    def __init__(self) -> None:
-        self.task: Task[Any] | None = None
-
-
-_running = _Running()
 
 
 class _Unseen:
@@ -93,9 +77,9 @@ class Task(Generic[T]):
         "_done",
         "_interrupted",
         "_result",
-        "_runnable",
         "_scheduler",
         "_scopes",
+        "_send",
         "_state",
         "_waiting_on",
         "name",
@@ -105,7 +89,8 @@ class Task(Generic[T]):
         self, runnable: Runnable[T], name: str | None, scheduler: Scheduler
     ) -> None:
         self.name = name or _name_of(runnable)
-        self._runnable: Runnable[T] | None = runnable
+        # What runs it: a method, whose __self__ is the coroutine or generator.
+        self._send: Callable[[Any], Any] | None = runnable.send
         self._scheduler = scheduler
         self._context: contextvars.Context | None = contextvars.copy_context()
         # The timeouts, groups and shields that it is in, the outermost first.
@@ -190,7 +175,7 @@ class Task(Generic[T]):
     def _end(self, state: int, result: Any) -> None:
         self._state = state
         self._result = result
-        self._runnable = None
+        self._send = None
         self._context = None
         self._scopes = ()
         self._cancels = ()
@@ -252,68 +237,51 @@ class Task(Generic[T]):
                 if self._interrupted == _NOW:
                     self._interrupted = _EARLIER
 
-    # Steps
+    # Steps: called by the scheduler, which runs it from one to the next
 
     def _resume(self, value: Any, error: BaseException | None = None) -> None:
         """What it waited for has happened."""
         self._waiting_on = None
         self._scheduler.resume(self, value, error)
 
-    def _step(self, value: Any, error: BaseException | None) -> None:
-        """Run until it waits; called by the scheduler alone."""
-        # It is active, and has both.
-        runnable: Any = self._runnable
-        context: Any = self._context
-        # One of another reactor, which turns within this one's task.
-        before = _running.task
-        _running.task = self
-        try:
-            while True:
-                if error is None:
-                    awaited = context.run(runnable.send, value)
-                else:
-                    awaited = context.run(runnable.throw, error)
-                    error = None
-                kind = type(awaited)
-                if kind is Operation and awaited.waiter is None:
-                    awaited.waiter = self
-                    self._waiting_on = awaited
-                elif (kind is Operation and awaited.called) or kind is Finished:
-                    value = awaited.result
-                    if type(value) is Failure:
-                        value, error = None, value.value
-                    continue
-                elif isinstance(awaited, Deferred):
-                    self._wait_for(awaited)
-                elif isinstance(awaited, Task):
-                    # Yielded by a generator.
-                    self._wait_for(awaited.as_deferred())
-                else:
-                    value, error = None, _not_awaitable(awaited)
-                    continue
-                if self._cancels:
-                    self._interrupt()
-                return
-        except StopIteration as stop:
-            if self._scopes:
-                self._fail(_held_open(self._scopes[-1]))
-            else:
-                self._end(_SUCCEEDED, stop.value)
-        except Cancelled as cancelled:
-            if cancelled._scope is None:
-                # The frames there hold it, in their turn.
-                cancelled.__traceback__ = None
-                self._end(_CANCELLED, None)
-            else:
-                self._fail(_held_open(cancelled._scope))
-        except BaseException as raised:
-            self._fail(raised)
-        finally:
-            _running.task = before
+    def _return(self, value: T) -> None:
+        """The function has returned."""
+        if self._scopes:
+            self._fail(_held_open(self._scopes[-1]))
+        else:
+            self._end(_SUCCEEDED, value)
 
-    def _wait_for(self, deferred: Deferred[Any]) -> None:
-        self._waiting_on = deferred
-        deferred.addBoth(self._fired, deferred)
+    def _raise(self, error: BaseException) -> None:
+        """The function has raised something."""
+        if not isinstance(error, Cancelled):
+            self._fail(error)
+        elif error._scope is None:
+            # The frames there hold it, in their turn.
+            error.__traceback__ = None
+            self._end(_CANCELLED, None)
+        else:
+            self._fail(_held_open(error._scope))
+
+    def _wait_for(self, awaited: Any) -> tuple[Any, BaseException | None] | None:
+        """
+        Wait for whatever it is; or return the value or error of what is there.
+        """
+        if isinstance(awaited, Deferred):
+            if type(awaited) is Operation and awaited.called:
+                result = awaited.result
+                if isinstance(result, Failure):
+                    return None, result.value
+                return result, None
+        elif isinstance(awaited, Task):
+            # Yielded by a generator.
+            awaited = awaited.as_deferred()
+        else:
+            return None, _not_awaitable(awaited)
+        self._waiting_on = awaited
+        awaited.addBoth(self._fired, awaited)
+        if self._cancels:
+            self._interrupt()
+        return None
 
     def _fired(self, result: Any, deferred: Deferred[Any]) -> Any:
         if self._waiting_on is not deferred:
@@ -408,9 +376,14 @@ def spawn(
 
 def scheduler_for(reactor: Any | None) -> Scheduler:
     """That of a reactor; None for the one of the task that runs."""
-    if reactor is None and _running.task is not None:
-        return _running.task._scheduler
+    if reactor is None and running.task is not None:
+        return running.task._scheduler
     return scheduler_of(reactor)
+
+
+def running_scheduler() -> Scheduler | None:
+    """That of the task that runs, if any does."""
+    return None if running.task is None else running.task._scheduler
 
 
 def _runnable(function: Any, args: tuple[Any, ...]) -> Runnable[Any]:
@@ -485,9 +458,6 @@ def current_task() -> Task[Any]:
     return task_of_caller("current_task()")
 
 
-_STEP: CodeType = Task._step.__code__
-
-
 def task_of_caller(what: str) -> Task[Any]:
     """
     The task whose function has called C{what}, and not, say, a function under
@@ -495,11 +465,11 @@ def task_of_caller(what: str) -> Task[Any]:
 
     :raises NoTaskError: if there is none.
     """
-    if _running.task is not None:
+    if running.task is not None:
         frame: FrameType | None = inspect.currentframe()
         while frame is not None and frame.f_globals is not vars(defer):
-            if frame.f_code is _STEP:
-                return _running.task
+            if frame.f_code is RUN:
+                return running.task
             frame = frame.f_back
     raise NoTaskError(what)
 
@@ -522,7 +492,7 @@ def sleep(seconds: float, reactor: Any | None = None) -> Operation[None]:
     if seconds == 0:
         scheduler.next_turn(functools.partial(_wake, operation))
     else:
-        call = scheduler.reactor.callLater(seconds, operation.succeed, None)
+        call = scheduler.reactor.callLater(seconds, _wake, operation)
         operation.owner = _Alarm(call, scheduler)
     return operation
 
