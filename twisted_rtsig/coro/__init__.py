@@ -5,17 +5,23 @@ on every reactor.
 See ``docs/coroutines.md``.  Importing this imports no reactor.
 """
 
+from twisted_rtsig.coro.channels import Channel, ChannelStatistics
 from twisted_rtsig.coro.datagrams import DatagramSocket, open_datagrams
 from twisted_rtsig.coro.errors import (
     BusyResourceError,
     Cancelled,
+    ChannelClosed,
     DelimiterNotFound,
+    EndOfChannel,
     IncompleteRead,
     NoTaskError,
     StreamError,
     UnreadPlaintext,
+    WouldBlock,
 )
+from twisted_rtsig.coro.locks import Condition, Event, Lock, Semaphore
 from twisted_rtsig.coro.processes import Process, open_process
+from twisted_rtsig.coro.selection import Deadline, select
 from twisted_rtsig.coro.serving import CoroutineFactory, Server, connect, serve
 from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.tasks import (
@@ -34,18 +40,28 @@ from twisted_rtsig.coro.threads import from_thread, in_thread
 __all__ = [
     "BusyResourceError",
     "Cancelled",
+    "Channel",
+    "ChannelClosed",
+    "ChannelStatistics",
+    "Condition",
     "CoroutineFactory",
     "DatagramSocket",
+    "Deadline",
     "DelimiterNotFound",
+    "EndOfChannel",
+    "Event",
     "IncompleteRead",
+    "Lock",
     "NoTaskError",
     "Process",
+    "Semaphore",
     "Server",
     "Stream",
     "StreamError",
     "Task",
     "TaskGroup",
     "UnreadPlaintext",
+    "WouldBlock",
     "connect",
     "coroutine",
     "current_task",
@@ -54,6 +70,7 @@ __all__ = [
     "open_datagrams",
     "open_process",
     "run_group",
+    "select",
     "serve",
     "shield",
     "sleep",

@@ -74,6 +74,26 @@ class UnreadPlaintext(StreamError):
         )
 
 
+class WouldBlock(Exception):
+    """What was to be done at once can only be waited for."""
+
+
+class ChannelClosed(Exception):
+    """A value was sent to a channel that is closed: nobody receives it."""
+
+
+class EndOfChannel(Exception):
+    """
+    A channel is closed, and everything that was sent has been received.
+
+    :ivar channel: the channel.
+    """
+
+    def __init__(self, channel: object) -> None:
+        super().__init__(f"{channel!r} has ended: no more values come")
+        self.channel = channel
+
+
 class NoTaskError(RuntimeError):
     """What needs a task was called outside of one."""
 

@@ -1,0 +1,322 @@
+"""
+Channels: values that pass from one task to another, and hold up who is too fast.
+
+See ``docs/channels.md``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Generic, NamedTuple, TypeVar, cast
+
+from twisted_rtsig.coro.errors import ChannelClosed, EndOfChannel, WouldBlock
+from twisted_rtsig.coro.operations import NOTHING, Done, Finished, Operation, failed
+from twisted_rtsig.coro.tasks import running_scheduler
+from twisted_rtsig.coro.waiting import Entry, Waiters
+
+T = TypeVar("T")
+
+# How many values a channel takes and gives at once, before all others have their
+# turn.
+_AT_ONCE_IN_A_TURN = 256
+
+
+class ChannelStatistics(NamedTuple):
+    """
+    What a :class:`Channel` is doing.
+
+    :ivar buffered: how many values were sent and not received yet.
+    :ivar capacity: how many of them there may be.
+    :ivar senders: how many sends wait.
+    :ivar receivers: how many receives wait.
+    :ivar closed: whether nothing can be sent any more.
+    """
+
+    buffered: int
+    capacity: int
+    senders: int
+    receivers: int
+    closed: bool
+
+
+class Channel(Generic[T]):
+    """
+    A queue of values between tasks: any number may send, any number receive.
+
+    First come, first served.  All of it belongs into the reactor's thread.
+
+    :param capacity: how many values there may be that nobody has received yet.
+        With 0 each sender waits until a receiver takes the value.
+    :raises ValueError: if it is negative.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if not capacity >= 0:
+            raise ValueError(f"a channel cannot hold {capacity} values: 0 is the least")
+        self._capacity = capacity
+        self._values: deque[T] = deque()
+        self._senders = Waiters()
+        self._receivers = Waiters()
+        self._closed = False
+        # How much more is done at once; at 0 all wait for the turn that is to come.
+        self._at_once = _AT_ONCE_IN_A_TURN
+
+    # Sending
+
+    def send(self, value: T) -> Operation[None]:
+        """
+        Send a value.  The operation is done when there is room for it.
+
+        A send that is cancelled has sent nothing.
+
+        :raises ChannelClosed: (when awaited) if the channel is closed, or becomes so
+            while it waits: nobody receives the value.
+        """
+        done: Operation[None]
+        receivers = self._receivers
+        if receivers and not self._values:
+            # As in _give. Not counted, since that one has to have its turn.
+            receiver = receivers.popleft()
+            if receivers.given_up:
+                receivers.strip()
+            receiver.succeed(value)
+            done = Done()
+            return done
+        if self._closed:
+            return failed(self._no_more())
+        if self._at_once and self._give(value):
+            self._count()
+            done = Done()
+            return done
+        operation: Operation[None] = Operation()
+        operation.owner = self
+        operation.value = value
+        self._senders.append(operation)
+        return operation
+
+    def try_send(self, value: T) -> None:
+        """
+        Send a value without waiting.
+
+        :raises WouldBlock: if there is no room for it.
+        :raises ChannelClosed: if the channel is closed.
+        """
+        if self._closed:
+            raise self._no_more()
+        if not self._give(value):
+            raise WouldBlock(f"{self!r} has no room: use send(), which waits")
+
+    def sending(self, value: T) -> Sending[T]:
+        """To send a value: for :func:`select`, which does it or does not."""
+        return Sending(self, value)
+
+    def _give(self, value: T) -> bool:
+        """Whether a receiver, or the buffer, has taken it."""
+        if self._receivers and not self._values:
+            self._receivers.next().succeed(value)
+        elif len(self._values) < self._capacity and not self._senders:
+            self._values.append(value)
+        else:
+            return False
+        return True
+
+    def _no_more(self) -> ChannelClosed:
+        return ChannelClosed(
+            f"{self!r} takes no more values: close it when its senders are done"
+        )
+
+    # Receiving
+
+    def receive(self) -> Operation[T]:
+        """
+        The next value.
+
+        :raises EndOfChannel: (when awaited) if the channel is closed, and all that
+            was sent has been received.
+        """
+        if self._values or self._senders:
+            if self._at_once:
+                finished: Finished[T] = Finished()
+                finished.result = self._take()
+                self._count()
+                return finished
+        elif self._closed:
+            return failed(EndOfChannel(self))
+        operation: Operation[T] = Operation()
+        operation.owner = self
+        self._receivers.append(operation)
+        return operation
+
+    def try_receive(self) -> T:
+        """
+        The next value, without waiting.
+
+        :raises WouldBlock: if there is none yet.
+        :raises EndOfChannel: if the channel is closed, and all that was sent has
+            been received.
+        """
+        if self._at_end:
+            raise EndOfChannel(self)
+        value: Any = NOTHING if self._receivers else self._take()
+        if value is NOTHING:
+            raise WouldBlock(f"{self!r} is empty: use receive(), which waits")
+        return cast(T, value)
+
+    def __aiter__(self) -> Channel[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        try:
+            return await self.receive()
+        except EndOfChannel:
+            raise StopAsyncIteration from None
+
+    def _take(self) -> Any:
+        """The next value, whoever waits for it; C{NOTHING} if there is none."""
+        if self._values:
+            value: Any = self._values.popleft()
+            if self._senders:
+                self._admit()
+            return value
+        if self._senders:
+            sender = self._senders.next()
+            sender.succeed(None)
+            return sender.value
+        return NOTHING
+
+    def _admit(self) -> None:
+        """There is room for the value of a sender that waits."""
+        sender = self._senders.next()
+        self._values.append(sender.value)
+        sender.succeed(None)
+
+    @property
+    def _at_end(self) -> bool:
+        return self._closed and not self._values
+
+    # The end
+
+    def close(self) -> None:
+        """
+        Take no more values.  Receivers get what was sent, and then the end; those
+        who wait to send are told that they have not.
+
+        Does nothing to a channel that is closed already.
+        """
+        self._match()
+        self._closed = True
+        while self._senders:
+            self._senders.next().fail(self._no_more())
+        while self._receivers:
+            self._receivers.next().fail(EndOfChannel(self))
+
+    def statistics(self) -> ChannelStatistics:
+        """What it is doing."""
+        return ChannelStatistics(
+            len(self._values),
+            self._capacity,
+            self._senders.waiting,
+            self._receivers.waiting,
+            self._closed,
+        )
+
+    def __repr__(self) -> str:
+        closed = " closed" if self._closed else ""
+        return (
+            f"<Channel at {id(self):#x}:{closed} {len(self._values)} of "
+            f"{self._capacity} values, {self._senders.waiting} senders and "
+            f"{self._receivers.waiting} receivers wait>"
+        )
+
+    # Turns
+
+    def _count(self) -> None:
+        """Something was done at once."""
+        self._at_once -= 1
+        if not self._at_once:
+            scheduler = running_scheduler()
+            if scheduler is not None:
+                scheduler.next_turn(self._match)
+            else:
+                # Whoever drives this sees to the turns.
+                self._at_once = _AT_ONCE_IN_A_TURN
+
+    def _match(self) -> None:
+        """Serve those who had to wait for a turn."""
+        # Callbacks may come back here, and are not to overtake anybody.
+        self._at_once = 0
+        while self._receivers and (self._values or self._senders):
+            if self._values:
+                self._receivers.next().succeed(self._values.popleft())
+            else:
+                self._admit()
+        while self._senders and len(self._values) < self._capacity:
+            self._admit()
+        self._at_once = _AT_ONCE_IN_A_TURN
+
+    # Those who wait
+
+    def forget(self, operation: Operation[Any]) -> None:
+        """See ``Owner.forget``."""
+        self._waiters_with(operation).forget(operation)
+
+    def waits_for(self, operation: Operation[Any]) -> str:
+        """See ``Owner.waits_for``."""
+        sends = self._waiters_with(operation) is self._senders
+        return f"{'room in' if sends else 'a value from'} {self!r}"
+
+    def _waiters_with(self, operation: Operation[Any]) -> Waiters:
+        return self._receivers if operation.value is NOTHING else self._senders
+
+    # To receive, in select
+
+    def poll(self) -> Any:
+        """See ``Selectable.poll``."""
+        if self._at_end:
+            raise EndOfChannel(self)
+        value = self._take() if self._at_once else NOTHING
+        if value is not NOTHING:
+            self._count()
+        return value
+
+    def watch(self, entry: Entry) -> None:
+        """See ``Selectable.watch``."""
+        self._receivers.append(entry)
+
+    def unwatch(self, entry: Entry) -> None:
+        """See ``Selectable.unwatch``."""
+        self._receivers.forget(entry)
+
+
+class Sending(Generic[T]):
+    """
+    To send a value: for :func:`select`, which does it or does not.
+
+    :raises ChannelClosed: from C{select}, if the channel is closed.
+    """
+
+    def __init__(self, channel: Channel[T], value: T) -> None:
+        self.channel = channel
+        self.value = value
+
+    def poll(self) -> Any:
+        """See ``Selectable.poll``."""
+        channel = self.channel
+        if channel._closed:
+            raise channel._no_more()
+        if not (channel._at_once and channel._give(self.value)):
+            return NOTHING
+        channel._count()
+        return None
+
+    def watch(self, entry: Entry) -> None:
+        """See ``Selectable.watch``."""
+        entry.value = self.value
+        self.channel._senders.append(entry)
+
+    def unwatch(self, entry: Entry) -> None:
+        """See ``Selectable.unwatch``."""
+        self.channel._senders.forget(entry)
+
+    def __repr__(self) -> str:
+        return f"<Sending to {self.channel!r}>"

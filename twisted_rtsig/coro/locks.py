@@ -1,0 +1,283 @@
+"""
+Locks and the like, for tasks that share something.
+
+First come, first served.  Nobody who is cancelled takes anything with him: a lock
+that is granted to a task is its own, and it is cancelled where it waits next.
+All of it belongs into the reactor's thread.
+
+See ``docs/channels.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+
+from twisted_rtsig.coro.errors import WouldBlock
+from twisted_rtsig.coro.operations import NOTHING, Finished, Operation
+from twisted_rtsig.coro.waiting import Entry, Waiters
+
+
+class _Queued:
+    """What many wait for: the owner of their operations."""
+
+    def __init__(self) -> None:
+        self._waiters = Waiters()
+
+    def _wait(self) -> Operation[None]:
+        operation: Operation[None] = Operation()
+        operation.owner = self
+        self._waiters.append(operation)
+        return operation
+
+    def forget(self, operation: Operation[Any]) -> None:
+        """See ``Owner.forget``."""
+        self._waiters.forget(operation)
+
+    def waits_for(self, operation: Operation[Any]) -> str:
+        """See ``Owner.waits_for``."""
+        return repr(self)
+
+
+class Event(_Queued):
+    """Something that happens once, which many can wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._set = False
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it has happened."""
+        return self._set
+
+    def set(self) -> None:
+        """It happens.  All who wait go on, and whoever comes later does not wait."""
+        self._set = True
+        while self._waiters:
+            self._waiters.next().succeed(None)
+
+    def wait(self) -> Operation[None]:
+        """Wait until it has happened."""
+        return Finished() if self._set else self._wait()
+
+    def poll(self) -> Any:
+        """See ``Selectable.poll``."""
+        return None if self._set else NOTHING
+
+    def watch(self, entry: Entry) -> None:
+        """See ``Selectable.watch``."""
+        self._waiters.append(entry)
+
+    def unwatch(self, entry: Entry) -> None:
+        """See ``Selectable.unwatch``."""
+        self._waiters.forget(entry)
+
+    def __repr__(self) -> str:
+        state = "set" if self._set else f"{self._waiters.waiting} wait"
+        return f"<Event at {id(self):#x}: {state}>"
+
+
+class Semaphore(_Queued):
+    """
+    So many may have it at the same time::
+
+        async with semaphore:
+
+    :param value: how many.
+    :param max_value: if given, to release it more often than that is an error.
+    :raises ValueError: if it begins with less than 0, or more than C{max_value}.
+    """
+
+    def __init__(self, value: int, max_value: int | None = None) -> None:
+        super().__init__()
+        if value < 0 or (max_value is not None and value > max_value):
+            most = "" if max_value is None else f", and {max_value} the most"
+            raise ValueError(
+                f"a semaphore cannot begin with {value}: 0 is the least{most}"
+            )
+        self._value = value
+        self._max_value = max_value
+
+    @property
+    def value(self) -> int:
+        """How many more may have it now."""
+        return self._value
+
+    def acquire(self) -> Operation[None]:
+        """Get it, as soon as it is this one's turn."""
+        if not self._value:
+            return self._wait()
+        self._value -= 1
+        finished: Finished[None] = Finished()
+        return finished
+
+    def try_acquire(self) -> None:
+        """
+        Get it without waiting.
+
+        :raises WouldBlock: if it is not to be had at once.
+        """
+        if not self._value:
+            raise WouldBlock(f"{self!r} is taken: use acquire(), which waits")
+        self._value -= 1
+
+    def release(self) -> None:
+        """
+        Give it back: to the first who waits.
+
+        :raises RuntimeError: if that is once too often.
+        """
+        if self._value == self._max_value:
+            raise RuntimeError(
+                f"{self!r} was released more often than acquired: whoever acquires it "
+                "releases it once"
+            )
+        if self._waiters:
+            self._waiters.next().succeed(None)
+        else:
+            self._value += 1
+
+    async def __aenter__(self) -> None:
+        await self.acquire()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} at {id(self):#x}: {self._value} left, "
+            f"{self._waiters.waiting} wait>"
+        )
+
+
+class Lock(Semaphore):
+    """
+    Only one may have it at a time::
+
+        async with lock:
+    """
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+    @property
+    def locked(self) -> bool:
+        """Whether somebody has it."""
+        return not self._value
+
+
+class Condition(_Queued):
+    """
+    Something that may become true under a lock::
+
+        async with condition:
+            while not ready():
+                await condition.wait()
+
+    :param lock: by default one of its own.
+    """
+
+    def __init__(self, lock: Lock | None = None) -> None:
+        super().__init__()
+        self.lock = Lock() if lock is None else lock
+
+    def wait(self) -> Deferred[None]:
+        """
+        Release the lock, wait until somebody notifies this, and have the lock again.
+
+        One that is cancelled has the lock again, too.  One that is cancelled after
+        it was notified goes on, and is cancelled where it waits next.
+
+        :raises RuntimeError: if nobody has the lock.
+        """
+        self._check("wait()")
+        waiting = _Reacquiring(self._wait(), self)
+        self.lock.release()
+        return waiting
+
+    async def wait_for(self, predicate: Callable[[], bool]) -> None:
+        """
+        Wait until C{predicate()} is true; it is called with the lock, now and
+        whenever somebody notifies this.
+        """
+        while not predicate():
+            await self.wait()
+
+    def notify(self, count: int = 1) -> None:
+        """
+        Let so many of those who wait go on, once they have the lock.
+
+        :raises RuntimeError: if nobody has the lock.
+        """
+        self._check("notify()")
+        while self._waiters and count > 0:
+            count -= 1
+            self._waiters.next().succeed(None)
+
+    def notify_all(self) -> None:
+        """
+        As :meth:`notify`, with all of them.
+
+        :raises RuntimeError: if nobody has the lock.
+        """
+        self.notify(self._waiters.waiting)
+
+    def _check(self, what: str) -> None:
+        if not self.lock.locked:
+            raise RuntimeError(
+                f"{what} of {self!r} without its lock: call it in async with"
+            )
+
+    async def __aenter__(self) -> None:
+        await self.lock.acquire()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.lock.release()
+
+    def __repr__(self) -> str:
+        return f"<Condition at {id(self):#x}: {self._waiters.waiting} wait>"
+
+
+class _Reacquiring(Deferred[None]):
+    """
+    A wait for a condition, and then for its lock, whatever the first one came to.
+
+    No C{Operation}, since also who is cancelled waits for the lock.
+    """
+
+    def __init__(self, notified: Operation[None], condition: Condition) -> None:
+        super().__init__()
+        self._notified = notified
+        self._condition = condition
+        notified.addBoth(self._acquire)
+
+    def _acquire(self, result: Any) -> None:
+        self._condition.lock.acquire().addCallback(self._acquired, result)
+
+    def _acquired(self, lock: None, result: Any) -> None:
+        if isinstance(result, Failure):
+            self.errback(result)
+        else:
+            self.callback(None)
+
+    def cancel(self) -> None:
+        """See ``Deferred.cancel``."""
+        self._notified.cancel()
+
+    def __repr__(self) -> str:
+        return repr(self._condition)

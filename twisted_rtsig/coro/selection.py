@@ -1,0 +1,272 @@
+"""
+Waiting for the first of several things, and leaving the others as they are.
+
+See ``docs/channels.md``.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+
+from twisted_rtsig.coro.operations import NOTHING, Operation, failed, ignore
+from twisted_rtsig.coro.tasks import Task, scheduler_for
+from twisted_rtsig.coro.waiting import Entry, Waiters
+
+
+class Selectable(Protocol):
+    """What :func:`select` can wait for."""
+
+    def poll(self) -> Any:
+        """
+        Take what is there.
+
+        :return: a value, or C{NOTHING}.
+        :raises Exception: in place of a value.
+        """
+
+    def watch(self, entry: Entry) -> None:
+        """Call C{entry.succeed} or C{entry.fail} once there is something."""
+
+    def unwatch(self, entry: Entry) -> None:
+        """Do not."""
+
+
+def select(*cases: Any) -> Operation[tuple[Any, Any]]:
+    """
+    Wait for the first of several things::
+
+        chosen, value = await select(requests, stop, answers.sending(answer))
+        if chosen is requests:
+            ...
+
+    Exactly one of them happens.  If there is one already, nobody waits; if there
+    are several, chance decides, so that each has its turn.
+
+    :param cases: a :class:`Channel` to receive from; what ``Channel.sending``
+        returns; an :class:`Event`; a :class:`Deadline`; a :class:`Task` or a
+        Deferred, which goes on if it is not chosen.
+    :return: the one that was chosen, and its value: None of one that has none.
+    :raises EndOfChannel: if a channel was chosen that is at its end: C{channel} of
+        the error is which.
+    :raises ChannelClosed: if a channel was chosen to which nothing can be sent.
+    :raises ValueError: if there are no cases.
+    :raises TypeError: if one of them is something else.
+    """
+    if not cases:
+        raise ValueError("select() without anything to wait for would wait for ever")
+    selectables = [(each, _selectable(each)) for each in cases]
+    first = random.randrange(len(cases))
+    for case, selectable in selectables[first:] + selectables[:first]:
+        try:
+            value = selectable.poll()
+        except Exception as error:
+            return failed(error)
+        if value is not NOTHING:
+            done: Operation[tuple[Any, Any]] = Operation()
+            done.succeed((case, value))
+            return done
+    return _Selection(selectables).operation
+
+
+class _Case:
+    """One of the things that a :func:`select` waits for: an C{Entry}."""
+
+    __slots__ = ("_case", "_selectable", "_selection", "called", "value")
+
+    def __init__(self, selection: _Selection, case: Any, selectable: Selectable):
+        self._selection = selection
+        self._case = case
+        self._selectable = selectable
+        self.called = False
+        self.value: Any = None
+        selectable.watch(self)
+
+    def succeed(self, value: Any) -> None:
+        """This is the one, and this its value."""
+        self._selection.give_up(self)
+        self._selection.operation.succeed((self._case, value))
+
+    def fail(self, error: BaseException) -> None:
+        """This is the one, and it has failed."""
+        self._selection.give_up(self)
+        self._selection.operation.fail(error)
+
+    def give_up(self) -> None:
+        """It is another."""
+        self._selectable.unwatch(self)
+        self.called = True
+
+
+class _Selection:
+    """Owns the operation of a :func:`select` that waits."""
+
+    def __init__(self, selectables: list[tuple[Any, Selectable]]) -> None:
+        self.operation: Operation[tuple[Any, Any]] = Operation()
+        self.operation.owner = self
+        self._cases = [_Case(self, *each) for each in selectables]
+
+    def give_up(self, chosen: _Case | None) -> None:
+        """Wait for none of them, of which C{chosen} does not wait already."""
+        for case in self._cases:
+            if case is not chosen:
+                case.give_up()
+            case.called = True
+
+    def forget(self, operation: Operation[Any]) -> None:
+        self.give_up(None)
+
+    def waits_for(self, operation: Operation[Any]) -> str:
+        return "the first of " + ", ".join(repr(each._case) for each in self._cases)
+
+
+class Deadline:
+    """
+    A point in time, for :func:`select`.
+
+    :param seconds: how far it is from now.
+    :param reactor: an ``IReactorTime`` provider; by default that of the task.
+    :raises ValueError: if it is in the past.
+    """
+
+    def __init__(self, seconds: float, reactor: Any | None = None) -> None:
+        if not seconds >= 0:
+            raise ValueError(f"a deadline {seconds} seconds from now: 0 is the least")
+        self._reactor = scheduler_for(reactor).reactor
+        self._time = self._reactor.seconds() + seconds
+        self._waiters = Waiters()
+        self._call: Any = None
+
+    @property
+    def remaining(self) -> float:
+        """How many seconds are left; 0 when it has passed."""
+        left: float = self._time - self._reactor.seconds()
+        return max(0.0, left)
+
+    def poll(self) -> Any:
+        """See ``Selectable.poll``."""
+        return NOTHING if self.remaining else None
+
+    def watch(self, entry: Entry) -> None:
+        """See ``Selectable.watch``."""
+        self._waiters.append(entry)
+        if self._call is None:
+            self._call = self._reactor.callLater(self.remaining, self._pass)
+
+    def unwatch(self, entry: Entry) -> None:
+        """See ``Selectable.unwatch``."""
+        self._waiters.forget(entry)
+        if not self._waiters:
+            self._call.cancel()
+            self._call = None
+
+    def _pass(self) -> None:
+        self._call = None
+        # Clocks count in fractions that do not always add up.
+        self._time = self._reactor.seconds()
+        while self._waiters:
+            self._waiters.next().succeed(None)
+
+    def __repr__(self) -> str:
+        return f"<Deadline in {self.remaining:.1f} s>"
+
+
+def _selectable(case: Any) -> Selectable:
+    if isinstance(case, Task):
+        return _TaskCase(case)
+    if isinstance(case, Deferred):
+        return _DeferredCase(case)
+    if not hasattr(case, "poll"):
+        raise TypeError(
+            f"select() cannot wait for {case!r}: give it a Channel, what sending() "
+            "returns, an Event, a Deadline, a Task or a Deferred"
+        )
+    selectable: Selectable = case
+    return selectable
+
+
+class _TaskCase:
+    """The end of a task."""
+
+    def __init__(self, task: Task[Any]) -> None:
+        self._task = task
+
+    def poll(self) -> Any:
+        return self._task.result() if self._task.done else NOTHING
+
+    def watch(self, entry: Entry) -> None:
+        hook = _hooks.get(self._task)
+        if hook is None:
+            hook = _hooks[self._task] = _Hook()
+            self._task._when_done(hook.task_ended)
+        hook.waiters.append(entry)
+
+    def unwatch(self, entry: Entry) -> None:
+        _hooks[self._task].waiters.forget(entry)
+
+
+class _DeferredCase:
+    """The result of a Deferred."""
+
+    def __init__(self, deferred: Deferred[Any]) -> None:
+        self._deferred = deferred
+        hook = _hooks.get(deferred)
+        if hook is None:
+            hook = _hooks[deferred] = _Hook()
+            deferred.addBoth(hook.fired)
+        self._hook = hook
+
+    def poll(self) -> Any:
+        result = self._hook.result
+        if isinstance(result, Failure):
+            self._deferred.addErrback(ignore)
+            result.raiseException()
+        return result
+
+    def watch(self, entry: Entry) -> None:
+        self._hook.waiters.append(entry)
+
+    def unwatch(self, entry: Entry) -> None:
+        self._hook.waiters.forget(entry)
+
+
+class _Hook:
+    """
+    Tells any number of selects of one end, and is told itself only once.
+
+    :ivar result: of a Deferred: the value or the failure, once it has fired.
+    """
+
+    __slots__ = ("result", "waiters")
+
+    def __init__(self) -> None:
+        self.result: Any = NOTHING
+        self.waiters = Waiters()
+
+    def task_ended(self, task: Task[Any]) -> None:
+        while self.waiters:
+            waiter = self.waiters.next()
+            if task.failed or task.cancelled:
+                waiter.fail(task._see_failure().value)
+            else:
+                waiter.succeed(task._result)
+
+    def fired(self, result: Any) -> Any:
+        self.result = result
+        if not isinstance(result, Failure):
+            while self.waiters:
+                self.waiters.next().succeed(result)
+        elif self.waiters:
+            while self.waiters:
+                self.waiters.next().fail(result.value)
+            # They have seen to it.
+            return None
+        return result
+
+
+# Of the tasks and Deferreds that were selected.
+_hooks: WeakKeyDictionary[Any, _Hook] = WeakKeyDictionary()
