@@ -16,6 +16,7 @@ from twisted_rtsig.coro.errors import (
     IncompleteRead,
     NoTaskError,
     StreamError,
+    TransferError,
     UnreadPlaintext,
     WouldBlock,
 )
@@ -24,6 +25,7 @@ from twisted_rtsig.coro.processes import Process, open_process
 from twisted_rtsig.coro.selection import Deadline, select
 from twisted_rtsig.coro.serving import CoroutineFactory, Server, connect, serve
 from twisted_rtsig.coro.streams import Stream
+from twisted_rtsig.coro.symmetric import symmetric, transfer
 from twisted_rtsig.coro.tasks import (
     Task,
     TaskGroup,
@@ -60,6 +62,7 @@ __all__ = [
     "StreamError",
     "Task",
     "TaskGroup",
+    "TransferError",
     "UnreadPlaintext",
     "WouldBlock",
     "connect",
@@ -75,5 +78,7 @@ __all__ = [
     "shield",
     "sleep",
     "spawn",
+    "symmetric",
     "timeout",
+    "transfer",
 ]

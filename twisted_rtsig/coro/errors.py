@@ -94,6 +94,10 @@ class EndOfChannel(Exception):
         self.channel = channel
 
 
+class TransferError(RuntimeError):
+    """The target of a C{transfer} cannot take over."""
+
+
 class NoTaskError(RuntimeError):
     """What needs a task was called outside of one."""
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # How many tasks run in a row before the reactor gets a turn, and how often each of
 # them transfers to another one.
 _STEPS_IN_A_TURN = 500
-_TRANSFERS_IN_A_STEP = 100
+_TRANSFERS_IN_A_STEP = range(100)
 
 _Ready = tuple["Task[Any]", Any, "BaseException | None"]
 
@@ -53,7 +53,7 @@ class _Handover(Deferred[Any]):
 
     There is only one, since to make one for each transfer would take longer.
 
-    :ivar target: the other one, from the call of C{transfer} until it happens.
+    :ivar target: the one that takes over.
     :ivar value: what it gets.
     """
 
@@ -68,7 +68,6 @@ class _Handover(Deferred[Any]):
     # Whatever else drives a coroutine asks for callbacks.
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        self.target = self.value = None
         return fail(NoTaskError("transfer()")).addBoth(*args, **kwargs)
 
     addCallbacks = addBoth = _refuse
@@ -131,23 +130,38 @@ class Scheduler:
         ready = self._ready
         # What is appended meanwhile comes as well.
         upcoming = iter(ready)
+        handover = HANDOVER
         # Whoever is ready is active, and has all that is asked for here.
         task: Any
         target: Any
         try:
             for task, value, error in islice(upcoming, _STEPS_IN_A_TURN):
                 running.task = task
-                transfers = 0
                 # Until it waits.
                 while True:
                     try:
                         if error is None:
                             awaited = task._context.run(task._send, value)
                         else:
-                            awaited = task._context.run(
-                                task._send.__self__.throw, error
-                            )
+                            throw = task._send.__self__.throw
+                            awaited = task._context.run(throw, error)
                             error = None
+                        if awaited is handover:
+                            for _ in _TRANSFERS_IN_A_STEP:
+                                target = handover.target
+                                try:
+                                    parked = target._waiting_on is handover
+                                except AttributeError:
+                                    # It is no task.
+                                    break
+                                if not parked or task._cancels:
+                                    break
+                                task._waiting_on = handover
+                                target._waiting_on = None
+                                running.task = task = target
+                                awaited = task._context.run(task._send, handover.value)
+                                if awaited is not handover:
+                                    break
                     except StopIteration as stop:
                         task._return(stop.value)
                         break
@@ -161,23 +175,12 @@ class Scheduler:
                         if task._cancels:
                             task._interrupt()
                         break
-                    if awaited is HANDOVER:
-                        target = HANDOVER.target
-                        value = HANDOVER.value
-                        HANDOVER.target = None
-                        if target._waiting_on is not HANDOVER or task._cancels:
-                            error = task._before_transfer(target)
-                            if error is not None:
-                                continue
-                        task._waiting_on = HANDOVER
-                        target._waiting_on = None
-                        transfers += 1
-                        if transfers == _TRANSFERS_IN_A_STEP:
-                            ready.append((target, value, None))
-                            break
-                        running.task = task = target
-                    elif kind is Finished or kind is Done:
+                    if kind is Finished or kind is Done:
                         value = awaited.result
+                    elif awaited is handover:
+                        error = task._transfer(handover.target, handover.value)
+                        if error is None:
+                            break
                     else:
                         result = task._wait_for(awaited)
                         if result is None:
@@ -186,6 +189,8 @@ class Scheduler:
         finally:
             self._running = False
             running.task = before
+            # It keeps nobody alive.
+            handover.target = handover.value = None
             left = length_hint(upcoming)
             del ready[: len(ready) - left]
             if left:

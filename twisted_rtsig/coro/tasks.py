@@ -21,9 +21,9 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from twisted_rtsig.coro.errors import Cancelled, NoTaskError
+from twisted_rtsig.coro.errors import Cancelled, NoTaskError, TransferError
 from twisted_rtsig.coro.operations import Operation
-from twisted_rtsig.coro.scheduler import RUN, Scheduler, running, scheduler_of
+from twisted_rtsig.coro.scheduler import HANDOVER, RUN, Scheduler, running, scheduler_of
 from twisted_rtsig.coro.tracebacks import log_failure, without_machinery
 
 if sys.version_info < (3, 11):
@@ -80,25 +80,32 @@ class Task(Generic[T]):
         "_scheduler",
         "_scopes",
         "_send",
+        "_starter",
         "_state",
         "_waiting_on",
         "name",
     )
 
     def __init__(
-        self, runnable: Runnable[T], name: str | None, scheduler: Scheduler
+        self, runnable: Runnable[T] | Beginning, name: str, scheduler: Scheduler
     ) -> None:
-        self.name = name or _name_of(runnable)
-        # What runs it: a method, whose __self__ is the coroutine or generator.
-        self._send: Callable[[Any], Any] | None = runnable.send
+        self.name = name
         self._scheduler = scheduler
         self._context: contextvars.Context | None = contextvars.copy_context()
         # The timeouts, groups and shields that it is in, the outermost first.
         self._scopes: tuple[Scope, ...] = ()
         # Who has cancelled it, where it does not know yet.
         self._cancels: tuple[Scope | None, ...] = ()
+        # What runs it: a method, whose __self__ is the coroutine or generator.
+        self._send: Callable[[Any], Any] | None = None
         # What it waits for; None while it runs, or is about to.
-        self._waiting_on: Deferred[Any] | None = None
+        self._waiting_on: Deferred[Any] | Beginning | None = None
+        if isinstance(runnable, Beginning):
+            self._waiting_on = runnable
+        else:
+            self._send = runnable.send
+        # Who was the first to transfer to it.
+        self._starter: Task[Any] | None = None
         self._interrupted = _NOT
         self._state = _ACTIVE
         # The value; of a failed one, the failure, and who sees to it.
@@ -182,6 +189,20 @@ class Task(Generic[T]):
         done, self._done = self._done, ()
         for function in done:
             function(self)
+        # Kept for those whom this one has started, and not what has ended before.
+        starter = self._starter = self._nearest_starter()
+        if starter is not None and starter._waiting_on is HANDOVER:
+            if state == _SUCCEEDED:
+                starter._resume(result)
+            else:
+                starter._resume(None, self._see_failure().value)
+
+    def _nearest_starter(self) -> Task[Any] | None:
+        """Who gets the control when this one ends."""
+        starter = self._starter
+        while starter is not None and starter._state != _ACTIVE:
+            starter = starter._starter
+        return starter
 
     def _fail(self, error: BaseException) -> None:
         failure = Failure(without_machinery(error))
@@ -221,12 +242,17 @@ class Task(Generic[T]):
     def _interrupt(self) -> None:
         """Cancel what it waits for, if that is to be."""
         awaited = self._waiting_on
-        if isinstance(awaited, Operation) and awaited.waiter is self:
+        if isinstance(awaited, Beginning):
+            self._end(_CANCELLED, None)
+        elif awaited is HANDOVER:
             cancelled = self._next_cancel()
             if cancelled is not None:
-                self._waiting_on = None
+                self._resume(None, cancelled)
+        elif isinstance(awaited, Operation) and awaited.waiter is self:
+            cancelled = self._next_cancel()
+            if cancelled is not None:
                 awaited.abandon()
-                self._scheduler.resume(self, None, cancelled)
+                self._resume(None, cancelled)
         elif awaited is not None:
             # It may take a while, or succeed all the same.
             before = self._cancels
@@ -283,6 +309,62 @@ class Task(Generic[T]):
             self._interrupt()
         return None
 
+    def _transfer(self, target: Any, value: Any) -> BaseException | None:
+        """
+        Let another one take over when it is its turn; or return the error that
+        this one gets instead.
+        """
+        cancelled = self._next_cancel()
+        if cancelled is not None:
+            return cancelled
+        if not isinstance(target, Task):
+            return TypeError(
+                f"cannot transfer to {target!r}: give it what symmetric() returns, or "
+                "a task that waits in a transfer itself"
+            )
+        awaited = target._waiting_on
+        if isinstance(awaited, Beginning):
+            self._waiting_on = HANDOVER
+            target._begin(awaited, self, value)
+        elif awaited is HANDOVER:
+            self._waiting_on = HANDOVER
+            target._resume(value)
+        else:
+            return TransferError(
+                f"cannot transfer to {target!r}, which {target._state_in_words()}: "
+                "only one that was not started yet, or has transferred itself, can "
+                "take over"
+            )
+        return None
+
+    def _begin(self, beginning: Beginning, starter: Task[Any], value: Any) -> None:
+        """Somebody was the first to transfer to this one."""
+        self._starter = starter
+        try:
+            self._send = beginning.begin(value).send
+        except Exception as error:
+            self._fail(error)
+        else:
+            self._resume(None)
+
+    def _state_in_words(self) -> str:
+        if self._state != _ACTIVE:
+            return "has ended"
+        if self._waiting_on is None:
+            return "runs already"
+        return f"waits for {self._waits_for()}"
+
+    def _waits_for(self) -> str:
+        awaited = self._waiting_on
+        if isinstance(awaited, Beginning):
+            return "its first transfer"
+        if awaited is HANDOVER:
+            return "a transfer"
+        if isinstance(awaited, Operation) and awaited.owner is not None:
+            what: str = awaited.owner.waits_for(awaited)
+            return what
+        return repr(awaited)
+
     def _fired(self, result: Any, deferred: Deferred[Any]) -> Any:
         if self._waiting_on is not deferred:
             # Abandoned.
@@ -306,12 +388,29 @@ class Task(Generic[T]):
         return f"<Task {self.name}: {state}>"
 
 
+class Beginning:
+    """How a task begins that was not started yet: with the first transfer to it."""
+
+    __slots__ = ("_args", "_function")
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self._function = function
+        self._args = args
+
+    def begin(self, value: Any) -> Runnable[Any]:
+        """What runs, after a transfer of C{value}."""
+        return _runnable(self._function, (*self._args, value))
+
+
 class _OfTask(Deferred[T]):
     """Fires when a task has ended, and not before, even if it is cancelled."""
 
     def __init__(self, task: Task[T]) -> None:
         super().__init__()
         self._task = task
+
+    def __repr__(self) -> str:
+        return f"the end of {self._task!r}"
 
     def finish(self, task: Task[T]) -> None:
         if task._state == _SUCCEEDED:
@@ -342,7 +441,7 @@ def _held_open(scope: object) -> RuntimeError:
     )
 
 
-def _name_of(function: object) -> str:
+def name_of(function: object) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
 
 
@@ -369,7 +468,8 @@ def spawn(
     :raises TypeError: if there is nothing to run.
     """
     scheduler = scheduler_for(reactor)
-    task: Task[Any] = Task(_runnable(function, args), name, scheduler)
+    runnable = _runnable(function, args)
+    task: Task[Any] = Task(runnable, name or name_of(runnable), scheduler)
     scheduler.resume(task, None)
     return task
 
@@ -403,7 +503,7 @@ def _runnable(function: Any, args: tuple[Any, ...]) -> Runnable[Any]:
         made: Runnable[Any] = inner(*args)
         return made
     runnable: Any = _call(function, args)
-    runnable.__qualname__ = _name_of(function)
+    runnable.__qualname__ = name_of(function)
     return cast(Runnable[Any], runnable)
 
 

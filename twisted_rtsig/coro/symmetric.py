@@ -1,0 +1,67 @@
+"""
+Symmetric coroutines: those that hand over to each other, and not back to a caller.
+
+See ``docs/symmetric.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted_rtsig.coro.scheduler import HANDOVER
+from twisted_rtsig.coro.tasks import Beginning, Task, name_of, scheduler_for
+
+
+def symmetric(
+    function: Callable[..., Any],
+    *args: Any,
+    name: str | None = None,
+    reactor: Any | None = None,
+) -> Task[Any]:
+    """
+    Make a coroutine that somebody can :func:`transfer` to.
+
+    It is a task that has not begun.  The first transfer to it calls
+    C{function(*args, value)}.
+
+    When it ends, whoever was the first to transfer to it gets the control, with
+    what it has returned, or raised.  If that one has ended itself, then it is the
+    one that was the first to transfer to that one, and so on.
+
+    :param function: whatever :func:`spawn` takes, but no coroutine that runs.
+    :param name: what it is called in logs; by default the name of the function.
+    :param reactor: an ``IReactorTime`` provider; by default that of the task that
+        calls this, or the installed one.
+    :raises TypeError: if that is no function.
+    """
+    if not callable(function):
+        raise TypeError(
+            f"symmetric() needs a function, which the first transfer to it calls: "
+            f"{function!r} is none"
+        )
+    beginning = Beginning(function, args)
+    return Task(beginning, name or name_of(function), scheduler_for(reactor))
+
+
+def transfer(target: Task[Any], value: Any = None) -> Any:
+    """
+    Hand over to another coroutine, and wait until somebody hands over to this one::
+
+        answer = await transfer(other, question)
+
+    Await, or yield, it where it is called.  Nobody is kept on a stack: any task that
+    has transferred can be the target of any other.
+
+    :param target: what :func:`symmetric` has returned, or a task that waits in a
+        C{transfer} itself.
+    :param value: what its C{transfer} returns.
+    :return: what is transferred to this one.
+    :raises TransferError: (when awaited) if the target has ended, runs already or
+        waits for something else.
+    :raises NoTaskError: (when awaited) outside of a task.
+    :raises TypeError: if the target is no task.
+    """
+    HANDOVER.target = target
+    HANDOVER.value = value
+    return HANDOVER
