@@ -242,7 +242,7 @@ def test_transfers_that_cannot_be(clock: Clock) -> None:
             await transfer(current_task())
         asleep = spawn(sleep, 5)
         await sleep(0)
-        with pytest.raises(TransferError, match="which waits for 5[.]0 more seconds"):
+        with pytest.raises(TransferError, match=r"which waits for 5\.0 more seconds"):
             await transfer(asleep)
         ready = spawn(end, 1)
         with pytest.raises(TransferError, match="which runs already"):
@@ -268,7 +268,8 @@ def test_outside_of_a_task(clock: Clock) -> None:
     def yields() -> Generator[Any, Any, None]:
         yield transfer(other)
 
-    for deferred in (Deferred.fromCoroutine(awaits()), yields()):
+    deferreds: list[Deferred[Any]] = [Deferred.fromCoroutine(awaits()), yields()]
+    for deferred in deferreds:
         deferred.addErrback(lambda failure: errors.append(failure.type))
     assert errors == [NoTaskError, NoTaskError]
     assert not other.done

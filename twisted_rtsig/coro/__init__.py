@@ -20,6 +20,7 @@ from twisted_rtsig.coro.errors import (
     UnreadPlaintext,
     WouldBlock,
 )
+from twisted_rtsig.coro.inspection import format_tasks, log_tasks_on_signal
 from twisted_rtsig.coro.locks import Condition, Event, Lock, Semaphore
 from twisted_rtsig.coro.processes import Process, open_process
 from twisted_rtsig.coro.selection import Deadline, select
@@ -38,6 +39,7 @@ from twisted_rtsig.coro.tasks import (
     timeout,
 )
 from twisted_rtsig.coro.threads import from_thread, in_thread
+from twisted_rtsig.coro.watchdog import watch_for_blocking
 
 __all__ = [
     "BusyResourceError",
@@ -68,8 +70,10 @@ __all__ = [
     "connect",
     "coroutine",
     "current_task",
+    "format_tasks",
     "from_thread",
     "in_thread",
+    "log_tasks_on_signal",
     "open_datagrams",
     "open_process",
     "run_group",
@@ -81,4 +85,5 @@ __all__ = [
     "symmetric",
     "timeout",
     "transfer",
+    "watch_for_blocking",
 ]

@@ -11,7 +11,9 @@ import contextvars
 import functools
 import inspect
 import sys
+import time
 import types
+import weakref
 from collections.abc import Callable, Coroutine, Generator
 from types import CodeType, FrameType
 from typing import Any, Generic, ParamSpec, TypeVar, cast
@@ -80,6 +82,8 @@ class Task(Generic[T]):
         "_scheduler",
         "_scopes",
         "_send",
+        "_since",
+        "_spawner",
         "_starter",
         "_state",
         "_waiting_on",
@@ -106,6 +110,10 @@ class Task(Generic[T]):
             self._send = runnable.send
         # Who was the first to transfer to it.
         self._starter: Task[Any] | None = None
+        # Who has made it, and when.
+        spawner = running.task
+        self._spawner = None if spawner is None else weakref.ref(spawner)
+        self._since = time.monotonic()
         self._interrupted = _NOT
         self._state = _ACTIVE
         # The value; of a failed one, the failure, and who sees to it.
@@ -352,10 +360,13 @@ class Task(Generic[T]):
             return "has ended"
         if self._waiting_on is None:
             return "runs already"
-        return f"waits for {self._waits_for()}"
+        return f"waits for {self.waits_for()}"
 
-    def _waits_for(self) -> str:
+    def waits_for(self) -> str | None:
+        """What it waits for, in words; None if it does not wait."""
         awaited = self._waiting_on
+        if awaited is None:
+            return None
         if isinstance(awaited, Beginning):
             return "its first transfer"
         if awaited is HANDOVER:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from twisted.logger import Logger
@@ -42,15 +42,16 @@ def _filtered(traceback: TracebackType | None) -> TracebackType | None:
     while traceback is not None:
         entries.append(traceback)
         traceback = traceback.tb_next
-    kept = [each for each in entries if not _is_machinery(each)] or entries[-1:]
+    kept = [each for each in entries if not is_machinery(each.tb_frame)] or entries[-1:]
     shown: TracebackType | None = None
     for each in reversed(kept):
         shown = TracebackType(shown, each.tb_frame, each.tb_lasti, each.tb_lineno)
     return shown
 
 
-def _is_machinery(entry: TracebackType) -> bool:
-    module = entry.tb_frame.f_globals.get("__name__", "")
+def is_machinery(frame: FrameType) -> bool:
+    """Whether the code is this package's, or Twisted's, which drives coroutines."""
+    module = frame.f_globals.get("__name__", "")
     return isinstance(module, str) and module.startswith(_MACHINERY)
 
 

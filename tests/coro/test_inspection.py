@@ -1,0 +1,287 @@
+"""To see the tasks: what they are called, where they are, and what they wait for."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from tests.coro.support import connected, run, run_for_real, spin
+from twisted_rtsig.coro import (
+    Channel,
+    Event,
+    TaskGroup,
+    current_task,
+    format_tasks,
+    log_tasks_on_signal,
+    sleep,
+    spawn,
+    symmetric,
+    transfer,
+    watch_for_blocking,
+)
+
+
+@pytest.fixture(autouse=True)
+def nobody_else() -> None:
+    """Tasks that other tests have left, and that only a cycle keeps."""
+    gc.collect()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+HERE = __file__
+
+
+def test_no_tasks(clock: Clock) -> None:
+    assert format_tasks(clock) == "There are no tasks."
+
+
+def test_the_tree(clock: Clock) -> None:
+    stop = Event()
+
+    async def inner() -> None:
+        await stop.wait()
+
+    async def child(number: int) -> None:
+        await inner()
+
+    def generator() -> Generator[Any, Any, None]:
+        yield from nested()
+
+    def nested() -> Generator[Any, Any, None]:
+        yield stop.wait()
+
+    async def main() -> None:
+        async with TaskGroup() as group:
+            group.spawn(child, 1, name="first")
+            group.spawn(generator, name="second")
+
+    task = spawn(main, name="main", reactor=clock)
+    lines = format_tasks(clock).splitlines()
+    assert [line.split(": ")[0] for line in lines if "waits for" in line] == [
+        "main",
+        "    first",
+        "    second",
+    ]
+    waits = f"s, waits for {stop!r}"
+    assert waits in lines[2]
+    assert lines[3].startswith(f"        at {HERE}:")
+    assert lines[3].endswith(" in child: await inner()")
+    assert lines[4].endswith(" in inner: await stop.wait()")
+    assert waits in lines[5]
+    assert lines[6].endswith(" in generator: yield from nested()")
+    assert lines[7].endswith(" in nested: yield stop.wait()")
+    assert len(lines) == 8
+    stop.set()
+    assert task.done
+    assert format_tasks(clock) == "There are no tasks."
+
+
+def test_what_they_wait_for(reactor: Any) -> None:
+    channel: Channel[int] = Channel(0)
+    never: Deferred[None] = Deferred()
+
+    async def main() -> str:
+        async with connected(reactor) as (stream, _peer):
+
+            async def full() -> None:
+                while True:
+                    await stream.write(bytes(1 << 16))
+
+            async def handed_over(value: Any) -> None:
+                await transfer(parked)
+
+            async def parks(value: Any) -> None:
+                await transfer(current_task())
+
+            parked = symmetric(parks)
+            async with TaskGroup() as group:
+                for name, function in {
+                    "line": stream.read_line,
+                    "full": full,
+                    "receive": channel.receive,
+                    "sleep": lambda: sleep(100),
+                    "deferred": lambda: never,
+                }.items():
+                    group.spawn(function, name=name)
+                group.spawn(lambda: group_task, name="task")
+                group_task = group.spawn(sleep, 50, name="slept")
+                unstarted = symmetric(handed_over, name="unstarted")
+                await sleep(0)
+                text = format_tasks(reactor)
+                assert not unstarted.done
+                group.cancel()
+            return text
+
+    text = run(reactor, main)
+    waiting = {
+        line.split(": ")[0].strip(): line.split(" s, ", 1)[1]
+        for line in text.splitlines()
+        if " s, " in line
+    }
+    assert waiting["line"].startswith("waits for a line from <Stream to IPv4Address(")
+    assert waiting["full"].startswith("waits for room to write to <Stream to")
+    assert waiting["receive"].startswith("waits for a value from <Channel at ")
+    assert "more seconds of sleep" in waiting["sleep"]
+    assert waiting["deferred"].startswith("waits for <Deferred at ")
+    assert waiting["task"] == "waits for the end of <Task slept: active>"
+    assert waiting["unstarted"] == "waits for its first transfer"
+    assert waiting["test_what_they_wait_for.<locals>.main"] == "runs"
+
+
+def test_a_task_that_sees_itself(clock: Clock) -> None:
+    def look() -> str:
+        return format_tasks(clock)
+
+    async def main() -> str:
+        return look()
+
+    lines = spawn(main, name="main", reactor=clock).result().splitlines()
+    assert lines[0].startswith("main: 0.0 s, runs")
+    assert lines[1].endswith(" in main: return look()")
+    assert lines[2].endswith(" in look: return format_tasks(clock)")
+    assert len(lines) == 3
+
+
+def test_a_long_chain_of_tasks(clock: Clock) -> None:
+    stop = Event()
+
+    async def link(left: int) -> None:
+        if left:
+            spawn(link, left - 1)
+        await stop.wait()
+
+    spawn(link, 2000, reactor=clock)
+    clock.advance(0)
+    lines = format_tasks(clock).splitlines()
+    assert len(lines) == 2 * 2001
+    assert lines[-2].startswith("    " * 2000)
+    stop.set()
+
+
+def messages(logged: list[Any]) -> list[str]:
+    return [event["log_format"].format(**event) for event in logged]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="needs SIGUSR2")
+@pytest.mark.parametrize("holding_up", [False, True])
+def test_from_a_signal(reactor: Any, logged: list[Any], holding_up: bool) -> None:
+    before = signal.getsignal(signal.SIGUSR2)
+    log_tasks_on_signal()
+
+    def tasks() -> list[str]:
+        return [each for each in messages(logged) if each.startswith("Tasks:")]
+
+    async def main() -> None:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        while not tasks():
+            if not holding_up:
+                await sleep(0.01)
+
+    try:
+        run_for_real(reactor, main)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    (text,) = tasks()
+    assert "test_from_a_signal.<locals>.main: " in text
+    assert f"{HERE}:" in text
+
+
+def test_without_such_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "SIGUSR2", raising=False)
+    with pytest.raises(RuntimeError, match="no SIGUSR2: call"):
+        log_tasks_on_signal()
+
+
+def test_from_a_manhole(clock: Clock) -> None:
+    from twisted.conch.manhole import ManholeInterpreter
+
+    shown: list[bytes] = []
+
+    class Handler:
+        namespace: dict[str, Any]
+
+        def addOutput(self, data: bytes, asynchronous: bool = False) -> None:
+            shown.append(data)
+
+    async def main() -> None:
+        await sleep(1)
+
+    spawn(main, name="a task", reactor=clock)
+    names = {"format_tasks": format_tasks, "clock": clock}
+    interpreter = ManholeInterpreter(Handler(), names)
+    interpreter.push(b"print(format_tasks(clock))")
+    assert "a task: 0.0 s, waits for 1.0 more seconds of sleep" in str(shown[0])
+
+
+# Tasks that hold up all others
+
+
+def test_who_holds_up_the_others_is_named(reactor: Any, logged: list[Any]) -> None:
+    def told() -> list[str]:
+        return [each for each in messages(logged) if "let nobody else" in each]
+
+    async def hold_up() -> None:
+        while not told():
+            pass
+
+    async def main() -> None:
+        watch = watch_for_blocking(0.05)
+        await sleep(0.01)
+        await spawn(hold_up, name="the culprit")
+        watch.stop()
+        watch.stop()
+
+    run(reactor, main)
+    assert told()[0].startswith("Task the culprit has let nobody else have a turn for")
+    assert " in hold_up: " in told()[0]
+    spin(reactor, lambda: all(each.name != "blocking tasks" for each in threads()))
+
+
+def test_what_is_no_task_may_hold_up_the_others(
+    reactor: Any, logged: list[Any]
+) -> None:
+    told: list[str] = []
+
+    def hold_up() -> None:
+        while not told:
+            told[:] = [each for each in messages(logged) if "let nobody else" in each]
+
+    watch = watch_for_blocking(0.05, reactor)
+    reactor.callLater(0.01, hold_up)
+    spin(reactor, lambda: told)
+    watch.stop()
+    assert told[0].startswith("Something that is no task has let nobody else")
+    assert " in hold_up: " in told[0]
+
+
+def threads() -> list[threading.Thread]:
+    return threading.enumerate()
+
+
+def test_how_long_is_to_be_more_than_nothing(clock: Clock) -> None:
+    with pytest.raises(ValueError, match="must be more"):
+        watch_for_blocking(0, clock)
+
+
+def test_it_stops_with_the_reactor(reactor: Any) -> None:
+    async def main() -> None:
+        watch_for_blocking(60)
+
+    run_for_real(reactor, main)
+    assert not [
+        call for call in reactor.getDelayedCalls() if "watch" in repr(call.func)
+    ]
+    assert sys.modules["twisted.internet.reactor"] is reactor

@@ -1,0 +1,130 @@
+"""
+To see which tasks there are, where each one is, and what it waits for.
+
+It costs nothing until somebody looks: the garbage collector knows all tasks.
+"""
+
+from __future__ import annotations
+
+import gc
+import linecache
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+from twisted.logger import Logger
+
+from twisted_rtsig.coro.scheduler import RUN, running
+from twisted_rtsig.coro.tasks import Task
+from twisted_rtsig.coro.tracebacks import is_machinery
+
+_log = Logger()
+
+_INDENT = "    "
+
+
+def format_tasks(reactor: Any | None = None) -> str:
+    """
+    The tasks that have not ended, below those that have spawned them: for each its
+    name, its age, what it waits for, and where it is in the code::
+
+        main: 12.0 s, waits for <Event at 0x7f3c8c0d5a50: 1 wait>
+            at server.py:31 in main: await stop.wait()
+            session: 3.2 s, waits for a line from <Stream to IPv4Address(...)>
+                at chat.py:58 in session: name = await self.ask_name(stream)
+                at chat.py:75 in ask_name: line = await stream.read_line()
+
+    Works from a signal handler, and from a manhole.  It does not know the tasks
+    that C{gc.freeze} has put aside.
+
+    :param reactor: only the tasks of this reactor.
+    """
+    tasks = {
+        each
+        for each in gc.get_objects()
+        if type(each) is Task
+        and not each.done
+        and (reactor is None or each.reactor is reactor)
+    }
+    if not tasks:
+        return "There are no tasks."
+    below: dict[Task[Any] | None, list[Task[Any]]] = {}
+    for task in sorted(tasks, key=lambda task: task._since):
+        spawner = None if task._spawner is None else task._spawner()
+        # The tasks of one that has ended are nobody's.
+        below.setdefault(spawner if spawner in tasks else None, []).append(task)
+    lines = []
+    rest = [(task, "") for task in reversed(below[None])]
+    while rest:
+        task, indent = rest.pop()
+        lines += [indent + line for line in _describe(task)]
+        rest += [(each, indent + _INDENT) for each in reversed(below.get(task, []))]
+    return "\n".join(lines)
+
+
+def log_tasks_on_signal(number: int | None = None) -> None:
+    """
+    Log what :func:`format_tasks` returns whenever a signal comes, even while a task
+    holds up all others.
+
+    :param number: which signal; by default SIGUSR2.
+    :raises RuntimeError: if this system has no such signal.
+    """
+    if number is None:
+        number = getattr(signal, "SIGUSR2", None)
+        if number is None:
+            raise RuntimeError(
+                "this system has no SIGUSR2: call log_tasks_on_signal() with another "
+                "signal, SIGBREAK for example, or format_tasks() by other means"
+            )
+
+    def log_tasks(number: int, frame: FrameType | None) -> None:
+        _log.info("Tasks:\n{tasks}", tasks=format_tasks())
+
+    signal.signal(number, log_tasks)
+
+
+def _describe(task: Task[Any]) -> Iterator[str]:
+    waits_for = task.waits_for()
+    if waits_for is not None:
+        state = f"waits for {waits_for}"
+    else:
+        state = "runs" if task is running.task else "is about to run"
+    yield f"{task.name}: {time.monotonic() - task._since:.1f} s, {state}"
+    frames = stack_of_running(sys._getframe()) if state == "runs" else _stack(task)
+    for line in in_words(frames):
+        yield f"{_INDENT}at {line}"
+
+
+def in_words(frames: Iterable[FrameType]) -> Iterator[str]:
+    """Of those that the user has written, each with its line."""
+    for frame in frames:
+        if not is_machinery(frame):
+            code, line = frame.f_code, frame.f_lineno
+            source = linecache.getline(code.co_filename, line, frame.f_globals).strip()
+            yield f"{code.co_filename}:{line} in {code.co_name}: {source}"
+
+
+def stack_of_running(innermost: FrameType) -> list[FrameType]:
+    """Of the task that runs, from the outermost frame on; of whatever else does."""
+    frames: list[FrameType] = []
+    frame: FrameType | None = innermost
+    while frame is not None and frame.f_code is not RUN:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames[::-1]
+
+
+def _stack(task: Task[Any]) -> Iterator[FrameType]:
+    # It has none before it begins.
+    each: Any = getattr(task._send, "__self__", None)
+    while each is not None:
+        for kind in ("cr", "gi"):
+            frame: FrameType | None = getattr(each, f"{kind}_frame", None)
+            if frame is not None:
+                yield frame
+                break
+        each = getattr(each, "cr_await", None) or getattr(each, "gi_yieldfrom", None)

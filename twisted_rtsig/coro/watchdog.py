@@ -1,0 +1,83 @@
+"""To be told which task holds up all others."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+from typing import Any
+
+from twisted.logger import Logger
+
+from twisted_rtsig.coro.inspection import in_words, stack_of_running
+from twisted_rtsig.coro.scheduler import running
+from twisted_rtsig.coro.tasks import scheduler_for
+
+_log = Logger()
+
+# How often it looks, in the time that is allowed.
+_LOOKS = 4
+
+
+class watch_for_blocking:
+    """
+    Log the name and the stack of a task that has not let others have their turn for
+    some time; or the stack of any other function that has not.
+
+    A thread looks.  To be called in the reactor's thread.
+
+    :param seconds: for how long.
+    :param reactor: an ``IReactorTime`` and ``IReactorCore`` provider; by default
+        that of the task that calls this, or the installed one.
+    :raises ValueError: if the time is not more than 0.
+    """
+
+    def __init__(self, seconds: float = 1.0, reactor: Any | None = None) -> None:
+        if not seconds > 0:
+            raise ValueError(f"cannot watch for {seconds} seconds: it must be more")
+        self._seconds = seconds
+        self._reactor = scheduler_for(reactor).reactor
+        self._watched = threading.get_ident()
+        # When the reactor had its last turn, from the first one on.
+        self._last_turn = math.inf
+        self._over = threading.Event()
+        self._call: Any = self._reactor.callLater(0, self._turn)
+        self._reactor.addSystemEventTrigger("during", "shutdown", self.stop)
+        thread = threading.Thread(target=self._look, name="blocking tasks", daemon=True)
+        thread.start()
+
+    def stop(self) -> None:
+        """Watch no more."""
+        self._over.set()
+        if self._call is not None:
+            self._call.cancel()
+            self._call = None
+
+    def _turn(self) -> None:
+        self._last_turn = time.monotonic()
+        self._call = self._reactor.callLater(self._seconds / _LOOKS, self._turn)
+
+    def _look(self) -> None:
+        told = math.inf
+        while not self._over.wait(self._seconds / _LOOKS):
+            last_turn = self._last_turn
+            late = time.monotonic() - last_turn
+            # Once is enough.
+            if late > self._seconds * (1 + 1 / _LOOKS) and told != last_turn:
+                told = last_turn
+                self._tell(late)
+
+    def _tell(self, late: float) -> None:
+        task = running.task
+        frame = sys._current_frames().get(self._watched)
+        if frame is None:
+            return
+        _log.warn(
+            "{what} has let nobody else have a turn for {late:.1f} s:\n{stack}",
+            what="Something that is no task" if task is None else f"Task {task.name}",
+            late=late,
+            stack="\n".join(
+                f"    at {line}" for line in in_words(stack_of_running(frame))
+            ),
+        )
