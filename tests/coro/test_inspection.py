@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -107,14 +107,15 @@ def test_what_they_wait_for(reactor: Any) -> None:
                 await transfer(current_task())
 
             parked = symmetric(parks)
+            functions: dict[str, Callable[[], Any]] = {
+                "line": stream.read_line,
+                "full": full,
+                "receive": channel.receive,
+                "sleep": lambda: sleep(100),
+                "deferred": lambda: never,
+            }
             async with TaskGroup() as group:
-                for name, function in {
-                    "line": stream.read_line,
-                    "full": full,
-                    "receive": channel.receive,
-                    "sleep": lambda: sleep(100),
-                    "deferred": lambda: never,
-                }.items():
+                for name, function in functions.items():
                     group.spawn(function, name=name)
                 group.spawn(lambda: group_task, name="task")
                 group_task = group.spawn(sleep, 50, name="slept")

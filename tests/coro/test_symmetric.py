@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
 from twisted.internet.task import Clock
+from twisted.python.failure import Failure
 
 from tests.coro.support import spin
 from twisted_rtsig.coro import (
@@ -259,7 +260,10 @@ def test_outside_of_a_task(clock: Clock) -> None:
         return value
 
     other = symmetric(end, reactor=clock)
-    errors: list[type[Exception]] = []
+    errors: list[type[BaseException] | None] = []
+
+    def note(failure: Failure) -> None:
+        errors.append(failure.type)
 
     async def awaits() -> None:
         await transfer(other)
@@ -270,7 +274,7 @@ def test_outside_of_a_task(clock: Clock) -> None:
 
     deferreds: list[Deferred[Any]] = [Deferred.fromCoroutine(awaits()), yields()]
     for deferred in deferreds:
-        deferred.addErrback(lambda failure: errors.append(failure.type))
+        deferred.addErrback(note)
     assert errors == [NoTaskError, NoTaskError]
     assert not other.done
 
