@@ -10,7 +10,14 @@ from collections import deque
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from twisted_rtsig.coro.errors import ChannelClosed, EndOfChannel, WouldBlock
-from twisted_rtsig.coro.operations import NOTHING, Done, Finished, Operation, failed
+from twisted_rtsig.coro.operations import (
+    NOTHING,
+    Done,
+    Finished,
+    Operation,
+    Wait,
+    failed,
+)
 from twisted_rtsig.coro.tasks import running_scheduler
 from twisted_rtsig.coro.waiting import Entry, Waiters
 
@@ -88,7 +95,7 @@ class Channel(Generic[T]):
             self._count()
             done = Done()
             return done
-        operation: Operation[None] = Operation()
+        operation: Operation[None] = Wait()
         operation.owner = self
         operation.value = value
         self._senders.append(operation)

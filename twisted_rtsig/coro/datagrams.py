@@ -12,7 +12,7 @@ from twisted.internet.error import MessageLengthError
 from twisted.internet.protocol import DatagramProtocol
 
 from twisted_rtsig.coro.errors import BusyResourceError, StreamError
-from twisted_rtsig.coro.operations import Finished, Operation, failed
+from twisted_rtsig.coro.operations import Done, Finished, Operation, failed
 from twisted_rtsig.coro.tasks import scheduler_for
 
 Address = tuple[Any, ...]
@@ -87,8 +87,8 @@ class DatagramSocket:
             self.transport.write(data, address)
         except (OSError, MessageLengthError) as error:
             return failed(error, quietly=True)
-        finished: Finished[None] = Finished()
-        return finished
+        done: Operation[None] = Done()
+        return done
 
     def close(self) -> Deferred[None]:
         """Close the port; fires when it is closed."""

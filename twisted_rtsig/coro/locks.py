@@ -18,7 +18,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.errors import WouldBlock
-from twisted_rtsig.coro.operations import NOTHING, Finished, Operation
+from twisted_rtsig.coro.operations import NOTHING, Done, Operation, Wait
 from twisted_rtsig.coro.waiting import Entry, Waiters
 
 
@@ -29,7 +29,7 @@ class _Queued:
         self._waiters = Waiters()
 
     def _wait(self) -> Operation[None]:
-        operation: Operation[None] = Operation()
+        operation: Operation[None] = Wait()
         operation.owner = self
         self._waiters.append(operation)
         return operation
@@ -63,7 +63,7 @@ class Event(_Queued):
 
     def wait(self) -> Operation[None]:
         """Wait until it has happened."""
-        return Finished() if self._set else self._wait()
+        return Done() if self._set else self._wait()
 
     def poll(self) -> Any:
         """See ``Selectable.poll``."""
@@ -113,8 +113,8 @@ class Semaphore(_Queued):
         if not self._value:
             return self._wait()
         self._value -= 1
-        finished: Finished[None] = Finished()
-        return finished
+        done: Operation[None] = Done()
+        return done
 
     def try_acquire(self) -> None:
         """

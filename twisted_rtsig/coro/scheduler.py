@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 from twisted.internet.defer import Deferred, fail
 
 from twisted_rtsig.coro.errors import NoTaskError
-from twisted_rtsig.coro.operations import Done, Finished, Operation
+from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
 
 if TYPE_CHECKING:
     from twisted_rtsig.coro.tasks import Task
@@ -169,7 +169,7 @@ class Scheduler:
                         task._raise(raised)
                         break
                     kind = type(awaited)
-                    if kind is Operation and awaited.waiter is None:
+                    if (kind is Operation or kind is Wait) and awaited.waiter is None:
                         awaited.waiter = task
                         task._waiting_on = awaited
                         if task._cancels:

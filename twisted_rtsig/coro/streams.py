@@ -26,7 +26,7 @@ from twisted_rtsig.coro.errors import (
     StreamError,
     UnreadPlaintext,
 )
-from twisted_rtsig.coro.operations import Finished, Operation, failed
+from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait, failed
 from twisted_rtsig.coro.scheduler import Scheduler
 
 MAX_BYTES: Final = 1 << 16
@@ -376,10 +376,8 @@ class Stream:
         self.activity += 1
         self.transport.write(data if type(data) is bytes else bytes(memoryview(data)))
         if not self._full:
-            finished: Finished[None] = Finished()
-            # To look up that of the class would take longer.
-            finished.result = None
-            return finished
+            done: Operation[None] = Done()
+            return done
         operation = self._operation()
         self._drained += (operation,)
         return operation
@@ -435,14 +433,14 @@ class Stream:
 
     def _when_closed(self) -> Operation[None]:
         if self._lost is not None:
-            gone: Finished[None] = Finished()
+            gone: Operation[None] = Done()
             return gone
         operation = self._operation()
         self._closed += (operation,)
         return operation
 
     def _operation(self) -> Operation[None]:
-        operation: Operation[None] = Operation()
+        operation: Operation[None] = Wait()
         operation.owner = self
         return operation
 

@@ -24,7 +24,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.errors import Cancelled, NoTaskError, TransferError
-from twisted_rtsig.coro.operations import Operation
+from twisted_rtsig.coro.operations import Operation, Wait
 from twisted_rtsig.coro.scheduler import HANDOVER, RUN, Scheduler, running, scheduler_of
 from twisted_rtsig.coro.tracebacks import log_failure, without_machinery
 
@@ -301,7 +301,7 @@ class Task(Generic[T]):
         Wait for whatever it is; or return the value or error of what is there.
         """
         if isinstance(awaited, Deferred):
-            if type(awaited) is Operation and awaited.called:
+            if type(awaited) in (Operation, Wait) and awaited.called:
                 result = awaited.result
                 if isinstance(result, Failure):
                     return None, result.value
@@ -498,6 +498,12 @@ def running_scheduler() -> Scheduler | None:
 
 
 def _runnable(function: Any, args: tuple[Any, ...]) -> Runnable[Any]:
+    # That of what @coroutine has decorated makes no task of its own.
+    inner = getattr(function, "generator_function", function)
+    code: CodeType | None = getattr(inner, "__code__", None)
+    if code is not None and code.co_flags & _RUNNABLE_CODE:
+        made: Runnable[Any] = inner(*args)
+        return made
     if inspect.iscoroutine(function) or inspect.isgenerator(function):
         if args:
             raise TypeError(f"{function!r} runs already: it cannot take {args!r}")
@@ -507,12 +513,6 @@ def _runnable(function: Any, args: tuple[Any, ...]) -> Runnable[Any]:
             f"spawn() needs a function and its arguments, or a coroutine: {function!r} "
             "is neither"
         )
-    # That of what @coroutine has decorated makes no task of its own.
-    inner = getattr(function, "generator_function", function)
-    code: CodeType | None = getattr(inner, "__code__", None)
-    if code is not None and code.co_flags & _RUNNABLE_CODE:
-        made: Runnable[Any] = inner(*args)
-        return made
     runnable: Any = _call(function, args)
     runnable.__qualname__ = name_of(function)
     return cast(Runnable[Any], runnable)
@@ -599,7 +599,7 @@ def sleep(seconds: float, reactor: Any | None = None) -> Operation[None]:
     if not seconds >= 0:
         raise ValueError(f"cannot sleep for {seconds} seconds: 0 is the least")
     scheduler = scheduler_for(reactor)
-    operation: Operation[None] = Operation()
+    operation: Operation[None] = Wait()
     if seconds == 0:
         scheduler.next_turn(functools.partial(_wake, operation))
     else:
@@ -805,7 +805,7 @@ class TaskGroup(Scope):
             self.cancel()
         outer: Cancelled | None = None
         while self._tasks:
-            self._last_ends = Operation()
+            self._last_ends = Wait()
             try:
                 await self._last_ends
             except Cancelled as cancelled:
