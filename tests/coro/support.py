@@ -6,14 +6,22 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.endpoints import TCP4ClientEndpoint, TCP4ServerEndpoint
 
 from tests.support import DEADLINE
-from twisted_rtsig.coro import Server, Stream, Task, connect, serve, spawn
+from twisted_rtsig.coro import (
+    Server,
+    Stream,
+    Task,
+    connect,
+    coroutine,
+    serve,
+    spawn,
+)
 
 
 def run(reactor: Any, function: Callable[..., Any], *args: Any) -> Any:
@@ -96,3 +104,37 @@ async def connected(reactor: Any) -> AsyncIterator[tuple[Stream, socket.socket]]
             left.callback(None)
             await stream.abort()
             await server.stop()
+
+
+# One after the other, in whichever style
+
+Steps = Iterable[Callable[[], Any]]
+
+
+async def _async_def(steps: Steps, got: list[Any]) -> None:
+    for step in steps:
+        try:
+            got.append(await step())
+        except Exception as error:
+            got.append(type(error))
+
+
+def _generator(steps: Steps, got: list[Any]) -> Generator[Any, Any, None]:
+    for step in steps:
+        try:
+            got.append((yield step()))
+        except Exception as error:
+            got.append(type(error))
+
+
+# Each takes a reactor, functions to call and whose results to wait for, and a list
+# for what comes of that; and returns what can be cancelled.
+STYLES: dict[str, Callable[[Any, Steps, list[Any]], Any]] = {
+    "async def": lambda reactor, *args: spawn(_async_def, *args, reactor=reactor),
+    "generator": lambda reactor, *args: spawn(_generator, *args, reactor=reactor),
+    "@coroutine": lambda reactor, *args: spawn(
+        lambda: coroutine(_generator)(*args), reactor=reactor
+    ),
+    "@inlineCallbacks": lambda reactor, *args: inlineCallbacks(_generator)(*args),
+    "fromCoroutine": lambda reactor, *args: Deferred.fromCoroutine(_async_def(*args)),
+}

@@ -1,0 +1,759 @@
+"""Channels: who gets what, who waits, and what is left of it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import weakref
+from collections.abc import Callable, Generator
+from functools import partial
+from itertools import count, pairwise
+from typing import Any
+
+import pytest
+from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
+from twisted.internet.task import Clock
+
+from tests.coro.support import STYLES, spin
+from twisted_rtsig.coro import (
+    Channel,
+    ChannelClosed,
+    EndOfChannel,
+    Task,
+    WouldBlock,
+    sleep,
+    spawn,
+    timeout,
+)
+
+styles = pytest.mark.parametrize("style", STYLES)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def failures(logged: list[Any]) -> list[Any]:
+    """Which errors were logged, once nobody can look at them any more."""
+    gc.collect()
+    return [each["log_failure"].type for each in logged if each.get("log_failure")]
+
+
+def finish(clock: Clock, tasks: list[Task[Any]]) -> None:
+    """Let turns pass until they have ended."""
+    clock.pump([0] * 1_000)
+    assert all(each.done for each in tasks)
+
+
+class Value:
+    """Something that can be seen to be gone."""
+
+
+# Sending and receiving
+
+
+@styles
+@pytest.mark.parametrize("capacity", [0, 1, 2, 10])
+def test_what_is_sent_is_received_in_order(
+    clock: Clock, style: str, capacity: int
+) -> None:
+    channel: Channel[int] = Channel(capacity)
+    got: list[Any] = []
+    done: list[Any] = []
+    STYLES[style](clock, [partial(channel.send, each) for each in range(5)], done)
+    assert done == [None] * min(capacity, 5)
+    STYLES[style](clock, [channel.receive] * 5, got)
+    assert got == [0, 1, 2, 3, 4]
+    assert done == [None] * 5
+
+
+@styles
+@pytest.mark.parametrize("capacity", [0, 1])
+def test_who_receives_first_waits(clock: Clock, style: str, capacity: int) -> None:
+    channel: Channel[int] = Channel(capacity)
+    got: list[Any] = []
+    STYLES[style](clock, [channel.receive] * 3, got)
+    STYLES[style](clock, [partial(channel.send, each) for each in range(3)], [])
+    assert got == [0, 1, 2]
+
+
+@styles
+def test_at_a_rendezvous_the_sender_waits_for_the_receiver(
+    clock: Clock, style: str
+) -> None:
+    channel: Channel[str] = Channel(0)
+    done: list[Any] = []
+    STYLES[style](clock, [lambda: channel.send("a")], done)
+    assert done == []
+    assert channel.statistics().buffered == 0
+    received = channel.receive()
+    assert done == [None]
+    assert received.result == "a"
+
+
+def test_a_sender_waits_while_there_is_no_room(clock: Clock) -> None:
+    channel: Channel[int] = Channel(2)
+    sends = [channel.send(each) for each in range(4)]
+    assert [each.called for each in sends] == [True, True, False, False]
+    assert channel.try_receive() == 0
+    assert [each.called for each in sends] == [True, True, True, False]
+    assert [channel.try_receive() for _ in range(3)] == [1, 2, 3]
+    assert all(each.called for each in sends)
+
+
+@pytest.mark.parametrize("capacity", [0, 2])
+def test_senders_are_served_in_order(clock: Clock, capacity: int) -> None:
+    channel: Channel[int] = Channel(capacity)
+    order: list[int] = []
+
+    async def send(value: int) -> None:
+        await channel.send(value)
+        order.append(value)
+
+    for value in range(5):
+        spawn(send, value, reactor=clock)
+    assert [channel.try_receive() for _ in range(5)] == [0, 1, 2, 3, 4]
+    assert order == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("capacity", [0, 2])
+def test_receivers_are_served_in_order(clock: Clock, capacity: int) -> None:
+    channel: Channel[int] = Channel(capacity)
+    got: list[tuple[int, int]] = []
+
+    async def receive(number: int) -> None:
+        got.append((number, await channel.receive()))
+
+    for number in range(5):
+        spawn(receive, number, reactor=clock)
+    for value in range(5):
+        channel.try_send(value)
+    assert got == [(each, each) for each in range(5)]
+
+
+def test_values_of_many_senders_go_to_many_receivers(clock: Clock) -> None:
+    channel: Channel[tuple[int, int]] = Channel(3)
+    got: list[list[tuple[int, int]]] = [[] for _ in range(4)]
+
+    async def send(sender: int) -> None:
+        for number in range(50):
+            await channel.send((sender, number))
+
+    async def receive(to: list[tuple[int, int]]) -> None:
+        async for each in channel:
+            to.append(each)
+
+    receivers = [spawn(receive, each, reactor=clock) for each in got]
+    senders = [spawn(send, each, reactor=clock) for each in range(5)]
+    finish(clock, senders)
+    channel.close()
+    finish(clock, receivers)
+    everything = sorted(each for some in got for each in some)
+    assert everything == [(s, n) for s in range(5) for n in range(50)]
+    for some in got:
+        for sender in range(5):
+            numbers = [n for s, n in some if s == sender]
+            assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("value", [None, False, 0, "", ()])
+@pytest.mark.parametrize("capacity", [0, 1])
+def test_anything_is_a_value(clock: Clock, value: object, capacity: int) -> None:
+    channel: Channel[object] = Channel(capacity)
+    got: list[Any] = []
+    spawn(channel.receive, reactor=clock).as_deferred().addCallback(got.append)
+    channel.try_send(value)
+    sent = channel.send(value)
+    got.append(channel.try_receive())
+    assert sent.called
+    assert got == [value, value]
+
+
+@pytest.mark.parametrize("capacity", [-1, float("nan")])
+def test_no_capacity_is_negative(capacity: Any) -> None:
+    with pytest.raises(ValueError, match="0 is the least"):
+        Channel(capacity)
+
+
+# Without waiting
+
+
+def test_try_send(clock: Clock) -> None:
+    channel: Channel[int] = Channel(1)
+    channel.try_send(1)
+    with pytest.raises(WouldBlock, match="no room"):
+        channel.try_send(2)
+    assert channel.try_receive() == 1
+    with pytest.raises(WouldBlock, match="is empty"):
+        channel.try_receive()
+
+
+def test_try_at_a_rendezvous(clock: Clock) -> None:
+    """It succeeds if somebody waits at the other side."""
+    channel: Channel[int] = Channel(0)
+    with pytest.raises(WouldBlock):
+        channel.try_send(1)
+    with pytest.raises(WouldBlock):
+        channel.try_receive()
+    received = channel.receive()
+    channel.try_send(2)
+    assert received.result == 2
+    sent = channel.send(3)
+    assert channel.try_receive() == 3
+    assert sent.called
+
+
+def test_try_send_does_not_overtake_who_waits(clock: Clock) -> None:
+    channel: Channel[int] = Channel(1)
+    channel.try_send(1)
+    channel.send(2)
+    with pytest.raises(WouldBlock):
+        channel.try_send(3)
+    assert [channel.try_receive(), channel.try_receive()] == [1, 2]
+
+
+def test_try_on_one_that_is_closed(clock: Clock) -> None:
+    channel: Channel[int] = Channel(1)
+    channel.try_send(1)
+    channel.close()
+    with pytest.raises(ChannelClosed):
+        channel.try_send(2)
+    assert channel.try_receive() == 1
+    with pytest.raises(EndOfChannel):
+        channel.try_receive()
+
+
+# The end
+
+
+@styles
+def test_receivers_get_what_is_left_and_then_the_end(clock: Clock, style: str) -> None:
+    channel: Channel[int] = Channel(3)
+    for each in range(3):
+        channel.try_send(each)
+    channel.close()
+    got: list[Any] = []
+    STYLES[style](clock, [channel.receive] * 5, got)
+    assert got == [0, 1, 2, EndOfChannel, EndOfChannel]
+
+
+@styles
+@pytest.mark.parametrize("capacity", [0, 3])
+def test_receivers_that_wait_get_the_end(
+    clock: Clock, style: str, capacity: int
+) -> None:
+    channel: Channel[int] = Channel(capacity)
+    got: list[Any] = []
+    for _ in range(3):
+        STYLES[style](clock, [channel.receive], got)
+    channel.close()
+    assert got == [EndOfChannel] * 3
+    assert channel.statistics().receivers == 0
+
+
+@styles
+@pytest.mark.parametrize("capacity", [0, 2])
+def test_senders_that_wait_are_told_that_nobody_receives_it(
+    clock: Clock, style: str, capacity: int
+) -> None:
+    channel: Channel[int] = Channel(capacity)
+    got: list[Any] = []
+    for each in range(4):
+        STYLES[style](clock, [partial(channel.send, each)], got)
+    channel.close()
+    assert got == [None] * capacity + [ChannelClosed] * (4 - capacity)
+    received: list[Any] = []
+    STYLES[style](clock, [channel.receive] * 4, received)
+    left = list(range(capacity))
+    assert received == left + [EndOfChannel] * (4 - capacity)
+
+
+@styles
+def test_nothing_is_sent_to_one_that_is_closed(clock: Clock, style: str) -> None:
+    channel: Channel[int] = Channel(5)
+    channel.close()
+    got: list[Any] = []
+    STYLES[style](clock, [lambda: channel.send(1), lambda: channel.send(2)], got)
+    assert got == [ChannelClosed, ChannelClosed]
+    assert channel.statistics().buffered == 0
+
+
+def test_to_close_it_twice_does_nothing(clock: Clock) -> None:
+    channel: Channel[int] = Channel(1)
+    channel.try_send(1)
+    channel.close()
+    channel.close()
+    assert channel.try_receive() == 1
+    with pytest.raises(EndOfChannel):
+        channel.try_receive()
+
+
+def test_the_end_says_of_which_channel(clock: Clock) -> None:
+    channel: Channel[int] = Channel(0)
+    waiting = channel.receive()
+    channel.close()
+    for error in (waiting.result.value, channel.receive().result.value):
+        assert type(error) is EndOfChannel
+        assert error.channel is channel
+    waiting.addErrback(lambda _: None)
+
+
+def test_a_refused_send_that_nobody_waits_for_is_logged(
+    clock: Clock, logged: list[Any]
+) -> None:
+    channel: Channel[int] = Channel(0)
+    channel.send(1)
+    channel.close()
+    channel.send(2)
+    assert failures(logged) == [ChannelClosed, ChannelClosed]
+
+
+def test_a_refused_send_that_somebody_waits_for_is_not_logged(
+    clock: Clock, logged: list[Any]
+) -> None:
+    channel: Channel[int] = Channel(0)
+    got: list[Any] = []
+    for style in STYLES.values():
+        style(clock, [lambda: channel.send(1)], got)
+    channel.close()
+    assert got == [ChannelClosed] * len(STYLES)
+    assert failures(logged) == []
+
+
+async def _all(channel: Channel[Any]) -> list[Any]:
+    return [each async for each in channel]
+
+
+@pytest.mark.parametrize("in_task", [True, False])
+@pytest.mark.parametrize("capacity", [0, 2])
+def test_iteration_ends_when_it_is_closed(
+    clock: Clock, in_task: bool, capacity: int
+) -> None:
+    channel: Channel[int] = Channel(capacity)
+    deferred: Deferred[Any] = (
+        spawn(_all, channel, reactor=clock).as_deferred()
+        if in_task
+        else Deferred.fromCoroutine(_all(channel))
+    )
+    got: list[Any] = []
+    deferred.addCallback(got.append)
+    spawn(partial(channel.send, 1), reactor=clock)
+    spawn(partial(channel.send, 2), reactor=clock)
+    assert got == []
+    channel.close()
+    assert got == [[1, 2]]
+
+
+def test_it_need_not_be_closed(clock: Clock, logged: list[Any]) -> None:
+    """One that nobody uses any more is gone, with who waits for it."""
+    channel: Channel[Value] = Channel(1)
+    value = Value()
+    spawn(_all, channel, reactor=clock)
+    channel.try_send(value)
+    channel.try_send(Value())
+    gone: list[weakref.ref[Any]] = [weakref.ref(channel), weakref.ref(value)]
+    del channel, value
+    assert failures(logged) == []
+    assert [each() for each in gone] == [None, None]
+
+
+# What it tells of itself
+
+
+def test_statistics(clock: Clock) -> None:
+    channel: Channel[int] = Channel(2)
+    assert channel.statistics() == (0, 2, 0, 0, False)
+    receiving = [channel.receive() for _ in range(3)]
+    assert channel.statistics() == (0, 2, 0, 3, False)
+    receiving[1].addErrback(lambda _: None).cancel()
+    assert channel.statistics() == (0, 2, 0, 2, False)
+    sending = [channel.send(each) for each in range(7)]
+    assert channel.statistics() == (2, 2, 3, 0, False)
+    sending[5].addErrback(lambda _: None).cancel()
+    statistics = channel.statistics()
+    assert statistics.buffered == 2
+    assert statistics.capacity == 2
+    assert statistics.senders == 2
+    assert statistics.receivers == 0
+    assert not statistics.closed
+    for each in sending:
+        each.addErrback(lambda _: None)
+    channel.close()
+    assert channel.statistics() == (2, 2, 0, 0, True)
+
+
+def test_repr(clock: Clock) -> None:
+    channel: Channel[int] = Channel(3)
+    channel.try_send(1)
+    assert "1 of 3 values, 0 senders and 0 receivers wait" in repr(channel)
+    assert "closed" not in repr(channel)
+    channel.close()
+    assert "closed 1 of 3 values" in repr(channel)
+    sending = channel.sending(2)
+    assert repr(channel) in repr(sending)
+    assert sending.value == 2
+    assert sending.channel is channel
+
+
+# Cancellation
+
+
+@styles
+@pytest.mark.parametrize("capacity", [0, 1])
+def test_a_cancelled_send_has_sent_nothing(
+    clock: Clock, style: str, capacity: int
+) -> None:
+    channel: Channel[str] = Channel(capacity)
+    for _ in range(capacity):
+        channel.try_send("first")
+    got: list[Any] = []
+    sender = STYLES[style](clock, [lambda: channel.send("cancelled")], got)
+    last = channel.send("last")
+    assert channel.statistics().senders == 2
+    sender.cancel()
+    assert got in ([], [CancelledError])
+    assert channel.statistics().senders == 1
+    received = [channel.try_receive() for _ in range(capacity + 1)]
+    assert received == ["first"] * capacity + ["last"]
+    assert last.called
+    with pytest.raises(WouldBlock):
+        channel.try_receive()
+
+
+@styles
+@pytest.mark.parametrize("capacity", [0, 1])
+def test_a_cancelled_receive_has_taken_nothing(
+    clock: Clock, style: str, capacity: int
+) -> None:
+    channel: Channel[str] = Channel(capacity)
+    got: list[Any] = []
+    receivers = [STYLES[style](clock, [channel.receive], got) for _ in range(3)]
+    receivers[0].cancel()
+    receivers[2].cancel()
+    assert got in ([], [CancelledError] * 2)
+    assert channel.statistics().receivers == 1
+    channel.try_send("a")
+    assert got[-1] == "a"
+    sent = channel.send("b")
+    assert sent.called == bool(capacity)
+    assert channel.try_receive() == "b"
+
+
+@styles
+@pytest.mark.parametrize("what", ["send", "receive"])
+def test_to_cancel_what_is_done_does_nothing(
+    clock: Clock, style: str, what: str
+) -> None:
+    channel: Channel[int] = Channel(0)
+    done: list[Any] = []
+    if what == "send":
+        operation: Any = channel.send(1)
+        other: Any = channel.receive()
+    else:
+        operation = channel.receive()
+        other = channel.send(1)
+    operation.cancel()
+    STYLES[style](clock, [lambda: operation, lambda: other], done)
+    assert done == ([None, 1] if what == "send" else [1, None])
+
+
+def test_timeouts(clock: Clock) -> None:
+    channel: Channel[str] = Channel(0)
+
+    async def main() -> list[Any]:
+        with pytest.raises(TimeoutError), timeout(1):
+            await channel.send("late")
+        with pytest.raises(TimeoutError), timeout(1):
+            await channel.receive()
+        channel.send("in time")
+        with timeout(1):
+            return [await channel.receive(), channel.statistics()]
+
+    task = spawn(main, reactor=clock)
+    clock.pump([1, 1])
+    assert task.result() == ["in time", (0, 0, 0, 0, False)]
+    assert not clock.getDelayedCalls()
+
+
+def test_a_value_that_was_handed_over_is_not_lost(clock: Clock) -> None:
+    """It was cancelled, or its time was over, between that and its next step."""
+    channel: Channel[int] = Channel(0)
+    got: list[int] = []
+
+    async def receive() -> None:
+        with timeout(1):
+            got.append(await channel.receive())
+            got.append(await channel.receive())
+
+    def send_and_cancel() -> None:
+        channel.try_send(1)
+        first.cancel()
+        channel.try_send(2)
+        clock.advance(1)
+
+    first = spawn(receive, reactor=clock)
+    second = spawn(receive, reactor=clock)
+    spawn(send_and_cancel, reactor=clock)
+    assert got == [1, 2]
+    assert first.cancelled
+    assert second.failed
+    with pytest.raises(TimeoutError):
+        second.result()
+    assert channel.statistics().receivers == 0
+
+
+def test_ten_thousand_timeouts_leave_nothing_behind(clock: Clock) -> None:
+    """Behind somebody who waits for long, so that each would be in the middle."""
+    channel: Channel[Value] = Channel(0)
+    patient = spawn(channel.receive, reactor=clock)
+    left: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    async def receive() -> None:
+        nonlocal most
+        for _ in range(10_000):
+            operation = channel.receive()
+            left.add(operation)
+            with pytest.raises(TimeoutError), timeout(1):
+                await operation
+            del operation
+            most = max(most, len(left))
+
+    task = spawn(receive, reactor=clock)
+    clock.pump([1] * 10_000)
+    assert task.result() is None
+    assert channel.statistics().receivers == 1
+    # Of those who wait, as many are kept as still do; and the last one's error.
+    assert most <= 3
+    value = Value()
+    channel.try_send(value)
+    assert patient.result() is value
+
+
+def test_sends_that_time_out_leave_nothing_behind(clock: Clock) -> None:
+    channel: Channel[Value] = Channel(0)
+    spawn(lambda: channel.send(Value()), reactor=clock)
+    left: weakref.WeakSet[Value] = weakref.WeakSet()
+    most = 0
+
+    async def send() -> None:
+        nonlocal most
+        for _ in range(1_000):
+            value = Value()
+            left.add(value)
+            with pytest.raises(TimeoutError), timeout(1):
+                await channel.send(value)
+            del value
+            most = max(most, len(left))
+
+    task = spawn(send, reactor=clock)
+    clock.pump([1] * 1_000)
+    assert task.result() is None
+    assert channel.statistics().senders == 1
+    assert most <= 2
+
+
+ORDERS: dict[str, Callable[[list[Any]], object]] = {
+    "first to last": lambda waiting: None,
+    "last to first": lambda waiting: waiting.reverse(),
+    "random": random.Random(1).shuffle,
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("what", ["send", "receive"])
+def test_a_hundred_thousand_are_cancelled(clock: Clock, order: str, what: str) -> None:
+    """It would take minutes if each had to be looked for."""
+    channel: Channel[int] = Channel(0)
+    start = partial(channel.send, 1) if what == "send" else channel.receive
+    waiting: list[Any] = [start() for _ in range(100_000)]
+    kept = {*range(0, len(waiting), 10_000)}
+    survivors = [waiting[each] for each in sorted(kept)]
+    cancelled = [each for n, each in enumerate(waiting) if n not in kept]
+    ORDERS[order](cancelled)
+    for each in cancelled:
+        each.fail = partial(each.fail, quietly=True)
+        each.cancel()
+    assert max(channel.statistics()[2:4]) == len(survivors)
+    for number, each in enumerate(survivors):
+        assert not each.called
+        if what == "send":
+            channel.try_receive()
+        else:
+            channel.try_send(number)
+            assert each.result == number
+        assert each.called
+    assert channel.statistics() == (0, 0, 0, 0, False)
+
+
+# Turns
+
+
+# Whoever is not in a task of this package has to see to that himself.
+TASKS = [each for each in STYLES if each not in ("@inlineCallbacks", "fromCoroutine")]
+
+
+@pytest.mark.parametrize("style", TASKS)
+@pytest.mark.parametrize("capacity", [1, 300])
+def test_one_that_sends_to_itself_for_ever_lets_others_have_their_turn(
+    reactor: Any, style: str, capacity: int
+) -> None:
+    channel: Channel[int] = Channel(capacity)
+    got: list[Any] = []
+    others: list[Any] = []
+
+    def steps() -> Generator[Callable[[], Any], None, None]:
+        for number in count():
+            yield partial(channel.send, number)
+            yield channel.receive
+
+    task = STYLES[style](reactor, steps(), got)
+    STYLES[style](reactor, [partial(sleep, 0, reactor)], others)
+    assert others == []
+    done = progress(reactor, got, lambda: len(got) > 10_000)
+    assert max(done) < 1_000
+    assert others == [None]
+    numbers = got[1::2]
+    assert numbers == list(range(len(numbers)))
+    task.cancel()
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 7, 1000])
+def test_a_pair_that_is_never_idle_lets_the_reactor_have_its_turns(
+    reactor: Any, capacity: int
+) -> None:
+    channel: Channel[int] = Channel(capacity)
+    got: list[int] = []
+
+    async def send() -> None:
+        for number in range(10_000):
+            await channel.send(number)
+        channel.close()
+
+    async def receive() -> None:
+        async for each in channel:
+            got.append(each)
+
+    tasks = [spawn(send, reactor=reactor), spawn(receive, reactor=reactor)]
+    done = progress(reactor, got, lambda: all(each.done for each in tasks))
+    assert max(done) < 2_000
+    assert got == list(range(10_000))
+
+
+def progress(reactor: Any, got: list[Any], until: Callable[[], bool]) -> list[int]:
+    """How much more there was to be had in each turn of a reactor."""
+    had = [0]
+
+    def turn() -> None:
+        had.append(len(got))
+        calls.append(reactor.callLater(0, turn))
+
+    calls = [reactor.callLater(0, turn)]
+    spin(reactor, until)
+    calls[-1].cancel()
+    return [after - before for before, after in pairwise(had)]
+
+
+# Callbacks that use the channel
+
+
+def test_a_receiver_sends_on_at_once(clock: Clock) -> None:
+    channel: Channel[int] = Channel(0)
+    got: list[int] = []
+
+    def received(value: int) -> None:
+        got.append(value)
+        if value < 100:
+            channel.receive().addCallback(received)
+            channel.send(value + 1)
+
+    channel.receive().addCallback(received)
+    channel.send(0)
+    assert got == list(range(101))
+
+
+def test_callbacks_close_it(clock: Clock) -> None:
+    channel: Channel[int] = Channel(0)
+    got: list[Any] = []
+
+    def at_end(failure: Any) -> None:
+        got.append(failure.type)
+        channel.close()
+
+    for _ in range(3):
+        channel.receive().addErrback(at_end)
+    channel.close()
+    assert got == [EndOfChannel] * 3
+
+
+@pytest.mark.parametrize("what", ["send", "receive"])
+def test_callbacks_cancel_who_waits(clock: Clock, what: str) -> None:
+    channel: Channel[int] = Channel(0)
+    outcomes: list[Any] = []
+    start = partial(channel.send, 1) if what == "send" else channel.receive
+    waiting: list[Deferred[Any]] = []
+
+    def cancel_others(result: Any) -> None:
+        outcomes.append("done")
+        for each in waiting[1:]:
+            each.cancel()
+
+    waiting.append(start().addCallback(cancel_others))
+    for _ in range(3):
+        waiting.append(
+            start().addErrback(lambda failure: outcomes.append(failure.type))
+        )
+    if what == "send":
+        assert channel.try_receive() == 1
+    else:
+        channel.try_send(1)
+    assert outcomes == ["done"] + [CancelledError] * 3
+    assert channel.statistics() == (0, 0, 0, 0, False)
+
+
+def test_inline_callbacks_between_two_channels(reactor: Any) -> None:
+    """Ten thousand values through a chain of three."""
+    first: Channel[int] = Channel(0)
+    second: Channel[int] = Channel(5)
+    got: list[int] = []
+
+    @inlineCallbacks
+    def send() -> Generator[Any, Any, None]:
+        for number in range(10_000):
+            yield first.send(number)
+        first.close()
+
+    @inlineCallbacks
+    def pass_on() -> Generator[Any, Any, None]:
+        while True:
+            try:
+                number = yield first.receive()
+            except EndOfChannel:
+                break
+            yield second.send(number)
+        second.close()
+
+    async def receive() -> None:
+        async for each in second:
+            got.append(each)
+
+    passing = pass_on()
+    task = spawn(receive, reactor=reactor)
+    sending = send()
+    spin(reactor, lambda: task.done)
+    assert passing.called
+    assert sending.called
+    assert got == list(range(10_000))
+
+
+def test_under_asyncio_alone() -> None:
+    """An operation is no asyncio future: what does not wait does work there."""
+    channel: Channel[int] = Channel(1)
+
+    async def main() -> int:
+        await channel.send(1)
+        return await channel.receive()
+
+    assert asyncio.run(main()) == 1
