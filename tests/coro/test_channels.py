@@ -22,6 +22,7 @@ from twisted_rtsig.coro import (
     EndOfChannel,
     Task,
     WouldBlock,
+    channels,
     sleep,
     spawn,
     timeout,
@@ -656,6 +657,84 @@ def progress(reactor: Any, got: list[Any], until: Callable[[], bool]) -> list[in
     return [after - before for before, after in pairwise(had)]
 
 
+@pytest.fixture
+def one_in_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done first is done at once, and all else waits for the turn."""
+    monkeypatch.setattr(channels, "_AT_ONCE_IN_A_TURN", 1)
+
+
+def use_up_the_turn(channel: Channel[Any]) -> None:
+    if channel.send(None).called:
+        channel.try_receive()
+    else:
+        channel.receive()
+
+
+@pytest.mark.usefixtures("one_in_a_turn")
+@pytest.mark.parametrize("capacity", [0, 1, 2, 3, 9])
+def test_order_is_kept_across_a_turn(clock: Clock, capacity: int) -> None:
+    """Nobody overtakes those who wait for the turn."""
+    channel: Channel[int] = Channel(capacity)
+    got: list[tuple[int, int]] = []
+    order: list[int] = []
+
+    async def send(value: int) -> None:
+        await channel.send(value)
+        order.append(value)
+
+    async def receive(number: int) -> None:
+        got.append((number, await channel.receive()))
+
+    def senders_come() -> None:
+        use_up_the_turn(channel)
+        for each in range(4):
+            spawn(send, each)
+        spawn(receivers_come)
+
+    def receivers_come() -> None:
+        for each in range(4):
+            spawn(receive, each)
+        spawn(late_ones_come)
+
+    def late_ones_come() -> None:
+        with pytest.raises(WouldBlock):
+            channel.try_receive()
+        with pytest.raises(WouldBlock):
+            channel.try_send(-1)
+        spawn(send, 4)
+        spawn(receive, 4)
+
+    spawn(senders_come, reactor=clock)
+    assert got == []
+    clock.advance(0)
+    assert got == [(each, each) for each in range(5)]
+    assert order == list(range(5))
+    assert channel.statistics() == (0, capacity, 0, 0, False)
+
+
+@pytest.mark.usefixtures("one_in_a_turn")
+@pytest.mark.parametrize("left", range(5))
+def test_those_who_wait_for_a_turn_get_the_end(clock: Clock, left: int) -> None:
+    """More of them than there are values left."""
+    channel: Channel[int] = Channel(9)
+    got: list[list[int]] = []
+
+    async def drain() -> None:
+        got.append([each async for each in channel])
+
+    def main() -> None:
+        for each in range(left):
+            channel.try_send(each)
+        channel.close()
+        for _ in range(4):
+            spawn(drain)
+
+    spawn(main, reactor=clock)
+    clock.advance(0)
+    assert len(got) == 4
+    assert sorted(each for some in got for each in some) == list(range(left))
+
+
 # Callbacks that use the channel
 
 
@@ -686,6 +765,92 @@ def test_callbacks_close_it(clock: Clock) -> None:
         channel.receive().addErrback(at_end)
     channel.close()
     assert got == [EndOfChannel] * 3
+
+
+def test_a_callback_sends_while_it_is_closed(clock: Clock) -> None:
+    channel: Channel[int] = Channel(1)
+    got: list[Any] = []
+
+    def at_end(failure: Any) -> None:
+        got.append(failure.type)
+        with pytest.raises(ChannelClosed):
+            channel.try_send(1)
+        channel.send(2).addErrback(lambda failure: got.append(failure.type))
+
+    channel.receive().addErrback(at_end)
+    STYLES["async def"](clock, [channel.receive], got)
+    channel.close()
+    assert got == [EndOfChannel, ChannelClosed, EndOfChannel]
+
+
+@pytest.mark.parametrize("capacity", range(4))
+@pytest.mark.parametrize("trying", [False, True])
+def test_a_callback_receives_while_it_is_closed(
+    clock: Clock, capacity: int, trying: bool
+) -> None:
+    """It gets what is left, and makes no room for those who wait to send."""
+    channel: Channel[int] = Channel(capacity)
+    got: list[Any] = []
+    sent: list[Any] = []
+
+    def refused(failure: Any) -> None:
+        sent.append(failure.type)
+        if trying:
+            try:
+                got.append(channel.try_receive())
+            except EndOfChannel:
+                got.append(EndOfChannel)
+        else:
+            STYLES["async def"](clock, [channel.receive], got)
+
+    for each in range(capacity):
+        channel.try_send(each)
+    for _ in range(3):
+        channel.send(-1).addCallbacks(sent.append, refused)
+    channel.close()
+    assert sent == [ChannelClosed] * 3
+    assert got == [*range(capacity), EndOfChannel, EndOfChannel, EndOfChannel][:3]
+
+
+@pytest.mark.usefixtures("one_in_a_turn")
+def test_a_callback_receives_in_the_turn_that_it_has_waited_for(clock: Clock) -> None:
+    channel: Channel[str] = Channel(1)
+    got: list[Any] = []
+
+    def main() -> None:
+        use_up_the_turn(channel)
+        channel.send("a").addCallback(
+            lambda _: channel.receive().addCallback(got.append)
+        )
+
+    spawn(main, reactor=clock)
+    assert got == []
+    clock.advance(0)
+    assert got == ["a"]
+    assert channel.statistics() == (0, 1, 0, 0, False)
+
+
+@pytest.mark.usefixtures("one_in_a_turn")
+def test_a_callback_sends_in_the_turn_that_it_has_waited_for(clock: Clock) -> None:
+    """It is behind those who have waited for it as well."""
+    channel: Channel[str] = Channel(1)
+    got: list[str] = []
+
+    def send(value: str) -> None:
+        got.append(value)
+        if value == "a":
+            channel.send("c")
+
+    def main() -> None:
+        use_up_the_turn(channel)
+        for value in "ab":
+            channel.send(value)
+        for _ in range(3):
+            channel.receive().addCallback(send)
+
+    spawn(main, reactor=clock)
+    clock.advance(0)
+    assert got == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("what", ["send", "receive"])

@@ -80,8 +80,10 @@ class Channel(Generic[T]):
             while it waits: nobody receives the value.
         """
         done: Operation[None]
+        if self._closed:
+            return failed(self._no_more())
         receivers = self._receivers
-        if receivers and not self._values:
+        if receivers and not self._values and (self._at_once or not self._senders):
             # As in _give. Not counted, since that one has to have its turn.
             receiver = receivers.popleft()
             if receivers.given_up:
@@ -89,8 +91,6 @@ class Channel(Generic[T]):
             receiver.succeed(value)
             done = Done()
             return done
-        if self._closed:
-            return failed(self._no_more())
         if self._at_once and self._give(value):
             self._count()
             done = Done()
@@ -119,9 +119,11 @@ class Channel(Generic[T]):
 
     def _give(self, value: T) -> bool:
         """Whether a receiver, or the buffer, has taken it."""
-        if self._receivers and not self._values:
+        senders = self._senders
+        # While they wait for the turn, there may be receivers and senders.
+        if self._receivers and not self._values and (self._at_once or not senders):
             self._receivers.next().succeed(value)
-        elif len(self._values) < self._capacity and not self._senders:
+        elif len(self._values) < self._capacity and not senders:
             self._values.append(value)
         else:
             return False
@@ -182,8 +184,8 @@ class Channel(Generic[T]):
         """The next value, whoever waits for it; C{NOTHING} if there is none."""
         if self._values:
             value: Any = self._values.popleft()
-            if self._senders:
-                self._admit()
+            if self._senders and not self._closed:
+                self._admit(self._senders.next())
             return value
         if self._senders:
             sender = self._senders.next()
@@ -191,9 +193,8 @@ class Channel(Generic[T]):
             return sender.value
         return NOTHING
 
-    def _admit(self) -> None:
-        """There is room for the value of a sender that waits."""
-        sender = self._senders.next()
+    def _admit(self, sender: Entry) -> None:
+        """There is room for the value of a sender that has waited."""
         self._values.append(sender.value)
         sender.succeed(None)
 
@@ -210,12 +211,15 @@ class Channel(Generic[T]):
 
         Does nothing to a channel that is closed already.
         """
+        if self._closed:
+            return
         self._match()
         self._closed = True
+        # Who receives in a callback waits until it is known what is left.
+        self._at_once = 0
         while self._senders:
             self._senders.next().fail(self._no_more())
-        while self._receivers:
-            self._receivers.next().fail(EndOfChannel(self))
+        self._match()
 
     def statistics(self) -> ChannelStatistics:
         """What it is doing."""
@@ -252,13 +256,19 @@ class Channel(Generic[T]):
         """Serve those who had to wait for a turn."""
         # Callbacks may come back here, and are not to overtake anybody.
         self._at_once = 0
-        while self._receivers and (self._values or self._senders):
-            if self._values:
+        while True:
+            if self._receivers and self._values:
                 self._receivers.next().succeed(self._values.popleft())
+            elif self._senders and len(self._values) < self._capacity:
+                self._admit(self._senders.next())
+            elif self._senders and self._receivers:
+                # Who has it in the next round.
+                self._admit(self._senders.next())
             else:
-                self._admit()
-        while self._senders and len(self._values) < self._capacity:
-            self._admit()
+                break
+        if self._closed:
+            while self._receivers:
+                self._receivers.next().fail(EndOfChannel(self))
         self._at_once = _AT_ONCE_IN_A_TURN
 
     # Those who wait
