@@ -92,12 +92,12 @@ def sample(
     }
 
 
-def environment() -> str:
-    """Where it was measured."""
+def environment(*packages: str) -> str:
+    """Where it was measured, and what with."""
     kernel = platform.release().split("-")[0]
     python = f"{platform.python_implementation()} {platform.python_version()}"
     parts = [f"{platform.system()} {kernel} on {platform.machine()}", python]
-    for name in ("Twisted", "uvloop"):
+    for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             parts.append(f"{name} {importlib.metadata.version(name)}")
     return ", ".join(parts)
@@ -200,8 +200,8 @@ def main() -> int:
     allow_many_descriptors(chosen)
 
     about = (
-        f"{environment()}. Rounds: {options.rounds}, of {options.seconds:g} s for each "
-        "contender."
+        f"{environment('Twisted', 'uvloop')}. Rounds: {options.rounds}, of "
+        f"{options.seconds:g} s for each contender."
     )
     samples: list[report.Sample] = []
     with tempfile.TemporaryDirectory() as made:

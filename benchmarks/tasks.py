@@ -1,0 +1,694 @@
+"""
+What tasks cost: to hand a value over, to be there and wait, and to transfer.
+
+    python benchmarks/tasks.py [--work NAME,...] [--rounds N] [--count N]
+
+ping-pong  two coroutines and two queues for one value: a round trip
+parked     100,000 tasks that wait for an event: the memory and the CPU time of each
+million    a million of them, of this package: the resident set
+transfer   two symmetric coroutines: a transfer, beside a bare C{send}
+
+A process of its own measures each contender, and all of them are measured in turns,
+round after round, on the same core.  The time is the CPU time of the process, user
+and system, garbage collection included, of what is measured alone: it is warm by
+then.  The memory is what becomes resident meanwhile.
+
+Every ratio is taken within a round, of figures measured one after the other, and
+only then are the median and the quartiles taken over the rounds.  The exit status
+is 1 if the median misses one of the bars.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from compare import environment, say
+from report import Spread, figure, markdown
+
+PATIENCE = 300.0
+"""Seconds after which a measurement is given up."""
+
+WARM_UP = 10_000
+"""How often something is done before it is measured, at most."""
+
+MB = 1_000_000
+
+
+# In a process of its own
+
+
+class Meter:
+    """Measures a process, from C{begin} to C{end}, which ends the process, too."""
+
+    def begin(self) -> None:
+        self._before = resident()
+        self._start = time.process_time()
+
+    def end(self) -> NoReturn:
+        seconds = time.process_time() - self._start
+        print(json.dumps([seconds, self._before, resident()]), flush=True)
+        # Nothing is left of the tasks: they need not be told.
+        os._exit(0)
+
+    def runs(self, count: int) -> Iterator[int]:
+        """The numbers of rounds to do: some that warm up, and those that count."""
+        for rounds in (min(count, WARM_UP), count):
+            self.begin()
+            yield rounds
+        self.end()
+
+
+def resident() -> int:
+    gc.collect()
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def in_reactor(start: Callable[[], Any]) -> None:
+    """Run what returns a Deferred, in the rtsig-epoll reactor."""
+    from twisted_rtsig import epollreactor
+
+    epollreactor.install()
+    from twisted.internet import reactor
+
+    def fail(failure: Any) -> None:
+        failure.printTraceback(sys.stderr)
+        os._exit(1)
+
+    running: Any = reactor
+    running.callWhenRunning(lambda: start().addErrback(fail))
+    running.run()
+
+
+def in_task(function: Callable[[], Any]) -> None:
+    """Run a function as a task of this package, in the rtsig-epoll reactor."""
+    from twisted_rtsig.coro import spawn
+
+    in_reactor(lambda: spawn(function).as_deferred())
+
+
+# Ping-pong
+
+
+def channels(count: int, meter: Meter) -> None:
+    from twisted_rtsig.coro import Channel, spawn
+
+    there: Channel[int] = Channel(1)
+    back: Channel[int] = Channel(1)
+
+    async def pong() -> None:
+        while True:
+            await back.send(await there.receive())
+
+    async def ping() -> None:
+        spawn(pong)
+        for rounds in meter.runs(count):
+            for each in range(rounds):
+                await there.send(each)
+                await back.receive()
+
+    in_task(ping)
+
+
+def deferred_queues(count: int, meter: Meter) -> None:
+    from twisted.internet.defer import Deferred, DeferredQueue
+
+    there: DeferredQueue[int] = DeferredQueue(1)
+    back: DeferredQueue[int] = DeferredQueue(1)
+
+    async def pong() -> None:
+        while True:
+            back.put(await there.get())
+
+    async def ping() -> None:
+        Deferred.fromCoroutine(pong())
+        for rounds in meter.runs(count):
+            for each in range(rounds):
+                there.put(each)
+                await back.get()
+
+    in_reactor(lambda: Deferred.fromCoroutine(ping()))
+
+
+def asyncio_queues(
+    count: int, meter: Meter, loop: asyncio.AbstractEventLoop | None = None
+) -> None:
+    async def ping() -> None:
+        there: asyncio.Queue[int] = asyncio.Queue(1)
+        back: asyncio.Queue[int] = asyncio.Queue(1)
+
+        async def pong() -> None:
+            while True:
+                await back.put(await there.get())
+
+        kept = asyncio.create_task(pong())
+        for rounds in meter.runs(count):
+            for each in range(rounds):
+                await there.put(each)
+                await back.get()
+        await kept
+
+    (loop or asyncio.new_event_loop()).run_until_complete(ping())
+
+
+def uvloop_queues(count: int, meter: Meter) -> None:
+    import uvloop
+
+    asyncio_queues(count, meter, uvloop.new_event_loop())
+
+
+def trio_channels(count: int, meter: Meter) -> None:
+    import trio
+
+    async def ping() -> None:
+        there, from_ping = trio.open_memory_channel(1)
+        back, from_pong = trio.open_memory_channel(1)
+
+        async def pong() -> None:
+            while True:
+                await back.send(await from_ping.receive())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pong)
+            for rounds in meter.runs(count):
+                for each in range(rounds):
+                    await there.send(each)
+                    await from_pong.receive()
+
+    trio.run(ping)
+
+
+def gevent_queues(count: int, meter: Meter) -> None:
+    import gevent
+    from gevent.queue import Queue
+
+    there = Queue(1)
+    back = Queue(1)
+
+    def pong() -> None:
+        while True:
+            back.put(there.get())
+
+    def ping() -> None:
+        for rounds in meter.runs(count):
+            for each in range(rounds):
+                there.put(each)
+                back.get()
+
+    gevent.joinall([gevent.spawn(pong), gevent.spawn(ping)], raise_error=True)
+
+
+# Parked tasks.  The one that spawns them goes on when all of them wait.
+
+
+def parked_tasks(count: int, meter: Meter) -> None:
+    from twisted_rtsig.coro import Event, sleep, spawn
+
+    async def main() -> None:
+        event = Event()
+
+        async def park() -> None:
+            await event.wait()
+
+        meter.begin()
+        kept = [spawn(park) for _ in range(count)]
+        await sleep(0)
+        assert repr(event).endswith(f" {len(kept)} wait>")
+        meter.end()
+
+    in_task(main)
+
+
+def parked_deferreds(count: int, meter: Meter) -> None:
+    from twisted.internet.defer import Deferred
+
+    # Who is to wake them has to know them.
+    waiting: list[Deferred[None]] = []
+
+    async def park() -> None:
+        deferred: Deferred[None] = Deferred()
+        waiting.append(deferred)
+        await deferred
+
+    meter.begin()
+    kept = [Deferred.fromCoroutine(park()) for _ in range(count)]
+    assert len(waiting) == len(kept)
+    meter.end()
+
+
+def parked_in_asyncio(
+    count: int, meter: Meter, loop: asyncio.AbstractEventLoop | None = None
+) -> None:
+    async def main() -> None:
+        event = asyncio.Event()
+
+        async def park() -> None:
+            await event.wait()
+
+        meter.begin()
+        kept = [asyncio.create_task(park()) for _ in range(count)]
+        await asyncio.sleep(0)
+        assert repr(event).endswith(f"waiters:{len(kept)}]>")
+        meter.end()
+
+    (loop or asyncio.new_event_loop()).run_until_complete(main())
+
+
+def parked_in_uvloop(count: int, meter: Meter) -> None:
+    import uvloop
+
+    parked_in_asyncio(count, meter, uvloop.new_event_loop())
+
+
+def parked_in_trio(count: int, meter: Meter) -> None:
+    import trio
+
+    async def main() -> None:
+        event = trio.Event()
+        async with trio.open_nursery() as nursery:
+            meter.begin()
+            for _ in range(count):
+                nursery.start_soon(event.wait)
+            # It runs those that are ready in random order.
+            while event.statistics().tasks_waiting < count:
+                await trio.sleep(0)
+            meter.end()
+
+    trio.run(main)
+
+
+def parked_in_gevent(count: int, meter: Meter) -> None:
+    import gevent
+    from gevent.event import Event
+
+    event = Event()
+
+    def park() -> None:
+        event.wait()
+
+    def main() -> None:
+        meter.begin()
+        kept = [gevent.spawn(park) for _ in range(count)]
+        gevent.sleep(0)
+        assert event.linkcount() == len(kept)
+        meter.end()
+
+    gevent.spawn(main).get()
+
+
+# Symmetric transfer
+
+
+def transfers(first: Any, second: Any) -> None:
+    """Transfer from a task to the first coroutine; each is told of the other."""
+    from twisted_rtsig.coro import symmetric, transfer
+
+    pair: list[Any] = []
+    pair += symmetric(first, pair), symmetric(second, pair)
+
+    async def main() -> None:
+        await transfer(pair[0])
+
+    in_task(main)
+
+
+def generator_transfers(count: int, meter: Meter) -> None:
+    from twisted_rtsig.coro import transfer
+
+    def first(pair: list[Any], value: Any) -> Generator[Any, Any, None]:
+        other = pair[1]
+        for transfers in meter.runs(count):
+            # There and back.
+            for _ in range(transfers // 2):
+                value = yield transfer(other, value)
+
+    def second(pair: list[Any], value: Any) -> Generator[Any, Any, None]:
+        other = pair[0]
+        while True:
+            value = yield transfer(other, value)
+
+    transfers(first, second)
+
+
+def coroutine_transfers(count: int, meter: Meter) -> None:
+    from twisted_rtsig.coro import transfer
+
+    async def first(pair: list[Any], value: Any) -> None:
+        other = pair[1]
+        for transfers in meter.runs(count):
+            for _ in range(transfers // 2):
+                value = await transfer(other, value)
+
+    async def second(pair: list[Any], value: Any) -> None:
+        other = pair[0]
+        while True:
+            value = await transfer(other, value)
+
+    transfers(first, second)
+
+
+def drive(send: Callable[[Any], Any], count: int, meter: Meter) -> None:
+    value = send(None)
+    for sends in meter.runs(count):
+        for _ in range(sends):
+            value = send(value)
+
+
+def generator_sends(count: int, meter: Meter) -> None:
+    def echo() -> Generator[Any, Any, None]:
+        value = None
+        while True:
+            value = yield value
+
+    drive(echo().send, count, meter)
+
+
+def coroutine_sends(count: int, meter: Meter) -> None:
+    @types.coroutine
+    def wait(value: Any) -> Generator[Any, Any, Any]:
+        return (yield value)
+
+    async def echo() -> None:
+        value = None
+        while True:
+            value = await wait(value)
+
+    drive(echo().send, count, meter)
+
+
+def greenlet_switches(count: int, meter: Meter) -> None:
+    from greenlet import greenlet
+
+    def run_first(value: Any) -> None:
+        other = second
+        for switches in meter.runs(count):
+            for _ in range(switches // 2):
+                value = other.switch(value)
+
+    def run_second(value: Any) -> None:
+        other = first
+        while True:
+            value = other.switch(value)
+
+    first = greenlet(run_first)
+    second = greenlet(run_second)
+    first.switch(None)
+
+
+# What is measured
+
+
+class Contender(NamedTuple):
+    run: Callable[[int, Meter], None]
+    needs: str = ""
+    """What it imports, unless that is there anyway."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One contender at one work in one round."""
+
+    count: int
+    seconds: float
+    before: int
+    """Bytes that were resident."""
+    after: int
+
+    def cpu(self) -> float:
+        """In microseconds, for each."""
+        return self.seconds / self.count * 1e6
+
+    def memory_of_each(self) -> float:
+        return (self.after - self.before) / self.count
+
+    def memory_of_all(self) -> float:
+        return self.after
+
+    def growth(self) -> float:
+        return self.after - self.before
+
+
+Measure = Callable[[Sample], float]
+
+MEASURES: dict[Measure, str] = {
+    Sample.cpu: "CPU",
+    Sample.memory_of_each: "memory of each",
+    Sample.memory_of_all: "resident set",
+    Sample.growth: "growth of the resident set",
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """
+    :ivar yardstick: with whom all are compared, if with anybody.
+    :ivar memory: what of it is told.
+    """
+
+    what: str
+    unit: str
+    count: int
+    contenders: dict[str, Contender]
+    yardstick: str = ""
+    memory: Measure | None = None
+
+
+CHANNEL = "Channel(1)"
+DEFERRED_QUEUE = "Twisted's DeferredQueue(1)"
+UVLOOP_QUEUE = "asyncio.Queue(1) on uvloop"
+TASK = "task"
+ASYNCIO_TASK = "asyncio's task"
+TRANSFER = "transfer, generators"
+COROUTINE_TRANSFER = "transfer, async def"
+SEND = "send to a generator"
+
+WORKS = {
+    "ping-pong": Work(
+        "two coroutines and two queues for one value",
+        "round trip",
+        100_000,
+        {
+            CHANNEL: Contender(channels),
+            DEFERRED_QUEUE: Contender(deferred_queues),
+            "asyncio.Queue(1)": Contender(asyncio_queues),
+            UVLOOP_QUEUE: Contender(uvloop_queues, "uvloop"),
+            "trio's memory channels": Contender(trio_channels, "trio"),
+            "gevent's Queue(1)": Contender(gevent_queues, "gevent"),
+        },
+        DEFERRED_QUEUE,
+    ),
+    "parked": Work(
+        "tasks that wait for an event",
+        "task",
+        100_000,
+        {
+            TASK: Contender(parked_tasks),
+            "Deferred.fromCoroutine": Contender(parked_deferreds),
+            ASYNCIO_TASK: Contender(parked_in_asyncio),
+            "asyncio's task on uvloop": Contender(parked_in_uvloop, "uvloop"),
+            "trio's task": Contender(parked_in_trio, "trio"),
+            "gevent's greenlet": Contender(parked_in_gevent, "gevent"),
+        },
+        ASYNCIO_TASK,
+        Sample.memory_of_each,
+    ),
+    "million": Work(
+        "tasks that wait for an event, in all",
+        "task",
+        1_000_000,
+        {TASK: Contender(parked_tasks)},
+        memory=Sample.memory_of_all,
+    ),
+    "transfer": Work(
+        "two coroutines that hand over to each other",
+        "transfer",
+        1_000_000,
+        {
+            TRANSFER: Contender(generator_transfers),
+            COROUTINE_TRANSFER: Contender(coroutine_transfers),
+            SEND: Contender(generator_sends),
+            "send to a coroutine": Contender(coroutine_sends),
+            "greenlet.switch": Contender(greenlet_switches, "greenlet"),
+        },
+        SEND,
+        Sample.growth,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """How much a contender may use: of what another does, or bytes."""
+
+    work: str
+    contender: str
+    measure: Measure
+    most: float
+    against: str = ""
+
+
+BARS = [
+    Bar("ping-pong", CHANNEL, Sample.cpu, 0.5, DEFERRED_QUEUE),
+    Bar("ping-pong", CHANNEL, Sample.cpu, 0.25, UVLOOP_QUEUE),
+    Bar("parked", TASK, Sample.memory_of_each, 0.7, ASYNCIO_TASK),
+    Bar("parked", TASK, Sample.cpu, 0.5, ASYNCIO_TASK),
+    Bar("million", TASK, Sample.memory_of_all, 1000 * MB),
+    Bar("transfer", TRANSFER, Sample.cpu, 3, SEND),
+    Bar("transfer", TRANSFER, Sample.growth, 1 * MB),
+    Bar("transfer", COROUTINE_TRANSFER, Sample.growth, 1 * MB),
+]
+
+
+# What is told
+
+Measured = dict[str, list[Sample]]
+"""The samples of each contender at one work, of all rounds."""
+
+
+def ratios(measured: Measured, measure: Measure, name: str, against: str) -> Spread:
+    pairs = zip(measured[name], measured[against], strict=True)
+    return Spread(measure(mine) / measure(other) for mine, other in pairs)
+
+
+def in_bytes(value: float) -> str:
+    return f"{value:,.0f} B" if value < MB else f"{value / MB:,.1f} MB"
+
+
+def table(work: Work, measured: Measured) -> str:
+    """A table of all who did a work, in Markdown."""
+    compared = f"of {work.yardstick} (quartiles)"
+    memory_compared = work.memory is Sample.memory_of_each
+    head = ["contender", "CPU in all", f"CPU per {work.unit}"]
+    if work.yardstick:
+        head.append(compared)
+    if work.memory is not None:
+        head.append(MEASURES[work.memory])
+    if memory_compared:
+        head.append(compared)
+    rows = []
+    for name, samples in measured.items():
+        row = [name, f"{Spread(each.seconds for each in samples).median:.2f} s"]
+        row.append(f"{figure(Spread(map(Sample.cpu, samples)).median)} µs")
+        if work.yardstick:
+            row.append(str(ratios(measured, Sample.cpu, name, work.yardstick)))
+        if work.memory is not None:
+            row.append(in_bytes(Spread(map(work.memory, samples)).median))
+        if memory_compared:
+            row.append(
+                str(ratios(measured, Sample.memory_of_each, name, work.yardstick))
+            )
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def judge(results: dict[str, Measured]) -> tuple[str, bool]:
+    """A table of the bars whose figures are there, and whether all are met."""
+    rows, all_met = [], True
+    for bar in BARS:
+        measured = results.get(bar.work, {})
+        if not measured or (bar.against and bar.against not in measured):
+            continue
+        if bar.against:
+            spread = ratios(measured, bar.measure, bar.contender, bar.against)
+            said, most = str(spread), f"{bar.most:.2f}"
+        else:
+            spread = Spread(map(bar.measure, measured[bar.contender]))
+            said, most = in_bytes(spread.median), in_bytes(bar.most)
+        met = spread.median <= bar.most
+        all_met = all_met and met
+        row = [bar.work, bar.contender, MEASURES[bar.measure], bar.against or "-"]
+        rows.append([*row, said, most, "good" if met else "MISSED"])
+    head = ["work", "of", "what", "compared with", "measured (quartiles)", "at most"]
+    return markdown([*head, ""], rows), all_met
+
+
+# Measuring
+
+
+def measure(name: str, contender: str, count: int) -> Sample:
+    command = [sys.executable, __file__, "--only", contender]
+    command += ["--work", name, "--count", str(count)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=PATIENCE)
+    return Sample(count, *json.loads(done.stdout))
+
+
+def measure_all(name: str, rounds: int, count: int) -> Measured:
+    work = WORKS[name]
+    measured: Measured = {}
+    for contender, (_, needs) in work.contenders.items():
+        if needs and importlib.util.find_spec(needs) is None:
+            say(
+                f"{contender} is left out: there is no {needs} here "
+                "(pip install -e '.[bench]')."
+            )
+        else:
+            measured[contender] = []
+    for round_ in range(1, rounds + 1):
+        for contender, samples in measured.items():
+            samples.append(measure(name, contender, count))
+        costs = ", ".join(
+            f"{contender} {figure(samples[-1].cpu())}"
+            for contender, samples in measured.items()
+        )
+        say(f"{name}, round {round_} of {rounds}, CPU in µs: {costs}")
+    return measured
+
+
+def parse() -> argparse.Namespace:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    add = parser.add_argument
+    add(
+        "--work",
+        metavar="NAME,...",
+        default=",".join(WORKS),
+        help=f"what is measured ({', '.join(WORKS)})",
+    )
+    add("--rounds", type=int, metavar="N", default=5, help="how often (5)")
+    add("--count", type=int, metavar="N", help="of each work, instead of its own")
+    add("--only", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.work = options.work.split(",")
+    for name in options.work:
+        if name not in WORKS:
+            parser.error(f"there is no {name}, only {', '.join(WORKS)}")
+    if options.rounds < 1 or (options.count is not None and options.count < 2):
+        parser.error("there is nothing to measure")
+    return options
+
+
+def main() -> int:
+    options = parse()
+    if options.only:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        WORKS[options.work[0]].contenders[options.only].run(options.count, Meter())
+        return 1
+    print(f"{environment('Twisted', 'uvloop', 'trio', 'gevent', 'greenlet')}.")
+    print(f"Rounds: {options.rounds}.", flush=True)
+    results: dict[str, Measured] = {}
+    for name in options.work:
+        work = WORKS[name]
+        count = options.count or work.count
+        results[name] = measure_all(name, options.rounds, count)
+        print(f"\n## {name}: {work.what}\n\n{count:,} {work.unit}s.\n")
+        print(table(work, results[name]), flush=True)
+    bars, met = judge(results)
+    print(f"\n## Bars\n\n{bars}")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
