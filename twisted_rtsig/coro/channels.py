@@ -80,17 +80,18 @@ class Channel(Generic[T]):
             while it waits: nobody receives the value.
         """
         done: Operation[None]
-        if self._closed:
-            return failed(self._no_more())
         receivers = self._receivers
-        if receivers and not self._values and (self._at_once or not self._senders):
-            # As in _give. Not counted, since that one has to have its turn.
+        if receivers and self._at_once:
+            # There is no value then, no sender and no end.  Not counted, since that
+            # one has to have its turn.
             receiver = receivers.popleft()
             if receivers.given_up:
                 receivers.strip()
             receiver.succeed(value)
             done = Done()
             return done
+        if self._closed:
+            return failed(self._no_more())
         if self._at_once and self._give(value):
             self._count()
             done = Done()
