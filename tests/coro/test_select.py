@@ -1,0 +1,601 @@
+"""Select: exactly one of several things happens, and the others are left alone."""
+
+from __future__ import annotations
+
+import gc
+import random
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+from twisted.internet.defer import CancelledError, Deferred, fail, succeed
+from twisted.internet.task import Clock
+
+from tests.coro.support import STYLES
+from twisted_rtsig.coro import (
+    Channel,
+    ChannelClosed,
+    Deadline,
+    EndOfChannel,
+    Event,
+    Task,
+    select,
+    sleep,
+    spawn,
+    timeout,
+)
+
+styles = pytest.mark.parametrize("style", STYLES)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def failures(logged: list[Any]) -> list[Any]:
+    """Which errors were logged, once nobody can look at them any more."""
+    gc.collect()
+    return [each["log_failure"].type for each in logged if each.get("log_failure")]
+
+
+def quiet(operation: Deferred[Any]) -> Deferred[Any]:
+    """One whose error is no surprise."""
+    return operation.addErrback(lambda _: None)
+
+
+class Kind(NamedTuple):
+    """
+    Something to select.
+
+    :ivar case: it.
+    :ivar happen: makes it happen.
+    :ivar value: what comes of it.
+    :ivar untouched: whether it is as if nobody had ever selected it, or taken what
+        there is.
+    """
+
+    case: Any
+    happen: Callable[[], object]
+    value: Any
+    untouched: Callable[[], bool]
+
+
+def receiving(clock: Clock) -> Kind:
+    channel: Channel[str] = Channel(1)
+    sent: list[str] = []
+
+    def happen() -> None:
+        channel.try_send("value")
+        sent.append("value")
+
+    def untouched() -> bool:
+        return channel.statistics() == (len(sent), 1, 0, 0, False)
+
+    return Kind(channel, happen, "value", untouched)
+
+
+def sending(clock: Clock) -> Kind:
+    channel: Channel[str] = Channel(1)
+    channel.try_send("before")
+
+    def untouched() -> bool:
+        buffered, _, senders, _, _ = channel.statistics()
+        if senders or buffered != 1 - len(received):
+            return False
+        return received in ([], ["before"])
+
+    received: list[str] = []
+    return Kind(
+        channel.sending("value"),
+        lambda: received.append(channel.try_receive()),
+        None,
+        untouched,
+    )
+
+
+def meeting_a_sender(clock: Clock) -> Kind:
+    channel: Channel[str] = Channel(0)
+    sent: list[Deferred[None]] = []
+    return Kind(
+        channel,
+        lambda: sent.append(channel.send("value")),
+        "value",
+        lambda: (
+            channel.statistics().receivers == 0
+            and not any(each.called for each in sent)
+        ),
+    )
+
+
+def meeting_a_receiver(clock: Clock) -> Kind:
+    channel: Channel[str] = Channel(0)
+    received: list[Deferred[str]] = []
+    return Kind(
+        channel.sending("value"),
+        lambda: received.append(channel.receive()),
+        None,
+        lambda: (
+            channel.statistics().senders == 0
+            and not any(each.called for each in received)
+        ),
+    )
+
+
+def an_event(clock: Clock) -> Kind:
+    event = Event()
+    return Kind(event, event.set, None, lambda: "set" in repr(event) or _idle(event))
+
+
+def _idle(event: Event) -> bool:
+    return "0 wait" in repr(event)
+
+
+def a_deadline(clock: Clock) -> Kind:
+    return Kind(
+        Deadline(1, clock),
+        lambda: clock.advance(1),
+        None,
+        lambda: not clock.getDelayedCalls(),
+    )
+
+
+def a_deferred(clock: Clock) -> Kind:
+    cancelled: list[object] = []
+    deferred: Deferred[str] = Deferred(cancelled.append)
+
+    def untouched() -> bool:
+        if not deferred.called:
+            return not cancelled
+        # It is there for everybody else as well.
+        got: list[str] = []
+        deferred.addCallback(take, got)
+        return got == ["value"]
+
+    def take(value: str, got: list[str]) -> str:
+        got.append(value)
+        return value
+
+    return Kind(deferred, lambda: deferred.callback("value"), "value", untouched)
+
+
+def a_task(clock: Clock) -> Kind:
+    gate: Deferred[str] = Deferred()
+
+    async def wait() -> str:
+        return await gate
+
+    task = spawn(wait, reactor=clock)
+    return Kind(
+        task,
+        lambda: gate.callback("value"),
+        "value",
+        lambda: not task.cancelled and (not task.done or task.result() == "value"),
+    )
+
+
+KINDS: dict[str, Callable[[Clock], Kind]] = {
+    each.__name__: each
+    for each in (
+        *(receiving, sending, meeting_a_sender, meeting_a_receiver),
+        *(an_event, a_deadline, a_deferred, a_task),
+    )
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+# What is chosen
+
+
+@styles
+@kinds
+def test_what_there_is_already(clock: Clock, style: str, kind: str) -> None:
+    what = KINDS[kind](clock)
+    what.happen()
+    other: Channel[int] = Channel(0)
+    got: list[Any] = []
+    STYLES[style](
+        clock,
+        [lambda: select(what.case, other), lambda: select(other, Event(), succeed(1))],
+        got,
+    )
+    assert len(got) == 2
+    assert got[0][0] is what.case
+    assert got[0][1] == what.value
+    assert other.statistics().receivers == 0
+
+
+@styles
+@kinds
+def test_what_comes_to_be(clock: Clock, style: str, kind: str) -> None:
+    what = KINDS[kind](clock)
+    other: Channel[int] = Channel(0)
+    got: list[Any] = []
+    STYLES[style](clock, [lambda: select(other, what.case)], got)
+    assert got == []
+    assert other.statistics().receivers == 1
+    what.happen()
+    [(chosen, value)] = got
+    assert chosen is what.case
+    assert value == what.value
+    assert other.statistics().receivers == 0
+
+
+@kinds
+def test_the_others_are_left_alone(clock: Clock, kind: str) -> None:
+    """And they may still happen; first those that happen after the one is chosen."""
+    made = {name: make(clock) for name, make in KINDS.items()}
+    cases = [each.case for each in made.values()]
+    got: list[Any] = []
+    spawn(select, *cases, reactor=clock).as_deferred().addCallback(got.append)
+    chosen = made.pop(kind)
+    chosen.happen()
+    assert [each[0] for each in got] == [chosen.case]
+    assert [name for name, each in made.items() if not each.untouched()] == []
+    for each in made.values():
+        each.happen()
+    assert [name for name, each in made.items() if not each.untouched()] == []
+    assert len(got) == 1
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_of_all_that_is_there_one_happens(clock: Clock, seed: int) -> None:
+    random.seed(seed)
+    made = [make(clock) for make in KINDS.values()]
+    for each in made:
+        each.happen()
+    chosen, value = spawn(select, *[each.case for each in made]).result()
+    [what] = [each for each in made if each.case is chosen]
+    assert value == what.value
+    made.remove(what)
+    assert all(each.untouched() for each in made)
+
+
+def test_each_has_its_turn(clock: Clock) -> None:
+    random.seed(1)
+    ready: list[Channel[int]] = [Channel(1) for _ in range(4)]
+    chosen: Counter[int] = Counter()
+    for number in range(8_000):
+        # Now and then one of them is not.
+        idle = number % 5
+        for each in ready[:idle] + ready[idle + 1 :]:
+            if not each.statistics().buffered:
+                each.try_send(1)
+        task = spawn(select, *ready, reactor=clock)
+        clock.advance(0)
+        chosen[ready.index(task.result()[0])] += 1
+    # A twentieth less would be seven standard deviations.
+    assert sum(chosen.values()) == 8_000
+    assert min(chosen.values()) > 1_000
+
+
+@kinds
+def test_the_same_thing_twice(clock: Clock, kind: str) -> None:
+    """It happens once."""
+    for before in (True, False):
+        what = KINDS[kind](clock)
+        if before:
+            what.happen()
+        got: list[Any] = []
+        cases = [what.case] * 3
+        spawn(select, *cases, reactor=clock).as_deferred().addCallback(got.append)
+        if not before:
+            assert got == []
+            what.happen()
+        assert got == [(what.case, what.value)]
+
+
+def test_two_selects_meet(clock: Clock) -> None:
+    channel: Channel[str] = Channel(0)
+    other: Channel[str] = Channel(0)
+    to_send = channel.sending("value")
+    for receiver_first in (True, False):
+        selects: list[Any] = [[channel, other], [other, to_send]]
+        if not receiver_first:
+            selects.reverse()
+        first, second = (spawn(select, *each, reactor=clock) for each in selects)
+        results = [first.result(), second.result()]
+        if not receiver_first:
+            results.reverse()
+        assert results == [(channel, "value"), (to_send, None)]
+        assert channel.statistics() == other.statistics() == (0, 0, 0, 0, False)
+
+
+# Cancellation
+
+
+@styles
+def test_one_that_is_cancelled_leaves_everything_as_it_was(
+    clock: Clock, style: str
+) -> None:
+    made = {name: make(clock) for name, make in KINDS.items()}
+    got: list[Any] = []
+    waiting = STYLES[style](
+        clock, [lambda: select(*[each.case for each in made.values()])], got
+    )
+    waiting.cancel()
+    assert got in ([], [CancelledError])
+    assert [name for name, each in made.items() if not each.untouched()] == []
+    for each in made.values():
+        each.happen()
+    assert [name for name, each in made.items() if not each.untouched()] == []
+
+
+def test_a_timeout_around_it(clock: Clock) -> None:
+    channel: Channel[int] = Channel(0)
+
+    async def main() -> None:
+        with timeout(1):
+            await select(channel, channel.sending(1), Deadline(60))
+
+    task = spawn(main, reactor=clock)
+    clock.advance(1)
+    with pytest.raises(TimeoutError):
+        task.result()
+    assert channel.statistics() == (0, 0, 0, 0, False)
+    assert not clock.getDelayedCalls()
+
+
+def test_a_value_that_was_chosen_is_not_lost(clock: Clock) -> None:
+    """When it is cancelled between that and its next step."""
+    channel: Channel[int] = Channel(0)
+    got: list[Any] = []
+
+    async def wait() -> None:
+        got.append((await select(channel, Event()))[1])
+        await sleep(1)
+
+    def send_and_cancel() -> None:
+        channel.try_send(1)
+        task.cancel()
+
+    task = spawn(wait, reactor=clock)
+    spawn(send_and_cancel, reactor=clock)
+    assert got == [1]
+    assert task.cancelled
+
+
+# What is left behind
+
+
+def test_it_keeps_nothing_alive(clock: Clock) -> None:
+    async def wait() -> None:
+        await select(Event())
+
+    happens = Event()
+    unfired: Deferred[None] = Deferred()
+    waiting = spawn(wait, reactor=clock)
+    quiet(select(happens, unfired, waiting, Deadline(1, clock))).cancel()
+    gone: list[weakref.ref[Any]] = [
+        weakref.ref(happens),
+        weakref.ref(unfired),
+        weakref.ref(waiting),
+    ]
+    del happens, unfired, waiting
+    gc.collect()
+    assert [each() for each in gone] == [None] * 3
+
+
+# Errors
+
+
+@styles
+@pytest.mark.parametrize("waits", [True, False])
+def test_the_end_of_a_channel(clock: Clock, style: str, waits: bool) -> None:
+    channel: Channel[int] = Channel(0)
+    other: Channel[int] = Channel(0)
+    got: list[Any] = []
+
+    def at_end() -> Any:
+        return select(other, channel).addErrback(lambda f: f.value.channel)
+
+    if not waits:
+        channel.close()
+    STYLES[style](clock, [at_end], got)
+    channel.close()
+    assert got == [channel]
+    assert other.statistics().receivers == 0
+
+
+def test_what_is_left_in_one_that_is_closed(clock: Clock) -> None:
+    channel: Channel[int] = Channel(1)
+    channel.try_send(1)
+    channel.close()
+    got: list[Any] = []
+    STYLES["async def"](clock, [partial(select, channel)] * 2, got)
+    assert got == [(channel, 1), EndOfChannel]
+
+
+@styles
+@pytest.mark.parametrize("waits", [True, False])
+def test_to_send_to_one_that_is_closed(clock: Clock, style: str, waits: bool) -> None:
+    channel: Channel[int] = Channel(0)
+    got: list[Any] = []
+    if not waits:
+        channel.close()
+    STYLES[style](clock, [lambda: select(Event(), channel.sending(1))], got)
+    channel.close()
+    assert got == [ChannelClosed]
+    assert channel.statistics() == (0, 0, 0, 0, True)
+
+
+@styles
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_deferred_that_fails(
+    clock: Clock, style: str, waits: bool, logged: list[Any]
+) -> None:
+    """Whoever has chosen it has seen to it."""
+    deferred: Deferred[None] = Deferred()
+    got: list[Any] = []
+    if not waits:
+        deferred.errback(KeyError())
+    cases = [Event(), deferred]
+    for _ in range(2):
+        STYLES[style](clock, [lambda: select(*cases)], got)
+    if waits:
+        deferred.errback(KeyError())
+    assert got == [KeyError, KeyError]
+    cases.clear()
+    del deferred
+    assert failures(logged) == []
+
+
+def test_a_deferred_that_fails_and_is_not_chosen(
+    clock: Clock, logged: list[Any]
+) -> None:
+    deferred: Deferred[None] = Deferred()
+    happens = Event()
+    waiting = select(deferred, happens)
+    happens.set()
+    assert waiting.result == (happens, None)
+    deferred.errback(KeyError())
+    del deferred, waiting
+    assert failures(logged) == [KeyError]
+
+
+@styles
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("how", ["fails", "is cancelled"])
+def test_a_task_that_does_not_succeed(
+    clock: Clock, style: str, waits: bool, how: str, logged: list[Any]
+) -> None:
+    gate: Deferred[None] = Deferred()
+
+    async def wait() -> None:
+        await gate
+
+    task: Task[None] | None = spawn(wait, reactor=clock)
+    cases = [Event(), task]
+    got: list[Any] = []
+
+    def end() -> None:
+        assert task is not None
+        if how == "fails":
+            gate.errback(KeyError())
+        else:
+            task.cancel()
+
+    if not waits:
+        end()
+    for _ in range(2):
+        STYLES[style](clock, [lambda: select(*cases)], got)
+    if waits:
+        end()
+    assert got == [KeyError if how == "fails" else CancelledError] * 2
+    cases.clear()
+    task = None
+    assert failures(logged) == []
+
+
+def test_a_task_that_fails_and_is_not_chosen(clock: Clock, logged: list[Any]) -> None:
+    gate: Deferred[None] = Deferred()
+
+    async def wait() -> None:
+        await gate
+
+    happens = Event()
+    task = spawn(wait, reactor=clock)
+    waiting = select(task, happens)
+    happens.set()
+    gate.errback(KeyError())
+    assert waiting.result == (happens, None)
+    del task, waiting
+    assert failures(logged) == [KeyError]
+
+
+def test_nothing_to_wait_for() -> None:
+    with pytest.raises(ValueError, match="without anything"):
+        select()
+
+
+# Deadlines
+
+
+def test_a_deadline_for_several_selects(clock: Clock) -> None:
+    channel: Channel[int] = Channel(0)
+
+    async def main() -> tuple[list[int], float]:
+        deadline = Deadline(10)
+        got: list[int] = []
+        while True:
+            chosen, value = await select(channel, deadline)
+            if chosen is deadline:
+                assert (await select(deadline))[0] is deadline
+                return got, deadline.remaining
+            got.append(value)
+
+    task = spawn(main, reactor=clock)
+    for number in range(3):
+        clock.advance(3)
+        assert len(clock.getDelayedCalls()) == 1
+        channel.try_send(number)
+    assert not task.done
+    clock.advance(1)
+    assert task.result() == ([0, 1, 2], 0)
+    assert not clock.getDelayedCalls()
+    assert channel.statistics().receivers == 0
+
+
+def test_what_a_deadline_tells(clock: Clock) -> None:
+    deadline = Deadline(10, clock)
+    clock.advance(4)
+    assert deadline.remaining == 6
+    assert "in 6.0 s" in repr(deadline)
+    clock.advance(7)
+    assert deadline.remaining == 0
+    assert not clock.getDelayedCalls()
+
+
+def test_a_deadline_is_now(clock: Clock) -> None:
+    assert select(Deadline(0, clock), Event()).called
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan")])
+def test_no_deadline_has_passed(clock: Clock, seconds: float) -> None:
+    with pytest.raises(ValueError, match="0 is the least"):
+        Deadline(seconds, clock)
+
+
+# Callbacks
+
+
+def test_callbacks_that_select_again(clock: Clock) -> None:
+    one: Channel[int] = Channel(0)
+    other: Channel[int] = Channel(0)
+    got: list[Any] = []
+
+    def again(result: Any = None) -> None:
+        if result is not None:
+            got.append(result[1])
+        select(one, other).addCallback(again)
+
+    again()
+    for number in range(10):
+        (one, other)[number % 2].try_send(number)
+    assert got == list(range(10))
+    assert one.statistics() == other.statistics() == (0, 0, 0, 1, False)
+
+
+def test_a_callback_cancels_another_select(clock: Clock) -> None:
+    happens = Event()
+    channel: Channel[int] = Channel(0)
+    got: list[Any] = []
+    first = select(happens, channel)
+    second = select(channel, happens)
+    first.addCallback(lambda _: second.cancel())
+    second.addErrback(lambda failure: got.append(failure.type))
+    happens.set()
+    assert got == [CancelledError]
+    assert channel.statistics().receivers == 0
+
+
+def test_a_failed_deferred_is_seen_by_those_who_come_late(logged: list[Any]) -> None:
+    failed = fail(KeyError())
+    got: list[Any] = []
+    STYLES["fromCoroutine"](None, [partial(select, failed)] * 3, got)
+    assert got == [KeyError] * 3
+    del failed
+    assert failures(logged) == []
