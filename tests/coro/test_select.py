@@ -553,6 +553,23 @@ def test_a_deadline_is_now(clock: Clock) -> None:
     assert select(Deadline(0, clock), Event()).called
 
 
+def test_one_of_those_who_wait_for_a_deadline_cancels_the_others(clock: Clock) -> None:
+    deadline = Deadline(1, clock)
+    got: list[Any] = []
+    tasks: list[Task[Any]] = []
+
+    async def cancels() -> None:
+        got.append((await select(deadline, Event()))[0])
+        tasks[1].cancel()
+
+    tasks.append(spawn(cancels, reactor=clock))
+    tasks.append(spawn(select, deadline, Event(), reactor=clock))
+    clock.advance(1)
+    assert got == [deadline]
+    assert tasks[1].cancelled
+    assert not clock.getDelayedCalls()
+
+
 @pytest.mark.parametrize("seconds", [-1, float("nan")])
 def test_no_deadline_has_passed(clock: Clock, seconds: float) -> None:
     with pytest.raises(ValueError, match="0 is the least"):

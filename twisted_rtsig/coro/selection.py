@@ -160,7 +160,8 @@ class Deadline:
     def unwatch(self, entry: Entry) -> None:
         """See ``Selectable.unwatch``."""
         self._waiters.forget(entry)
-        if not self._waiters:
+        # Not one that is told of it just now.
+        if not self._waiters and self._call is not None:
             self._call.cancel()
             self._call = None
 
