@@ -22,6 +22,7 @@ from twisted_rtsig.coro import (
     EndOfChannel,
     Event,
     Task,
+    channels,
     select,
     sleep,
     spawn,
@@ -302,6 +303,85 @@ def test_two_selects_meet(clock: Clock) -> None:
             results.reverse()
         assert results == [(channel, "value"), (to_send, None)]
         assert channel.statistics() == other.statistics() == (0, 0, 0, 0, False)
+
+
+@pytest.mark.parametrize("receives_first", [True, False])
+def test_one_that_sends_and_receives_never_meets_itself(
+    clock: Clock, receives_first: bool
+) -> None:
+    channel: Channel[str] = Channel(0)
+    to_send = channel.sending("own")
+    cases = [channel, to_send] if receives_first else [to_send, channel]
+
+    waiting = select(*cases)
+    assert not waiting.called
+    assert channel.try_receive() == "own"
+    assert waiting.result == (to_send, None)
+
+    waiting = select(*cases)
+    channel.try_send("other's")
+    assert waiting.result == (channel, "other's")
+
+    # Of two, the later one takes from the first, or gives to it.
+    first, second = select(*cases), select(*cases)
+    assert {first.result[0], second.result[0]} == {channel, to_send}
+    assert channel.statistics() == (0, 0, 0, 0, False)
+
+
+@pytest.mark.parametrize("receives_first", [True, False])
+def test_nor_is_it_sent_what_it_sends_when_it_is_closed(
+    clock: Clock, receives_first: bool
+) -> None:
+    channel: Channel[str] = Channel(0)
+    cases: list[Any] = [channel, channel.sending("own")]
+    if not receives_first:
+        cases.reverse()
+    got: list[Any] = []
+    STYLES["async def"](clock, [lambda: select(*cases)], got)
+    channel.close()
+    assert got in ([EndOfChannel], [ChannelClosed])
+    assert channel.statistics() == (0, 0, 0, 0, True)
+
+
+@pytest.mark.parametrize("own", ["first", "last", "only"])
+def test_nor_in_the_turn_that_it_has_waited_for(
+    clock: Clock, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others meet it, and each other, in their order."""
+    monkeypatch.setattr(channels, "_AT_ONCE_IN_A_TURN", 1)
+    channel: Channel[str] = Channel(0)
+    got: list[Any] = []
+
+    def both() -> None:
+        cases = [channel, channel, channel.sending("own"), channel.sending("own")]
+        select(*cases).addCallback(got.append)
+
+    def main() -> None:
+        channel.send("first")
+        assert channel.receive().result == "first"
+        if own != "last":
+            both()
+        if own != "only":
+            channel.send("other's").addCallback(got.append)
+            channel.receive().addCallback(got.append)
+        if own == "last":
+            both()
+
+    spawn(main, reactor=clock)
+    assert got == []
+    clock.advance(0)
+    if own == "only":
+        assert got == []
+        assert channel.statistics() == (0, 0, 2, 2, False)
+        assert channel.try_receive() == "own"
+    elif own == "first":
+        # It is the first sender, whose value the first other receiver gets.
+        assert "own" in got
+        assert channel.try_receive() == "other's"
+    else:
+        assert got == [None, "other's"]
+        assert channel.try_receive() == "own"
+    assert channel.statistics() == (0, 0, 0, 0, False)
 
 
 # Cancellation

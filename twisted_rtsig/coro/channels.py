@@ -167,7 +167,8 @@ class Channel(Generic[T]):
         """
         if self._at_end:
             raise EndOfChannel(self)
-        value: Any = NOTHING if self._receivers else self._take()
+        overtakes = self._receivers and not self._at_once
+        value: Any = NOTHING if overtakes else self._take()
         if value is NOTHING:
             raise WouldBlock(f"{self!r} is empty: use receive(), which waits")
         return cast(T, value)
@@ -262,15 +263,29 @@ class Channel(Generic[T]):
                 self._receivers.next().succeed(self._values.popleft())
             elif self._senders and len(self._values) < self._capacity:
                 self._admit(self._senders.next())
-            elif self._senders and self._receivers:
+            elif (sender := self._who_meets_a_receiver()) is not None:
                 # Who has it in the next round.
-                self._admit(self._senders.next())
+                self._senders.forget(sender)
+                self._admit(sender)
             else:
                 break
         if self._closed:
             while self._receivers:
                 self._receivers.next().fail(EndOfChannel(self))
         self._at_once = _AT_ONCE_IN_A_TURN
+
+    def _who_meets_a_receiver(self) -> Entry | None:
+        """The first sender that there is a receiver for: no select meets itself."""
+        return next(
+            (
+                sender
+                for sender in self._senders
+                for receiver in self._receivers
+                if not (sender.called or receiver.called)
+                and (sender.owner is not receiver.owner or sender.owner is self)
+            ),
+            None,
+        )
 
     # Those who wait
 

@@ -76,10 +76,10 @@ def select(*cases: Any) -> Operation[tuple[Any, Any]]:
 class _Case:
     """One of the things that a :func:`select` waits for: an C{Entry}."""
 
-    __slots__ = ("_case", "_selectable", "_selection", "called", "value")
+    __slots__ = ("_case", "_selectable", "called", "owner", "value")
 
     def __init__(self, selection: _Selection, case: Any, selectable: Selectable):
-        self._selection = selection
+        self.owner = selection
         self._case = case
         self._selectable = selectable
         self.called = False
@@ -88,13 +88,13 @@ class _Case:
 
     def succeed(self, value: Any) -> None:
         """This is the one, and this its value."""
-        self._selection.give_up(self)
-        self._selection.operation.succeed((self._case, value))
+        self.owner.give_up(self)
+        self.owner.operation.succeed((self._case, value))
 
     def fail(self, error: BaseException) -> None:
         """This is the one, and it has failed."""
-        self._selection.give_up(self)
-        self._selection.operation.fail(error)
+        self.owner.give_up(self)
+        self.owner.operation.fail(error)
 
     def give_up(self) -> None:
         """It is another."""
@@ -112,10 +112,12 @@ class _Selection:
 
     def give_up(self, chosen: _Case | None) -> None:
         """Wait for none of them, of which C{chosen} does not wait already."""
+        # Another case may be in the same queue, and look at this one.
+        if chosen is not None:
+            chosen.called = True
         for case in self._cases:
             if case is not chosen:
                 case.give_up()
-            case.called = True
 
     def forget(self, operation: Operation[Any]) -> None:
         self.give_up(None)

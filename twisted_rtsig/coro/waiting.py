@@ -15,6 +15,9 @@ class Entry(Protocol):
     value: Any
     """Of one who sends: what."""
 
+    owner: Any
+    """Of all the cases of one C{select}: the same."""
+
     def succeed(self, value: Any) -> None:
         """It waits no more."""
 
