@@ -441,6 +441,38 @@ def test_a_value_that_was_chosen_is_not_lost(clock: Clock) -> None:
 # What is left behind
 
 
+def test_a_loop_leaves_nothing_behind(clock: Clock) -> None:
+    made = {name: make(clock) for name, make in KINDS.items()}
+    others = [each.case for each in made.values()]
+    channel: Channel[int] = Channel(0)
+    left: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = []
+
+    async def main() -> None:
+        for _ in range(1_000):
+            selecting = select(*others, channel)
+            left.add(selecting)
+            assert (await selecting)[0] is channel
+            del selecting
+            most.append(len(left))
+
+    gc.disable()
+    try:
+        task = spawn(main, reactor=clock)
+        for number in range(1_000):
+            channel.try_send(number)
+    finally:
+        gc.enable()
+    assert task.result() is None
+    # The one that is awaited.
+    assert max(most) <= 1
+    assert [name for name, each in made.items() if not each.untouched()] == []
+    callbacks = vars(made["a_deferred"].case)
+    assert len(callbacks.get("_callbacks", callbacks.get("callbacks"))) < 5
+    assert len(made["a_task"].case._done) < 5
+    assert not clock.getDelayedCalls()
+
+
 def test_it_keeps_nothing_alive(clock: Clock) -> None:
     async def wait() -> None:
         await select(Event())
@@ -584,6 +616,22 @@ def test_a_task_that_fails_and_is_not_chosen(clock: Clock, logged: list[Any]) ->
     assert waiting.result == (happens, None)
     del task, waiting
     assert failures(logged) == [KeyError]
+
+
+class Pollable:
+    """Something else that has a method of this name: C{subprocess.Popen} has."""
+
+    def poll(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("what", [None, 3, "channel", Channel.receive, Pollable()])
+def test_what_cannot_be_selected(what: Any) -> None:
+    channel: Channel[int] = Channel(1)
+    channel.try_send(1)
+    with pytest.raises(TypeError, match="cannot wait for"):
+        select(channel, what)
+    assert channel.try_receive() == 1
 
 
 def test_nothing_to_wait_for() -> None:

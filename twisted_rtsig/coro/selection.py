@@ -118,6 +118,9 @@ class _Selection:
         for case in self._cases:
             if case is not chosen:
                 case.give_up()
+        # They hold each other.
+        self._cases = []
+        self.operation.owner = None
 
     def forget(self, operation: Operation[Any]) -> None:
         self.give_up(None)
@@ -183,7 +186,7 @@ def _selectable(case: Any) -> Selectable:
         return _TaskCase(case)
     if isinstance(case, Deferred):
         return _DeferredCase(case)
-    if not hasattr(case, "poll"):
+    if not hasattr(case, "unwatch"):
         raise TypeError(
             f"select() cannot wait for {case!r}: give it a Channel, what sending() "
             "returns, an Event, a Deadline, a Task or a Deferred"
