@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -79,3 +80,42 @@ def test_handlers() -> None:
     sizes = [row.split("|")[2] for row in run.stdout.splitlines()[4:]]
     assert all(int(size.replace(" B", "").replace(",", "")) > 500 for size in sizes)
     assert len(sizes) >= 4
+
+
+def rows_of(section: str) -> list[list[str]]:
+    """The cells of a table in Markdown, without its head."""
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+
+
+def test_tasks() -> None:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the benchmarks are for Linux")
+    command = [sys.executable, str(BENCHMARKS / "tasks.py")]
+    command += ["--count", "2000", "--rounds", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    # Whether so short a measurement meets the bars is luck.
+    assert run.returncode == ("MISSED" in run.stdout), run.stderr
+    _, *sections = run.stdout.split("\n## ")
+    tables = {each.split(":")[0].strip(): rows_of(each) for each in sections[:-1]}
+    bars = rows_of(sections[-1])
+    there = {
+        name: importlib.util.find_spec(name) is not None
+        for name in ("uvloop", "trio", "gevent", "greenlet")
+    }
+    others = there["uvloop"] + there["trio"] + there["gevent"]
+    assert {name: len(rows) for name, rows in tables.items()} == {
+        "ping-pong": 3 + others,
+        "parked": 3 + others,
+        "million": 1,
+        "transfer": 4 + there["greenlet"],
+    }
+    assert len(bars) == 7 + there["uvloop"]
+    for name, installed in there.items():
+        assert (f"there is no {name} here (pip install" in run.stderr) != installed
+    for rows in tables.values():
+        assert all(float(row[2].split()[0]) > 0 for row in rows)
+    assert all(int(row[4][:-2].replace(",", "")) > 100 for row in tables["parked"])
+    # What is compared is the very figure that is shown.
+    mine, yardstick = (float(row[2].split()[0]) for row in tables["ping-pong"][:2])
+    assert float(bars[0][4].split()[0]) == pytest.approx(mine / yardstick, abs=0.02)
