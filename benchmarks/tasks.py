@@ -494,7 +494,7 @@ WORKS = {
     "ping-pong": Work(
         "two coroutines and two queues for one value",
         "round trip",
-        100_000,
+        50_000,
         {
             CHANNEL: Contender(channels),
             DEFERRED_QUEUE: Contender(deferred_queues),
@@ -690,7 +690,7 @@ def parse() -> argparse.Namespace:
         default=",".join(WORKS),
         help=f"what is measured ({', '.join(WORKS)})",
     )
-    add("--rounds", type=int, metavar="N", default=5, help="how often (5)")
+    add("--rounds", type=int, metavar="N", default=4, help="how often (4)")
     add("--count", type=int, metavar="N", help="of each work, instead of its own")
     add("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
