@@ -120,7 +120,7 @@ def stack_of_running(innermost: FrameType) -> list[FrameType]:
 
 def _stack(task: Task[Any]) -> Iterator[FrameType]:
     # It has none before it begins.
-    each: Any = getattr(task._send, "__self__", None)
+    each: Any = task._body
     while each is not None:
         for kind in ("cr", "gi"):
             frame: FrameType | None = getattr(each, f"{kind}_frame", None)

@@ -141,10 +141,9 @@ class Scheduler:
                 while True:
                     try:
                         if error is None:
-                            awaited = task._context.run(task._send, value)
+                            awaited = task._context.run(task._send, task._body, value)
                         else:
-                            throw = task._send.__self__.throw
-                            awaited = task._context.run(throw, error)
+                            awaited = task._context.run(task._body.throw, error)
                             error = None
                         if awaited is handover:
                             for _ in _TRANSFERS_IN_A_STEP:
@@ -159,7 +158,9 @@ class Scheduler:
                                 task._waiting_on = handover
                                 target._waiting_on = None
                                 running.task = task = target
-                                awaited = task._context.run(task._send, handover.value)
+                                awaited = task._context.run(
+                                    task._send, task._body, handover.value
+                                )
                                 if awaited is not handover:
                                     break
                     except StopIteration as stop:

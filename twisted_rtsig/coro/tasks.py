@@ -74,6 +74,7 @@ class Task(Generic[T]):
 
     __slots__ = (
         "__weakref__",
+        "_body",
         "_cancels",
         "_context",
         "_done",
@@ -100,14 +101,17 @@ class Task(Generic[T]):
         self._scopes: tuple[Scope, ...] = ()
         # Who has cancelled it, where it does not know yet.
         self._cancels: tuple[Scope | None, ...] = ()
-        # What runs it: a method, whose __self__ is the coroutine or generator.
-        self._send: Callable[[Any], Any] | None = None
+        # The coroutine or generator, and the method of its class that runs it; one
+        # of its own would be one more object for each task.
+        self._body: Runnable[T] | None = None
+        self._send: Callable[[Any, Any], Any] | None = None
         # What it waits for; None while it runs, or is about to.
         self._waiting_on: Deferred[Any] | Beginning | None = None
         if isinstance(runnable, Beginning):
             self._waiting_on = runnable
         else:
-            self._send = runnable.send
+            self._body = runnable
+            self._send = type(runnable).send
         # Who was the first to transfer to it.
         self._starter: Task[Any] | None = None
         # Who has made it, and when.
@@ -190,7 +194,7 @@ class Task(Generic[T]):
     def _end(self, state: int, result: Any) -> None:
         self._state = state
         self._result = result
-        self._send = None
+        self._body = None
         self._context = None
         self._scopes = ()
         self._cancels = ()
@@ -349,7 +353,8 @@ class Task(Generic[T]):
         """Somebody was the first to transfer to this one."""
         self._starter = starter
         try:
-            self._send = beginning.begin(value).send
+            self._body = beginning.begin(value)
+            self._send = type(self._body).send
         except Exception as error:
             self._fail(error)
         else:
