@@ -271,6 +271,9 @@ def leaned_on(files: Mapping[str, ast.Module]) -> dict[str, str]:
             match node:
                 case ast.Attribute(attr=name, ctx=ast.Store()):
                     own.add(name)
+                case ast.Attribute(value=ast.Name(id="sys")):
+                    # The interpreter's.
+                    pass
                 case ast.Attribute(attr=name):
                     used[name] = place
                 case ast.Name(id=name, ctx=ast.Store()) if node not in told:

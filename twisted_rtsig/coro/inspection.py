@@ -42,6 +42,7 @@ def format_tasks(reactor: Any | None = None) -> str:
 
     :param reactor: only the tasks of this reactor.
     """
+    now = time.monotonic()
     tasks = {
         each
         for each in gc.get_objects()
@@ -60,7 +61,7 @@ def format_tasks(reactor: Any | None = None) -> str:
     rest = [(task, "") for task in reversed(below[None])]
     while rest:
         task, indent = rest.pop()
-        lines += [indent + line for line in _describe(task)]
+        lines += [indent + line for line in _describe(task, now)]
         rest += [(each, indent + _INDENT) for each in reversed(below.get(task, []))]
     return "\n".join(lines)
 
@@ -87,13 +88,13 @@ def log_tasks_on_signal(number: int | None = None) -> None:
     signal.signal(number, log_tasks)
 
 
-def _describe(task: Task[Any]) -> Iterator[str]:
+def _describe(task: Task[Any], now: float) -> Iterator[str]:
     waits_for = task.waits_for()
     if waits_for is not None:
         state = f"waits for {waits_for}"
     else:
         state = "runs" if task is running.task else "is about to run"
-    yield f"{task.name}: {time.monotonic() - task._since:.1f} s, {state}"
+    yield f"{task.name}: {now - task._since:.1f} s, {state}"
     frames = stack_of_running(sys._getframe()) if state == "runs" else _stack(task)
     for line in in_words(frames):
         yield f"{_INDENT}at {line}"
