@@ -1,0 +1,622 @@
+"""
+Random programs that share channels, locks and events, beside a model of those.
+
+Some actors run a program each: they send and receive, try to, select, take locks,
+wait for a while, cancel each other.  Somebody outside of all tasks lets time pass
+and interferes.  Each actor writes down what it wants before it waits, and what it
+has got.  So the model need know nothing of who is resumed when.  It says, whenever
+everybody waits:
+
+- that nobody waits for what is there;
+- that nobody has what he cannot have: a value that was not sent, or that another
+  has received, or the lock of another;
+- that all is in order: of two receivers the earlier one has the value that was sent
+  earlier, and of two who want a lock the earlier one gets it first;
+- that only those who wait are in the queues.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Generator
+from functools import partial
+from itertools import count
+from typing import Any, NamedTuple
+from unittest import mock
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
+from twisted.internet.defer import TimeoutError as DeferredTimeoutError
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+
+from twisted_rtsig.coro import (
+    Channel,
+    ChannelClosed,
+    Deadline,
+    EndOfChannel,
+    Event,
+    Lock,
+    Semaphore,
+    WouldBlock,
+    channels,
+    select,
+    sleep,
+    spawn,
+    timeout,
+)
+
+Steps = Generator[Any, Any, Any]
+# How many there are at most; few, so that they meet each other.
+CHANNELS = 2
+EVENTS = 2
+DEFERREDS = 2
+ACTORS = 5
+GIVEN_UP = object()
+
+
+# What there is, in the model and in truth
+
+
+class Value(NamedTuple):
+    """:ivar ticket: of who sends it."""
+
+    channel: int
+    ticket: int
+
+
+class ModelChannel:
+    """
+    A channel, and what came of it.
+
+    :ivar sent: what was said to be sent.
+    :ivar received: who has received what.
+    """
+
+    def __init__(self, number: int, capacity: int) -> None:
+        self.number = number
+        self.capacity = capacity
+        self.real: Channel[Value] = Channel(capacity)
+        self.sent: set[Value] = set()
+        self.received: dict[int, Value] = {}
+        self.closed = False
+
+    @property
+    def buffered(self) -> int:
+        return len(self.sent) - len(self.received)
+
+    def close(self) -> None:
+        self.closed = True
+        self.real.close()
+
+    def receives(self, ticket: int, value: Value) -> None:
+        assert value.channel == self.number
+        assert value not in self.received.values()
+        self.received[ticket] = value
+
+    def is_in_order(self) -> None:
+        assert self.sent >= {*self.received.values()}
+        values = [self.received[ticket] for ticket in sorted(self.received)]
+        assert values == sorted(values)
+        # And what nobody has received was sent after that.
+        assert values == sorted(self.sent)[: len(values)]
+
+
+class ModelLock:
+    """
+    A lock or semaphore.
+
+    :ivar holders: who has it.
+    :ivar tickets: of those who got it, in that order.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.real = Lock() if capacity == 1 else Semaphore(capacity, capacity)
+        self.holders: list[Actor] = []
+        self.tickets: list[int] = []
+
+
+class Want(NamedTuple):
+    """One of the things that an actor waits for."""
+
+    kind: str
+    what: Any
+
+    @property
+    def is_channel(self) -> bool:
+        return self.kind in ("value", "room")
+
+
+class Model:
+    """Everything, and everybody."""
+
+    def __init__(self, capacities: list[int]) -> None:
+        self.clock = Clock()
+        self.tickets = count()
+        self.channels = [ModelChannel(*each) for each in enumerate(capacities)]
+        self.locks = [ModelLock(1), ModelLock(2)]
+        self.events = [Event() for _ in range(EVENTS)]
+        self.deferreds: list[Deferred[None]] = [Deferred() for _ in range(DEFERREDS)]
+        self.actors: list[Actor] = []
+
+    def channel(self, number: int) -> ModelChannel:
+        return self.channels[number % len(self.channels)]
+
+    def everybody_waits(self) -> None:
+        """The rules."""
+        self.clock.advance(0)
+        for actor in self.actors:
+            assert actor.done or actor.wants, "it does not wait, and has not ended"
+            for want in actor.wants:
+                assert not self.is_there(want, actor), want
+        wants = [want for actor in self.actors for want in actor.wants]
+        for channel in self.channels:
+            assert channel.real.statistics() == (
+                channel.buffered,
+                channel.capacity,
+                wants.count(Want("room", channel)),
+                wants.count(Want("value", channel)),
+                channel.closed,
+            )
+            assert channel.buffered <= channel.capacity
+            channel.is_in_order()
+        for lock in self.locks:
+            assert not any(actor.done for actor in lock.holders)
+            assert lock.real.value == lock.capacity - len(lock.holders)
+            assert f" {wants.count(Want('lock', lock))} wait" in repr(lock.real)
+            if lock.capacity == 1:
+                assert lock.tickets == sorted(lock.tickets)
+        for event in self.events:
+            waiting = wants.count(Want("event", event))
+            assert event.is_set or f" {waiting} wait" in repr(event)
+
+    def is_there(self, want: Want, actor: Actor) -> Any:
+        """Whether one need not wait for it."""
+        what = want.what
+        match want.kind:
+            case "value":
+                sender = self.others_want(Want("room", what), actor)
+                return sender or what.closed or what.buffered > 0
+            case "room":
+                receiver = self.others_want(Want("value", what), actor)
+                return receiver or what.closed or what.buffered < what.capacity
+            case "lock":
+                return len(what.holders) < what.capacity
+            case "event":
+                return what.is_set
+            case "time":
+                return self.clock.seconds() >= what
+            case "deferred":
+                return what.called
+            case "end":
+                return what.done
+        raise AssertionError(want)
+
+    def others_want(self, want: Want, actor: Actor) -> bool:
+        return any(want in each.wants for each in self.actors if each is not actor)
+
+    def it_is_over(self) -> None:
+        for actor in self.actors:
+            actor.cancel()
+        self.everybody_waits()
+        for actor in self.actors:
+            actor.has_not_failed()
+        assert all(each.done for each in self.actors)
+        assert not self.clock.getDelayedCalls()
+        for channel in self.channels:
+            channel.close()
+            with contextlib.suppress(EndOfChannel):
+                while True:
+                    value = channel.real.try_receive()
+                    channel.receives(next(self.tickets), value)
+            assert channel.buffered == 0
+            channel.is_in_order()
+
+
+# Who uses it
+
+
+class Actor:
+    """
+    Runs a program.
+
+    :ivar wants: what it waits for.
+    """
+
+    def __init__(self, model: Model, in_task: bool, awaits: bool) -> None:
+        self.model = model
+        self.in_task = in_task
+        self.awaits = awaits
+        self.wants: list[Want] = []
+        self.cancelled = False
+        # A task or a Deferred.
+        self.running: Any = None
+        self.failure: Failure | None = None
+
+    def start(self, program: list[Any]) -> None:
+        if self.in_task:
+            self.running = spawn(self.run, program, reactor=self.model.clock)
+        else:
+            self.running = inlineCallbacks(self.run)(program)
+            self.running.addErrback(self.failed)
+
+    def failed(self, failure: Failure) -> None:
+        self.failure = failure
+
+    @property
+    def done(self) -> bool:
+        if self.running is None:
+            return True
+        return bool(self.running.done if self.in_task else self.running.called)
+
+    def cancel(self) -> None:
+        if self.running is not None:
+            self.cancelled = self.cancelled or not self.done
+            self.running.cancel()
+
+    def has_not_failed(self) -> None:
+        if self.in_task and self.running.failed:
+            self.running.result()
+        if self.failure is not None and not self.failure.check(CancelledError):
+            self.failure.raiseException()
+
+    def run(self, program: list[Any]) -> Steps:
+        for step in program:
+            yield from step.run(self)
+
+    def wait(
+        self, start: Callable[[], Any], wants: list[Want], patience: int | None
+    ) -> Steps:
+        """Wait for what C{start} begins; C{GIVEN_UP} if it takes too long."""
+        self.wants = wants
+        try:
+            if patience is None:
+                return (yield from self.result_of(start()))
+            time = Want("time", self.model.clock.seconds() + patience)
+            self.wants = [*wants, time]
+            if not self.in_task:
+                started = start().addTimeout(patience, self.model.clock)
+                return (yield from self.result_of(started))
+            with timeout(patience):
+                return (yield from self.result_of(start()))
+        except (TimeoutError, DeferredTimeoutError):
+            return GIVEN_UP
+        finally:
+            self.wants = []
+
+    def result_of(self, operation: Any) -> Steps:
+        if self.awaits:
+            return (yield from operation)
+        return (yield operation)
+
+
+# Steps of programs
+
+
+class Send(NamedTuple):
+    channel: int
+    patience: int | None = None
+
+    def run(self, actor: Actor) -> Steps:
+        channel = actor.model.channel(self.channel)
+        value = Value(channel.number, next(actor.model.tickets))
+        try:
+            sent = yield from actor.wait(
+                partial(channel.real.send, value),
+                [Want("room", channel)],
+                self.patience,
+            )
+        except ChannelClosed:
+            assert channel.closed
+            return
+        if sent is not GIVEN_UP:
+            assert sent is None
+            channel.sent.add(value)
+
+
+class Receive(NamedTuple):
+    channel: int
+    patience: int | None = None
+
+    def run(self, actor: Actor) -> Steps:
+        channel = actor.model.channel(self.channel)
+        ticket = next(actor.model.tickets)
+        try:
+            value = yield from actor.wait(
+                channel.real.receive, [Want("value", channel)], self.patience
+            )
+        except EndOfChannel:
+            assert channel.closed
+            return
+        if value is not GIVEN_UP:
+            channel.receives(ticket, value)
+
+
+class TrySend(NamedTuple):
+    channel: int
+
+    def run(self, actor: Actor) -> Steps:
+        self.happen(actor.model)
+        return
+        yield
+
+    def happen(self, model: Model) -> None:
+        channel = model.channel(self.channel)
+        value = Value(channel.number, next(model.tickets))
+        # It may be received before this returns.
+        channel.sent.add(value)
+        try:
+            channel.real.try_send(value)
+        except (WouldBlock, ChannelClosed):
+            channel.sent.remove(value)
+
+
+class TryReceive(NamedTuple):
+    channel: int
+
+    def run(self, actor: Actor) -> Steps:
+        self.happen(actor.model)
+        return
+        yield
+
+    def happen(self, model: Model) -> None:
+        channel = model.channel(self.channel)
+        ticket = next(model.tickets)
+        with contextlib.suppress(WouldBlock, EndOfChannel):
+            channel.receives(ticket, channel.real.try_receive())
+
+
+class Close(NamedTuple):
+    channel: int
+
+    def run(self, actor: Actor) -> Steps:
+        self.happen(actor.model)
+        return
+        yield
+
+    def happen(self, model: Model) -> None:
+        model.channel(self.channel).close()
+
+
+class Hold(NamedTuple):
+    """Do something with a lock."""
+
+    lock: int
+    body: list[Any]
+    patience: int | None = None
+
+    def run(self, actor: Actor) -> Steps:
+        lock = actor.model.locks[self.lock]
+        ticket = next(actor.model.tickets)
+        acquired = yield from actor.wait(
+            lock.real.acquire, [Want("lock", lock)], self.patience
+        )
+        if acquired is GIVEN_UP:
+            return
+        lock.holders.append(actor)
+        lock.tickets.append(ticket)
+        assert len(lock.holders) <= lock.capacity
+        try:
+            yield from actor.run(self.body)
+        finally:
+            lock.holders.remove(actor)
+            lock.real.release()
+
+
+class WaitFor(NamedTuple):
+    event: int
+    patience: int | None = None
+
+    def run(self, actor: Actor) -> Steps:
+        event = actor.model.events[self.event]
+        yield from actor.wait(event.wait, [Want("event", event)], self.patience)
+
+
+class Set(NamedTuple):
+    event: int
+
+    def run(self, actor: Actor) -> Steps:
+        self.happen(actor.model)
+        return
+        yield
+
+    def happen(self, model: Model) -> None:
+        model.events[self.event].set()
+
+
+class Fire(NamedTuple):
+    deferred: int
+
+    def run(self, actor: Actor) -> Steps:
+        self.happen(actor.model)
+        return
+        yield
+
+    def happen(self, model: Model) -> None:
+        deferred = model.deferreds[self.deferred]
+        if not deferred.called:
+            deferred.callback(None)
+
+
+class Sleep(NamedTuple):
+    seconds: int
+
+    def run(self, actor: Actor) -> Steps:
+        clock = actor.model.clock
+        until = Want("time", clock.seconds() + self.seconds)
+        yield from actor.wait(partial(sleep, self.seconds, clock), [until], None)
+
+
+class Cancel(NamedTuple):
+    actor: int
+
+    def run(self, actor: Actor) -> Steps:
+        # Under inlineCallbacks one cannot cancel who calls this.
+        others = [each for each in actor.model.actors if each is not actor]
+        if others:
+            others[self.actor % len(others)].cancel()
+        return
+        yield
+
+    def happen(self, model: Model) -> None:
+        model.actors[self.actor % len(model.actors)].cancel()
+
+
+class Advance(NamedTuple):
+    seconds: int
+
+    def happen(self, model: Model) -> None:
+        model.clock.advance(self.seconds)
+
+
+class Select(NamedTuple):
+    """:ivar cases: kinds of things, and which of them."""
+
+    cases: list[tuple[str, int]]
+    patience: int | None = None
+
+    def run(self, actor: Actor) -> Steps:
+        model = actor.model
+        ticket = next(model.tickets)
+        made = [self.case(actor, ticket, *each) for each in self.cases]
+        cases = [case for case, _ in made]
+        try:
+            result = yield from actor.wait(
+                partial(select, *cases), [want for _, want in made], self.patience
+            )
+        except (EndOfChannel, ChannelClosed):
+            assert any(each.what.closed for _, each in made if each.is_channel)
+            return
+        except CancelledError:
+            if actor.cancelled:
+                raise
+            # That of an actor who was selected.
+            return
+        if result is GIVEN_UP:
+            return
+        chosen, value = result
+        want = next(want for case, want in made if case is chosen)
+        if want.kind == "value":
+            want.what.receives(ticket, value)
+        else:
+            assert value is None
+        if want.kind == "room":
+            want.what.sent.add(chosen.value)
+
+    def case(
+        self, actor: Actor, ticket: int, kind: str, number: int
+    ) -> tuple[Any, Want]:
+        model = actor.model
+        match kind:
+            case "value":
+                channel = model.channel(number)
+                return channel.real, Want(kind, channel)
+            case "room":
+                channel = model.channel(number)
+                value = Value(channel.number, ticket)
+                return channel.real.sending(value), Want(kind, channel)
+            case "event":
+                event = model.events[number % EVENTS]
+                return event, Want(kind, event)
+            case "deferred":
+                deferred = model.deferreds[number % DEFERREDS]
+                return deferred, Want(kind, deferred)
+            case "end":
+                other = model.actors[number % len(model.actors)]
+                if other.running is not None and other is not actor:
+                    return other.running, Want(kind, other)
+        clock = model.clock
+        return Deadline(number, clock), Want("time", clock.seconds() + number)
+
+
+CHANNEL = st.integers(0, CHANNELS - 1)
+EVENT = st.integers(0, EVENTS - 1)
+PATIENCE = st.sampled_from([None, None, 1, 2])
+CASES = st.lists(
+    st.tuples(
+        st.sampled_from(["value", "value", "room", "room"] * 2)
+        | st.sampled_from(["event", "deferred", "end", "time"]),
+        st.integers(0, 3),
+    ),
+    min_size=1,
+    max_size=4,
+)
+AT_ONCE = st.one_of(
+    st.builds(TrySend, CHANNEL),
+    st.builds(TryReceive, CHANNEL),
+    st.builds(TrySend, CHANNEL),
+    st.builds(TryReceive, CHANNEL),
+    st.builds(Close, CHANNEL),
+    st.builds(Set, EVENT),
+    st.builds(Fire, st.integers(0, DEFERREDS - 1)),
+    st.builds(Cancel, st.integers(0, ACTORS - 1)),
+)
+MOVES = st.one_of(
+    st.builds(Send, CHANNEL, PATIENCE),
+    st.builds(Receive, CHANNEL, PATIENCE),
+    st.builds(Select, CASES, PATIENCE),
+)
+WAITS = st.one_of(
+    MOVES,
+    MOVES,
+    MOVES,
+    st.builds(WaitFor, EVENT, PATIENCE),
+    st.builds(Sleep, st.integers(0, 2)),
+)
+STEPS = st.one_of(
+    WAITS,
+    WAITS,
+    AT_ONCE,
+    st.builds(Hold, st.integers(0, 1), st.lists(WAITS | AT_ONCE, max_size=3), PATIENCE),
+)
+PROGRAMS = st.lists(
+    st.tuples(
+        # In a task; with await.
+        st.booleans() | st.just(True),
+        st.booleans(),
+        st.lists(STEPS, min_size=1, max_size=8),
+    ),
+    min_size=2,
+    max_size=ACTORS,
+)
+INTERFERENCE = st.lists(AT_ONCE | st.builds(Advance, st.integers(0, 2)), max_size=8)
+
+
+@settings(
+    max_examples=1_000,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    programs=PROGRAMS,
+    capacities=st.lists(
+        st.sampled_from([0, 0, 1, 2, 3]), min_size=1, max_size=CHANNELS
+    ),
+    interference=INTERFERENCE,
+    # Of a channel in a turn.
+    at_once=st.sampled_from([1, 1, 2, 256]),
+    seed=st.integers(0, 100),
+)
+def test_model(
+    programs: list[tuple[bool, bool, list[Any]]],
+    capacities: list[int],
+    interference: list[Any],
+    at_once: int,
+    seed: int,
+) -> None:
+    random.seed(seed)
+    with mock.patch.object(channels, "_AT_ONCE_IN_A_TURN", at_once):
+        model = Model(capacities)
+        # Before any of them runs, so that they know each other.
+        model.actors += [Actor(model, *how) for *how, _ in programs]
+        for actor, (*_, program) in zip(model.actors, programs, strict=True):
+            actor.start(program)
+            model.everybody_waits()
+        for each in interference:
+            each.happen(model)
+            model.everybody_waits()
+        model.it_is_over()
