@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 WORKS = ["echo-1", "connect", "timers"]
 CONTENDERS = ["rtsig", "epoll", "python", "c"]

@@ -366,6 +366,7 @@ def test_interest_that_a_signal_handler_begins(served: Served) -> None:
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.slow
 def test_overflow_concerns_all_reactors_of_a_thread() -> None:
     """SIGIO is one for all, whatever realtime signals they use."""
     output = run_program(

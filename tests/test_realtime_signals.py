@@ -438,6 +438,7 @@ print(all(client.recv(5) == b"hello" for client in clients))
 )
 
 
+@pytest.mark.slow
 def test_queue_overflow() -> None:
     """The kernel sends one SIGIO in place of what does not fit."""
     assert run_program(OVERFLOW) == "True\n"

@@ -563,6 +563,7 @@ ORDERS: dict[str, Callable[[list[Any]], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("what", ["send", "receive"])
 def test_a_hundred_thousand_are_cancelled(clock: Clock, order: str, what: str) -> None:
