@@ -1,0 +1,74 @@
+"""
+Two protocols coupled: netstrings with the clients, lines with the server behind.
+
+    python examples/coupled_proxy.py SERVER_PORT [PORT]
+
+Each is a loop that knows nothing of the other protocol, and hands over in the middle.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ClientEndpoint, TCP4ServerEndpoint
+from twisted.internet.error import ConnectError, ConnectionClosed
+from twisted.internet.task import react
+
+from twisted_rtsig.coro import (
+    Stream,
+    StreamError,
+    Task,
+    connect,
+    serve,
+    symmetric,
+    transfer,
+)
+
+MAX_DIGITS = 4
+
+
+async def talk_netstrings(client: Stream, back: Task[Any]) -> None:
+    """Until the client closes its side."""
+    while await client.peek(1):
+        size = int(await client.read_until(b":", MAX_DIGITS))
+        request = await client.read_exactly(size)
+        if await client.read_exactly(1) != b"," or b"\n" in request:
+            raise ValueError("that is no netstring, or more than a line")
+        reply = await transfer(back, request)
+        await client.write(b"%d:%b," % (len(reply), reply))
+
+
+async def talk_lines(server: Stream, front: Task[Any], request: bytes) -> None:
+    while True:
+        await server.write(request + b"\n")
+        request = await transfer(front, await server.read_line())
+
+
+class Proxy:
+    """:param server: an endpoint: where it is."""
+
+    def __init__(self, server: Any) -> None:
+        self.server = server
+
+    async def session(self, client: Stream) -> None:
+        try:
+            async with await connect(self.server) as server:
+                front = symmetric(talk_netstrings, client)
+                # The end of either, or its error, comes here or to the front.
+                await transfer(front, symmetric(talk_lines, server, front))
+        except (ValueError, StreamError, ConnectionClosed, ConnectError) as error:
+            print(f"{client.peer.host}: {error}", file=sys.stderr)
+
+
+async def main(reactor: Any, server_port: str, port: str = "2424") -> None:
+    server = TCP4ClientEndpoint(reactor, "127.0.0.1", int(server_port))
+    endpoint = TCP4ServerEndpoint(reactor, int(port), interface="127.0.0.1")
+    running = await serve(endpoint, Proxy(server).session)
+    print("netstrings at 127.0.0.1", running.port.getHost().port, flush=True)
+    await Deferred()
+
+
+if __name__ == "__main__":
+    react(main, sys.argv[1:])

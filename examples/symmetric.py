@@ -1,0 +1,140 @@
+"""
+Symmetric coroutines: a producer and a consumer, the fringes of two trees, and a
+calculator whose tokenizer and parser feed each other.
+
+    python examples/symmetric.py "2 * (3 + 4) - 5"
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import sys
+from collections.abc import Callable, Generator
+from typing import Any
+
+from twisted.internet.task import react
+
+from twisted_rtsig.coro import Task, current_task, spawn, symmetric, transfer
+
+# A producer and a consumer, neither of which calls the other
+
+
+async def produce(items: list[str], consumer: Task[Any]) -> str:
+    for item in items:
+        await transfer(consumer, item)
+    return "sold out"
+
+
+async def consume(producer: Task[Any], item: str) -> None:
+    while True:
+        print("consumed", item)
+        item = await transfer(producer)
+
+
+async def market(items: list[str]) -> str:
+    """What the producer returns comes here, where it was started."""
+    producer = symmetric(produce, items)
+    consumer = symmetric(consume, producer)
+    news: str = await transfer(producer, consumer)
+    return news
+
+
+# Whether two trees have the same leaves, which are looked at one by one
+
+Tree = Any
+
+
+def walk(tree: Tree, reader: Task[Any]) -> Generator[Any, Any, None]:
+    """Hand over each leaf, and then None."""
+    if isinstance(tree, tuple):
+        for branch in tree:
+            yield from walk(branch, reader)
+    else:
+        yield transfer(reader, tree)
+
+
+async def same_fringe(one: Tree, other: Tree) -> bool:
+    reader = current_task()
+    walks = [symmetric(walk, tree) for tree in (one, other)]
+    while True:
+        leaf, other_leaf = [await transfer(each, reader) for each in walks]
+        if leaf != other_leaf:
+            return False
+        if leaf is None:
+            return True
+
+
+# A parser that asks for the next token when it needs one, and a tokenizer that
+# hands it over in the middle of its loop
+
+TOKEN = re.compile(r"\s*(?:(\d+)|(.))")
+OPERATORS: dict[str, tuple[int, Callable[[int, int], int]]] = {
+    "+": (1, operator.add),
+    "-": (1, operator.sub),
+    "*": (2, operator.mul),
+    "/": (2, operator.floordiv),
+}
+
+
+async def tokenize(text: str, parser: Task[Any]) -> None:
+    """At the end, None goes to whoever has started this."""
+    for match in TOKEN.finditer(text.strip()):
+        number, sign = match.groups()
+        await transfer(parser, sign if number is None else int(number))
+
+
+class Parser:
+    """:ivar token: the next one; None at the end."""
+
+    def __init__(self, text: str) -> None:
+        self.tokenizer = symmetric(tokenize, text)
+        self.token: int | str | None = None
+
+    async def advance(self) -> int | str | None:
+        """The token that was the next one, and go on to the one after it."""
+        token = self.token
+        if not self.tokenizer.done:
+            self.token = await transfer(self.tokenizer, current_task())
+        return token
+
+    async def expression(self, strength: int = 1) -> int:
+        value = await self.operand()
+        while self.token in OPERATORS:
+            its_strength, apply = OPERATORS[str(self.token)]
+            if its_strength < strength:
+                break
+            await self.advance()
+            value = apply(value, await self.expression(its_strength + 1))
+        return value
+
+    async def operand(self) -> int:
+        token = await self.advance()
+        if token == "(":
+            value = await self.expression()
+            if await self.advance() != ")":
+                raise SyntaxError("a ) is missing")
+            return value
+        if isinstance(token, int):
+            return token
+        raise SyntaxError(f"{token} where a number should be")
+
+
+async def calculate(text: str) -> int:
+    parser = Parser(text)
+    await parser.advance()
+    value = await parser.expression()
+    if parser.token is not None:
+        raise SyntaxError(f"{parser.token} where nothing more should be")
+    return value
+
+
+async def main(text: str) -> None:
+    print(await market(["milk", "eggs"]))
+    print(await same_fringe((1, (2, 3)), ((1, 2), 3)))
+    print(text, "=", await calculate(text))
+
+
+if __name__ == "__main__":
+    text = " ".join(sys.argv[1:]) or "2 * (3 + 4) - 5"
+    react(lambda reactor: spawn(main, text, reactor=reactor).as_deferred())
