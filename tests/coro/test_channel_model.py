@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
@@ -51,8 +51,9 @@ from twisted_rtsig.coro import (
 Steps = Generator[Any, Any, Any]
 # How many there are at most; few, so that they meet each other.
 CHANNELS = 2
-EVENTS = 2
-DEFERREDS = 2
+EVENTS = 1
+DEFERREDS = 1
+DEADLINES = 3
 ACTORS = 5
 GIVEN_UP = object()
 
@@ -140,10 +141,26 @@ class Model:
         self.locks = [ModelLock(1), ModelLock(2)]
         self.events = [Event() for _ in range(EVENTS)]
         self.deferreds: list[Deferred[None]] = [Deferred() for _ in range(DEFERREDS)]
+        self.deadlines = [
+            (each, Deadline(each, self.clock)) for each in range(1, DEADLINES + 1)
+        ]
         self.actors: list[Actor] = []
 
     def channel(self, number: int) -> ModelChannel:
         return self.channels[number % len(self.channels)]
+
+    def happen(self, in_task: bool, what: Sequence[Callable[[], object]]) -> None:
+        """In a task, whom that resumes runs afterwards."""
+
+        def everything() -> None:
+            for each in what:
+                each()
+
+        if in_task:
+            spawn(everything, reactor=self.clock).result()
+        else:
+            everything()
+        self.everybody_waits()
 
     def everybody_waits(self) -> None:
         """The rules."""
@@ -528,8 +545,8 @@ class Select(NamedTuple):
                 other = model.actors[number % len(model.actors)]
                 if other.running is not None and other is not actor:
                     return other.running, Want(kind, other)
-        clock = model.clock
-        return Deadline(number, clock), Want("time", clock.seconds() + number)
+        time, deadline = model.deadlines[number % DEADLINES]
+        return deadline, Want("time", time)
 
 
 CHANNEL = st.integers(0, CHANNELS - 1)
@@ -582,7 +599,14 @@ PROGRAMS = st.lists(
     min_size=2,
     max_size=ACTORS,
 )
-INTERFERENCE = st.lists(AT_ONCE | st.builds(Advance, st.integers(0, 2)), max_size=8)
+# All of a list before anybody else runs, or with whom it resumes in between.
+INTERFERENCE = st.lists(
+    st.tuples(
+        st.booleans(),
+        st.lists(AT_ONCE | st.builds(Advance, st.integers(0, 2)), max_size=4),
+    ),
+    max_size=6,
+)
 
 
 @settings(
@@ -597,6 +621,7 @@ INTERFERENCE = st.lists(AT_ONCE | st.builds(Advance, st.integers(0, 2)), max_siz
         st.sampled_from([0, 0, 1, 2, 3]), min_size=1, max_size=CHANNELS
     ),
     interference=INTERFERENCE,
+    together=st.booleans(),
     # Of a channel in a turn.
     at_once=st.sampled_from([1, 1, 2, 256]),
     seed=st.integers(0, 100),
@@ -604,7 +629,8 @@ INTERFERENCE = st.lists(AT_ONCE | st.builds(Advance, st.integers(0, 2)), max_siz
 def test_model(
     programs: list[tuple[bool, bool, list[Any]]],
     capacities: list[int],
-    interference: list[Any],
+    interference: list[tuple[bool, list[Any]]],
+    together: bool,
     at_once: int,
     seed: int,
 ) -> None:
@@ -613,10 +639,15 @@ def test_model(
         model = Model(capacities)
         # Before any of them runs, so that they know each other.
         model.actors += [Actor(model, *how) for *how, _ in programs]
-        for actor, (*_, program) in zip(model.actors, programs, strict=True):
-            actor.start(program)
-            model.everybody_waits()
-        for each in interference:
-            each.happen(model)
-            model.everybody_waits()
+        starts = [
+            partial(actor.start, program)
+            for actor, (*_, program) in zip(model.actors, programs, strict=True)
+        ]
+        if together:
+            model.happen(True, starts)
+        else:
+            for start in starts:
+                model.happen(False, [start])
+        for in_task, what in interference:
+            model.happen(in_task, [partial(each.happen, model) for each in what])
         model.it_is_over()
