@@ -1,5 +1,5 @@
 """
-Every example of docs/coroutines.md runs, and says what the page says.
+Every example of docs/ runs, and says what its page says.
 
 What a block of code is, is seen from what is around it:
 
@@ -47,7 +47,8 @@ from tests.coro.test_examples import reactor as reactor
 from twisted_rtsig import coro
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "coroutines.md"
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
 README = ROOT / "README.md"
 # What protocols, transports and watchdogs call.
 NOT_FOR_HANDLERS = [
@@ -55,6 +56,12 @@ NOT_FOR_HANDLERS = [
     *("pauseProducing", "resumeProducing", "stopProducing"),
     *("forget", "unfinished_read", "waits_for"),
 ]
+# What tasks share; and what operations and select call of it.
+SHARED = [
+    *(coro.Channel, coro.Event, coro.Semaphore, coro.Lock, coro.Condition),
+    coro.Deadline,
+]
+NOT_FOR_TASKS = ["forget", "waits_for", "poll", "watch", "unwatch"]
 CHAT = "The chat, with coroutines and with callbacks"
 
 
@@ -64,6 +71,7 @@ class Block(NamedTuple):
     :ivar line: where it begins in its page.
     """
 
+    page: Path
     section: str
     quoted: str | None
     language: str
@@ -87,21 +95,22 @@ def _blocks(page: Path) -> list[Block]:
         section = [title for start, title in headings if start < each.start()][-1]
         line = text.count("\n", 0, each.start("code"))
         blocks.append(
-            Block(section, each["quoted"], each["language"], each["code"], line)
+            Block(page, section, each["quoted"], each["language"], each["code"], line)
         )
     return blocks
 
 
-BLOCKS = _blocks(PAGE)
-SECTIONS = list(dict.fromkeys(each.section for each in BLOCKS))
+BLOCKS = [block for page in PAGES for block in _blocks(page)]
+SECTIONS = list(dict.fromkeys((each.page, each.section) for each in BLOCKS))
 
 
 class Section:
     """Runs the blocks of a section, one after the other."""
 
-    def __init__(self, reactor: Any, title: str) -> None:
+    def __init__(self, reactor: Any, page: Path, title: str) -> None:
         self.reactor = reactor
-        self.blocks = [each for each in BLOCKS if each.section == title]
+        where = page, title
+        self.blocks = [each for each in BLOCKS if (each.page, each.section) == where]
         self.namespace: dict[str, Any] = {
             "__name__": "page",
             "__builtins__": builtins,
@@ -131,7 +140,7 @@ class Section:
         compiled = compile(
             # So that the lines in tracebacks are those of the page.
             "\n" * block.line + block.code,
-            str(PAGE),
+            str(block.page),
             "exec",
             ast.PyCF_ALLOW_TOP_LEVEL_AWAIT,
             dont_inherit=True,
@@ -174,11 +183,17 @@ class Section:
         assert meanwhile(self.reactor, client) == expected
 
 
-@pytest.mark.parametrize("title", SECTIONS)
-def test_the_page_is_right(reactor: Any, title: str, logged: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("page", "title"),
+    SECTIONS,
+    ids=[f"{page.stem}, {title}" for page, title in SECTIONS],
+)
+def test_the_page_is_right(
+    reactor: Any, page: Path, title: str, logged: list[Any]
+) -> None:
     # A reactor that is only iterated is not told that a child has ended.
     LoopingCall(reapAllProcesses).start(0.01)
-    Section(reactor, title).run()
+    Section(reactor, page, title).run()
     assert failures(logged) == []
 
 
@@ -200,7 +215,7 @@ def test_quotations(block: Block) -> None:
 def test_the_chat_with_callbacks(
     reactor: Any, conversation: Callable[[int], None], logged: list[Any]
 ) -> None:
-    section = Section(reactor, CHAT)
+    section = Section(reactor, DOCS / "coroutines.md", CHAT)
     section.run()
     if conversation is time_out_in_chat:
         section.namespace["SECONDS_FOR_A_NAME"] = 0.05
@@ -210,14 +225,20 @@ def test_the_chat_with_callbacks(
     assert failures(logged) == []
 
 
-def test_the_page_names_what_there_is() -> None:
-    text = PAGE.read_text()
+def test_the_pages_name_what_there_is() -> None:
+    page = (DOCS / "coroutines.md").read_text()
     for name, value in vars(coro.Stream).items():
         documented = inspect.isfunction(value) or isinstance(value, property)
         if documented and not name.startswith("_") and name not in NOT_FOR_HANDLERS:
-            assert re.search(rf"\b{name}\b", text), name
+            assert re.search(rf"\b{name}\b", page), name
     options = inspect.signature(coro.CoroutineFactory.__init__).parameters
     for option in {*options} - {"self", "handler"}:
-        assert f"| `{option}` |" in text, option
+        assert f"| `{option}` |" in page, option
+    text = "".join(each.read_text() for each in PAGES)
     for name in coro.__all__:
         assert re.search(rf"\b{name}\b", text), name
+    page = (DOCS / "channels.md").read_text()
+    for shared in SHARED:
+        for name in vars(shared):
+            if not name.startswith("_") and name not in NOT_FOR_TASKS:
+                assert re.search(rf"\b{name}\b", page), name
