@@ -386,7 +386,9 @@ def serve(endpoint: Any, handler: Handler, **options: Any) -> Deferred[Server]:
 # Clients
 
 
-class _Client(_HalfCloseable, StreamProtocol):
+class ClientProtocol(_HalfCloseable, StreamProtocol):
+    """Feeds the stream of a client."""
+
     def connectionMade(self) -> None:
         transport: Any = self.transport
         if "protocol" in getattr(transport, "__dict__", ()):
@@ -404,7 +406,7 @@ class _ClientFactory(Factory):
         self._scheduler = scheduler
 
     def buildProtocol(self, addr: Any) -> Protocol:
-        return _Client(self._scheduler)
+        return ClientProtocol(self._scheduler)
 
 
 def connect(endpoint: Any, reactor: Any | None = None) -> Deferred[Stream]:
