@@ -11,7 +11,8 @@ everybody waits:
 - that nobody has what he cannot have: a value that was not sent, or that another
   has received, or the lock of another;
 - that all is in order: of two receivers the earlier one has the value that was sent
-  earlier, and of two who want a lock the earlier one gets it first;
+  earlier, of two who want a lock the earlier one gets it first, and nobody waits who
+  has come before one who does not;
 - that only those who wait are in the queues.
 """
 
@@ -130,6 +131,17 @@ class Want(NamedTuple):
     def is_channel(self) -> bool:
         return self.kind in ("value", "room")
 
+    def served(self) -> list[int]:
+        """The tickets of all who got it."""
+        match self.kind:
+            case "value":
+                return list(self.what.received)
+            case "room":
+                return [value.ticket for value in self.what.sent]
+            case "lock":
+                return list(self.what.tickets)
+        return []
+
 
 class Model:
     """Everything, and everybody."""
@@ -169,6 +181,7 @@ class Model:
             assert actor.done or actor.wants, "it does not wait, and has not ended"
             for want in actor.wants:
                 assert not self.is_there(want, actor), want
+                assert all(each < actor.ticket for each in want.served()), want
         wants = [want for actor in self.actors for want in actor.wants]
         for channel in self.channels:
             assert channel.real.statistics() == (
@@ -241,6 +254,7 @@ class Actor:
     Runs a program.
 
     :ivar wants: what it waits for.
+    :ivar ticket: when it has come.
     """
 
     def __init__(self, model: Model, in_task: bool, awaits: bool) -> None:
@@ -248,6 +262,7 @@ class Actor:
         self.in_task = in_task
         self.awaits = awaits
         self.wants: list[Want] = []
+        self.ticket = 0
         self.cancelled = False
         # A task or a Deferred.
         self.running: Any = None
@@ -275,10 +290,17 @@ class Actor:
             self.running.cancel()
 
     def has_not_failed(self) -> None:
-        if self.in_task and self.running.failed:
-            self.running.result()
-        if self.failure is not None and not self.failure.check(CancelledError):
-            self.failure.raiseException()
+        try:
+            if self.in_task:
+                self.running.result()
+            elif self.failure is not None:
+                self.failure.raiseException()
+        except CancelledError:
+            assert self.cancelled
+
+    def comes(self) -> int:
+        self.ticket = next(self.model.tickets)
+        return self.ticket
 
     def run(self, program: list[Any]) -> Steps:
         for step in program:
@@ -319,7 +341,7 @@ class Send(NamedTuple):
 
     def run(self, actor: Actor) -> Steps:
         channel = actor.model.channel(self.channel)
-        value = Value(channel.number, next(actor.model.tickets))
+        value = Value(channel.number, actor.comes())
         try:
             sent = yield from actor.wait(
                 partial(channel.real.send, value),
@@ -340,7 +362,7 @@ class Receive(NamedTuple):
 
     def run(self, actor: Actor) -> Steps:
         channel = actor.model.channel(self.channel)
-        ticket = next(actor.model.tickets)
+        ticket = actor.comes()
         try:
             value = yield from actor.wait(
                 channel.real.receive, [Want("value", channel)], self.patience
@@ -407,7 +429,7 @@ class Hold(NamedTuple):
 
     def run(self, actor: Actor) -> Steps:
         lock = actor.model.locks[self.lock]
-        ticket = next(actor.model.tickets)
+        ticket = actor.comes()
         acquired = yield from actor.wait(
             lock.real.acquire, [Want("lock", lock)], self.patience
         )
@@ -496,8 +518,7 @@ class Select(NamedTuple):
     patience: int | None = None
 
     def run(self, actor: Actor) -> Steps:
-        model = actor.model
-        ticket = next(model.tickets)
+        ticket = actor.comes()
         made = [self.case(actor, ticket, *each) for each in self.cases]
         cases = [case for case, _ in made]
         try:
