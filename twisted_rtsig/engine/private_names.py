@@ -56,6 +56,8 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "_started",
         "threadCallQueue",
     ),
+    # Public, but its module's __all__ has it not.
+    "twisted.internet.error": ("ConnectionAborted",),
     "twisted.internet.posixbase": ("unixEnabled",),
     "twisted.internet.posixbase.PosixReactorBase": (
         "_removeAll",
