@@ -573,58 +573,59 @@ class Select(NamedTuple):
 CHANNEL = st.integers(0, CHANNELS - 1)
 EVENT = st.integers(0, EVENTS - 1)
 PATIENCE = st.sampled_from([None, None, 1, 2])
-CASES = st.lists(
-    st.tuples(
-        st.sampled_from(["value", "value", "room", "room"] * 2)
-        | st.sampled_from(["event", "deferred", "end", "time"]),
-        st.integers(0, 3),
-    ),
-    min_size=1,
-    max_size=4,
-)
-AT_ONCE = st.one_of(
-    st.builds(TrySend, CHANNEL),
-    st.builds(TryReceive, CHANNEL),
+
+
+def selects(kinds: list[str]) -> st.SearchStrategy[Select]:
+    case = st.tuples(st.sampled_from(kinds), st.integers(0, 3))
+    return st.builds(Select, st.lists(case, min_size=1, max_size=4), PATIENCE)
+
+
+AT_ONCE: list[st.SearchStrategy[Any]] = [
     st.builds(TrySend, CHANNEL),
     st.builds(TryReceive, CHANNEL),
     st.builds(Close, CHANNEL),
     st.builds(Set, EVENT),
     st.builds(Fire, st.integers(0, DEFERREDS - 1)),
     st.builds(Cancel, st.integers(0, ACTORS - 1)),
-)
-MOVES = st.one_of(
+]
+KINDS: list[st.SearchStrategy[Any]] = [
     st.builds(Send, CHANNEL, PATIENCE),
     st.builds(Receive, CHANNEL, PATIENCE),
-    st.builds(Select, CASES, PATIENCE),
-)
-WAITS = st.one_of(
-    MOVES,
-    MOVES,
-    MOVES,
+    selects(["value", "room"]),
+    selects(["value", "room", "event", "deferred", "end", "time"]),
+    selects(["event", "deferred", "end", "time"]),
     st.builds(WaitFor, EVENT, PATIENCE),
     st.builds(Sleep, st.integers(0, 2)),
-)
-STEPS = st.one_of(
-    WAITS,
-    WAITS,
-    AT_ONCE,
-    st.builds(Hold, st.integers(0, 1), st.lists(WAITS | AT_ONCE, max_size=3), PATIENCE),
-)
-PROGRAMS = st.lists(
-    st.tuples(
-        # In a task; with await.
-        st.booleans() | st.just(True),
-        st.booleans(),
-        st.lists(STEPS, min_size=1, max_size=8),
-    ),
-    min_size=2,
-    max_size=ACTORS,
-)
+    *AT_ONCE,
+]
+
+
+def programs(kinds: list[st.SearchStrategy[Any]]) -> st.SearchStrategy[list[Any]]:
+    """Of a few kinds of steps, so that they meet each other often."""
+    step = st.one_of(kinds)
+    holds = st.builds(
+        Hold, st.integers(0, 1), st.lists(step, max_size=3), st.just(None) | PATIENCE
+    )
+    return st.lists(
+        st.tuples(
+            # In a task; with await.
+            st.booleans() | st.just(True),
+            st.booleans(),
+            st.lists(step | step | holds, min_size=1, max_size=8)
+            | st.lists(step, min_size=1, max_size=8),
+        ),
+        min_size=2,
+        max_size=ACTORS,
+    )
+
+
 # All of a list before anybody else runs, or with whom it resumes in between.
 INTERFERENCE = st.lists(
     st.tuples(
         st.booleans(),
-        st.lists(AT_ONCE | st.builds(Advance, st.integers(0, 2)), max_size=4),
+        st.lists(
+            st.one_of(*AT_ONCE, st.builds(Advance, st.integers(0, 2))), max_size=4
+        ),
     ),
     max_size=6,
 )
@@ -637,7 +638,7 @@ INTERFERENCE = st.lists(
     suppress_health_check=list(HealthCheck),
 )
 @given(
-    programs=PROGRAMS,
+    programs=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4).flatmap(programs),
     capacities=st.lists(
         st.sampled_from([0, 0, 1, 2, 3]), min_size=1, max_size=CHANNELS
     ),

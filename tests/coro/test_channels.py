@@ -23,6 +23,7 @@ from twisted_rtsig.coro import (
     Task,
     WouldBlock,
     channels,
+    select,
     sleep,
     spawn,
     timeout,
@@ -711,6 +712,28 @@ def test_order_is_kept_across_a_turn(clock: Clock, capacity: int) -> None:
     assert got == [(each, each) for each in range(5)]
     assert order == list(range(5))
     assert channel.statistics() == (0, capacity, 0, 0, False)
+
+
+@pytest.mark.usefixtures("one_in_a_turn")
+def test_nobody_overtakes_where_a_receiver_uses_up_the_turn(clock: Clock) -> None:
+    """It is resumed within the select that sends to it, and so counts first."""
+    channel: Channel[str] = Channel(1)
+    got: list[tuple[str, str]] = []
+
+    def send_and_receive(value: str) -> None:
+        got.append(("first", value))
+        channel.send("B")
+        channel.receive().addCallback(lambda value: got.append(("second", value)))
+
+    async def send() -> None:
+        channel.receive().addCallback(send_and_receive)
+        await select(channel.sending("A"))
+        channel.receive().addCallback(lambda value: got.append(("third", value)))
+
+    spawn(send, reactor=clock)
+    clock.advance(0)
+    channel.send("C")
+    assert got == [("first", "A"), ("second", "B"), ("third", "C")]
 
 
 @pytest.mark.usefixtures("one_in_a_turn")

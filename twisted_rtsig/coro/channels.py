@@ -245,6 +245,9 @@ class Channel(Generic[T]):
 
     def _count(self) -> None:
         """Something was done at once."""
+        if not self._at_once:
+            # Who was resumed by that has used up the turn meanwhile.
+            return
         self._at_once -= 1
         if not self._at_once:
             scheduler = running_scheduler()
