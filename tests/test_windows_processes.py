@@ -1,0 +1,311 @@
+"""Children on the completion-port reactor."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if sys.platform != "win32":
+    pytest.skip("completion ports exist on Windows only", allow_module_level=True)
+
+from twisted.internet.error import (
+    ProcessDone,
+    ProcessExitedAlready,
+    ProcessTerminated,
+)
+from twisted.internet.protocol import ProcessProtocol
+from twisted.python import log
+from twisted.python.failure import Failure
+
+from tests.support import settle, spin
+from twisted_rtsig.engine.reactor import EngineReactor
+from twisted_rtsig.iocpreactor import CompletionPortReactor
+
+
+@pytest.fixture
+def reactor_class() -> type[EngineReactor]:
+    return CompletionPortReactor
+
+
+class Child(ProcessProtocol):
+    """Records what a child says, and how it ends."""
+
+    def __init__(self) -> None:
+        self.said = {1: b"", 2: b""}
+        self.closed: list[int] = []
+        self.exited: list[Failure] = []
+        self.ended: list[Failure] = []
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
+        self.said[childFD] += data
+
+    def childConnectionLost(self, childFD: int) -> None:
+        self.closed.append(childFD)
+
+    def processExited(self, reason: Failure) -> None:
+        self.exited.append(reason)
+
+    def processEnded(self, reason: Failure) -> None:
+        self.ended.append(reason)
+
+
+def spawn(
+    reactor: CompletionPortReactor,
+    code: str,
+    *arguments: str,
+    child: Any = None,
+    **options: Any,
+) -> Any:
+    child = child or Child()
+    reactor.spawnProcess(
+        child,
+        sys.executable,
+        [sys.executable, "-u", "-c", textwrap.dedent(code), *arguments],
+        **options,
+    )
+    return child
+
+
+READ_AND_ANSWER = """
+import sys
+while data := sys.stdin.buffer.read1(65536):
+    sys.stdout.buffer.write(data)
+sys.stderr.write("the end")
+sys.exit(3)
+"""
+
+
+def test_a_conversation(reactor: CompletionPortReactor) -> None:
+    child = spawn(reactor, READ_AND_ANSWER)
+    for turn in (b"1", b"12", b"123"):
+        child.transport.write(turn[-1:])
+        spin(reactor, lambda: child.said[1] == turn)
+    # Nothing looks at it again and again meanwhile.
+    assert reactor.getDelayedCalls() == []
+    child.transport.closeStdin()
+    spin(reactor, lambda: child.ended)
+    assert child.said[2] == b"the end"
+    assert sorted(child.closed) == [0, 1, 2]
+    assert child.ended[0].check(ProcessTerminated)
+    assert child.ended[0].value.exitCode == 3
+    assert child.exited[0].value.exitCode == 3
+    with pytest.raises(ProcessExitedAlready):
+        child.transport.signalProcess("KILL")
+
+
+def test_more_than_a_pipe_holds(reactor: CompletionPortReactor) -> None:
+    child = spawn(reactor, READ_AND_ANSWER)
+    data = bytes(range(256)) * 4096
+    child.transport.writeSequence([data, b"", data])
+    child.transport.closeStdin()
+    spin(reactor, lambda: child.ended)
+    assert child.said[1] == data + data
+
+
+def test_arguments_environment_and_folder(
+    reactor: CompletionPortReactor, tmp_path: Path
+) -> None:
+    arguments = ["", "two words", 'a "quoted" one', "back\\slash\\", "Zürich"]
+    child = spawn(
+        reactor,
+        """
+        import os, sys
+        names = sorted(os.environ)
+        print(ascii((sys.argv[1:], os.environ["COLOUR"], "PATH" in names, os.getcwd())))
+        """,
+        *arguments,
+        env={b"COLOUR": b"blue"},
+        path=str(tmp_path),
+    )
+    spin(reactor, lambda: child.ended)
+    assert child.ended[0].check(ProcessDone), child.said
+    said = ast.literal_eval(child.said[1].decode())
+    assert said == (arguments, "blue", True, str(tmp_path))
+
+
+def test_killed(reactor: CompletionPortReactor) -> None:
+    child = spawn(reactor, READ_AND_ANSWER)
+    child.transport.write(b"x")
+    spin(reactor, lambda: child.said[1] == b"x")
+    child.transport.signalProcess("TERM")
+    spin(reactor, lambda: child.ended)
+    assert child.ended[0].value.exitCode == 1
+
+
+def test_a_producer_is_held_up_by_who_does_not_read(
+    reactor: CompletionPortReactor,
+) -> None:
+    class Producer:
+        paused = False
+        stopped = False
+
+        def pauseProducing(self) -> None:
+            self.paused = True
+
+        def resumeProducing(self) -> None:
+            self.paused = False
+
+        def stopProducing(self) -> None:
+            self.stopped = True
+
+    child = spawn(reactor, "import time; time.sleep(60)")
+    producer = Producer()
+    child.transport.registerProducer(producer, True)
+    written = 0
+    # More than any pipe holds.
+    while not producer.paused and written < 1 << 24:
+        child.transport.write(bytes(1 << 16))
+        written += 1 << 16
+        settle(reactor)
+    assert producer.paused
+    child.transport.signalProcess("KILL")
+    spin(reactor, lambda: child.ended)
+    assert producer.stopped
+
+
+def test_output_waits_while_it_is_paused(reactor: CompletionPortReactor) -> None:
+    child = spawn(reactor, READ_AND_ANSWER)
+    child.transport.write(b"1")
+    spin(reactor, lambda: child.said[1] == b"1")
+    child.transport.pauseProducing()
+    # A read is under way, whose end is not told of either.
+    child.transport.write(b"2")
+    settle(reactor)
+    child.transport.write(b"3")
+    child.transport.closeStdin()
+    spin(reactor, lambda: child.exited)
+    settle(reactor)
+    assert child.said == {1: b"1", 2: b""}
+    assert not child.ended
+    child.transport.resumeProducing()
+    assert child.said[1] == b"1"
+    spin(reactor, lambda: child.ended)
+    assert child.said[1] == b"123"
+
+
+def test_output_is_paused_from_the_beginning(
+    reactor: CompletionPortReactor,
+) -> None:
+    class Paused(Child):
+        def connectionMade(self) -> None:
+            transport: Any = self.transport
+            transport.pauseProducing()
+
+    child = Paused()
+    spawn(reactor, "print('something')", child=child)
+    spin(reactor, lambda: child.exited)
+    settle(reactor)
+    assert child.said[1] == b""
+    transport: Any = child.transport
+    transport.resumeProducing()
+    spin(reactor, lambda: child.ended)
+    assert child.said[1].split() == [b"something"]
+
+
+@pytest.mark.parametrize(
+    "method", ["connectionMade", "childDataReceived", "childConnectionLost"]
+)
+def test_a_protocol_that_fails_is_told_of_the_end_all_the_same(
+    reactor: CompletionPortReactor, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exceptions are logged."""
+    logged: list[Any] = []
+    monkeypatch.setattr(log, "err", lambda *_: logged.append(sys.exc_info()[1]))
+    failing = Child()
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError(method)
+
+    setattr(failing, method, fail)
+    spawn(reactor, "print('something')", child=failing)
+    spin(reactor, lambda: failing.ended)
+    assert failing.ended[0].check(ProcessDone)
+    times = 3 if method == "childConnectionLost" else 1
+    assert [type(each) for each in logged] == [ZeroDivisionError] * times
+
+
+def test_a_child_outlives_a_run(reactor: CompletionPortReactor) -> None:
+    """Its pipes report to one port as long as they are open."""
+    child = spawn(reactor, READ_AND_ANSWER)
+    for turn in (b"1", b"12"):
+        child.transport.write(turn[-1:])
+        reactor.callLater(0, reactor.crash)
+        reactor.run(installSignalHandlers=False)
+        spin(reactor, lambda: child.said[1] == turn)
+    reactor.callLater(0, reactor.crash)
+    reactor.run(installSignalHandlers=False)
+    child.transport.closeStdin()
+    spin(reactor, lambda: child.ended)
+
+
+def test_all_pipes_are_closed(reactor: CompletionPortReactor) -> None:
+    child = spawn(reactor, READ_AND_ANSWER)
+    child.transport.loseConnection()
+    spin(reactor, lambda: child.ended)
+    assert sorted(child.closed) == [0, 1, 2]
+
+
+def test_there_is_no_such_program(reactor: CompletionPortReactor) -> None:
+    with pytest.raises(OSError, match=r"cannot find|Error|No such"):
+        reactor.spawnProcess(Child(), "Z:\\no\\such\\program.exe", ["program"])
+
+
+def test_a_script_names_its_interpreter(
+    reactor: CompletionPortReactor, tmp_path: Path
+) -> None:
+    script = tmp_path / "script"
+    script.write_text(f"#!{sys.executable}\nimport sys; print(sys.argv[1:])\n")
+    child = Child()
+    reactor.spawnProcess(child, str(script), ["script", "one"])
+    spin(reactor, lambda: child.ended)
+    assert child.said[1].split() == [b"['one']"]
+    script.write_text("echo what is it\n")
+    with pytest.raises(OSError, match="nor a script with a shebang line"):
+        reactor.spawnProcess(Child(), str(script), ["script"])
+
+
+@pytest.mark.parametrize(
+    "asked", [{"uid": 1}, {"gid": 1}, {"usePTY": True}, {"childFDs": {3: "r"}}]
+)
+def test_what_windows_has_not_is_refused(
+    reactor: CompletionPortReactor, asked: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"[Uu]nsupported|not supported"):
+        spawn(reactor, "", **asked)
+
+
+def test_standard_io_of_a_child(reactor: CompletionPortReactor) -> None:
+    """Twisted's own, on the same reactor in the child; it polls."""
+    child = spawn(
+        reactor,
+        """
+        from twisted_rtsig import iocpreactor
+        iocpreactor.install()
+
+        from twisted.internet import reactor, stdio
+        from twisted.internet.protocol import Protocol
+
+        class Shout(Protocol):
+            def dataReceived(self, data):
+                if data == b"quit":
+                    self.transport.loseConnection()
+                else:
+                    self.transport.write(data.upper())
+            def connectionLost(self, reason):
+                reactor.stop()
+
+        stdio.StandardIO(Shout())
+        reactor.run()
+        """,
+        env={"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    child.transport.write(b"hello")
+    spin(reactor, lambda: child.said[1] == b"HELLO")
+    child.transport.write(b"quit")
+    spin(reactor, lambda: child.ended)
+    assert child.ended[0].check(ProcessDone), child.said

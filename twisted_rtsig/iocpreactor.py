@@ -1,0 +1,107 @@
+"""
+The completion-port reactor, for Windows.
+
+Install it before anything imports ``twisted.internet.reactor``::
+
+    from twisted_rtsig import iocpreactor
+    iocpreactor.install()
+
+or by its short name: ``twistd --reactor=rtsig-iocp web``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.interfaces import IReactorProcess
+from twisted.internet.main import installReactor
+from zope.interface import implementer
+
+from twisted_rtsig.notifiers import UnsupportedReactorError
+from twisted_rtsig.windows_events import WindowsEventReactor
+
+if TYPE_CHECKING:
+    from twisted_rtsig.notifiers.completion_port import CompletionPortNotifier
+
+
+def _notifier(
+    call_soon: Callable[[Callable[[], None]], None],
+) -> CompletionPortNotifier:
+    if sys.platform != "win32":
+        raise UnsupportedReactorError(
+            f"completion ports exist on Windows only, and this is {sys.platform}; "
+            "use --reactor=rtsig-epoll on Linux, or --reactor=select"
+        )
+    if sys.maxsize < 2**32:
+        raise UnsupportedReactorError(
+            "the completion-port reactor needs a 64-bit Python; use --reactor=select"
+        )
+    from twisted_rtsig.notifiers.completion_port import CompletionPortNotifier
+
+    return CompletionPortNotifier(call_soon)
+
+
+@implementer(IReactorProcess)
+class CompletionPortReactor(WindowsEventReactor):
+    """
+    A reactor that is told of events through an I/O completion port.
+
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: elsewhere than on a
+        64-bit Windows.
+    """
+
+    def __init__(self) -> None:
+        self._port = _notifier(self.callFromThread)
+        super().__init__()
+
+    def spawnProcess(
+        self,
+        processProtocol: Any,
+        executable: Any,
+        args: Sequence[Any] = (),
+        env: Mapping[Any, Any] | None = None,
+        path: Any = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        usePTY: Any = False,
+        childFDs: Mapping[int, Any] | None = None,
+    ) -> Any:
+        """
+        See ``IReactorProcess.spawnProcess``.
+
+        :raises ValueError: if it is asked for what Windows does not have: users,
+            groups, terminals, and other descriptors than the standard three.
+        """
+        for asked, what in (
+            (uid is not None, "Setting UID is unsupported on this platform."),
+            (gid is not None, "Setting GID is unsupported on this platform."),
+            (usePTY, "The usePTY parameter is not supported on Windows."),
+            (childFDs, "Customizing childFDs is not supported on Windows."),
+        ):
+            if asked:
+                raise ValueError(what)
+        # Children are rare, and asyncio, of which this takes a part, is big.
+        from twisted_rtsig.windows_processes import Process
+
+        return Process(self._port, processProtocol, executable, args, env, path)
+
+    def installWaker(self) -> None:
+        """Nothing to install: the port itself takes what wakes it."""
+
+    def wakeUp(self) -> None:
+        """Wake the reactor up, from any thread."""
+        self._port.wake()
+
+
+def install() -> None:
+    """
+    Make the completion-port reactor the one of this process.
+
+    Raises what :class:`CompletionPortReactor` does.
+    """
+    installReactor(CompletionPortReactor())
+
+
+__all__ = ["CompletionPortReactor", "install"]

@@ -1,0 +1,100 @@
+"""
+Events of Windows (``CreateEvent``) as sources of calls: ``IReactorWin32Events``.
+
+Twisted's other reactors have a second reactor for it, in a thread of its own,
+which waits for 63 events at most and needs pywin32.  Here the completion port
+does it, for any number and any handle that can be waited for.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.interfaces import IReactorWin32Events
+from twisted.python import log
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from twisted_rtsig.engine.reactor import EngineReactor
+
+if TYPE_CHECKING:
+    from twisted_rtsig.notifiers.completion_port import CompletionPortNotifier
+
+
+class _Event:
+    """What is to be called when an event is set, once or more often."""
+
+    def __init__(
+        self, reactor: WindowsEventReactor, event: Any, owner: Any, action: str
+    ) -> None:
+        self._reactor = reactor
+        # As long as it is waited for it must not be closed.
+        self.event = event
+        self._owner = owner
+        self._action = action
+        self._number = 0
+
+    def wait(self) -> None:
+        self._number = self._reactor._port.call_once_signalled(
+            int(self.event), self._is_set
+        )
+
+    def forget(self) -> None:
+        self._reactor._port.forget(self._number)
+
+    def _is_set(self) -> None:
+        events = self._reactor._events_by_handle
+        handle = int(self.event)
+        if events.get(handle) is not self:
+            # It was removed while the call was on its way.
+            return
+        why = log.callWithLogger(self._owner, self._call)
+        if events.get(handle) is not self:
+            return
+        self.forget()
+        if why:
+            del events[handle]
+            log.callWithLogger(self._owner, self._owner.connectionLost, Failure(why))
+        else:
+            self.wait()
+
+    def _call(self) -> Any:
+        try:
+            return getattr(self._owner, self._action)()
+        except BaseException:
+            log.err()
+            return sys.exc_info()[1]
+
+
+@implementer(IReactorWin32Events)
+class WindowsEventReactor(EngineReactor):
+    """An engine on a completion port, which other handles can report to."""
+
+    _port: CompletionPortNotifier
+
+    def __init__(self) -> None:
+        self._events_by_handle: dict[int, _Event] = {}
+        super().__init__(self._port)
+
+    def addEvent(self, event: Any, fd: Any, action: str) -> None:
+        """
+        Call the method C{action} of C{fd} whenever C{event} is set; until it
+        fails or returns something, of which C{fd.connectionLost} is told.
+
+        :param event: the handle of an event, an integer or what converts to one.
+        :raises OSError: if Windows refuses to wait for it.
+        """
+        if int(event) in self._events_by_handle:
+            self.removeEvent(event)
+        added = _Event(self, event, fd, action)
+        added.wait()
+        self._events_by_handle[int(event)] = added
+
+    def removeEvent(self, event: Any) -> None:
+        """
+        Stop to wait for C{event}.
+
+        :raises KeyError: if it was not added, or was removed.
+        """
+        self._events_by_handle.pop(int(event)).forget()

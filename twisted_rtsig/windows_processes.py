@@ -1,0 +1,415 @@
+"""
+Children of Windows whose pipes and whose end are told of by the completion port.
+
+Twisted's own look at the pipes again and again, up to ten times a second while
+nothing happens, and need pywin32.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet import error
+from twisted.internet._baseprocess import BaseProcess
+from twisted.internet.interfaces import IConsumer, IProcessTransport, IPushProducer
+from twisted.python import log
+from zope.interface import implementer
+
+from twisted_rtsig.notifiers import windows_calls as windows
+
+if TYPE_CHECKING:
+    from twisted_rtsig.notifiers.completion_port import CompletionPortNotifier
+
+_CREATE_NO_WINDOW = 0x08000000
+_ERROR_BAD_EXE_FORMAT = 193
+
+_READ_BYTES = 1 << 16
+
+_MOST_AT_ONCE = 1 << 16
+
+
+class _Pipe:
+    """
+    One end of a pipe.
+
+    :param received: called with what arrives.
+    :param lost: called once, when the pipe is closed at either end.
+    """
+
+    def __init__(
+        self,
+        port: CompletionPortNotifier,
+        pipe: Any,
+        received: Callable[[bytes], None],
+        lost: Callable[[], None],
+    ) -> None:
+        self._port = port
+        self._pipe = pipe
+        self._received = received
+        self._lost = lost
+        self._reading: Any = None
+        self._writing: Any = None
+        self._to_write: deque[memoryview] = deque()
+        self._paused = False
+        # A read is over that nobody was told of, since it was paused.
+        self._has_arrived = False
+        self._closing = False
+        self._producer: Any = None
+        self._streaming = False
+        port.adopt(pipe.handle)
+
+    def resume(self) -> None:
+        """Read, also what arrives later."""
+        self._paused = False
+        if self._has_arrived:
+            self._has_arrived = False
+            self._port._call_soon(self._has_read)
+        self.read_on()
+
+    def read_on(self) -> None:
+        """Read, unless it is paused."""
+        if self._reading is None and self._pipe is not None and not self._paused:
+            self._reading = self._begin("ReadFile", _READ_BYTES, self._has_read)
+
+    def pause(self) -> None:
+        """Tell of nothing more until it is resumed."""
+        self._paused = True
+
+    def write(self, data: bytes) -> None:
+        if data and self._pipe is not None and not self._closing:
+            # A copy only of what the caller could change.
+            self._to_write.append(memoryview(bytes(data)))
+            if self._writing is None:
+                self._write_some()
+
+    def register_producer(self, producer: Any, streaming: bool) -> None:
+        if self._producer is not None:
+            raise RuntimeError(f"{self._producer!r} is registered already")
+        if self._pipe is None or self._closing:
+            producer.stopProducing()
+            return
+        self._producer, self._streaming = producer, streaming
+        if not streaming:
+            producer.resumeProducing()
+
+    def unregister_producer(self) -> None:
+        self._producer = None
+        if self._closing and self._writing is None:
+            self.break_off()
+
+    def close(self) -> None:
+        """Close it when everything is written."""
+        if self._pipe is not None:
+            self._closing = True
+            if self._writing is None and self._producer is None:
+                self.break_off()
+
+    def break_off(self) -> None:
+        """Close it now."""
+        if self._pipe is None:
+            return
+        for operation in (self._reading, self._writing):
+            if operation is not None:
+                operation.cancel()
+        self._pipe.close()
+        self._pipe = None
+        self._to_write.clear()
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            producer.stopProducing()
+        self._lost()
+
+    def _begin(self, what: str, argument: Any, done: Callable[[], None]) -> Any:
+        """Begin an operation; None if the pipe is broken."""
+        operation = windows.overlapped.Overlapped(0)
+        # What it reads into, or writes, it keeps until its packet has come.
+        self._port.call_once_completed(operation.address, done)
+        try:
+            getattr(operation, what)(self._pipe.handle, argument)
+        except OSError:
+            self._port.forget_completion(operation.address)
+            self.break_off()
+            return None
+        return operation
+
+    def _has_read(self) -> None:
+        if self._paused and self._pipe is not None:
+            self._has_arrived = True
+            return
+        operation, self._reading = self._reading, None
+        if self._pipe is None:
+            return
+        try:
+            data = operation.getresult()
+        except OSError:
+            data = b""
+        if not data:
+            self.break_off()
+            return
+        try:
+            self._received(data)
+        except BaseException:
+            # Who does not take it gets no more.
+            log.err()
+            self.break_off()
+        self.read_on()
+
+    def _write_some(self) -> None:
+        pieces = []
+        room = _MOST_AT_ONCE
+        while room and self._to_write:
+            piece = self._to_write.popleft()
+            if len(piece) > room:
+                self._to_write.appendleft(piece[room:])
+                piece = piece[:room]
+            pieces.append(piece)
+            room -= len(piece)
+        self._writing = self._begin("WriteFile", b"".join(pieces), self._has_written)
+        if self._writing is not None and self._producer and self._streaming:
+            self._producer.pauseProducing()
+
+    def _has_written(self) -> None:
+        operation, self._writing = self._writing, None
+        if self._pipe is None:
+            return
+        try:
+            operation.getresult()
+        except OSError:
+            self.break_off()
+            return
+        if self._to_write:
+            self._write_some()
+        elif self._producer is not None:
+            self._producer.resumeProducing()
+        elif self._closing:
+            self.break_off()
+
+
+def _interpreter(script: str) -> str | None:
+    """What a script names in its first line, after C{#!}."""
+    try:
+        with open(script, "rb") as file:
+            line = file.readline(1024)
+    except OSError:
+        return None
+    return os.fsdecode(line[2:].strip()) if line.startswith(b"#!") else None
+
+
+def _start(
+    command: str | None,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    path: str | None,
+) -> Any:
+    """
+    Start a child, or the interpreter of a script.
+
+    :raises OSError: if there is no such program, or if it is none.
+    """
+
+    # Children whose pipes can be read and written in the background.
+    tools: Any = importlib.import_module("asyncio.windows_utils")
+
+    def start(program: str | None, arguments: Sequence[str]) -> Any:
+        return tools.Popen(
+            arguments,
+            executable=program,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            cwd=path,
+            creationflags=_CREATE_NO_WINDOW,
+        )
+
+    try:
+        return start(command, arguments)
+    except OSError as failure:
+        code = getattr(failure, "winerror", 0)
+        if code != _ERROR_BAD_EXE_FORMAT or command is None:
+            raise
+        interpreter = _interpreter(command)
+        if interpreter is None:
+            raise OSError(
+                f"{command!r} is neither a Windows executable, "
+                "nor a script with a shebang line"
+            ) from failure
+    return start(interpreter, [arguments[0], command, *arguments[1:]])
+
+
+@implementer(IProcessTransport, IConsumer, IPushProducer)
+class Process(BaseProcess):
+    """A child, with pipes to its standard input, output and error."""
+
+    # None once all is over; Twisted has that annotated, and nobody is told then.
+    proto: Any
+
+    def __init__(
+        self,
+        port: CompletionPortNotifier,
+        protocol: Any,
+        command: Any,
+        arguments: Iterable[Any],
+        environment: Mapping[Any, Any] | None,
+        path: Any,
+    ) -> None:
+        super().__init__(protocol)
+        # Windows cannot do without some variables of its own.
+        variables = dict(os.environ)
+        for name, value in (environment or {}).items():
+            variables[os.fsdecode(name)] = os.fsdecode(value)
+        self._child = _start(
+            os.fsdecode(command) if command else None,
+            [os.fsdecode(each) for each in arguments],
+            variables,
+            os.fsdecode(path) if path else None,
+        )
+        self.pid = self._child.pid
+        self._port = port
+        self._open = 3
+        self._pipes = [
+            _Pipe(port, self._child.stdin, self._ignore, lambda: self._pipe_lost(0)),
+            _Pipe(
+                port,
+                self._child.stdout,
+                lambda data: self.proto.childDataReceived(1, data),
+                lambda: self._pipe_lost(1),
+            ),
+            _Pipe(
+                port,
+                self._child.stderr,
+                lambda data: self.proto.childDataReceived(2, data),
+                lambda: self._pipe_lost(2),
+            ),
+        ]
+        try:
+            self.proto.makeConnection(self)
+        except BaseException:
+            log.err()
+        # Its input is read as well, which tells when the child has closed it.
+        for pipe in self._pipes:
+            pipe.read_on()
+        self._handle = windows.open_process(windows.SYNCHRONIZE, False, self._child.pid)
+        self._exit = port.call_once_signalled(self._handle, self._exited)
+
+    def _ignore(self, data: bytes) -> None:
+        """Nothing comes from the input of a child."""
+
+    def _pipe_lost(self, number: int) -> None:
+        try:
+            self.proto.childConnectionLost(number)
+        except BaseException:
+            log.err()
+        self._open -= 1
+        self.maybeCallProcessEnded()
+
+    def _exited(self) -> None:
+        self._port.forget(self._exit)
+        windows.close_handle(self._handle)
+        self.processEnded(self._child.wait())
+
+    def maybeCallProcessEnded(self) -> None:
+        """Tell the protocol, if its pipes are closed as well."""
+        if not self._open and self.lostProcess:
+            super().maybeCallProcessEnded()
+
+    def _getReason(self, status: int) -> BaseException:
+        if status == 0:
+            return error.ProcessDone(status)
+        return error.ProcessTerminated(status)
+
+    # IProcessTransport
+
+    def signalProcess(self, signalID: str | int) -> None:
+        """
+        Terminate it, by C{INT}, C{TERM} or C{KILL}; Windows has nothing else.
+
+        :raises twisted.internet.error.ProcessExitedAlready: if it has.
+        """
+        if self.pid is None:
+            raise error.ProcessExitedAlready()
+        if signalID in ("INT", "TERM", "KILL"):
+            self._child.terminate()
+
+    def closeChildFD(self, fd: int) -> None:
+        """See ``IProcessTransport.closeChildFD``."""
+        if fd not in (0, 1, 2):
+            raise NotImplementedError(
+                "Only standard-IO file descriptors available on win32"
+            )
+        self._pipes[fd].close()
+
+    def closeStdin(self) -> None:
+        """See ``IProcessTransport.closeStdin``."""
+        self._pipes[0].close()
+
+    def closeStdout(self) -> None:
+        """See ``IProcessTransport.closeStdout``."""
+        self._pipes[1].close()
+
+    def closeStderr(self) -> None:
+        """See ``IProcessTransport.closeStderr``."""
+        self._pipes[2].close()
+
+    def loseConnection(self) -> None:
+        """Close all pipes."""
+        for pipe in self._pipes:
+            pipe.close()
+
+    def writeToChild(self, childFD: int, data: bytes) -> None:
+        """:raises KeyError: if C{childFD} is not 0, the standard input."""
+        if childFD != 0:
+            raise KeyError(childFD)
+        self.write(data)
+
+    # ITransport
+
+    def write(self, data: bytes) -> None:
+        """Write to its standard input."""
+        self._pipes[0].write(data)
+
+    def writeSequence(self, data: Iterable[bytes]) -> None:
+        """Write to its standard input."""
+        self.write(b"".join(data))
+
+    def getHost(self) -> Any:
+        """Children have no address."""
+        raise NotImplementedError("a child has no address")
+
+    def getPeer(self) -> Any:
+        """Children have no address."""
+        raise NotImplementedError("a child has no address")
+
+    # IConsumer: its standard input
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """See ``IConsumer.registerProducer``."""
+        self._pipes[0].register_producer(producer, streaming)
+
+    def unregisterProducer(self) -> None:
+        """See ``IConsumer.unregisterProducer``."""
+        self._pipes[0].unregister_producer()
+
+    # IPushProducer: its output and error
+
+    def pauseProducing(self) -> None:
+        """See ``IPushProducer.pauseProducing``."""
+        for pipe in self._pipes[1:]:
+            pipe.pause()
+
+    def resumeProducing(self) -> None:
+        """See ``IPushProducer.resumeProducing``."""
+        for pipe in self._pipes[1:]:
+            pipe.resume()
+
+    def stopProducing(self) -> None:
+        """See ``IProducer.stopProducing``."""
+        self.loseConnection()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} pid={self.pid}>"
