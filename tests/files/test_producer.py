@@ -1,0 +1,135 @@
+"""A file for Twisted's consumers, on each reactor."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.defer import CancelledError
+from twisted.internet.endpoints import TCP4ClientEndpoint
+from twisted.internet.interfaces import IConsumer
+from twisted.internet.protocol import Factory, Protocol
+from zope.interface import implementer
+
+from tests.coro.support import run
+from twisted_rtsig.coro import FileEnded, StreamError, connect, sleep, spawn
+from twisted_rtsig.files import FileProducer, open_file
+
+SIZE = 2_000_000
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(SIZE))
+    return path
+
+
+@implementer(IConsumer)
+class Consumer:
+    """Takes so much, and then no more until it is told to."""
+
+    def __init__(self, room: int = SIZE) -> None:
+        self.data = b""
+        self.room = room
+        self.producer: Any = None
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        assert streaming
+        assert self.producer is None
+        self.producer = producer
+
+    def unregisterProducer(self) -> None:
+        self.producer = None
+
+    def write(self, data: bytes) -> None:
+        assert self.room > 0, "it was paused"
+        self.data += data
+        self.room -= len(data)
+        if self.room <= 0:
+            self.producer.pauseProducing()
+
+    def take(self, room: int) -> None:
+        self.room = room
+        self.producer.resumeProducing()
+
+
+def test_to_a_consumer_that_pauses(reactor: Any, path: Path) -> None:
+    async def main() -> None:
+        consumer = Consumer(1)
+        async with await open_file(path) as file:
+            producing = FileProducer(file, 10, SIZE - 20).start(consumer)
+            before = -1
+            while not producing.called:
+                if len(consumer.data) == before and consumer.room <= 0:
+                    consumer.take(300_000)
+                before = len(consumer.data)
+                await sleep(0.001)
+            assert await producing == SIZE - 20
+        assert consumer.data == path.read_bytes()[10:-10]
+        assert consumer.producer is None
+
+    run(reactor, main)
+
+
+def test_to_a_transport(reactor: Any, path: Path) -> None:
+    received = []
+
+    class Sender(Protocol):
+        def connectionMade(self) -> None:
+            spawn(self.send, reactor=reactor)
+
+        async def send(self) -> None:
+            async with await open_file(path) as file:
+                transport: Any = self.transport
+                produced = await FileProducer(file).start(transport)
+            transport.write(b"%d" % produced)
+            transport.loseConnection()
+
+    factory = Factory.forProtocol(Sender)
+    factory.noisy = False
+    port = reactor.listenTCP(0, factory, interface="127.0.0.1")
+
+    async def main() -> None:
+        endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", port.getHost().port)
+        async with await connect(endpoint) as stream:
+            while chunk := await stream.read():
+                received.append(chunk)
+        await port.stopListening()
+
+    run(reactor, main)
+    assert b"".join(received) == path.read_bytes() + b"%d" % SIZE
+
+
+def test_what_can_go_wrong(reactor: Any, path: Path) -> None:
+    async def main() -> None:
+        async with await open_file(path) as file:
+            consumer = Consumer()
+            with pytest.raises(FileEnded) as caught:
+                await FileProducer(file, SIZE - 5, 10).start(consumer)
+            assert (caught.value.sent, len(consumer.data)) == (5, 5)
+            assert consumer.producer is None
+            assert await FileProducer(file, SIZE + 5).start(Consumer()) == 0
+            for offset, count in ((-1, 1), (0, -1)):
+                with pytest.raises(ValueError, match="the least"):
+                    FileProducer(file, offset, count)
+            consumer = Consumer(100)
+            producer = FileProducer(file)
+            producing = producer.start(consumer)
+            while not consumer.data:
+                await sleep(0.001)
+            consumer.producer.stopProducing()
+            with pytest.raises(StreamError, match="the consumer has stopped"):
+                await producing
+            assert producer.produced == len(consumer.data) < SIZE
+            producing = FileProducer(file).start(again := Consumer(100))
+            while not again.data:
+                await sleep(0.001)
+            producing.cancel()
+            with pytest.raises(CancelledError):
+                await producing
+            assert again.producer is None
+
+    run(reactor, main)

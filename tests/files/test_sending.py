@@ -1,0 +1,528 @@
+"""Sending files over streams, on each reactor and over each kind of connection."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from twisted.internet.endpoints import (
+    SSL4ServerEndpoint,
+    TCP4ServerEndpoint,
+    UNIXClientEndpoint,
+    UNIXServerEndpoint,
+    wrapClientTLS,
+)
+from twisted.internet.error import ConnectionClosed
+from twisted.internet.interfaces import IReactorUNIX
+from twisted.internet.ssl import PrivateCertificate, optionsForClientTLS
+
+from tests.coro.support import STYLES, client_endpoint, connected, run
+from tests.files.support import SlowDisk, forget_cached
+from tests.support import make_certificate
+from twisted_rtsig.coro import (
+    BusyResourceError,
+    FileEnded,
+    Stream,
+    StreamError,
+    connect,
+    serve,
+    sleep,
+    spawn,
+)
+from twisted_rtsig.coro.testing import SansIO
+from twisted_rtsig.files import AsyncFile, open_file
+
+# Twisted and pyOpenSSL hold different opinions on what is deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+# More than sockets hold.
+SIZE = 20_000_000
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> PrivateCertificate:
+    """Of this machine, by its address."""
+    files = make_certificate(tmp_path_factory.mktemp("certificate"))
+    pem = b"".join(each.read_bytes() for each in files)
+    return cast(PrivateCertificate, PrivateCertificate.loadPEM(pem))
+
+
+needs_sendfile = pytest.mark.skipif(
+    not hasattr(os, "sendfile"), reason="this platform has no sendfile"
+)
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("big") / "file"
+    path.write_bytes(os.urandom(SIZE))
+    return path
+
+
+Handler = Callable[[Stream], Awaitable[Any]]
+
+
+@pytest.fixture(params=["TCP", "UNIX", "TLS", "STARTTLS"])
+def received_from(
+    request: Any, reactor: Any, tmp_path: Path, certificate: PrivateCertificate
+) -> Callable[[Handler], Awaitable[bytes]]:
+    """All that a client gets from a handler, over each kind of connection."""
+    kind = request.param
+    if kind == "UNIX" and not IReactorUNIX.providedBy(reactor):
+        pytest.skip("this platform has no UNIX sockets")
+    trusted = optionsForClientTLS("127.0.0.1", certificate)
+
+    async def receive(handler: Handler) -> bytes:
+        async def secured(stream: Stream) -> None:
+            await stream.read_line()
+            await stream.write(b"go ahead\n")
+            await stream.start_tls(certificate.options())
+            await handler(stream)
+
+        server: Any
+        if kind == "UNIX":
+            server = UNIXServerEndpoint(reactor, str(tmp_path / "socket"))
+        elif kind == "TLS":
+            server = SSL4ServerEndpoint(
+                reactor, 0, certificate.options(), interface="127.0.0.1"
+            )
+        else:
+            server = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
+        serving = await serve(
+            server, secured if kind == "STARTTLS" else handler, reactor=reactor
+        )
+        client: Any
+        if kind == "UNIX":
+            client = UNIXClientEndpoint(reactor, str(tmp_path / "socket"))
+        else:
+            client = client_endpoint(reactor, serving)
+        if kind == "TLS":
+            client = wrapClientTLS(trusted, client)
+        chunks = []
+        async with await connect(client) as stream:
+            if kind == "STARTTLS":
+                await stream.write(b"STARTTLS\n")
+                await stream.read_line()
+                await stream.start_tls(trusted)
+            while chunk := await stream.read():
+                chunks.append(chunk)
+        await serving.stop()
+        return b"".join(chunks)
+
+    return receive
+
+
+Receive = Callable[[Handler], Awaitable[bytes]]
+
+
+def test_a_file_between_what_is_written_before_and_after(
+    reactor: Any, received_from: Receive, big: Path
+) -> None:
+    told: list[int] = []
+    results: list[Any] = []
+
+    async def handler(stream: Stream) -> None:
+        file = await open_file(big)
+        await stream.write(b"before")
+        sending = stream.send_file(file, progress=told.append)
+        stream.write(b"between")
+        part = stream.send_file(file, 1000, 500)
+        stream.write(bytearray(b"after"))
+        nothing = stream.send_file(file, SIZE)
+        await stream.write(b"end")
+        results.extend([await sending, await part, await nothing])
+        await stream.write(b"!")
+        await file.close()
+
+    async def main() -> None:
+        data = big.read_bytes()
+        got = await received_from(handler)
+        expected = [b"before", data, b"between", data[1000:1500], b"after", b"end!"]
+        assert got == b"".join(expected)
+
+    run(reactor, main)
+    assert results == [SIZE, 500, 0]
+    assert told == sorted(told)
+    assert told[-1] == SIZE
+
+
+def test_the_connection_is_closed_after_the_file(
+    reactor: Any, received_from: Receive, big: Path
+) -> None:
+    files: list[AsyncFile] = []
+
+    async def handler(stream: Stream) -> None:
+        files.append(await open_file(big))
+        stream.write(b"x")
+        stream.send_file(files[0])
+        stream.close()
+        with pytest.raises(StreamError, match="after close"):
+            await stream.send_file(files[0])
+
+    async def main() -> None:
+        assert await received_from(handler) == b"x" + big.read_bytes()
+        await files[0].close()
+
+    run(reactor, main)
+
+
+def test_a_file_that_is_not_cached(
+    reactor: Any, received_from: Receive, big: Path
+) -> None:
+    async def handler(stream: Stream) -> None:
+        forget_cached(big)
+        async with await open_file(big) as file:
+            await stream.send_file(file, 5)
+
+    async def main() -> None:
+        assert await received_from(handler) == big.read_bytes()[5:]
+
+    run(reactor, main)
+
+
+def test_from_beyond_4_gb(reactor: Any, received_from: Receive, tmp_path: Path) -> None:
+    far = (1 << 32) + 12345
+    data = os.urandom(200_000)
+
+    async def handler(stream: Stream) -> None:
+        async with await open_file(tmp_path / "far", "w+b") as file:
+            await file.write_at(far, data)
+            assert await stream.send_file(file, far) == len(data)
+            assert await stream.send_file(file, far + 5, 10) == 10
+
+    async def main() -> None:
+        assert await received_from(handler) == data + data[5:15]
+
+    run(reactor, main)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_same_in_every_style(reactor: Any, style: str, big: Path) -> None:
+    got: list[Any] = []
+
+    async def main() -> None:
+        async with connected(reactor) as (stream, peer):
+            file = await open_file(big)
+            STYLES[style](
+                reactor,
+                [
+                    lambda: stream.send_file(file, 0, 100_000),
+                    lambda: stream.send_file(file, 0, 10),
+                    lambda: stream.send_file(file, SIZE - 10, 100),
+                ],
+                got,
+            )
+            received = 0
+            while len(got) < 3 or received < 100_020:
+                received += await some(peer)
+            await file.close()
+
+    run(reactor, main)
+    assert got == [100_000, 10, FileEnded]
+
+
+async def some(peer: socket.socket) -> int:
+    """How much a peer has received now."""
+    try:
+        return len(peer.recv(1 << 20))
+    except BlockingIOError:
+        await sleep(0.001)
+        return 0
+
+
+def test_half_close_after_the_file(reactor: Any, big: Path) -> None:
+    async def main() -> None:
+        async with (
+            connected(reactor) as (stream, peer),
+            await open_file(big) as file,
+        ):
+            stream.send_file(file)
+            ended = stream.write_eof()
+            with pytest.raises(StreamError, match="after write_eof"):
+                await stream.write(b"x")
+            received = 0
+            while received < SIZE:
+                received += await some(peer)
+            await ended
+            assert peer.recv(1) == b""
+            peer.send(b"still there")
+            assert await stream.read() == b"still there"
+
+    run(reactor, main)
+
+
+@needs_sendfile
+def test_without_sendfile(
+    reactor: Any, big: Path, monkeypatch: pytest.MonkeyPatch, received_from: Receive
+) -> None:
+    monkeypatch.delattr(os, "sendfile")
+    test_a_file_between_what_is_written_before_and_after(reactor, received_from, big)
+
+
+@needs_sendfile
+def test_a_file_that_sendfile_refuses(
+    reactor: Any, big: Path, monkeypatch: pytest.MonkeyPatch, received_from: Receive
+) -> None:
+    refused = []
+    sendfile = os.sendfile
+
+    def refuse(socket: int, file: int, offset: int, count: int) -> int:
+        if offset > 100_000:
+            refused.append(offset)
+            raise OSError(22, "Invalid argument")
+        return sendfile(socket, file, offset, 50_001)
+
+    monkeypatch.setattr(os, "sendfile", refuse)
+
+    async def handler(stream: Stream) -> None:
+        async with await open_file(big) as file:
+            assert await stream.send_file(file) == SIZE
+
+    async def main() -> None:
+        assert await received_from(handler) == big.read_bytes()
+
+    run(reactor, main)
+
+
+# What can go wrong
+
+
+@pytest.mark.parametrize("held", ["", "unread"])
+def test_a_peer_that_vanishes_midway(
+    reactor: Any, big: Path, held: str, logged: list[Any]
+) -> None:
+    async def main() -> None:
+        async with (
+            connected(reactor) as (stream, peer),
+            await open_file(big) as file,
+        ):
+            told: list[int] = []
+            sending = stream.send_file(file, progress=told.append)
+            following = stream.write(b"x"), stream.send_file(file)
+            stream.write(b"nobody waits for this")
+            while not told:
+                await sleep(0.001)
+            while not await some(peer):
+                pass
+            peer.send(held.encode())
+            peer.close()
+            for each in (sending, *following):
+                with pytest.raises(ConnectionClosed):
+                    await each
+            with pytest.raises(ConnectionClosed):
+                await stream.send_file(file)
+            await sleep(0)
+            assert stream.lost
+
+    run(reactor, main)
+    gc.collect()
+    assert not [each for each in logged if each.get("log_failure")]
+
+
+@needs_sendfile
+def test_abort_in_the_middle_of_a_file(
+    reactor: Any, big: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SlowDisk(monkeypatch, "send")
+
+    async def main() -> None:
+        async with connected(reactor) as (stream, _):
+            file = await open_file(big)
+            sending = stream.send_file(file)
+            while not disk.gate.reached.is_set():
+                await sleep(0.001)
+            closing = file.close()
+            aborted = stream.abort()
+            disk.gate.open()
+            with pytest.raises(ConnectionClosed):
+                await sending
+            await aborted
+            await closing
+
+    run(reactor, main)
+
+
+@pytest.mark.parametrize("cut", [100, 10_000_000])
+def test_a_file_that_is_truncated_while_it_is_sent(
+    reactor: Any, tmp_path: Path, cut: int
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(SIZE))
+
+    async def main() -> None:
+        async with (
+            connected(reactor) as (stream, peer),
+            await open_file(path) as file,
+        ):
+            told: list[int] = []
+            sending = stream.send_file(file, progress=told.append)
+            following = stream.write(b"after")
+            while not told:
+                await sleep(0.001)
+            os.truncate(path, cut)
+            received = 0
+            while not sending.called:
+                received += await some(peer)
+            with pytest.raises(FileEnded, match=f"of the {SIZE} bytes") as caught:
+                await sending
+            # It is not a whole file that something follows.
+            for writing in (following, stream.write(b"x")):
+                with pytest.raises(StreamError, match="after a part of a file"):
+                    await writing
+            stream.close()
+            while received < caught.value.sent:
+                received += await some(peer)
+            spun = await some(peer)
+            assert (spun, received) == (0, caught.value.sent)
+
+    run(reactor, main)
+
+
+def test_a_file_that_cannot_be_sent_at_all(reactor: Any, big: Path) -> None:
+    async def main() -> None:
+        async with connected(reactor) as (stream, peer):
+            file = await open_file(big)
+            with pytest.raises(FileEnded) as caught:
+                await stream.send_file(file, SIZE, 1)
+            assert caught.value.sent == 0
+            await file.close()
+            for count in (1, 1 << 20):
+                with pytest.raises(ValueError, match="is closed"):
+                    await stream.send_file(file, 0, count)
+            for offset, count in ((-1, 1), (0, -1)):
+                with pytest.raises(ValueError, match="0 is the least"):
+                    stream.send_file(file, offset, count)
+            # Nothing was sent, so that the conversation can go on.
+            await stream.write(b"sorry")
+            while not (received := await some(peer)):
+                pass
+            assert received == 5
+
+    run(reactor, main)
+
+
+def test_cancelled_in_the_middle(reactor: Any, big: Path) -> None:
+    async def main() -> None:
+        async with (
+            connected(reactor) as (stream, peer),
+            await open_file(big) as file,
+        ):
+            told: list[int] = []
+            sending = stream.send_file(file, progress=told.append)
+            queued = stream.send_file(file)
+            queued.addErrback(lambda _: None).cancel()
+            while not told:
+                await sleep(0.001)
+            sending.addErrback(lambda _: None).cancel()
+            with pytest.raises(StreamError, match="after a part of a file"):
+                await stream.write(b"x")
+            stream.close()
+            received = 0
+            while chunk := await at_least_something(peer):
+                received += chunk
+            assert told[-1] == received < SIZE
+
+    async def at_least_something(peer: socket.socket) -> int:
+        while True:
+            try:
+                return len(peer.recv(1 << 20))
+            except BlockingIOError:
+                await sleep(0.001)
+
+    run(reactor, main)
+
+
+def test_cancelled_before_its_turn(
+    reactor: Any, received_from: Receive, big: Path
+) -> None:
+    async def handler(stream: Stream) -> None:
+        async with await open_file(big) as file:
+            first = stream.send_file(file, 0, 100_000)
+            stream.send_file(file).addErrback(lambda _: None).cancel()
+            await stream.write(b"after")
+            await first
+
+    async def main() -> None:
+        assert await received_from(handler) == big.read_bytes()[:100_000] + b"after"
+
+    run(reactor, main)
+
+
+def test_a_peer_that_does_not_read_holds_up_who_writes_after_the_file(
+    reactor: Any, big: Path
+) -> None:
+    async def main() -> None:
+        async with (
+            connected(reactor) as (stream, peer),
+            await open_file(big) as file,
+        ):
+            sending = stream.send_file(file)
+            writing = stream.write(b"after")
+            await sleep(0.1)
+            assert [sending.called, writing.called] == [False, False]
+            task = spawn(wait_for, sending)
+            await sleep(0)
+            assert f"to be sent to {stream!r}" in str(task.waits_for())
+            received = 0
+            while received < SIZE + 5:
+                received += await some(peer)
+            assert await sending == SIZE
+            await writing
+            await task
+
+    async def wait_for(sending: Any) -> None:
+        await sending
+
+    run(reactor, main)
+
+
+def test_no_tls_in_the_middle_of_a_file(reactor: Any, big: Path) -> None:
+    async def main() -> None:
+        async with (
+            connected(reactor) as (stream, _),
+            await open_file(big) as file,
+        ):
+            sending = stream.send_file(file)
+            with pytest.raises(BusyResourceError, match="sends no file"):
+                stream.start_tls(None)
+            sending.addErrback(lambda _: None).cancel()
+
+    run(reactor, main)
+
+
+def test_progress_that_fails(reactor: Any, big: Path) -> None:
+    def progress(sent: int) -> None:
+        raise KeyError("told so")
+
+    async def main() -> None:
+        async with (
+            connected(reactor) as (stream, _),
+            await open_file(big) as file,
+        ):
+            for count in (1000, 1 << 20):
+                with pytest.raises((KeyError, StreamError)):
+                    await stream.send_file(file, 0, count, progress)
+
+    run(reactor, main)
+
+
+def test_without_sockets(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(200_000))
+
+    async def handler(stream: Stream) -> None:
+        async with await open_file(path) as file:
+            stream.send_file(file)
+            await stream.write(b"after")
+
+    conversation = SansIO(handler)
+    got = b""
+    while data := conversation.written():
+        got += data
+    assert got == bytes(200_000) + b"after"
+    assert (conversation.result(), conversation.ended) == (None, "closed")

@@ -1,0 +1,448 @@
+"""Files over HTTP: the same as from twisted.web.static.File."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.endpoints import TCP4ClientEndpoint
+
+from tests.coro.support import run
+from tests.files.support import SlowDisk, open_in
+from tests.support import DEADLINE
+from twisted_rtsig.coro import IncompleteRead, Stream, connect, sleep
+from twisted_rtsig.files.opening import open_descriptor
+
+with warnings.catch_warnings():
+    # Twisted's own, about its own.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from twisted.web.resource import Resource
+    from twisted.web.server import Site
+    from twisted.web.static import Data, File
+
+    from twisted_rtsig.files.web import StaticResource
+
+# What Twisted itself says when it answers that there is no such file.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+SIZE = 1_000_000
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "served"
+    (folder / "sub" / "with index").mkdir(parents=True)
+    (folder / "sub" / "with index" / "index.html").write_bytes(b"<p>index</p>")
+    (folder / "empty").write_bytes(b"")
+    (folder / "page.html").write_bytes(b"<p>page</p>")
+    (folder / "archive.tar.gz").write_bytes(b"not really")
+    (folder / "näme.txt").write_bytes(b"text")
+    (folder / "no type").write_bytes(b"?")
+    (folder / "big.bin").write_bytes(os.urandom(SIZE))
+    (tmp_path / "secret").write_bytes(b"secret")
+    return folder
+
+
+class Response:
+    def __init__(self, head: bytes, body: bytes) -> None:
+        first, *lines = head.split(b"\r\n")
+        self.status = int(first.split()[1])
+        pairs = [line.split(b": ", 1) for line in lines]
+        self.headers = {name.lower(): value for name, value in pairs}
+        self.body = body
+
+
+class Web:
+    """A site, and a client."""
+
+    def __init__(self, reactor: Any, resource: Any) -> None:
+        self.reactor = reactor
+        site = Site(resource, reactor=reactor)
+        site.noisy = False
+        self.port = reactor.listenTCP(0, site, interface="127.0.0.1")
+
+    async def connect(self) -> Stream:
+        port = self.port.getHost().port
+        return await connect(TCP4ClientEndpoint(self.reactor, "127.0.0.1", port))
+
+    async def get(self, path: str, method: str = "GET", **headers: str) -> Response:
+        async with await self.connect() as stream:
+            await self.ask(stream, path, method, **headers)
+            chunks = []
+            while chunk := await stream.read():
+                chunks.append(chunk)
+        head, _, body = b"".join(chunks).partition(b"\r\n\r\n")
+        return Response(head, body)
+
+    async def ask(
+        self, stream: Stream, path: str, method: str = "GET", **headers: str
+    ) -> None:
+        lines = [f"{method} {path} HTTP/1.1", "Host: here", "Connection: close"]
+        lines += [f"{name.replace('_', '-')}: {headers[name]}" for name in headers]
+        await stream.write("\r\n".join([*lines, "", ""]).encode())
+
+
+PATHS = [
+    *("/", "/empty", "/page.html", "/archive.tar.gz", "/n%C3%A4me.txt", "/no%20type"),
+    *("/big.bin", "/sub", "/sub?a=b", "/sub/", "/sub/with%20index"),
+    *("/sub/with%20index/", "/sub/with%20index/index.html"),
+    *("/nothing", "/nothing/", "/nothing/at/all", "/page.html/", "/page.html/below"),
+    *("/../secret", "/%2e%2e/secret", "/sub/..%2f..%2fsecret", "/%ff"),
+]
+RANGES = [
+    *("0-0", "0-9", "5-", "-5", "500000-", "10-5", "x-y", "1", "1000000-", "0-2000000"),
+    *("0-4,10-14", "0-0,-1", "0-4,2000000-"),
+]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("path", PATHS)
+def test_the_same_as_twisted(
+    reactor: Any, folder: Path, path: str, method: str
+) -> None:
+    same_response(reactor, folder, path, method)
+
+
+@pytest.mark.parametrize("ranges", RANGES)
+def test_ranges(reactor: Any, folder: Path, ranges: str) -> None:
+    same_response(reactor, folder, "/big.bin", Range=f"bytes={ranges}")
+
+
+def test_the_head_of_a_range(reactor: Any, folder: Path) -> None:
+    for ranges in ("0-4", "0-4,10-14", "2000000-"):
+        same_response(reactor, folder, "/big.bin", "HEAD", Range=f"bytes={ranges}")
+
+
+def same_response(
+    reactor: Any, folder: Path, path: str, method: str = "GET", **headers: str
+) -> None:
+    responses = []
+
+    async def main(resource: Any) -> None:
+        web = Web(reactor, resource)
+        responses.append(await web.get(path, method, **headers))
+        await web.port.stopListening()
+
+    for resource in (File(str(folder)), StaticResource(str(folder))):
+        run(reactor, main, resource)
+    expected, got = responses
+    assert got.status == expected.status
+    assert without_boundary(got) == without_boundary(expected)
+    if got.status != 404:
+        for response in responses:
+            response.headers.pop(b"date")
+        assert got.headers.keys() == expected.headers.keys()
+        for name in expected.headers.keys() - {b"content-type"}:
+            assert got.headers[name] == expected.headers[name], name
+
+
+def without_boundary(response: Response) -> tuple[bytes, bytes]:
+    """The type and the body."""
+    kind = response.headers.get(b"content-type", b"")
+    boundary = re.search(rb'boundary="(.*)"', kind)
+    body = b"" if response.status == 404 else response.body
+    if boundary is None:
+        return kind, body
+    return kind.replace(boundary[1], b"-"), body.replace(boundary[1], b"-")
+
+
+def test_what_file_has_no_answer_to(reactor: Any, folder: Path) -> None:
+    async def main() -> None:
+        web = Web(reactor, StaticResource(str(folder)))
+        assert (await web.get("/%00")).status == 404
+        response = await web.get("/page.html", Range="bytes=1000-,2000-")
+        assert (response.status, response.body) == (416, b"")
+        assert response.headers[b"content-range"] == b"bytes */11"
+        # What is no range at all is not minded (RFC 9110, 14.2).
+        for ranges in ("bytes=", "bytes=,", "bytes=\xe9", "bytes=0-\xb2"):
+            response = await web.get("/page.html", Range=ranges)
+            assert (response.status, response.body) == (200, b"<p>page</p>")
+        await web.port.stopListening()
+
+    run(reactor, main)
+
+
+def test_a_range_of_what_the_client_has_the_rest_of(reactor: Any, folder: Path) -> None:
+    """Or else it is all of the file that he gets (RFC 9110, 13.1.5)."""
+
+    async def main() -> None:
+        web = Web(reactor, StaticResource(str(folder)))
+        modified = (await web.get("/page.html")).headers[b"last-modified"].decode()
+        for condition, status in (
+            (modified, 206),
+            ("Sat, 01 Jan 2000 00:00:00 GMT", 200),
+            ("Fri, 01 Jan 2100 00:00:00 GMT", 200),
+            ('"a tag"', 200),
+        ):
+            response = await web.get(
+                "/page.html", Range="bytes=3-6", If_Range=condition
+            )
+            body = b"page" if status == 206 else b"<p>page</p>"
+            assert (response.status, response.body) == (status, body), condition
+        await web.port.stopListening()
+
+    run(reactor, main)
+
+
+def test_more_from_the_end_than_there_is(reactor: Any, folder: Path) -> None:
+    """That is all of it (RFC 9110, 14.1.2)."""
+    page = b"<p>page</p>"
+
+    async def main() -> None:
+        web = Web(reactor, StaticResource(str(folder)))
+        for size in (12, 1000, 1 << 70):
+            response = await web.get("/page.html", Range=f"bytes=-{size}")
+            assert (response.status, response.body) == (206, page)
+            assert response.headers[b"content-range"] == b"bytes 0-10/11"
+            assert response.headers[b"content-length"] == b"11"
+        response = await web.get("/page.html", Range="bytes=0-2,-1000")
+        assert response.status == 206
+        assert int(response.headers[b"content-length"]) == len(response.body)
+        assert b"bytes 0-2/11\r\n\r\n<p>\r\n" in response.body
+        assert b"bytes 0-10/11\r\n\r\n" + page in response.body
+        response = await web.get("/empty", Range="bytes=-5")
+        assert (response.status, response.body) == (416, b"")
+        await web.port.stopListening()
+
+    run(reactor, main)
+
+
+def test_a_range_beyond_4_gb(reactor: Any, folder: Path) -> None:
+    far = (1 << 32) + 12345
+    with (folder / "far.bin").open("wb") as file:
+        file.seek(far)
+        file.write(b"far away")
+
+    async def main() -> None:
+        web = Web(reactor, StaticResource(str(folder)))
+        response = await web.get("/far.bin", Range=f"bytes={far}-{far + 2}")
+        assert (response.status, response.body) == (206, b"far")
+        assert (await web.get("/far.bin", Range="bytes=-4")).body == b"away"
+        await web.port.stopListening()
+
+    run(reactor, main)
+
+
+def test_what_was_not_modified(reactor: Any, folder: Path) -> None:
+    async def main() -> None:
+        web = Web(reactor, StaticResource(str(folder)))
+        modified = (await web.get("/big.bin")).headers[b"last-modified"].decode()
+        again = await web.get("/big.bin", If_Modified_Since=modified)
+        assert (again.status, again.body) == (304, b"")
+        os.utime(folder / "big.bin", (2_000_000_000, 2_000_000_000))
+        later = await web.get("/big.bin", If_Modified_Since=modified)
+        assert (later.status, len(later.body)) == (200, SIZE)
+        await web.port.stopListening()
+
+    run(reactor, main)
+
+
+def test_below_another_resource(reactor: Any, folder: Path) -> None:
+    async def main() -> None:
+        root = Resource()
+        static = StaticResource(str(folder), default_type="text/x-unknown")
+        static.putChild(b"own", Data(b"its own", "text/plain"))
+        root.putChild(b"files", static)
+        root.putChild(b"file", StaticResource(str(folder / "page.html")))
+        web = Web(reactor, root)
+        assert (await web.get("/files/page.html")).body == b"<p>page</p>"
+        assert (await web.get("/files/own")).body == b"its own"
+        assert (await web.get("/file")).body == b"<p>page</p>"
+        redirected = await web.get("/files?x=y")
+        assert (redirected.status, redirected.headers[b"location"]) == (
+            302,
+            b"/files/?x=y",
+        )
+        kind = (await web.get("/files/no%20type")).headers[b"content-type"]
+        assert kind == b"text/x-unknown"
+        assert (await web.get("/files/page.html", "POST")).status == 405
+        await web.port.stopListening()
+
+    run(reactor, main)
+
+
+def test_what_cannot_be_served(reactor: Any, folder: Path) -> None:
+    async def main() -> None:
+        web = Web(reactor, StaticResource(str(folder)))
+        paths = ["/" + "n" * 300]
+        if sys.platform != "win32":
+            os.mkfifo(folder / "fifo")
+            (folder / "loop").symlink_to("loop")
+            paths += ["/fifo", "/loop"]
+        for path in paths:
+            assert (await web.get(path)).status == 404
+        await web.port.stopListening()
+
+    run(reactor, main)
+
+
+def test_what_may_not_be_read(
+    reactor: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which root may, so that the refusal is made up."""
+
+    def refuse(*args: Any) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    async def main() -> None:
+        web = Web(reactor, StaticResource(str(folder)))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", refuse)
+            assert (await web.get("/page.html")).status == 403
+        assert (await web.get("/page.html")).status == 200
+        await web.port.stopListening()
+
+    run(reactor, main)
+
+
+def test_an_index_without_an_extension(reactor: Any, folder: Path) -> None:
+    (folder / "sub" / "index").write_bytes(b"index")
+    same_response(reactor, folder, "/sub/")
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="names are text on this platform"
+)
+def test_a_listing_has_no_names_that_cannot_be_asked_for(
+    reactor: Any, folder: Path
+) -> None:
+    (folder / "sub" / os.fsdecode(b"no text \xff")).write_bytes(b"x")
+    (folder / "sub" / "text").write_bytes(b"x")
+
+    async def main() -> None:
+        web = Web(reactor, StaticResource(str(folder)))
+        response = await web.get("/sub/")
+        assert response.status == 200
+        assert b">text<" in response.body
+        assert b"no text" not in response.body
+        await web.port.stopListening()
+
+    run(reactor, main)
+
+
+def test_what_fails_is_not_told_to_be_missing(
+    reactor: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, logged: list[Any]
+) -> None:
+
+    def fail(*args: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def truncate(path: str, flags: int, permissions: int) -> Any:
+        opened = open_descriptor(path, flags, permissions)
+        os.truncate(path, 0)
+        return opened
+
+    async def main() -> None:
+        web = Web(reactor, StaticResource(str(folder)))
+        module = "twisted_rtsig.files.web"
+        monkeypatch.setattr(f"{module}.open_cached", lambda path: None)
+        monkeypatch.setattr(f"{module}.open_descriptor", fail)
+        assert (await web.get("/page.html")).status == 500
+        monkeypatch.setattr(f"{module}.open_descriptor", truncate)
+        response = await web.get("/archive.tar.gz", Range="bytes=0-3")
+        assert response.status == 500
+        about_the_file = {b"content-encoding", b"content-range", b"last-modified"}
+        assert not about_the_file & response.headers.keys()
+        assert len(response.body) == int(response.headers[b"content-length"])
+        await web.port.stopListening()
+
+    run(reactor, main)
+    failures = [each["log_failure"] for each in logged if each.get("log_failure")]
+    assert [each.type.__name__ for each in failures] == ["OSError", "FileEnded"]
+
+
+def test_a_file_that_is_truncated_while_it_is_sent(
+    reactor: Any, folder: Path, logged: list[Any]
+) -> None:
+    path = folder / "big.bin"
+    path.write_bytes(bytes(30 * SIZE))
+
+    async def main() -> None:
+        web = Web(reactor, StaticResource(str(folder)))
+        async with await web.connect() as stream:
+            await web.ask(stream, "/big.bin")
+            await stream.read_until(b"\r\n\r\n")
+            os.truncate(path, SIZE)
+            # It does not get less as if that were all.
+            with pytest.raises(IncompleteRead):
+                await stream.read_exactly(30 * SIZE)
+        await web.port.stopListening()
+
+    run(reactor, main)
+    failures = [each["log_failure"] for each in logged if each.get("log_failure")]
+    assert [failure.type.__name__ for failure in failures] == ["FileEnded"]
+
+
+@pytest.mark.parametrize("when", ["while it is opened", "while it is sent"])
+def test_a_client_that_vanishes(
+    reactor: Any,
+    folder: Path,
+    logged: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    (folder / "big.bin").write_bytes(bytes(30 * SIZE))
+
+    async def main() -> None:
+        web = Web(reactor, StaticResource(str(folder)))
+        # So that it is opened in a thread; what is read may be cached.
+        monkeypatch.setattr("twisted_rtsig.files.web.open_cached", lambda path: None)
+        disk = SlowDisk(monkeypatch, "open")
+        if when == "while it is sent":
+            disk.gate.open()
+        stream = await web.connect()
+        await web.ask(
+            stream, "/page.html" if when == "while it is opened" else "/big.bin"
+        )
+        while not disk.gate.reached.is_set():
+            await sleep(0.001)
+        if when == "while it is sent":
+            await stream.read_until(b"\r\n\r\n")
+        await stream.abort()
+        await sleep(0.01)
+        disk.gate.open()
+        while open_in(folder):
+            await sleep(0.001)
+        await web.port.stopListening()
+
+    run(reactor, main)
+    assert not [each for each in logged if each.get("log_failure")]
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "static_server.py"
+
+
+def test_the_example(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
+    if sys.platform.startswith("linux"):
+        command.append("--reactor=rtsig-epoll")
+    elif sys.platform == "win32":
+        command.append("--reactor=rtsig-iocp")
+    if sys.platform != "win32":
+        command.append("--pidfile=")
+    command += ["--nodaemon", "--python", str(EXAMPLE)]
+    environment = {**os.environ, "FOLDER": str(folder), "PORT": "0"}
+    environment["PYTHONPATH"] = str(EXAMPLE.parents[1])
+    with subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as twistd:
+        assert twistd.stdout is not None
+        try:
+            started = next(
+                found
+                for line in twistd.stdout
+                if (found := re.search(r"Site starting on (\d+)", line))
+            )
+            url = f"http://127.0.0.1:{started[1]}/big.bin"
+            with urllib.request.urlopen(url, timeout=DEADLINE) as response:
+                assert response.read() == (folder / "big.bin").read_bytes()
+        finally:
+            twistd.terminate()

@@ -1,0 +1,153 @@
+"""
+To send a file over a stream, without blocking.
+
+On a plain socket sendfile(2) does it, and nothing of the file comes to this process.
+But it waits for the disk where the file is not cached.  So a thread calls it, with a
+descriptor of its own, which stays what it is when the connection is lost.  It never
+waits for the peer: the socket does not block, and when it takes no more, the
+transport tells when there is room again.
+
+On any other transport, and whatever sendfile refuses, is read and written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet import tcp
+from twisted.internet.defer import CancelledError
+from twisted.internet.error import ConnectionClosed
+from twisted.internet.interfaces import IReactorFDSet, ISSLTransport
+
+from twisted_rtsig.coro.errors import FileEnded
+from twisted_rtsig.coro.operations import Operation
+from twisted_rtsig.coro.tasks import Task, shield, spawn
+
+if TYPE_CHECKING:
+    from twisted_rtsig.coro.streams import Stream
+    from twisted_rtsig.files.asyncfile import AsyncFile
+
+# So much is better read and written than handed to a thread.
+_LITTLE = 1 << 16
+
+# How much is read and written at a time; and how much a thread sends before it tells.
+_CHUNK = 1 << 17
+_CHUNK_OF_A_THREAD = 1 << 22
+
+
+class Sending:
+    """
+    A file, or a part of it, that is to be sent.
+
+    :ivar operation: is finished with the number of bytes that were.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        file: AsyncFile,
+        offset: int,
+        count: int | None,
+        progress: Callable[[int], object] | None,
+    ) -> None:
+        self.operation: Operation[int] = Operation()
+        self.operation.owner = self
+        self._stream = stream
+        self._file = file
+        self._offset = offset
+        self._count = count
+        self._progress = progress
+        self._sent = 0
+        self._task: Task[int] | None = None
+
+    def begin(self) -> None:
+        """It is its turn."""
+        reactor = self._stream._scheduler.reactor
+        self._task = spawn(self._send(reactor), name="send_file", reactor=reactor)
+        self._task._when_done(self._ended)
+
+    def _ended(self, task: Task[int]) -> None:
+        # What follows the file goes before whoever waits for this goes on.
+        succeeded = not (task.failed or task.cancelled)
+        self._stream._file_has_ended(succeeded or not self._sent)
+        operation = self.operation
+        error = task._see_failure().value if task.failed else CancelledError()
+        if operation.called:
+            return
+        if succeeded:
+            operation.succeed(self._sent)
+        else:
+            self.fail(error)
+
+    def fail(self, error: BaseException | None) -> None:
+        """It is not sent, or not all of it."""
+        if not self.operation.called:
+            assert error is not None
+            self.operation.fail(error, quietly=isinstance(error, ConnectionClosed))
+
+    def forget(self, operation: Operation[Any]) -> None:
+        """See ``Owner.forget``."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def waits_for(self, operation: Operation[Any]) -> str:
+        """See ``Owner.waits_for``."""
+        return f"{self._file!r} to be sent to {self._stream!r}, {self._sent} bytes yet"
+
+    async def _send(self, reactor: Any) -> int:
+        stream, file = self._stream, self._file
+        if self._count is None:
+            self._count = max(0, await file.size() - self._offset)
+        if self._count > _LITTLE and _takes_sendfile(stream.transport, reactor):
+            await self._send_by_threads(self._count)
+        while (rest := self._count - self._sent) > 0:
+            data = await file.read_at(self._offset + self._sent, min(rest, _CHUNK))
+            if not data:
+                raise FileEnded(self._sent, self._count)
+            written = stream._write_of_file(data)
+            self._count_sent(len(data))
+            await written
+        return self._sent
+
+    async def _send_by_threads(self, count: int) -> None:
+        stream = self._stream
+        socket = os.dup(stream.transport.fileno())
+        stream._tell_when_sent(True)
+        try:
+            first = True
+            while (rest := count - self._sent) > 0:
+                # Also what was written before the file.
+                await stream._all_sent(first)
+                first = False
+                # Whoever cancels this waits for the thread, which waits for the
+                # disk at most: what it has sent must be known.
+                with shield():
+                    sent, refused = await self._file._send_to(
+                        socket,
+                        self._offset + self._sent,
+                        min(rest, _CHUNK_OF_A_THREAD),
+                    )
+                self._count_sent(sent)
+                if refused:
+                    # To read and write tells why.
+                    break
+        finally:
+            os.close(socket)
+            stream._tell_when_sent(False)
+
+    def _count_sent(self, size: int) -> None:
+        self._sent += size
+        if size and self._progress is not None:
+            self._progress(self._sent)
+
+
+def _takes_sendfile(transport: Any, reactor: Any) -> bool:
+    """Whether there is nothing between a transport and its socket."""
+    return (
+        hasattr(os, "sendfile")
+        and isinstance(transport, tcp.Connection)
+        and not ISSLTransport.providedBy(transport)
+        and IReactorFDSet.providedBy(reactor)
+    )

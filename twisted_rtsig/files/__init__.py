@@ -1,0 +1,21 @@
+"""
+Files, read and written without blocking the reactor, on every reactor and
+platform.
+
+See ``docs/files.md``.  Importing this imports no reactor.
+"""
+
+from twisted_rtsig.files.asyncfile import AsyncFile, open_file
+from twisted_rtsig.files.paths import listdir, remove, rename, stat, write_file
+from twisted_rtsig.files.producer import FileProducer
+
+__all__ = [
+    "AsyncFile",
+    "FileProducer",
+    "listdir",
+    "open_file",
+    "remove",
+    "rename",
+    "stat",
+    "write_file",
+]

@@ -1,0 +1,123 @@
+"""A file for whatever in Twisted consumes data: requests, transports, protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IConsumer, IPushProducer
+from zope.interface import implementer
+
+from twisted_rtsig.coro.errors import FileEnded, StreamError
+from twisted_rtsig.coro.operations import Operation, Wait
+from twisted_rtsig.coro.tasks import Task, spawn
+from twisted_rtsig.files.asyncfile import AsyncFile
+
+# Twice as much takes longer, since the memory for it comes from the system each time.
+_CHUNK = 1 << 16
+
+Part = tuple[bytes, int, int]
+"""What comes before a part of a file; its offset; how much of it."""
+
+
+@implementer(IPushProducer)
+class FileProducer:
+    """
+    Writes a part of a file to a consumer, as fast as that takes it::
+
+        FileProducer(file).start(transport).addCallback(lambda size: ...)
+
+    :param count: how much; by default up to the end of the file.
+    :ivar produced: how much was written by now.
+    """
+
+    def __init__(
+        self, file: AsyncFile, offset: int = 0, count: int | None = None
+    ) -> None:
+        for name, value in (("offset", offset), ("count", count or 0)):
+            if value < 0:
+                raise ValueError(f"{name}={value}: 0 is the least")
+        self._file = file
+        self._offset = offset
+        self._count = count
+        self._parts: Sequence[Part] | None = None
+        self.produced = 0
+        self._task: Task[int] | None = None
+        self._paused = False
+        self._stopped = False
+        self._resumed: Operation[None] | None = None
+
+    @classmethod
+    def of_parts(cls, file: AsyncFile, parts: Sequence[Part]) -> FileProducer:
+        """One that writes several parts of a file, with something before each."""
+        producer = cls(file)
+        producer._parts = parts
+        return producer
+
+    def start(self, consumer: IConsumer, reactor: Any | None = None) -> Deferred[int]:
+        """
+        Register with a consumer, write all of it, and unregister.
+
+        :param reactor: by default that of the task, or the installed one.
+        :return: fires with C{produced} when that is done.  To cancel it is to stop.
+        :raises FileEnded: (of the Deferred) if the file is shorter.
+        :raises OSError: (of the Deferred) if it cannot be read.
+        :raises StreamError: (of the Deferred) if the consumer has stopped this.
+        """
+        self._task = spawn(
+            self._produce(consumer), name="FileProducer", reactor=reactor
+        )
+        return self._task.as_deferred()
+
+    async def _produce(self, consumer: IConsumer) -> int:
+        consumer.registerProducer(self, True)
+        try:
+            if self._parts is None:
+                count = self._count
+                if count is None:
+                    count = await self._file.size() - self._offset
+                self._parts = [(b"", self._offset, count)]
+            for before, offset, count in self._parts:
+                if before:
+                    await self._write(consumer, before)
+                end = offset + count
+                while offset < end:
+                    data = await self._file.read_at(offset, min(end - offset, _CHUNK))
+                    if not data:
+                        raise FileEnded(self.produced, self.produced + end - offset)
+                    offset += len(data)
+                    await self._write(consumer, data)
+        finally:
+            if not self._stopped:
+                consumer.unregisterProducer()
+        return self.produced
+
+    async def _write(self, consumer: IConsumer, data: bytes) -> None:
+        if self._paused:
+            self._resumed = Wait()
+            await self._resumed
+        if self._stopped:
+            raise StreamError(
+                f"the consumer has stopped after {self.produced} bytes of the file"
+            )
+        self.produced += len(data)
+        consumer.write(data)
+
+    # IPushProducer
+
+    def pauseProducing(self) -> None:
+        """See ``IPushProducer.pauseProducing``."""
+        self._paused = True
+
+    def resumeProducing(self) -> None:
+        """See ``IPushProducer.resumeProducing``."""
+        self._paused = False
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None and not resumed.called:
+            resumed.succeed(None)
+
+    def stopProducing(self) -> None:
+        """See ``IProducer.stopProducing``."""
+        self._stopped = True
+        self.resumeProducing()

@@ -1,0 +1,307 @@
+"""
+A resource of ``twisted.web`` that serves files without blocking the reactor.
+
+What it says of a file is what ``twisted.web.static.File`` says: that one is asked.
+But it neither looks for the file, nor opens or reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from twisted.internet.defer import CancelledError
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.python.filepath import FilePath, InsecurePath
+from twisted.web import http, pages, server, static
+from twisted.web.resource import IResource, Resource
+from twisted.web.util import Redirect
+
+from twisted_rtsig.coro.errors import StreamError
+from twisted_rtsig.coro.tasks import shield, spawn
+from twisted_rtsig.files.asyncfile import AsyncFile
+from twisted_rtsig.files.descriptors import Descriptor
+from twisted_rtsig.files.opening import open_cached, open_descriptor
+from twisted_rtsig.files.producer import FileProducer, Part
+from twisted_rtsig.files.workers import workers_of
+
+_log = Logger()
+
+# So much is written without a producer.
+_LITTLE = 1 << 16
+
+INDEX_NAMES = ("index.html", "index.htm", "index")
+"""The files that stand for their folder, by default."""
+
+
+class StaticResource(Resource):
+    """
+    Serves a folder and all that is in it, or a file: with ranges, conditional
+    requests and types as ``twisted.web.static.File`` has them, and listings of
+    folders without an index.
+
+    :param path: that of the folder or the file.
+    :param default_type: the type of files whose name does not tell.
+    :param index_names: the files that stand for their folder.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        default_type: str = "text/html",
+        index_names: Sequence[str] = INDEX_NAMES,
+    ) -> None:
+        super().__init__()
+        self._root = FilePath(path)
+        self._default_type = default_type
+        self._index_names = tuple(index_names)
+        self._headers = _Headers(path, default_type)
+
+    def getChild(self, path: bytes, request: Any) -> Resource:
+        """See ``IResource.getChildWithDefault``."""
+        return _Below(self, path)
+
+    def render_GET(self, request: Any) -> int:
+        """Serve the folder or the file itself."""
+        return self.serve(request, [])
+
+    render_HEAD = render_GET
+
+    def serve(self, request: Any, names: list[bytes]) -> int:
+        """Serve what is below, by the names on the way to it."""
+        # Why the client is not there any more.
+        gone: list[Failure] = []
+        task = spawn(self._serve, request, names, gone)
+
+        def leave(reason: Failure) -> None:
+            gone.append(reason)
+            task.cancel()
+
+        request.notifyFinish().addErrback(leave)
+        task.as_deferred().addErrback(_tell_failure, request, gone)
+        return server.NOT_DONE_YET
+
+    async def _serve(
+        self, request: Any, names: list[bytes], gone: list[Failure]
+    ) -> None:
+        path = self._path_of(names)
+        if path is None:
+            request.render(pages.notFound())
+            return
+        # The file is to be closed, whatever happens to the request meanwhile.
+        with shield():
+            found = await self._find(path, names[-1:] == [b""], request)
+        if not isinstance(found, AsyncFile):
+            if not gone:
+                request.render(found)
+            return
+        async with found as file:
+            # What is cached is read without a wait, where this would be cancelled.
+            parts = [] if gone else self._parts(request, file)
+            if parts:
+                await self._send(request, file, parts)
+            if not gone:
+                request.finish()
+
+    def _path_of(self, names: list[bytes]) -> FilePath[str] | None:
+        """Where something is; None if it can be nowhere."""
+        path = self._root
+        for each in names[:-1] if names[-1:] == [b""] else names:
+            try:
+                if not each:
+                    return None
+                path = path.child(each.decode())
+            except (InsecurePath, UnicodeDecodeError):
+                return None
+        return path
+
+    async def _find(
+        self, path: FilePath[str], is_folder: bool, request: Any
+    ) -> AsyncFile | IResource:
+        """A file to be sent, or what is to be rendered in its place."""
+        workers = workers_of(None)
+        name = os.path.join(path.path, *self._index_names[:1] if is_folder else ())
+        opened = open_cached(name)
+        if opened is not None:
+            return AsyncFile(opened[0], name, "rb", opened[1], workers)
+        try:
+            found = await workers.call(
+                f"to open {path.path!r}", self._open, path.path, is_folder, request.uri
+            )
+        except PermissionError:
+            return pages.forbidden()
+        except ValueError:
+            # No file has such a name.
+            return pages.notFound()
+        except OSError as error:
+            if error.errno not in _NOT_FOUND:
+                raise
+            return pages.notFound()
+        if isinstance(found, Resource):
+            return found
+        if found is None:
+            location, mark, query = request.uri.partition(b"?")
+            return Redirect(location + b"/" + mark + query)
+        name, descriptor, stat = found
+        return AsyncFile(descriptor, name, "rb", stat, workers)
+
+    def _open(self, path: str, is_folder: bool, uri: bytes) -> _Found:
+        """In a thread: open it, or an index."""
+        if not os.path.isdir(path):
+            if is_folder:
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            return path, *open_descriptor(path, os.O_RDONLY, 0)
+        if not is_folder:
+            return None
+        for name in self._index_names:
+            index = os.path.join(path, name)
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                return index, *open_descriptor(index, os.O_RDONLY, 0)
+        names = filter(_can_be_asked_for, sorted(os.listdir(path)))
+        lister = static.DirectoryLister(
+            path, list(names), defaultType=self._default_type
+        )
+        page = _Page(uri)
+        return static.Data(lister.render(page), page.type.decode())
+
+    def _parts(self, request: Any, file: AsyncFile) -> list[Part]:
+        """Set the headers; return what is to be sent."""
+        request.setHeader(b"accept-ranges", b"bytes")
+        if request.setLastModified(file._opened.st_mtime) is http.CACHED:
+            return []
+        headers = self._headers
+        headers.describe(str(file.name), file._opened.st_size)
+        if request.method == b"HEAD" or not _is_ranged(request):
+            # A range is of what is sent.
+            request.requestHeaders.removeHeader(b"range")
+        producer = headers.makeProducer(request, None)
+        if request.method == b"HEAD":
+            return []
+        if isinstance(producer, static.MultipleRangeStaticProducer):
+            if request.code == http.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return []
+            return list(producer.rangeInfo)
+        if isinstance(producer, static.SingleRangeStaticProducer):
+            return [(b"", producer.offset, producer.size)]
+        return [(b"", 0, file._opened.st_size)]
+
+    async def _send(self, request: Any, file: AsyncFile, parts: list[Part]) -> None:
+        before, offset, count = parts[0]
+        if len(parts) == 1 and not before and count <= _LITTLE:
+            data = await file.read_at(offset, count)
+            if len(data) == count:
+                request.write(data)
+                return
+        await FileProducer.of_parts(file, parts).start(request)
+
+
+class _Below(Resource):
+    """What is below a :class:`StaticResource`."""
+
+    isLeaf = True
+
+    def __init__(self, root: StaticResource, name: bytes) -> None:
+        super().__init__()
+        self._root = root
+        self._name = name
+
+    def render_GET(self, request: Any) -> int:
+        return self._root.serve(request, [self._name, *request.postpath])
+
+    render_HEAD = render_GET
+
+
+class _Headers(static.File):
+    """What Twisted says of a file, without a look at it."""
+
+    def describe(self, name: str, size: int) -> None:
+        """The next file has this name and size."""
+        self.type, self.encoding = static.getTypeAndEncoding(
+            name, self.contentTypes, self.contentEncodings, self.defaultType
+        )
+        self._size = size
+
+    def getFileSize(self) -> int:
+        """See ``File.getFileSize``."""
+        return self._size
+
+    def _parseRangeHeader(self, range: bytes) -> list[tuple[int | None, int | None]]:
+        found: list[tuple[int | None, int | None]] = super()._parseRangeHeader(range)
+        if not found:
+            raise ValueError("No range at all")
+        return found
+
+    def _rangeToOffsetAndSize(
+        self, start: int | None, end: int | None
+    ) -> tuple[int, int]:
+        if start is None and end is not None:
+            # More from the end than there is, is all of it.
+            end = min(end, self._size)
+        found: tuple[int, int] = super()._rangeToOffsetAndSize(start, end)
+        return found
+
+
+class _Page:
+    """What a listing knows of the request; in a thread, which has no other."""
+
+    def __init__(self, uri: bytes) -> None:
+        self.uri = uri
+        self.type = b""
+
+    def setHeader(self, name: bytes, value: bytes) -> None:
+        self.type = value
+
+
+# A file, a listing, or nothing: a folder whose name lacks the slash.
+_Found = tuple[str, Descriptor, os.stat_result] | Resource | None
+
+
+# That there is no such file, or none that can be served: a FIFO, for example.
+_NOT_FOUND = frozenset(
+    {
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL),
+        *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO),
+    }
+)
+
+
+def _can_be_asked_for(name: str) -> bool:
+    """Whether a URL can have this name in it, which is UTF-8 then."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_ranged(request: Any) -> bool:
+    """Whether a range is asked for, and of the file as it is (RFC 9110, 13.1.5)."""
+    ranges = request.getHeader(b"range")
+    condition = request.getHeader(b"if-range")
+    # Twisted fails to log what is no text.  And no entity tag was ever given.
+    return (
+        ranges is not None
+        and ranges.isascii()
+        and condition in (None, http.datetimeToString(request.lastModified))
+    )
+
+
+def _tell_failure(failure: Failure, request: Any, gone: list[Failure]) -> None:
+    if failure.check(CancelledError, StreamError):
+        # The client has gone.
+        return
+    if gone or request.startedWriting:
+        _log.failure("{uri} was not served", failure, uri=request.uri)
+        if not request.finished:
+            # What was sent is less than what was promised.
+            request.loseConnection()
+    else:
+        # What was to be sent is not.
+        for name in (b"accept-ranges", b"content-encoding", b"content-range"):
+            request.responseHeaders.removeHeader(name)
+        request.lastModified = None
+        request.processingFailed(failure)
