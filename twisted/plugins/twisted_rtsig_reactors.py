@@ -14,4 +14,22 @@ rtsig_epoll = Reactor(
     "Linux epoll, edge-triggered, under the same engine (twisted-rtsig).",
 )
 
-__all__ = ["rtsig", "rtsig_epoll"]
+rtsig_kqueue = Reactor(
+    "rtsig-kqueue",
+    "twisted_rtsig.kqreactor",
+    "BSD and macOS kqueue, under the same engine (twisted-rtsig).",
+)
+
+rtsig_iocp = Reactor(
+    "rtsig-iocp",
+    "twisted_rtsig.iocpreactor",
+    "Windows completion port, for sockets of any kind and number (twisted-rtsig).",
+)
+
+rtsig_auto = Reactor(
+    "rtsig-auto",
+    "twisted_rtsig.autoreactor",
+    "The reactor of twisted-rtsig for this system.",
+)
+
+__all__ = ["rtsig", "rtsig_auto", "rtsig_epoll", "rtsig_iocp", "rtsig_kqueue"]
