@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
+from twisted.internet.ssl import PrivateCertificate
 from twisted.logger import ILogObserver, globalLogPublisher
 
-from tests.support import dispose
+from tests.support import dispose, make_certificate
 
 
 def _asyncio() -> Any:
@@ -36,6 +38,10 @@ def _reactors() -> dict[str, Callable[[], Any]]:
         reactors["epoll"] = EPollReactor
         reactors["rtsig-epoll"] = EdgeEPollReactor
         reactors["rtsig"] = RealtimeSignalReactor
+    if sys.platform == "win32":
+        from twisted_rtsig.iocpreactor import CompletionPortReactor
+
+        reactors["rtsig-iocp"] = CompletionPortReactor
     return reactors
 
 
@@ -57,8 +63,18 @@ def reactor(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.fixture
 def logged() -> Iterator[list[Any]]:
     """The events that are logged, failures and others, to be looked at."""
+    # A task that failed in an earlier test tells of it when it is collected.
+    gc.collect()
     events: list[Any] = []
     observer = cast(ILogObserver, events.append)
     globalLogPublisher.addObserver(observer)
     yield events
     globalLogPublisher.removeObserver(observer)
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> PrivateCertificate:
+    """Of this machine, by its address."""
+    files = make_certificate(tmp_path_factory.mktemp("certificate"))
+    pem = b"".join(each.read_bytes() for each in files)
+    return cast(PrivateCertificate, PrivateCertificate.loadPEM(pem))

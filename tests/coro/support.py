@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from typing import Any
@@ -65,7 +66,9 @@ def run_for_real(reactor: Any, function: Callable[..., Any]) -> Any:
     return tasks[0].result()
 
 
-_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+_HANDLED = [signal.SIGINT, signal.SIGTERM]
+if sys.platform != "win32":
+    _HANDLED.append(signal.SIGCHLD)
 
 
 async def listen(reactor: Any, handler: Any, **options: Any) -> Server:

@@ -44,7 +44,7 @@ from tests.coro.test_examples import (
     time_out_in_chat,
 )
 from tests.coro.test_examples import reactor as reactor
-from twisted_rtsig import coro
+from twisted_rtsig import coro, files
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -189,8 +189,14 @@ class Section:
     ids=[f"{page.stem}, {title}" for page, title in SECTIONS],
 )
 def test_the_page_is_right(
-    reactor: Any, page: Path, title: str, logged: list[Any]
+    reactor: Any,
+    page: Path,
+    title: str,
+    logged: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     # A reactor that is only iterated is not told that a child has ended.
     LoopingCall(reapAllProcesses).start(0.01)
     Section(reactor, page, title).run()
@@ -235,10 +241,14 @@ def test_the_pages_name_what_there_is() -> None:
     for option in {*options} - {"self", "handler"}:
         assert f"| `{option}` |" in page, option
     text = "".join(each.read_text() for each in PAGES)
-    for name in coro.__all__:
+    for name in (*coro.__all__, *files.__all__):
         assert re.search(rf"\b{name}\b", text), name
     page = (DOCS / "channels.md").read_text()
     for shared in SHARED:
         for name in vars(shared):
             if not name.startswith("_") and name not in NOT_FOR_TASKS:
                 assert re.search(rf"\b{name}\b", page), name
+    page = (DOCS / "files.md").read_text()
+    for name in vars(files.AsyncFile):
+        if not name.startswith("_") and name not in NOT_FOR_TASKS:
+            assert re.search(rf"\b{name}\b", page), name

@@ -196,6 +196,41 @@ def test_signals(reactor: Any) -> None:
     run_for_real(reactor, main)
 
 
+def test_the_end_of_a_block_is_the_end_of_the_process(reactor: Any) -> None:
+    async def main() -> None:
+        with pytest.raises(TimeoutError), timeout(0.01):
+            async with open_process(["sleep", "60"]) as process:
+                pass
+        assert await process.wait() == -signal.SIGKILL
+        # It gets all that was written before, though nobody has waited for that.
+        async with open_process(["sh", "-c", "test $(wc -c) = 1048576"]) as process:
+            process.stream.write(bytes(1 << 20))
+        assert await process.wait() == 0
+
+    run_for_real(reactor, main)
+
+
+def test_a_process_that_nobody_can_wait_for(reactor: Any) -> None:
+    async def main() -> None:
+        processes = []
+
+        async def body() -> None:
+            async with open_process(["sleep", "60"]) as process:
+                processes.append(process)
+                await process.wait()
+
+        abandoned = body()
+        task = spawn(abandoned)
+        await sleep(0)
+        # As the garbage collector does.
+        abandoned.close()
+        assert await processes[0].wait() == -signal.SIGKILL
+        with pytest.raises(RuntimeError, match="already awaited"):
+            await task
+
+    run_for_real(reactor, main)
+
+
 def test_no_such_program(reactor: Any) -> None:
     with pytest.raises(FileNotFoundError, match="no such program in PATH"):
         open_process(["no-such-program-anywhere"], reactor=reactor)

@@ -10,7 +10,7 @@ import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from twisted.internet.endpoints import SSL4ServerEndpoint, TCP4ServerEndpoint
@@ -21,7 +21,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.python.threadpool import ThreadPool
 
 from tests.coro.support import run
-from tests.support import DEADLINE, make_certificate
+from tests.support import DEADLINE
 from twisted_rtsig.coro import CoroutineFactory, Stream, serve, sleep
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -40,13 +40,6 @@ def resident() -> int:
     if not statm.exists():
         pytest.skip("there is no /proc that tells how much memory a process has")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> PrivateCertificate:
-    files = make_certificate(tmp_path_factory.mktemp("certificate"))
-    pem = b"".join(each.read_bytes() for each in files)
-    return cast(PrivateCertificate, PrivateCertificate.loadPEM(pem))
 
 
 @pytest.fixture(params=["plain", "TLS"])

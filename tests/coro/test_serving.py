@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Generator
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from twisted.application.internet import StreamServerEndpointService
@@ -18,13 +18,13 @@ from twisted.internet.endpoints import (
     wrapClientTLS,
 )
 from twisted.internet.error import ConnectError, ConnectionAborted, ConnectionClosed
+from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.ssl import PrivateCertificate, optionsForClientTLS
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
-from tests.coro.support import call, client_endpoint, listen, run, spin
-from tests.support import make_certificate
+from tests.coro.support import call, client_endpoint, connected, listen, run, spin
 from twisted_rtsig.coro import (
     Cancelled,
     CoroutineFactory,
@@ -48,14 +48,6 @@ Logged = list[dict[str, Any]]
 
 def failures(logged: Logged) -> list[Any]:
     return [each["log_failure"].value for each in logged if each.get("log_failure")]
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> PrivateCertificate:
-    """Of this machine, by its address."""
-    files = make_certificate(tmp_path_factory.mktemp("certificate"))
-    pem = b"".join(each.read_bytes() for each in files)
-    return cast(PrivateCertificate, PrivateCertificate.loadPEM(pem))
 
 
 async def _until_told(stream: Stream) -> None:
@@ -137,6 +129,22 @@ def test_a_generator_that_raises(reactor: Any, logged: Logged) -> None:
 async def _in_a_group(stream: Stream) -> None:
     async with TaskGroup() as group:
         group.spawn(_until_told, stream)
+
+
+def test_a_handler_that_takes_no_stream(reactor: Any, logged: Logged) -> None:
+    async def handler() -> None:
+        """It forgets the argument."""
+
+    async def main() -> None:
+        server = await listen(reactor, handler)
+        async with await call(reactor, server) as stream:
+            with pytest.raises(ConnectionClosed):
+                await stream.read()
+        await server.stop(60)
+
+    run(reactor, main)
+    [error] = failures(logged)
+    assert "takes 0 positional arguments" in str(error)
 
 
 @pytest.mark.parametrize("handler", [_until_told, _in_a_group])
@@ -236,6 +244,37 @@ def test_stop_cancels_who_does_not_finish(reactor: Any, logged: Logged) -> None:
     assert failures(logged) == []
 
 
+def test_stop_does_not_wait_for_a_peer_that_does_not_read(reactor: Any) -> None:
+    async def handler(stream: Stream) -> None:
+        stream.write(bytes(1 << 24))
+
+    async def main() -> None:
+        server = await listen(reactor, handler)
+        async with await call(reactor, server) as stream:
+            stream.transport.pauseProducing()
+            while not server.factory.connections:
+                await sleep(0)
+            await server.stop(0.01)
+
+    run(reactor, main)
+
+
+def test_stop_can_be_hurried(reactor: Any) -> None:
+    """As by a second Ctrl-C."""
+
+    async def main() -> None:
+        server = await listen(reactor, _until_told)
+        async with await call(reactor, server) as stream:
+            await stream.write(b"what?\n")
+            await stream.read_line()
+            first = spawn(lambda: server.stop(60))
+            await sleep(0)
+            await server.stop(0.01)
+            await first
+
+    run(reactor, main)
+
+
 def test_a_cancelled_handler_can_say_goodbye(reactor: Any) -> None:
     async def handler(stream: Stream) -> None:
         try:
@@ -300,6 +339,25 @@ def test_max_connections(reactor: Any) -> None:
         await server.stop()
 
     run(reactor, main)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_connections": -1},
+        {"idle_timeout": 0},
+        {"read_timeout": -1},
+        {"handshake_timeout": 0},
+    ],
+)
+def test_limits_that_cannot_be(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        CoroutineFactory(_until_told, **wrong)
+
+
+def test_what_is_no_handler() -> None:
+    with pytest.raises(TypeError, match="function of a stream"):
+        CoroutineFactory(5)  # type: ignore[arg-type]
 
 
 class _Transport(StringTransport):
@@ -480,6 +538,51 @@ def test_start_tls(reactor: Any, certificate: PrivateCertificate) -> None:
         return secret
 
     assert run(reactor, main) == b"secret"
+
+
+def test_tls_is_started_once(reactor: Any, certificate: PrivateCertificate) -> None:
+    async def handler(stream: Stream) -> None:
+        # Unless it is on a TLS endpoint.
+        if not ISSLTransport.providedBy(stream.transport):
+            await stream.start_tls(certificate.options())
+        for _ in range(2):
+            with pytest.raises(StreamError, match="encrypted already"):
+                stream.start_tls(certificate.options())
+        await stream.write(b"fine\n")
+
+    async def main() -> None:
+        options = optionsForClientTLS("127.0.0.1", certificate)
+        server = await listen(reactor, handler)
+        async with await call(reactor, server) as stream:
+            await stream.start_tls(options)
+            assert await stream.read_line() == b"fine"
+            with pytest.raises(StreamError, match="encrypted already"):
+                stream.start_tls(options)
+        await server.stop()
+        endpoint = _tls_endpoint(reactor, certificate)
+        server = await serve(endpoint, handler, reactor=reactor)
+        client = wrapClientTLS(options, client_endpoint(reactor, server))
+        async with await connect(client) as stream:
+            assert await stream.read_line() == b"fine"
+        await server.stop()
+
+    run(reactor, main)
+
+
+def test_no_tls_where_one_side_has_ended(reactor: Any) -> None:
+    async def main() -> None:
+        for end in ("write_eof", "close"):
+            async with connected(reactor) as (stream, _):
+                getattr(stream, end)()
+                with pytest.raises(StreamError, match=end):
+                    await stream.start_tls(None)
+        async with connected(reactor) as (stream, peer):
+            peer.shutdown(socket.SHUT_WR)
+            assert await stream.read() == b""
+            with pytest.raises(StreamError, match="ended"):
+                await stream.start_tls(None)
+
+    run(reactor, main)
 
 
 def test_what_was_injected_before_tls_is_refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Generator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -194,6 +195,56 @@ def test_bad_arguments(reactor: Any) -> None:
     run(reactor, main)
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda stream: stream.read(2.5),
+        lambda stream: stream.read_exactly(2.5),
+        lambda stream: stream.read_line(2.5),
+        lambda stream: stream.read_until("\n"),
+        lambda stream: stream.read_until_regex("\n"),
+    ],
+)
+def test_bad_arguments_are_the_readers_error(reactor: Any, read: Any) -> None:
+    """Also when it waits already, and the transport brings what it waits for."""
+
+    async def main() -> None:
+        async with connected(reactor) as (stream, peer):
+
+            async def reader() -> None:
+                with pytest.raises(TypeError):
+                    await read(stream)
+
+            reading = spawn(reader)
+            await sleep(0)
+            peer.sendall(b"a line\n")
+            await reading
+            assert await stream.read_line() == b"a line"
+            assert not stream.lost
+
+    run(reactor, main)
+
+
+def test_matches_without_any_bytes(reactor: Any) -> None:
+    async def main() -> None:
+        async with connected(reactor) as (stream, peer):
+            reading = stream.read_until_regex(rb"x*")
+            peer.sendall(b"one two=2")
+            assert await reading == b""
+            # What it looks at, ahead or behind, is no part of it.
+            assert await stream.read_until_regex(rb"(?= )") == b"one"
+            assert await stream.read_until_regex(rb"(?<=o)(?==)") == b" two"
+            with pytest.raises(DelimiterNotFound):
+                await stream.read_until_regex(rb"=(?=2)", 1)
+            assert await stream.read_until_regex(rb"=(?=2)", 2) == b"="
+            assert await stream.read_until_regex(rb"\d|$") == b"2"
+            peer.shutdown(socket.SHUT_WR)
+            assert await stream.read() == b""
+            assert await stream.read_until_regex(rb"$") == b""
+
+    run(reactor, main)
+
+
 def test_only_one_reads_at_a_time(reactor: Any) -> None:
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
@@ -256,6 +307,81 @@ def test_after_the_end_of_output(reactor: Any) -> None:
             await stream.close()
             with pytest.raises(Exception, match="closed"):
                 await stream.write(b"x")
+
+    run(reactor, main)
+
+
+def test_the_end_of_output_comes_after_all_of_it(reactor: Any) -> None:
+    """Also if nobody has waited for room."""
+
+    async def main() -> int:
+        received = 0
+        async with connected(reactor) as (stream, peer):
+            stream.write(bytes(1 << 24))
+            ending = stream.write_eof()
+            while True:
+                await sleep(0)
+                with suppress(BlockingIOError):
+                    size = len(peer.recv(1 << 20))
+                    if not size:
+                        break
+                    received += size
+            await ending
+        return received
+
+    assert run(reactor, main) == 1 << 24
+
+
+def test_one_who_waits_for_the_end_of_output_is_cancelled(reactor: Any) -> None:
+    """And nobody else."""
+
+    async def main() -> None:
+        async with connected(reactor) as (stream, peer):
+            stream.write(bytes(1 << 24))
+            first, second = (spawn(stream.write_eof) for _ in range(2))
+            await sleep(0)
+            assert "everything to be sent" in str(second.waits_for())
+            first.cancel()
+            while not second.done:
+                with suppress(BlockingIOError):
+                    peer.recv(1 << 20)
+                await sleep(0)
+            await stream.write_eof()
+            assert first.cancelled
+
+    run(reactor, main)
+
+
+def test_the_end_of_a_block_does_not_wait_for_ever(reactor: Any) -> None:
+    """The peer reads nothing."""
+
+    async def main() -> None:
+        async with connected(reactor) as (stream, _):
+            with pytest.raises(TimeoutError), timeout(0.01):
+                async with stream:
+                    stream.write(bytes(1 << 24))
+            await stream.close()
+            assert stream.lost
+
+    run(reactor, main)
+
+
+def test_a_block_that_nobody_can_end(reactor: Any) -> None:
+    async def main() -> None:
+        async def body() -> None:
+            async with stream:
+                await stream.read()
+
+        async with connected(reactor) as (stream, _):
+            abandoned = body()
+            task = spawn(abandoned)
+            await sleep(0)
+            # As the garbage collector does.
+            abandoned.close()
+            await stream.close()
+            assert stream.lost
+            with pytest.raises(RuntimeError, match="already awaited"):
+                await task
 
     run(reactor, main)
 

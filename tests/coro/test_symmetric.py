@@ -291,9 +291,15 @@ def test_one_that_was_not_started_is_cancelled(clock: Clock) -> None:
     async def end(value: Any) -> None:
         pass
 
+    async def transfers() -> None:
+        await transfer(other)
+
     other = symmetric(end, reactor=clock)
     other.cancel()
     assert other.cancelled
+    task = spawn(transfers, reactor=clock)
+    with pytest.raises(TransferError, match="has ended"):
+        task.result()
 
 
 def test_a_timeout_around_a_transfer(clock: Clock) -> None:

@@ -21,6 +21,7 @@ from twisted.internet.task import Clock
 
 from twisted_rtsig.coro import (
     Cancelled,
+    Event,
     NoTaskError,
     Task,
     TaskGroup,
@@ -407,6 +408,55 @@ def test_it_waits_for_the_cleaning_up_of_what_it_waits_for(clock: Clock) -> None
     assert task.cancelled
 
 
+@pytest.mark.parametrize("which", [-1, 19_800], ids=["the last", "one before it"])
+def test_a_long_chain_is_cancelled(clock: Clock, which: int) -> None:
+    """The first one is told at once, then each that waits for one before."""
+    told: list[int] = []
+
+    async def wait(number: int, awaited: Any) -> None:
+        try:
+            await awaited
+        except Cancelled:
+            told.append(number)
+            raise
+        except CancelledError:
+            # It was not cancelled itself.
+            told.append(-number)
+            raise
+
+    last: Any = Deferred()
+    tasks: list[Task[None]] = []
+    for number in range(20_000):
+        last = spawn(wait, number, last, reactor=clock)
+        tasks.append(last)
+    tasks[which].cancel()
+    while not last.done:
+        clock.advance(0)
+    cancelled = list(range(20_000))[: which + 1 or None]
+    assert told == [*cancelled, *(-n for n in range(len(cancelled), 20_000))]
+    assert all(tasks[number].cancelled for number in cancelled)
+    for task in tasks[len(cancelled) :]:
+        with pytest.raises(CancelledError):
+            task.result()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_circle_is_cancelled(clock: Clock, length: int) -> None:
+    """Tasks that wait for each other, or one that waits for itself."""
+    begin: Deferred[None] = Deferred()
+    tasks: list[Task[None]] = []
+
+    async def wait(number: int) -> None:
+        await begin
+        await tasks[(number + 1) % length]
+
+    tasks += [spawn(wait, number, reactor=clock) for number in range(length)]
+    begin.callback(None)
+    assert not any(each.done for each in tasks)
+    tasks[0].cancel()
+    assert all(each.cancelled for each in tasks)
+
+
 @pytest.mark.parametrize("late", [succeed, fail])
 def test_what_was_abandoned_is_not_logged(
     clock: Clock, logged: list[Any], late: Any
@@ -664,6 +714,64 @@ def test_to_cancel_the_outside_cancels_the_group(clock: Clock) -> None:
     clock.advance(1)
     task.result()
     assert tasks[0].cancelled
+
+
+def test_they_are_cancelled_once_and_can_clean_up(clock: Clock) -> None:
+    cleaned_up: list[int] = []
+
+    async def cleans_up(seconds: int) -> None:
+        try:
+            await sleep(10)
+        finally:
+            await sleep(seconds)
+            cleaned_up.append(seconds)
+            if seconds == 1:
+                raise ValueError("cleaning up")
+
+    async def main() -> None:
+        async with TaskGroup() as group:
+            group.spawn(cleans_up, 1)
+            group.spawn(cleans_up, 2)
+            await _after(1, KeyError("block"))
+
+    task = spawn(main, reactor=clock)
+    clock.pump([1, 1])
+    # As by a timeout around the group, while it waits for them.
+    task.cancel()
+    clock.advance(1)
+    with pytest.raises(ExceptionGroup) as caught:
+        task.result()
+    assert {type(each) for each in caught.value.exceptions} == {KeyError, ValueError}
+    assert cleaned_up == [1, 2]
+
+
+def test_the_last_one_ends_while_the_group_is_cancelled(clock: Clock) -> None:
+    event = Event()
+
+    async def main() -> None:
+        async with TaskGroup() as group:
+            group.spawn(event.wait)
+
+    async def ends_and_cancels() -> None:
+        event.set()
+        task.cancel()
+
+    task = spawn(main, reactor=clock)
+    assert spawn(ends_and_cancels, reactor=clock).done
+    assert task.cancelled
+
+
+def test_a_group_that_nobody_can_end(clock: Clock) -> None:
+    async def main() -> None:
+        async with TaskGroup() as group:
+            group.spawn(sleep, 1)
+            await Event().wait()
+
+    body = main()
+    task = spawn(body, reactor=clock)
+    # As the garbage collector does.
+    body.close()
+    assert not task.done
 
 
 def test_to_cancel_the_group(clock: Clock) -> None:

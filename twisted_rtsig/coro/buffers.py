@@ -62,8 +62,9 @@ class ReadBuffer:
             self.start = self._searched = 0
             return bytes(data[start:])
         if type(data) is bytes:
+            taken = data[start:end]
             self.start = end
-            return data[start:end]
+            return taken
         taken = bytes(memoryview(data)[:size])
         del data[:size]  # type: ignore[union-attr]
         self._searched = max(0, self._searched - size)

@@ -74,6 +74,21 @@ class UnreadPlaintext(StreamError):
         )
 
 
+class FileEnded(EOFError):
+    """
+    A file has ended before all of it was sent that was asked for.
+
+    :ivar sent: how many bytes were.
+    """
+
+    def __init__(self, sent: int, count: int) -> None:
+        super().__init__(
+            f"the file has ended after {sent} of the {count} bytes to be sent: it has "
+            "become shorter, or always was"
+        )
+        self.sent = sent
+
+
 class WouldBlock(Exception):
     """What was to be done at once can only be waited for."""
 

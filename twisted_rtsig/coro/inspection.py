@@ -43,13 +43,7 @@ def format_tasks(reactor: Any | None = None) -> str:
     :param reactor: only the tasks of this reactor.
     """
     now = time.monotonic()
-    tasks = {
-        each
-        for each in gc.get_objects()
-        if type(each) is Task
-        and not each.done
-        and (reactor is None or each.reactor is reactor)
-    }
+    tasks = tasks_of(reactor)
     if not tasks:
         return "There are no tasks."
     below: dict[Task[Any] | None, list[Task[Any]]] = {}
@@ -64,6 +58,17 @@ def format_tasks(reactor: Any | None = None) -> str:
         lines += [indent + line for line in _describe(task, now)]
         rest += [(each, indent + _INDENT) for each in reversed(below.get(task, []))]
     return "\n".join(lines)
+
+
+def tasks_of(reactor: Any | None) -> set[Task[Any]]:
+    """All that have not ended; those of one reactor, if one is given."""
+    return {
+        each
+        for each in gc.get_objects()
+        if type(each) is Task
+        and not each.done
+        and (reactor is None or each.reactor is reactor)
+    }
 
 
 def log_tasks_on_signal(number: int | None = None) -> None:
@@ -95,7 +100,11 @@ def _describe(task: Task[Any], now: float) -> Iterator[str]:
     else:
         state = "runs" if task is running.task else "is about to run"
     yield f"{task.name}: {now - task._since:.1f} s, {state}"
-    frames = stack_of_running(sys._getframe()) if state == "runs" else _stack(task)
+    frames = (
+        stack_of_running(sys._getframe())
+        if state == "runs"
+        else stack_of_body(task._body)
+    )
     for line in in_words(frames):
         yield f"{_INDENT}at {line}"
 
@@ -119,9 +128,9 @@ def stack_of_running(innermost: FrameType) -> list[FrameType]:
     return frames[::-1]
 
 
-def _stack(task: Task[Any]) -> Iterator[FrameType]:
-    # It has none before it begins.
-    each: Any = task._body
+def stack_of_body(body: Any) -> Iterator[FrameType]:
+    """Of a coroutine or generator that waits; None has none."""
+    each = body
     while each is not None:
         for kind in ("cr", "gi"):
             frame: FrameType | None = getattr(each, f"{kind}_frame", None)

@@ -110,8 +110,9 @@ class Operation(Deferred[T]):
         else:
             # As in Scheduler.resume.
             waiter._waiting_on = None
+            waiter._value = value
             scheduler = waiter._scheduler
-            scheduler._ready.append((waiter, value, None))
+            scheduler._ready.append(waiter)
             if not scheduler._busy:
                 scheduler._run()
 

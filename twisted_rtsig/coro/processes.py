@@ -75,8 +75,8 @@ class Process:
     """
     A child process.  Made by :func:`open_process`.
 
-    As an asynchronous context manager it waits for the end of the process, and
-    kills it if the block is left by an exception.
+    As an asynchronous context manager it closes the standard input and waits for the
+    end of the process; and kills it if the block, or that wait, ends by an exception.
 
     :ivar stream: writes to its standard input, and reads from its standard output.
     :ivar errors: reads from its standard error.
@@ -131,14 +131,21 @@ class Process:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._status is None:
+        try:
             if error is None:
-                self._transport.closeStdin()
-            else:
+                self.stream.write_eof()
+                await self.wait()
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            if self._status is None:
                 self.send_signal("KILL")
-            await self.wait()
-        self.stream.close()
-        self.errors.close()
+                # Unless nobody can resume this any more.
+                if not isinstance(error, GeneratorExit):
+                    await self.wait()
+            self.stream.close()
+            self.errors.close()
 
     def forget(self, operation: Operation[Any]) -> None:
         """See ``Owner.forget``."""

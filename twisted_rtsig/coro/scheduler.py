@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 _STEPS_IN_A_TURN = 500
 _TRANSFERS_IN_A_STEP = range(100)
 
-_Ready = tuple["Task[Any]", Any, "BaseException | None"]
-
 
 class _Running:
     """
@@ -87,7 +85,9 @@ class Scheduler:
 
     def __init__(self, reactor: Any) -> None:
         self.reactor = reactor
-        self._ready: list[_Ready] = []
+        # With what each is to be resumed is kept in the task: a tuple for each would
+        # stay until the last one has run, and the garbage collector would see it.
+        self._ready: list[Task[Any]] = []
         self._next_turn: list[Callable[[], object]] = []
         self._running = False
         # Whether those who are ready are run already, or will be in the next turn.
@@ -97,7 +97,9 @@ class Scheduler:
         self, task: Task[Any], value: Any, error: BaseException | None = None
     ) -> None:
         """Run a task until it waits again: now, or after those that are ready."""
-        self._ready.append((task, value, error))
+        task._value = value
+        task._error = error
+        self._ready.append(task)
         if not self._busy:
             self._run()
 
@@ -135,14 +137,18 @@ class Scheduler:
         task: Any
         target: Any
         try:
-            for task, value, error in islice(upcoming, _STEPS_IN_A_TURN):
+            for task in islice(upcoming, _STEPS_IN_A_TURN):
                 running.task = task
+                value = task._value
+                error = task._error
+                task._value = None
                 # Until it waits.
                 while True:
                     try:
                         if error is None:
                             awaited = task._context.run(task._send, task._body, value)
                         else:
+                            task._error = None
                             awaited = task._context.run(task._body.throw, error)
                             error = None
                         if awaited is handover:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.internet.error import ConnectionClosed
 from twisted.internet.interfaces import (
     IHalfCloseableProtocol,
@@ -21,10 +21,10 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from twisted_rtsig.coro.errors import IncompleteRead
-from twisted_rtsig.coro.operations import Operation
+from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.streams import Stream
-from twisted_rtsig.coro.tasks import Task, scheduler_for, spawn, timeout
+from twisted_rtsig.coro.tasks import Task, name_of, scheduler_for, spawn, timeout
 from twisted_rtsig.coro.tracebacks import causes, log_failure
 
 _log = Logger()
@@ -96,14 +96,17 @@ class _ServerProtocol(StreamProtocol):
         factory.connections[self] = None
         if ISSLTransport.providedBy(self.transport):
             self._limit_handshake()
-        self._task = spawn(
-            factory.handler,
-            self.stream,
-            name=factory.name,
-            reactor=self._scheduler.reactor,
-        )
+        self._task = self._spawn(factory.handler, self.stream)
         self._task._when_done(self._handled)
         factory.watch()
+
+    def _spawn(self, function: Callable[..., Any], *args: Any) -> Task[Any]:
+        name, reactor = self.factory.name, self._scheduler.reactor
+        try:
+            return spawn(function, *args, name=name, reactor=reactor)
+        except Exception as error:
+            # It cannot be called like that, and has failed as if it had raised it.
+            return spawn(_fail, error, name=name or name_of(function), reactor=reactor)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._handshake_done()
@@ -117,8 +120,11 @@ class _ServerProtocol(StreamProtocol):
         super().handshakeCompleted()
 
     def cancel(self) -> None:
-        """Cancel the handler."""
-        self._task.cancel()
+        """Cancel the handler; or if that has ended, what is not sent yet."""
+        if self._task.done:
+            self.stream.abort()
+        else:
+            self._task.cancel()
 
     def _limit_handshake(self) -> None:
         limit = self.factory.handshake_timeout
@@ -170,6 +176,10 @@ class _ServerProtocol(StreamProtocol):
             self.factory.forget(self)
 
 
+async def _fail(error: Exception) -> None:
+    raise error
+
+
 class _HalfCloseableServer(_HalfCloseable, _ServerProtocol):
     pass
 
@@ -202,6 +212,9 @@ class CoroutineFactory(Factory):
     :param cancel_on_loss: cancel the handler when the connection is lost, at the
         latest when the peer closes its side.  Then there is no half close.
     :param reactor: an ``IReactorTime`` provider; by default the installed one.
+    :raises TypeError: if the handler cannot be called.
+    :raises ValueError: if one of the times is not more than 0, or
+        C{max_connections} is negative.
     :ivar connections: what there is at the moment, with an item for each.
     """
 
@@ -219,6 +232,19 @@ class CoroutineFactory(Factory):
         cancel_on_loss: bool = False,
         reactor: Any | None = None,
     ) -> None:
+        if not callable(handler):
+            raise TypeError(
+                f"a handler is a function of a stream, which {handler!r} is not"
+            )
+        if max_connections is not None and not max_connections >= 0:
+            raise ValueError(f"max_connections={max_connections}: 0 is the least")
+        for limit, what in (
+            (idle_timeout, "idle_timeout"),
+            (read_timeout, "read_timeout"),
+            (handshake_timeout, "handshake_timeout"),
+        ):
+            if limit is not None and not limit > 0:
+                raise ValueError(f"{what}={limit}: it must be more than 0, or None")
         self.handler = handler
         self.name = name
         self.max_connections = max_connections
@@ -227,7 +253,7 @@ class CoroutineFactory(Factory):
         self.connections: dict[_ServerProtocol, None] = {}
         self._reactor = reactor
         self._stopping = False
-        self._last_ends: Operation[None] | None = None
+        self._last_ends = Event()
         self._watchdogs = [
             _Watchdog(self, limit, sign, what)
             for limit, sign, what in (
@@ -272,9 +298,9 @@ class CoroutineFactory(Factory):
 
     async def _all_gone(self) -> None:
         while self.connections:
-            if self._last_ends is None or self._last_ends.called:
-                self._last_ends = Operation()
-            await self._last_ends
+            if self._last_ends.is_set:
+                self._last_ends = Event()
+            await self._last_ends.wait()
 
     def watch(self) -> None:
         """There is a connection."""
@@ -285,9 +311,8 @@ class CoroutineFactory(Factory):
         """A connection and its handler have ended."""
         # To close a connection may be to lose it at once, and to come here twice.
         self.connections.pop(protocol, None)
-        last = self._last_ends
-        if not self.connections and last is not None and not last.called:
-            last.succeed(None)
+        if not self.connections:
+            self._last_ends.set()
 
 
 class _Watchdog:
@@ -357,15 +382,19 @@ class Server:
     def __init__(self, port: Any, factory: CoroutineFactory) -> None:
         self.port = port
         self.factory = factory
+        self._listening = True
 
     def stop(self, grace: float = 0) -> Deferred[None]:
         """
         Stop listening, let the handlers finish for C{grace} seconds, and then
-        cancel them.
+        cancel them.  Can be called again, with less to wait for.
 
         :return: fires when all of them have ended.
         """
-        stopped = maybeDeferred(getattr(self.port, "stopListening", lambda: None))
+        stopped: Deferred[Any] = succeed(None)
+        if self._listening:
+            self._listening = False
+            stopped = maybeDeferred(getattr(self.port, "stopListening", lambda: None))
         finished = self.factory.stop(grace)
         return stopped.addCallback(lambda _: finished)
 

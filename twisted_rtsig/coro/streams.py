@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.error import ConnectionClosed, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IPushProducer, ISSLTransport
@@ -28,6 +29,10 @@ from twisted_rtsig.coro.errors import (
 )
 from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait, failed
 from twisted_rtsig.coro.scheduler import Scheduler
+from twisted_rtsig.coro.sending import Sending
+
+if TYPE_CHECKING:
+    from twisted_rtsig.files.asyncfile import AsyncFile
 
 MAX_BYTES: Final = 1 << 16
 """How much a read returns at most, or a delimiter may be away, by default."""
@@ -58,19 +63,24 @@ class Stream:
 
     __slots__ = (
         "__weakref__",
+        "_aborted",
         "_buffer",
         "_closed",
         "_closing",
         "_drained",
         "_ended",
         "_full",
+        "_held",
         "_limit",
         "_lost",
+        "_output_finished",
+        "_output_lost",
         "_paused",
         "_reader",
         "_reads_left",
         "_scheduler",
         "_secured",
+        "_sending",
         "_take",
         "_unwritable",
         "_what",
@@ -98,12 +108,18 @@ class Stream:
         # Who waits for room, for the end of all output, of everything, for TLS.
         self._full = False
         self._drained: tuple[Operation[None], ...] = ()
-        self._wrote_eof: Operation[None] | None = None
+        self._wrote_eof: tuple[Operation[None], ...] | None = None
+        self._output_finished = False
         self._closed: tuple[Operation[None], ...] = ()
         self._secured: Operation[None] | None = None
         self._closing = False
-        # Why nothing can be written any more.
+        # Why nothing can be written any more; and why nothing arrives.
         self._unwritable: Exception | None = None
+        self._output_lost: Exception | None = None
+        self._aborted = False
+        # The file that is being sent, and what follows it.
+        self._sending: Sending | None = None
+        self._held = _NOTHING
         self.activity = 0
 
     @property
@@ -183,10 +199,10 @@ class Stream:
             and self._reads_left
             and not self._paused
         ):
-            self._reads_left -= 1
-            buffer.start = end
             finished: Finished[bytes] = Finished()
             finished.result = data[start:end]
+            buffer.start = end
+            self._reads_left -= 1
             return finished
         return self._read(_take_exactly, None, size)
 
@@ -202,6 +218,8 @@ class Stream:
         """
         if not delimiter:
             raise ValueError("cannot read until an empty delimiter: use read()")
+        if type(delimiter) is not bytes:
+            delimiter = bytes(memoryview(delimiter))
         return self._read(_take_until, delimiter, max_bytes)
 
     def read_line(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
@@ -248,7 +266,10 @@ class Stream:
         :raises DelimiterNotFound: if it does not.
         :raises IncompleteRead: if the stream ends before.
         """
-        return self._read(_take_match, re.compile(pattern), max_bytes)
+        compiled = re.compile(pattern)
+        if not isinstance(compiled.pattern, bytes):
+            raise TypeError(f"{pattern!r} matches text, and a stream consists of bytes")
+        return self._read(_take_match, compiled, max_bytes)
 
     async def lines(self, max_bytes: int = MAX_BYTES) -> AsyncIterator[bytes]:
         """
@@ -305,13 +326,12 @@ class Stream:
         """See ``Owner.forget``."""
         if operation is self._reader:
             self._forget_reader()
-        elif operation is self._wrote_eof:
-            # For who asks again.
-            self._wrote_eof = self._operation()
         else:
             # They would pile up if one tried again and again.
             self._drained = _without(operation, self._drained)
             self._closed = _without(operation, self._closed)
+            if self._wrote_eof is not None:
+                self._wrote_eof = _without(operation, self._wrote_eof)
 
     def waits_for(self, operation: Operation[Any]) -> str:
         """See ``Owner.waits_for``."""
@@ -321,6 +341,8 @@ class Stream:
             return f"the TLS handshake of {self!r}"
         if operation in self._closed:
             return f"the end of {self!r}"
+        if operation in (self._wrote_eof or ()):
+            return f"everything to be sent to {self!r}"
         return f"room to write to {self!r}"
 
     def _forget_reader(self) -> None:
@@ -333,7 +355,9 @@ class Stream:
             return
         try:
             data = self._take(self, self._what, self._limit)
-        except (StreamError, ConnectionClosed) as error:
+        except Exception as error:
+            # Also what is wrong with its arguments: it is the reader's error, and
+            # not that of the transport.
             self._forget_reader()
             reader.fail(error)
         else:
@@ -373,14 +397,55 @@ class Stream:
         """
         if self._unwritable is not None:
             return failed(_again(self._unwritable), quietly=True)
+        if type(data) is not bytes:
+            data = bytes(memoryview(data))
+        if self._sending is not None:
+            held = self._operation()
+            self._held.append((data, held))
+            return held
         self.activity += 1
-        self.transport.write(data if type(data) is bytes else bytes(memoryview(data)))
+        self.transport.write(data)
         if not self._full:
             done: Operation[None] = Done()
             return done
         operation = self._operation()
         self._drained += (operation,)
         return operation
+
+    def send_file(
+        self,
+        file: AsyncFile,
+        offset: int = 0,
+        count: int | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> Operation[int]:
+        """
+        Send a part of a file, in turn with what is written before and after this.
+        The file's position stays where it is.
+
+        The operation is done when all of it was sent, or can be, and its result is
+        how many bytes that were.  If it fails or is cancelled in the middle, nothing
+        more can be written, since the peer would take it for a part of the file.
+
+        :param count: how much; by default up to the end of the file.
+        :param progress: called with how much was sent by now, again and again.
+        :raises FileEnded: (when awaited) if the file is shorter.
+        :raises OSError: (when awaited) if it cannot be read.
+        :raises ConnectionClosed: (when awaited) if the connection is lost.
+        """
+        for name, value in (("offset", offset), ("count", count or 0)):
+            if value < 0:
+                raise ValueError(f"{name}={value}: 0 is the least")
+        if self._unwritable is not None:
+            return failed(_again(self._unwritable), quietly=True)
+        sending = Sending(self, file, offset, count, progress)
+        if self._sending is None:
+            self._sending = sending
+            self._held = deque()
+            sending.begin()
+        else:
+            self._held.append(sending)
+        return sending.operation
 
     def write_eof(self) -> Operation[None]:
         """
@@ -390,19 +455,29 @@ class Stream:
 
         :raises StreamError: if the transport has no half close: TLS, for example.
         """
-        if self._wrote_eof is None:
-            if self._unwritable is not None:
-                return failed(_again(self._unwritable), quietly=True)
+        if self._unwritable is None:
             lose = getattr(self.transport, "loseWriteConnection", None)
             if lose is None or ISSLTransport.providedBy(self.transport):
                 raise StreamError(
                     f"{self!r} has no half close: use close(), or let the protocol "
                     "tell the peer that nothing more comes"
                 )
-            self._wrote_eof = self._operation()
+            self._wrote_eof = ()
             self._unwritable = StreamError("nothing can be written after write_eof()")
-            lose()
-        return self._wrote_eof
+            self._after_files(self._half_close)
+        if self._output_finished:
+            done: Operation[None] = Done()
+            return done
+        if self._wrote_eof is None or self._output_lost is not None:
+            return failed(_again(self._unwritable), quietly=True)
+        operation = self._operation()
+        self._wrote_eof += (operation,)
+        return operation
+
+    def _half_close(self) -> None:
+        # Twisted's transports forget it while their producer is paused.
+        if not self._full:
+            self.transport.loseWriteConnection()
 
     def close(self) -> Operation[None]:
         """
@@ -412,12 +487,15 @@ class Stream:
         """
         if self._lost is None and not self._closing:
             self._close_writing()
-            self.transport.unregisterProducer()
-            if self._paused:
-                # TLS waits for the peer's farewell.
-                self._resume_transport()
-            self.transport.loseConnection()
+            self._after_files(self._lose_transport)
         return self._when_closed()
+
+    def _lose_transport(self) -> None:
+        self.transport.unregisterProducer()
+        if self._paused:
+            # TLS waits for the peer's farewell.
+            self._resume_transport()
+        self.transport.loseConnection()
 
     def abort(self) -> Operation[None]:
         """
@@ -426,6 +504,7 @@ class Stream:
         The operation is done when the connection is gone.
         """
         if self._lost is None:
+            self._aborted = True
             self._close_writing()
             transport = self.transport
             getattr(transport, "abortConnection", transport.loseConnection)()
@@ -458,7 +537,112 @@ class Stream:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await (self.close() if error is None else self.abort())
+        closing = self.close() if error is None else self.abort()
+        if isinstance(error, GeneratorExit):
+            # Nobody can resume this any more.
+            return
+        try:
+            await closing
+        except BaseException:
+            # Nobody waits until the peer has taken what is left.
+            self.abort()
+            raise
+
+    # Files, for those who send them
+
+    def _after_files(self, function: Callable[[], object]) -> None:
+        if self._sending is None:
+            function()
+        else:
+            self._held.append(function)
+
+    def _tell_when_sent(self, each_time: bool) -> None:
+        """
+        Be told whenever the transport has sent everything, as a pull producer is; or
+        when there is room again after there was none, as a push producer is.
+        """
+        if self._lost is None:
+            self.transport.unregisterProducer()
+            self.transport.registerProducer(self, not each_time)
+
+    def _all_sent(self, first: bool) -> Operation[None]:
+        """
+        Wait until the transport has sent everything, and its socket takes more.
+
+        :param first: that there is room is not known to be untrue.
+        """
+        if self._output_lost is not None:
+            return failed(_again(self._output_lost), quietly=True)
+        if not self._aborted:
+            if first:
+                self.transport.startWriting()
+            else:
+                self._scheduler.reactor.addWriter(self.transport)
+        return self._until_resumed()
+
+    def _write_of_file(self, data: bytes) -> Operation[None]:
+        if self._output_lost is not None:
+            return failed(_again(self._output_lost), quietly=True)
+        self.activity += 1
+        self.transport.write(data)
+        if self._full or self._aborted:
+            return self._until_resumed()
+        done: Operation[None] = Done()
+        return done
+
+    def _until_resumed(self) -> Operation[None]:
+        operation = self._operation()
+        self._drained += (operation,)
+        return operation
+
+    def _file_has_ended(self, whole: bool) -> None:
+        """
+        Nothing more of a file comes: go on with what follows it.
+
+        :param whole: none of it is missing, or all.
+        """
+        if self._output_lost is not None:
+            self._fail_held(self._output_lost)
+        elif not whole:
+            self._unwritable = StreamError(
+                "nothing can be written after a part of a file: close the connection"
+            )
+            self._fail_held(self._unwritable)
+        held = self._held
+        written: list[Operation[None]] = []
+        self._sending = None
+        while held:
+            following = held.popleft()
+            if isinstance(following, tuple):
+                data, operation = following
+                self.activity += 1
+                self.transport.write(data)
+                written.append(operation)
+            elif isinstance(following, Sending):
+                if not following.operation.called:
+                    self._sending = following
+                    break
+            else:
+                following()
+        if self._sending is not None:
+            self._sending.begin()
+        if self._full:
+            self._drained += tuple(written)
+        else:
+            _succeed(tuple(written))
+
+    def _fail_held(self, error: Exception) -> None:
+        """What was to follow a file does not; unless it is the end."""
+        if not self._held:
+            return
+        held, self._held = self._held, deque()
+        for following in held:
+            if isinstance(following, tuple):
+                _fail((following[1],), error)
+            elif isinstance(following, Sending):
+                following.fail(_again(error))
+            elif self._output_lost is None:
+                self._held.append(following)
 
     # TLS
 
@@ -470,14 +654,21 @@ class Stream:
             ``ssl.CertificateOptions``; for a client what
             ``ssl.optionsForClientTLS`` returns.
         :raises UnreadPlaintext: if anything is there that was not read yet.
-        :raises StreamError: if the transport cannot do it.
+        :raises StreamError: if the transport cannot do it, or does it already; (when
+            awaited) if one side has ended already.
         """
         if self._reader is not None:
             raise BusyResourceError(f"start TLS on {self!r} when nobody reads from it")
+        if self._sending is not None:
+            raise BusyResourceError(f"start TLS on {self!r} when it sends no file")
+        if ISSLTransport.providedBy(self.transport):
+            raise StreamError(f"{self!r} is encrypted already")
         if self._buffer.data:
             raise UnreadPlaintext(self._buffer.size)
-        if self._lost is not None or self._ended or self._closing:
-            return failed(self._lost or StreamError(f"{self!r} has ended: no TLS"))
+        if self._unwritable is not None:
+            return failed(_again(self._unwritable))
+        if self._ended:
+            return failed(StreamError(f"{self!r} has ended: no TLS"))
         start = getattr(self.transport, "startTLS", None)
         if start is None:
             raise StreamError(f"{self!r} cannot start TLS: {self.transport!r} has none")
@@ -519,28 +710,34 @@ class Stream:
         assert isinstance(lost, Exception)
         self._lost = lost
         self._ended = True
-        self._unwritable = lost
+        self._unwritable = self._output_lost = lost
         drained, self._drained = self._drained, ()
         closed, self._closed = self._closed, ()
         if self._wrote_eof is not None:
-            drained += (self._wrote_eof,)
+            drained += self._wrote_eof
+            self._wrote_eof = ()
         self._serve_reader()
         if self._secured is not None:
             drained += (self._secured,)
         _fail(drained, lost)
+        self._fail_held(lost)
         _succeed(closed)
 
     def lose_output(self) -> None:
         """The peer takes nothing any more, but may still say something."""
         lost = ConnectionLost("the other side has closed what is written to")
         self._unwritable = self._unwritable or lost
+        self._output_lost = lost
         drained, self._drained = self._drained, ()
         _fail(drained, lost)
+        self._fail_held(lost)
 
     def finish_output(self) -> None:
         """Everything was sent, and the end of it."""
         if self._wrote_eof is not None:
-            _succeed((self._wrote_eof,))
+            self._output_finished = True
+            finished, self._wrote_eof = self._wrote_eof, ()
+            _succeed(finished)
 
     def secure(self) -> None:
         """The TLS handshake is done."""
@@ -555,8 +752,10 @@ class Stream:
 
     def resumeProducing(self) -> None:
         """See ``IPushProducer``: the transport has room again."""
-        self._full = False
+        full, self._full = self._full, False
         self.activity += 1
+        if full and self._wrote_eof is not None and self._sending is None:
+            self._half_close()
         drained, self._drained = self._drained, ()
         _succeed(drained)
 
@@ -594,6 +793,12 @@ def _again(error: Exception) -> Exception:
         # It is made with other arguments than it keeps.
         return error.with_traceback(None)
 
+
+# What follows a file: data and who has written it, another file, or the end.
+_Held = tuple[bytes, Operation[None]] | Sending | Callable[[], object]
+
+# What follows no file.  An empty deque takes 600 bytes, and each stream would have one.
+_NOTHING: Final[deque[_Held]] = deque()
 
 # What takes the data of a read from the buffer: None if it is not there yet.
 _Take = Callable[[Stream, Any, int], "bytes | None"]

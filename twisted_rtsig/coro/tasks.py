@@ -78,6 +78,7 @@ class Task(Generic[T]):
         "_cancels",
         "_context",
         "_done",
+        "_error",
         "_interrupted",
         "_result",
         "_scheduler",
@@ -87,9 +88,14 @@ class Task(Generic[T]):
         "_spawner",
         "_starter",
         "_state",
+        "_value",
         "_waiting_on",
         "name",
     )
+
+    # With what it is to be resumed; there from when it is ready for the first time.
+    _value: Any
+    _error: BaseException | None
 
     def __init__(
         self, runnable: Runnable[T] | Beginning, name: str, scheduler: Scheduler
@@ -232,11 +238,16 @@ class Task(Generic[T]):
         self._cancel_for(None)
 
     def _cancel_for(self, scope: Scope | None) -> None:
-        if self._state == _ACTIVE:
-            if scope not in self._cancels:
-                self._cancels += (scope,)
-            if self._waiting_on is not None:
-                self._interrupt()
+        if self._to_be_cancelled_for(scope):
+            self._interrupt()
+
+    def _to_be_cancelled_for(self, scope: Scope | None) -> bool:
+        """Note who cancels it; return whether it waits, and has not ended."""
+        if self._state != _ACTIVE:
+            return False
+        if scope not in self._cancels:
+            self._cancels += (scope,)
+        return self._waiting_on is not None
 
     def _next_cancel(self) -> Cancelled | None:
         """The cancellation to raise now, unless a shield is in its way."""
@@ -252,28 +263,53 @@ class Task(Generic[T]):
         return None
 
     def _interrupt(self) -> None:
-        """Cancel what it waits for, if that is to be."""
+        """
+        Cancel what it waits for, if that is to be; where that is the end of another
+        task, what that one waits for, and so on.
+        """
+        # Tasks that wait for each other, in a chain of any length.
+        chain: dict[Task[Any], None] = {}
+        task: Task[Any] | None = self
+        try:
+            while task is not None:
+                task = task._interrupt_one(chain)
+        finally:
+            for each in chain:
+                if each._interrupted == _NOW:
+                    each._interrupted = _EARLIER
+
+    def _interrupt_one(self, chain: dict[Task[Any], None]) -> Task[Any] | None:
+        """Cancel what it waits for, or return the task that it waits for."""
         awaited = self._waiting_on
         if isinstance(awaited, Beginning):
+            self._waiting_on = None
             self._end(_CANCELLED, None)
-        elif awaited is HANDOVER:
-            cancelled = self._next_cancel()
-            if cancelled is not None:
-                self._resume(None, cancelled)
-        elif isinstance(awaited, Operation) and awaited.waiter is self:
-            cancelled = self._next_cancel()
-            if cancelled is not None:
-                awaited.abandon()
-                self._resume(None, cancelled)
-        elif awaited is not None:
-            # It may take a while, or succeed all the same.
-            before = self._cancels
-            if self._next_cancel() is not None:
-                self._cancels = before
-                self._interrupted = _NOW
-                awaited.cancel()
-                if self._interrupted == _NOW:
-                    self._interrupted = _EARLIER
+            return None
+        before = self._cancels
+        cancelled = None if awaited is None else self._next_cancel()
+        if cancelled is None or awaited is None:
+            return None
+        if awaited is HANDOVER:
+            self._resume(None, cancelled)
+            return None
+        if isinstance(awaited, Operation) and awaited.waiter is self:
+            awaited.abandon()
+            self._resume(None, cancelled)
+            return None
+        chain[self] = None
+        # That it ends may take a while, or succeed all the same.
+        task = awaited.awaited_task() if isinstance(awaited, _OfTask) else None
+        if task in chain:
+            # A circle, in which nobody would ever be told.
+            self._resume(None, cancelled)
+            return None
+        self._cancels = before
+        self._interrupted = _NOW
+        if task is None:
+            awaited.cancel()
+        elif task._to_be_cancelled_for(None):
+            return task
+        return None
 
     # Steps: called by the scheduler, which runs it from one to the next
 
@@ -433,6 +469,10 @@ class _OfTask(Deferred[T]):
             self.callback(task._result)
         else:
             self.errback(task._see_failure())
+
+    def awaited_task(self) -> Task[T] | None:
+        """The task; None once this has fired."""
+        return None if self.called else self._task
 
     def cancel(self) -> None:
         """See ``Deferred.cancel``."""
@@ -779,7 +819,11 @@ class TaskGroup(Scope):
         return task
 
     def cancel(self) -> None:
-        """Cancel all tasks of the group, and the block."""
+        """
+        Cancel all tasks of the group, and the block: once, so that they can clean up.
+        """
+        if self._cancelled:
+            return
         self._cancelled = True
         for task in list(self._tasks):
             task.cancel()
@@ -793,8 +837,10 @@ class TaskGroup(Scope):
             assert error is not None
             self._errors.append(error)
             self.cancel()
-        if not self._tasks and self._last_ends is not None:
-            self._last_ends.succeed(None)
+        last = self._last_ends
+        # The one who waits for it may have been cancelled meanwhile.
+        if not self._tasks and last is not None and not last.called:
+            last.succeed(None)
 
     async def __aenter__(self) -> TaskGroup:
         self._enter("TaskGroup")
@@ -805,6 +851,10 @@ class TaskGroup(Scope):
         self, kind: object, error: BaseException | None, traceback: object
     ) -> bool:
         self._in_block = False
+        if isinstance(error, GeneratorExit):
+            # Nobody can resume this any more, nor the tasks of the group.
+            self._exit()
+            return False
         own = isinstance(error, Cancelled) and error._scope is self
         if error is not None:
             self.cancel()

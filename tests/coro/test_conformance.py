@@ -1,0 +1,262 @@
+"""
+The rules for streams: that this package's own keep them, whatever carries them, and
+that what breaks one is noticed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.endpoints import (
+    SSL4ServerEndpoint,
+    TCP4ClientEndpoint,
+    TCP4ServerEndpoint,
+    UNIXClientEndpoint,
+    UNIXServerEndpoint,
+    wrapClientTLS,
+)
+from twisted.internet.error import ConnectionLost
+from twisted.internet.interfaces import IReactorUNIX
+from twisted.internet.ssl import PrivateCertificate, optionsForClientTLS
+from twisted.internet.task import Clock
+
+from tests.coro.support import run
+from twisted_rtsig.coro import (
+    Channel,
+    Event,
+    IncompleteRead,
+    Server,
+    Stream,
+    connect,
+    serve,
+    spawn,
+)
+from twisted_rtsig.coro.testing import (
+    STREAM_CHECKS,
+    MakePair,
+    StreamCheck,
+    stream_pair,
+)
+
+# Twisted and pyOpenSSL hold different opinions on what is deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+every_check = pytest.mark.parametrize(
+    "check", STREAM_CHECKS, ids=lambda each: each.__name__
+)
+
+
+# Over sockets
+
+
+class Accepting:
+    """A server, and clients that connect to it."""
+
+    def __init__(
+        self, reactor: Any, listening: Any, connecting: Callable[[Any], Any]
+    ) -> None:
+        self.reactor = reactor
+        self.listening = listening
+        self.connecting = connecting
+        self.accepted: Channel[Stream] = Channel(0)
+
+    async def __aenter__(self) -> MakePair:
+        self.server: Server = await serve(
+            self.listening, self.accept, reactor=self.reactor
+        )
+        return self.make_pair
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.server.stop()
+
+    async def accept(self, stream: Stream) -> None:
+        await self.accepted.send(stream)
+        # Until it is cancelled.
+        await Event().wait()
+
+    async def make_pair(self) -> tuple[Stream, Stream]:
+        one = await connect(self.connecting(self.server.port.getHost()))
+        return one, await self.accepted.receive()
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """The path of a UNIX socket may not be long."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def over_tcp(reactor: Any, **_: Any) -> Accepting:
+    return Accepting(
+        reactor,
+        TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1"),
+        lambda host: TCP4ClientEndpoint(reactor, host.host, host.port),
+    )
+
+
+def over_tls(reactor: Any, certificate: PrivateCertificate, **_: Any) -> Accepting:
+    trusted = optionsForClientTLS("127.0.0.1", certificate)
+    tcp = over_tcp(reactor)
+    return Accepting(
+        reactor,
+        SSL4ServerEndpoint(reactor, 0, certificate.options(), interface="127.0.0.1"),
+        lambda host: wrapClientTLS(trusted, tcp.connecting(host)),
+    )
+
+
+def over_unix(reactor: Any, folder: Path, **_: Any) -> Accepting:
+    if not IReactorUNIX.providedBy(reactor):
+        pytest.skip("this reactor has no UNIX sockets")
+    path = str(folder / "socket")
+    return Accepting(
+        reactor,
+        UNIXServerEndpoint(reactor, path),
+        lambda host: UNIXClientEndpoint(reactor, path),
+    )
+
+
+@every_check
+@pytest.mark.parametrize("transport", [over_tcp, over_tls, over_unix])
+def test_over_sockets(
+    reactor: Any,
+    certificate: PrivateCertificate,
+    short_folder: Path,
+    transport: Callable[..., Accepting],
+    check: StreamCheck,
+) -> None:
+    async def main() -> None:
+        accepting = transport(reactor, certificate=certificate, folder=short_folder)
+        async with accepting as make_pair:
+            await check(make_pair)
+
+    run(reactor, main)
+
+
+# In memory
+
+
+def run_in_memory(check: StreamCheck, make_pair: Callable[[Clock], Any]) -> None:
+    """On a clock that passes as soon as nothing else happens."""
+    clock = Clock()
+
+    async def make() -> Any:
+        return make_pair(clock)
+
+    checking = spawn(check, make, reactor=clock)
+    while not checking.done:
+        due = min(each.getTime() for each in clock.getDelayedCalls())
+        clock.advance(max(0.0, due - clock.seconds()))
+    checking.result()
+
+
+@every_check
+@pytest.mark.parametrize("latency", [0, 0.1])
+@pytest.mark.parametrize("buffer_size", [0, 1000, 1 << 16])
+def test_in_memory(latency: float, buffer_size: int, check: StreamCheck) -> None:
+    run_in_memory(
+        check,
+        lambda clock: stream_pair(
+            buffer_size=buffer_size, latency=latency, reactor=clock
+        ),
+    )
+
+
+@every_check
+def test_in_memory_on_a_reactor(reactor: Any, check: StreamCheck) -> None:
+    async def make() -> tuple[Stream, Stream]:
+        return stream_pair()
+
+    run(reactor, check, make)
+
+
+# What breaks a rule
+
+
+class Broken:
+    """As good as another stream, but for one thing."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    async def __aenter__(self) -> Broken:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+
+class ForgetsWhatItReads(Broken):
+    async def read_exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            data += await self.stream.read_exactly(1)
+        return data
+
+
+class Reorders(Broken):
+    def write(self, data: bytes) -> Any:
+        return self.stream.write(bytes(data)[::-1])
+
+
+class HasNoLimit(Broken):
+    def read_line(self, max_bytes: int = 0) -> Any:
+        return self.stream.read_line()
+
+
+class NeverWaits(Broken):
+    async def write(self, data: bytes) -> None:
+        self.stream.write(data)
+
+
+class KeepsTheBuffer(Broken):
+    async def write(self, data: bytes) -> None:
+        spawn(self.stream.write, data)
+
+
+class HidesTheEnd(Broken):
+    async def read_exactly(self, size: int) -> bytes:
+        try:
+            return await self.stream.read_exactly(size)
+        except IncompleteRead as end:
+            return end.partial
+
+
+class LosesTheLast(Broken):
+    def close(self) -> Any:
+        return self.stream.abort()
+
+
+class NeverHalfCloses(Broken):
+    async def write_eof(self) -> None:
+        pass
+
+
+BREAKS = {
+    ForgetsWhatItReads: "a_cancelled_read_takes_nothing",
+    Reorders: "everything_arrives_in_order",
+    HasNoLimit: "reads_have_a_limit",
+    NeverWaits: "writes_wait_for_the_reader",
+    KeepsTheBuffer: "what_was_written_may_change",
+    HidesTheEnd: "the_end_comes_after_the_rest",
+    LosesTheLast: "close_is_final",
+    NeverHalfCloses: "half_close",
+}
+
+
+@pytest.mark.parametrize(("broken", "name"), BREAKS.items())
+def test_what_breaks_a_rule_is_noticed(broken: Any, name: str) -> None:
+    (check,) = [each for each in STREAM_CHECKS if each.__name__ == name]
+
+    def make(clock: Clock) -> Any:
+        one, other = stream_pair(reactor=clock)
+        return broken(one), broken(other)
+
+    with pytest.raises((AssertionError, ConnectionLost)):
+        run_in_memory(check, make)

@@ -1,0 +1,189 @@
+"""To cancel a handler wherever it waits, and see that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator
+from typing import Any, Final
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from twisted_rtsig.coro.errors import Cancelled
+from twisted_rtsig.coro.inspection import (
+    format_tasks,
+    in_words,
+    stack_of_body,
+    tasks_of,
+)
+from twisted_rtsig.coro.operations import ignore
+from twisted_rtsig.coro.scheduler import scheduler_of
+from twisted_rtsig.coro.serving import Handler
+from twisted_rtsig.coro.streams import Stream
+from twisted_rtsig.coro.tasks import Task, current_task
+from twisted_rtsig.coro.testing.pairs import stream_pair
+from twisted_rtsig.coro.testing.running import converse
+
+_TURNS: Final = 10_000
+"""How many turns of the clock a conversation may take."""
+
+
+async def _only_listen(stream: Stream) -> None:
+    await stream.write_eof()
+    while await stream.read():
+        pass
+
+
+def _nothing() -> None:
+    pass
+
+
+def cancel_everywhere(
+    handler: Handler,
+    peer: Handler = _only_listen,
+    check: Callable[[], object] = _nothing,
+) -> int:
+    """
+    Run a handler to its end; then again and again, and cancel it where it waits for
+    the first time, the second, and so on::
+
+        async def client(stream):
+            await stream.write(b"HELO there\\r\\n")
+            assert await stream.read_line() == b"250 hello"
+
+        cancel_everywhere(session, client)
+
+    Each time there is another conversation, in memory, with a clock of its own, which
+    passes as soon as nothing else happens.  Every write waits until it was received.
+
+    :param handler: an C{async def} or generator function, of a :class:`Stream`.
+    :param peer: another one, the other side; by default one that says that nothing
+        will come, and listens.
+    :param check: called after each conversation; raises something if the handler has
+        not left everything as it should.
+    :return: at how many points it was cancelled.
+    :raises AssertionError: if the handler goes on, or raises something else, when it
+        was cancelled; if it leaves tasks or delayed calls behind; if one side waits
+        for what does not come.
+    :raises TypeError: if the handler returns a Deferred.
+    """
+    whole = _Conversation(handler, peer)
+    whole.run()
+    check()
+    for point in range(1, whole.waits + 1):
+        _Conversation(handler, peer, point).run()
+        check()
+    return whole.waits
+
+
+class _Conversation:
+    """
+    :param point: at which wait the handler is cancelled; the first one is 1.
+    :ivar waits: how often it has waited.
+    :ivar where: the line where it was cancelled; None if it was not.
+    """
+
+    def __init__(self, handler: Handler, peer: Handler, point: int = 0) -> None:
+        self._handler = handler
+        self._point = point
+        self.waits = 0
+        self.where: str | None = None
+        self._told = False
+        self._clock = Clock()
+        # Kept here, or it would be another one for each task.
+        self._scheduler = scheduler_of(self._clock)
+        ours, theirs = stream_pair(buffer_size=0, reactor=self._clock)
+        self._task = converse(self._step_through, ours, self._clock)
+        self._task.name = getattr(handler, "__qualname__", repr(handler))
+        self._peer = converse(peer, theirs, self._clock)
+
+    def _step_through(self, stream: Stream) -> Generator[Any, Any, Any]:
+        """Do what the task would do with the handler, and cancel it in time."""
+        # That of what @coroutine has decorated can be stepped through.
+        function = getattr(self._handler, "generator_function", self._handler)
+        body = function(stream)
+        if isinstance(body, Deferred):
+            # Its connection is about to be aborted.
+            body.addErrback(ignore)
+            raise TypeError(
+                f"nobody can see where {self._handler!r} waits: give "
+                "cancel_everywhere() an async def, a generator function, or what "
+                "@coroutine has decorated"
+            )
+        if not (inspect.iscoroutine(body) or inspect.isgenerator(body)):
+            return body
+        step: Callable[[Any], Any] = body.send
+        value: Any = None
+        while True:
+            try:
+                awaited = step(value)
+            except StopIteration as stop:
+                return stop.value
+            if not getattr(awaited, "called", False):
+                self.waits += 1
+                if self.waits == self._point:
+                    self.where = [*in_words(stack_of_body(body))][-1]
+                    current_task().cancel()
+            try:
+                step, value = body.send, (yield awaited)
+            except BaseException as error:
+                self._told = self._told or isinstance(error, Cancelled)
+                step, value = body.throw, error
+
+    def run(self) -> None:
+        try:
+            self._run()
+        finally:
+            # What has failed because the other side was gone is not to be logged.
+            for task in (self._task, self._peer):
+                if task.failed:
+                    task._see_failure()
+
+    def _run(self) -> None:
+        self._finish(self._task, "the handler")
+        self._was_cancelled()
+        if self.where is not None:
+            self._peer.cancel()
+        self._finish(self._peer, "its peer")
+        if self.where is None:
+            self._task.result()
+            self._peer.result()
+        self._nothing_is_left()
+
+    def _finish(self, task: Task[Any], who: str) -> None:
+        for _ in range(_TURNS):
+            if task.done:
+                return
+            if not self._clock.getDelayedCalls():
+                raise self._wrong(f"{who} waits for what does not come", tasks=True)
+            self._next_turn()
+        raise self._wrong(f"{who} has not ended after {_TURNS} turns", tasks=True)
+
+    def _next_turn(self) -> None:
+        due = min(each.getTime() for each in self._clock.getDelayedCalls())
+        self._clock.advance(max(0.0, due - self._clock.seconds()))
+
+    def _was_cancelled(self) -> None:
+        if self.where is None or self._task.cancelled:
+            return
+        if self._task.failed:
+            error = self._task._see_failure().value
+            raise self._wrong(f"the handler has raised {error!r}") from error
+        if self._told:
+            raise self._wrong("the handler went on: let Cancelled pass")
+
+    def _nothing_is_left(self) -> None:
+        # The connection needs some turns to end.
+        now = self._clock.seconds()
+        while any(each.getTime() <= now for each in self._clock.getDelayedCalls()):
+            self._clock.advance(0)
+        left = self._clock.getDelayedCalls()
+        if left:
+            raise self._wrong(f"the handler has left behind {left}")
+        if tasks_of(self._clock):
+            raise self._wrong("the handler has left tasks behind", tasks=True)
+
+    def _wrong(self, what: str, tasks: bool = False) -> AssertionError:
+        where = "" if self.where is None else f"cancelled at {self.where}: "
+        listing = f":\n{format_tasks(self._clock)}" if tasks else ""
+        return AssertionError(where + what + listing)

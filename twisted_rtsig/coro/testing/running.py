@@ -1,0 +1,49 @@
+"""Tests and conversations that are tasks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+from twisted.internet.defer import Deferred
+
+from twisted_rtsig.coro.serving import Handler
+from twisted_rtsig.coro.streams import Stream
+from twisted_rtsig.coro.tasks import Task, spawn
+
+P = ParamSpec("P")
+
+
+def in_task(function: Callable[P, Any]) -> Callable[P, Deferred[Any]]:
+    """
+    Decorate a test, so that it runs as a task of the installed reactor and returns
+    a Deferred.
+
+    For trial: in the C{async def} tests that it runs itself there is no task, and so
+    no C{timeout}, for example.
+
+    :param function: an ``async def`` or generator function.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Deferred[Any]:
+        return spawn(
+            function(*args, **kwargs), name=function.__qualname__
+        ).as_deferred()
+
+    return call
+
+
+def converse(handler: Handler, stream: Stream, reactor: Any) -> Task[Any]:
+    """Run it as a server would, which logs nothing."""
+
+    def ended(task: Task[Any]) -> None:
+        if task.failed or task.cancelled:
+            stream.abort()
+        else:
+            stream.close()
+
+    task: Task[Any] = spawn(handler, stream, reactor=reactor)
+    task._when_done(ended)
+    return task

@@ -1,0 +1,120 @@
+"""A handler without input and output: who tests it says what comes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
+from twisted.internet.task import Clock
+
+from twisted_rtsig.coro.scheduler import Scheduler, scheduler_of
+from twisted_rtsig.coro.serving import Handler
+from twisted_rtsig.coro.testing.running import converse
+from twisted_rtsig.coro.testing.transports import BUFFER_SIZE, Transport
+
+
+class SansIO:
+    """
+    Runs a handler without any input or output: whoever tests it says what comes, and
+    looks at what it writes::
+
+        conversation = SansIO(session)
+        conversation.feed(b"HELO there\\r\\n")
+        assert conversation.written() == b"250 hello\\r\\n"
+
+    Whatever the handler does with what has come, it has done when C{feed} returns.
+
+    :param handler: as for :class:`CoroutineFactory`.
+    :param buffer_size: when the handler has written more bytes than that, its
+        C{write} waits for somebody to call C{written}.
+    :ivar clock: a ``twisted.internet.task.Clock``, the time of the handler.
+    :ivar task: the handler's task.
+    :ivar stream: what the handler has.
+    """
+
+    def __init__(self, handler: Handler, buffer_size: int = BUFFER_SIZE) -> None:
+        self.clock = Clock()
+        # Kept here, or it would be another one for each task.
+        self._scheduler = scheduler_of(self.clock)
+        self._transport = _Recorder(self._scheduler, buffer_size)
+        self.stream = self._transport.protocol.stream
+        self.task = converse(handler, self.stream, self.clock)
+        self._settle()
+
+    def feed(self, data: bytes) -> None:
+        """Let data come.  What comes when the connection has ended is dropped."""
+        self._transport.arrive(data)
+        self._settle()
+
+    def feed_eof(self) -> None:
+        """Let the peer say that nothing more will come."""
+        self._transport.arrive(None)
+        self._settle()
+
+    def lose(self, reason: Exception | None = None) -> None:
+        """
+        Lose the connection.
+
+        :param reason: by default a ``ConnectionLost``.
+        """
+        self._transport.lose(reason or ConnectionLost(), "lost")
+        self._settle()
+
+    def written(self) -> bytes:
+        """What the handler has written since this was last called."""
+        data = self._transport.take()
+        self._settle()
+        return data
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.clock.advance(seconds)
+
+    @property
+    def ended(self) -> str | None:
+        """
+        How the connection has ended: ``"closed"``, with everything sent;
+        ``"aborted"``; ``"lost"``, by :meth:`lose`.  None if it has not.
+        """
+        return self._transport.ended
+
+    @property
+    def wrote_eof(self) -> bool:
+        """Whether the handler has said that nothing more will come from it."""
+        return self._transport.half_closed
+
+    @property
+    def done(self) -> bool:
+        """Whether the handler has ended, in whatever way."""
+        return self.task.done
+
+    def result(self) -> Any:
+        """What the handler has returned, or raised: as C{Task.result}."""
+        return self.task.result()
+
+    def _settle(self) -> None:
+        """Have done what is to be done in the next turn, and in those after it."""
+        self.clock.advance(0)
+
+
+class _Recorder(Transport):
+    """Keeps what is written until it is taken."""
+
+    def __init__(self, scheduler: Scheduler, buffer_size: int) -> None:
+        super().__init__(scheduler, buffer_size)
+        self._output = bytearray()
+
+    def send(self, data: bytes) -> None:
+        self._output += data
+
+    def take(self) -> bytes:
+        data = bytes(self._output)
+        self._output.clear()
+        self.sent(len(data))
+        return data
+
+    def close(self) -> None:
+        self.lose(ConnectionDone(), "closed")
+
+    def abort(self) -> None:
+        self.lose(ConnectionAborted(), "aborted")

@@ -1,0 +1,116 @@
+"""Transports in memory: what a stream writes to where there is no socket."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
+
+from twisted_rtsig.coro.scheduler import Scheduler
+from twisted_rtsig.coro.serving import ClientProtocol
+
+BUFFER_SIZE: Final = 1 << 16
+"""How many bytes may be on their way before those who write wait, by default."""
+
+
+class Transport(StringTransport):
+    """
+    Does for its stream what Twisted's transports do, up to where the socket would be.
+
+    :ivar protocol: which has the stream.
+    :ivar half_closed: whether nothing more is written.
+    :ivar ended: how it has come to its end, in a word.
+    """
+
+    def __init__(self, scheduler: Scheduler, buffer_size: int) -> None:
+        super().__init__()
+        self._reactor = scheduler.reactor
+        self._buffer_size = buffer_size
+        # How many bytes were written and not sent.
+        self._unsent = 0
+        self._full = False
+        # What comes while the stream takes nothing; None is the end.
+        self._arrived: deque[bytes | None] = deque()
+        self.half_closed = False
+        self.ended: str | None = None
+        self.protocol = ClientProtocol(scheduler)
+        self.protocol.makeConnection(self)
+
+    # What differs
+
+    def send(self, data: bytes) -> None:
+        """Send it, and call L{sent} when that is done."""
+        raise NotImplementedError
+
+    def send_eof(self) -> None:
+        """Send that nothing more will come."""
+
+    def close(self) -> None:
+        """Call L{lose}: everything was written."""
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Call L{lose}, at once."""
+        raise NotImplementedError
+
+    def received(self, size: int) -> None:
+        """The stream has taken as many bytes."""
+
+    # Input
+
+    def arrive(self, data: bytes | None) -> None:
+        self._arrived.append(data)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        while (
+            self._arrived and self.ended is None and self.producerState == "producing"
+        ):
+            data = self._arrived.popleft()
+            if data is None:
+                self.protocol.readConnectionLost()
+            elif data:
+                self.protocol.dataReceived(data)
+                self.received(len(data))
+
+    def resumeProducing(self) -> None:
+        super().resumeProducing()
+        self._reactor.callLater(0, self._deliver)
+
+    # Output
+
+    def write(self, data: bytes) -> None:
+        if self.ended is None and not self.disconnecting and not self.half_closed:
+            self._unsent += len(data)
+            self.send(data)
+            if not self._full and self._unsent > self._buffer_size:
+                self._full = True
+                self.protocol.stream.pauseProducing()
+
+    def sent(self, size: int) -> None:
+        self._unsent -= size
+        if self._full and not self._unsent:
+            self._full = False
+            self.protocol.stream.resumeProducing()
+
+    # The end
+
+    def loseWriteConnection(self) -> None:
+        self.half_closed = True
+        self.send_eof()
+        self._reactor.callLater(0, self.protocol.writeConnectionLost)
+
+    def loseConnection(self) -> None:
+        self.disconnecting = True
+        self._reactor.callLater(0, self.close)
+
+    def abortConnection(self) -> None:
+        self.disconnecting = True
+        self._reactor.callLater(0, self.abort)
+
+    def lose(self, reason: Exception, how: str) -> None:
+        if self.ended is None:
+            self.ended = how
+            self.protocol.connectionLost(Failure(reason))
