@@ -88,6 +88,9 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "_ancillaryLevelSOLSOCKETTypeSCMRIGHTS",
         "_sendmsgQueue",
     ),
+    # On Windows only
+    "twisted.internet._baseprocess.BaseProcess": ("lostProcess", "pid", "proto"),
+    "twisted.internet._dumbwin32proc.Process": ("_getReason",),
 }
 """
 By the class or module of Twisted that defines them: private names, and

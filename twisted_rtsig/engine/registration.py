@@ -41,6 +41,8 @@ class Registration:
     :ivar edges: set by the notifier: the directions whose next change the
         kernel will announce by itself.  The others need a level check every
         time.
+    :ivar generation: set by a notifier whose kernel carries a number along with
+        each event: the one of this registration, which no other has.
     :ivar hung_up: for the engine: the last event told of nothing but a hang-up
         or an error, and the selectable did not act on it.
     """
@@ -48,6 +50,7 @@ class Registration:
     __slots__ = (
         "descriptor",
         "edges",
+        "generation",
         "hung_up",
         "interest",
         "origin",
@@ -69,6 +72,7 @@ class Registration:
         self.writer: Any = None
         self.interest = 0
         self.edges = 0
+        self.generation = 0
         self.hung_up = False
 
     def __repr__(self) -> str:

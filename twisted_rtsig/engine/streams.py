@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 # Some systems say ENOBUFS when there is no room.
 _LATER = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.ENOBUFS})
 
+# The descriptor was closed; Windows says that it is no socket.
+_CLOSED = frozenset({errno.EBADF, errno.ENOTSOCK})
+
 # How often a stream that has much to send may do so before others get their turn:
 # 512 KiB, with Twisted's SEND_LIMIT.
 _SENDS_IN_A_ROW = 4
@@ -120,7 +123,7 @@ class Stream(tcp.Connection):
         """What C{doRead} and C{doWrite} return after an error; None to go on."""
         if error.errno in _LATER:
             return None
-        if error.errno == errno.EBADF:
+        if error.errno in _CLOSED:
             return ConnectionFdescWentAway("File descriptor lost")
         return CONNECTION_LOST
 
@@ -396,7 +399,7 @@ class StreamReactor(PosixReactorBase):
         """See ``IReactorSocket.adoptStreamPort``."""
         if addressFamily not in self._supportedAddressFamilies:
             raise UnsupportedAddressFamily(addressFamily)
-        if addressFamily == socket.AF_UNIX:
+        if unixEnabled and addressFamily == socket.AF_UNIX:
             listening = UNIXPort._fromListeningDescriptor(self, fileDescriptor, factory)
         else:
             listening = TCPPort._fromListeningDescriptor(
@@ -411,7 +414,7 @@ class StreamReactor(PosixReactorBase):
         """See ``IReactorSocket.adoptStreamConnection``."""
         if addressFamily not in self._supportedAddressFamilies:
             raise UnsupportedAddressFamily(addressFamily)
-        if addressFamily == socket.AF_UNIX:
+        if unixEnabled and addressFamily == socket.AF_UNIX:
             return AdoptedUNIXServer._fromConnectedSocket(fileDescriptor, factory, self)
         return AdoptedTCPServer._fromConnectedSocket(
             fileDescriptor, addressFamily, factory, self

@@ -16,7 +16,7 @@ import socket
 import struct
 import termios
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from twisted.logger import Logger
 
@@ -252,7 +252,12 @@ class RealtimeSignalNotifier:
     ) -> tuple[Sequence[Registration], Sequence[Event]]:
         """See :meth:`Notifier.wait`."""
         queue = self._queue
-        if queue is None or self._forks != forks.count or not queue.is_of_this_thread():
+        # As is_of_this_thread(), without the call: each pass comes here.
+        if (
+            queue is None
+            or self._forks != forks.count
+            or queue.thread.ident != threading.get_ident()
+        ):
             self.open()
             queue = self._queue
             assert queue is not None
@@ -293,7 +298,11 @@ class RealtimeSignalNotifier:
             else:
                 ready[registration] = _READY[revents & 63]
         if self._patience:
-            self._arm_the_idle(plain, ready)
+            idle = self._patience.keys() - plain
+            if ready:
+                idle -= ready.keys()
+            if idle:
+                self._arm_the_idle(idle)
         if signalled:
             plain += self._take_signals(queue, ready)
         if ready:
@@ -443,14 +452,8 @@ class RealtimeSignalNotifier:
         if _EDGES[registration.origin]:
             self._patience[registration] = _PATIENCE
 
-    def _arm_the_idle(
-        self, plain: Sequence[Registration], ready: Mapping[Registration, int]
-    ) -> None:
-        """Of those that were polled and found not ready."""
-        busy = set(plain)
-        idle = [
-            each for each in self._patience if each not in busy and each not in ready
-        ]
+    def _arm_the_idle(self, idle: Set[Registration]) -> None:
+        """Those that were polled and found not ready."""
         for registration in idle:
             self._patience[registration] -= 1
             if self._patience[registration]:

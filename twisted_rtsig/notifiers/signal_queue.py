@@ -199,6 +199,7 @@ class SignalQueue:
     Use :meth:`join` to get the one of the calling thread.
 
     :ivar descriptor: readable whenever signals are waiting.
+    :ivar thread: whose signals it reads.
     :ivar members: the notifiers that share the queue.
     :ivar keep_blocked: set when a descriptor may still send signals though
         nobody watches it.  Then the signal stays blocked when the queue
@@ -209,7 +210,7 @@ class SignalQueue:
         self.descriptor = -1
         self.number = number
         self.signals = {number, _SIGIO}
-        self._thread = _this_thread.thread
+        self.thread = _this_thread.thread
         self.members: weakref.WeakSet[object] = weakref.WeakSet()
         self.keep_blocked = False
         self._buffer = bytearray(_RECORD_BYTES * _BATCH)
@@ -236,7 +237,7 @@ class SignalQueue:
 
     def is_of_this_thread(self) -> bool:
         """Whether the calling thread is the one that joined it."""
-        return self._thread.ident == threading.get_ident()
+        return self.thread.ident == threading.get_ident()
 
     def leave(self, member: object) -> None:
         """
