@@ -6,8 +6,9 @@
  *
  * KIND is tcp, udp or connect.  With connect, each request has a connection of
  * its own, which waits for the server to close its end as well, and ACTIVE of
- * them are under way together.  REQUEST and ANSWER are sizes in bytes.  IDLE
- * further connections are opened before, and make one request each.
+ * them are under way together.  REQUEST and ANSWER are sizes in bytes; REQUEST
+ * may be the path of a file instead, which is what is sent.  IDLE further
+ * connections are opened before, and make one request each.
  *
  * It says "ready" when everything is connected.  Then, for each number of
  * seconds on standard input, it makes requests for that long, waits for the
@@ -218,6 +219,16 @@ static void turn(struct connection *active, size_t count, double seconds) {
            latencies[done * 99 / 100] / 1e3);
 }
 
+static void read_request(const char *path) {
+    FILE *file = fopen(path, "rb");
+    need(file != NULL, path);
+    payload = malloc(ROOM);
+    need(payload != NULL, "malloc");
+    request_size = fread(payload, 1, ROOM, file);
+    need(request_size > 0, path);
+    fclose(file);
+}
+
 int main(int argc, char **argv) {
     static const char *kinds[] = { "tcp", "udp", "connect" };
     double seconds;
@@ -231,12 +242,17 @@ int main(int argc, char **argv) {
     size_t count = atol(argv[3]), idle = atol(argv[6]);
     request_size = atol(argv[4]);
     answer_size = atol(argv[5]);
-    payload = malloc(request_size);
+    if (request_size == 0) {
+        read_request(argv[4]);
+    } else {
+        payload = malloc(request_size);
+        need(payload != NULL, "malloc");
+        memset(payload, 'x', request_size);
+        payload[request_size - 1] = '\n';
+    }
     answers = malloc(ROOM);
     struct connection *all = calloc(count + idle, sizeof *all);
-    need(payload && answers && all, "malloc");
-    memset(payload, 'x', request_size);
-    payload[request_size - 1] = '\n';
+    need(answers && all, "malloc");
     need((poller = epoll_create1(0)) >= 0, "epoll_create1");
 
     if (kind != CONNECT) {

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from tests.support import Served, dispose
+from tests.support import Served, dispose, reactor_classes
 from twisted_rtsig.engine.reactor import EngineReactor
 
 
-def _reactor_classes() -> list[Callable[[], EngineReactor]]:
-    """The reactors of this package that this platform has."""
-    if not sys.platform.startswith("linux"):
-        return []
-    from twisted_rtsig.epollreactor import EdgeEPollReactor
-    from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
-
-    return [RealtimeSignalReactor, EdgeEPollReactor]
-
-
-@pytest.fixture(params=_reactor_classes(), ids=lambda each: each.__name__)
+@pytest.fixture(params=reactor_classes(), ids=lambda each: each.__name__)
 def reactor_class(request: Any) -> Callable[[], EngineReactor]:
     """Each of this package's reactors; a file about one of them has its own."""
     chosen: Callable[[], EngineReactor] = request.param

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import ipaddress
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -30,11 +32,32 @@ from twisted.internet.protocol import (
 )
 from twisted.python.failure import Failure
 
+from tests import libkqueue
 from twisted_rtsig.engine.reactor import EngineReactor
+from twisted_rtsig.kqreactor import KQueueReactor
 from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
 
 DEADLINE = 20.0
 """Seconds after which a test gives up on an event that should come at once."""
+
+
+def reactor_classes() -> list[type[EngineReactor]]:
+    """The reactors of this package that this platform has."""
+    if hasattr(select, "kqueue"):
+        return [KQueueReactor]
+    if sys.platform == "win32":
+        from twisted_rtsig.iocpreactor import CompletionPortReactor
+
+        return [CompletionPortReactor]
+    if not sys.platform.startswith("linux"):
+        return []
+    from twisted_rtsig.epollreactor import EdgeEPollReactor
+
+    classes: list[type[EngineReactor]] = [RealtimeSignalReactor, EdgeEPollReactor]
+    # Where it is missing, test_kqueue.py skips and says so, once for all.
+    if libkqueue.path() is not None:
+        classes.append(libkqueue.KQueueReactor)
+    return classes
 
 
 def dispose(reactor: EngineReactor) -> None:
@@ -49,6 +72,13 @@ def dispose(reactor: EngineReactor) -> None:
     if isinstance(reactor, EngineReactor):
         # Gives the kernel everything back.
         reactor.beforeDaemonize()
+
+
+def open_descriptors() -> set[str]:
+    """The numbers of the descriptors that are open in this process."""
+    # What an earlier test left to the garbage collector may go at any moment.
+    gc.collect()
+    return set(os.listdir("/proc/self/fd"))
 
 
 def spin(reactor: EngineReactor, until: Callable[[], Any]) -> None:
@@ -237,17 +267,23 @@ def blocked_signals(status: str = "") -> int:
 
 
 def read_all(reactor: EngineReactor, client: socket.socket, size: int) -> None:
+    """Read as long as there is something to come, C{size} bytes in all."""
     client.setblocking(False)
     got = 0
 
-    def done() -> bool:
+    def read() -> None:
         nonlocal got
         with contextlib.suppress(BlockingIOError):
             while chunk := client.recv(1 << 20):
                 got += len(chunk)
-        return got >= size
 
-    spin(reactor, done)
+    # In the reactor itself: the kernel goes on to send while it sleeps, and may say
+    # that there is room only when this end has read that as well.
+    watcher = Watcher(reactor, client.fileno())
+    watcher.on_read = read
+    reactor.addReader(watcher)
+    spin(reactor, lambda: got >= size)
+    reactor.removeReader(watcher)
     assert got == size
 
 

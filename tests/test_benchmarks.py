@@ -121,3 +121,35 @@ def test_tasks() -> None:
     # What is compared is the very figure that is shown.
     mine, yardstick = (float(row[2].split()[0]) for row in tables["ping-pong"][:2])
     assert float(bars[0][4].split()[0]) == pytest.approx(mine / yardstick, abs=0.02)
+
+
+def test_files() -> None:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the benchmarks are for Linux")
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("the benchmarks need two cores")
+    command = [sys.executable, str(BENCHMARKS / "files.py"), "--rounds", "1"]
+    command += ["--count", "200", "--size", "100000"]
+    # That of this checkout, wherever another one is installed.
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=environment
+    )
+    # Whether so short a measurement meets the bars is luck.
+    assert run.returncode == ("MISSED" in run.stdout), run.stderr
+    _, *sections = run.stdout.split("\n## ")
+    tables = {each.split(":")[0].strip(): rows_of(each) for each in sections[:-1]}
+    there = importlib.util.find_spec("aiofiles") is not None
+    assert {name: len(rows) for name, rows in tables.items()} == {
+        "cached": 3 + there,
+        "send": 6,
+        "small": 4,
+        "large": 4,
+        "late": 8,
+    }
+    assert len(rows_of(sections[-1])) == 2 + there
+    assert ("there is no aiofiles here (pip install" in run.stderr) != there
+    for rows in tables.values():
+        # Of the delays it is the longest pass: nobody need have held up anybody.
+        times = [row[2 if rows is tables["late"] else 1] for row in rows]
+        assert all(float(each.split()[0].replace(",", "")) > 0 for each in times)

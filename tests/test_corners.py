@@ -381,7 +381,7 @@ for reactor in reactors:
     clients[reactor] = [
         socket.create_connection(address, timeout=20) for _ in range(10)]
     while reactor.statistics()["armed"] < 10:
-        reactor.iterate(1)
+        reactor.iterate(0)
 for reactor in reactors * 5:
     reactor.iterate(0)
 for client in clients[reactors[0]] + clients[reactors[1]]:

@@ -14,7 +14,15 @@ if not sys.platform.startswith("linux"):
 
 from twisted.internet.error import ConnectionFdescWentAway
 
-from tests.support import Served, Watcher, read_all, run_program, settle, spin
+from tests.support import (
+    Served,
+    Watcher,
+    open_descriptors,
+    read_all,
+    run_program,
+    settle,
+    spin,
+)
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.epollreactor import EdgeEPollReactor
 
@@ -210,7 +218,7 @@ def test_runs_in_any_thread_after_another(served: Served) -> None:
 
 
 def test_no_set_is_left_after_a_run(reactor: EngineReactor) -> None:
-    descriptors = set(os.listdir("/proc/self/fd"))
+    descriptors = open_descriptors()
     reactor.callWhenRunning(reactor.stop)
     reactor.run(installSignalHandlers=False)
-    assert set(os.listdir("/proc/self/fd")) == descriptors
+    assert open_descriptors() == descriptors

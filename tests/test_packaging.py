@@ -150,15 +150,32 @@ def test_listed(unpacked: Path, tmp_path: Path, program: str) -> None:
         f"from twisted.scripts.{program} import run; run()",
         "--help-reactors",
     )
-    # A "!" before the name marks a reactor that does not work here.
-    mark = "" if sys.platform.startswith("linux") else "!"
-    for name in ("rtsig", "rtsig-epoll"):
-        entry = rf"^\s+{mark}{name}\s+\S+ \S+"
+    # Also those that would refuse to start here: their modules can be imported.
+    for name in ("rtsig", "rtsig-epoll", "rtsig-kqueue"):
+        entry = rf"^\s+{name}\s+\S+ \S+"
         assert re.search(entry, listing, re.MULTILINE), listing
 
 
+def test_pytest_finds_the_plugin(unpacked: Path, tmp_path: Path) -> None:
+    """Also where nothing else of the package is imported."""
+    (tmp_path / "test_it.py").write_text(
+        "async def test_it():\n    from twisted.internet import reactor\n"
+    )
+    said = run_from_wheel(
+        unpacked,
+        tmp_path,
+        "import pytest; raise SystemExit(pytest.main(['--twisted-reactor=select']))",
+    )
+    assert "reactor: select (SelectReactor)" in said
+
+
 @pytest.mark.parametrize(
-    "module", ["twisted_rtsig", "twisted.plugins.twisted_rtsig_reactors"]
+    "module",
+    [
+        "twisted_rtsig",
+        "twisted_rtsig.pytest_plugin",
+        "twisted.plugins.twisted_rtsig_reactors",
+    ],
 )
 def test_import_chooses_no_reactor(unpacked: Path, tmp_path: Path, module: str) -> None:
     """
@@ -174,6 +191,7 @@ for name in (
     "twisted.internet.reactor",
     "twisted_rtsig.rtsigreactor",
     "twisted_rtsig.epollreactor",
+    "twisted_rtsig.kqreactor",
 ):
     assert name not in sys.modules, name
 """

@@ -307,6 +307,7 @@ def test_daemon(reactor_name: str, site: Path, tmp_path: Path) -> None:
             *("rtsig-epoll", "", "darwin", "Linux only, and this is darwin"),
             "--reactor=poll",
         ),
+        ("rtsig-kqueue", "", "linux", "this is linux", "--reactor=rtsig-epoll"),
     ],
 )
 def test_refusal(

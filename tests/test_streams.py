@@ -48,14 +48,12 @@ from tests.support import (
     RecorderFactory,
     dispose,
     make_certificate,
+    reactor_classes,
     settle,
 )
 from twisted_rtsig.engine.reactor import EngineReactor
-from twisted_rtsig.epollreactor import EdgeEPollReactor
-from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
 
-OURS = [RealtimeSignalReactor, EdgeEPollReactor]
-REACTORS = [*OURS, EPollReactor]
+REACTORS = [*reactor_classes(), EPollReactor]
 KINDS = [
     "TCP server",
     "TCP client",
