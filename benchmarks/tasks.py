@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextvars
 import gc
 import importlib.util
 import json
@@ -375,6 +376,53 @@ def coroutine_transfers(count: int, meter: Meter) -> None:
     transfers(first, second)
 
 
+@dataclass(slots=True)
+class Switched:
+    """What a switch is to, or where the next one is to."""
+
+    target: Any = None
+    value: Any = None
+    send: Any = None
+    run: Any = None
+
+
+SWITCH = Switched()
+
+
+def switch(target: Switched, value: Any) -> Switched:
+    SWITCH.target = target
+    SWITCH.value = value
+    return SWITCH
+
+
+def bare_switches(count: int, meter: Meter) -> None:
+    """
+    What a transfer cannot do without, and no more: the call, the yield, and the
+    resumption of the other in its own context.  Nothing is checked, nobody knows
+    who runs, and nobody can be cancelled.
+    """
+    first, second = Switched(), Switched()
+
+    def run_first(other: Switched) -> Generator[Any, Any, None]:
+        value = None
+        for switches in meter.parts(count):
+            for _ in range(switches // 2):
+                value = yield switch(other, value)
+
+    def run_second(other: Switched) -> Generator[Any, Any, None]:
+        value = None
+        while True:
+            value = yield switch(other, value)
+
+    first.send, second.send = run_first(second).send, run_second(first).send
+    for each in first, second:
+        each.run = contextvars.copy_context().run
+    switch(first, None)
+    while True:
+        target = SWITCH.target
+        target.run(target.send, SWITCH.value)
+
+
 def drive(send: Callable[[Any], Any], count: int, meter: Meter) -> None:
     value = send(None)
     for sends in meter.parts(count):
@@ -534,6 +582,7 @@ WORKS = {
         {
             TRANSFER: Contender(generator_transfers),
             COROUTINE_TRANSFER: Contender(coroutine_transfers),
+            "generators, without any check": Contender(bare_switches),
             SEND: Contender(generator_sends),
             "send to a coroutine": Contender(coroutine_sends),
             "greenlet.switch": Contender(greenlet_switches, "greenlet"),

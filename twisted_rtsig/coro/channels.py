@@ -81,13 +81,24 @@ class Channel(Generic[T]):
         """
         done: Operation[None]
         receivers = self._receivers
-        if receivers and self._at_once:
+        if receivers.entries and self._at_once:
             # There is no value then, no sender and no end.  Not counted, since that
             # one has to have its turn.
-            receiver = receivers.popleft()
+            receiver = receivers.entries.popleft()
             if receivers.given_up:
                 receivers.strip()
-            receiver.succeed(value)
+            if type(receiver) is Operation and (waiter := receiver.waiter) is not None:
+                # As succeed(), without the call: most values go through here.
+                receiver.called = True
+                receiver.result = value
+                waiter._waiting_on = None
+                waiter._value = value
+                scheduler = waiter._scheduler
+                scheduler._ready.append(waiter)
+                if not scheduler._busy:
+                    scheduler._run()
+            else:
+                receiver.succeed(value)
             done = Done()
             return done
         if self._closed:
@@ -99,7 +110,7 @@ class Channel(Generic[T]):
         operation: Operation[None] = Wait()
         operation.owner = self
         operation.value = value
-        self._senders.append(operation)
+        self._senders.entries.append(operation)
         return operation
 
     def try_send(self, value: T) -> None:
@@ -120,9 +131,13 @@ class Channel(Generic[T]):
 
     def _give(self, value: T) -> bool:
         """Whether a receiver, or the buffer, has taken it."""
-        senders = self._senders
+        senders = self._senders.entries
         # While they wait for the turn, there may be receivers and senders.
-        if self._receivers and not self._values and (self._at_once or not senders):
+        if (
+            self._receivers.entries
+            and not self._values
+            and (self._at_once or not senders)
+        ):
             self._receivers.next().succeed(value)
         elif len(self._values) < self._capacity and not senders:
             self._values.append(value)
@@ -144,7 +159,7 @@ class Channel(Generic[T]):
         :raises EndOfChannel: (when awaited) if the channel is closed, and all that
             was sent has been received.
         """
-        if self._values or self._senders:
+        if self._values or self._senders.entries:
             if self._at_once:
                 finished: Finished[T] = Finished()
                 finished.result = self._take()
@@ -156,7 +171,7 @@ class Channel(Generic[T]):
         operation.owner = self
         # Looked at when it is awaited, and found in less time than the default.
         operation.waiter = None
-        self._receivers.append(operation)
+        self._receivers.entries.append(operation)
         return operation
 
     def try_receive(self) -> T:
@@ -169,7 +184,7 @@ class Channel(Generic[T]):
         """
         if self._at_end:
             raise EndOfChannel(self)
-        overtakes = self._receivers and not self._at_once
+        overtakes = self._receivers.entries and not self._at_once
         value: Any = NOTHING if overtakes else self._take()
         if value is NOTHING:
             raise WouldBlock(f"{self!r} is empty: use receive(), which waits")
@@ -188,10 +203,10 @@ class Channel(Generic[T]):
         """The next value, whoever waits for it; C{NOTHING} if there is none."""
         if self._values:
             value: Any = self._values.popleft()
-            if self._senders and not self._closed:
+            if self._senders.entries and not self._closed:
                 self._admit(self._senders.next())
             return value
-        if self._senders:
+        if self._senders.entries:
             sender = self._senders.next()
             sender.succeed(None)
             return sender.value
@@ -221,7 +236,7 @@ class Channel(Generic[T]):
         self._closed = True
         # Who receives in a callback waits until it is known what is left.
         self._at_once = 0
-        while self._senders:
+        while self._senders.entries:
             self._senders.next().fail(self._no_more())
         self._match()
 
@@ -264,9 +279,9 @@ class Channel(Generic[T]):
         # Callbacks may come back here, and are not to overtake anybody.
         self._at_once = 0
         while True:
-            if self._receivers and self._values:
+            if self._receivers.entries and self._values:
                 self._receivers.next().succeed(self._values.popleft())
-            elif self._senders and len(self._values) < self._capacity:
+            elif self._senders.entries and len(self._values) < self._capacity:
                 self._admit(self._senders.next())
             elif (sender := self._who_meets_a_receiver()) is not None:
                 # Who has it in the next round.
@@ -275,7 +290,7 @@ class Channel(Generic[T]):
             else:
                 break
         if self._closed:
-            while self._receivers:
+            while self._receivers.entries:
                 self._receivers.next().fail(EndOfChannel(self))
         self._at_once = _AT_ONCE_IN_A_TURN
 
@@ -284,8 +299,8 @@ class Channel(Generic[T]):
         return next(
             (
                 sender
-                for sender in self._senders
-                for receiver in self._receivers
+                for sender in self._senders.entries
+                for receiver in self._receivers.entries
                 if not (sender.called or receiver.called)
                 and (sender.owner is not receiver.owner or sender.owner is self)
             ),
@@ -319,7 +334,7 @@ class Channel(Generic[T]):
 
     def watch(self, entry: Entry) -> None:
         """See ``Selectable.watch``."""
-        self._receivers.append(entry)
+        self._receivers.entries.append(entry)
 
     def unwatch(self, entry: Entry) -> None:
         """See ``Selectable.unwatch``."""
@@ -350,7 +365,7 @@ class Sending(Generic[T]):
     def watch(self, entry: Entry) -> None:
         """See ``Selectable.watch``."""
         entry.value = self.value
-        self.channel._senders.append(entry)
+        self.channel._senders.entries.append(entry)
 
     def unwatch(self, entry: Entry) -> None:
         """See ``Selectable.unwatch``."""

@@ -31,7 +31,7 @@ class _Queued:
     def _wait(self) -> Operation[None]:
         operation: Operation[None] = Wait()
         operation.owner = self
-        self._waiters.append(operation)
+        self._waiters.entries.append(operation)
         return operation
 
     def forget(self, operation: Operation[Any]) -> None:
@@ -58,7 +58,7 @@ class Event(_Queued):
     def set(self) -> None:
         """It happens.  All who wait go on, and whoever comes later does not wait."""
         self._set = True
-        while self._waiters:
+        while self._waiters.entries:
             self._waiters.next().succeed(None)
 
     def wait(self) -> Operation[None]:
@@ -71,7 +71,7 @@ class Event(_Queued):
 
     def watch(self, entry: Entry) -> None:
         """See ``Selectable.watch``."""
-        self._waiters.append(entry)
+        self._waiters.entries.append(entry)
 
     def unwatch(self, entry: Entry) -> None:
         """See ``Selectable.unwatch``."""
@@ -137,7 +137,7 @@ class Semaphore(_Queued):
                 f"{self!r} was released more often than acquired: whoever acquires it "
                 "releases it once"
             )
-        if self._waiters:
+        if self._waiters.entries:
             self._waiters.next().succeed(None)
         else:
             self._value += 1
@@ -220,7 +220,7 @@ class Condition(_Queued):
         :raises RuntimeError: if nobody has the lock.
         """
         self._check("notify()")
-        while self._waiters and count > 0:
+        while self._waiters.entries and count > 0:
             count -= 1
             self._waiters.next().succeed(None)
 

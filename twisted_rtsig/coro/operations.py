@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from itertools import repeat
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -222,7 +223,8 @@ class Finished(Operation[T]):
 class Done(Finished[None]):
     """One without a value: to await it is to iterate over nothing, in no time."""
 
-    __await__ = ().__iter__  # type: ignore[assignment]
+    # An iterator is its own iterator, and one that is exhausted serves all.
+    __await__ = MethodType(iter, iter(()))
 
 
 class _UsedAsDeferred(Operation[T]):

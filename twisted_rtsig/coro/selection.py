@@ -158,7 +158,7 @@ class Deadline:
 
     def watch(self, entry: Entry) -> None:
         """See ``Selectable.watch``."""
-        self._waiters.append(entry)
+        self._waiters.entries.append(entry)
         if self._call is None:
             self._call = self._reactor.callLater(self.remaining, self._pass)
 
@@ -166,7 +166,7 @@ class Deadline:
         """See ``Selectable.unwatch``."""
         self._waiters.forget(entry)
         # Not one that is told of it just now.
-        if not self._waiters and self._call is not None:
+        if not self._waiters.entries and self._call is not None:
             self._call.cancel()
             self._call = None
 
@@ -174,7 +174,7 @@ class Deadline:
         self._call = None
         # Clocks count in fractions that do not always add up.
         self._time = self._reactor.seconds()
-        while self._waiters:
+        while self._waiters.entries:
             self._waiters.next().succeed(None)
 
     def __repr__(self) -> str:
@@ -209,7 +209,7 @@ class _TaskCase:
         if hook is None:
             hook = _hooks[self._task] = _Hook()
             self._task._when_done(hook.task_ended)
-        hook.waiters.append(entry)
+        hook.waiters.entries.append(entry)
 
     def unwatch(self, entry: Entry) -> None:
         _hooks[self._task].waiters.forget(entry)
@@ -234,7 +234,7 @@ class _DeferredCase:
         return result
 
     def watch(self, entry: Entry) -> None:
-        self._hook.waiters.append(entry)
+        self._hook.waiters.entries.append(entry)
 
     def unwatch(self, entry: Entry) -> None:
         self._hook.waiters.forget(entry)
@@ -254,7 +254,7 @@ class _Hook:
         self.waiters = Waiters()
 
     def task_ended(self, task: Task[Any]) -> None:
-        while self.waiters:
+        while self.waiters.entries:
             waiter = self.waiters.next()
             if task.failed or task.cancelled:
                 waiter.fail(task._see_failure().value)
@@ -264,10 +264,10 @@ class _Hook:
     def fired(self, result: Any) -> Any:
         self.result = result
         if not isinstance(result, Failure):
-            while self.waiters:
+            while self.waiters.entries:
                 self.waiters.next().succeed(result)
-        elif self.waiters:
-            while self.waiters:
+        elif self.waiters.entries:
+            while self.waiters.entries:
                 self.waiters.next().fail(result.value)
             # They have seen to it.
             return None

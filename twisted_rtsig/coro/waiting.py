@@ -25,49 +25,53 @@ class Entry(Protocol):
         """It waited for nothing."""
 
 
-class Waiters(deque[Any]):
+class Waiters:
     """
-    Entries.
+    Those who wait.
 
-    Those that were given up stay where they are until it is their turn, or until
-    half of all are like that: so that each is gone in constant time, however many
-    there are.  The first one always still waits.
+    Who was given up stays where it is until it is its turn, or until half of all are
+    like that: so that each is gone in constant time, however many there are.
 
-    :ivar given_up: how many there are of those.
+    :ivar entries: all of them; the first one always still waits.
+    :ivar given_up: how many do not.
     """
 
-    __slots__ = ("given_up",)
+    __slots__ = ("entries", "given_up")
+
+    # A deque of its own, since CPython calls the methods of a subclass the long way.
 
     def __init__(self) -> None:
-        super().__init__()
+        self.entries: deque[Any] = deque()
         self.given_up = 0
 
     @property
     def waiting(self) -> int:
         """How many still wait."""
-        return len(self) - self.given_up
+        return len(self.entries) - self.given_up
 
     def next(self) -> Any:
         """Take out the first; there must be one."""
-        first = self.popleft()
+        first = self.entries.popleft()
         if self.given_up:
             self.strip()
         return first
 
     def forget(self, entry: Any) -> None:
         """One of them is given up: it is called, or is about to be."""
-        if self[0] is entry:
+        entries = self.entries
+        if entries[0] is entry:
             self.next()
             return
         self.given_up += 1
-        if 2 * self.given_up > len(self):
-            waiting = [each for each in self if not (each.called or each is entry)]
-            self.clear()
-            self.extend(waiting)
+        if 2 * self.given_up > len(entries):
+            waiting = [each for each in entries if not (each.called or each is entry)]
+            entries.clear()
+            entries.extend(waiting)
             self.given_up = 0
 
     def strip(self) -> None:
         """Let the first one be one that still waits."""
-        while self and self[0].called:
-            self.popleft()
+        entries = self.entries
+        while entries and entries[0].called:
+            entries.popleft()
             self.given_up -= 1
