@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import Any
 
@@ -277,9 +277,7 @@ def test_reset(reactor: Any, logged: list[Any]) -> None:
         async with connected(reactor) as (stream, peer):
             peer.sendall(b"last words")
             assert await stream.peek() == b"last words"
-            linger = b"\x01\0\0\0\0\0\0\0"
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            peer.close()
+            reset(peer)
             with pytest.raises(IncompleteRead) as caught:
                 await stream.read_line()
             assert caught.value.partial == b"last words"
@@ -454,6 +452,53 @@ def test_a_handler_that_does_not_read_holds_up_the_peer(reactor: Any) -> None:
             assert received == sent
 
     run(reactor, main)
+
+
+async def lost_while_nobody_reads(
+    reactor: Any, lose: Callable[[socket.socket], None]
+) -> tuple[bytes, bytes, int, type[Exception] | None]:
+    """
+    What was sent; what is read once it is lost, how much of that was there before,
+    and the error after it.  The transport is paused, so that only a read finds out.
+    """
+    async with connected(reactor) as (stream, peer):
+        sent = b""
+        with suppress(BlockingIOError):
+            while True:
+                block = b"%09d " % len(sent) * 10_000
+                sent += block[: peer.send(block)]
+        while len(await stream.peek(1 << 30)) <= 1 << 17:
+            await sleep(0)
+        lose(peer)
+        held = len(await stream.peek(1 << 30))
+        received = b""
+        try:
+            while chunk := await stream.read():
+                received += chunk
+        except ConnectionLost as error:
+            return sent, received, held, type(error)
+        return sent, received, held, None
+
+
+def test_the_end_while_nobody_reads(reactor: Any) -> None:
+    sent, received, held, error = run(
+        reactor, lost_while_nobody_reads, reactor, socket.socket.close
+    )
+    assert error is None
+    assert held < len(sent)
+    assert received == sent
+
+
+def test_reset_while_nobody_reads(reactor: Any) -> None:
+    sent, received, held, error = run(reactor, lost_while_nobody_reads, reactor, reset)
+    assert error is ConnectionLost
+    assert len(received) >= held
+    assert sent.startswith(received)
+
+
+def reset(peer: socket.socket) -> None:
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+    peer.close()
 
 
 def test_who_always_has_data_lets_the_others_have_their_turn(reactor: Any) -> None:

@@ -235,6 +235,15 @@ async def some(peer: socket.socket) -> int:
         return 0
 
 
+async def at_least_something(peer: socket.socket) -> int:
+    """The same, but waits; 0 at the end."""
+    while True:
+        try:
+            return len(peer.recv(1 << 20))
+        except BlockingIOError:
+            await sleep(0.001)
+
+
 def test_half_close_after_the_file(reactor: Any, big: Path) -> None:
     async def main() -> None:
         async with (
@@ -427,13 +436,50 @@ def test_cancelled_in_the_middle(reactor: Any, big: Path) -> None:
                 received += chunk
             assert told[-1] == received < SIZE
 
-    async def at_least_something(peer: socket.socket) -> int:
-        while True:
-            try:
-                return len(peer.recv(1 << 20))
-            except BlockingIOError:
-                await sleep(0.001)
+    run(reactor, main)
 
+
+@pytest.mark.parametrize("where", ["when it tells", "in between"])
+def test_cancelled_at_every_point(reactor: Any, big: Path, where: str) -> None:
+    """What it has told is what the peer gets, and nothing follows it."""
+
+    async def cancel_after(point: int) -> bool:
+        """Whether it had not ended by then."""
+        told = [0]
+
+        def tell(sent: int) -> None:
+            told.append(sent)
+            if where == "when it tells" and len(told) > point:
+                sending.cancel()
+
+        async with (
+            connected(reactor) as (stream, peer),
+            await open_file(big) as file,
+        ):
+            sending = stream.send_file(file, 0, size, progress=tell)
+            sending.addErrback(lambda _: None)
+            if where == "when it tells" and not point:
+                sending.cancel()
+            received = 0
+            while len(told) <= point and not sending.called:
+                received += await some(peer)
+            ended = told[-1] == size
+            sending.cancel()
+            closing = stream.close()
+            while chunk := await at_least_something(peer):
+                received += chunk
+            await closing
+            assert told[-1] == received
+        return not ended
+
+    async def main() -> None:
+        point = 0
+        while await cancel_after(point):
+            point += 1
+        assert point > 2
+
+    # More than a thread sends at once, or than is read and written.
+    size = 12_000_000 if hasattr(os, "sendfile") else 500_000
     run(reactor, main)
 
 
