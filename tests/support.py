@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -39,6 +40,9 @@ from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
 
 DEADLINE = 20.0
 """Seconds after which a test gives up on an event that should come at once."""
+
+RESET = struct.pack("HH" if sys.platform == "win32" else "ii", 1, 0)
+"""SO_LINGER with no time to linger: close() sends a reset."""
 
 
 def reactor_classes() -> list[type[EngineReactor]]:
@@ -264,6 +268,12 @@ def blocked_signals(status: str = "") -> int:
             status = file.read()
     line = next(each for each in status.splitlines() if each.startswith("SigBlk"))
     return int(line.split()[1], 16)
+
+
+def reset(connection: socket.socket) -> None:
+    """Close it in a way that its peer takes for an error."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    connection.close()
 
 
 def read_all(reactor: EngineReactor, client: socket.socket, size: int) -> None:

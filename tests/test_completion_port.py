@@ -10,7 +10,6 @@ import gc
 import os
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -39,6 +38,7 @@ from zope.interface.verify import verifyObject
 
 from tests.support import (
     DEADLINE,
+    RESET,
     Recorder,
     RecorderFactory,
     Served,
@@ -974,10 +974,6 @@ class Careless(Recorder):
             transport.loseConnection()
         else:
             transport.loseConnection()
-
-
-RESET = struct.pack("HH", 1, 0)
-"""SO_LINGER with no time to linger: close() sends a reset."""
 
 
 # Wine says ENOTCONN of who was reset before it was accepted, which is logged.

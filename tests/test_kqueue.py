@@ -11,7 +11,6 @@ import errno
 import os
 import select
 import socket
-import struct
 import sys
 import threading
 import time
@@ -59,6 +58,7 @@ from tests.support import (
     Watcher,
     connect,
     dispose,
+    reset,
     spin,
 )
 from twisted_rtsig.engine.registration import Origin
@@ -74,9 +74,6 @@ from twisted_rtsig.notifiers import READ as INPUT
 from twisted_rtsig.notifiers import WRITE as ROOM
 from twisted_rtsig.notifiers.kqueue import KQueueNotifier
 from twisted_rtsig.notifiers.kqueue_calls import KernelCalls, native_calls
-
-RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER with no time to linger: close() sends a reset."""
 
 
 @pytest.fixture
@@ -187,15 +184,13 @@ def test_a_reset_leaves_the_input_before_it(
 ) -> None:
     client, connection, descriptor = Accepting(reactor, kernel).connect()
     client.sendall(b"0123456789")
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    client.close()
+    reset(client)
     await_error(descriptor)
-    reset = errno.ECONNRESET
-    kernel.happens(descriptor, READ, EOF, fflags=reset, data=10)
+    kernel.happens(descriptor, READ, EOF, fflags=errno.ECONNRESET, data=10)
     reactor.iterate(0)
     assert connection.data == b"0123456789"
     assert not connection.lost
-    kernel.happens(descriptor, READ, EOF, fflags=reset)
+    kernel.happens(descriptor, READ, EOF, fflags=errno.ECONNRESET)
     reactor.iterate(0)
     assert [each.type for each in connection.lost] == [ConnectionLost]
 

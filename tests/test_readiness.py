@@ -11,7 +11,6 @@ import os
 import pty
 import resource
 import socket
-import struct
 import subprocess
 import sys
 import textwrap
@@ -58,14 +57,12 @@ from tests.support import (
     Watcher,
     connect,
     read_all,
+    reset,
     run_program,
     settle,
     spin,
 )
 from twisted_rtsig.engine.reactor import EngineReactor
-
-RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER with no time to linger: close() sends a reset."""
 
 
 @pytest.mark.parametrize(
@@ -272,8 +269,7 @@ def test_end_riding_on_data(served: Served) -> None:
 def test_reset(served: Served) -> None:
     """A reset arrives as POLLERR without POLLIN; it is no clean close."""
     client, connection = served.connect()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    client.close()
+    reset(client)
     spin(served.reactor, lambda: connection.lost)
     assert connection.lost[0].check(ConnectionLost)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -44,9 +43,6 @@ from tests.support import (
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.notifiers import UnsupportedReactorError
 from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
-
-RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER with no time to linger: close() sends a reset."""
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ import random
 import signal
 import socket
 import ssl
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +48,7 @@ from tests.support import (
     dispose,
     make_certificate,
     reactor_classes,
+    reset,
     settle,
 )
 from twisted_rtsig.engine.reactor import EngineReactor
@@ -594,10 +594,9 @@ def test_peer_is_gone_when_written_to(link: Link) -> None:
     link.transport.pauseProducing()
     settle(link.reactor)
     if link.peer.family == socket.AF_INET:
-        link.peer.setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-        )
-    link.peer.close()
+        reset(link.peer)
+    else:
+        link.peer.close()
 
     def write() -> bool:
         link.transport.write(b"x")
@@ -609,10 +608,7 @@ def test_peer_is_gone_when_written_to(link: Link) -> None:
 
 def test_reset_is_told_as_such(tcp_link: Link) -> None:
     tcp_link.peer.sendall(b"data")
-    tcp_link.peer.setsockopt(
-        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-    )
-    tcp_link.peer.close()
+    reset(tcp_link.peer)
     spin(tcp_link.reactor, lambda: tcp_link.protocol.lost)
     assert tcp_link.protocol.lost[0].check(ConnectionLost)
     assert not tcp_link.protocol.lost[0].check(ConnectionDone)

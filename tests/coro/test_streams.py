@@ -13,6 +13,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.error import ConnectionLost
 
 from tests.coro.support import call, connected, listen, run
+from tests.support import reset
 from twisted_rtsig.coro import (
     BusyResourceError,
     DelimiterNotFound,
@@ -494,11 +495,6 @@ def test_reset_while_nobody_reads(reactor: Any) -> None:
     assert error is ConnectionLost
     assert len(received) >= held
     assert sent.startswith(received)
-
-
-def reset(peer: socket.socket) -> None:
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
-    peer.close()
 
 
 def test_who_always_has_data_lets_the_others_have_their_turn(reactor: Any) -> None:
