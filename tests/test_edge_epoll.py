@@ -221,4 +221,4 @@ def test_no_set_is_left_after_a_run(reactor: EngineReactor) -> None:
     descriptors = open_descriptors()
     reactor.callWhenRunning(reactor.stop)
     reactor.run(installSignalHandlers=False)
-    assert open_descriptors() == descriptors
+    assert open_descriptors() <= descriptors
