@@ -9,7 +9,12 @@ from functools import partial
 from typing import Any
 
 import pytest
-from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
+from twisted.internet.defer import (
+    CancelledError,
+    Deferred,
+    inlineCallbacks,
+    succeed,
+)
 from twisted.internet.task import Clock
 
 from tests.coro.support import STYLES
@@ -351,6 +356,24 @@ def test_callbacks_that_release_it(clock: Clock) -> None:
         lock.acquire().addCallback(acquired, number)
     lock.release()
     assert order == list(range(100))
+    assert not lock.locked
+
+
+@pytest.mark.parametrize("style", ["@inlineCallbacks", "fromCoroutine"])
+def test_a_long_queue_for_a_lock(style: str) -> None:
+    """Each is resumed within the release of the one before, and nothing recurses."""
+    lock = Lock()
+    lock.try_acquire()
+    got: list[Any] = []
+
+    def release() -> Deferred[None]:
+        lock.release()
+        return succeed(None)
+
+    for _ in range(10_000):
+        STYLES[style](None, [lock.acquire, release], got)
+    lock.release()
+    assert got == [None] * 20_000
     assert not lock.locked
 
 

@@ -102,6 +102,9 @@ class Semaphore(_Queued):
             )
         self._value = value
         self._max_value = max_value
+        # To how many more of those who wait it is given; and whether one is told.
+        self._given = 0
+        self._telling = False
 
     @property
     def value(self) -> int:
@@ -137,10 +140,25 @@ class Semaphore(_Queued):
                 f"{self!r} was released more often than acquired: whoever acquires it "
                 "releases it once"
             )
-        if self._waiters.entries:
-            self._waiters.next().succeed(None)
-        else:
+        if self._waiters.waiting <= self._given:
             self._value += 1
+            return
+        self._given += 1
+        if self._telling:
+            # One who is told releases it in a callback: to tell the next one here
+            # would recurse as often as there are some who wait.
+            return
+        self._telling = True
+        try:
+            while self._given:
+                self._given -= 1
+                # Unless they were cancelled meanwhile.
+                if self._waiters.entries:
+                    self._waiters.next().succeed(None)
+                else:
+                    self._value += 1
+        finally:
+            self._telling = False
 
     async def __aenter__(self) -> None:
         await self.acquire()
