@@ -411,6 +411,15 @@ class Mailbox:
         finally:
             self.condition.lock.release()
 
+    def take_yielding_if_there(self, number: int = 0) -> Generator[Any, Any, None]:
+        yield self.condition.lock.acquire()
+        try:
+            yield self.condition.wait_for(lambda: self.letters > 0)
+            self.letters -= 1
+            self.taken.append(number)
+        finally:
+            self.condition.lock.release()
+
     def put(self, count: int = 1, notify: int = 1) -> None:
         self.condition.lock.try_acquire()
         self.letters += count
@@ -427,6 +436,12 @@ TAKERS: dict[str, Callable[[Clock, Mailbox, int], Any]] = {
     "generator": lambda clock, box, n: spawn(box.take_yielding, n, reactor=clock),
     "inlineCallbacks": lambda clock, box, n: inlineCallbacks(box.take_yielding)(n),
     "fromCoroutine": lambda clock, box, n: Deferred.fromCoroutine(box.take(n)),
+    "wait_for, generator": lambda clock, box, n: spawn(
+        box.take_yielding_if_there, n, reactor=clock
+    ),
+    "wait_for, inlineCallbacks": lambda clock, box, n: inlineCallbacks(
+        box.take_yielding_if_there
+    )(n),
     "wait_for, fromCoroutine": lambda clock, box, n: Deferred.fromCoroutine(
         box.take_if_there(n)
     ),
@@ -593,7 +608,15 @@ def test_one_who_is_cancelled_has_the_lock_again(
     assert not clock.getDelayedCalls()
 
 
-@pytest.mark.parametrize("taker", ["inlineCallbacks", "fromCoroutine"])
+@pytest.mark.parametrize(
+    "taker",
+    [
+        "inlineCallbacks",
+        "fromCoroutine",
+        "wait_for, inlineCallbacks",
+        "wait_for, fromCoroutine",
+    ],
+)
 @pytest.mark.parametrize("locked", [False, True])
 def test_a_deferred_that_is_cancelled_has_the_lock_again(
     clock: Clock, taker: str, locked: bool
@@ -626,6 +649,45 @@ def test_one_who_was_cancelled_is_not_notified(clock: Clock) -> None:
     assert box.waiting() == "1 wait>"
     box.put()
     assert box.taken == [1, 2]
+
+
+def test_wait_for_is_a_deferred_that_has_begun(clock: Clock) -> None:
+    condition = Condition()
+    condition.lock.try_acquire()
+    ready: list[None] = []
+    got: list[Any] = []
+    condition.wait_for(lambda: bool(ready)).addCallback(got.append)
+    # It does not have the lock.
+    condition.lock.try_acquire()
+    condition.notify()
+    condition.lock.release()
+    assert got == []
+    condition.lock.try_acquire()
+    ready.append(None)
+    condition.notify()
+    assert got == []
+    condition.lock.release()
+    assert got == [None]
+    assert condition.lock.locked
+
+
+def test_a_predicate_that_fails(clock: Clock) -> None:
+    box = Mailbox()
+
+    def fails() -> bool:
+        raise KeyError(box.letters)
+
+    async def wait() -> None:
+        async with box.condition:
+            with pytest.raises(KeyError, match="0"):
+                await box.condition.wait_for(fails)
+            box.letters += 1
+            with pytest.raises(KeyError, match="1"):
+                await box.condition.wait_for(lambda: box.letters == 0 or fails())
+
+    task = spawn(wait, reactor=clock)
+    assert task.result() is None
+    assert not box.condition.lock.locked
 
 
 def test_wait_for_does_not_wait_for_what_is_true(clock: Clock) -> None:

@@ -223,13 +223,14 @@ class Condition(_Queued):
         self.lock.release()
         return waiting
 
-    async def wait_for(self, predicate: Callable[[], bool]) -> None:
+    def wait_for(self, predicate: Callable[[], bool]) -> Deferred[None]:
         """
         Wait until C{predicate()} is true; it is called with the lock, now and
         whenever somebody notifies this.
+
+        :raises RuntimeError: (when awaited) if nobody has the lock, and it is not true.
         """
-        while not predicate():
-            await self.wait()
+        return _UntilTrue(predicate, self)
 
     def notify(self, count: int = 1) -> None:
         """
@@ -296,6 +297,40 @@ class _Reacquiring(Deferred[None]):
     def cancel(self) -> None:
         """See ``Deferred.cancel``."""
         self._notified.cancel()
+
+    def __repr__(self) -> str:
+        return repr(self._condition)
+
+
+class _UntilTrue(Deferred[None]):
+    """A wait for a condition, again and again."""
+
+    def __init__(self, predicate: Callable[[], bool], condition: Condition) -> None:
+        super().__init__()
+        self._predicate = predicate
+        self._condition = condition
+        self._waiting: Deferred[None] | None = None
+        self._look(None)
+
+    def _look(self, notified: None) -> None:
+        self._waiting = None
+        try:
+            waiting = None if self._predicate() else self._condition.wait()
+        except BaseException:
+            self.errback()
+            return
+        if waiting is None:
+            self.callback(None)
+        else:
+            self._waiting = waiting
+            waiting.addCallbacks(self._look, self.errback)
+
+    def cancel(self) -> None:
+        """See ``Deferred.cancel``."""
+        if self._waiting is None:
+            super().cancel()
+        else:
+            self._waiting.cancel()
 
     def __repr__(self) -> str:
         return repr(self._condition)
