@@ -28,6 +28,7 @@ from tests.coro.support import call, client_endpoint, connected, listen, run, sp
 from twisted_rtsig.coro import (
     Cancelled,
     CoroutineFactory,
+    Event,
     Server,
     Stream,
     StreamError,
@@ -402,6 +403,77 @@ def test_idle_timeout(logged: Logged) -> None:
     clock.advance(60)
     assert not clock.getDelayedCalls()
     assert failures(logged) == []
+
+
+def test_what_goes_is_a_sign_of_life() -> None:
+    async def write_now_and_then(stream: Stream) -> None:
+        for _ in range(10):
+            await sleep(40)
+            await stream.write(b"x")
+
+    async def write_once(stream: Stream) -> None:
+        stream.pauseProducing()
+        await stream.write(b"x")
+        await Event().wait()
+
+    clock = Clock()
+    factory = CoroutineFactory(write_now_and_then, idle_timeout=60, reactor=clock)
+    _, transport = _made(factory)
+    clock.pump([5] * 80)
+    assert not transport.aborting
+    assert transport.value() == b"x" * 10
+    assert transport.disconnecting
+
+    clock = Clock()
+    factory = CoroutineFactory(write_once, idle_timeout=60, reactor=clock)
+    protocol, transport = _made(factory)
+    clock.pump([5] * 10)
+    # The peer has taken it.
+    protocol.stream.resumeProducing()
+    clock.pump([5] * 11)
+    assert not transport.aborting
+    clock.pump([5] * 4)
+    assert transport.aborting
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_who_reads_slowly_is_not_idle(reactor: Any, waits: bool) -> None:
+    """Of much that was written at once, a little goes, again and again."""
+
+    async def handler(stream: Stream) -> None:
+        stream.transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        writing = stream.write(bytes(1 << 22))
+        if waits:
+            await writing
+
+    async def main() -> int:
+        server = await listen(reactor, handler, idle_timeout=0.2)
+        received = 0
+        async with await call(reactor, server) as stream:
+            while data := await stream.read(1 << 16):
+                received += len(data)
+                await sleep(0.01)
+        await server.stop()
+        return received
+
+    assert run(reactor, main) == 1 << 22
+
+
+def test_who_does_not_read_is_idle(reactor: Any) -> None:
+    async def handler(stream: Stream) -> None:
+        await stream.write(bytes(1 << 24))
+
+    async def main() -> None:
+        server = await listen(reactor, handler, idle_timeout=0.2)
+        async with await call(reactor, server) as stream:
+            stream.transport.pauseProducing()
+            while not server.factory.connections:
+                await sleep(0)
+            while server.factory.connections:
+                await sleep(0.01)
+        await server.stop()
+
+    run(reactor, main)
 
 
 def test_read_timeout() -> None:

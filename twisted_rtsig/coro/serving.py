@@ -364,7 +364,12 @@ class _Watchdog:
 
 
 def _sign_of_life(stream: Stream) -> object:
-    return stream.activity
+    # Of much that was written at once, the transport tells nothing until all is sent.
+    transport = stream.transport
+    while (below := getattr(transport, "transport", None)) is not None:
+        transport = below
+    unsent = len(getattr(transport, "dataBuffer", b""))
+    return stream.activity, unsent, getattr(transport, "offset", 0)
 
 
 def _slow_read(stream: Stream) -> object:
