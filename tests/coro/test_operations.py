@@ -341,3 +341,19 @@ def test_writes_that_were_given_up_do_not_pile_up(peer: Peer, clock: Clock) -> N
     gc.collect()
     assert not task.done
     assert [each() for each in given_up] == [None] * 10
+
+
+# What a transport is told
+
+
+def test_the_marks_at_which_the_transport_is_held_up(peer: Peer) -> None:
+    transport = peer.stream.transport
+    peer.says(bytes(1 << 17))
+    assert transport.producerState == "producing"
+    peer.says(b"x")
+    assert transport.producerState == "paused"
+    # Until half of it was read.
+    assert peer.stream.read_exactly(1 << 16).called
+    assert transport.producerState == "paused"
+    assert peer.stream.read_exactly(1).called
+    assert transport.producerState == "producing"
