@@ -357,3 +357,21 @@ def test_the_marks_at_which_the_transport_is_held_up(peer: Peer) -> None:
     assert transport.producerState == "paused"
     assert peer.stream.read_exactly(1).called
     assert transport.producerState == "producing"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_comes_after_close_is_discarded(peer: Peer, when: str) -> None:
+    """And holds nothing up: under TLS, the farewell of the other side comes last."""
+    transport = peer.stream.transport
+    if when == "before":
+        peer.says(bytes(1 << 18))
+        assert transport.producerState == "paused"
+    closed = peer.stream.close()
+    assert transport.producerState == "producing"
+    if when == "after":
+        peer.says(bytes(1 << 18))
+        assert transport.producerState == "producing"
+        assert transport.disconnecting
+    peer.leaves(ConnectionDone())
+    assert closed.called
+    assert len(peer.stream.read(1 << 20).result) == (when == "before") << 18
