@@ -18,6 +18,7 @@ from twisted.python.failure import Failure
 
 from twisted_rtsig.coro import (
     CoroutineFactory,
+    DelimiterNotFound,
     Stream,
     Task,
     coroutine,
@@ -375,3 +376,40 @@ def test_what_comes_after_close_is_discarded(peer: Peer, when: str) -> None:
     peer.leaves(ConnectionDone())
     assert closed.called
     assert len(peer.stream.read(1 << 20).result) == (when == "before") << 18
+
+
+# Limits
+
+
+@pytest.mark.parametrize("method", ["read_line", "read_until", "read_until_regex"])
+def test_a_limit_by_default(peer: Peer, method: str) -> None:
+    delimiter = [] if method == "read_line" else [b"\n"]
+    # Without the last one, there could be a match yet.
+    peer.says(b"x" * ((1 << 16) + (method != "read_until_regex")))
+    peer.says(b"\n")
+    reading = getattr(peer.stream, method)(*delimiter)
+    error = reading.result.value
+    reading.addErrback(lambda _: None)
+    assert type(error) is DelimiterNotFound
+    assert error.max_bytes == 1 << 16
+    assert "within 65536 bytes: refuse the peer, or pass a larger" in str(error)
+
+
+def test_how_much_is_read_by_default(peer: Peer) -> None:
+    peer.says(bytes(1 << 17))
+    assert len(peer.stream.peek().result) == 1 << 16
+    assert len(peer.stream.read().result) == 1 << 16
+    reading = peer.stream.read_exactly(1 << 17)
+    peer.says(bytes(1 << 17))
+    assert len(reading.result) == 1 << 17
+
+
+def test_lines_have_a_limit_by_default(peer: Peer, clock: Clock) -> None:
+    async def main() -> None:
+        lines = peer.stream.lines()
+        assert await lines.__anext__() == b"one"
+        with pytest.raises(DelimiterNotFound, match="within 65536 bytes"):
+            await lines.__anext__()
+
+    peer.says(b"one\n" + b"x" * (1 << 17))
+    assert spawn(main, reactor=clock).result() is None
