@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable, Generator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
+from tests.coro.support import STYLES as LAZY_STYLES
 from twisted_rtsig.coro import (
     CoroutineFactory,
     DelimiterNotFound,
@@ -413,3 +415,41 @@ def test_lines_have_a_limit_by_default(peer: Peer, clock: Clock) -> None:
 
     peer.says(b"one\n" + b"x" * (1 << 17))
     assert spawn(main, reactor=clock).result() is None
+
+
+# Turns
+
+
+@styles
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda stream: stream.read(2),
+        lambda stream: stream.peek(2),
+        lambda stream: stream.read_exactly(2),
+        lambda stream: stream.read_line(),
+        lambda stream: stream.read_until(b"\n"),
+        lambda stream: stream.read_until_regex(b"\n"),
+    ],
+)
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_who_always_has_data_waits_for_its_turn(
+    peer: Peer, clock: Clock, style: str, read: Any, pieces: int
+) -> None:
+    for _ in range(pieces):
+        peer.says(b"x\n" * 2_000)
+    got: list[Any] = []
+    turns = [0]
+    call_later = clock.callLater
+
+    def next_turn(*args: Any) -> Any:
+        turns.append(len(got))
+        return call_later(*args)
+
+    clock.callLater = next_turn  # type: ignore[assignment, method-assign]
+    LAZY_STYLES[style](clock, [partial(read, peer.stream)] * 1_000, got)
+    clock.advance(0)
+    assert len(got) == 1_000
+    assert max(after - before for before, after in pairwise(turns)) < 300
+    assert len(turns) > 3
+    assert {len(each) for each in got} <= {1, 2}
