@@ -453,3 +453,18 @@ def test_who_always_has_data_waits_for_its_turn(
     assert max(after - before for before, after in pairwise(turns)) < 300
     assert len(turns) > 3
     assert {len(each) for each in got} <= {1, 2}
+
+
+@pytest.mark.parametrize("method", ["write", "close", "write_eof"])
+def test_what_was_lost_and_nobody_waits_for_is_not_logged(
+    peer: Peer, logged: list[Any], method: str
+) -> None:
+    peer.stream.transport.loseWriteConnection = lambda: None
+    peer.stream.pauseProducing()
+    waiting = getattr(peer.stream, method)(*[b"x"] * (method == "write"))
+    assert not waiting.called
+    peer.leaves(ConnectionLost())
+    assert waiting.called
+    del waiting
+    gc.collect()
+    assert not [each for each in logged if each.get("log_failure")]
