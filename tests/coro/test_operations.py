@@ -19,6 +19,7 @@ from twisted.python.failure import Failure
 
 from tests.coro.support import STYLES as LAZY_STYLES
 from twisted_rtsig.coro import (
+    BusyResourceError,
     CoroutineFactory,
     DelimiterNotFound,
     Stream,
@@ -468,3 +469,11 @@ def test_what_was_lost_and_nobody_waits_for_is_not_logged(
     del waiting
     gc.collect()
     assert not [each for each in logged if each.get("log_failure")]
+
+
+def test_no_tls_while_somebody_reads(peer: Peer) -> None:
+    reading = peer.stream.read()
+    with pytest.raises(BusyResourceError, match="when nobody reads"):
+        peer.stream.start_tls(None)
+    peer.says(b"x")
+    assert reading.result == b"x"
