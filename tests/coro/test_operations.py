@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
 import weakref
 from collections.abc import Callable, Generator
 from functools import partial
@@ -477,3 +478,24 @@ def test_no_tls_while_somebody_reads(peer: Peer) -> None:
         peer.stream.start_tls(None)
     peer.says(b"x")
     assert reading.result == b"x"
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\r\n\r\n"])
+def test_to_search_takes_time_for_each_byte_once(clock: Clock, end: bytes) -> None:
+    """However it is cut into pieces: here into bytes."""
+    size = 100_000
+
+    def seconds(read: Callable[[Stream], Deferred[bytes]]) -> float:
+        peer = Peer(clock)
+        reading = read(peer.stream)
+        before = time.process_time()
+        for _ in range(size):
+            peer.says(b"\r")
+        took = time.process_time() - before
+        assert not reading.called
+        peer.says(end)
+        assert reading.called
+        return took
+
+    without = seconds(lambda stream: stream.read_exactly(size + 1))
+    assert seconds(lambda stream: stream.read_until(end, 1 << 20)) < 10 * without
