@@ -499,3 +499,22 @@ def test_to_search_takes_time_for_each_byte_once(clock: Clock, end: bytes) -> No
 
     without = seconds(lambda stream: stream.read_exactly(size + 1))
     assert seconds(lambda stream: stream.read_until(end, 1 << 20)) < 10 * without
+
+
+def test_what_is_kept_is_not_copied_when_more_comes(clock: Clock) -> None:
+    """It would take hundreds of times as long."""
+    pieces = 4_000
+    times = []
+    for keep in (False, True):
+        peer = Peer(clock)
+        size = 2048 * (pieces if keep else 1)
+        reading = peer.stream.read_exactly(size)
+        before = time.process_time()
+        for number in range(pieces):
+            peer.says(b"%2048d" % number)
+            if not keep:
+                assert reading.called
+                reading = peer.stream.read_exactly(size)
+        times.append(time.process_time() - before)
+        assert reading.called == keep
+    assert times[True] < 30 * times[False]
