@@ -474,6 +474,25 @@ def test_what_was_abandoned_is_not_logged(
     assert failures(logged) == []
 
 
+def test_what_is_abandoned_in_a_circle_is_not_logged(
+    clock: Clock, logged: list[Any]
+) -> None:
+    """Which of its errors nobody waits for any more."""
+    begin: Deferred[None] = Deferred()
+    tasks: list[Task[None]] = []
+
+    async def wait(number: int) -> None:
+        await begin
+        await tasks[1 - number]
+
+    tasks += [spawn(wait, number, reactor=clock) for number in range(2)]
+    begin.callback(None)
+    tasks[0].cancel()
+    assert all(each.cancelled for each in tasks)
+    tasks.clear()
+    assert failures(logged) == []
+
+
 # Timeouts
 
 
