@@ -493,6 +493,42 @@ def test_what_is_abandoned_in_a_circle_is_not_logged(
     assert failures(logged) == []
 
 
+@pytest.mark.parametrize("waits_for", [Deferred, lambda: sleep(5)])
+@pytest.mark.parametrize("style", ["async def", "generator"])
+def test_one_that_does_not_wait_is_cancelled_where_it_does(
+    clock: Clock, waits_for: Any, style: str
+) -> None:
+    """Once, however often it was told before."""
+    seen: list[str] = []
+
+    async def async_def() -> None:
+        for _ in range(2):
+            current_task().cancel()
+        seen.append("runs")
+        try:
+            await waits_for()
+        finally:
+            await sleep(1)
+            seen.append("cleaned up")
+
+    def generator() -> Generator[Any, Any, None]:
+        for _ in range(2):
+            current_task().cancel()
+        seen.append("runs")
+        try:
+            yield waits_for()
+        finally:
+            yield sleep(1)
+            seen.append("cleaned up")
+
+    task = spawn(async_def if style == "async def" else generator, reactor=clock)
+    assert seen == ["runs"]
+    clock.advance(1)
+    assert seen == ["runs", "cleaned up"]
+    assert task.cancelled
+    assert not clock.getDelayedCalls()
+
+
 # Timeouts
 
 
