@@ -529,6 +529,26 @@ def test_one_that_does_not_wait_is_cancelled_where_it_does(
     assert not clock.getDelayedCalls()
 
 
+def test_no_generator_swallows_it_by_accident(clock: Clock) -> None:
+    seen: list[str] = []
+
+    def stubborn() -> Generator[Any, Any, None]:
+        while True:
+            try:
+                yield sleep(5)
+            except Exception:
+                seen.append("swallowed")
+            finally:
+                seen.append("finally")
+
+    tasks = [spawn(stubborn, reactor=clock), spawn(coroutine(stubborn), reactor=clock)]
+    for task in tasks:
+        task.cancel()
+        assert task.cancelled
+    assert seen == ["finally"] * 2
+    assert not clock.getDelayedCalls()
+
+
 # Timeouts
 
 
