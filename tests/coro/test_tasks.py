@@ -713,6 +713,58 @@ def test_shield(clock: Clock) -> None:
     assert seen == ["shielded", "shielded", "timeout inside", "timeout inside"]
 
 
+@pytest.mark.parametrize(
+    ("inner", "outer", "expected"),
+    [(1, 2, ["inner", "outer"]), (2, 1, ["outer"]), (1, 1, ["outer"])],
+)
+def test_nested_timeouts_in_a_generator(
+    clock: Clock, inner: int, outer: int, expected: list[str]
+) -> None:
+    seen = []
+
+    @coroutine
+    def waits() -> Generator[Any, Any, None]:
+        try:
+            with timeout(outer) as limit:
+                try:
+                    with timeout(inner):
+                        yield sleep(10)
+                except TimeoutError:
+                    seen.append("inner")
+                yield sleep(10)
+        except TimeoutError:
+            seen.append("outer")
+            assert limit.expired
+
+    task = spawn(waits, reactor=clock)
+    clock.advance(1)
+    clock.advance(1)
+    task.result()
+    assert seen == expected
+    assert not clock.getDelayedCalls()
+
+
+def test_shield_in_a_generator(clock: Clock) -> None:
+    seen = []
+
+    def waits() -> Generator[Any, Any, None]:
+        with shield():
+            yield sleep(2)
+            seen.append("shielded")
+            with pytest.raises(TimeoutError), timeout(1):
+                yield sleep(5)
+            seen.append("timeout inside")
+        yield sleep(5)
+        seen.append("never")
+
+    task = spawn(waits, reactor=clock)
+    task.cancel()
+    clock.advance(2)
+    clock.advance(1)
+    assert task.cancelled
+    assert seen == ["shielded", "timeout inside"]
+
+
 # Groups
 
 
