@@ -930,6 +930,56 @@ def test_a_group_for_generators(clock: Clock) -> None:
     assert results == [3]
 
 
+@pytest.mark.parametrize("in_body", [False, True])
+def test_an_error_in_a_group_for_generators(clock: Clock, in_body: bool) -> None:
+    tasks: list[Task[Any]] = []
+
+    def body(group: TaskGroup) -> Generator[Any, Any, None]:
+        tasks.append(group.spawn(_after, 10, None))
+        if in_body:
+            yield sleep(1)
+            raise KeyError("body")
+        group.spawn(_after, 1, KeyError("task"))
+        yield sleep(10)
+
+    def main() -> Generator[Any, Any, ExceptionGroup[Exception]]:
+        with pytest.raises(ExceptionGroup) as caught:
+            yield run_group(body)
+        return caught.value
+
+    task = spawn(main, reactor=clock)
+    clock.advance(1)
+    [error] = task.result().exceptions
+    assert isinstance(error, KeyError)
+    assert tasks[0].cancelled
+    assert not clock.getDelayedCalls()
+
+
+@pytest.mark.parametrize("how", ["timeout", "cancel"])
+def test_to_cancel_the_outside_cancels_a_group_for_generators(
+    clock: Clock, how: str
+) -> None:
+    tasks: list[Task[Any]] = []
+
+    def body(group: TaskGroup) -> Generator[Any, Any, None]:
+        tasks.append(group.spawn(_after, 10, None))
+        yield sleep(10)
+
+    def main() -> Generator[Any, Any, None]:
+        with timeout(1 if how == "timeout" else 60):
+            yield run_group(body)
+
+    task = spawn(main, reactor=clock)
+    clock.advance(1)
+    if how == "cancel":
+        task.cancel()
+    assert task.cancelled == (how == "cancel")
+    with pytest.raises(CancelledError if how == "cancel" else TimeoutError):
+        task.result()
+    assert tasks[0].cancelled
+    assert not clock.getDelayedCalls()
+
+
 def test_a_group_runs_nothing_outside_of_its_block(clock: Clock) -> None:
     with pytest.raises(RuntimeError, match="outside of its block"):
         TaskGroup().spawn(_nothing)
