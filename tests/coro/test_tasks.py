@@ -980,6 +980,36 @@ def test_to_cancel_the_outside_cancels_a_group_for_generators(
     assert not clock.getDelayedCalls()
 
 
+def test_a_callback_spawns_into_a_group(clock: Clock) -> None:
+    """On the group's reactor; and if that is cancelled, so is what comes late."""
+    late: list[Task[Any]] = []
+    groups: list[TaskGroup] = []
+
+    async def cleans_up() -> None:
+        try:
+            await sleep(60)
+        finally:
+            await sleep(1)
+
+    async def main() -> None:
+        async with TaskGroup() as group:
+            groups.append(group)
+            group.spawn(cleans_up)
+
+    task = spawn(main, reactor=clock)
+    late.append(groups[0].spawn(sleep, 60))
+    assert late[0].reactor is clock
+    task.cancel()
+    assert late[0].cancelled
+    # One of them cleans up still.
+    assert not task.done
+    late.append(groups[0].spawn(sleep, 60))
+    assert late[1].cancelled
+    clock.advance(1)
+    assert task.cancelled
+    assert not clock.getDelayedCalls()
+
+
 def test_a_group_runs_nothing_outside_of_its_block(clock: Clock) -> None:
     with pytest.raises(RuntimeError, match="outside of its block"):
         TaskGroup().spawn(_nothing)
