@@ -1010,6 +1010,30 @@ def test_a_callback_spawns_into_a_group(clock: Clock) -> None:
     assert not clock.getDelayedCalls()
 
 
+@pytest.mark.parametrize("how", ["timeout", "cancel"])
+def test_the_outside_is_cancelled_in_the_block_of_a_group(
+    clock: Clock, how: str
+) -> None:
+    """The end of the block does not take that for the group's own cancellation."""
+    seen: list[str] = []
+
+    async def main() -> None:
+        with timeout(1 if how == "timeout" else 60):
+            async with TaskGroup() as group:
+                group.spawn(sleep, 60)
+                await sleep(60)
+            seen.append("never")
+        seen.append("never")
+
+    task = spawn(main, reactor=clock)
+    clock.advance(1)
+    if how == "cancel":
+        task.cancel()
+    with pytest.raises(CancelledError if how == "cancel" else TimeoutError):
+        task.result()
+    assert seen == []
+
+
 def test_a_group_runs_nothing_outside_of_its_block(clock: Clock) -> None:
     with pytest.raises(RuntimeError, match="outside of its block"):
         TaskGroup().spawn(_nothing)
