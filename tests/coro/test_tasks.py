@@ -1034,6 +1034,37 @@ def test_the_outside_is_cancelled_in_the_block_of_a_group(
     assert seen == []
 
 
+def test_errors_of_a_group_come_before_a_cancellation(clock: Clock) -> None:
+    """Which is not lost: it comes where the task waits next."""
+    seen: list[str] = []
+
+    async def cleans_up_badly() -> None:
+        try:
+            await sleep(60)
+        finally:
+            raise KeyError("cleaning up")
+
+    async def group_of_them() -> None:
+        async with TaskGroup() as group:
+            group.spawn(cleans_up_badly)
+            await sleep(60)
+
+    async def main() -> None:
+        with pytest.raises(ExceptionGroup):
+            await group_of_them()
+        seen.append("errors")
+        try:
+            await sleep(60)
+        except Cancelled:
+            seen.append("cancelled")
+            raise
+
+    task = spawn(main, reactor=clock)
+    task.cancel()
+    assert seen == ["errors", "cancelled"]
+    assert task.cancelled
+
+
 def test_a_group_runs_nothing_outside_of_its_block(clock: Clock) -> None:
     with pytest.raises(RuntimeError, match="outside of its block"):
         TaskGroup().spawn(_nothing)
