@@ -408,6 +408,40 @@ def test_it_waits_for_the_cleaning_up_of_what_it_waits_for(clock: Clock) -> None
     assert task.cancelled
 
 
+@pytest.mark.parametrize("late", [True, False])
+def test_what_fails_because_of_it(clock: Clock, late: bool) -> None:
+    """At once, it is the cancellation; later, an error of its own."""
+
+    @inlineCallbacks
+    def cleans_up_badly() -> Generator[Any, Any, None]:
+        try:
+            yield Deferred()
+        finally:
+            if late:
+                yield sleep(1, clock)
+            raise KeyError("cleaning up")
+
+    seen: list[BaseException] = []
+
+    async def waits() -> None:
+        try:
+            await cleans_up_badly()
+        except BaseException as error:
+            seen.append(error)
+            raise
+
+    task = spawn(waits, reactor=clock)
+    task.cancel()
+    assert task.done != late
+    clock.advance(1)
+    assert task.cancelled != late
+    cause = seen[0] if late else seen[0].__cause__
+    assert isinstance(cause, KeyError)
+    if late:
+        with pytest.raises(KeyError):
+            task.result()
+
+
 @pytest.mark.parametrize("which", [-1, 19_800], ids=["the last", "one before it"])
 def test_a_long_chain_is_cancelled(clock: Clock, which: int) -> None:
     """The first one is told at once, then each that waits for one before."""
