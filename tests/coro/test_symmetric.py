@@ -340,6 +340,28 @@ def test_who_is_to_be_cancelled_hands_nothing_over(clock: Clock) -> None:
     assert got == ["cancelled"]
 
 
+def test_nor_to_one_who_waits_for_it(clock: Clock) -> None:
+    """The target has transferred itself, and would take over at once."""
+    got: list[Any] = []
+
+    async def take(value: Task[Any]) -> None:
+        got.append(await transfer(value))
+
+    async def main() -> None:
+        other = symmetric(take)
+        await transfer(other, current_task())
+        current_task().cancel()
+        try:
+            await transfer(other, "lost")
+        except Cancelled:
+            got.append("cancelled")
+            raise
+
+    task = spawn(main, reactor=clock)
+    assert task.cancelled
+    assert got == ["cancelled"]
+
+
 # Turns, memory, context
 
 
