@@ -17,7 +17,12 @@ from twisted.internet.endpoints import (
     UNIXServerEndpoint,
     wrapClientTLS,
 )
-from twisted.internet.error import ConnectError, ConnectionAborted, ConnectionClosed
+from twisted.internet.error import (
+    ConnectError,
+    ConnectionAborted,
+    ConnectionClosed,
+    ConnectionDone,
+)
 from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.ssl import PrivateCertificate, optionsForClientTLS
 from twisted.internet.task import Clock
@@ -296,6 +301,24 @@ def test_a_cancelled_handler_can_say_goodbye(reactor: Any) -> None:
         return farewell
 
     assert run(reactor, main) == b"bye"
+
+
+def test_a_factory_that_stops_refuses_new_connections(logged: Logged) -> None:
+    """With an endpoint that listens still, as that of a service may."""
+    clock = Clock()
+    factory = CoroutineFactory(_echo, reactor=clock)
+    protocol, transport = _made(factory)
+    stopped = factory.stop(60)
+    _, refused = _made(factory)
+    assert refused.aborting
+    assert not transport.aborting
+    assert not stopped.called
+    protocol.dataReceived(b"x\n")
+    protocol.connectionLost(Failure(ConnectionDone()))
+    assert stopped.called
+    assert transport.value() == b"x"
+    assert not clock.getDelayedCalls()
+    assert any("stopping" in str(each.get("why")) for each in logged)
 
 
 def test_a_service(reactor: Any) -> None:
