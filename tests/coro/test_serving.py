@@ -34,6 +34,7 @@ from twisted_rtsig.coro import (
     Cancelled,
     CoroutineFactory,
     Event,
+    IncompleteRead,
     Server,
     Stream,
     StreamError,
@@ -168,6 +169,25 @@ def test_a_peer_that_goes_is_no_failure(
     run(reactor, main)
     assert failures(logged) == []
     assert [each for each in logged if each.get("name") == "Frederick"]
+
+
+def test_a_failure_beside_that_of_the_peer_is_logged(logged: Logged) -> None:
+    async def handler(stream: Stream) -> None:
+        async def fails() -> None:
+            try:
+                await Event().wait()
+            finally:
+                raise KeyError("mine")
+
+        async with TaskGroup() as group:
+            group.spawn(fails)
+            await stream.read_line()
+
+    protocol, transport = _made(CoroutineFactory(handler, reactor=Clock()))
+    protocol.dataReceived(b"half a l")
+    protocol.readConnectionLost()
+    assert transport.aborting
+    assert {type(each) for each in failures(logged)} == {IncompleteRead, KeyError}
 
 
 def test_a_handler_may_go_on_without_its_connection(reactor: Any) -> None:
