@@ -558,6 +558,35 @@ def test_handshake_timeout(reactor: Any, certificate: Any, logged: Logged) -> No
     assert failures(logged) == []
 
 
+def test_a_handshake_in_time(reactor: Any, certificate: PrivateCertificate) -> None:
+    """There is no limit any more when it is done, or when the connection is lost."""
+
+    async def main() -> None:
+        server = await serve(
+            _tls_endpoint(reactor, certificate),
+            _until_told,
+            handshake_timeout=0.2,
+            reactor=reactor,
+        )
+        endpoint = client_endpoint(reactor, server)
+        trusted = optionsForClientTLS("127.0.0.1", certificate)
+        async with await connect(wrapClientTLS(trusted, endpoint)) as stream:
+            await sleep(0.3)
+            await stream.write(b"what?\n")
+            assert await stream.read_line() == b"not that"
+        async with await connect(endpoint):
+            while not server.factory.connections:
+                await sleep(0)
+        while server.factory.connections:
+            await sleep(0)
+        await server.stop()
+        assert not [
+            each for each in reactor.getDelayedCalls() if "handshake" in repr(each.func)
+        ]
+
+    run(reactor, main)
+
+
 # Clients and endpoints
 
 
