@@ -234,6 +234,23 @@ def test_an_error_that_nobody_asks_for_is_logged(peer: Peer, logged: list[Any]) 
     assert [each.type for each in failures] == [ConnectionLost]
 
 
+def test_what_is_done_is_not_given_to_who_drives_it(peer: Peer) -> None:
+    """So that nobody else has to understand it."""
+
+    async def converse(stream: Stream) -> list[bytes]:
+        await stream.write(b"hello")
+        got = [await stream.peek(1), await stream.read_line()]
+        got += [await stream.read_until(b";"), await stream.read_exactly(2)]
+        got += [await stream.read_until_regex(b"[.]"), await stream.read()]
+        got.append(await stream.read_exactly(0))
+        return got
+
+    peer.says(b"line\n;ab.the rest")
+    with pytest.raises(StopIteration) as end:
+        converse(peer.stream).send(None)
+    assert end.value.value == [b"l", b"line", b"", b"ab", b".", b"the rest", b""]
+
+
 # Chains, however long
 
 
