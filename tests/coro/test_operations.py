@@ -535,3 +535,26 @@ def test_what_is_kept_is_not_copied_when_more_comes(clock: Clock) -> None:
         times.append(time.process_time() - before)
         assert reading.called == keep
     assert times[True] < 30 * times[False]
+
+
+def test_others_that_were_given_up_do_not_pile_up(peer: Peer, clock: Clock) -> None:
+    given_up = []
+
+    async def tries(start: Callable[[], Deferred[None]]) -> None:
+        for _ in range(10):
+            waiting = start()
+            given_up.append(weakref.ref(waiting))
+            with contextlib.suppress(TimeoutError), timeout(1):
+                await waiting
+            del waiting
+        await sleep(1)
+
+    peer.stream.transport.loseWriteConnection = lambda: None
+    for start in (peer.stream.write_eof, peer.stream.close):
+        task = spawn(tries, start, reactor=clock)
+        clock.pump([1] * 10)
+        gc.collect()
+        assert not task.done
+        assert [each() for each in given_up] == [None] * len(given_up)
+        clock.advance(1)
+        assert task.done
