@@ -267,6 +267,18 @@ def test_a_child_that_closes_its_input(reactor: Any) -> None:
     run_for_real(reactor, main)
 
 
+def test_a_child_that_closes_its_input_while_somebody_waits(reactor: Any) -> None:
+    async def main() -> None:
+        script = "read line; exec <&-; exec sleep 60"
+        async with open_process(["sh", "-c", script]) as child:
+            with pytest.raises(ConnectionLost, match="closed what is written to"):
+                # Far more than the pipe holds.
+                await child.stream.write(b"\n" * (1 << 22))
+            child.send_signal("KILL")
+
+    run_for_real(reactor, main)
+
+
 def test_a_child_that_says_too_much(reactor: Any) -> None:
     async def main() -> int:
         async with open_process(["sh", "-c", "yes | head -c 10000000"]) as child:
