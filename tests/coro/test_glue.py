@@ -7,6 +7,8 @@ import gc
 import signal
 import socket
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -110,6 +112,36 @@ def test_datagrams_that_wait(reactor: Any) -> None:
                 receiver.receive_from()
             with pytest.raises(TimeoutError), timeout(0.01):
                 await reading
+
+    run(reactor, main)
+
+
+def test_datagrams_that_nobody_receives(reactor: Any) -> None:
+    """Few of them wait here, however many have come; and it is held up once only."""
+
+    async def main() -> None:
+        async with open_datagrams(interface="127.0.0.1") as receiver:
+            held_up: list[str] = []
+            transport = receiver.transport
+
+            def tell(name: str, function: Callable[[], None]) -> None:
+                held_up.append(name)
+                function()
+
+            for name in ("pauseProducing", "resumeProducing"):
+                setattr(transport, name, partial(tell, name, getattr(transport, name)))
+            for number in range(100):
+                receiver.feed(b"%d" % number, ("127.0.0.1", 1))
+            assert held_up == ["pauseProducing"]
+            for number in range(100):
+                assert held_up == ["pauseProducing"]
+                assert (await receiver.receive_from())[0] == b"%d" % number
+            assert held_up == ["pauseProducing", "resumeProducing"]
+            with pytest.raises(TimeoutError), timeout(0.01):
+                await receiver.receive_from()
+            # Nobody waits who would take it away.
+            receiver.feed(b"kept", ("127.0.0.1", 1))
+            assert (await receiver.receive_from())[0] == b"kept"
 
     run(reactor, main)
 
