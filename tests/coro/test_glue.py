@@ -6,6 +6,8 @@ import contextvars
 import gc
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +18,7 @@ from twisted.internet.endpoints import ProcessEndpoint
 from twisted.internet.error import CannotListenError, ConnectionLost, MessageLengthError
 
 from tests.coro.support import run, run_for_real
+from tests.support import DEADLINE
 from twisted_rtsig.coro import (
     BusyResourceError,
     IncompleteRead,
@@ -67,6 +70,38 @@ def test_an_error_in_a_thread(reactor: Any) -> None:
 def test_from_another_thread() -> None:
     with pytest.raises(RuntimeError, match="only in a function that in_thread"):
         from_thread(sleep, 0)
+
+
+STANDARD_IO = """
+import sys
+from twisted.internet import reactor
+from twisted.internet.endpoints import StandardIOEndpoint
+from twisted_rtsig.coro import serve, spawn
+
+async def handler(stream):
+    async for line in stream.lines():
+        await stream.write(line.upper() + b"\\n")
+    await stream.write(b"the end\\n")
+
+async def main():
+    server = await serve(StandardIOEndpoint(reactor), handler)
+    await server.stop(60)
+    reactor.stop()
+
+reactor.callWhenRunning(spawn, main)
+reactor.run()
+"""
+
+
+def test_standard_io() -> None:
+    """Through pipes; the end of the input ends the handler, and that the program."""
+    done = subprocess.run(
+        [sys.executable, "-c", STANDARD_IO],
+        input=b"one\ntwo\n",
+        capture_output=True,
+        timeout=DEADLINE,
+    )
+    assert (done.stdout, done.stderr) == (b"ONE\nTWO\nthe end\n", b"")
 
 
 # Datagrams
