@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Generator
 from typing import Any
 
 import pytest
 from twisted.application.internet import StreamServerEndpointService
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.endpoints import (
     SSL4ServerEndpoint,
     TCP4ClientEndpoint,
@@ -41,6 +42,7 @@ from twisted_rtsig.coro import (
     TaskGroup,
     UnreadPlaintext,
     connect,
+    coroutine,
     serve,
     sleep,
     spawn,
@@ -131,6 +133,70 @@ def test_a_generator_that_raises(reactor: Any, logged: Logged) -> None:
     run(reactor, main)
     [error] = failures(logged)
     assert isinstance(error, KeyError)
+
+
+async def _asks(stream: Stream) -> None:
+    await _fails(stream)
+
+
+async def _fails(stream: Stream) -> None:
+    await stream.read_line()
+    raise KeyError("told so")
+
+
+def _asks_as_generator(stream: Stream) -> Generator[Any, Any, None]:
+    yield from _fails_as_generator(stream)
+
+
+def _fails_as_generator(stream: Stream) -> Generator[Any, Any, None]:
+    yield stream.read_line()
+    raise KeyError("told so")
+
+
+@inlineCallbacks
+def _calls_inline_callbacks(stream: Stream) -> Generator[Any, Any, None]:
+    yield inlineCallbacks(_asks_as_generator)(stream)
+
+
+def _calls_a_coroutine(stream: Stream) -> Generator[Any, Any, None]:
+    yield coroutine(_asks_as_generator)(stream)
+
+
+async def _awaits_a_task(stream: Stream) -> None:
+    await spawn(_asks, stream)
+
+
+@pytest.mark.parametrize(
+    ("handler", "stack"),
+    [
+        (_asks, ["_asks", "_fails"]),
+        (_asks_as_generator, ["_asks_as_generator", "_fails_as_generator"]),
+        (
+            coroutine(_asks_as_generator),
+            ["_asks_as_generator", "_fails_as_generator"],
+        ),
+        (
+            _calls_inline_callbacks,
+            ["_calls_inline_callbacks", "_asks_as_generator", "_fails_as_generator"],
+        ),
+        (
+            _calls_a_coroutine,
+            ["_calls_a_coroutine", "_asks_as_generator", "_fails_as_generator"],
+        ),
+        (lambda stream: Deferred.fromCoroutine(_asks(stream)), ["_asks", "_fails"]),
+        (_awaits_a_task, ["_awaits_a_task", "_asks", "_fails"]),
+    ],
+)
+def test_the_stack_of_a_handler_that_fails(
+    logged: Logged, handler: Any, stack: list[str]
+) -> None:
+    """In every style the lines that the user wrote, in order, and no others."""
+    protocol, transport = _made(CoroutineFactory(handler, reactor=Clock()))
+    protocol.dataReceived(b"\n")
+    assert transport.aborting
+    [failure] = [each["log_failure"] for each in logged if each.get("log_failure")]
+    told = re.findall(r'File ".*", line [0-9]+, in (\S+)', failure.getTraceback())
+    assert told == stack
 
 
 async def _in_a_group(stream: Stream) -> None:
