@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import gc
+import sys
 import tracemalloc
 import weakref
 from collections.abc import Callable, Generator
@@ -402,6 +403,48 @@ def test_many_transfers_take_no_memory(clock: Clock) -> None:
         tracemalloc.stop()
     assert len(sizes) == 10
     assert max(sizes) - min(sizes) < 100_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["async def", "generator"])
+def test_a_million_transfers(clock: Clock, style: str) -> None:
+    """In both styles they take no memory, and no stack."""
+    sizes: list[int] = []
+    depths: set[int] = set()
+
+    def look(count: int) -> None:
+        if count % 100_000 == 1000:
+            sizes.append(tracemalloc.get_traced_memory()[0])
+            frame, depth = sys._getframe(), 0
+            while frame.f_back is not None:
+                frame, depth = frame.f_back, depth + 1
+            depths.add(depth)
+
+    async def async_def(other: int, value: Any) -> None:
+        for count in range(500_000):
+            look(count)
+            await transfer(others[other], count)
+
+    def generator(other: int, value: Any) -> Generator[Any, Any, None]:
+        for count in range(500_000):
+            look(count)
+            yield transfer(others[other], count)
+
+    play = async_def if style == "async def" else generator
+    others = [symmetric(play, 1, reactor=clock), symmetric(play, 0, reactor=clock)]
+
+    async def main() -> None:
+        await transfer(others[0])
+
+    tracemalloc.start()
+    try:
+        run(clock, main)
+    finally:
+        tracemalloc.stop()
+    assert len(sizes) == 10
+    assert max(sizes) - min(sizes) < 100_000
+    # Of the first turn, and of the others.
+    assert max(depths) - min(depths) < 10
 
 
 def test_each_has_its_own_context(clock: Clock) -> None:
