@@ -458,6 +458,57 @@ async def _only_read(stream: Stream) -> None:
     await stream.read()
 
 
+WITHOUT_A_REACTOR = """
+import sys
+from twisted.internet.task import Clock
+from twisted_rtsig.coro import Channel, TaskGroup, select, sleep, spawn, timeout
+from twisted_rtsig.coro.testing import SansIO, cancel_everywhere, stream_pair
+
+async def session(stream):
+    try:
+        with timeout(5):
+            async for line in stream.lines():
+                await stream.write(line)
+    except TimeoutError:
+        await sleep(0)
+        await stream.write(b"too late")
+
+conversation = SansIO(session)
+conversation.feed(b"one\\n")
+assert conversation.written() == b"one"
+conversation.advance(5)
+assert conversation.written() == b"too late"
+assert cancel_everywhere(session) == 1
+
+async def main():
+    one, other = stream_pair(latency=1)
+    channel = Channel(0)
+    async with TaskGroup() as group:
+        group.spawn(one.write, b"hello")
+        group.spawn(lambda: channel.send(1))
+        assert await select(channel) == (channel, 1)
+        assert await other.read() == b"hello"
+    return "done"
+
+clock = Clock()
+task = spawn(main, reactor=clock)
+clock.pump([1, 1])
+assert task.result() == "done"
+assert "twisted.internet.reactor" not in sys.modules
+"""
+
+
+def test_without_a_reactor() -> None:
+    """None is even imported, which would install one."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_REACTOR],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # In trial
 
 
