@@ -9,25 +9,31 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
-from twisted.internet.endpoints import ProcessEndpoint
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import ProcessEndpoint, TCP4ServerEndpoint
 from twisted.internet.error import CannotListenError, ConnectionLost, MessageLengthError
 
-from tests.coro.support import run, run_for_real
+from tests.coro.support import STYLES, client_endpoint, run, run_for_real
 from tests.support import DEADLINE
 from twisted_rtsig.coro import (
     BusyResourceError,
     IncompleteRead,
+    Server,
+    Stream,
     StreamError,
+    TaskGroup,
     connect,
     from_thread,
     in_thread,
     open_datagrams,
     open_process,
+    run_group,
+    serve,
     sleep,
     spawn,
     timeout,
@@ -371,3 +377,67 @@ def test_a_process_endpoint(reactor: Any) -> None:
         return line
 
     assert run_for_real(reactor, main) == b"through"
+
+
+# All of it, in every style
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_whatever_waits_in_every_style(reactor: Any, style: str) -> None:
+    """It is a Deferred, also where there is no task."""
+    got: list[Any] = []
+
+    async def handler(stream: Stream) -> None:
+        await stream.write(await stream.read_line())
+
+    def body(group: TaskGroup) -> Generator[Any, Any, str]:
+        group.spawn(sleep, 0)
+        yield sleep(0)
+        return "the group"
+
+    def start() -> Iterator[Callable[[], Any]]:
+        local = "127.0.0.1"
+        yield lambda: serve(
+            TCP4ServerEndpoint(reactor, 0, interface=local), handler, reactor=reactor
+        )
+        server: Server = got.pop()
+        yield lambda: connect(client_endpoint(reactor, server), reactor)
+        stream: Stream = got.pop()
+        yield lambda: stream.write(b"line\n")
+        yield stream.read
+        yield stream.close
+        yield lambda: server.stop(60)
+        yield lambda: in_thread(int, "3")
+        datagrams = open_datagrams(interface=local, reactor=reactor)
+        yield lambda: datagrams.send_to(b"x", (local, datagrams.host.port))
+        yield datagrams.receive_from
+        yield datagrams.close
+        process = open_process(["cat"], reactor=reactor)
+        yield process.stream.write_eof
+        yield process.stream.read
+        yield process.wait
+        yield process.stream.close
+        yield process.errors.close
+        yield lambda: sleep(0.001, reactor)
+        yield lambda: spawn(sleep, 0, reactor=reactor).as_deferred()
+        yield lambda: run_group(body)
+
+    def steps() -> Iterator[Callable[[], Any]]:
+        for step in start():
+
+            def checked(step: Callable[[], Any] = step) -> Any:
+                waiting = step()
+                assert isinstance(waiting, Deferred)
+                return waiting
+
+            yield checked
+
+    async def main() -> None:
+        await STYLES[style](reactor, steps(), got)
+
+    run_for_real(reactor, main)
+    got[6] = got[6][0]
+    assert got == [
+        *(None, b"line", None, None, 3, None, b"x", None),
+        *(None, b"", 0, None, None, None, None, "the group"),
+    ]
