@@ -235,6 +235,26 @@ async def _nothing() -> None:
     pass
 
 
+def test_one_of_another_reactor_runs_within_it(clock: Clock) -> None:
+    """And then it is itself again."""
+    seen: list[str] = []
+
+    async def other() -> None:
+        seen.append(current_task().name)
+        await sleep(1)
+        seen.append(current_task().name)
+
+    async def main() -> None:
+        another = Clock()
+        spawn(other, name="other", reactor=another)
+        seen.append(current_task().name)
+        another.advance(1)
+        seen.append(current_task().name)
+
+    assert spawn(main, name="main", reactor=clock).result() is None
+    assert seen == ["other", "main", "other", "main"]
+
+
 # Errors
 
 
