@@ -62,6 +62,18 @@ def test_in_a_thread_and_back(reactor: Any) -> None:
     assert away != home
 
 
+def test_it_is_a_task_that_a_thread_runs(reactor: Any) -> None:
+    def generator(value: str) -> Generator[Any, Any, str]:
+        with pytest.raises(TimeoutError), timeout(0.01):
+            yield sleep(60)
+        return value
+
+    async def main() -> Any:
+        return await in_thread(from_thread, generator, "in time")
+
+    assert run_for_real(reactor, main) == "in time"
+
+
 def test_an_error_in_a_thread(reactor: Any) -> None:
     async def fails() -> None:
         raise KeyError("why")
