@@ -491,6 +491,36 @@ def test_it_keeps_nothing_alive(clock: Clock) -> None:
     assert [each() for each in gone] == [None] * 3
 
 
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("kind", ["Deferred", "Task"])
+def test_an_error_keeps_nothing_alive(clock: Clock, waits: bool, kind: str) -> None:
+    """Whose traceback leads to the Deferred, or to the task."""
+
+    def run() -> list[weakref.ref[Any]]:
+        gate: Deferred[None] = Deferred()
+
+        async def fails() -> None:
+            await gate
+
+        async def wait() -> None:
+            case = what
+            with pytest.raises(KeyError):
+                await select(Event(), case)
+
+        what: Any = gate if kind == "Deferred" else spawn(fails, reactor=clock)
+        if not waits:
+            gate.errback(KeyError())
+        task = spawn(wait, reactor=clock)
+        if waits:
+            gate.errback(KeyError())
+        assert task.result() is None
+        return [weakref.ref(gate), weakref.ref(what)]
+
+    gone = run()
+    gc.collect()
+    assert [each() for each in gone] == [None] * 2
+
+
 # Errors
 
 

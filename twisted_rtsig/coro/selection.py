@@ -220,10 +220,13 @@ class _DeferredCase:
 
     def __init__(self, deferred: Deferred[Any]) -> None:
         self._deferred = deferred
-        hook = _hooks.get(deferred)
+        # Kept there, since an error leads back to whoever holds the Deferred: in
+        # _hooks, both would stay for ever.
+        hook: _Hook | None = vars(deferred).get(_HOOK)
         if hook is None:
-            hook = _hooks[deferred] = _Hook()
+            hook = _Hook()
             deferred.addBoth(hook.fired)
+            setattr(deferred, _HOOK, hook)
         self._hook = hook
 
     def poll(self) -> Any:
@@ -274,5 +277,6 @@ class _Hook:
         return result
 
 
-# Of the tasks and Deferreds that were selected.
-_hooks: WeakKeyDictionary[Any, _Hook] = WeakKeyDictionary()
+# Of the tasks that were selected; and the attribute of a Deferred that was.
+_hooks: WeakKeyDictionary[Task[Any], _Hook] = WeakKeyDictionary()
+_HOOK = "_hook_of_select"
