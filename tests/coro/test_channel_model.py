@@ -26,7 +26,7 @@ from itertools import count
 from typing import Any, NamedTuple
 from unittest import mock
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
 from twisted.internet.defer import TimeoutError as DeferredTimeoutError
@@ -647,6 +647,32 @@ INTERFERENCE = st.lists(
     # Of a channel in a turn.
     at_once=st.sampled_from([1, 1, 2, 256]),
     seed=st.integers(0, 100),
+)
+# Who is told first meets the other one elsewhere, in between.
+@example(
+    programs=[
+        (
+            False,
+            False,
+            [
+                Select([("value", 0)], None),
+                Select([("value", 0), ("value", 1)], None),
+            ],
+        ),
+        (
+            False,
+            False,
+            [
+                *[Select([("room", each)], None) for each in (0, 0, 1)],
+                *[Select([("value", each)], None) for each in (1, 0)],
+            ],
+        ),
+    ],
+    capacities=[0, 0],
+    interference=[],
+    together=True,
+    at_once=1,
+    seed=0,
 )
 def test_model(
     programs: list[tuple[bool, bool, list[Any]]],

@@ -283,10 +283,15 @@ class Channel(Generic[T]):
                 self._receivers.next().succeed(self._values.popleft())
             elif self._senders.entries and len(self._values) < self._capacity:
                 self._admit(self._senders.next())
-            elif (sender := self._who_meets_a_receiver()) is not None:
-                # Who has it in the next round.
+            elif (pair := self._who_meet()) is not None:
+                sender, receiver = pair
+                # Whoever is told first may go on at once, and make the other one wait
+                # no more.
+                self._receivers.forget(receiver)
+                receiver.settle(sender.value)
                 self._senders.forget(sender)
-                self._admit(sender)
+                sender.succeed(None)
+                receiver.tell()
             else:
                 break
         if self._closed:
@@ -294,11 +299,11 @@ class Channel(Generic[T]):
                 self._receivers.next().fail(EndOfChannel(self))
         self._at_once = _AT_ONCE_IN_A_TURN
 
-    def _who_meets_a_receiver(self) -> Entry | None:
-        """The first sender that there is a receiver for: no select meets itself."""
+    def _who_meet(self) -> tuple[Entry, Entry] | None:
+        """The first sender with a receiver, and that one: no select meets itself."""
         return next(
             (
-                sender
+                (sender, receiver)
                 for sender in self._senders.entries
                 for receiver in self._receivers.entries
                 if not (sender.called or receiver.called)

@@ -117,6 +117,22 @@ class Operation(Deferred[T]):
             if not scheduler._busy:
                 scheduler._run()
 
+    def settle(self, value: T) -> None:
+        """Finish with a value, of which :meth:`tell` tells."""
+        self.called = True
+        self.result = value
+        if self.waiter is None:
+            self.waiter = OVER
+        else:
+            # It is too late to cancel it here.
+            self.waiter._waiting_on = None
+
+    def tell(self) -> None:
+        """Tell of the value that it was settled with."""
+        waiter, self.waiter = self.waiter, OVER
+        if waiter is not OVER:
+            waiter._resume(self.result)
+
     def fail(self, error: BaseException, quietly: bool = False) -> None:
         """
         Finish with an error.
@@ -250,6 +266,24 @@ class _UsedAsDeferred(Operation[T]):
         self.callback(value)
         if waiter is not None:
             waiter._resume(value)
+
+    def settle(self, value: T) -> None:
+        """See ``Operation.settle``."""
+        super().settle(value)
+        if self.waiter is not OVER:
+            self.waiter._value = value
+        self.called = False
+        self.pause()
+        self.callback(value)
+
+    def tell(self) -> None:
+        """See ``Operation.tell``."""
+        waiter, self.waiter = self.waiter, OVER
+        # Unless somebody has asked for callbacks only meanwhile.
+        if self.paused:
+            self.unpause()
+        if waiter is not OVER:
+            waiter._resume(waiter._value)
 
     addCallbacks = Deferred.addCallbacks
     addCallback = Deferred.addCallback

@@ -91,6 +91,15 @@ class _Case:
         self.owner.give_up(self)
         self.owner.operation.succeed((self._case, value))
 
+    def settle(self, value: Any) -> None:
+        """This is the one, and C{tell} tells of it."""
+        self.owner.give_up(self)
+        self.owner.operation.settle((self._case, value))
+
+    def tell(self) -> None:
+        """Tell of what it was settled with."""
+        self.owner.operation.tell()
+
     def fail(self, error: BaseException) -> None:
         """This is the one, and it has failed."""
         self.owner.give_up(self)

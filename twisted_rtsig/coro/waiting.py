@@ -21,6 +21,12 @@ class Entry(Protocol):
     def succeed(self, value: Any) -> None:
         """It waits no more."""
 
+    def settle(self, value: Any) -> None:
+        """It waits no more, and is told of it by C{tell}."""
+
+    def tell(self) -> None:
+        """It is told."""
+
     def fail(self, error: BaseException) -> None:
         """It waited for nothing."""
 
