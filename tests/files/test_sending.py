@@ -476,7 +476,8 @@ def test_cancelled_at_every_point(reactor: Any, big: Path, where: str) -> None:
         point = 0
         while await cancel_after(point):
             point += 1
-        assert point > 2
+        # In between, much may happen before anybody looks.
+        assert point > (2 if where == "when it tells" else 0)
 
     # More than a thread sends at once, or than is read and written.
     size = 12_000_000 if hasattr(os, "sendfile") else 500_000
