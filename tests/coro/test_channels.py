@@ -854,6 +854,31 @@ def test_a_callback_receives_in_the_turn_that_it_has_waited_for(clock: Clock) ->
     assert channel.statistics() == (0, 1, 0, 0, False)
 
 
+def test_a_receive_that_gets_a_callback_while_it_is_served(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task waits for it all the same, and both have the value."""
+    monkeypatch.setattr(channels, "_AT_ONCE_IN_A_TURN", 1)
+    channel: Channel[str] = Channel(0)
+    got: list[Any] = []
+
+    async def receive() -> str:
+        return await receiving
+
+    def main() -> None:
+        channel.send("first")
+        assert channel.receive().result == "first"
+
+    spawn(main, reactor=clock)
+    sending = channel.send("value")
+    receiving = channel.receive()
+    task = spawn(receive, reactor=clock)
+    sending.addCallback(lambda _: receiving.addCallback(got.append))
+    clock.advance(0)
+    assert got == ["value"]
+    assert task.result() == "value"
+
+
 @pytest.mark.usefixtures("one_in_a_turn")
 def test_a_callback_sends_in_the_turn_that_it_has_waited_for(clock: Clock) -> None:
     """It is behind those who have waited for it as well."""

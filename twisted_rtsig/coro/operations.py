@@ -121,17 +121,20 @@ class Operation(Deferred[T]):
         """Finish with a value, of which :meth:`tell` tells."""
         self.called = True
         self.result = value
-        if self.waiter is None:
+        waiter: Task[Any] | None = self.waiter
+        if waiter is None:
             self.waiter = OVER
         else:
             # It is too late to cancel it here.
-            self.waiter._waiting_on = None
+            waiter._waiting_on = None
+            # Callbacks may change the result before it is told.
+            waiter._value = value
 
     def tell(self) -> None:
         """Tell of the value that it was settled with."""
         waiter, self.waiter = self.waiter, OVER
         if waiter is not OVER:
-            waiter._resume(self.result)
+            waiter._resume(waiter._value)
 
     def fail(self, error: BaseException, quietly: bool = False) -> None:
         """
@@ -269,21 +272,16 @@ class _UsedAsDeferred(Operation[T]):
 
     def settle(self, value: T) -> None:
         """See ``Operation.settle``."""
-        super().settle(value)
-        if self.waiter is not OVER:
-            self.waiter._value = value
-        self.called = False
         self.pause()
         self.callback(value)
+        super().settle(value)
 
     def tell(self) -> None:
         """See ``Operation.tell``."""
-        waiter, self.waiter = self.waiter, OVER
         # Unless somebody has asked for callbacks only meanwhile.
         if self.paused:
             self.unpause()
-        if waiter is not OVER:
-            waiter._resume(waiter._value)
+        super().tell()
 
     addCallbacks = Deferred.addCallbacks
     addCallback = Deferred.addCallback
