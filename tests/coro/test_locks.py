@@ -360,6 +360,21 @@ def test_callbacks_that_release_it(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("style", ["@inlineCallbacks", "fromCoroutine"])
+def test_many_who_wait_for_an_event_and_set_it(style: str) -> None:
+    event = Event()
+    got: list[Any] = []
+
+    def set_again() -> Deferred[None]:
+        event.set()
+        return succeed(None)
+
+    for _ in range(10_000):
+        STYLES[style](None, [event.wait, set_again], got)
+    event.set()
+    assert got == [None] * 20_000
+
+
+@pytest.mark.parametrize("style", ["@inlineCallbacks", "fromCoroutine"])
 def test_a_long_queue_for_a_lock(style: str) -> None:
     """Each is resumed within the release of the one before, and nothing recurses."""
     lock = Lock()

@@ -57,6 +57,9 @@ class Event(_Queued):
 
     def set(self) -> None:
         """It happens.  All who wait go on, and whoever comes later does not wait."""
+        if self._set:
+            # Whoever sets it in a callback need tell nobody: that would recurse.
+            return
         self._set = True
         while self._waiters.entries:
             self._waiters.next().succeed(None)
