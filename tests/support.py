@@ -41,6 +41,9 @@ from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
 DEADLINE = 20.0
 """Seconds after which a test gives up on an event that should come at once."""
 
+A_FEW = 15
+"""A hang-up that no call clears is reported in fewer passes than this."""
+
 RESET = struct.pack("HH" if sys.platform == "win32" else "ii", 1, 0)
 """SO_LINGER with no time to linger: close() sends a reset."""
 

@@ -16,6 +16,7 @@ import sys
 import textwrap
 import threading
 import tty
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -43,11 +44,13 @@ from twisted.internet.interfaces import (
     IReactorUNIXDatagram,
 )
 from twisted.internet.main import CONNECTION_DONE
+from twisted.internet.protocol import DatagramProtocol
 from twisted.python.failure import Failure
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from tests.support import (
+    A_FEW,
     DEADLINE,
     FORKING,
     Output,
@@ -342,16 +345,143 @@ def test_pipe_whose_reader_left(reactor: EngineReactor) -> None:
 
 
 def test_hangup_that_is_ignored_does_not_spin(reactor: EngineReactor) -> None:
-    """Who does nothing about a hang-up is disconnected, as epoll would do."""
+    """A reader that does nothing about a hang-up is disconnected, as epoll would do."""
     read_end, write_end = os.pipe()
     watcher = Watcher(reactor, read_end)
     reactor.addReader(watcher)
     settle(reactor)
     os.close(write_end)
     spin(reactor, lambda: watcher.lost)
-    assert watcher.reads == 1
+    assert 1 < watcher.reads <= A_FEW
     assert watcher.lost[0].check(ConnectionDone)
     os.close(read_end)
+
+
+class RefusedSocket(Watcher):
+    """
+    A reader on a datagram socket whose peer refuses: the kernel reports an error,
+    which the read takes away.
+
+    :ivar refusals: how many reads met an error.
+    """
+
+    def __init__(self, reactor: EngineReactor, peer: Any) -> None:
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+        self.socket.connect(peer)
+        super().__init__(reactor, self.socket.fileno())
+        self.refusals = 0
+        self.data = b""
+        self.on_refusal: Callable[[], Any] = lambda: None
+        self.on_read = self.read
+        reactor.addReader(self)
+
+    def read(self) -> Any:
+        try:
+            self.data = self.socket.recv(100)
+        except BlockingIOError:
+            pass
+        except ConnectionRefusedError:
+            self.refusals += 1
+            self.on_refusal()
+
+
+class RefusedPort(DatagramProtocol):
+    """The same, as a port of the reactor's."""
+
+    def __init__(self, reactor: EngineReactor, peer: Any) -> None:
+        self.refusals = 0
+        self.data = b""
+        self.lost: list[object] = []
+        self.on_refusal: Callable[[], Any] = lambda: None
+        port = reactor.listenUDP(0, self, interface="127.0.0.1")
+        self.socket = port.socket
+        port.connect(*peer)
+
+    def datagramReceived(self, datagram: bytes, addr: Any) -> None:
+        self.data = datagram
+
+    def connectionRefused(self) -> None:
+        self.refusals += 1
+        self.on_refusal()
+
+    def stopProtocol(self) -> None:
+        self.lost.append(None)
+
+
+@pytest.fixture(params=[RefusedSocket, RefusedPort])
+def refused(request: Any, reactor: EngineReactor, peer: socket.socket) -> Iterator[Any]:
+    """Something that reads datagrams, whose peer has just closed."""
+    it = request.param(reactor, peer.getsockname())
+    peer.close()
+    yield it
+    it.socket.close()
+
+
+@pytest.fixture
+def peer() -> Iterator[socket.socket]:
+    """A datagram socket."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+        peer.bind(("127.0.0.1", 0))
+        peer.settimeout(DEADLINE)
+        yield peer
+
+
+def test_an_error_that_a_read_clears_is_no_hangup(
+    reactor: EngineReactor, refused: Any, peer: socket.socket
+) -> None:
+    """
+    Each is reported; then the peer is back, and the socket is as good as ever.
+    """
+    for times in range(1, 2 * A_FEW):
+        refused.socket.send(b"anybody there?")
+        spin(reactor, lambda: refused.refusals == times)
+        settle(reactor)
+    assert not refused.lost
+    address = refused.socket.getpeername()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as back:
+        back.settimeout(DEADLINE)
+        back.bind(address)
+        refused.socket.send(b"and now?")
+        question, sender = back.recvfrom(100)
+        back.sendto(b"yes", sender)
+        spin(reactor, lambda: refused.data == b"yes")
+    assert question == b"and now?"
+
+
+def test_errors_in_each_pass(reactor: EngineReactor, refused: Any) -> None:
+    """
+    A datagram that is sent again as soon as it was refused is refused before the
+    next pass: each pass reports an error, and each time it is another one.
+    """
+    most = 5 if isinstance(refused, RefusedSocket) else 100
+
+    def send_again() -> None:
+        if refused.refusals < most:
+            refused.socket.send(b"again")
+
+    refused.on_refusal = send_again
+    refused.socket.send(b"anybody there?")
+    spin(reactor, lambda: refused.refusals == most)
+    settle(reactor)
+    assert not refused.lost
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="IP_RECVERR is Linux's"
+)
+def test_an_error_that_no_read_clears(
+    reactor: EngineReactor, peer: socket.socket
+) -> None:
+    """What waits in the error queue (ip(7)) is reported until it is read from there."""
+    ip_recverr = 11
+    watcher = RefusedSocket(reactor, peer.getsockname())
+    peer.close()
+    with watcher.socket:
+        watcher.socket.setsockopt(socket.IPPROTO_IP, ip_recverr, 1)
+        watcher.socket.send(b"anybody there?")
+        spin(reactor, lambda: watcher.lost)
+    assert watcher.reads <= A_FEW
 
 
 @pytest.mark.parametrize("closed", ["master", "slave"])

@@ -8,12 +8,13 @@ The subclasses are a few lines each: they choose the notifier.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from twisted.internet.error import ConnectionFdescWentAway
 from twisted.internet.interfaces import IReactorDaemonize, IReactorFDSet
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
+from twisted.internet.udp import Port
 from twisted.logger import Logger
 from twisted.python import context, log
 from zope.interface import implementer
@@ -40,6 +41,13 @@ from twisted_rtsig.notifiers import (
 # What a connection that has much to read may have before others get their turn:
 # 256 KiB, with Twisted's size of a read.
 _READS_IN_A_ROW = 4
+
+# After so many passes in a row that report a hang-up or an error of a descriptor and
+# nothing else, its selectable is disconnected: reading and writing do not clear the
+# condition, and the loop would spin.  Twisted's epoll reactor disconnects at once,
+# and takes an error that one read clears (an ICMP message, say) for a lost
+# connection.  More than two, since the next such error may follow at once.
+_HANG_UPS_IN_A_ROW = 10
 
 _LOST = "File descriptor lost"
 
@@ -87,8 +95,10 @@ class EngineReactor(StreamReactor, DatagramReactor):
         self._plain_input: Iterator[Registration] = iter(())
         self._reading_on: Iterator[Registration] = iter(())
         self._events: Iterator[Event] = iter(())
-        # Whose event it is at.
+        # The registration being dispatched.
         self._dispatched: Registration | None = None
+        # In how many passes in a row nothing but a hang-up was reported.
+        self._hung_up: dict[Registration, int] = {}
         self._waiting = False
         self._dispatching = False
         # Of the main loop, while it calls doIteration.
@@ -284,7 +294,8 @@ class EngineReactor(StreamReactor, DatagramReactor):
         self._notifier.unwatch(registration)
 
     def _interest_begins(self, registration: Registration, direction: int) -> None:
-        registration.hung_up = False
+        if self._hung_up:
+            self._hung_up.pop(registration, None)
         if not registration.interest & direction:
             registration.interest |= direction
             self._notifier.update(registration)
@@ -395,6 +406,8 @@ class EngineReactor(StreamReactor, DatagramReactor):
             if events:
                 for registration, ready, disarmed in self._events:
                     self._dispatch(fields, registration, ready, disarmed)
+            if self._hung_up:
+                self._forget_hang_ups(events)
             if self._queued:
                 self._send_queued(fields)
         except BaseException:
@@ -560,21 +573,33 @@ class EngineReactor(StreamReactor, DatagramReactor):
         around, self._dispatched = self._dispatched, registration
         if ready & (HANGUP | GONE):
             disarmed = READ | WRITE
-            told_nothing_else = not ready & registration.interest
-            if ready & GONE or (registration.hung_up and told_nothing_else):
+            hung_up = self._hung_up
+            hang_ups = hung_up.pop(registration, 0) + 1
+            if ready & registration.interest:
+                hang_ups = 0
+            if ready & GONE or hang_ups > _HANG_UPS_IN_A_ROW:
                 self._abandon(fields, registration, ready)
             else:
-                # doRead and doWrite find out what has happened, and say it
-                # better than the event could.  Who does not act on it is told
-                # once more, and then disconnected: it will not go away.
+                # doRead and doWrite find out what has happened, and report it
+                # better than the event could.
                 called = self._call(fields, registration, READ | WRITE)
-                registration.hung_up = told_nothing_else and called
+                # A datagram port reads the error: if there is one again, then it
+                # is a new one.
+                if hang_ups and called and not isinstance(registration.reader, Port):
+                    hung_up[registration] = hang_ups
         else:
-            registration.hung_up = False
+            if self._hung_up:
+                self._hung_up.pop(registration, None)
             self._call(fields, registration, ready)
             disarmed |= ready
         self._mark_unchecked(registration, disarmed & registration.interest)
         self._dispatched = around
+
+    def _forget_hang_ups(self, events: Sequence[Event]) -> None:
+        """Keep the count only of registrations that this pass has reported."""
+        reported = {registration for registration, _, _ in events}
+        for registration in self._hung_up.keys() - reported:
+            del self._hung_up[registration]
 
     def _call(self, fields: LogContext, registration: Registration, ready: int) -> bool:
         """Call who is interested in what is ready; whether anybody is."""

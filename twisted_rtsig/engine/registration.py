@@ -43,15 +43,12 @@ class Registration:
         time.
     :ivar generation: set by a notifier whose kernel carries a number along with
         each event: the one of this registration, which no other has.
-    :ivar hung_up: for the engine: the last event told of nothing but a hang-up
-        or an error, and the selectable did not act on it.
     """
 
     __slots__ = (
         "descriptor",
         "edges",
         "generation",
-        "hung_up",
         "interest",
         "origin",
         "reader",
@@ -73,7 +70,6 @@ class Registration:
         self.interest = 0
         self.edges = 0
         self.generation = 0
-        self.hung_up = False
 
     def __repr__(self) -> str:
         directions = ("nothing", "read", "write", "read and write")[self.interest]
