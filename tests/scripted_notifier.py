@@ -319,7 +319,7 @@ class StreamSocket(File):
     :ivar sent: all that it has sent itself.
     :ivar room: how much more it could send.
     :ivar ended: the peer sends no more.
-    :ivar reset: the peer is gone, and what it sent with it.
+    :ivar reset: the peer is gone; what has arrived is still there to be read.
     :ivar shut: it sends no more itself.
     :ivar on_recv: called before each read.
     :ivar on_send: called before each attempt to send.
@@ -361,6 +361,9 @@ class StreamSocket(File):
         self.room += size
         self._arrives(WRITE)
 
+    def all_is_read(self) -> bool:
+        return self._taken == len(self.arrived)
+
     def ends_behind_data(self) -> bool:
         return self.ended and not self.reset and self._taken < len(self.arrived)
 
@@ -378,12 +381,12 @@ class StreamSocket(File):
     def recv(self, size: int) -> bytes:
         self.on_recv()
         self._fail_if_closed()
-        if self.reset:
+        if self.reset and self.all_is_read():
             raise ConnectionResetError(errno.ECONNRESET, "reset by the script")
         data = self.arrived[self._taken : self._taken + size]
         self._taken += len(data)
         self._update()
-        would_block = not data and not self.ended
+        would_block = not data and not self.ended and not self.reset
         self._notifier.was_read(self, would_block, len(data) < size)
         if would_block:
             raise BlockingIOError(errno.EAGAIN, "nothing there")

@@ -103,6 +103,7 @@ class Talk(Protocol):
         self.written = b""
         self.received = b""
         self.reads = 0
+        self.meets_the_reset = False
         self.reading = True
         self.closing = False
         self.half_closing = False
@@ -316,6 +317,9 @@ class StreamMachine(RuleBasedStateMachine):
 
     def reads(self, talk: Talk) -> None:
         self.expect(talk.reading, "it reads for who does not want to")
+        if talk.meets_the_reset:
+            # A send has failed, and what has arrived is read before the loss.
+            return
         self.expect(not self.sent_from_queue, "it sends before all have read")
         talk.reads += 1
         # What an event leads to, and a few reads after a full one.
@@ -324,6 +328,7 @@ class StreamMachine(RuleBasedStateMachine):
     def sends(self, talk: Talk) -> None:
         self.expect(not self.writing, "it sends from inside write()")
         self.expect(not talk.aborted, "it sends for who has aborted")
+        talk.meets_the_reset = talk.socket.reset
         if talk not in self.queue:
             return
         self.sent_from_queue = True
@@ -391,7 +396,7 @@ class StreamMachine(RuleBasedStateMachine):
     def is_lost(self, talk: Talk, reason: Failure) -> None:
         self.expect(not talk.over, "lost twice")
         talk.over = True
-        talk.reading = False
+        reading, talk.reading = talk.reading, False
         socket, why = talk.socket, talk.why
         if isinstance(why, BaseException):
             right = reason.value is why
@@ -402,7 +407,7 @@ class StreamMachine(RuleBasedStateMachine):
         elif reason.check(ConnectionFdescWentAway):
             right = talk.forgotten
         elif reason.check(ConnectionLost):
-            right = socket.reset
+            right = socket.reset and (socket.all_is_read() or not reading)
         else:
             assert reason.check(ConnectionDone)
             all_read = socket.ended and talk.received == socket.arrived

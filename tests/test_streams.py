@@ -11,12 +11,14 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import fcntl
 import os
 import random
 import signal
 import socket
 import ssl
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -606,6 +608,119 @@ def test_peer_is_gone_when_written_to(link: Link) -> None:
     assert link.protocol.lost[0].check(ConnectionLost)
 
 
+def leave(peer: socket.socket) -> None:
+    """Close the other end in the way that makes the next send fail."""
+    if peer.family == socket.AF_INET:
+        reset(peer)
+    else:
+        peer.close()
+
+
+@pytest.mark.parametrize("written", [b"x", bytes(MEGABYTE)], ids=["chunk", "parts"])
+def test_a_write_that_fails_loses_nothing_that_has_arrived(
+    link: Link, written: bytes
+) -> None:
+    """The peer answers and resets before the write is sent: "413", say."""
+    link.peer.sendall(b"413 Too Large")
+    leave(link.peer)
+    link.transport.write(written)
+    spin(link.reactor, lambda: link.protocol.lost)
+    assert link.protocol.data == b"413 Too Large"
+    assert link.protocol.lost[0].check(ConnectionLost)
+
+
+def test_a_write_that_fails_reads_to_the_end(our_link: Link) -> None:
+    """Whatever has arrived, and not one read of it."""
+    handle = our_link.transport.socket
+    handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MEGABYTE)
+    our_link.peer.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(8):
+            our_link.peer.send(bytes(range(256)) * 128)
+    waiting = array.array("i", [0])
+    fcntl.ioctl(handle, termios.FIONREAD, waiting)
+    assert waiting[0] > 2 * our_link.transport.bufferSize
+    leave(our_link.peer)
+    our_link.transport.write(b"x")
+    spin(our_link.reactor, lambda: our_link.protocol.lost)
+    assert len(our_link.protocol.data) == waiting[0]
+    assert our_link.protocol.lost[0].check(ConnectionLost)
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("abortConnection", ConnectionAborted),
+        ("loseConnection", ConnectionLost),
+        ("pauseProducing", ConnectionLost),
+        ("raise", ZeroDivisionError),
+    ],
+)
+def test_what_the_application_does_when_a_write_has_failed(
+    link: Link, method: str, reason: type[BaseException]
+) -> None:
+    """It reads what has arrived, and closes the connection itself, say."""
+    link.protocol.data = b""
+
+    def received(data: bytes) -> None:
+        link.protocol.data += data
+        link.transport.write(b"not sent either")
+        if method == "raise":
+            raise ZeroDivisionError
+        getattr(link.transport, method)()
+
+    link.protocol.dataReceived = received
+    link.peer.sendall(b"413")
+    leave(link.peer)
+    link.transport.write(b"x")
+    logged: list[Any] = []
+    log.addObserver(logged.append)
+    try:
+        spin(link.reactor, lambda: link.protocol.lost)
+        settle(link.reactor)
+    finally:
+        log.removeObserver(logged.append)
+    errors = [each["failure"].type for each in logged if each["isError"]]
+    assert link.protocol.data == b"413"
+    assert [bool(each.check(reason)) for each in link.protocol.lost] == [True]
+    assert errors == ([ZeroDivisionError] if method == "raise" else [])
+    assert link.transport not in link.reactor.getReaders()
+
+
+def test_a_pass_within_the_read_after_a_write_that_fails(our_link: Link) -> None:
+    """It may meet the end itself, and disconnects the stream, once."""
+    received = our_link.protocol.dataReceived
+
+    def iterate(data: bytes) -> None:
+        received(data)
+        our_link.reactor.iterate(0)
+
+    our_link.protocol.dataReceived = iterate
+    our_link.peer.sendall(b"413")
+    leave(our_link.peer)
+    our_link.transport.write(b"x")
+    logged: list[Any] = []
+    log.addObserver(logged.append)
+    try:
+        spin(our_link.reactor, lambda: our_link.protocol.lost)
+        settle(our_link.reactor)
+    finally:
+        log.removeObserver(logged.append)
+    assert our_link.protocol.data == b"413"
+    assert len(our_link.protocol.lost) == 1
+    assert [each for each in logged if each["isError"]] == []
+
+
+def test_a_paused_protocol_is_given_nothing_by_a_write_that_fails(link: Link) -> None:
+    link.transport.pauseProducing()
+    link.peer.sendall(b"413")
+    leave(link.peer)
+    link.transport.write(b"x")
+    spin(link.reactor, lambda: link.protocol.lost)
+    assert link.protocol.data == b""
+    assert link.protocol.lost[0].check(ConnectionLost)
+
+
 def test_reset_is_told_as_such(tcp_link: Link) -> None:
     tcp_link.peer.sendall(b"data")
     reset(tcp_link.peer)
@@ -871,9 +986,21 @@ def test_descriptors_travel(any_reactor: Any, kind: str, tmp_path: Any) -> None:
     assert data == b"beforebehind"
     os.write(received[0], b"through")
     assert os.read(got[0], 10) == b"through"
+    assert not link.is_writer()
+
+    # The last of it arrives before a write that fails.
+    link.peer.sendmsg([b"with"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
+    link.peer.sendall(b"end")
+    link.peer.close()
+    link.transport.sendFileDescriptor(writing)
+    link.transport.write(b"x")
+    spin(any_reactor, lambda: link.protocol.lost)
+    if any_reactor.__class__ is not EPollReactor:
+        # Which reads once.
+        assert link.protocol.data.endswith(b"withend")
+    assert len(got) == 4
     for number in (reading, writing, *got, *received):
         os.close(number)
-    assert not link.is_writer()
     link.close()
 
 
@@ -1005,6 +1132,36 @@ def test_start_tls(any_reactor: Any, kind: str, tmp_path: Any) -> None:
 
 
 # Everything at once
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_write_that_fails_loses_nothing_that_was_encrypted(
+    tcp_link: Link, tmp_path: Any
+) -> None:
+    certificate, key = make_certificate(tmp_path)
+    both = certificate.read_bytes() + key.read_bytes()
+    tcp_link.transport.startTLS(PrivateCertificate.loadPEM(both).options())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(str(certificate))
+    tcp_link.peer.setblocking(False)
+    client = context.wrap_socket(
+        tcp_link.peer, server_hostname="127.0.0.1", do_handshake_on_connect=False
+    )
+
+    def shaken() -> bool:
+        try:
+            client.do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return False
+        return True
+
+    spin(tcp_link.reactor, shaken)
+    settle(tcp_link.reactor)
+    client.send(b"413 Too Large")
+    reset(client)
+    tcp_link.transport.write(b"x")
+    spin(tcp_link.reactor, lambda: tcp_link.protocol.lost)
+    assert tcp_link.protocol.data == b"413 Too Large"
 
 
 def test_storm(any_reactor: Any) -> None:

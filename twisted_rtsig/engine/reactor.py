@@ -171,6 +171,10 @@ class EngineReactor(StreamReactor, DatagramReactor):
         if registration is not None:
             self._mark_unchecked(registration, READ)
 
+    def is_reading(self, stream: Stream) -> bool:
+        """Whether C{stream} is a reader: it is connected and not paused."""
+        return stream in self._reading
+
     def write_soon(self, stream: Stream) -> None:
         """
         Call C{stream.doWrite} at the end of the pass, whether the kernel has

@@ -112,12 +112,46 @@ class Stream(tcp.Connection):
     def doRead(self) -> Any:
         """As ``tcp.Connection.doRead``."""
         try:
-            data = self.socket.recv(self.bufferSize)
+            received = self._receive()
         except OSError as error:
             return self.why_lost(error)
-        if len(data) == self.bufferSize:
+        return self._deliver(received)
+
+    def _receive(self) -> Any:
+        """
+        Call recv(2) once.
+
+        :raises OSError: what recv(2) does.
+        """
+        return self.socket.recv(self.bufferSize)
+
+    def _deliver(self, received: Any) -> Any:
+        """Pass to the protocol what :meth:`_receive` has returned."""
+        if len(received) == self.bufferSize:
             self.reactor.look_again(self)
-        return self._dataReceived(data)
+        return self._dataReceived(received)
+
+    def _send_failed(self, why: Exception | None) -> Any:
+        """
+        What C{doWrite} returns after an error, which C{why_lost} took for C{why}.
+
+        A reset (tcp(7)) leaves what has arrived before it to be read.  A write that
+        meets the reset first must not drop that: often it says why the peer has
+        left.
+        """
+        if why is CONNECTION_LOST:
+            # Until the protocol pauses, closes or aborts the connection.
+            while self.reactor.is_reading(self):
+                try:
+                    received = self._receive()
+                except OSError:
+                    break
+                if self._deliver(received):
+                    break
+            if self._aborting or not self.connected:
+                # The reason is another by now.
+                return None
+        return why
 
     def why_lost(self, error: OSError) -> Exception | None:
         """What C{doRead} and C{doWrite} return after an error; None to go on."""
@@ -194,9 +228,8 @@ class Stream(tcp.Connection):
             try:
                 sent = self.socket.send(data)
             except OSError as error:
-                why = self.why_lost(error)
-                if why is not None:
-                    return why
+                if error.errno not in _LATER:
+                    return self._send_failed(self.why_lost(error))
                 sent = 0
             if sent < len(data):
                 self.offset = sent
@@ -219,9 +252,8 @@ class Stream(tcp.Connection):
             try:
                 start += self.socket.send(view[start:end])
             except OSError as error:
-                why = self.why_lost(error)
-                if why is not None:
-                    return why
+                if error.errno not in _LATER:
+                    return self._send_failed(self.why_lost(error))
             if start < end or end == len(data):
                 break
         if start < len(data) or self._tempDataLen:
@@ -304,14 +336,17 @@ if unixEnabled:
         _sendmsgQueue: list[int]
         _ancillaryLevelSOLSOCKETTypeSCMRIGHTS: Callable[[bytes], None]
 
-        def doRead(self) -> Any:
-            """As ``unix.Server.doRead``."""
-            try:
-                data, ancillary, _, _ = self.socket.recvmsg(
-                    self.bufferSize, _ANCILLARY_BYTES
-                )
-            except OSError as error:
-                return self.why_lost(error)
+        def _receive(self) -> Any:
+            """
+            Call recvmsg(2) once.
+
+            :raises OSError: what recvmsg(2) does.
+            """
+            return self.socket.recvmsg(self.bufferSize, _ANCILLARY_BYTES)
+
+        def _deliver(self, received: Any) -> Any:
+            """As ``unix.Server.doRead``, after recvmsg(2)."""
+            data, ancillary, _, _ = received
             # A message with ancillary data ends the read, whatever follows it.
             if ancillary or len(data) == self.bufferSize:
                 self.reactor.look_again(self)
@@ -337,9 +372,11 @@ if unixEnabled:
             if not self._sendmsgQueue:
                 return super().doWrite()
             why = FileDescriptor.doWrite(self)
-            if not why and (self.dataBuffer or self._tempDataLen):
+            if why:
+                return self._send_failed(why)
+            if self.dataBuffer or self._tempDataLen:
                 self.reactor.addWriter(self)
-            return why
+            return None
 
     class UNIXServer(UNIXStream, unix.Server):
         """A UNIX connection that the reactor accepted."""
