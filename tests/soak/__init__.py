@@ -1,0 +1,25 @@
+"""
+A soak: mixed load on one server for as long as one likes, by peers that behave and
+peers that do not.
+
+``python -m tests.soak --help`` tells how to run it.  The server (``server.py``) is a
+process of its own, on the reactor that is tested; the peers (``peers.py``) are threads
+with plain blocking sockets.
+"""
+
+from __future__ import annotations
+
+CHUNK = 1 << 16
+FILE_NAME = "file"
+FILE_SIZE = 4 << 20
+
+_PERIOD = bytes(range(251)) * 300
+
+
+def pattern(offset: int, size: int) -> bytes:
+    """C{size} bytes from C{offset} on of the contents of all files and messages."""
+    whole = bytearray()
+    while len(whole) < size:
+        start = (offset + len(whole)) % 251
+        whole += _PERIOD[start : start + size - len(whole)]
+    return bytes(whole)

@@ -1,0 +1,160 @@
+"""
+Run the soak::
+
+    python -m tests.soak --reactor rtsig --minutes 30
+
+When the load has warmed everything up, and again at its end, the peers leave and the
+server must come to rest.  At the end its memory, descriptors, tasks and timers must be
+what they were after the warm-up, no peer may have got a wrong byte or none, and nothing
+may be logged as a warning or an error.  Prints a line a minute, and exits with status 1
+if anything of that is not so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from tests.soak.peers import TALKS, Crowd
+
+REST = 60.0
+"""Seconds that the server may take to come to rest."""
+
+SAME = ("descriptors", "tasks", "timers", "watched")
+MORE_OBJECTS = 2_000
+MORE_MEMORY = 16 << 20
+"""Bytes that the allocator may hold in addition, for whatever peaks came later."""
+
+
+class Soak:
+    """The server in its process, and what is wrong so far."""
+
+    def __init__(self, server: subprocess.Popen[str]) -> None:
+        self._server = server
+        assert server.stdout is not None
+        assert server.stdin is not None
+        self._reports, self._questions = server.stdout, server.stdin
+        self.addresses = self._answer()
+        self.wrong: list[str] = []
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._reports.readline()
+        if not line:
+            raise SystemExit(f"the server has ended, status {self._server.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def report(self) -> dict[str, Any]:
+        """The state of the server."""
+        print(file=self._questions, flush=True)
+        report = self._answer()
+        self.wrong += report["errors"]
+        return report
+
+    def load(self, seconds: float) -> dict[str, Any]:
+        """Put it under load, then wait until it is at rest, and return its state."""
+        crowd = Crowd(self.addresses)
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not self.wrong:
+            time.sleep(min(left, 60))
+            self.wrong += crowd.failures()
+            if left > 60:
+                self._print(self.report())
+        times = crowd.leave()
+        self.wrong += [each for each in crowd.failures() if each not in self.wrong]
+        print(", ".join(f"{times[each.__name__]} {each.__name__}" for each in TALKS))
+        self.wrong += [
+            f"{each.__name__}: not once" for each in TALKS if not times[each.__name__]
+        ]
+        report = self._at_rest()
+        self._print(report)
+        return report
+
+    def _at_rest(self) -> dict[str, Any]:
+        """Wait until there is no connection and nothing changes for a while."""
+        end = time.monotonic() + REST
+        report, unchanged = self.report(), 0
+        while unchanged < 20:
+            if time.monotonic() > end:
+                self.wrong.append(f"it does not come to rest: {report['details']}")
+                break
+            time.sleep(0.1)
+            before, report = report, self.report()
+            same = all(report[name] == before[name] for name in SAME)
+            unchanged = unchanged + 1 if same and not report["connections"] else 0
+        return report
+
+    def compare(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """Find what has grown."""
+        most = {name: before[name] for name in SAME}
+        most["objects"] = before["objects"] + MORE_OBJECTS
+        most["memory"] = before["memory"] + MORE_MEMORY
+        for name, limit in most.items():
+            if after[name] > limit:
+                details = (before["details"], after["details"])
+                self.wrong.append(
+                    f"{name}: {before[name]:,}, and {after[name]:,} at the end; "
+                    f"{details if name in ('tasks', 'timers') else ''}"
+                )
+        if not after["refusals"] > before["refusals"]:
+            self.wrong.append("no refusal of a datagram was reported")
+
+    def _print(self, report: dict[str, Any]) -> None:
+        print(
+            time.strftime("%H:%M:%S"),
+            ", ".join(
+                f"{value:,} {name}"
+                for name, value in report.items()
+                if isinstance(value, int)
+            ),
+            flush=True,
+        )
+
+
+@contextlib.contextmanager
+def serving(reactor: str) -> Iterator[Soak]:
+    """A server on this reactor."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.soak.server", reactor, folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as server,
+    ):
+        try:
+            yield Soak(server)
+        finally:
+            server.kill()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("::")[0].strip())
+    parser.add_argument("--reactor", default="rtsig", help="default: %(default)s")
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="default: %(default)s"
+    )
+    arguments = parser.parse_args()
+    seconds = arguments.minutes * 60
+    warm_up = min(60, seconds / 3)
+    with serving(arguments.reactor) as soak:
+        before = soak.load(warm_up)
+        if not soak.wrong:
+            soak.compare(before, soak.load(seconds - warm_up))
+    if soak.wrong:
+        print(f"{len(soak.wrong)} things are wrong with {arguments.reactor}:")
+        print("\n".join(dict.fromkeys(soak.wrong[:20])))
+        sys.exit(1)
+    print(f"{arguments.reactor}: nothing is wrong after {arguments.minutes} minutes")
+
+
+if __name__ == "__main__":
+    main()
