@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 from twisted.internet.defer import CancelledError
 from twisted.internet.endpoints import TCP4ClientEndpoint
 from twisted.internet.interfaces import IConsumer
-from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from tests.coro.support import run
+from tests.coro.support import STYLES, run
 from twisted_rtsig.coro import FileEnded, StreamError, connect, sleep, spawn
 from twisted_rtsig.files import FileProducer, open_file
 
@@ -133,3 +135,66 @@ def test_what_can_go_wrong(reactor: Any, path: Path) -> None:
             assert again.producer is None
 
     run(reactor, main)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_consumer_that_has_stopped_is_told_of_rather_than_a_closed_file(
+    reactor: Any, path: Path, style: str
+) -> None:
+    """A program closes the file when the client has gone, and not only then."""
+    got: list[Any] = []
+
+    async def main() -> None:
+        file = await open_file(path)
+        consumer = Consumer()
+        closing: list[Any] = []
+
+        def write(data: bytes) -> None:
+            consumer.producer.stopProducing()
+            closing.append(file.close())
+
+        consumer.write = write  # type: ignore[method-assign]
+        producing = FileProducer(file).start(consumer)
+        STYLES[style](reactor, [lambda: producing, lambda: closing[0]], got)
+        while len(got) < 2:
+            await sleep(0.001)
+
+    run(reactor, main)
+    assert got == [StreamError, None]
+
+
+def test_a_client_that_leaves_early_is_not_logged(
+    reactor: Any, path: Path, logged: list[Any]
+) -> None:
+    """Nobody has asked for the result, as in the example of FileProducer."""
+    lost: list[Any] = []
+
+    class Sender(Protocol):
+        def connectionMade(self) -> None:
+            open_file(path, reactor=reactor).addCallback(self.send)
+
+        def send(self, file: Any) -> None:
+            self.file = file
+            transport: Any = self.transport
+            FileProducer(file).start(transport, reactor)
+
+        def connectionLost(self, reason: Failure = connectionDone) -> None:
+            self.file.close()
+            lost.append(reason)
+
+    factory = Factory.forProtocol(Sender)
+    factory.noisy = False
+    port = reactor.listenTCP(0, factory, interface="127.0.0.1")
+
+    async def main() -> None:
+        endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", port.getHost().port)
+        async with await connect(endpoint) as stream:
+            await stream.read()
+            await stream.abort()
+        while not lost:
+            await sleep(0.001)
+        await port.stopListening()
+
+    run(reactor, main)
+    gc.collect()
+    assert not [each for each in logged if each.get("log_failure")]

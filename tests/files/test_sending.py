@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from twisted.internet.defer import inlineCallbacks
 from twisted.internet.endpoints import (
     SSL4ServerEndpoint,
     TCP4ServerEndpoint,
@@ -17,13 +18,14 @@ from twisted.internet.endpoints import (
     UNIXServerEndpoint,
     wrapClientTLS,
 )
-from twisted.internet.error import ConnectionClosed
+from twisted.internet.error import ConnectionClosed, ConnectionLost
 from twisted.internet.interfaces import IReactorUNIX
 from twisted.internet.ssl import PrivateCertificate, optionsForClientTLS
+from twisted.logger import LogLevel
 
-from tests.coro.support import STYLES, client_endpoint, connected, run
-from tests.files.support import SlowDisk, forget_cached
-from tests.support import make_certificate
+from tests.coro.support import STYLES, call, client_endpoint, connected, listen, run
+from tests.files.support import Gate, SlowDisk, forget_cached
+from tests.support import DEADLINE, make_certificate
 from twisted_rtsig.coro import (
     BusyResourceError,
     FileEnded,
@@ -68,21 +70,21 @@ Handler = Callable[[Stream], Awaitable[Any]]
 
 
 @pytest.fixture(params=["TCP", "UNIX", "TLS", "STARTTLS"])
-def received_from(
+def converse(
     request: Any, reactor: Any, tmp_path: Path, certificate: PrivateCertificate
-) -> Callable[[Handler], Awaitable[bytes]]:
-    """All that a client gets from a handler, over each kind of connection."""
+) -> Converse:
+    """Run a handler and a client for it, over each kind of connection."""
     kind = request.param
     if kind == "UNIX" and not IReactorUNIX.providedBy(reactor):
         pytest.skip("this platform has no UNIX sockets")
     trusted = optionsForClientTLS("127.0.0.1", certificate)
 
-    async def receive(handler: Handler) -> bytes:
+    async def start(handler: Handler, client: Handler) -> Any:
         async def secured(stream: Stream) -> None:
             await stream.read_line()
             await stream.write(b"go ahead\n")
             await stream.start_tls(certificate.options())
-            await handler(stream)
+            await spawn(handler, stream)
 
         server: Any
         if kind == "UNIX":
@@ -96,25 +98,44 @@ def received_from(
         serving = await serve(
             server, secured if kind == "STARTTLS" else handler, reactor=reactor
         )
-        client: Any
+        endpoint: Any
         if kind == "UNIX":
-            client = UNIXClientEndpoint(reactor, str(tmp_path / "socket"))
+            endpoint = UNIXClientEndpoint(reactor, str(tmp_path / "socket"))
         else:
-            client = client_endpoint(reactor, serving)
+            endpoint = client_endpoint(reactor, serving)
         if kind == "TLS":
-            client = wrapClientTLS(trusted, client)
-        chunks = []
-        async with await connect(client) as stream:
+            endpoint = wrapClientTLS(trusted, endpoint)
+        async with await connect(endpoint) as stream:
             if kind == "STARTTLS":
                 await stream.write(b"STARTTLS\n")
                 await stream.read_line()
                 await stream.start_tls(trusted)
-            while chunk := await stream.read():
-                chunks.append(chunk)
-        await serving.stop()
-        return b"".join(chunks)
+            result = await client(stream)
+        await serving.stop(DEADLINE)
+        return result
+
+    return start
+
+
+Converse = Callable[[Handler, Handler], Awaitable[Any]]
+
+
+@pytest.fixture
+def received_from(converse: Converse) -> Receive:
+    """All that a client gets from a handler, over each kind of connection."""
+
+    async def receive(handler: Handler) -> bytes:
+        data: bytes = await converse(handler, read_all)
+        return data
 
     return receive
+
+
+async def read_all(stream: Stream) -> bytes:
+    chunks = []
+    while chunk := await stream.read():
+        chunks.append(chunk)
+    return b"".join(chunks)
 
 
 Receive = Callable[[Handler], Awaitable[bytes]]
@@ -331,6 +352,150 @@ def test_a_peer_that_vanishes_midway(
     run(reactor, main)
     gc.collect()
     assert not [each for each in logged if each.get("log_failure")]
+
+
+def _async_handler(path: Path, begin: Begin) -> Handler:
+    async def handler(stream: Stream) -> None:
+        async with await open_file(path) as file:
+            await begin(stream, file)
+
+    return handler
+
+
+def _generator_handler(path: Path, begin: Begin) -> Handler:
+    def handler(stream: Stream) -> Generator[Any, Any, None]:
+        file = yield open_file(path)
+        try:
+            yield begin(stream, file)
+        finally:
+            yield file.close()
+
+    return handler  # type: ignore[return-value]
+
+
+Begin = Callable[[Stream, AsyncFile], Any]
+
+# Each takes a file's path and what to do with the file, and makes a handler.
+HANDLERS: dict[str, Callable[[Path, Begin], Handler]] = {
+    "async def": _async_handler,
+    "generator": _generator_handler,
+    "@inlineCallbacks": lambda *args: inlineCallbacks(_generator_handler(*args)),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("count", [None, SIZE])
+@pytest.mark.parametrize("style", HANDLERS)
+def test_a_peer_that_leaves_early_is_one_line_in_the_log(
+    reactor: Any,
+    converse: Converse,
+    big: Path,
+    count: int | None,
+    style: str,
+    logged: list[Any],
+) -> None:
+    """Neither the socket nor the file, which are closed by then, is to blame."""
+    reactor.suggestThreadPoolSize(1)
+
+    async def leave_early(awaited: bool) -> None:
+        gate = Gate()
+        accepted: list[Stream] = []
+
+        def begin(stream: Stream, file: AsyncFile) -> Any:
+            accepted.append(stream)
+            # The size of the file, or the first piece of it, has to wait for this.
+            reactor.callInThread(gate.wait)
+            sending = stream.send_file(file, 0, count)
+            return sending if awaited else stream.write(b"that is all\n")
+
+        async def client(stream: Stream) -> None:
+            while not gate.reached.is_set():
+                await sleep(0.001)
+            await stream.abort()
+            # A UNIX socket that is closed looks like half a close.
+            while not (accepted[0].lost or accepted[0].ended):
+                await sleep(0.001)
+            gate.open()
+
+        try:
+            await converse(HANDLERS[style](big, begin), client)
+        finally:
+            gate.open()
+
+    for awaited in (True, False):
+        run(reactor, leave_early, awaited)
+        gc.collect()
+        assert not [each for each in logged if each.get("log_failure")]
+        lines = [each for each in logged if "error" in each]
+        assert [each["log_level"] for each in lines] == [LogLevel.info]
+        assert "onnection" in lines[0]["error"]
+        logged.clear()
+
+
+@needs_sendfile
+def test_a_handler_cancelled_in_the_middle_of_a_file_logs_nothing(
+    reactor: Any, big: Path, monkeypatch: pytest.MonkeyPatch, logged: list[Any]
+) -> None:
+    reactor.suggestThreadPoolSize(1)
+    disk = SlowDisk(monkeypatch, "send")
+    closing = Gate()
+    files: list[AsyncFile] = []
+    sendings: list[Any] = []
+
+    async def handler(stream: Stream) -> None:
+        async with await open_file(big) as file:
+            files.append(file)
+            sendings.append(stream.send_file(file, 0, SIZE))
+            await stream.write(b"that is all\n")
+
+    async def main() -> None:
+        server = await listen(reactor, handler)
+        async with await call(reactor, server) as stream:
+            reading = spawn(read_all, stream)
+            while not disk.gate.reached.is_set():
+                await sleep(0.001)
+            # The same thread closes the file, but not before the next piece of it
+            # could be sent.
+            reactor.callInThread(closing.wait)
+            stopped = server.stop()
+            while not files[0].closed:
+                await sleep(0.001)
+            disk.gate.open()
+            while not sendings[0].called:
+                await sleep(0.001)
+            closing.open()
+            await stopped
+            with pytest.raises(ConnectionLost):
+                await reading
+
+    try:
+        run(reactor, main)
+    finally:
+        disk.gate.open()
+        closing.open()
+    sendings.clear()
+    gc.collect()
+    assert not [each for each in logged if each.get("log_failure")]
+
+
+def test_a_file_that_the_handler_closes_too_early_is_logged(
+    reactor: Any, received_from: Receive, big: Path, logged: list[Any]
+) -> None:
+    told: list[int] = []
+
+    async def handler(stream: Stream) -> None:
+        async with await open_file(big) as file:
+            stream.send_file(file, 0, SIZE, told.append)
+            while not told:
+                await sleep(0.001)
+
+    async def main() -> None:
+        assert 0 < len(await received_from(handler)) < SIZE
+
+    run(reactor, main)
+    gc.collect()
+    failures = [each["log_failure"] for each in logged if each.get("log_failure")]
+    assert [each.type for each in failures] == [ValueError]
+    assert "is closed" in failures[0].getErrorMessage()
 
 
 @needs_sendfile

@@ -78,8 +78,10 @@ class Sending:
             return
         if succeeded:
             operation.succeed(self._sent)
-        else:
-            self.fail(error)
+            return
+        self.fail(error)
+        if self._file.closed:
+            self._stream._file_was_closed(operation)
 
     def fail(self, error: BaseException | None) -> None:
         """It is not sent, or not all of it."""
@@ -87,8 +89,22 @@ class Sending:
             assert error is not None
             self.operation.fail(error, quietly=isinstance(error, ConnectionClosed))
 
+    def lose(self, error: Exception) -> None:
+        """
+        The connection is lost, with this error.
+
+        The operation fails at once, and not when the task next looks at the socket
+        or the file: both may be closed by then, and would be blamed in its place.
+        """
+        if not self.operation.called:
+            self.operation.fail(error, quietly=True)
+        self._stop()
+
     def forget(self, operation: Operation[Any]) -> None:
         """See ``Owner.forget``."""
+        self._stop()
+
+    def _stop(self) -> None:
         if self._task is not None:
             self._task.cancel()
 

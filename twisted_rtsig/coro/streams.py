@@ -27,7 +27,14 @@ from twisted_rtsig.coro.errors import (
     StreamError,
     UnreadPlaintext,
 )
-from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait, failed
+from twisted_rtsig.coro.operations import (
+    Done,
+    Finished,
+    Operation,
+    Wait,
+    failed,
+    ignore,
+)
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.sending import Sending
 
@@ -67,6 +74,7 @@ class Stream:
         "_buffer",
         "_closed",
         "_closing",
+        "_cut_short",
         "_drained",
         "_ended",
         "_full",
@@ -120,6 +128,8 @@ class Stream:
         # The file that is being sent, and what follows it.
         self._sending: Sending | None = None
         self._held = _NOTHING
+        # A send_file that failed because the file was closed.
+        self._cut_short: Operation[int] | None = None
         self.activity = 0
 
     @property
@@ -631,6 +641,22 @@ class Stream:
         else:
             _succeed(tuple(written))
 
+    def _lose_file(self, error: Exception) -> None:
+        """The rest of the file that is being sent cannot be sent any more."""
+        if self._sending is not None:
+            self._sending.lose(_again(error))
+
+    def _file_was_closed(self, operation: Operation[int]) -> None:
+        """
+        A file was closed before all of it was sent, and its operation has failed.
+
+        A handler that is cancelled, or raises, closes its files first and then aborts
+        the connection.  So whether this error has to be logged, if it is never asked
+        for, is known when the connection ends.  Until then the operation is kept.
+        """
+        if self._lost is None:
+            self._cut_short = operation
+
     def _fail_held(self, error: Exception) -> None:
         """What was to follow a file does not; unless it is the end."""
         if not self._held:
@@ -719,8 +745,12 @@ class Stream:
         self._serve_reader()
         if self._secured is not None:
             drained += (self._secured,)
+        self._lose_file(lost)
         _fail(drained, lost)
         self._fail_held(lost)
+        cut_short, self._cut_short = self._cut_short, None
+        if cut_short is not None and self._aborted:
+            cut_short.addErrback(ignore)
         _succeed(closed)
 
     def lose_output(self) -> None:
@@ -729,6 +759,7 @@ class Stream:
         self._unwritable = self._unwritable or lost
         self._output_lost = lost
         drained, self._drained = self._drained, ()
+        self._lose_file(lost)
         _fail(drained, lost)
         self._fail_held(lost)
 

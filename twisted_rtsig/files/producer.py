@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IConsumer, IPushProducer
 from zope.interface import implementer
 
@@ -43,6 +44,7 @@ class FileProducer:
         self._count = count
         self._parts: Sequence[Part] | None = None
         self.produced = 0
+        self._consumer: IConsumer | None = None
         self._task: Task[int] | None = None
         self._paused = False
         self._stopped = False
@@ -63,46 +65,82 @@ class FileProducer:
         :return: fires with C{produced} when that is done.  To cancel it is to stop.
         :raises FileEnded: (of the Deferred) if the file is shorter.
         :raises OSError: (of the Deferred) if it cannot be read.
-        :raises StreamError: (of the Deferred) if the consumer has stopped this.
+        :raises StreamError: (of the Deferred) if the consumer has stopped this.  It
+            is not logged if it is never asked for, since a client that leaves early
+            is no fault of the program.
         """
+        operation: Operation[int] = Operation()
+        operation.owner = self
         self._task = spawn(
             self._produce(consumer), name="FileProducer", reactor=reactor
         )
-        return self._task.as_deferred()
+        self._task._when_done(partial(self._ended, operation))
+        return operation
+
+    def _ended(self, operation: Operation[int], task: Task[int]) -> None:
+        self._unregister()
+        error = task._see_failure().value if task.failed else CancelledError()
+        if operation.called:
+            return
+        if not (task.failed or task.cancelled):
+            operation.succeed(self.produced)
+        elif self._stopped:
+            # Also if the file was closed since then.
+            operation.fail(self._was_stopped(), quietly=True)
+        else:
+            assert error is not None
+            operation.fail(error)
+
+    def _unregister(self) -> None:
+        consumer, self._consumer = self._consumer, None
+        # A consumer that stops its producer has unregistered it.
+        if consumer is not None and not self._stopped:
+            consumer.unregisterProducer()
+
+    def forget(self, operation: Operation[Any]) -> None:
+        """See ``Owner.forget``."""
+        self._unregister()
+        self._stopped = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def waits_for(self, operation: Operation[Any]) -> str:
+        """See ``Owner.waits_for``."""
+        return f"{self._file!r} to be produced, {self.produced} bytes yet"
 
     async def _produce(self, consumer: IConsumer) -> int:
         consumer.registerProducer(self, True)
-        try:
-            if self._parts is None:
-                count = self._count
-                if count is None:
-                    count = await self._file.size() - self._offset
-                self._parts = [(b"", self._offset, count)]
-            for before, offset, count in self._parts:
-                if before:
-                    await self._write(consumer, before)
-                end = offset + count
-                while offset < end:
-                    data = await self._file.read_at(offset, min(end - offset, _CHUNK))
-                    if not data:
-                        raise FileEnded(self.produced, self.produced + end - offset)
-                    offset += len(data)
-                    await self._write(consumer, data)
-        finally:
-            if not self._stopped:
-                consumer.unregisterProducer()
+        self._consumer = consumer
+        if self._parts is None:
+            count = self._count
+            if count is None:
+                count = await self._file.size() - self._offset
+            self._parts = [(b"", self._offset, count)]
+        for before, offset, count in self._parts:
+            if before:
+                await self._write(before)
+            end = offset + count
+            while offset < end:
+                data = await self._file.read_at(offset, min(end - offset, _CHUNK))
+                if not data:
+                    raise FileEnded(self.produced, self.produced + end - offset)
+                offset += len(data)
+                await self._write(data)
         return self.produced
 
-    async def _write(self, consumer: IConsumer, data: bytes) -> None:
+    async def _write(self, data: bytes) -> None:
         if self._paused:
             self._resumed = Wait()
             await self._resumed
-        if self._stopped:
-            raise StreamError(
-                f"the consumer has stopped after {self.produced} bytes of the file"
-            )
+        if self._stopped or self._consumer is None:
+            raise self._was_stopped()
         self.produced += len(data)
-        consumer.write(data)
+        self._consumer.write(data)
+
+    def _was_stopped(self) -> StreamError:
+        return StreamError(
+            f"the consumer has stopped after {self.produced} bytes of the file"
+        )
 
     # IPushProducer
 
