@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import gc
+import os
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from tests.support import DEADLINE
 from twisted_rtsig.coro import (
     BusyResourceError,
     IncompleteRead,
+    Process,
     Server,
     Stream,
     StreamError,
@@ -38,6 +41,7 @@ from twisted_rtsig.coro import (
     spawn,
     timeout,
 )
+from twisted_rtsig.files import open_file
 
 # Threads
 
@@ -375,6 +379,198 @@ def test_a_child_that_says_too_much(reactor: Any) -> None:
         return size
 
     assert run_for_real(reactor, main) == 10_000_000
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with programs in it that print their own path."""
+    monkeypatch.chdir(tmp_path)
+    for name, mode in {
+        "tool": 0o755,
+        "sub/tool": 0o755,
+        "bin/tool": 0o755,
+        "bin/only here": 0o755,
+        "not executable/tool": 0o644,
+        "folder/tool/file": 0o644,
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(f'#!/bin/sh\necho {name}; pwd; echo "$@"\n')
+        path.chmod(mode)
+    return tmp_path
+
+
+def _found_programs(folder: Path) -> dict[str, tuple[list[Any], dict[str, Any]]]:
+    """Commands and options, which are to do the same as with C{subprocess}."""
+    return {
+        "relative to cwd": (["./tool"], {"cwd": "sub"}),
+        "relative to an absolute cwd": (["./tool"], {"cwd": str(folder / "sub")}),
+        "cwd is a Path": (["./tool"], {"cwd": folder / "sub"}),
+        "cwd is bytes": ([b"./tool", b"an argument"], {"cwd": b"sub"}),
+        "a Path": ([folder / "tool", Path("an argument")], {}),
+        "above cwd": (["../bin/tool"], {"cwd": "sub"}),
+        "not in cwd": (["./only here"], {"cwd": "sub"}),
+        "in the PATH of env": (["only here"], {"env": {"PATH": str(folder / "bin")}}),
+        "in bytes": ([b"only here"], {"env": {b"PATH": os.fsencode(folder / "bin")}}),
+        "in a relative PATH": (["only here"], {"env": {"PATH": "bin"}}),
+        "in one relative to cwd": (
+            ["only here"],
+            {"env": {"PATH": "../bin"}, "cwd": "sub"},
+        ),
+        "not in the PATH of env": (["sh", "-c", "echo"], {"env": {"PATH": "bin"}}),
+        "no PATH in env": (["sh", "-c", "echo $WORD"], {"env": {"WORD": "hello"}}),
+        "the first that can be executed": (
+            ["tool"],
+            {"env": {"PATH": "nowhere:not executable:bin:sub"}},
+        ),
+        "none can be executed": (
+            ["tool"],
+            {"env": {"PATH": "not executable:folder:nowhere"}},
+        ),
+        "not executable": (["not executable/tool"], {}),
+        "a folder": (["folder/tool"], {}),
+        "below a file": (["tool/tool"], {}),
+        "nowhere": (["./nothing"], {}),
+        "no name": ([""], {}),
+        "no such cwd": (["./tool"], {"cwd": "nowhere"}),
+        "cwd is a file": (["sh", "-c", "echo"], {"cwd": "tool"}),
+        "a null byte": (["./tool", "\0"], {}),
+    }
+
+
+def test_programs_are_found_as_subprocess_finds_them(
+    reactor: Any, programs: Path
+) -> None:
+    found: dict[str, Any] = {}
+    expected: dict[str, Any] = {}
+
+    async def main() -> None:
+        for case, (command, options) in _found_programs(programs).items():
+            try:
+                done = subprocess.run(command, capture_output=True, **options)
+                expected[case] = done.stdout, done.returncode
+            except Exception as error:
+                expected[case] = type(error), getattr(error, "errno", None)
+            try:
+                async with open_process(command, **options) as process:
+                    output = b""
+                    while data := await process.stream.read():
+                        output += data
+                found[case] = output, await process.wait()
+            except Exception as error:
+                found[case] = type(error), getattr(error, "errno", None)
+
+    # Twisted looks for children that have ended only where SIGCHLD tells it.
+    run_for_real(reactor, main)
+    assert found == expected
+    assert found["relative to cwd"][0].startswith(b"sub/tool\n")
+    assert found["none can be executed"][0] is PermissionError
+    assert found["no such cwd"][0] is FileNotFoundError
+
+
+def test_errors_name_what_is_wrong(reactor: Any, programs: Path) -> None:
+    for options, name in (
+        ({"cwd": "nowhere"}, "nowhere"),
+        ({"cwd": b"tool"}, "tool"),
+        ({"env": {"PATH": "not executable"}}, "tool"),
+    ):
+        command = ["tool", "argument"]
+        with pytest.raises(OSError, match=name) as caught:
+            open_process(command, reactor=reactor, **options)
+        assert caught.value.filename == name
+    with pytest.raises(ValueError, match="is empty"):
+        open_process([], reactor=reactor)
+    with pytest.raises(ValueError, match="null byte"):
+        open_process(["./tool", "a\0b"], reactor=reactor)
+    for text in ("ls -l", b"ls", Path("ls")):
+        with pytest.raises(TypeError, match="as a list"):
+            open_process(text, reactor=reactor)  # type: ignore[arg-type]
+
+
+UNREAD = {
+    "output": "echo first; exec head -c 1000000 /dev/zero",
+    "errors": "echo first; exec head -c 1000000 /dev/zero >&2",
+    "both": "echo first; head -c 1000000 /dev/zero >&2; exec head -c 1000000 /dev/zero",
+    "endless output": "echo first; exec yes",
+    "endless errors": "echo first; exec yes >&2",
+}
+
+
+@pytest.mark.parametrize("driver", ["task", "fromCoroutine"])
+@pytest.mark.parametrize("script", UNREAD.values(), ids=UNREAD)
+def test_a_block_ends_although_output_is_left_unread(
+    reactor: Any, script: str, driver: str
+) -> None:
+    async def block() -> Process:
+        async with open_process(["sh", "-c", script], reactor=reactor) as process:
+            assert await process.stream.read_line() == b"first"
+        return process
+
+    async def main() -> None:
+        if driver == "task":
+            process = await block()
+        else:
+            process = await Deferred.fromCoroutine(block())
+        # Nobody reads what is written to it any more; or it had written all before.
+        assert await process.wait() in (0, -signal.SIGPIPE)
+
+    run_for_real(reactor, main)
+
+
+def test_a_block_ends_although_the_output_holds_up_the_input(
+    reactor: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(5_000_000))
+
+    async def main() -> None:
+        async with await open_file(tmp_path / "file") as file:
+            async with open_process(["cat"]) as process:
+                process.stream.write(bytes(1_000_000))
+                process.stream.send_file(file)
+                process.stream.write(b"the end")
+            assert await process.wait() == -signal.SIGPIPE
+
+    run_for_real(reactor, main)
+
+
+def test_errors_that_are_not_read_do_not_hold_up_the_output(reactor: Any) -> None:
+    script = "head -c 1000000 /dev/zero >&2; echo the end >&2; echo done"
+
+    async def main() -> bytes:
+        async with open_process(["sh", "-c", script]) as process:
+            assert await process.stream.read_line() == b"done"
+            assert await process.wait() == 0
+            errors = b""
+            while data := await process.errors.read():
+                errors += data
+        return errors
+
+    errors = run_for_real(reactor, main)
+    # The newest are kept, and what is still in the pipe.
+    assert errors.strip(b"\0") == b"the end\n"
+    assert 1 << 16 <= len(errors) <= (1 << 17) + (1 << 16)
+
+
+def test_errors_that_were_asked_for_are_all_kept(reactor: Any) -> None:
+    script = "echo started; head -c 1000000 /dev/zero >&2; echo done"
+
+    async def main() -> int:
+        async with open_process(["sh", "-c", script]) as process:
+            errors = process.errors
+            assert await process.stream.read_line() == b"started"
+            # It is held up, and its output goes on when they are read.
+            reading = process.stream.read_line()
+            while len(await errors.peek(1 << 30)) <= 1 << 17:
+                await sleep(0.001)
+            assert not reading.called
+            assert len(await errors.peek(1 << 30)) < 1 << 18
+            size = 0
+            while data := await errors.read():
+                size += len(data)
+            assert await reading == b"done"
+        return size
+
+    assert run_for_real(reactor, main) == 1_000_000
 
 
 def test_a_process_endpoint(reactor: Any) -> None:

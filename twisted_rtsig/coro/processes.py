@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import stat
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +21,15 @@ from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.tasks import scheduler_for
 
 _INPUT, _OUTPUT, _ERRORS = 0, 1, 2
+
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR})
+
+Argument = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Variables = Mapping[str, Argument] | Mapping[bytes, Argument]
+
+# How much of the standard error is kept at most if it was not asked for; and half of
+# it at least.
+_MOST_ERRORS = 1 << 17
 
 
 class _Pipes:
@@ -75,11 +86,13 @@ class Process:
     """
     A child process.  Made by :func:`open_process`.
 
-    As an asynchronous context manager it closes the standard input and waits for the
-    end of the process; and kills it if the block, or that wait, ends by an exception.
+    As an asynchronous context manager it closes the pipes and waits for the end of the
+    process, as C{subprocess.Popen} does: the standard input once everything is
+    written, and the outputs at once, so that a process which writes more gets
+    C{SIGPIPE}, and cannot hold up the block.  It kills the process if the block, or
+    that wait, ends by an exception.
 
     :ivar stream: writes to its standard input, and reads from its standard output.
-    :ivar errors: reads from its standard error.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -88,7 +101,21 @@ class Process:
         self._waiters: tuple[Operation[int], ...] = ()
         self._transport: Any = None
         self.stream: Stream
-        self.errors: Stream
+        self._errors: Stream
+        self._errors_asked_for = False
+
+    @property
+    def errors(self) -> Stream:
+        """
+        Reads from its standard error.
+
+        A process is never held up because this is not read: as long as it was not
+        asked for, only the newest output is kept, 64 KiB at least.  From then on
+        nothing is discarded, and a process that writes faster than this is read has to
+        wait.
+        """
+        self._errors_asked_for = True
+        return self._errors
 
     @property
     def pid(self) -> int | None:
@@ -134,6 +161,9 @@ class Process:
         try:
             if error is None:
                 self.stream.write_eof()
+                # Not by stream.close(), which would wait for a file that is being sent.
+                for output in (_OUTPUT, _ERRORS):
+                    self._transport.closeChildFD(output)
                 await self.wait()
         except BaseException as raised:
             error = raised
@@ -145,7 +175,7 @@ class Process:
                 if not isinstance(error, GeneratorExit):
                     await self.wait()
             self.stream.close()
-            self.errors.close()
+            self._errors.close()
 
     def forget(self, operation: Operation[Any]) -> None:
         """See ``Owner.forget``."""
@@ -154,6 +184,15 @@ class Process:
     def waits_for(self, operation: Operation[Any]) -> str:
         """See ``Owner.waits_for``."""
         return f"the end of process {self.pid}"
+
+    def _feed_errors(self, data: bytes) -> None:
+        if not self._errors_asked_for:
+            # Stream.feed would stop reading at the limit.
+            buffer = self._errors._buffer
+            excess = buffer.size + len(data) - _MOST_ERRORS
+            if excess > 0:
+                buffer.take(max(excess, _MOST_ERRORS // 2))
+        self._errors.feed(data)
 
     def _exited(self, reason: Failure) -> None:
         why: Any = reason.value
@@ -176,10 +215,13 @@ class _ChildProtocol(ProcessProtocol):
         process.stream = Stream(inputs, process._scheduler)
         inputs.registerProducer(process.stream, True)
         errors = _Pipes(transport, _ERRORS, None)
-        process.errors = Stream(errors, process._scheduler)
+        process._errors = Stream(errors, process._scheduler)
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
-        self._stream(childFD).feed(data)
+        if childFD == _ERRORS:
+            self._process._feed_errors(data)
+        else:
+            self._process.stream.feed(data)
 
     def childConnectionLost(self, childFD: int) -> None:
         stream = self._stream(childFD)
@@ -195,18 +237,18 @@ class _ChildProtocol(ProcessProtocol):
     def processEnded(self, reason: Failure) -> None:
         closed = Failure(ConnectionDone())
         self._process.stream.lose(closed)
-        self._process.errors.lose(closed)
+        self._process._errors.lose(closed)
 
     def _stream(self, descriptor: int) -> Stream:
         process = self._process
-        return process.errors if descriptor == _ERRORS else process.stream
+        return process._errors if descriptor == _ERRORS else process.stream
 
 
 def open_process(
-    command: Sequence[str | bytes],
+    command: Sequence[Argument],
     *,
-    env: Mapping[str, str] | None = None,
-    cwd: str | None = None,
+    env: Variables | None = None,
+    cwd: Argument | None = None,
     reactor: Any | None = None,
 ) -> Process:
     """
@@ -218,20 +260,107 @@ def open_process(
             lines = [line async for line in sort.stream.lines()]
             status = await sort.wait()
 
-    :param command: the program, searched in C{PATH}, and its arguments.
-    :param env: its environment; by default that of this process.
+    The program is looked for as ``subprocess`` does on POSIX: in the C{PATH} of C{env};
+    or from C{cwd} on, if its name has a directory in it.
+
+    :param command: the program and its arguments.
+    :param env: its environment; by default that of this process.  (On Windows: what is
+        added to that of this process.)
     :param cwd: its working directory; by default that of this process.
     :param reactor: an ``IReactorProcess`` provider; by default that of the task.
-    :raises FileNotFoundError: if there is no such program.
+    :raises FileNotFoundError: if there is no such program, or no such C{cwd}.
+    :raises PermissionError: if the program may not be executed, or C{cwd} not entered.
+    :raises NotADirectoryError: if C{cwd} is no directory.
+    :raises ValueError: if the command is empty, or an argument has a null byte in it.
     """
-    program = shutil.which(os.fsdecode(command[0]))
-    if program is None:
-        raise FileNotFoundError(
-            errno.ENOENT, "there is no such program in PATH", os.fsdecode(command[0])
+    if isinstance(command, str | bytes | os.PathLike):
+        raise TypeError(
+            f"command={command!r}: give the program and its arguments as a list"
         )
+    if not command:
+        raise ValueError("the command is empty: give the program and its arguments")
+    arguments = [_native(each) for each in command]
+    variables = None
+    if env is not None:
+        variables = {_native(name): _native(value) for name, value in env.items()}
+    folder = None if cwd is None else _native(cwd)
+    if folder is not None:
+        _check(folder, os.fsdecode(folder), stat.S_ISDIR, errno.ENOTDIR)
+    program = _find_program(os.fsdecode(arguments[0]), variables, folder)
     scheduler = scheduler_for(reactor)
     process = Process(scheduler)
     scheduler.reactor.spawnProcess(
-        _ChildProtocol(process), program, list(command), env=env, path=cwd
+        _ChildProtocol(process), program, arguments, env=variables, path=folder
     )
     return process
+
+
+def _native(argument: Argument) -> Any:
+    """An argument as the system takes it: bytes, or text on Windows."""
+    text = os.fsdecode(argument)
+    if "\0" in text:
+        raise ValueError(f"{argument!r} has a null byte in it")
+    return text if sys.platform == "win32" else os.fsencode(text)
+
+
+def _find_program(name: str, env: dict[Any, Any] | None, cwd: Any) -> str:
+    """
+    The path of a program, from the root on: the child may look for it in another
+    environment and from another folder.
+
+    :raises OSError: as C{execvp} does.  In a child that is forked it could only be told
+        from the exit status.
+    """
+    start = os.path.join(os.getcwd(), os.fsdecode(cwd or ""))
+    has_folder = bool(os.path.dirname(name))
+    why = (
+        os.strerror(errno.ENOENT) if has_folder else "there is no such program in PATH"
+    )
+    missing = FileNotFoundError(errno.ENOENT, why, name)
+    if sys.platform == "win32":
+        if has_folder:
+            found = shutil.which(os.path.join(start, name))
+        else:
+            variables = (env or {}).items()
+            search = next(
+                (each[1] for each in variables if each[0].upper() == "PATH"), None
+            )
+            found = shutil.which(name, path=search)
+        if found is None:
+            raise missing
+        return found
+    failure: OSError = missing
+    for folder in [""] if has_folder else os.get_exec_path(env):
+        path = os.path.join(start, folder, name)
+        try:
+            _check(path, name, stat.S_ISREG, errno.EACCES)
+        except OSError as error:
+            # Why one cannot be executed says more than where there is none.
+            if has_folder or (error.errno not in _NOT_THERE and failure is missing):
+                failure = error
+        else:
+            return path
+    raise failure
+
+
+def _check(path: Any, name: str, is_right: Callable[[int], bool], wrong: int) -> None:
+    """
+    Check that something is there, of the right kind, and can be executed or entered.
+
+    :param name: what it is called in the error.
+    :param wrong: the error if it is of another kind.
+    :raises OSError: if it is not.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        code = error.errno or errno.ENOENT
+    else:
+        effective = os.access in os.supports_effective_ids
+        if not is_right(mode):
+            code = wrong
+        elif os.access(path, os.X_OK, effective_ids=effective):
+            return
+        else:
+            code = errno.EACCES
+    raise OSError(code, os.strerror(code), name)
