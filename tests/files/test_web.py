@@ -208,11 +208,129 @@ def test_more_from_the_end_than_there_is(reactor: Any, folder: Path) -> None:
         assert int(response.headers[b"content-length"]) == len(response.body)
         assert b"bytes 0-2/11\r\n\r\n<p>\r\n" in response.body
         assert b"bytes 0-10/11\r\n\r\n" + page in response.body
-        response = await web.get("/empty", Range="bytes=-5")
-        assert (response.status, response.body) == (416, b"")
         await web.port.stopListening()
 
     run(reactor, main)
+
+
+def test_ranges_of_an_empty_file(reactor: Any, folder: Path) -> None:
+    """It has last bytes, none; but no first ones (RFC 9110, 14.1.2)."""
+
+    async def main() -> None:
+        web = Web(reactor, StaticResource(str(folder)))
+        for ranges, status in (
+            *(("-5", 200), ("-5,-3", 200), ("0-,-1", 200)),
+            *(("-0", 416), ("0-", 416), ("0-0,5-", 416)),
+        ):
+            response = await web.get("/empty", Range=f"bytes={ranges}")
+            assert (response.status, response.body) == (status, b""), ranges
+            expected = b"bytes */0" if status == 416 else None
+            assert response.headers.get(b"content-range") == expected, ranges
+        await web.port.stopListening()
+
+    run(reactor, main)
+
+
+def test_more_ranges_than_a_client_has_use_for(reactor: Any, folder: Path) -> None:
+    """They would bring many times the file: they get the file (RFC 9110, 14.2)."""
+    big = (folder / "big.bin").read_bytes()
+
+    async def main() -> None:
+        web = Web(reactor, StaticResource(str(folder)))
+        for ranges in (
+            *(["0-"] * 1000, ["0-"] * 3, ["-2000000", "0-999998", "1-"]),
+            [f"{each}-{each}" for each in range(0, 402, 2)],
+        ):
+            response = await web.get("/big.bin", Range=f"bytes={','.join(ranges)}")
+            assert response.status == 200
+            assert response.headers[b"content-length"] == b"%d" % SIZE
+            assert response.body == big
+        # What may be of use: few, in any order, and two of them overlapping.
+        for ranges in (
+            *(["0-", "500000-"], ["900000-", "5-9", "0-3"]),
+            [f"{each}-{each}" for each in range(0, 400, 2)],
+        ):
+            response = await web.get("/big.bin", Range=f"bytes={','.join(ranges)}")
+            assert response.status == 206
+            assert response.body.count(b"\r\nContent-range: ") == len(ranges)
+            assert len(response.body) == int(response.headers[b"content-length"])
+        await web.port.stopListening()
+
+    run(reactor, main)
+
+
+def test_ranges_that_are_malformed(
+    reactor: Any, folder: Path, logged: list[Any]
+) -> None:
+    """The file is sent, and the log gets no line of the client's making."""
+
+    async def main() -> None:
+        web = Web(reactor, StaticResource(str(folder)))
+        for ranges in (
+            *("bytes=1_0-", "bytes=+1-5", "bytes=--5", "bytes=-+5", "bytes=-", "bytes"),
+            *("bytes=1 - 5", "bytes=0x1-", "bytes=1-5-7", "bytes=0-1,x", "bytes=5-1"),
+            *("lines=1-5", "bytes=" + "1" * 5000 + "-1", "bytes=0-1;2-3"),
+        ):
+            response = await web.get("/page.html", Range=ranges)
+            assert (response.status, response.body) == (200, b"<p>page</p>"), ranges
+        await web.port.stopListening()
+
+    run(reactor, main)
+    assert "ange" not in "".join(str(each.get("log_text", "")) for each in logged)
+    assert not [each for each in logged if each.get("log_failure")]
+
+
+def test_ranges_with_numbers_of_any_length(reactor: Any, folder: Path) -> None:
+    async def main() -> None:
+        web = Web(reactor, StaticResource(str(folder)))
+        nines, zeros = "9" * 5000, "0" * 5000
+        for ranges, status, body in (
+            *((f"0-{nines}", 206, b"<p>page</p>"), (f"-{nines}", 206, b"<p>page</p>")),
+            *((f"{nines}-", 416, b""), (f"{nines}-{nines}", 416, b"")),
+            *((f"{zeros}3-{zeros}6", 206, b"page"), ("\t3-6 ,", 206, b"page")),
+        ):
+            response = await web.get("/page.html", Range=f"bytes={ranges}")
+            assert (response.status, response.body) == (status, body), ranges[:9]
+        response = await web.get("/page.html", Range="Bytes=3-6")
+        assert (response.status, response.body) == (206, b"page")
+        await web.port.stopListening()
+
+    run(reactor, main)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_conditions(reactor: Any, folder: Path, logged: list[Any], method: str) -> None:
+    """RFC 9110, 13.2.2, of a file that has no entity tag."""
+    early, late = "Sat, 01 Jan 2000 00:00:00 GMT", "Fri, 01 Jan 2100 00:00:00 GMT"
+    cases: list[tuple[int, dict[str, str]]] = [
+        (200, {"If_Match": "*"}),
+        (412, {"If_Match": '"a tag"'}),
+        (200, {"If_Match": "*", "If_Unmodified_Since": early}),
+        (200, {"If_Unmodified_Since": late}),
+        (412, {"If_Unmodified_Since": early}),
+        (412, {"If_Unmodified_Since": early, "If_Modified_Since": late}),
+        (412, {"If_Unmodified_Since": early, "Range": "bytes=0-1"}),
+        (304, {"If_None_Match": "*"}),
+        (200, {"If_None_Match": '"a tag"'}),
+        (304, {"If_Modified_Since": late}),
+        (200, {"If_None_Match": '"a tag"', "If_Modified_Since": late}),
+        (304, {"If_None_Match": "*", "If_Modified_Since": early}),
+    ]
+    for no_date in (";", "no date", "0", "\xe9"):
+        cases.append((200, {"If_Modified_Since": no_date}))
+        cases.append((200, {"If_Unmodified_Since": no_date}))
+
+    async def main() -> None:
+        web = Web(reactor, StaticResource(str(folder)))
+        for status, headers in cases:
+            response = await web.get("/page.html", method, **headers)
+            assert response.status == status, headers
+            body = b"<p>page</p>" if (status, method) == (200, "GET") else b""
+            assert response.body == body, headers
+        await web.port.stopListening()
+
+    run(reactor, main)
+    assert not [each for each in logged if each.get("log_failure")]
 
 
 def test_a_range_beyond_4_gb(reactor: Any, folder: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from twisted.web.util import Redirect
 from twisted_rtsig.coro.errors import StreamError
 from twisted_rtsig.coro.tasks import shield, spawn
 from twisted_rtsig.files.asyncfile import AsyncFile
-from twisted_rtsig.files.descriptors import Descriptor
+from twisted_rtsig.files.descriptors import FURTHEST, Descriptor
 from twisted_rtsig.files.opening import open_cached, open_descriptor
 from twisted_rtsig.files.producer import FileProducer, Part
 from twisted_rtsig.files.workers import workers_of
@@ -171,13 +172,27 @@ class StaticResource(Resource):
     def _parts(self, request: Any, file: AsyncFile) -> list[Part]:
         """Set the headers; return what is to be sent."""
         request.setHeader(b"accept-ranges", b"bytes")
-        if request.setLastModified(file._opened.st_mtime) is http.CACHED:
+        asked = request.requestHeaders
+        if (
+            asked.hasHeader(b"if-none-match")
+            or _date(request, b"if-modified-since") is None
+        ):
+            # It does not count beside the other (RFC 9110, 13.1.3); and Twisted fails
+            # at some values that are no date.
+            asked.removeHeader(b"if-modified-since")
+        cached = request.setLastModified(file._opened.st_mtime) is http.CACHED
+        if _is_another_version(request):
+            request.setResponseCode(http.PRECONDITION_FAILED)
+            request.setHeader(b"content-length", b"0")
+            return []
+        if cached or request.getHeader(b"if-none-match") == b"*":
+            request.setResponseCode(http.NOT_MODIFIED)
             return []
         headers = self._headers
         headers.describe(str(file.name), file._opened.st_size)
-        if request.method == b"HEAD" or not _is_ranged(request):
+        if request.method == b"HEAD" or not headers.find_ranges(request):
             # A range is of what is sent.
-            request.requestHeaders.removeHeader(b"range")
+            asked.removeHeader(b"range")
         producer = headers.makeProducer(request, None)
         if request.method == b"HEAD":
             return []
@@ -229,11 +244,26 @@ class _Headers(static.File):
         """See ``File.getFileSize``."""
         return self._size
 
-    def _parseRangeHeader(self, range: bytes) -> list[tuple[int | None, int | None]]:
-        found: list[tuple[int | None, int | None]] = super()._parseRangeHeader(range)
-        if not found:
-            raise ValueError("No range at all")
-        return found
+    def find_ranges(self, request: Any) -> bool:
+        """
+        Find out which ranges of the file a request asks for.
+
+        :return: whether only they are to be sent.  If not, C{Range} counts for nothing
+            (RFC 9110, 14.2): it is malformed, or asks for too much.
+        """
+        self._ranges = _ranges(request)
+        sent = sum(self._rangeToOffsetAndSize(*each)[1] for each in self._ranges)
+        if sent > 2 * self._size:
+            # So more than two of them overlap, of which a few kilobytes of a request
+            # can name enough to bring many times the file.
+            return False
+        if not self._size and any(start is None and end for start, end in self._ranges):
+            # The last bytes of an empty file can be had, but have no Content-Range.
+            return False
+        return bool(self._ranges)
+
+    def _parseRangeHeader(self, range: bytes) -> list[_Range]:
+        return self._ranges
 
     def _rangeToOffsetAndSize(
         self, start: int | None, end: int | None
@@ -255,6 +285,14 @@ class _Page:
     def setHeader(self, name: bytes, value: bytes) -> None:
         self.type = value
 
+
+# The first and the last byte; without a first, how many there are up to the end.
+_Range = tuple[int | None, int | None]
+
+_RANGE = re.compile(rb"(?!-$)(\d*)-(\d*)")
+
+# As Apache has it.
+_MOST_RANGES = 200
 
 # A file, a listing, or nothing: a folder whose name lacks the slash.
 _Found = tuple[str, Descriptor, os.stat_result] | Resource | None
@@ -278,16 +316,62 @@ def _can_be_asked_for(name: str) -> bool:
     return True
 
 
-def _is_ranged(request: Any) -> bool:
-    """Whether a range is asked for, and of the file as it is (RFC 9110, 13.1.5)."""
-    ranges = request.getHeader(b"range")
+def _ranges(request: Any) -> list[_Range]:
+    """The ranges that a request asks for, if it is well-formed; or none."""
+    header = request.getHeader(b"range")
+    if header is None:
+        return []
+    unit, _, value = header.partition(b"=")
+    # No entity tag was ever given (RFC 9110, 13.1.5).
     condition = request.getHeader(b"if-range")
-    # Twisted fails to log what is no text.  And no entity tag was ever given.
-    return (
-        ranges is not None
-        and ranges.isascii()
-        and condition in (None, http.datetimeToString(request.lastModified))
-    )
+    if unit.lower() != b"bytes" or condition not in (
+        None,
+        http.datetimeToString(request.lastModified),
+    ):
+        return []
+    parts = [part for each in value.split(b",") if (part := each.strip(b" \t"))]
+    if len(parts) > _MOST_RANGES:
+        return []
+    ranges = []
+    for each in parts:
+        match = _RANGE.fullmatch(each)
+        if match is None:
+            return []
+        start, end = map(_number, match.groups())
+        if start is not None and end is not None and start > end:
+            return []
+        ranges.append((start, end))
+    return ranges
+
+
+def _number(digits: bytes) -> int | None:
+    if not digits:
+        return None
+    digits = digits.lstrip(b"0") or b"0"
+    # Python refuses to convert thousands of digits.
+    return int(digits) if len(digits) < len(str(FURTHEST)) else FURTHEST
+
+
+def _date(request: Any, name: bytes) -> int | None:
+    """The date of a header, in seconds since 1970; None if it has none."""
+    value = request.getHeader(name)
+    if not value:
+        return None
+    try:
+        date: int = http.stringToDatetime(value)
+    except (ValueError, LookupError, ArithmeticError):
+        return None
+    return date
+
+
+def _is_another_version(request: Any) -> bool:
+    """Whether the client wants only a version that this is not (RFC 9110, 13.2.2)."""
+    match = request.getHeader(b"if-match")
+    if match is not None:
+        # No entity tag was ever given.
+        return bool(match != b"*")
+    date = _date(request, b"if-unmodified-since")
+    return date is not None and request.lastModified > date
 
 
 def _tell_failure(failure: Failure, request: Any, gone: list[Failure]) -> None:
