@@ -1154,43 +1154,6 @@ def test_a_connection_costs_less_than_half_of_twisteds(
     assert counting.waits < theirs.waits / 2
 
 
-def test_the_end_of_a_child_is_heard_without_sigchld(calls: KernelCalls) -> None:
-    """By kqueue alone: Twisted's reactors hear of it when its pipes end, or never."""
-    reactor = KQueueReactor(calls)
-    stay, go = os.pipe()
-    child = ProcessProtocol()
-    open_pipes = {0, 1, 2}
-    ended: list[Any] = []
-
-    def pipe_ends(childFD: int) -> None:
-        open_pipes.remove(childFD)
-        if not open_pipes:
-            # When Twisted has looked whether it has ended.
-            reactor.callLater(0, os.close, go)
-
-    def child_ends(reason: Failure) -> None:
-        ended.append(reason.value)
-        reactor.stop()
-
-    child.childConnectionLost = pipe_ends  # type: ignore[method-assign]
-    child.processEnded = child_ends  # type: ignore[method-assign]
-
-    def spawn() -> None:
-        reactor.spawnProcess(
-            child,
-            "/bin/sh",
-            ["sh", "-c", "exec <&- >&- 2>&-; read line <&3; exit 7"],
-            childFDs={0: "w", 1: "r", 2: "r", 3: stay},
-        )
-        os.close(stay)
-
-    reactor.callWhenRunning(spawn)
-    reactor.callLater(DEADLINE, reactor.crash)
-    reactor.run(installSignalHandlers=False)
-    assert [each.exitCode for each in ended] == [7]
-    dispose(reactor)
-
-
 def test_a_pipe_wakes_where_nothing_else_does(calls: KernelCalls) -> None:
     reactor = KQueueReactor(dataclasses.replace(calls, user=None))
     thread = threading.Thread(

@@ -11,11 +11,11 @@ or by its short name: ``twistd --reactor=rtsig-kqueue web``.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from twisted.internet.main import installReactor
 
+from twisted_rtsig.engine.processes import reap
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.notifiers import UnsupportedReactorError
 from twisted_rtsig.notifiers.kqueue import KQueueNotifier
@@ -52,51 +52,27 @@ class KQueueReactor(EngineReactor):
         else:
             super().wakeUp()
 
-    def spawnProcess(self, *args: Any, **kwargs: Any) -> Any:
-        """
-        See ``IReactorProcess.spawnProcess``.
-
-        That the child has ended is told by kqueue as well, and not by SIGCHLD
-        alone, which nobody hears without ``installSignalHandlers``.
-        """
-        child = super().spawnProcess(*args, **kwargs)
-        if child.pid is not None:
-            self._kqueue.watch_exit(child.pid, _Ending(self, child))
-        return child
+    def _watch_child(self, child: Any) -> None:
+        self._kqueue.watch_exit(child.pid, _EndOfChild(self, child))
 
 
-class _Ending:
-    """What kqueue calls when a child ends, until somebody has reaped that."""
+class _EndOfChild:
+    """What kqueue calls when a child ends, until the child was reaped."""
 
     def __init__(self, reactor: KQueueReactor, child: Any) -> None:
         self._reactor = reactor
         self._child = child
-        self._lost = False
+        self._can_be_reaped = True
 
     def __call__(self) -> bool:
         """Reap it outside of the wait; whether that may take another call."""
-        if self._child.pid is None or self._lost:
+        if self._child.pid is None or not self._can_be_reaped:
             return False
         self._reactor.callLater(0, self._reap)
         return True
 
     def _reap(self) -> None:
-        # Windows has no such module, but imports this file.
-        from twisted.internet.process import unregisterReapProcessHandler
-
-        child = self._child
-        if child.pid is None:
-            # SIGCHLD has come first.
-            return
-        try:
-            process, status = os.waitpid(child.pid, os.WNOHANG)
-        except ChildProcessError:
-            # Somebody else has reaped it, and nobody will ever know how it ended.
-            self._lost = True
-        else:
-            if process:
-                unregisterReapProcessHandler(process, child)
-                child.processEnded(status)
+        self._can_be_reaped = reap(self._child)
 
 
 def install() -> None:

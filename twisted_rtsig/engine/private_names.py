@@ -50,9 +50,11 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "twisted.internet.abstract._LogOwner": ("_getLogPrefix",),
     "twisted.internet.base.BaseConnector": ("reactor",),
     "twisted.internet.base.ReactorBase": (
+        "_addInternalReader",
         "_justStopped",
         "_newTimedCalls",
         "_pendingTimedCalls",
+        "_removeInternalReader",
         "_started",
         "threadCallQueue",
     ),
@@ -64,8 +66,13 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "_supportedAddressFamilies",
     ),
     "twisted.internet.posixbase._DisconnectSelectableMixin": ("_disconnectSelectable",),
-    # Twisted does not define this one: it asks the reactor for it.
-    "twisted.internet.process.Process": ("_neverUseSpawn",),
+    "twisted.internet.process": ("_getFileActions", "_listOpenFDs"),
+    "twisted.internet.process.Process": (
+        # Twisted does not define this one: it asks the reactor for it.
+        "_neverUseSpawn",
+        "_reactor",
+        "_trySpawnInsteadOfFork",
+    ),
     "twisted.internet.tcp.Connection": (
         "_closeWriteConnection",
         "_dataReceived",
@@ -88,8 +95,13 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "_ancillaryLevelSOLSOCKETTypeSCMRIGHTS",
         "_sendmsgQueue",
     ),
+    "twisted.internet._baseprocess.BaseProcess": (
+        "lostProcess",
+        "pid",
+        "proto",
+        "status",
+    ),
     # On Windows only
-    "twisted.internet._baseprocess.BaseProcess": ("lostProcess", "pid", "proto"),
     "twisted.internet._dumbwin32proc.Process": ("_getReason",),
 }
 """
@@ -101,6 +113,7 @@ _STREAM = "twisted_rtsig.engine.streams.Stream"
 _UNIX_STREAM = "twisted_rtsig.engine.streams.UNIXStream"
 _STREAM_REACTOR = "twisted_rtsig.engine.streams.StreamReactor"
 _DATAGRAM_REACTOR = "twisted_rtsig.engine.datagrams.DatagramReactor"
+_PROCESSES = "twisted_rtsig.engine.processes"
 _REACTOR = "twisted_rtsig.engine.reactor.EngineReactor"
 
 MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
@@ -201,10 +214,14 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
         f"{_REACTOR}._log_prefix",
         f"{_REACTOR}._disconnect",
     ),
-    # Processes: when it forks, and when it does not.
-    "twisted.internet.process.Process._trySpawnInsteadOfFork": (
-        f"{_REACTOR}._neverUseSpawn",
+    # Children
+    "twisted.internet.posixbase.PosixReactorBase.spawnProcess": (
+        f"{_PROCESSES}.ProcessReactor.spawnProcess",
     ),
+    "twisted.internet.process.Process._trySpawnInsteadOfFork": (
+        f"{_PROCESSES}.ChildProcess._trySpawnInsteadOfFork",
+    ),
+    "twisted.internet.process._BaseProcess.reapProcess": (f"{_PROCESSES}.reap",),
 }
 """
 The functions of Twisted which this package writes out, or knows so well that it

@@ -20,6 +20,7 @@ from twisted.python import context, log
 from zope.interface import implementer
 
 from twisted_rtsig.engine.datagrams import DatagramReactor
+from twisted_rtsig.engine.processes import ProcessReactor
 from twisted_rtsig.engine.streams import (
     NOT_WRITING,
     ONE_CHUNK,
@@ -58,7 +59,7 @@ _log = Logger(namespace="twisted.internet.base")
 
 
 @implementer(IReactorFDSet, IReactorDaemonize)
-class EngineReactor(StreamReactor, DatagramReactor):
+class EngineReactor(StreamReactor, DatagramReactor, ProcessReactor):
     """
     A reactor over any notifier.
 
@@ -71,10 +72,6 @@ class EngineReactor(StreamReactor, DatagramReactor):
     owner has either closed it, or wants only the other direction; it keeps
     that one if it still has the number.
     """
-
-    # Twisted's posix_spawn(3) path cannot clear the blocked signals of the
-    # child; its fork(2) path runs the hooks of os.register_at_fork, which can.
-    _neverUseSpawn = True
 
     def __init__(self, notifier: Notifier) -> None:
         self._notifier = notifier

@@ -4,7 +4,8 @@ signalfd(2), and shared by all reactors that run in that thread.
 
 It keeps the process clean: the signals are blocked only while a queue is open
 and only in its thread; a forked child unblocks them before it does anything
-else, so that no program started by a fork inherits them blocked.
+else, and L{signal_mask} leaves them out of the mask of a spawned one, so that no
+program started by the reactor inherits them blocked.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import threading
 import weakref
 
-from twisted_rtsig.notifiers import UnsupportedReactorError
+from twisted_rtsig.notifiers import UnsupportedReactorError, signal_mask
 
 SIGNAL_VARIABLE = "TWISTED_RTSIG_SIGNAL"
 """The environment variable that chooses the signal, by number or SIGRTMIN+n."""
@@ -135,7 +136,7 @@ def _signals_in_use() -> int:
                 if name in ("SigCgt", "SigIgn", "SigBlk"):
                     mask = int(value, 16)
                     if name == "SigBlk":
-                        for number in _blocked_by_us:
+                        for number in signal_mask.blocked:
                             mask &= ~(1 << (number - 1))
                     taken |= mask
     except FileNotFoundError:
@@ -144,10 +145,6 @@ def _signals_in_use() -> int:
             if signal.getsignal(number) is not signal.SIG_DFL:
                 taken |= 1 << (number - 1)
     return taken
-
-
-# By any thread: those that it starts inherit its mask.
-_blocked_by_us: set[int] = set()
 
 
 class _Thread:
@@ -183,7 +180,7 @@ class _ThisThread(threading.local):
     def block(self, signals: set[int]) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         self.blocked |= signals - {int(each) for each in before}
-        _blocked_by_us.update(self.blocked)
+        signal_mask.blocked.update(self.blocked)
 
     def unblock(self, signals: set[int]) -> None:
         """What was blocked already when we came stays so."""
@@ -308,8 +305,8 @@ def _after_fork_in_child() -> None:
     for queue in _this_thread.queues.values():
         queue.close()
     _this_thread.queues.clear()
-    if _blocked_by_us:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _blocked_by_us)
+    if signal_mask.blocked:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal_mask.blocked)
     _this_thread.blocked.clear()
 
 

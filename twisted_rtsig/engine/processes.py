@@ -1,0 +1,203 @@
+"""
+The child processes of the engine's reactors, on POSIX.
+
+They are Twisted's own, apart from two things:
+
+- C{posix_spawn} starts a child wherever Twisted uses it, and unblocks the signals
+  that a notifier has blocked.  A fork would copy the page tables, which takes 20 ms
+  of the reactor's time where 1 GB is resident.
+- The kernel tells the reactor when a child ends.  Twisted's reactors hear of it by
+  SIGCHLD, which needs C{installSignalHandlers}; and when the child's pipes end,
+  which is a moment before L{os.waitpid} knows of the end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from twisted.internet.interfaces import IReadDescriptor
+from twisted.internet.posixbase import PosixReactorBase, unixEnabled
+from zope.interface import implementer
+
+from twisted_rtsig.notifiers import signal_mask
+
+# Twisted's default: a child without any.
+_NO_VARIABLES: Mapping[Any, Any] = {}
+
+# In seconds: the pause before a child is asked for again, doubled each time.
+_FIRST_PAUSE = 0.001
+_LONGEST_PAUSE = 1.0
+
+
+def reap(child: Any) -> bool:
+    """
+    Take notice of the end of C{child}, if it has ended.
+
+    :param child: a process of Twisted's.
+    :return: whether a later call may still find that it has ended.
+    """
+    if child.pid is None:
+        # SIGCHLD has come first.
+        return False
+    try:
+        number, status = os.waitpid(child.pid, os.WNOHANG)
+    except ChildProcessError:
+        # Other code in this process has called waitpid, or ignores SIGCHLD: the
+        # status is lost.
+        return False
+    if not number:
+        return True
+    process.unregisterReapProcessHandler(number, child)
+    child.processEnded(status)
+    return False
+
+
+if unixEnabled:
+    import fcntl
+
+    from twisted.internet import process
+
+    class ChildProcess(process.Process):
+        """A child process with pipes."""
+
+        def _trySpawnInsteadOfFork(
+            self,
+            path: Any,
+            uid: int | None,
+            gid: int | None,
+            executable: Any,
+            args: Any,
+            environment: Mapping[Any, Any] | None,
+            kwargs: Mapping[str, Any],
+        ) -> bool:
+            """
+            Start it by L{os.posix_spawnp}, if that can do what is asked for.
+
+            :return: whether it was started.
+            :raises OSError: if it cannot be, C{FileNotFoundError} for example.
+            """
+            if (
+                uid is not None
+                or gid is not None
+                or (path is not None and os.path.abspath(path) != os.path.abspath("."))
+                # Nothing in this package sets it; a test of Twisted's may.
+                or getattr(self._reactor, "_neverUseSpawn", False)
+            ):
+                return False
+            state = []
+            for descriptor in process._listOpenFDs():
+                try:
+                    flags = fcntl.fcntl(descriptor, fcntl.F_GETFD)
+                except OSError:
+                    # The one that the list was read from.
+                    continue
+                state.append((descriptor, bool(flags & fcntl.FD_CLOEXEC)))
+            self.pid = os.posix_spawnp(
+                executable,
+                args,
+                os.environ if environment is None else environment,
+                file_actions=process._getFileActions(
+                    state,
+                    kwargs["fdmap"],
+                    doClose=os.POSIX_SPAWN_CLOSE,
+                    doDup2=os.POSIX_SPAWN_DUP2,
+                ),
+                setsigmask=signal_mask.mask_for_children(),
+                setsigdef=[
+                    number
+                    for number in range(1, signal.NSIG)
+                    if signal.getsignal(number) == signal.SIG_IGN
+                ],
+            )
+            self.status = -1
+            return True
+
+    @implementer(IReadDescriptor)
+    class _Pidfd:
+        """
+        A selectable that is readable once a child has ended: pidfd_open(2).
+
+        :raises OSError: if the kernel has none to give.
+        """
+
+        def __init__(self, reactor: ProcessReactor, child: Any) -> None:
+            self._reactor = reactor
+            self._child = child
+            self._descriptor = os.pidfd_open(child.pid)
+
+        def fileno(self) -> int:
+            return self._descriptor
+
+        def logPrefix(self) -> str:
+            return "child process"
+
+        def doRead(self) -> None:
+            self._reactor._removeInternalReader(self)
+            self.connectionLost(None)
+            # While a debugger traces it, waitpid knows nothing of the end.
+            self._reactor._reap_until_ended(self._child, _FIRST_PAUSE)
+
+        def connectionLost(self, reason: Any) -> None:
+            descriptor, self._descriptor = self._descriptor, -1
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+class ProcessReactor(PosixReactorBase):
+    """Starts the children of this module wherever Twisted starts its own."""
+
+    if unixEnabled:
+
+        def spawnProcess(
+            self,
+            processProtocol: Any,
+            executable: Any,
+            args: Sequence[Any] = (),
+            env: Mapping[Any, Any] | None = _NO_VARIABLES,
+            path: Any = None,
+            uid: int | None = None,
+            gid: int | None = None,
+            usePTY: Any = False,
+            childFDs: Mapping[int, Any] | None = None,
+        ) -> Any:
+            """
+            See ``IReactorProcess.spawnProcess``.
+
+            The end of the child is noticed with and without
+            C{installSignalHandlers}.
+
+            :raises OSError: if it cannot be started, C{FileNotFoundError} for
+                example.  A child with a terminal, another user or another working
+                directory is forked, and ends with status 1 instead.
+            """
+            if usePTY:
+                child = super().spawnProcess(
+                    *(processProtocol, executable, args, env, path),
+                    *(uid, gid, usePTY, childFDs),
+                )
+            else:
+                child = ChildProcess(
+                    *(self, executable, args, env, path),
+                    *(processProtocol, uid, gid, childFDs),
+                )
+            if child.pid is not None:
+                self._watch_child(child)
+            return child
+
+        def _watch_child(self, child: Any) -> None:
+            """Reap C{child} when it ends."""
+            try:
+                pidfd = _Pidfd(self, child)
+            except (AttributeError, OSError):
+                # Linux before 5.3, or a sandbox, or no descriptors are left.
+                self._reap_until_ended(child, _FIRST_PAUSE)
+            else:
+                self._addInternalReader(pidfd)
+
+        def _reap_until_ended(self, child: Any, pause: float) -> None:
+            if reap(child):
+                longer = min(2 * pause, _LONGEST_PAUSE)
+                self.callLater(pause, self._reap_until_ended, child, longer)
