@@ -98,6 +98,15 @@ def spin(reactor: EngineReactor, until: Callable[[], Any]) -> None:
         reactor.iterate(5)
 
 
+def spin_with_timers(reactor: Any, until: Callable[[], Any]) -> None:
+    """As L{spin}, which sleeps through delayed calls."""
+    end = time.monotonic() + DEADLINE
+    while not until():
+        assert time.monotonic() < end, "it did not happen"
+        delay = reactor.timeout()
+        reactor.iterate(5 if delay is None else min(delay, 5))
+
+
 def settle(reactor: EngineReactor) -> None:
     """Iterate until there is nothing to do at the moment."""
     for _ in range(20):

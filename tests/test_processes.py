@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +30,7 @@ from tests.support import (
     open_descriptors,
     settle,
     spin,
+    spin_with_timers,
 )
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.kqreactor import KQueueReactor
@@ -63,15 +63,6 @@ def run(reactor: Any, start: Callable[[], Any], child: Child) -> None:
     reactor.callLater(DEADLINE, reactor.crash)
     reactor.run(installSignalHandlers=False)
     assert child.ended
-
-
-def spin_with_timers(reactor: Any, until: Callable[[], Any]) -> None:
-    """As ``spin``, which sleeps through delayed calls."""
-    end = time.monotonic() + DEADLINE
-    while not until():
-        assert time.monotonic() < end, "it did not happen"
-        delay = reactor.timeout()
-        reactor.iterate(5 if delay is None else min(delay, 5))
 
 
 def shell(script: str) -> tuple[str, list[str]]:

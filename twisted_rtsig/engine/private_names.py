@@ -66,6 +66,7 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "_supportedAddressFamilies",
     ),
     "twisted.internet.posixbase._DisconnectSelectableMixin": ("_disconnectSelectable",),
+    "twisted.internet._posixstdio.StandardIO": ("_writer",),
     "twisted.internet.process": ("_getFileActions", "_listOpenFDs"),
     "twisted.internet.process.Process": (
         # Twisted does not define this one: it asks the reactor for it.

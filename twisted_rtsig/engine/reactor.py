@@ -21,6 +21,7 @@ from zope.interface import implementer
 
 from twisted_rtsig.engine.datagrams import DatagramReactor
 from twisted_rtsig.engine.processes import ProcessReactor
+from twisted_rtsig.engine.standard_io import StandardIOReactor
 from twisted_rtsig.engine.streams import (
     NOT_WRITING,
     ONE_CHUNK,
@@ -59,7 +60,7 @@ _log = Logger(namespace="twisted.internet.base")
 
 
 @implementer(IReactorFDSet, IReactorDaemonize)
-class EngineReactor(StreamReactor, DatagramReactor, ProcessReactor):
+class EngineReactor(StreamReactor, DatagramReactor, ProcessReactor, StandardIOReactor):
     """
     A reactor over any notifier.
 
@@ -141,15 +142,20 @@ class EngineReactor(StreamReactor, DatagramReactor, ProcessReactor):
         if registration is not None:
             registration.writer = None
             self._interest_ends(registration, WRITE)
+            if self._held_ends:
+                self._has_written(writer)
 
     def removeAll(self) -> list[Any]:
         """Remove all readers and writers but the reactor's own; return them."""
-        removed: list[Any] = self._removeAll(self.getReaders(), self.getWriters())
+        readers = self.getReaders()
+        self._held_ends.clear()
+        removed: list[Any] = self._removeAll(readers, self.getWriters())
         return removed
 
     def getReaders(self) -> list[Any]:
         """All readers, the reactor's own included."""
-        return list(self._reading)
+        held = [reader for reader, _ in self._held_ends.values()]
+        return list(dict.fromkeys([*self._reading, *held]))
 
     def getWriters(self) -> list[Any]:
         """All writers, also those that only wait for the end of the pass."""

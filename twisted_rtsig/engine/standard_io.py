@@ -1,0 +1,66 @@
+"""
+The standard input and output of a program, on POSIX: Twisted's ``StandardIO``.
+
+The end of its input is the end of a ``StandardIO`` (unless its protocol takes half
+closes), which then drops the output that is still queued.  So the reactor holds the
+end of the input back until that output was written, or cannot be written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.interfaces import IHalfCloseableProtocol
+from twisted.internet.posixbase import PosixReactorBase, unixEnabled
+
+if unixEnabled:
+    from twisted.internet.process import ProcessReader
+    from twisted.internet.stdio import StandardIO
+
+
+def _output_of(reader: Any) -> Any:
+    """The writer of the ``StandardIO`` that ends when C{reader} does, or None."""
+    if not unixEnabled or not isinstance(reader, ProcessReader):
+        return None
+    transport: Any = reader.proc
+    if (
+        not isinstance(reader.proc, StandardIO)
+        or IHalfCloseableProtocol(transport.protocol, None) is not None
+    ):
+        return None
+    return transport._writer
+
+
+class StandardIOReactor(PosixReactorBase):
+    """
+    Holds back the end of an input while there is output to write.
+
+    What the protocol or a producer writes later does not prolong that.
+    """
+
+    def __init__(self) -> None:
+        # By the writer: the reader that has met the end, and how it ended.
+        self._held_ends: dict[Any, tuple[Any, Any]] = {}
+        super().__init__()
+
+    def _disconnectSelectable(
+        self, selectable: Any, why: Any, isRead: Any, *rest: Any
+    ) -> None:
+        if isRead:
+            writer = _output_of(selectable)
+            if writer is not None and writer in self.getWriters():
+                self.removeReader(selectable)
+                self._held_ends[writer] = selectable, why
+                return
+        super()._disconnectSelectable(selectable, why, isRead, *rest)
+
+    def _has_written(self, writer: Any) -> None:
+        """The output is written, or never will be: tell the end in the next pass."""
+        if writer in self._held_ends:
+            self.callLater(0, self._tell_held_end, writer)
+
+    def _tell_held_end(self, writer: Any) -> None:
+        reader, why = self._held_ends.pop(writer, (None, None))
+        # The end of the output may have disconnected it.
+        if reader is not None and not reader.disconnected:
+            super()._disconnectSelectable(reader, why, True)
