@@ -315,3 +315,35 @@ def test_a_reactor_that_came_before(run: Run, tmp_path: Path) -> None:
     done = run("def test_it(): pass", "--twisted-reactor=asyncio", "-p", "hasty")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "is installed already: something has imported" in done.stdout
+
+
+@pytest.fixture
+def plugins(tmp_path: Path) -> Path:
+    """A folder of plugins for Twisted, one of which imports the reactor."""
+    folder = tmp_path / "twisted" / "plugins"
+    folder.mkdir(parents=True)
+    # As those of txtorcon and txi2p do.
+    (folder / "hasty.py").write_text("from twisted.internet import reactor\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", REACTORS)
+@pytest.mark.usefixtures("plugins")
+def test_plugins_of_twisted_that_import_the_reactor(run: Run, name: str) -> None:
+    """They are not looked at for the reactors of Twisted and of this package."""
+    done = run("def test_it(): pass", f"--twisted-reactor={name}")
+    assert done.returncode == 0, done.stdout
+    assert f"reactor: {name} ({REACTORS[name]})" in done.stdout
+
+
+def test_a_reactor_that_came_with_another_plugin(run: Run, plugins: Path) -> None:
+    (plugins / "slow.py").write_text(
+        "from twisted.application.reactors import Reactor\n"
+        "mine = Reactor('mine', 'twisted.internet.selectreactor', 'A third one.')\n"
+    )
+    done = run("def test_it(): pass", "--twisted-reactor=mine")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "one of Twisted's plugins imports twisted.internet.reactor" in done.stdout
+    # Now the cache of the plugins is there, and the first one is not imported.
+    done = run("def test_it(): pass", "--twisted-reactor=mine")
+    assert "reactor: mine (SelectReactor)" in done.stdout

@@ -14,18 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import sys
 import types
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from typing import Any, Final
 
 import pytest
-from twisted.application.reactors import (
-    NoSuchReactor,
-    getReactorTypes,
-    installReactor,
-)
+from twisted.application.reactors import IReactorInstaller, getReactorTypes
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorAlreadyInstalledError
 from twisted.python.failure import Failure
@@ -58,20 +55,47 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
         early_config.pluginmanager.register(_Runner(name), "twisted_rtsig.runner")
 
 
+# The plugins of Twisted and of this package import no reactor.  To list all plugins
+# imports those of other packages as well, some of which do (txtorcon, txi2p).
+_PLUGINS: Final = (
+    "twisted.plugins.twisted_reactors",
+    "twisted.plugins.twisted_rtsig_reactors",
+)
+
+
+def _reactor_types() -> Iterator[Any]:
+    for plugin in _PLUGINS:
+        for each in vars(importlib.import_module(plugin)).values():
+            if IReactorInstaller.providedBy(each):
+                yield each
+    yield from getReactorTypes()
+
+
 def _install(name: str) -> None:
-    try:
-        installReactor(name)
-    except NoSuchReactor:
-        names = sorted(each.shortName for each in getReactorTypes())
+    before = sys.modules.get("twisted.internet.reactor")
+    for installer in _reactor_types():
+        if installer.shortName == name:
+            break
+    else:
+        names = sorted({each.shortName for each in getReactorTypes()})
         raise pytest.UsageError(
             f"no reactor is called {name!r}; there are {', '.join(names)}"
-        ) from None
+        )
+    try:
+        installer.install()
     except ReactorAlreadyInstalledError:
         reactor = sys.modules["twisted.internet.reactor"]
+        why = (
+            "something has imported twisted.internet.reactor before the tests; see "
+            "the plugins that -p and PYTEST_PLUGINS name"
+            if before is reactor
+            else "one of Twisted's plugins imports twisted.internet.reactor, and to "
+            "list the reactors has imported that plugin; run twistd --help once, as a "
+            "user who may write into its folder, so that Twisted keeps a list"
+        )
         raise pytest.UsageError(
             f"the reactor cannot be {name!r}, since {type(reactor).__name__} is "
-            "installed already: something has imported twisted.internet.reactor "
-            "before the tests; see the plugins that -p and PYTEST_PLUGINS name"
+            f"installed already: {why}"
         ) from None
     except (ImportError, UnsupportedReactorError) as error:
         raise pytest.UsageError(f"the reactor cannot be {name!r}: {error}") from error
