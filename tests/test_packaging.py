@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -141,19 +142,52 @@ def test_dependencies(built: Built) -> None:
     assert sorted(names) == ["twisted", "zope-interface"]
 
 
+HERE = {
+    "rtsig": sys.platform.startswith("linux"),
+    "rtsig-auto": True,
+    "rtsig-epoll": sys.platform.startswith("linux"),
+    "rtsig-iocp": sys.platform == "win32",
+    "rtsig-kqueue": hasattr(select, "kqueue"),
+}
+"""The reactors, and whether this system has them."""
+
+
 @pytest.mark.parametrize("program", ["twistd", "trial"])
 def test_listed(unpacked: Path, tmp_path: Path, program: str) -> None:
-    """``--help-reactors`` lists the reactors, each with a description."""
+    """
+    ``--help-reactors`` lists the reactors of this system with a description, and
+    the others apart, with a reason.
+    """
     listing = run_from_wheel(
         unpacked,
         tmp_path,
         f"from twisted.scripts.{program} import run; run()",
         "--help-reactors",
     )
-    # Also those that would refuse to start here: their modules can be imported.
-    for name in ("rtsig", "rtsig-epoll", "rtsig-kqueue"):
-        entry = rf"^\s+{name}\s+\S+ \S+"
+    for name, here in HERE.items():
+        if here:
+            entry = rf"^\s+{name}\s+\S+ \S+"
+        else:
+            entry = rf"^\s+!{name}\s+\S+ .*\(it needs .*, and this is {sys.platform}\)"
         assert re.search(entry, listing, re.MULTILINE), listing
+        available, _, others = listing.partition("not available on this platform")
+        assert bool(re.search(rf"\b{name}\s", available)) is here
+        assert bool(re.search(rf"\b{name}\s", others)) is not here
+
+
+@pytest.mark.parametrize("name", [name for name, here in HERE.items() if not here])
+def test_chosen_where_it_cannot_run(unpacked: Path, tmp_path: Path, name: str) -> None:
+    """A sentence says why, and what to use instead."""
+    code = f"""
+from twisted.application.reactors import installReactor
+try:
+    installReactor({name!r})
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    said = run_from_wheel(unpacked, tmp_path, code)
+    assert said.startswith("UnsupportedReactorError ")
+    assert f"only, and this is {sys.platform}; use --reactor=" in said
 
 
 def test_pytest_finds_the_plugin(unpacked: Path, tmp_path: Path) -> None:

@@ -1,26 +1,52 @@
 """The short names of this package's reactors, for ``twistd`` and ``trial``."""
 
-from twisted.application.reactors import Reactor
+import select
+import sys
 
-rtsig = Reactor(
+from twisted.application.reactors import IReactorInstaller, Reactor
+from twisted.plugin import IPlugin
+from zope.interface import implementer
+
+
+@implementer(IPlugin, IReactorInstaller)
+class _NotHere:
+    """
+    A reactor that this system does not have.  ``--help-reactors`` lists it as not
+    available, and why; to choose it raises ``UnsupportedReactorError``, which says
+    what to use instead.
+    """
+
+    def __init__(self, reactor: Reactor, needs: str) -> None:
+        self.shortName = reactor.shortName
+        self.description = reactor.description
+        self.install = reactor.install
+        self._needs = needs
+
+    @property
+    def moduleName(self) -> str:
+        # What --help-reactors imports, to see whether it can be imported.
+        raise ImportError(f"it needs {self._needs}, and this is {sys.platform}")
+
+
+rtsig: Reactor | _NotHere = Reactor(
     "rtsig",
     "twisted_rtsig.rtsigreactor",
     "Linux realtime signals: the kernel queues each event (twisted-rtsig).",
 )
 
-rtsig_epoll = Reactor(
+rtsig_epoll: Reactor | _NotHere = Reactor(
     "rtsig-epoll",
     "twisted_rtsig.epollreactor",
     "Linux epoll, edge-triggered, under the same engine (twisted-rtsig).",
 )
 
-rtsig_kqueue = Reactor(
+rtsig_kqueue: Reactor | _NotHere = Reactor(
     "rtsig-kqueue",
     "twisted_rtsig.kqreactor",
     "BSD and macOS kqueue, under the same engine (twisted-rtsig).",
 )
 
-rtsig_iocp = Reactor(
+rtsig_iocp: Reactor | _NotHere = Reactor(
     "rtsig-iocp",
     "twisted_rtsig.iocpreactor",
     "Windows completion port, for sockets of any kind and number (twisted-rtsig).",
@@ -31,5 +57,13 @@ rtsig_auto = Reactor(
     "twisted_rtsig.autoreactor",
     "The reactor of twisted-rtsig for this system.",
 )
+
+if not sys.platform.startswith("linux"):
+    rtsig = _NotHere(rtsig, "Linux")
+    rtsig_epoll = _NotHere(rtsig_epoll, "Linux")
+if not hasattr(select, "kqueue"):
+    rtsig_kqueue = _NotHere(rtsig_kqueue, "BSD or macOS")
+if sys.platform != "win32":
+    rtsig_iocp = _NotHere(rtsig_iocp, "Windows")
 
 __all__ = ["rtsig", "rtsig_auto", "rtsig_epoll", "rtsig_iocp", "rtsig_kqueue"]
