@@ -66,6 +66,7 @@ from tests.support import (
     spin,
 )
 from twisted_rtsig.engine.reactor import EngineReactor
+from twisted_rtsig.kqreactor import KQueueReactor
 
 
 @pytest.mark.parametrize(
@@ -904,3 +905,53 @@ print("heard", flush=True)
         reactor_class=reactor_class,
     )
     assert output == "heard\n"
+
+
+class _Measured:
+    """A poller that counts, as synapse's wrapper does to measure the ticks."""
+
+    def __init__(self, poller: Any) -> None:
+        self._poller = poller
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._poller, name)
+
+    def poll(self, *arguments: Any) -> Any:
+        self.calls += 1
+        return self._poller.poll(*arguments)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what Linux has")
+@pytest.mark.parametrize("started", [False, True])
+def test_twisteds_class_and_the_measurement_of_ticks(
+    started: bool, make_reactor: Callable[[], EngineReactor]
+) -> None:
+    """
+    Code that measures the ticks of Twisted's poll and epoll reactors asks for the
+    class, and replaces what the reactor sleeps in.
+    """
+    from twisted.internet.epollreactor import EPollReactor
+    from twisted.internet.pollreactor import PollReactor
+
+    reactor: Any = make_reactor()
+    if isinstance(reactor, KQueueReactor):
+        pytest.skip("Twisted's kqueue reactor is not measured either")
+    assert issubclass(type(reactor), PollReactor | EPollReactor)
+    if started:
+        reactor.iterate(0)
+    reactor._poller = measured = _Measured(reactor._poller)
+    served = Served(reactor)
+    client, connection = served.connect()
+    for turn in range(2):
+        before, calls = reactor.statistics()["waits"], measured.calls
+        client.sendall(b"hello")
+        spin(reactor, lambda: connection.data)
+        reactor.doPoll(0)
+        assert measured.calls - calls == reactor.statistics()["waits"] - before > 1
+        assert connection.data == b"hello"
+        connection.data = b""
+        if not turn:
+            # It opens again what it sleeps in.
+            reactor.beforeDaemonize()
+    served.close()

@@ -12,14 +12,24 @@ or by its short name: ``twistd --reactor=rtsig-epoll web``.
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.main import installReactor
 
 from twisted_rtsig.engine.reactor import EngineReactor
-from twisted_rtsig.notifiers import Notifier, UnsupportedReactorError
+from twisted_rtsig.notifiers import UnsupportedReactorError
+
+if sys.platform.startswith("linux"):
+    from twisted.internet.epollreactor import EPollReactor
+else:
+    # Twisted's module cannot be imported, and the reactor refuses to be made.
+    EPollReactor = object
+
+if TYPE_CHECKING:
+    from twisted_rtsig.notifiers.edge_epoll import EdgeEPollNotifier
 
 
-def _notifier() -> Notifier:
+def _notifier() -> EdgeEPollNotifier:
     # Refuses elsewhere than on Linux, where the next import would fail with
     # an error that tells a user nothing.
     if not sys.platform.startswith("linux"):
@@ -32,9 +42,13 @@ def _notifier() -> Notifier:
     return EdgeEPollNotifier()
 
 
-class EdgeEPollReactor(EngineReactor):
+class EdgeEPollReactor(EngineReactor, EPollReactor):
     """
     A reactor that is told of events by edge-triggered epoll.
+
+    It is a subclass of Twisted's epoll reactor for code that asks for the class.
+    Nothing of that is used; of its private attributes there is C{_poller}, whose
+    C{poll} is the sleep of the reactor, and which may be replaced to measure it.
 
     :raises twisted_rtsig.notifiers.UnsupportedReactorError: elsewhere than on
         Linux, or where the system has no descriptors left for a reactor.
@@ -42,11 +56,24 @@ class EdgeEPollReactor(EngineReactor):
 
     def __init__(self) -> None:
         try:
-            super().__init__(_notifier())
+            self._edge_epoll = _notifier()
+            super().__init__(self._edge_epoll)
         except OSError as error:
             raise UnsupportedReactorError(
                 f"the system has no descriptors left for a reactor ({error})"
             ) from error
+
+    def doPoll(self, timeout: float | None) -> None:
+        """As C{doIteration}."""
+        self.doIteration(timeout)
+
+    @property
+    def _poller(self) -> Any:
+        return self._edge_epoll.poller or self._edge_epoll
+
+    @_poller.setter
+    def _poller(self, poller: Any) -> None:
+        self._edge_epoll.poller = poller
 
 
 def install() -> None:

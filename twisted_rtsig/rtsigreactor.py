@@ -11,14 +11,25 @@ or by its short name: ``twistd --reactor=rtsig web``.
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING, Any
+
 from twisted.internet.main import installReactor
 
 from twisted_rtsig.engine.reactor import EngineReactor
-from twisted_rtsig.notifiers import Notifier
 from twisted_rtsig.notifiers.signal_queue import choose_signal, refuse
 
+if sys.platform.startswith("linux"):
+    from twisted.internet.pollreactor import PollReactor
+else:
+    # Not every system has poll(2), and the reactor refuses to be made.
+    PollReactor = object
 
-def _notifier(signal_number: int | None) -> Notifier:
+if TYPE_CHECKING:
+    from twisted_rtsig.notifiers.realtime_signals import RealtimeSignalNotifier
+
+
+def _notifier(signal_number: int | None) -> RealtimeSignalNotifier:
     # Refuses elsewhere than on Linux, where the next import would fail with
     # an error that tells a user nothing.
     chosen = choose_signal(signal_number)
@@ -27,9 +38,13 @@ def _notifier(signal_number: int | None) -> Notifier:
     return RealtimeSignalNotifier(chosen)
 
 
-class RealtimeSignalReactor(EngineReactor):
+class RealtimeSignalReactor(EngineReactor, PollReactor):
     """
     A reactor that is told of events by queued realtime signals.
+
+    It is a subclass of Twisted's poll reactor for code that asks for the class.
+    Nothing of that is used; of its private attributes there is C{_poller}, whose
+    C{poll} is the sleep of the reactor, and which may be replaced to measure it.
 
     :param signal_number: the realtime signal to use.  None takes the one that
         the environment variable ``TWISTED_RTSIG_SIGNAL`` names (a number, or
@@ -40,11 +55,24 @@ class RealtimeSignalReactor(EngineReactor):
 
     def __init__(self, signal_number: int | None = None) -> None:
         try:
-            super().__init__(_notifier(signal_number))
+            self._realtime_signals = _notifier(signal_number)
+            super().__init__(self._realtime_signals)
         except OSError as error:
             raise refuse(
                 f"the system has no descriptors left for a reactor ({error})"
             ) from error
+
+    def doPoll(self, timeout: float | None) -> None:
+        """As C{doIteration}."""
+        self.doIteration(timeout)
+
+    @property
+    def _poller(self) -> Any:
+        return self._realtime_signals.poller
+
+    @_poller.setter
+    def _poller(self, poller: Any) -> None:
+        self._realtime_signals.poller = poller
 
 
 def install(signal_number: int | None = None) -> None:

@@ -60,6 +60,8 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     # Public, but its module's __all__ has it not.
     "twisted.internet.error": ("ConnectionAborted",),
+    "twisted.internet.epollreactor.EPollReactor": ("_poller",),
+    "twisted.internet.pollreactor.PollReactor": ("_poller",),
     "twisted.internet.posixbase": ("unixEnabled",),
     "twisted.internet.posixbase.PosixReactorBase": (
         "_removeAll",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import select
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from twisted_rtsig.notifiers import (
     GONE,
@@ -78,12 +79,18 @@ _READY = tuple(
 
 
 class EdgeEPollNotifier:
-    """Epoll, edge-triggered for those who read till nothing is left."""
+    """
+    Epoll, edge-triggered for those who read till nothing is left.
+
+    :ivar poller: something to call instead of :meth:`poll`, in order to measure how
+        long it takes.
+    """
 
     def __init__(self) -> None:
         self._registrations: dict[int, Registration] = {}
         self._epoll: select.epoll | None = None
         self._forks = forks.count
+        self.poller: Any = None
         # Added or modified since the last wait, which is as good as a check.
         self._checked: set[Registration] = set()
         self._always_ready: set[Registration] = set()
@@ -168,7 +175,11 @@ class EdgeEPollNotifier:
             self._check(epoll, unchecked)
         if self._gone or self._always_ready:
             timeout = 0
-        polled: Sequence[tuple[int, int]] = epoll.poll(timeout)
+        polled: Sequence[tuple[int, int]]
+        if self.poller is None:
+            polled = epoll.poll(timeout)
+        else:
+            polled = self.poller.poll(timeout)
         self._waits += 1
         self._events += len(polled)
         # Only now: whom a signal handler has added in the middle of the sleep
@@ -215,6 +226,13 @@ class EdgeEPollNotifier:
             "checks": self._checks,
             "renewals": self._renewals,
         }
+
+    # Beyond the contract
+
+    def poll(self, timeout: float | None = None) -> Sequence[tuple[int, int]]:
+        """As C{select.epoll.poll}, of the set that is open."""
+        assert self._epoll is not None
+        return self._epoll.poll(timeout)
 
     # The set
 

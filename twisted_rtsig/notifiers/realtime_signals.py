@@ -17,6 +17,7 @@ import struct
 import termios
 import threading
 from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 from twisted.logger import Logger
 
@@ -324,6 +325,20 @@ class RealtimeSignalNotifier:
             "checks": self._checks,
             "overflows": self._overflows,
         }
+
+    # Beyond the contract
+
+    @property
+    def poller(self) -> Any:
+        """
+        What the notifier sleeps in; it may be replaced by a wrapper, to measure how
+        long C{poll} takes.  Confirmations call that as well, with a timeout of 0.
+        """
+        return self._poll
+
+    @poller.setter
+    def poller(self, poller: Any) -> None:
+        self._poll = poller
 
     # Signals nominate
 
