@@ -72,6 +72,13 @@ def shell(script: str) -> tuple[str, list[str]]:
 # How they are started
 
 
+@pytest.fixture
+def started(reactor: EngineReactor) -> EngineReactor:
+    """A reactor that blocks signals by now, if it ever does."""
+    reactor.iterate(0)
+    return reactor
+
+
 def fails(*_: Any) -> int:
     raise AssertionError("it has forked")
 
@@ -86,13 +93,13 @@ def fails(*_: Any) -> int:
     ],
 )
 def test_the_process_is_not_forked(
-    reactor: EngineReactor, monkeypatch: pytest.MonkeyPatch, options: Any
+    started: EngineReactor, monkeypatch: pytest.MonkeyPatch, options: Any
 ) -> None:
     """To copy the page tables of a big process takes long."""
     monkeypatch.setattr(os, "fork", fails)
     child = Child()
-    reactor.spawnProcess(child, *shell("echo hello; exit 3"), **options)
-    spin(reactor, lambda: child.ended)
+    started.spawnProcess(child, *shell("echo hello; exit 3"), **options)
+    spin(started, lambda: child.ended)
     assert (child.output, child.status) == (b"hello\n", 3)
 
 
@@ -104,11 +111,11 @@ def test_the_process_is_not_forked(
     ],
 )
 def test_what_posix_spawn_cannot_do_is_forked(
-    reactor: EngineReactor, options: Any
+    started: EngineReactor, options: Any
 ) -> None:
     child = Child()
-    reactor.spawnProcess(child, *shell("pwd; exit 3"), **options)
-    spin(reactor, lambda: child.ended)
+    started.spawnProcess(child, *shell("pwd; exit 3"), **options)
+    spin(started, lambda: child.ended)
     where = options.get("path", os.getcwd())
     assert (child.output.decode().strip(), child.status) == (where, 3)
 
@@ -117,7 +124,7 @@ def test_what_posix_spawn_cannot_do_is_forked(
     ("env", "expected"), [({}, b"\n"), (None, b"ours\n"), ({"NAME": "own"}, b"own\n")]
 )
 def test_environment(
-    reactor: EngineReactor,
+    started: EngineReactor,
     monkeypatch: pytest.MonkeyPatch,
     env: dict[str, str] | None,
     expected: bytes,
@@ -125,20 +132,20 @@ def test_environment(
     """C{None} is the environment of this process."""
     monkeypatch.setenv("NAME", "ours")
     child = Child()
-    reactor.spawnProcess(child, *shell("echo $NAME"), env=env)
-    spin(reactor, lambda: child.ended)
+    started.spawnProcess(child, *shell("echo $NAME"), env=env)
+    spin(started, lambda: child.ended)
     assert child.output == expected
 
 
 @linux_only
-def test_a_missing_program_is_reported_to_the_caller(reactor: EngineReactor) -> None:
+def test_a_missing_program_is_reported_to_the_caller(started: EngineReactor) -> None:
     """As by Twisted's epoll reactor, and nothing is left behind."""
     before = open_descriptors()
-    readers = reactor.getReaders()
+    readers = started.getReaders()
     with pytest.raises(FileNotFoundError):
-        reactor.spawnProcess(Child(), "/no/such/program", ["program"])
+        started.spawnProcess(Child(), "/no/such/program", ["program"])
     assert open_descriptors() == before
-    assert reactor.getReaders() == readers
+    assert started.getReaders() == readers
 
 
 @pytest.fixture
@@ -328,10 +335,15 @@ def test_other_code_has_reaped_it(linux_reactor: EngineReactor) -> None:
     reactor = linux_reactor
     settle(reactor)
     readers = reactor.getReaders()
+    stay, go = os.pipe()
     child = Child()
-    transport: Any = reactor.spawnProcess(child, *shell("exit 7"), childFDs={})
+    transport: Any = reactor.spawnProcess(
+        child, *shell("read line; exit 7"), childFDs={0: stay}
+    )
+    os.close(stay)
     process = transport.pid
     with capturedLogs() as logs:
+        os.close(go)
         assert os.waitpid(process, 0)[1] == 7 << 8
         spin_with_timers(
             reactor,

@@ -3,9 +3,9 @@ The child processes of the engine's reactors, on POSIX.
 
 They are Twisted's own, apart from two things:
 
-- C{posix_spawn} starts a child wherever Twisted uses it, and unblocks the signals
-  that a notifier has blocked.  A fork would copy the page tables, which takes 20 ms
-  of the reactor's time where 1 GB is resident.
+- C{posix_spawn} starts a child wherever Twisted uses it, also while a notifier blocks
+  signals, which it then unblocks in the child.  A fork would copy the page tables,
+  which takes 20 ms of the reactor's time where 1 GB is resident.
 - The kernel tells the reactor when a child ends.  Twisted's reactors hear of it by
   SIGCHLD, which needs C{installSignalHandlers}; and when the child's pipes end,
   which is a moment before L{os.waitpid} knows of the end.
@@ -60,6 +60,8 @@ if unixEnabled:
 
     from twisted.internet import process
 
+    _TWISTEDS = process.Process._trySpawnInsteadOfFork
+
     class ChildProcess(process.Process):
         """A child process with pipes."""
 
@@ -79,11 +81,23 @@ if unixEnabled:
             :return: whether it was started.
             :raises OSError: if it cannot be, C{FileNotFoundError} for example.
             """
+            if environment is None:
+                # Twisted 23.10 would start it without any variables.
+                environment = os.environ
+            if (
+                not signal_mask.blocked
+                # Twisted's tests replace it, to have the child forked.
+                or process.Process._trySpawnInsteadOfFork is not _TWISTEDS
+            ):
+                return bool(
+                    super()._trySpawnInsteadOfFork(
+                        path, uid, gid, executable, args, environment, kwargs
+                    )
+                )
             if (
                 uid is not None
                 or gid is not None
                 or (path is not None and os.path.abspath(path) != os.path.abspath("."))
-                # Nothing in this package sets it; a test of Twisted's may.
                 or getattr(self._reactor, "_neverUseSpawn", False)
             ):
                 return False
@@ -98,7 +112,7 @@ if unixEnabled:
             self.pid = os.posix_spawnp(
                 executable,
                 args,
-                os.environ if environment is None else environment,
+                environment,
                 file_actions=process._getFileActions(
                     state,
                     kwargs["fdmap"],
