@@ -148,7 +148,7 @@ class Stream(tcp.Connection):
                     break
                 if self._deliver(received):
                     break
-            if self._aborting or not self.connected:
+            if self.write_state == ABORTED or not self.connected:
                 # The reason is another by now.
                 return None
         return why
