@@ -11,7 +11,12 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from typing import Any
 
 from twisted.internet.defer import Deferred, inlineCallbacks
-from twisted.internet.endpoints import TCP4ClientEndpoint, TCP4ServerEndpoint
+from twisted.internet.endpoints import (
+    SSL4ServerEndpoint,
+    TCP4ClientEndpoint,
+    TCP4ServerEndpoint,
+)
+from twisted.internet.ssl import PrivateCertificate
 
 from tests.support import DEADLINE
 from twisted_rtsig.coro import (
@@ -75,6 +80,11 @@ async def listen(reactor: Any, handler: Any, **options: Any) -> Server:
     """A server on a TCP port of this machine."""
     endpoint = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
     return await serve(endpoint, handler, reactor=reactor, **options)
+
+
+def tls_endpoint(reactor: Any, certificate: PrivateCertificate) -> Any:
+    options = certificate.options()
+    return SSL4ServerEndpoint(reactor, 0, options, interface="127.0.0.1")
 
 
 async def call(reactor: Any, server: Server) -> Stream:

@@ -52,7 +52,8 @@ PAGES = sorted(DOCS.glob("*.md"))
 README = ROOT / "README.md"
 # What protocols, transports and watchdogs call.
 NOT_FOR_HANDLERS = [
-    *("feed", "feed_eof", "finish_output", "lose", "lose_output", "secure"),
+    *("feed", "feed_eof", "finish_output", "lose", "lose_output"),
+    *("limit_handshake", "secure"),
     *("pauseProducing", "resumeProducing", "stopProducing"),
     *("forget", "unfinished_read", "waits_for"),
 ]

@@ -12,7 +12,6 @@ import pytest
 from twisted.application.internet import StreamServerEndpointService
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.endpoints import (
-    SSL4ServerEndpoint,
     TCP4ClientEndpoint,
     TCP4ServerEndpoint,
     UNIXClientEndpoint,
@@ -31,7 +30,15 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
-from tests.coro.support import call, client_endpoint, connected, listen, run, spin
+from tests.coro.support import (
+    call,
+    client_endpoint,
+    connected,
+    listen,
+    run,
+    spin,
+    tls_endpoint,
+)
 from twisted_rtsig.coro import (
     Cancelled,
     CoroutineFactory,
@@ -460,6 +467,7 @@ def test_max_connections(reactor: Any) -> None:
         {"idle_timeout": 0},
         {"read_timeout": -1},
         {"handshake_timeout": 0},
+        {"close_timeout": 0},
     ],
 )
 def test_limits_that_cannot_be(wrong: dict[str, Any]) -> None:
@@ -625,7 +633,7 @@ def test_read_timeout() -> None:
 
 def test_handshake_timeout(reactor: Any, certificate: Any, logged: Logged) -> None:
     async def main() -> None:
-        endpoint = _tls_endpoint(reactor, certificate)
+        endpoint = tls_endpoint(reactor, certificate)
         server = await serve(
             endpoint, _until_told, handshake_timeout=0.05, reactor=reactor
         )
@@ -650,7 +658,7 @@ def test_a_handshake_in_time(reactor: Any, certificate: PrivateCertificate) -> N
 
     async def main() -> None:
         server = await serve(
-            _tls_endpoint(reactor, certificate),
+            tls_endpoint(reactor, certificate),
             _until_told,
             handshake_timeout=60,
             reactor=clock,
@@ -722,15 +730,10 @@ def test_unix_sockets(reactor: Any, tmp_path: Any) -> None:
 # TLS
 
 
-def _tls_endpoint(reactor: Any, certificate: PrivateCertificate) -> Any:
-    options = certificate.options()
-    return SSL4ServerEndpoint(reactor, 0, options, interface="127.0.0.1")
-
-
 def test_tls(reactor: Any, certificate: PrivateCertificate) -> None:
     async def main() -> bytes:
         server = await serve(
-            _tls_endpoint(reactor, certificate), _until_told, reactor=reactor
+            tls_endpoint(reactor, certificate), _until_told, reactor=reactor
         )
         port = server.port.getHost().port
         trusted = optionsForClientTLS("127.0.0.1", certificate)
@@ -790,7 +793,7 @@ def test_tls_is_started_once(reactor: Any, certificate: PrivateCertificate) -> N
             with pytest.raises(StreamError, match="encrypted already"):
                 stream.start_tls(options)
         await server.stop()
-        endpoint = _tls_endpoint(reactor, certificate)
+        endpoint = tls_endpoint(reactor, certificate)
         server = await serve(endpoint, handler, reactor=reactor)
         client = wrapClientTLS(options, client_endpoint(reactor, server))
         async with await connect(client) as stream:

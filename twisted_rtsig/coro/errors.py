@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from twisted.internet.error import ConnectionLost
+
 
 class Cancelled(BaseException):
     """
@@ -72,6 +74,18 @@ class UnreadPlaintext(StreamError):
             f"{size} bytes came before TLS was started and were not read: whoever "
             "sent them could speak for the peer, so close the connection"
         )
+
+
+class TLSError(ConnectionLost):
+    """
+    The connection was lost because TLS has failed: the peer does not speak TLS, one
+    side rejects the certificate of the other, there was no handshake in time, or what
+    arrived was damaged.
+
+    C{__cause__} is the error of OpenSSL or of C{service_identity}, if there was one.
+    """
+
+    MESSAGE = "TLS has failed"
 
 
 class FileEnded(EOFError):

@@ -23,7 +23,7 @@ from zope.interface import implementer
 from twisted_rtsig.coro.errors import IncompleteRead
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.scheduler import Scheduler
-from twisted_rtsig.coro.streams import Stream
+from twisted_rtsig.coro.streams import DEFAULT_TLS_LIMITS, Stream, TLSLimits
 from twisted_rtsig.coro.tasks import Task, name_of, scheduler_for, spawn, timeout
 from twisted_rtsig.coro.tracebacks import causes, log_failure
 
@@ -31,9 +31,6 @@ _log = Logger()
 
 Handler = Callable[[Stream], Any]
 """An C{async def}, a generator function, or what returns a Deferred."""
-
-HANDSHAKE_TIMEOUT = 30.0
-"""Seconds that a TLS handshake may take, by default."""
 
 # How often the watchdog looks in the time that it grants.
 _LOOKS = 4
@@ -45,16 +42,21 @@ class StreamProtocol(Protocol):
 
     stream: Stream
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(
+        self, scheduler: Scheduler, tls_limits: TLSLimits = DEFAULT_TLS_LIMITS
+    ) -> None:
         self._scheduler = scheduler
+        self._tls_limits = tls_limits
 
     def connectionMade(self) -> None:
         """See ``IProtocol.connectionMade``."""
         transport: Any = self.transport
-        self.stream = stream = Stream(transport, self._scheduler)
+        self.stream = stream = Stream(transport, self._scheduler, self._tls_limits)
         # One call less for each piece of data.
         self.dataReceived = stream.feed  # type: ignore[method-assign]
         transport.registerProducer(stream, True)
+        if ISSLTransport.providedBy(transport):
+            stream.limit_handshake()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """See ``IProtocol.connectionLost``."""
@@ -88,14 +90,11 @@ class _ServerProtocol(StreamProtocol):
 
     factory: CoroutineFactory
     _task: Task[Any]
-    _handshake: Any = None
 
     def connectionMade(self) -> None:
         super().connectionMade()
         factory = self.factory
         factory.connections[self] = None
-        if ISSLTransport.providedBy(self.transport):
-            self._limit_handshake()
         self._task = self._spawn(factory.handler, self.stream)
         self._task._when_done(self._handled)
         factory.watch()
@@ -109,15 +108,10 @@ class _ServerProtocol(StreamProtocol):
             return spawn(_fail, error, name=name or name_of(function), reactor=reactor)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self._handshake_done()
         super().connectionLost(reason)
         if self.factory.cancel_on_loss:
             self._task.cancel()
         self._forget()
-
-    def handshakeCompleted(self) -> None:
-        self._handshake_done()
-        super().handshakeCompleted()
 
     def cancel(self) -> None:
         """Cancel the handler; or if that has ended, what is not sent yet."""
@@ -125,22 +119,6 @@ class _ServerProtocol(StreamProtocol):
             self.stream.abort()
         else:
             self._task.cancel()
-
-    def _limit_handshake(self) -> None:
-        limit = self.factory.handshake_timeout
-        if limit is not None:
-            reactor = self._scheduler.reactor
-            self._handshake = reactor.callLater(limit, self._handshake_expired)
-
-    def _handshake_expired(self) -> None:
-        self._handshake = None
-        _log.info("{stream}: no TLS handshake in time", stream=self.stream)
-        self.stream.abort()
-
-    def _handshake_done(self) -> None:
-        handshake, self._handshake = self._handshake, None
-        if handshake is not None:
-            handshake.cancel()
 
     def _handled(self, task: Task[Any]) -> None:
         """The handler has come to its end, in whatever way."""
@@ -180,6 +158,12 @@ async def _fail(error: Exception) -> None:
     raise error
 
 
+def _check_timeouts(**timeouts: float | None) -> None:
+    for name, seconds in timeouts.items():
+        if seconds is not None and not seconds > 0:
+            raise ValueError(f"{name}={seconds}: it must be more than 0, or None")
+
+
 class _HalfCloseableServer(_HalfCloseable, _ServerProtocol):
     pass
 
@@ -207,8 +191,11 @@ class CoroutineFactory(Factory):
         connection is aborted.
     :param read_timeout: how many seconds a read may take once a part of it has
         arrived; this is for peers that send byte after byte for ever.
-    :param handshake_timeout: how many seconds the handshake of a TLS endpoint
-        may take.
+    :param handshake_timeout: how many seconds a TLS handshake may take, that of
+        ``start_tls`` included; None for no limit.
+    :param close_timeout: how many seconds a TLS peer may take to answer the
+        C{close_notify} alert with which a connection ends, and which follows what
+        was written; None for no limit.
     :param cancel_on_loss: cancel the handler when the connection is lost, at the
         latest when the peer closes its side.  Then there is no half close.
     :param reactor: an ``IReactorTime`` provider; by default the installed one.
@@ -228,7 +215,8 @@ class CoroutineFactory(Factory):
         max_connections: int | None = None,
         idle_timeout: float | None = None,
         read_timeout: float | None = None,
-        handshake_timeout: float | None = HANDSHAKE_TIMEOUT,
+        handshake_timeout: float | None = DEFAULT_TLS_LIMITS.handshake,
+        close_timeout: float | None = DEFAULT_TLS_LIMITS.close,
         cancel_on_loss: bool = False,
         reactor: Any | None = None,
     ) -> None:
@@ -238,17 +226,16 @@ class CoroutineFactory(Factory):
             )
         if max_connections is not None and not max_connections >= 0:
             raise ValueError(f"max_connections={max_connections}: 0 is the least")
-        for limit, what in (
-            (idle_timeout, "idle_timeout"),
-            (read_timeout, "read_timeout"),
-            (handshake_timeout, "handshake_timeout"),
-        ):
-            if limit is not None and not limit > 0:
-                raise ValueError(f"{what}={limit}: it must be more than 0, or None")
+        _check_timeouts(
+            idle_timeout=idle_timeout,
+            read_timeout=read_timeout,
+            handshake_timeout=handshake_timeout,
+            close_timeout=close_timeout,
+        )
         self.handler = handler
         self.name = name
         self.max_connections = max_connections
-        self.handshake_timeout = handshake_timeout
+        self._tls_limits = TLSLimits(handshake_timeout, close_timeout)
         self.cancel_on_loss = cancel_on_loss
         self.connections: dict[_ServerProtocol, None] = {}
         self._reactor = reactor
@@ -272,7 +259,7 @@ class CoroutineFactory(Factory):
             return _Refused()
         scheduler = scheduler_for(self._reactor)
         protocol = (_ServerProtocol if self.cancel_on_loss else _HalfCloseableServer)(
-            scheduler
+            scheduler, self._tls_limits
         )
         protocol.factory = self
         return protocol
@@ -436,20 +423,35 @@ class ClientProtocol(_HalfCloseable, StreamProtocol):
 class _ClientFactory(Factory):
     noisy = False
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, tls_limits: TLSLimits) -> None:
         self._scheduler = scheduler
+        self._tls_limits = tls_limits
 
     def buildProtocol(self, addr: Any) -> Protocol:
-        return ClientProtocol(self._scheduler)
+        return ClientProtocol(self._scheduler, self._tls_limits)
 
 
-def connect(endpoint: Any, reactor: Any | None = None) -> Deferred[Stream]:
+def connect(
+    endpoint: Any,
+    reactor: Any | None = None,
+    *,
+    handshake_timeout: float | None = DEFAULT_TLS_LIMITS.handshake,
+    close_timeout: float | None = DEFAULT_TLS_LIMITS.close,
+) -> Deferred[Stream]:
     """
     Connect, as a client.
 
+    A TLS handshake begins then; reads wait for it, and raise what goes wrong with it.
+
     :param endpoint: an ``IStreamClientEndpoint`` provider.
     :param reactor: an ``IReactorTime`` provider; by default that of the task.
+    :param handshake_timeout: as for :class:`CoroutineFactory`.
+    :param close_timeout: as for :class:`CoroutineFactory`.
     :return: a :class:`Stream`.
+    :raises ValueError: if one of the times is not more than 0.
     """
-    connecting: Deferred[Any] = endpoint.connect(_ClientFactory(scheduler_for(reactor)))
+    _check_timeouts(handshake_timeout=handshake_timeout, close_timeout=close_timeout)
+    tls_limits = TLSLimits(handshake_timeout, close_timeout)
+    factory = _ClientFactory(scheduler_for(reactor), tls_limits)
+    connecting: Deferred[Any] = endpoint.connect(factory)
     return connecting.addCallback(lambda protocol: protocol.stream)

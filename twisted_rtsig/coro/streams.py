@@ -12,7 +12,7 @@ import re
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from twisted.internet.error import ConnectionClosed, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IPushProducer, ISSLTransport
@@ -25,6 +25,7 @@ from twisted_rtsig.coro.errors import (
     DelimiterNotFound,
     IncompleteRead,
     StreamError,
+    TLSError,
     UnreadPlaintext,
 )
 from twisted_rtsig.coro.operations import (
@@ -35,6 +36,7 @@ from twisted_rtsig.coro.operations import (
     failed,
     ignore,
 )
+from twisted_rtsig.coro.output import below_tls, tls_is_over
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.sending import Sending
 
@@ -50,6 +52,20 @@ _HIGH_MARK = 1 << 17
 _LOW_MARK = _HIGH_MARK // 2
 
 _CARRIAGE_RETURN = 0x0D
+
+
+class TLSLimits(NamedTuple):
+    """
+    How many seconds a TLS peer may take for the handshake, and to answer the
+    C{close_notify} alert; None for no limit.
+    """
+
+    handshake: float | None
+    close: float | None
+
+
+DEFAULT_TLS_LIMITS: Final = TLSLimits(handshake=30.0, close=30.0)
+"""Those of every connection, unless it is told otherwise."""
 
 # How many reads in a row a stream answers from what is there, before all others
 # have their turn.
@@ -70,6 +86,7 @@ class Stream:
 
     __slots__ = (
         "__weakref__",
+        "_abort_reason",
         "_aborted",
         "_buffer",
         "_closed",
@@ -78,6 +95,7 @@ class Stream:
         "_drained",
         "_ended",
         "_full",
+        "_handshake",
         "_held",
         "_limit",
         "_lost",
@@ -90,6 +108,8 @@ class Stream:
         "_secured",
         "_sending",
         "_take",
+        "_tls_close",
+        "_tls_limits",
         "_unwritable",
         "_what",
         "_wrote_eof",
@@ -97,9 +117,18 @@ class Stream:
         "transport",
     )
 
-    def __init__(self, transport: Any, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        transport: Any,
+        scheduler: Scheduler,
+        tls_limits: TLSLimits = DEFAULT_TLS_LIMITS,
+    ) -> None:
         self.transport = transport
         self._scheduler = scheduler
+        self._tls_limits = tls_limits
+        # The delayed calls that end a TLS handshake, and the wait for close_notify.
+        self._handshake: Any = None
+        self._tls_close: Any = None
         self._buffer = ReadBuffer()
         # Who reads; and what takes it from the buffer, with two arguments.
         self._reader: Operation[bytes] | None = None
@@ -125,6 +154,8 @@ class Stream:
         self._unwritable: Exception | None = None
         self._output_lost: Exception | None = None
         self._aborted = False
+        # The error to report in place of the transport's.
+        self._abort_reason: Exception | None = None
         # The file that is being sent, and what follows it.
         self._sending: Sending | None = None
         self._held = _NOTHING
@@ -493,6 +524,8 @@ class Stream:
         """
         Close the connection when everything was sent; what comes is discarded.
 
+        A TLS peer is to answer within the C{close_timeout} of C{serve} or C{connect}.
+
         The operation is done when the connection is gone.
         """
         if self._lost is None and not self._closing:
@@ -503,9 +536,11 @@ class Stream:
     def _lose_transport(self) -> None:
         self.transport.unregisterProducer()
         if self._paused:
-            # TLS waits for the peer's farewell.
+            # TLS waits for the peer's close_notify.
             self._resume_transport()
         self.transport.loseConnection()
+        if self._lost is None and ISSLTransport.providedBy(self.transport):
+            self._limit_tls_close()
 
     def abort(self) -> Operation[None]:
         """
@@ -682,6 +717,8 @@ class Stream:
         :raises UnreadPlaintext: if anything is there that was not read yet.
         :raises StreamError: if the transport cannot do it, or does it already; (when
             awaited) if one side has ended already.
+        :raises TLSError: (when awaited) if the handshake fails, or takes longer than
+            the C{handshake_timeout} of C{serve} or C{connect}.
         """
         if self._reader is not None:
             raise BusyResourceError(f"start TLS on {self!r} when nobody reads from it")
@@ -692,7 +729,7 @@ class Stream:
         if self._buffer.data:
             raise UnreadPlaintext(self._buffer.size)
         if self._unwritable is not None:
-            return failed(_again(self._unwritable))
+            return failed(_again(self._unwritable), quietly=self._lost is not None)
         if self._ended:
             return failed(StreamError(f"{self!r} has ended: no TLS"))
         start = getattr(self.transport, "startTLS", None)
@@ -700,7 +737,39 @@ class Stream:
             raise StreamError(f"{self!r} cannot start TLS: {self.transport!r} has none")
         self._secured = self._operation()
         start(context)
+        self.limit_handshake()
         return self._secured
+
+    def limit_handshake(self) -> None:
+        """A TLS handshake has begun: lose the connection if it takes too long."""
+        limit = self._tls_limits.handshake
+        if limit is not None:
+            reactor = self._scheduler.reactor
+            self._handshake = reactor.callLater(limit, self._handshake_overdue, limit)
+
+    def _handshake_overdue(self, limit: float) -> None:
+        self._handshake = None
+        self._abort_reason = TLSError(f"no handshake within {limit} s")
+        self.abort()
+
+    def _limit_tls_close(self) -> None:
+        """close_notify was written: limit the wait for the peer's answer."""
+        limit = self._tls_limits.close
+        if limit is not None:
+            reactor = self._scheduler.reactor
+            self._tls_close = reactor.callLater(limit, self._tls_close_overdue)
+
+    def _tls_close_overdue(self) -> None:
+        self._tls_close = None
+        # RFC 8446, section 6.1, does not require to wait for the answer.  To close the
+        # connection below TLS, and not to abort it, lets a peer that reads slowly have
+        # what was written before.
+        below_tls(self.transport).loseConnection()
+
+    def _handshake_done(self) -> None:
+        handshake, self._handshake = self._handshake, None
+        if handshake is not None:
+            handshake.cancel()
 
     # From the protocol
 
@@ -732,8 +801,11 @@ class Stream:
 
     def lose(self, reason: Failure) -> None:
         """The connection is gone."""
-        lost = reason.value
-        assert isinstance(lost, Exception)
+        self._handshake_done()
+        tls_close, self._tls_close = self._tls_close, None
+        if tls_close is not None:
+            tls_close.cancel()
+        lost = self._abort_reason or self._connection_error(reason.value)
         self._lost = lost
         self._ended = True
         self._unwritable = self._output_lost = lost
@@ -752,6 +824,22 @@ class Stream:
         if cut_short is not None and self._aborted:
             cut_short.addErrback(ignore)
         _succeed(closed)
+
+    def _connection_error(self, error: BaseException | None) -> Exception:
+        """
+        Why the connection was lost, as a C{ConnectionClosed} if TLS is to blame.
+
+        Twisted reports the errors of OpenSSL and C{service_identity} as they are.
+        """
+        assert isinstance(error, Exception)
+        if isinstance(error, ConnectionClosed) or not ISSLTransport.providedBy(
+            self.transport
+        ):
+            return error
+        failed = TLSError(_reasons(error))
+        # Its frames belong to Twisted, and would keep the connection in memory.
+        failed.__cause__ = error.with_traceback(None)
+        return failed
 
     def lose_output(self) -> None:
         """The peer takes nothing any more, but may still say something."""
@@ -772,6 +860,7 @@ class Stream:
 
     def secure(self) -> None:
         """The TLS handshake is done."""
+        self._handshake_done()
         if self._secured is not None:
             _succeed((self._secured,))
 
@@ -783,7 +872,14 @@ class Stream:
 
     def resumeProducing(self) -> None:
         """See ``IPushProducer``: the transport has room again."""
-        full, self._full = self._full, False
+        full = self._full
+        if full and tls_is_over(self.transport):
+            # TLS drops what is written now.  Twisted closes the connection when its
+            # output is sent, but not as long as there is a producer that it has
+            # paused.
+            self.transport.unregisterProducer()
+            return
+        self._full = False
         self.activity += 1
         if full and self._wrote_eof is not None and self._sending is None:
             self._half_close()
@@ -819,10 +915,21 @@ def _fail(operations: tuple[Operation[None], ...], error: Exception) -> None:
 def _again(error: Exception) -> Exception:
     """A copy, since each raise adds to the traceback of an exception."""
     try:
-        return copy.copy(error).with_traceback(None)
+        again = copy.copy(error).with_traceback(None)
+        again.__cause__ = error.__cause__
+        return again
     except Exception:
         # It is made with other arguments than it keeps.
         return error.with_traceback(None)
+
+
+def _reasons(error: Exception) -> str:
+    """What an error of OpenSSL says, or any other."""
+    queue = error.args[0] if error.args else None
+    if isinstance(queue, list) and all(isinstance(each, tuple) for each in queue):
+        # Of each error its library, its function, and its reason.
+        return ", ".join(str(each[-1]) for each in queue) or type(error).__name__
+    return str(error) or type(error).__name__
 
 
 # What follows a file: data and who has written it, another file, or the end.

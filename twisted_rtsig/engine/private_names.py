@@ -104,6 +104,7 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "proto",
         "status",
     ),
+    "twisted.protocols.tls.TLSMemoryBIOProtocol": ("_lostTLSConnection",),
     # On Windows only
     "twisted.internet._dumbwin32proc.Process": ("_getReason",),
 }

@@ -1,0 +1,588 @@
+"""What happens to streams when TLS fails, or when a TLS peer does not answer."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.endpoints import (
+    TCP4ClientEndpoint,
+    TCP4ServerEndpoint,
+    wrapClientTLS,
+)
+from twisted.internet.error import ConnectionClosed, ConnectionLost
+from twisted.internet.ssl import PrivateCertificate, optionsForClientTLS
+from twisted.internet.task import Clock
+from twisted.logger import LogLevel
+
+from tests.coro.support import (
+    STYLES,
+    call,
+    client_endpoint,
+    listen,
+    run,
+    tls_endpoint,
+)
+from twisted_rtsig.coro import Server, Stream, TLSError, connect, serve, sleep, spawn
+
+# Twisted and pyOpenSSL hold different opinions on what is deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+Logged = list[dict[str, Any]]
+
+LIMIT = 30
+MUCH = 1 << 22
+
+
+class Peer:
+    """
+    A TLS peer that does what it is told, and answers close_notify only then.
+
+    :param plain: a connected socket.
+    """
+
+    def __init__(
+        self, plain: socket.socket, context: ssl.SSLContext, server_side: bool
+    ) -> None:
+        plain.setblocking(False)
+        self.plain = plain
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side)
+
+    async def handshake(self) -> None:
+        await self._do(self._tls.do_handshake)
+
+    async def write(self, data: bytes) -> None:
+        await self._do(self._tls.write, data)
+
+    async def read(self, size: int = 1 << 16) -> bytes:
+        """Read something; no bytes after close_notify."""
+        try:
+            return await self._do(self._tls.read, size)  # type: ignore[no-any-return]
+        except ssl.SSLZeroReturnError:
+            return b""
+
+    async def close_notify(self) -> None:
+        # There may be something left to read.
+        with contextlib.suppress(ssl.SSLError):
+            self._tls.unwrap()
+        self._flush()
+
+    async def end(self) -> bytes:
+        """What comes after close_notify: no bytes at the end of the connection."""
+        while True:
+            try:
+                return self.plain.recv(1)
+            except BlockingIOError:
+                await sleep(0)
+
+    async def _do(self, function: Callable[..., Any], *args: Any) -> Any:
+        while True:
+            try:
+                return function(*args)
+            except ssl.SSLWantReadError:
+                self._flush()
+                await self._receive()
+            finally:
+                self._flush()
+
+    def _flush(self) -> None:
+        while data := self._outgoing.read():
+            self.plain.sendall(data)
+
+    async def _receive(self) -> None:
+        while True:
+            try:
+                data = self.plain.recv(1 << 16)
+            except BlockingIOError:
+                await sleep(0)
+            else:
+                self._incoming.write(data)
+                if not data:
+                    self._incoming.write_eof()
+                return
+
+
+def client_context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+@pytest.fixture
+def server_context(certificate: PrivateCertificate, tmp_path: Path) -> ssl.SSLContext:
+    pem = tmp_path / "server.pem"
+    pem.write_bytes(certificate.dumpPEM())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    return context
+
+
+@contextlib.asynccontextmanager
+async def accepted(reactor: Any) -> AsyncIterator[tuple[Any, Any]]:
+    """A client endpoint, and a function to accept its connection with."""
+    with contextlib.ExitStack() as sockets:
+        port = sockets.enter_context(socket.socket())
+        port.bind(("127.0.0.1", 0))
+        port.listen()
+        port.setblocking(False)
+
+        async def accept() -> socket.socket:
+            while True:
+                try:
+                    return sockets.enter_context(port.accept()[0])
+                except BlockingIOError:
+                    await sleep(0)
+
+        yield TCP4ClientEndpoint(reactor, *port.getsockname()), accept
+
+
+@contextlib.contextmanager
+def socket_to(server: Server) -> Any:
+    port = server.port.getHost().port
+    with socket.create_connection(("127.0.0.1", port)) as plain:
+        plain.setblocking(False)
+        yield plain
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    while not condition():
+        await sleep(0)
+
+
+def tls_client(endpoint: Any, certificate: PrivateCertificate | None = None) -> Any:
+    """By default it trusts the system's certificates, and not that of the tests."""
+    return wrapClientTLS(optionsForClientTLS("127.0.0.1", certificate), endpoint)
+
+
+# Peers that do not answer
+
+
+@pytest.fixture(params=["endpoint", "start_tls"])
+def serve_tls(
+    request: Any, reactor: Any, certificate: PrivateCertificate
+) -> Callable[..., Any]:
+    """Serve TLS from the beginning, or from the beginning of the handler."""
+
+    async def serve_tls(handler: Any, **options: Any) -> Server:
+        if request.param == "endpoint":
+            endpoint = tls_endpoint(reactor, certificate)
+            return await serve(endpoint, handler, **options)
+
+        async def start_tls(stream: Stream) -> None:
+            await stream.start_tls(certificate.options())
+            await handler(stream)
+
+        plain = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
+        return await serve(plain, start_tls, **options)
+
+    return serve_tls
+
+
+async def say_hello(stream: Stream) -> None:
+    await stream.write(b"hello")
+
+
+def test_a_client_that_does_not_answer_close_notify(
+    reactor: Any, serve_tls: Any
+) -> None:
+    clock = Clock()
+
+    async def main() -> None:
+        server = await serve_tls(say_hello, close_timeout=LIMIT, reactor=clock)
+        with socket_to(server) as plain:
+            peer = Peer(plain, client_context(), server_side=False)
+            await peer.handshake()
+            assert [await peer.read(), await peer.read()] == [b"hello", b""]
+            clock.advance(LIMIT - 1)
+            # What it sends is no answer.
+            await peer.write(b"go on")
+            await sleep(0.01)
+            assert server.factory.connections
+            clock.advance(1)
+            await until(lambda: not server.factory.connections)
+            # The end, and no reset.
+            assert await peer.end() == b""
+        await server.stop()
+        assert not clock.getDelayedCalls()
+
+    run(reactor, main)
+
+
+def test_a_client_that_answers_close_notify(reactor: Any, serve_tls: Any) -> None:
+    clock = Clock()
+
+    async def main() -> None:
+        server = await serve_tls(say_hello, close_timeout=None, reactor=clock)
+        with socket_to(server) as plain:
+            peer = Peer(plain, client_context(), server_side=False)
+            await peer.handshake()
+            assert [await peer.read(), await peer.read()] == [b"hello", b""]
+            # Without a limit it may take as long as it likes.
+            clock.advance(1_000_000)
+            await sleep(0.01)
+            assert server.factory.connections
+            await peer.close_notify()
+            await until(lambda: not server.factory.connections)
+            assert await peer.end() == b""
+        await server.stop()
+        assert not clock.getDelayedCalls()
+
+    run(reactor, main)
+
+
+def test_a_server_that_does_not_answer_close_notify(
+    reactor: Any, certificate: PrivateCertificate, server_context: ssl.SSLContext
+) -> None:
+    clock = Clock()
+
+    async def main() -> None:
+        async with accepted(reactor) as (endpoint, accept):
+            client = tls_client(endpoint, certificate)
+
+            async def talk() -> None:
+                stream = await connect(client, clock, close_timeout=LIMIT)
+                async with stream:
+                    await stream.write(b"hello")
+
+            talking = spawn(talk)
+            peer = Peer(await accept(), server_context, server_side=True)
+            await peer.handshake()
+            assert [await peer.read(), await peer.read()] == [b"hello", b""]
+            clock.advance(LIMIT - 1)
+            await sleep(0.01)
+            assert not talking.done
+            clock.advance(1)
+            await talking
+            assert await peer.end() == b""
+        assert not clock.getDelayedCalls()
+
+    run(reactor, main)
+
+
+def test_a_client_that_reads_slowly_gets_everything(
+    reactor: Any, serve_tls: Any
+) -> None:
+    """The limit is for the answer, and not for what was written before."""
+    clock = Clock()
+
+    async def handler(stream: Stream) -> None:
+        await stream.write(bytes(MUCH))
+
+    async def main() -> None:
+        server = await serve_tls(handler, close_timeout=LIMIT, reactor=clock)
+        with socket_to(server) as plain:
+            peer = Peer(plain, client_context(), server_side=False)
+            await peer.handshake()
+            received = 0
+            while data := await peer.read():
+                received += len(data)
+                await sleep(0)
+                # The limit is over long before everything was read.
+                clock.advance(LIMIT / 4)
+            assert received == MUCH
+            await until(lambda: not server.factory.connections)
+        await server.stop()
+        assert not clock.getDelayedCalls()
+
+    run(reactor, main)
+
+
+def test_close_during_a_handshake_that_does_not_come(
+    reactor: Any, certificate: PrivateCertificate
+) -> None:
+    """What was written waits for the handshake, and with it the end."""
+    clock = Clock()
+
+    async def main() -> None:
+        async with accepted(reactor) as (endpoint, accept):
+            stream = await connect(
+                tls_client(endpoint, certificate),
+                clock,
+                handshake_timeout=None,
+                close_timeout=LIMIT,
+            )
+            await accept()
+            stream.write(b"hello")
+            closed = stream.close()
+            clock.advance(LIMIT - 1)
+            await sleep(0.01)
+            assert not closed.called
+            clock.advance(1)
+            await closed
+        assert not clock.getDelayedCalls()
+
+    run(reactor, main)
+
+
+def test_a_server_without_a_handshake(
+    reactor: Any, certificate: PrivateCertificate
+) -> None:
+    """Reads wait for the handshake, whose limit is their limit."""
+    clock = Clock()
+
+    async def main() -> None:
+        async with accepted(reactor) as (endpoint, accept):
+            client = tls_client(endpoint, certificate)
+            stream = await connect(client, clock, handshake_timeout=LIMIT)
+            await accept()
+            reading = stream.read()
+            clock.advance(LIMIT - 1)
+            await sleep(0.01)
+            assert not reading.called
+            clock.advance(1)
+            with pytest.raises(TLSError, match=f"no handshake within {LIMIT} s"):
+                await reading
+        assert not clock.getDelayedCalls()
+
+    run(reactor, main)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_start_tls_without_a_handshake(
+    reactor: Any, certificate: PrivateCertificate, logged: Logged, style: str
+) -> None:
+    """Neither side of a server with start_tls waits longer than its limit."""
+    clock = Clock()
+    got: list[Any] = []
+
+    def handler(stream: Stream) -> Any:
+        steps = [lambda: stream.start_tls(certificate.options())]
+        return STYLES[style](reactor, steps, got)
+
+    async def main() -> None:
+        plain = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
+        server = await serve(plain, handler, handshake_timeout=LIMIT, reactor=clock)
+        with socket_to(server):
+            await until(lambda: server.factory.connections)
+            clock.advance(LIMIT - 1)
+            await sleep(0.01)
+            assert server.factory.connections
+            clock.advance(1)
+            await until(lambda: not server.factory.connections)
+        await server.stop()
+        async with accepted(reactor) as (endpoint, accept):
+            stream = await connect(endpoint, clock, handshake_timeout=LIMIT)
+            await accept()
+            secured = stream.start_tls(optionsForClientTLS("127.0.0.1", certificate))
+            clock.advance(LIMIT)
+            with pytest.raises(TLSError, match=f"no handshake within {LIMIT} s"):
+                await secured
+        assert not clock.getDelayedCalls()
+
+    run(reactor, main)
+    assert got == [TLSError]
+    assert not failures(logged)
+
+
+def test_close_notify_while_output_waits(reactor: Any, serve_tls: Any) -> None:
+    """
+    A client ends TLS and reads on: what is written then is an error, and does not
+    vanish.
+    """
+    outcome: list[Any] = []
+
+    async def handler(stream: Stream) -> None:
+        try:
+            # More than kernels hold, though not endless, if nothing stops it.
+            for _ in range(1000):
+                await stream.write(bytes(1 << 16))
+        except ConnectionClosed as error:
+            outcome.append(error)
+
+    async def main() -> None:
+        server = await serve_tls(handler, reactor=reactor)
+        with socket_to(server) as plain:
+            peer = Peer(plain, client_context(), server_side=False)
+            await peer.handshake()
+            # The handler writes until there is no more room.
+            await peer.read()
+            await sleep(0.1)
+            await peer.close_notify()
+            await sleep(0.1)
+            while await peer.end():
+                plain.recv(1 << 20)
+            await until(lambda: not server.factory.connections)
+        await server.stop()
+
+    run(reactor, main)
+    assert len(outcome) == 1
+
+
+# TLS that fails
+
+
+def failures(logged: Logged) -> list[Any]:
+    return [each["log_failure"].value for each in logged if each.get("log_failure")]
+
+
+HTTP = b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n"
+
+
+async def plain_http(reactor: Any, server: Server) -> None:
+    async with await call(reactor, server) as stream:
+        await stream.write(HTTP)
+        # The server may send an alert, which is not text.
+        with contextlib.suppress(ConnectionClosed):
+            while await stream.read():
+                pass
+
+
+async def rejected_certificate(reactor: Any, server: Server) -> None:
+    endpoint = tls_client(client_endpoint(reactor, server))
+    stream = await connect(endpoint)
+    with pytest.raises(TLSError, match="certificate verify failed") as caught:
+        await stream.read()
+    assert type(caught.value.__cause__).__module__ == "OpenSSL.SSL"
+    # Each one who asks is told.
+    for what in (stream.write(b"x"), stream.read()):
+        with pytest.raises(TLSError, match="certificate verify failed") as caught:
+            await what
+        assert caught.value.__cause__ is not None
+
+
+async def damaged_record(reactor: Any, server: Server) -> None:
+    with socket_to(server) as plain:
+        peer = Peer(plain, client_context(), server_side=False)
+        await peer.handshake()
+        plain.sendall(HTTP)
+        await until(lambda: not server.factory.connections)
+
+
+async def garbage_for_a_handshake(reactor: Any, server: Server) -> None:
+    with socket_to(server) as plain:
+        await until(lambda: server.factory.connections)
+        plain.sendall(bytes(1000))
+        await until(lambda: not server.factory.connections)
+
+
+OFFENCES = [
+    plain_http,
+    rejected_certificate,
+    damaged_record,
+    garbage_for_a_handshake,
+]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("offence", OFFENCES)
+def test_tls_fails_as_a_lost_connection(
+    reactor: Any, serve_tls: Any, logged: Logged, offence: Any, style: str
+) -> None:
+    """In the handler it is a TLSError, which is a ConnectionLost; nothing is logged."""
+    got: list[Any] = []
+
+    async def handler(stream: Stream) -> None:
+        await STYLES[style](reactor, [stream.read, lambda: stream.write(b"x")], got)
+
+    async def main() -> None:
+        server = await serve_tls(handler, reactor=reactor)
+        await offence(reactor, server)
+        await until(lambda: not server.factory.connections)
+        await server.stop()
+
+    run(reactor, main)
+    if got:
+        assert got == [TLSError, TLSError]
+    else:
+        # start_tls has raised it.
+        assert len(quiet_lines(logged)) == 1
+    assert issubclass(TLSError, ConnectionLost)
+    assert not failures(logged)
+
+
+def quiet_lines(logged: Logged) -> list[dict[str, Any]]:
+    return [each for each in logged if each["log_namespace"].endswith("coro.serving")]
+
+
+@pytest.mark.parametrize("offence", OFFENCES)
+def test_tls_that_fails_is_worth_one_line(
+    reactor: Any, serve_tls: Any, logged: Logged, offence: Any
+) -> None:
+    async def handler(stream: Stream) -> None:
+        await stream.read_line()
+
+    async def main() -> None:
+        server = await serve_tls(handler, reactor=reactor)
+        for _ in range(3):
+            await offence(reactor, server)
+            await until(lambda: not server.factory.connections)
+        await server.stop()
+
+    run(reactor, main)
+    assert not failures(logged)
+    lines = quiet_lines(logged)
+    assert [each["log_level"] for each in lines] == [LogLevel.info] * 3
+    assert all("TLS has failed" in each["error"] for each in lines)
+
+
+def test_a_certificate_for_another_name(
+    reactor: Any, certificate: PrivateCertificate, logged: Logged
+) -> None:
+    """service_identity finds that out, and not OpenSSL."""
+
+    async def main() -> None:
+        server = await serve(
+            tls_endpoint(reactor, certificate), say_hello, reactor=reactor
+        )
+        options = optionsForClientTLS("example.com", certificate)
+        endpoint = wrapClientTLS(options, client_endpoint(reactor, server))
+        stream = await connect(endpoint)
+        with pytest.raises(TLSError, match=r"example\.com"):
+            await stream.read()
+        await until(lambda: not server.factory.connections)
+        await server.stop()
+
+    run(reactor, main)
+    assert not failures(logged)
+
+
+def test_start_tls_with_a_server_that_speaks_no_tls(
+    reactor: Any, certificate: PrivateCertificate, logged: Logged
+) -> None:
+    async def handler(stream: Stream) -> None:
+        await stream.read_line()
+        await stream.write(b"220 hello\r\n" * 100)
+        await stream.read()
+
+    async def main() -> None:
+        server = await listen(reactor, handler)
+        stream = await call(reactor, server)
+        await stream.write(b"STARTTLS\n")
+        with pytest.raises(TLSError) as caught:
+            await stream.start_tls(optionsForClientTLS("127.0.0.1", certificate))
+        assert type(caught.value.__cause__).__module__ == "OpenSSL.SSL"
+        await server.stop()
+
+    run(reactor, main)
+    assert not failures(logged)
+
+
+def test_a_failure_that_nobody_awaits_is_not_logged(
+    reactor: Any, certificate: PrivateCertificate, logged: Logged
+) -> None:
+    """A write and a handshake that were not awaited say nothing when they fail."""
+
+    async def main() -> None:
+        server = await listen(reactor, plain_answer)
+        stream = await call(reactor, server)
+        stream.start_tls(optionsForClientTLS("127.0.0.1", certificate))
+        stream.write(b"x")
+        await until(lambda: stream.lost)
+        stream.write(b"x")
+        await server.stop()
+
+    async def plain_answer(stream: Stream) -> None:
+        await stream.write(HTTP)
+        await stream.read()
+
+    run(reactor, main)
+    gc.collect()
+    assert not failures(logged)

@@ -1,0 +1,96 @@
+"""
+The output of a transport below its stream: what the peer has not taken yet, and TLS.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from typing import Any, Final
+
+_SIZE: Final = struct.Struct("i")
+
+if sys.platform != "win32":
+    import fcntl
+    import termios
+
+    # By the beginning of sys.platform: the ioctl(2) request for the number of bytes in
+    # the send queue of a socket.  Of TCP these are the bytes that the peer has not
+    # acknowledged.
+    _REQUESTS: Final = {
+        # SIOCOUTQ, which tcp(7) and unix(7) describe, has the number of TIOCOUTQ.
+        "linux": termios.TIOCOUTQ,
+        # FIONWRITE, _IOR('f', 119, int) in <sys/filio.h>; and as NetBSD numbers it.
+        "freebsd": 0x40046677,
+        "netbsd": 0x40046679,
+    }
+    _REQUEST: Final = next(
+        (each for name, each in _REQUESTS.items() if sys.platform.startswith(name)),
+        None,
+    )
+
+# The same as a socket option of macOS, in <sys/socket.h>.
+_SO_NWRITE: Final = 0x1024
+
+
+def pending_output(transport: Any) -> tuple[int, int, int | None]:
+    """
+    How much of what was written to C{transport} the peer has not taken yet: it
+    changes as long as the peer takes something.
+
+    :return: what the transport holds back in bytes, and where in these it is; and
+        the length of the kernel's send queue in bytes, or None if the kernel does
+        not tell, as on Windows and OpenBSD.  The kernel of the peer acknowledges what
+        fits into its receive buffer.
+    """
+    lowest = _lowest(transport)
+    held = len(getattr(lowest, "dataBuffer", b""))
+    return held, getattr(lowest, "offset", 0), _send_queue(lowest)
+
+
+def _lowest(transport: Any) -> Any:
+    while (below := getattr(transport, "transport", None)) is not None:
+        transport = below
+    return transport
+
+
+def _send_queue(transport: Any) -> int | None:
+    try:
+        if sys.platform == "win32":
+            return None
+        if sys.platform == "darwin":
+            import socket
+
+            size: int = transport.socket.getsockopt(socket.SOL_SOCKET, _SO_NWRITE)
+            return size
+        if _REQUEST is None:
+            return None
+        answer = fcntl.ioctl(transport.fileno(), _REQUEST, bytes(_SIZE.size))
+    except (AttributeError, OSError, ValueError):
+        # It has no socket, or none any more.
+        return None
+    return int(_SIZE.unpack(answer)[0])
+
+
+def below_tls(transport: Any) -> Any:
+    """The transport that carries TLS; or C{transport}, if there is no TLS."""
+    layer = _tls_layer(transport)
+    return transport if layer is None else layer.transport
+
+
+def tls_is_over(transport: Any) -> bool:
+    """Whether there is TLS, and it has ended or failed, so that it drops writes."""
+    layer = _tls_layer(transport)
+    return layer is not None and layer._lostTLSConnection
+
+
+def _tls_layer(transport: Any) -> Any:
+    # It cannot be imported where pyOpenSSL is missing.
+    tls = sys.modules.get("twisted.protocols.tls")
+    while tls is not None and transport is not None:
+        # After startTLS the layer is the protocol of the transport.
+        for each in (transport, getattr(transport, "protocol", None)):
+            if isinstance(each, tls.TLSMemoryBIOProtocol):
+                return each
+        transport = getattr(transport, "transport", None)
+    return None
