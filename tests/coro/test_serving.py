@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 import socket
+import sys
+import weakref
 from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 from twisted.application.internet import StreamServerEndpointService
-from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
 from twisted.internet.endpoints import (
     TCP4ClientEndpoint,
     TCP4ServerEndpoint,
@@ -28,6 +31,7 @@ from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.ssl import PrivateCertificate, optionsForClientTLS
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
+from twisted.logger import LogLevel
 from twisted.python.failure import Failure
 
 from tests.coro.support import (
@@ -51,11 +55,14 @@ from twisted_rtsig.coro import (
     UnreadPlaintext,
     connect,
     coroutine,
+    select,
     serve,
+    shield,
     sleep,
     spawn,
     timeout,
 )
+from twisted_rtsig.coro.testing import SansIO, stream_pair
 
 # Twisted and pyOpenSSL hold different opinions on what is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -435,6 +442,311 @@ def test_a_service(reactor: Any) -> None:
     assert run(reactor, main) == b"not that"
 
 
+# Handlers that go on when they are cancelled, until an event happens.
+
+
+async def _stubborn(stream: Stream, end: Event) -> None:
+    await stream.write(b"here")
+    while not end.is_set:
+        with contextlib.suppress(Cancelled, CancelledError):
+            await end.wait()
+
+
+def _stubborn_generator(stream: Stream, end: Event) -> Generator[Any, Any, None]:
+    yield stream.write(b"here")
+    while not end.is_set:
+        with contextlib.suppress(Cancelled, CancelledError):
+            yield end.wait()
+
+
+async def _shielded(stream: Stream, end: Event) -> None:
+    await stream.write(b"here")
+    with shield():
+        await end.wait()
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        _stubborn,
+        _shielded,
+        _stubborn_generator,
+        coroutine(_stubborn_generator),
+        inlineCallbacks(_stubborn_generator),
+        lambda *args: Deferred.fromCoroutine(_stubborn(*args)),
+    ],
+)
+def test_stop_ends_before_a_handler_that_does_not(
+    reactor: Any, logged: Logged, handler: Any
+) -> None:
+    end = Event()
+
+    async def main() -> None:
+        name = "Frederick"
+        server = await listen(reactor, lambda stream: handler(stream, end), name=name)
+        stream = await call(reactor, server)
+        assert await stream.read_exactly(4) == b"here"
+        await server.stop(0.01, 0.01)
+        assert not server.factory.connections
+        with pytest.raises(ConnectionClosed):
+            await stream.read()
+        end.set()
+
+    run(reactor, main)
+    assert failures(logged) == []
+    [event] = [each for each in logged if "handlers" in each]
+    assert event["log_level"] is LogLevel.warn
+    assert event["count"] == 1
+    assert event["handlers"].startswith("Frederick: 0.0 s, waits for ")
+
+
+def test_stop_aborts_what_a_cancelled_handler_writes(
+    reactor: Any, certificate: PrivateCertificate, logged: Logged
+) -> None:
+    """To a peer that does not read, plain and over TLS."""
+
+    async def handler(stream: Stream) -> None:
+        await stream.write(b"here")
+        try:
+            await Event().wait()
+        finally:
+            await stream.write(bytes(1 << 24))
+
+    async def main() -> None:
+        trusted = optionsForClientTLS("127.0.0.1", certificate)
+        for tls in (False, True):
+            if tls:
+                endpoint = tls_endpoint(reactor, certificate)
+                server = await serve(endpoint, handler, reactor=reactor)
+                client = wrapClientTLS(trusted, client_endpoint(reactor, server))
+                stream = await connect(client)
+            else:
+                server = await listen(reactor, handler)
+                stream = await call(reactor, server)
+            assert await stream.read_exactly(4) == b"here"
+            await server.stop(0.01, 0.05)
+            assert not server.factory.connections
+            await stream.abort()
+
+    run(reactor, main)
+    assert failures(logged) == []
+    assert not [each for each in logged if "handlers" in each]
+
+
+def test_a_hurried_stop_ends_the_one_before(reactor: Any, logged: Logged) -> None:
+    end = Event()
+
+    async def main() -> None:
+        server = await listen(reactor, lambda stream: _stubborn(stream, end))
+        stream = await call(reactor, server)
+        await stream.read_exactly(4)
+        first = spawn(lambda: server.stop(60))
+        await sleep(0)
+        await server.stop(0, 0)
+        await first
+        end.set()
+        await stream.abort()
+
+    run(reactor, main)
+    assert failures(logged) == []
+
+
+def test_many_handlers_that_do_not_end_make_one_message(logged: Logged) -> None:
+    clock = Clock()
+    end = Event()
+    factory = CoroutineFactory(lambda stream: _shielded(stream, end), reactor=clock)
+    transports = [_made(factory)[1] for _ in range(25)]
+    stopped = factory.stop(60, 30)
+    clock.advance(60)
+    assert not any(each.aborting for each in transports)
+    clock.advance(29)
+    assert not any(each.aborting for each in transports)
+    clock.advance(1)
+    assert all(each.aborting for each in transports)
+    clock.pump([0] * 20)
+    assert stopped.called
+    assert not clock.getDelayedCalls()
+    [event] = [each for each in logged if "handlers" in each]
+    assert event["count"] == 25
+    assert event["handlers"].count("_shielded: ") == 20
+    assert event["handlers"].endswith("and 5 more")
+    end.set()
+
+
+@pytest.mark.parametrize("times", [(-1,), (0, -1), (float("nan"),)])
+def test_times_of_stop_that_cannot_be(times: tuple[float, ...]) -> None:
+    factory = CoroutineFactory(_echo, reactor=Clock())
+    with pytest.raises(ValueError, match="0 is the least"):
+        factory.stop(*times)
+    assert not factory.stopping.is_set
+
+
+# To know that the server stops
+
+
+async def _until_stopping(stream: Stream) -> None:
+    """The same as the next one."""
+    await stream.write(b"hello\n")
+    while True:
+        reading = stream.read_line()
+        chosen, line = await select(reading, stream.stopping)
+        if chosen is stream.stopping:
+            reading.cancel()
+            await stream.write(b"bye\n")
+            return
+        await stream.write(line)
+
+
+def _generator_until_stopping(stream: Stream) -> Generator[Any, Any, None]:
+    yield stream.write(b"hello\n")
+    while True:
+        reading = stream.read_line()
+        chosen, line = yield select(reading, stream.stopping)
+        if chosen is stream.stopping:
+            reading.cancel()
+            yield stream.write(b"bye\n")
+            return
+        yield stream.write(line)
+
+
+async def _lines_until_stopping(stream: Stream) -> None:
+    await stream.write(b"hello\n")
+    async for line in stream.lines(until=stream.stopping):
+        await stream.write(line)
+    await stream.write(b"bye\n")
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        _until_stopping,
+        _lines_until_stopping,
+        _generator_until_stopping,
+        coroutine(_generator_until_stopping),
+        inlineCallbacks(_generator_until_stopping),
+        lambda stream: Deferred.fromCoroutine(_until_stopping(stream)),
+        lambda stream: Deferred.fromCoroutine(_lines_until_stopping(stream)),
+    ],
+)
+@pytest.mark.parametrize("tls", [False, True])
+def test_an_idle_connection_does_not_delay_stop(
+    reactor: Any,
+    certificate: PrivateCertificate,
+    logged: Logged,
+    handler: Any,
+    tls: Any,
+) -> None:
+    async def main() -> None:
+        if tls:
+            endpoint = tls_endpoint(reactor, certificate)
+            server = await serve(endpoint, handler, reactor=reactor)
+            trusted = optionsForClientTLS("127.0.0.1", certificate)
+            client = wrapClientTLS(trusted, client_endpoint(reactor, server))
+            stream = await connect(client)
+        else:
+            server = await listen(reactor, handler)
+            stream = await call(reactor, server)
+        assert await stream.read_line() == b"hello"
+        await stream.write(b"x\n")
+        assert await stream.read_exactly(1) == b"x"
+        assert not server.stopping.is_set
+        stopped = server.stop(3600)
+        assert server.stopping.is_set
+        assert await stream.read_line() == b"bye"
+        assert await stream.read() == b""
+        await stream.close()
+        await stopped
+
+    run(reactor, main)
+    gc.collect()
+    assert failures(logged) == []
+
+
+def test_the_stopping_of_a_stream() -> None:
+    """That of its factory; of a client, one that does not happen by itself."""
+    clock = Clock()
+    factory = CoroutineFactory(_echo, reactor=clock)
+    protocol, transport = _made(factory)
+    assert protocol.stream.stopping is factory.stopping
+    transport.loseConnection()
+    one, other = stream_pair(reactor=clock)
+    assert one.stopping is one.stopping is not other.stopping
+    assert not one.stopping.is_set
+
+
+def test_lines_until_an_event() -> None:
+    """What has not been read then can be read."""
+    got: list[bytes] = []
+    over = Event()
+    over_in_a_line = Event()
+
+    async def handler(stream: Stream) -> None:
+        async for line in stream.lines(until=over):
+            got.append(line)
+            if line == b"two":
+                over.set()
+        got.append(await stream.read())
+        # It has happened already.
+        async for _ in stream.lines(until=over):
+            raise AssertionError
+        async for line in stream.lines(until=over_in_a_line):
+            got.append(line)
+        got.append(await stream.read())
+
+    conversation = SansIO(handler)
+    conversation.feed(b"one\ntwo\nthree\nfour")
+    assert got == [b"one", b"two", b"three\nfour"]
+    conversation.feed(b"five\nhalf a l")
+    over_in_a_line.set()
+    conversation.result()
+    assert got[3:] == [b"five", b"half a l"]
+
+
+def test_lines_that_are_cancelled_leave_no_read_behind() -> None:
+    got: list[bytes] = []
+
+    async def handler(stream: Stream) -> None:
+        with contextlib.suppress(TimeoutError), timeout(5):
+            async for line in stream.lines(until=stream.stopping):
+                got.append(line)
+        got.append(await stream.read())
+
+    conversation = SansIO(handler)
+    conversation.feed(b"one\nha")
+    conversation.advance(5)
+    conversation.feed(b"lf")
+    conversation.result()
+    assert got == [b"one", b"ha"]
+
+
+def test_a_read_that_is_left_behind_says_nothing(reactor: Any, logged: Logged) -> None:
+    """That of a handler which was cancelled, or has returned, or was timed out."""
+
+    async def handler(stream: Stream) -> None:
+        how = await stream.read_line()
+        with contextlib.suppress(TimeoutError), timeout(0.01 if how == b"t" else 60):
+            await select(stream.read_line(), stream.stopping)
+
+    async def main() -> None:
+        server = await listen(reactor, handler)
+        streams = [await call(reactor, server) for _ in range(3)]
+        for how, stream in zip((b"c", b"r", b"t"), streams, strict=True):
+            await stream.write(how + b"\n")
+        # The one that was timed out ends, and leaves its read.
+        assert await streams[2].read() == b""
+        # Cancelled in the select, since this does not set stopping.
+        next(iter(server.factory.connections)).cancel()
+        with pytest.raises(ConnectionClosed):
+            await streams[0].read()
+        await server.stop(60)
+        for stream in streams:
+            await stream.abort()
+
+    run(reactor, main)
+    gc.collect()
+    assert failures(logged) == []
+
+
 # Limits
 
 
@@ -458,6 +770,21 @@ def test_max_connections(reactor: Any) -> None:
         await server.stop()
 
     run(reactor, main)
+
+
+@pytest.mark.parametrize("limit", [1, 1.5])
+def test_max_connections_that_is_lowered(limit: Any) -> None:
+    clock = Clock()
+    factory = CoroutineFactory(_echo, max_connections=3, reactor=clock)
+    protocols = [_made(factory)[0] for _ in range(3)]
+    factory.max_connections = limit
+    assert _made(factory)[1].aborting
+    for each in protocols[:2]:
+        assert _made(factory)[1].aborting
+        each.connectionLost(Failure(ConnectionAborted()))
+    # One is left.
+    assert _made(factory)[1].aborting is (limit == 1)
+    assert _made(factory)[1].aborting
 
 
 @pytest.mark.parametrize(
@@ -557,14 +884,30 @@ def test_what_goes_is_a_sign_of_life() -> None:
 
 @contextlib.contextmanager
 def held_up(
-    reactor: Any, clock: Clock, handler: Any
+    reactor: Any,
+    clock: Clock,
+    handler: Any,
+    path: str | None = None,
+    receive_buffer: int = 1 << 16,
 ) -> Iterator[tuple[CoroutineFactory, socket.socket]]:
-    """A server whose time is the clock's, and a client that has read nothing yet."""
+    """
+    A server whose time is the clock's, and a client that has read nothing yet.
+
+    :param path: of a UNIX socket; of TCP by default.
+    :param receive_buffer: of the client, in bytes: as much is acknowledged at once.
+    """
     factory = CoroutineFactory(handler, idle_timeout=60, reactor=clock)
-    port = reactor.listenTCP(0, factory, interface="127.0.0.1")
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        client.connect(("127.0.0.1", port.getHost().port))
+    if path is None:
+        port = reactor.listenTCP(0, factory, interface="127.0.0.1")
+        family = socket.AF_INET
+        address: Any = "127.0.0.1", port.getHost().port
+    else:
+        port = reactor.listenUNIX(path, factory)
+        family = socket.AF_UNIX
+        address = path
+    with socket.socket(family) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.connect(address)
         client.setblocking(False)
         spin(reactor, lambda: factory.connections)
         yield factory, client
@@ -611,6 +954,86 @@ def test_who_does_not_read_is_idle(reactor: Any) -> None:
             reactor.iterate(0)
         clock.pump([5] * 20)
         spin(reactor, lambda: not factory.connections)
+
+
+async def write_and_read(stream: Stream) -> None:
+    # What fits into the buffer of the socket.
+    stream.transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 19)
+    await stream.write(bytes(1 << 18))
+    await stream.read()
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith(("linux", "darwin", "freebsd", "netbsd")),
+    reason="the kernel does not tell what the peer has acknowledged",
+)
+@pytest.mark.parametrize("unix", [False, True])
+def test_what_the_peer_acknowledges_is_a_sign_of_life(
+    reactor: Any, tmp_path: Any, unix: bool
+) -> None:
+    """The kernel has all that was written, and the peer takes a little at a time."""
+    clock = Clock()
+    received = 0
+    path = str(tmp_path / "socket") if unix else None
+    held = held_up(reactor, clock, write_and_read, path, receive_buffer=1 << 13)
+    with held as (factory, client):
+        while received < 1 << 18:
+            try:
+                received += len(client.recv(1 << 12))
+            except BlockingIOError:
+                reactor.iterate(0.01)
+            else:
+                reactor.iterate(0)
+                clock.advance(5)
+                assert factory.connections
+        # It has all, and is idle from now on.
+        clock.pump([5] * 20)
+        spin(reactor, lambda: not factory.connections)
+
+
+def test_ended_connections_are_not_kept() -> None:
+    """Neither by the watchdogs, nor do these outlive the last connection."""
+    clock = Clock()
+    factory = CoroutineFactory(_echo, idle_timeout=60, read_timeout=60, reactor=clock)
+    kept, _ = _made(factory)
+    gone = []
+    for _ in range(10):
+        protocol = _made(factory)[0]
+        protocol.dataReceived(b"half a l")
+        gone.append(weakref.ref(protocol.stream))
+        # Seen by the watchdogs.
+        clock.advance(15)
+        kept.dataReceived(b"x\n")
+        # A handler that fails is logged, and logs keep what they are given.
+        protocol.dataReceived(b"ine\n")
+        protocol.connectionLost(Failure(ConnectionDone()))
+        del protocol
+    gc.collect()
+    assert [each() for each in gone] == [None] * 10
+    assert clock.getDelayedCalls()
+    kept.connectionLost(Failure(ConnectionDone()))
+    assert not clock.getDelayedCalls()
+    # And begin again with the next connection.
+    _, transport = _made(factory)
+    clock.pump([15] * 5)
+    assert transport.aborting
+    assert not clock.getDelayedCalls()
+
+
+def test_a_handler_without_its_connection_is_not_idle(logged: Logged) -> None:
+    clock = Clock()
+    end = Event()
+
+    async def handler(stream: Stream) -> None:
+        await end.wait()
+
+    factory = CoroutineFactory(handler, idle_timeout=60, reactor=clock)
+    protocol, _ = _made(factory)
+    protocol.connectionLost(Failure(ConnectionDone()))
+    clock.pump([15] * 10)
+    assert not any("nothing has come" in str(each.get("what")) for each in logged)
+    end.set()
+    assert not clock.getDelayedCalls()
 
 
 def test_read_timeout() -> None:

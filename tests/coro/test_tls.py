@@ -6,6 +6,7 @@ import contextlib
 import gc
 import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,11 @@ async def accepted(reactor: Any) -> AsyncIterator[tuple[Any, Any]]:
 
 
 @contextlib.contextmanager
-def socket_to(server: Server) -> Any:
-    port = server.port.getHost().port
-    with socket.create_connection(("127.0.0.1", port)) as plain:
+def socket_to(server: Server, receive_buffer: int | None = None) -> Any:
+    with socket.socket() as plain:
+        if receive_buffer is not None:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        plain.connect(("127.0.0.1", server.port.getHost().port))
         plain.setblocking(False)
         yield plain
 
@@ -291,6 +294,38 @@ def test_a_client_that_reads_slowly_gets_everything(
             await until(lambda: not server.factory.connections)
         await server.stop()
         assert not clock.getDelayedCalls()
+
+    run(reactor, main)
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith(("linux", "darwin", "freebsd", "netbsd")),
+    reason="the kernel does not tell what the peer has acknowledged",
+)
+def test_a_client_that_reads_slowly_is_not_idle(reactor: Any, serve_tls: Any) -> None:
+    """The kernel has all that was written, and the peer takes a little at a time."""
+    clock = Clock()
+
+    async def handler(stream: Stream) -> None:
+        layer: Any = stream.transport
+        layer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 19)
+        await stream.write(bytes(1 << 18))
+        await stream.read()
+
+    async def main() -> None:
+        server = await serve_tls(handler, idle_timeout=60, reactor=clock)
+        with socket_to(server, receive_buffer=1 << 13) as plain:
+            peer = Peer(plain, client_context(), server_side=False)
+            await peer.handshake()
+            received = 0
+            while received < 1 << 18:
+                received += len(await peer.read(1 << 12))
+                await sleep(0)
+                clock.advance(5)
+                assert server.factory.connections
+            clock.pump([5] * 20)
+            await until(lambda: not server.factory.connections)
+        await server.stop()
 
     run(reactor, main)
 

@@ -55,7 +55,7 @@ def format_tasks(reactor: Any | None = None) -> str:
     rest = [(task, "") for task in reversed(below[None])]
     while rest:
         task, indent = rest.pop()
-        lines += [indent + line for line in _describe(task, now)]
+        lines += [indent + line for line in describe(task, now)]
         rest += [(each, indent + _INDENT) for each in reversed(below.get(task, []))]
     return "\n".join(lines)
 
@@ -93,7 +93,13 @@ def log_tasks_on_signal(number: int | None = None) -> None:
     signal.signal(number, log_tasks)
 
 
-def _describe(task: Task[Any], now: float) -> Iterator[str]:
+def describe(task: Task[Any], now: float | None = None) -> Iterator[str]:
+    """
+    One task: a line of C{format_tasks}, and where it is in the code.
+
+    :param now: the time of C{time.monotonic}.
+    """
+    now = time.monotonic() if now is None else now
     waits_for = task.waits_for()
     if waits_for is not None:
         state = f"waits for {waits_for}"

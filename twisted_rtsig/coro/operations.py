@@ -148,11 +148,21 @@ class Operation(Deferred[T]):
             self._become_deferred()
         if type(self) is _UsedAsDeferred:
             self.errback(Failure(error))
+            if quietly:
+                self._silence(error)
         else:
             self.called = True
             self.result = Failure(error)
         if waiter is not None and waiter is not OVER:
             waiter._resume(None, error)
+
+    def _silence(self, error: BaseException) -> None:
+        """Do not log C{error}, if it is what all callbacks have left."""
+        result = self.result
+        if isinstance(result, Failure) and result.value is error:
+            self.addErrback(ignore)
+            # For what asks for it later.
+            self.result = result
 
     def abandon(self) -> None:
         """
@@ -164,13 +174,16 @@ class Operation(Deferred[T]):
     # Deferred
 
     def cancel(self) -> None:
-        """See ``Deferred.cancel``."""
+        """
+        See ``Deferred.cancel``.  If nothing asks for the result, the C{CancelledError}
+        is not logged.
+        """
         if self.called:
             super().cancel()
         else:
             if self.owner is not None:
                 self.owner.forget(self)
-            self.fail(CancelledError())
+            self.fail(CancelledError(), quietly=True)
 
     def __await__(self) -> Generator[Deferred[T], Any, T]:
         # The driver sends the result; a task's at once if it is there.

@@ -6,7 +6,7 @@ for each connection, for any endpoint, on either side.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.internet.error import ConnectionClosed
@@ -21,10 +21,19 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from twisted_rtsig.coro.errors import IncompleteRead
+from twisted_rtsig.coro.inspection import describe
 from twisted_rtsig.coro.locks import Event
+from twisted_rtsig.coro.output import pending_output
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.streams import DEFAULT_TLS_LIMITS, Stream, TLSLimits
-from twisted_rtsig.coro.tasks import Task, name_of, scheduler_for, spawn, timeout
+from twisted_rtsig.coro.tasks import (
+    Task,
+    name_of,
+    scheduler_for,
+    sleep,
+    spawn,
+    timeout,
+)
 from twisted_rtsig.coro.tracebacks import causes, log_failure
 
 _log = Logger()
@@ -32,8 +41,17 @@ _log = Logger()
 Handler = Callable[[Stream], Any]
 """An C{async def}, a generator function, or what returns a Deferred."""
 
-# How often the watchdog looks in the time that it grants.
-_LOOKS = 4
+CANCEL_TIMEOUT: Final = 10.0
+"""How many seconds cancelled handlers have to end when a server stops, by default."""
+
+# How often a watchdog looks within its limit.
+_LOOKS: Final = 4
+
+# How many turns of the reactor handlers have to end once their transports are aborted.
+_LAST_TURNS: Final = 10
+
+# How many of the handlers that have not ended are described in the log.
+_MOST_IN_LOG: Final = 20
 
 
 @implementer(IHandshakeListener)
@@ -43,15 +61,21 @@ class StreamProtocol(Protocol):
     stream: Stream
 
     def __init__(
-        self, scheduler: Scheduler, tls_limits: TLSLimits = DEFAULT_TLS_LIMITS
+        self,
+        scheduler: Scheduler,
+        tls_limits: TLSLimits = DEFAULT_TLS_LIMITS,
+        stopping: Event | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._tls_limits = tls_limits
+        self._stopping = stopping
 
     def connectionMade(self) -> None:
         """See ``IProtocol.connectionMade``."""
         transport: Any = self.transport
-        self.stream = stream = Stream(transport, self._scheduler, self._tls_limits)
+        self.stream = stream = Stream(
+            transport, self._scheduler, self._tls_limits, self._stopping
+        )
         # One call less for each piece of data.
         self.dataReceived = stream.feed  # type: ignore[method-assign]
         transport.registerProducer(stream, True)
@@ -119,6 +143,11 @@ class _ServerProtocol(StreamProtocol):
             self.stream.abort()
         else:
             self._task.cancel()
+
+    @property
+    def unended_handler(self) -> Task[Any] | None:
+        """The handler's task, if it has not ended."""
+        return None if self._task.done else self._task
 
     def _handled(self, task: Task[Any]) -> None:
         """The handler has come to its end, in whatever way."""
@@ -188,7 +217,8 @@ class CoroutineFactory(Factory):
     :param name: what the task is called in logs; by default the handler's name.
     :param max_connections: how many there may be at once; more are refused.
     :param idle_timeout: after how many seconds in which nothing comes or goes a
-        connection is aborted.
+        connection is aborted.  What the peer acknowledges of what was written before
+        counts, where the kernel tells: on Linux, macOS, FreeBSD and NetBSD.
     :param read_timeout: how many seconds a read may take once a part of it has
         arrived; this is for peers that send byte after byte for ever.
     :param handshake_timeout: how many seconds a TLS handshake may take, that of
@@ -203,6 +233,8 @@ class CoroutineFactory(Factory):
     :raises ValueError: if one of the times is not more than 0, or
         C{max_connections} is negative.
     :ivar connections: what there is at the moment, with an item for each.
+    :ivar stopping: an :class:`Event` that happens when :meth:`stop` is called; the
+        C{stopping} of each handler's stream.
     """
 
     noisy = False
@@ -239,7 +271,7 @@ class CoroutineFactory(Factory):
         self.cancel_on_loss = cancel_on_loss
         self.connections: dict[_ServerProtocol, None] = {}
         self._reactor = reactor
-        self._stopping = False
+        self.stopping = Event()
         self._last_ends = Event()
         self._watchdogs = [
             _Watchdog(self, limit, sign, what)
@@ -252,42 +284,81 @@ class CoroutineFactory(Factory):
 
     def buildProtocol(self, addr: Any) -> Protocol:
         """See ``IProtocolFactory.buildProtocol``."""
-        full = len(self.connections) == self.max_connections
-        if full or self._stopping:
-            why = f"{self.max_connections} connections" if full else "stopping"
+        most = self.max_connections
+        full = most is not None and len(self.connections) >= most
+        if full or self.stopping.is_set:
+            why = f"{len(self.connections)} connections" if full else "stopping"
             _log.info("Refused {peer}: {why}", peer=addr, why=why)
             return _Refused()
         scheduler = scheduler_for(self._reactor)
         protocol = (_ServerProtocol if self.cancel_on_loss else _HalfCloseableServer)(
-            scheduler, self._tls_limits
+            scheduler, self._tls_limits, self.stopping
         )
         protocol.factory = self
         return protocol
 
-    def stop(self, grace: float) -> Deferred[None]:
+    def stop(
+        self, grace: float, cancel_timeout: float = CANCEL_TIMEOUT
+    ) -> Deferred[None]:
         """
-        Refuse new connections, let the handlers finish for C{grace} seconds, and
-        then cancel them.
+        Refuse new connections, set :attr:`stopping`, and let the handlers finish for
+        C{grace} seconds.  Then cancel them.  After C{cancel_timeout} more seconds
+        abort the connections that are left, and log the handlers that have not ended
+        even then; nothing waits for these any more.
 
-        :return: fires when all of them have ended.
+        :return: fires when all handlers and connections have ended, and at the latest
+            after both times.
+        :raises ValueError: if one of the times is less than 0.
         """
-        return spawn(self._stop, grace, reactor=self._reactor).as_deferred()
+        for name, seconds in (("grace", grace), ("cancel_timeout", cancel_timeout)):
+            if not seconds >= 0:
+                raise ValueError(f"{name}={seconds}: 0 is the least")
+        self.stopping.set()
+        stop = self._stop(grace, cancel_timeout)
+        return spawn(stop, reactor=self._reactor).as_deferred()
 
-    async def _stop(self, grace: float) -> None:
-        self._stopping = True
+    async def _stop(self, grace: float, cancel_timeout: float) -> None:
+        if await self._all_gone_within(grace):
+            return
+        for protocol in list(self.connections):
+            protocol.cancel()
+        if await self._all_gone_within(cancel_timeout):
+            return
+        for protocol in list(self.connections):
+            protocol.stream.abort()
+        for _ in range(_LAST_TURNS):
+            await sleep(0)
+            if not self.connections:
+                return
+        self._give_up()
+
+    async def _all_gone_within(self, seconds: float) -> bool:
         try:
-            with timeout(grace):
-                await self._all_gone()
+            with timeout(seconds):
+                while self.connections:
+                    if self._last_ends.is_set:
+                        self._last_ends = Event()
+                    await self._last_ends.wait()
         except TimeoutError:
-            for protocol in list(self.connections):
-                protocol.cancel()
-            await self._all_gone()
+            return not self.connections
+        return True
 
-    async def _all_gone(self) -> None:
-        while self.connections:
-            if self._last_ends.is_set:
-                self._last_ends = Event()
-            await self._last_ends.wait()
+    def _give_up(self) -> None:
+        """Log the handlers that are left, and wait for them no more."""
+        unended = [each.unended_handler for each in self.connections]
+        tasks = [each for each in unended if each is not None]
+        for protocol in list(self.connections):
+            self.forget(protocol)
+        if tasks:
+            lines = [line for each in tasks[:_MOST_IN_LOG] for line in describe(each)]
+            if len(tasks) > _MOST_IN_LOG:
+                lines.append(f"and {len(tasks) - _MOST_IN_LOG} more")
+            _log.warn(
+                "{count} handlers have not ended though they were cancelled and their "
+                "connections aborted; the server has stopped without them:\n{handlers}",
+                count=len(tasks),
+                handlers="\n".join(lines),
+            )
 
     def watch(self) -> None:
         """There is a connection."""
@@ -298,7 +369,11 @@ class CoroutineFactory(Factory):
         """A connection and its handler have ended."""
         # To close a connection may be to lose it at once, and to come here twice.
         self.connections.pop(protocol, None)
+        for watchdog in self._watchdogs:
+            watchdog.forget(protocol)
         if not self.connections:
+            for watchdog in self._watchdogs:
+                watchdog.stop()
             self._last_ends.set()
 
 
@@ -321,42 +396,54 @@ class _Watchdog:
         self._limit = limit
         self._sign = sign
         self._what = what
+        # The last sign of each connection, and how many times in a row it was seen.
         self._seen: dict[_ServerProtocol, tuple[object, int]] = {}
-        self._running = False
+        # The next look.
+        self._call: Any = None
 
     def start(self, reactor: Any) -> None:
-        if not self._running:
-            self._running = True
-            reactor.callLater(self._limit / _LOOKS, self._look, reactor)
+        """There is a connection to look at."""
+        if self._call is None:
+            self._call = reactor.callLater(self._limit / _LOOKS, self._look, reactor)
+
+    def stop(self) -> None:
+        """There is none."""
+        call, self._call = self._call, None
+        if call is not None:
+            call.cancel()
+
+    def forget(self, protocol: _ServerProtocol) -> None:
+        """A connection and its handler have ended."""
+        self._seen.pop(protocol, None)
 
     def _look(self, reactor: Any) -> None:
-        self._running = False
-        seen: dict[_ServerProtocol, tuple[object, int]] = {}
+        self._call = None
         for protocol in list(self._factory.connections):
-            sign = self._sign(protocol.stream)
+            stream = protocol.stream
+            if stream.lost:
+                # Only its handler is left.
+                self.forget(protocol)
+                continue
+            sign = self._sign(stream)
             before, times = self._seen.get(protocol, (None, 0))
             times = times + 1 if sign is not None and sign == before else 0
-            seen[protocol] = sign, times
+            self._seen[protocol] = sign, times
             if times == _LOOKS:
                 _log.info(
                     "{stream}: {what} for {limit} s",
-                    stream=protocol.stream,
+                    stream=stream,
                     what=self._what,
                     limit=self._limit,
                 )
-                protocol.stream.abort()
-        self._seen = seen
+                stream.abort()
         if self._factory.connections:
             self.start(reactor)
 
 
 def _sign_of_life(stream: Stream) -> object:
-    # Of much that was written at once, the transport tells nothing until all is sent.
-    transport = stream.transport
-    while (below := getattr(transport, "transport", None)) is not None:
-        transport = below
-    unsent = len(getattr(transport, "dataBuffer", b""))
-    return stream.activity, unsent, getattr(transport, "offset", 0)
+    # After one large write the transport reports only its end, and never what the
+    # kernel holds.
+    return stream.activity, pending_output(stream.transport)
 
 
 def _slow_read(stream: Stream) -> object:
@@ -376,18 +463,29 @@ class Server:
         self.factory = factory
         self._listening = True
 
-    def stop(self, grace: float = 0) -> Deferred[None]:
-        """
-        Stop listening, let the handlers finish for C{grace} seconds, and then
-        cancel them.  Can be called again, with less to wait for.
+    @property
+    def stopping(self) -> Event:
+        """Happens when :meth:`stop` is called; the C{stopping} of each stream."""
+        return self.factory.stopping
 
-        :return: fires when all of them have ended.
+    def stop(
+        self, grace: float = 0, cancel_timeout: float = CANCEL_TIMEOUT
+    ) -> Deferred[None]:
         """
+        Stop listening, set :attr:`stopping`, and let the handlers finish for C{grace}
+        seconds.  Then cancel them; and after C{cancel_timeout} more seconds abort the
+        connections, as :meth:`CoroutineFactory.stop` does.  Can be called again, with
+        less to wait for.
+
+        :return: fires when all handlers and connections have ended, and at the latest
+            after both times.
+        :raises ValueError: if one of the times is less than 0.
+        """
+        finished = self.factory.stop(grace, cancel_timeout)
         stopped: Deferred[Any] = succeed(None)
         if self._listening:
             self._listening = False
             stopped = maybeDeferred(getattr(self.port, "stopListening", lambda: None))
-        finished = self.factory.stop(grace)
         return stopped.addCallback(lambda _: finished)
 
 

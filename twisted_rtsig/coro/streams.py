@@ -28,6 +28,7 @@ from twisted_rtsig.coro.errors import (
     TLSError,
     UnreadPlaintext,
 )
+from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.operations import (
     Done,
     Finished,
@@ -38,6 +39,7 @@ from twisted_rtsig.coro.operations import (
 )
 from twisted_rtsig.coro.output import below_tls, tls_is_over
 from twisted_rtsig.coro.scheduler import Scheduler
+from twisted_rtsig.coro.selection import select
 from twisted_rtsig.coro.sending import Sending
 
 if TYPE_CHECKING:
@@ -107,6 +109,7 @@ class Stream:
         "_scheduler",
         "_secured",
         "_sending",
+        "_stopping",
         "_take",
         "_tls_close",
         "_tls_limits",
@@ -122,8 +125,10 @@ class Stream:
         transport: Any,
         scheduler: Scheduler,
         tls_limits: TLSLimits = DEFAULT_TLS_LIMITS,
+        stopping: Event | None = None,
     ) -> None:
         self.transport = transport
+        self._stopping = stopping
         self._scheduler = scheduler
         self._tls_limits = tls_limits
         # The delayed calls that end a TLS handshake, and the wait for close_notify.
@@ -182,6 +187,17 @@ class Stream:
     def lost(self) -> bool:
         """Whether the connection is gone."""
         return self._lost is not None
+
+    @property
+    def stopping(self) -> Event:
+        """
+        Happens when the server begins to stop: :class:`CoroutineFactory` and
+        :class:`Server` have the same.  That of a client, or of a stream in a test,
+        does not happen unless somebody sets it.
+        """
+        if self._stopping is None:
+            self._stopping = Event()
+        return self._stopping
 
     @property
     def unfinished_read(self) -> object:
@@ -312,17 +328,24 @@ class Stream:
             raise TypeError(f"{pattern!r} matches text, and a stream consists of bytes")
         return self._read(_take_match, compiled, max_bytes)
 
-    async def lines(self, max_bytes: int = MAX_BYTES) -> AsyncIterator[bytes]:
+    async def lines(
+        self, max_bytes: int = MAX_BYTES, until: Event | None = None
+    ) -> AsyncIterator[bytes]:
         """
         Each line, as :meth:`read_line` returns it, until the stream ends::
 
             async for line in stream.lines():
 
+        :param until: end also when this happens, for example :attr:`stopping`; what
+            has not been read stays in the stream.
         :raises IncompleteRead: if it ends in the middle of a line.
         """
-        while True:
+        while until is None or not until.is_set:
+            reading = self.read_line(max_bytes)
             try:
-                line = await self.read_line(max_bytes)
+                if until is not None and not await _first(reading, until):
+                    return
+                line = await reading
             except IncompleteRead as end:
                 if end.partial:
                     raise
@@ -400,7 +423,9 @@ class Stream:
             # Also what is wrong with its arguments: it is the reader's error, and
             # not that of the transport.
             self._forget_reader()
-            reader.fail(error)
+            # A read that was left behind says nothing if this side has ended the
+            # connection, as it has when a handler has ended.
+            reader.fail(error, quietly=self._closing)
         else:
             if data is not None:
                 self._forget_reader()
@@ -891,6 +916,23 @@ class Stream:
 
     def __repr__(self) -> str:
         return f"<Stream to {self.peer}>"
+
+
+async def _first(reading: Operation[bytes], event: Event) -> bool:
+    """Whether a read is done before an event happens; if not, it is cancelled."""
+    if not reading.called:
+        try:
+            await select(reading, event)
+        except GeneratorExit:
+            # Nothing can be resumed any more, and to cancel the read would try to.
+            raise
+        except BaseException:
+            reading.cancel()
+            raise
+        if not reading.called:
+            reading.cancel()
+            return False
+    return True
 
 
 def _without(
