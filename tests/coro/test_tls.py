@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from twisted.internet.endpoints import (
+    SSL4ClientEndpoint,
     TCP4ClientEndpoint,
     TCP4ServerEndpoint,
     wrapClientTLS,
@@ -21,6 +22,7 @@ from twisted.internet.error import ConnectionClosed, ConnectionLost
 from twisted.internet.ssl import PrivateCertificate, optionsForClientTLS
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel
+from twisted.protocols.policies import WrappingFactory
 
 from tests.coro.support import (
     STYLES,
@@ -30,7 +32,16 @@ from tests.coro.support import (
     run,
     tls_endpoint,
 )
-from twisted_rtsig.coro import Server, Stream, TLSError, connect, serve, sleep, spawn
+from twisted_rtsig.coro import (
+    CoroutineFactory,
+    Server,
+    Stream,
+    TLSError,
+    connect,
+    serve,
+    sleep,
+    spawn,
+)
 
 # Twisted and pyOpenSSL hold different opinions on what is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -375,6 +386,38 @@ def test_a_server_without_a_handshake(
             clock.advance(1)
             with pytest.raises(TLSError, match=f"no handshake within {LIMIT} s"):
                 await reading
+        assert not clock.getDelayedCalls()
+
+    run(reactor, main)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_handshake_that_is_done_is_not_overdue(
+    reactor: Any, certificate: PrivateCertificate, wrapped: bool
+) -> None:
+    """With an endpoint that wraps protocols, and with a wrapper that tells nothing."""
+    clock = Clock()
+    options = optionsForClientTLS("127.0.0.1", certificate)
+
+    async def handler(stream: Stream) -> None:
+        async for line in stream.lines():
+            await stream.write(line)
+
+    async def main() -> None:
+        factory: Any = CoroutineFactory(handler, handshake_timeout=LIMIT, reactor=clock)
+        outer = WrappingFactory(factory) if wrapped else factory
+        listening = tls_endpoint(reactor, certificate).listen(outer)
+        server = Server(await listening, factory)
+        port = server.port.getHost().port
+        endpoint = SSL4ClientEndpoint(reactor, "127.0.0.1", port, options)
+        stream = await connect(endpoint, clock, handshake_timeout=LIMIT)
+        for _ in range(3):
+            await stream.write(b"x\n")
+            assert await stream.read() == b"x"
+            clock.advance(LIMIT)
+        await stream.close()
+        await until(lambda: not server.factory.connections)
+        await server.stop()
         assert not clock.getDelayedCalls()
 
     run(reactor, main)

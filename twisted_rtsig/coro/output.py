@@ -84,6 +84,12 @@ def tls_is_over(transport: Any) -> bool:
     return layer is not None and layer._lostTLSConnection
 
 
+def handshake_is_done(transport: Any) -> bool:
+    """Whether there is TLS, and its handshake is done."""
+    layer = _tls_layer(transport)
+    return layer is not None and layer._handshakeDone
+
+
 def _tls_layer(transport: Any) -> Any:
     # It cannot be imported where pyOpenSSL is missing.
     tls = sys.modules.get("twisted.protocols.tls")

@@ -37,7 +37,7 @@ from twisted_rtsig.coro.operations import (
     failed,
     ignore,
 )
-from twisted_rtsig.coro.output import below_tls, tls_is_over
+from twisted_rtsig.coro.output import below_tls, handshake_is_done, tls_is_over
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.selection import select
 from twisted_rtsig.coro.sending import Sending
@@ -774,6 +774,9 @@ class Stream:
 
     def _handshake_overdue(self, limit: float) -> None:
         self._handshake = None
+        if handshake_is_done(self.transport):
+            # A protocol in between has not passed handshakeCompleted on.
+            return
         self._abort_reason = TLSError(f"no handshake within {limit} s")
         self.abort()
 

@@ -104,7 +104,10 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "proto",
         "status",
     ),
-    "twisted.protocols.tls.TLSMemoryBIOProtocol": ("_lostTLSConnection",),
+    "twisted.protocols.tls.TLSMemoryBIOProtocol": (
+        "_handshakeDone",
+        "_lostTLSConnection",
+    ),
     # On Windows only
     "twisted.internet._dumbwin32proc.Process": ("_getReason",),
 }
