@@ -34,6 +34,7 @@ from tests.coro.support import (
 )
 from twisted_rtsig.coro import (
     CoroutineFactory,
+    Event,
     Server,
     Stream,
     TLSError,
@@ -466,12 +467,16 @@ def test_close_notify_while_output_waits(reactor: Any, serve_tls: Any) -> None:
     vanish.
     """
     outcome: list[Any] = []
+    full = Event()
 
     async def handler(stream: Stream) -> None:
         try:
             # More than kernels hold, though not endless, if nothing stops it.
             for _ in range(1000):
-                await stream.write(bytes(1 << 16))
+                writing = stream.write(bytes(1 << 16))
+                if not writing.called:
+                    full.set()
+                await writing
         except ConnectionClosed as error:
             outcome.append(error)
 
@@ -480,11 +485,11 @@ def test_close_notify_while_output_waits(reactor: Any, serve_tls: Any) -> None:
         with socket_to(server) as plain:
             peer = Peer(plain, client_context(), server_side=False)
             await peer.handshake()
-            # The handler writes until there is no more room.
-            await peer.read()
-            await sleep(0.1)
+            await full.wait()
             await peer.close_notify()
-            await sleep(0.1)
+            # The server receives that before there is room again.
+            for _ in range(20):
+                await sleep(0)
             while await peer.end():
                 plain.recv(1 << 20)
             await until(lambda: not server.factory.connections)
