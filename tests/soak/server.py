@@ -24,6 +24,7 @@ from twisted.internet.endpoints import (
     TCP4ServerEndpoint,
     UNIXServerEndpoint,
 )
+from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.protocol import (
     DatagramProtocol,
     Factory,
@@ -112,7 +113,7 @@ class Session:
             verb, *arguments = line.split(b" ")
             if verb == b"ECHO":
                 await stream.write(line + b"\n")
-            elif verb == b"STARTTLS":
+            elif verb == b"STARTTLS" and not ISSLTransport.providedBy(stream.transport):
                 await stream.write(b"ready\n")
                 try:
                     with timeout(IDLE_TIMEOUT):
