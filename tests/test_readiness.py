@@ -742,13 +742,14 @@ def test_descriptor_handed_to_a_child(served: Served) -> None:
     ended: list[bytes] = []
 
     def start() -> None:
+        # Before the child starts: the socket does not block, so its read would fail.
+        client.sendall(b"hello\n")
         reactor.spawnProcess(
             child,
             "/bin/sh",
             ["sh", "-c", "read line; echo child got $line"],
             childFDs={0: number, 1: number},
         )
-        client.sendall(b"hello\n")
 
     def end(reason: Failure) -> None:
         ended.append(client.recv(100))
