@@ -8,6 +8,7 @@ Each is a loop that knows nothing of the other protocol, and hands over in the m
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -27,13 +28,17 @@ from twisted_rtsig.coro import (
 )
 
 MAX_DIGITS = 4
+# int() would take a sign, spaces and underscores as well.
+SIZE = re.compile(rb"0|[1-9][0-9]*")
 
 
 async def talk_netstrings(client: Stream, back: Task[Any]) -> None:
     """Until the client closes its side."""
     while await client.peek(1):
-        size = int(await client.read_until(b":", MAX_DIGITS))
-        request = await client.read_exactly(size)
+        size = await client.read_until(b":", MAX_DIGITS)
+        if not SIZE.fullmatch(size):
+            raise ValueError("that is no netstring")
+        request = await client.read_exactly(int(size))
         if await client.read_exactly(1) != b"," or b"\n" in request:
             raise ValueError("that is no netstring, or more than a line")
         reply = await transfer(back, request)

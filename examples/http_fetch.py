@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from twisted.internet.endpoints import HostnameEndpoint
-from twisted.internet.error import ConnectError
+from twisted.internet.error import ConnectError, ConnectionClosed
 from twisted.internet.task import react
 
 from twisted_rtsig.coro import Stream, StreamError, connect, spawn, timeout
@@ -23,10 +23,12 @@ from twisted_rtsig.coro import Stream, StreamError, connect, spawn, timeout
 MAX_LINE = 1 << 13
 MAX_HEADERS = 100
 MAX_BODY = 1 << 24
+# RFC 9110, 5.1 and 5.5.  A line that begins with a space would continue the one before.
+HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\0]*?)[ \t]*")
 
 
 class Response(NamedTuple):
-    """:ivar headers: values by names in lower case; of equal names the last."""
+    """:ivar headers: values by names in lower case; those of equal names in a list."""
 
     status: int
     headers: dict[str, str]
@@ -43,10 +45,12 @@ async def fetch(proxy: Any, url: str, seconds: float = 10) -> Response:
     :raises TimeoutError: if it takes longer.
     :raises BadResponse: if it is no HTTP, or too much.
     :raises StreamError: if it ends in the middle.
+    :raises ConnectionClosed: if the connection is lost.
+    :raises ValueError: if that URL cannot be sent.
     """
-    host = urlsplit(url).netloc
-    if not host or not re.fullmatch(r"[!-~]+", url):
-        raise ValueError(f"not a URL that could be sent: {url!r}")
+    # The fragment is for the client alone.
+    url = url.partition("#")[0]
+    host = host_of(url)
     request = f"GET {url} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
     with timeout(seconds):
         async with await connect(proxy) as stream:
@@ -56,6 +60,16 @@ async def fetch(proxy: Any, url: str, seconds: float = 10) -> Response:
             while 100 <= status < 200:
                 status, headers = await read_head(stream)
             return Response(status, headers, await read_body(stream, status, headers))
+
+
+def host_of(url: str) -> str:
+    """The host and the port, of a URL that may be sent as it is."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname or not re.fullmatch("[!-~]+", url):
+        raise ValueError(f"not a URL that could be sent: {url!r}")
+    if "@" in parts.netloc:
+        raise ValueError("a user and a password do not belong in a URL")
+    return parts.netloc
 
 
 async def read_head(stream: Stream) -> tuple[int, dict[str, str]]:
@@ -69,18 +83,28 @@ async def read_head(stream: Stream) -> tuple[int, dict[str, str]]:
         line = await stream.read_line(MAX_LINE)
         if not line:
             return int(start[1]), headers
-        name, _, value = line.decode("latin-1").partition(":")
-        headers[name.lower()] = value.strip()
+        header = HEADER.fullmatch(line.decode("latin-1"))
+        if header is None:
+            raise BadResponse(f"not a header: {line!r}")
+        name, value = header[1].lower(), header[2]
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     raise BadResponse(f"more than {MAX_HEADERS} headers")
 
 
 async def read_body(stream: Stream, status: int, headers: dict[str, str]) -> bytes:
     if status in (204, 304):
         return b""
-    if headers.get("transfer-encoding", "").lower() == "chunked":
+    # RFC 9112, 6.3.  Where these leave a doubt, someone else may see another body.
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None:
+        if coding.lower() != "chunked" or length is not None:
+            raise BadResponse(f"a body in {coding!r}, of a length of {length!r}")
         return await read_chunks(stream)
-    if "content-length" in headers:
-        return await stream.read_exactly(number(headers["content-length"], 10))
+    if length is not None:
+        first, *more = (each.strip(" \t") for each in length.split(","))
+        if any(each != first for each in more):
+            raise BadResponse(f"different lengths: {length}")
+        return await stream.read_exactly(number(first, 10))
     body = bytearray()
     while data := await stream.read():
         body += data
@@ -92,7 +116,7 @@ async def read_chunks(stream: Stream) -> bytes:
     body = bytearray()
     while True:
         line = (await stream.read_line(MAX_LINE)).decode("latin-1")
-        size = number(line.partition(";")[0].strip(), 16)
+        size = number(line.partition(";")[0].rstrip(" \t"), 16)
         if not size:
             # Trailers, which nobody wants, and an empty line.
             while await stream.read_line(MAX_LINE):
@@ -120,11 +144,13 @@ def check_size(size: int) -> None:
 
 async def main(reactor: Any, proxy: str, url: str, seconds: str = "10") -> None:
     host, _, port = proxy.rpartition(":")
-    endpoint = HostnameEndpoint(reactor, host, int(port))
     try:
+        endpoint = HostnameEndpoint(reactor, host, int(port))
         # A timeout needs a task to be in.
         response = await spawn(fetch, endpoint, url, float(seconds))
-    except (BadResponse, StreamError, ConnectError, OSError, ValueError) as error:
+    except (BadResponse, StreamError, ConnectError, ConnectionClosed) as error:
+        sys.exit(f"{url}: {error!r}")
+    except (OSError, ValueError) as error:
         sys.exit(f"{url}: {error!r}")
     sys.stdout.buffer.write(response.body)
 

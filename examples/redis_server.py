@@ -12,6 +12,7 @@ the answers to all that has arrived at once.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import deque
 from contextlib import nullcontext
@@ -25,6 +26,11 @@ from twisted.internet.task import react
 from twisted_rtsig.coro import DelimiterNotFound, IncompleteRead, Stream, serve, timeout
 
 MAX_COMMAND = 1 << 24
+MAX_ITEMS = 1 << 20
+MAX_INTEGER = (1 << 63) - 1
+# What Redis takes; int() and float() take signs, spaces, underscores and "inf" as well.
+INTEGER = re.compile(rb"0|-?[1-9][0-9]{0,18}")
+SECONDS = re.compile(rb"[0-9]{1,8}(\.[0-9]{0,17})?")
 # A subscriber that is behind by so many is disconnected.
 MAX_BEHIND = 1 << 20
 
@@ -53,10 +59,22 @@ def array(*items: bytes) -> bytes:
 
 
 def integer(digits: bytes) -> int:
-    try:
+    if INTEGER.fullmatch(digits):
+        return in_64_bits(int(digits))
+    raise CommandError("value is not an integer or out of range")
+
+
+def in_64_bits(value: int) -> int:
+    if -MAX_INTEGER - 1 <= value <= MAX_INTEGER:
+        return value
+    raise CommandError("value is not an integer or out of range")
+
+
+def size_of(line: bytes, kind: bytes, limit: int) -> int:
+    digits = line.removeprefix(kind)
+    if line[:1] == kind and INTEGER.fullmatch(digits) and 0 <= int(digits) <= limit:
         return int(digits)
-    except ValueError:
-        raise CommandError("value is not an integer") from None
+    raise ProtocolError(f"expected {kind.decode()} and a size, not too large")
 
 
 class Database:
@@ -78,7 +96,8 @@ class Database:
         return value
 
     def add(self, key: bytes, step: int) -> int:
-        value = integer(self.string(key) or b"0") + step
+        text = self.string(key)
+        value = in_64_bits((0 if text is None else integer(text)) + step)
         self.values[key] = b"%d" % value
         return value
 
@@ -146,16 +165,14 @@ class Connection:
             return line.split()
         command: list[bytes] = []
         left = MAX_COMMAND
-        try:
-            for _ in range(int(line[1:])):
-                line = await stream.read_line()
-                size = int(line.removeprefix(b"$"))
-                left -= len(line) + size
-                if size < 0 or left < 0:
-                    raise ProtocolError("too long, or less than nothing")
-                command.append((await stream.read_exactly(size + 2))[:size])
-        except ValueError:
-            raise ProtocolError("expected a size") from None
+        for _ in range(size_of(line, b"*", MAX_ITEMS)):
+            line = await stream.read_line()
+            size = size_of(line, b"$", left)
+            left -= len(line) + size
+            item = await stream.read_exactly(size + 2)
+            if item[size:] != b"\r\n":
+                raise ProtocolError("an item is longer than it says")
+            command.append(item[:size])
         return command
 
     async def answer(self, command: list[bytes]) -> bytes:
@@ -214,14 +231,13 @@ class Connection:
         raise CommandError("unknown command, or wrong number of arguments")
 
     async def blocking_pop(self, keys: list[bytes], seconds: bytes) -> bytes:
+        if not SECONDS.fullmatch(seconds):
+            raise CommandError("timeout is not a float, negative or out of range")
         for key in keys:
             value = self.database.pop(key, left=True)
             if value is not None:
                 return array(bulk(key), bulk(value))
-        try:
-            limit = timeout(float(seconds)) if float(seconds) else nullcontext()
-        except ValueError:
-            raise CommandError("the time is not a number, or negative") from None
+        limit = timeout(float(seconds)) if float(seconds) else nullcontext()
         waiter: Deferred[bytes] = Deferred()
         for key in keys:
             self.database.waiting.setdefault(key, []).append(waiter)

@@ -36,7 +36,12 @@ MAX_LINE = 1000
 MAX_MESSAGE = 1 << 24
 MAX_RECIPIENTS = 100
 MAX_FAILURES = 3
-PATH = re.compile(r"(FROM|TO):<([^<>\s]*)>( .*)?", re.IGNORECASE)
+VERBS = ("STARTTLS", "AUTH", "MAIL", "RCPT", "DATA")
+# What comes behind these.  Only a sender may be empty: that of an error message.
+PATHS = {
+    "MAIL": re.compile(r"FROM:<([!-;=?-~]*)>(?: SIZE=([0-9]{1,20}))?", re.IGNORECASE),
+    "RCPT": re.compile(r"TO:<([!-;=?-~]+)>", re.IGNORECASE),
+}
 
 
 class Message(NamedTuple):
@@ -86,9 +91,15 @@ class Server:
         recipients: list[str] = []
         failures = 0
         while failures < MAX_FAILURES:
-            verb, _, rest = (await read_line(stream)).decode("latin-1").partition(" ")
-            path = PATH.fullmatch(rest)
-            match verb.upper():
+            line = (await read_line(stream)).decode("latin-1").rstrip(" ")
+            verb, _, rest = line.partition(" ")
+            verb = verb.upper()
+            path = PATHS[verb].fullmatch(rest) if verb in PATHS else None
+            match verb:
+                case "QUIT" | "RSET" | "DATA" | "STARTTLS" if rest:
+                    await reply(stream, 501, "nothing comes behind that")
+                case "EHLO" | "HELO" | "AUTH" if not rest:
+                    await reply(stream, 501, "something is missing")
                 case "QUIT":
                     await reply(stream, 221, "goodbye")
                     return False
@@ -105,20 +116,22 @@ class Server:
                     await reply(stream, 220, "go ahead")
                     return True
                 case "AUTH" if secure and user is None:
-                    user = await self.authenticate(stream, *rest.split()[:2])
-                    if user is None:
-                        failures += 1
-                        await reply(stream, 535, "no, that is not right")
-                    else:
-                        await reply(stream, 235, "welcome")
+                    code, user = await self.authenticate(stream, *rest.split(" "))
+                    failures += code == 535
+                    await reply(stream, code, "welcome" if user else "no")
                 case "MAIL" | "RCPT" | "DATA" if user is None:
                     await reply(stream, 530, "STARTTLS and AUTH come first")
-                case "MAIL" if path and path[1].upper() == "FROM" and sender is None:
-                    sender = path[2]
-                    await reply(stream, 250, "and for whom?")
-                case "RCPT" if path and path[1].upper() == "TO" and sender is not None:
+                case "MAIL" | "RCPT" if path is None:
+                    await reply(stream, 501, "that is no address, or has an option")
+                case "MAIL" if path and sender is None:
+                    if int(path[2] or 0) > MAX_MESSAGE:
+                        await reply(stream, 552, "that would be too long")
+                    else:
+                        sender = path[1]
+                        await reply(stream, 250, "and for whom?")
+                case "RCPT" if path and sender is not None:
                     if len(recipients) < MAX_RECIPIENTS:
-                        recipients.append(path[2])
+                        recipients.append(path[1])
                         await reply(stream, 250, "for whom else?")
                     else:
                         await reply(stream, 452, "that is enough")
@@ -133,37 +146,46 @@ class Server:
                         self.deliver(Message(user, sender, recipients, text))
                         await reply(stream, 250, "it is delivered")
                     sender, recipients = None, []
+                case "VRFY":
+                    await reply(stream, 252, "send a message, and see")
+                case _ if verb in VERBS:
+                    await reply(stream, 503, "not now")
                 case _:
-                    await reply(stream, 503, "not now, or not at all")
+                    await reply(stream, 500, "what is that?")
         return False
 
     async def authenticate(
-        self, stream: Stream, mechanism: str = "", initial: str = ""
-    ) -> bytes | None:
-        """:return: the user, if she is one and knows the password."""
+        self, stream: Stream, mechanism: str, *initial: str
+    ) -> tuple[int, bytes | None]:
+        """:return: what to reply, and the user, if she knows the password."""
+        # What comes with the command answers the first question; "=" is nothing.
+        answers = [b"" if each == "=" else each.encode() for each in initial]
 
         async def ask(question: bytes) -> bytes:
+            if answers:
+                return b64decode(answers.pop(), validate=True)
             await reply(stream, 334, b64encode(question).decode())
-            return await read_line(stream)
+            return b64decode(await read_line(stream), validate=True)
 
+        if mechanism.upper() not in ("PLAIN", "LOGIN"):
+            return 504, None
+        if len(initial) > 1:
+            return 501, None
         try:
-            match mechanism.upper():
-                case "PLAIN":
-                    answer = b64decode(initial or await ask(b""), validate=True)
-                    _, user, password = answer.split(b"\0")
-                case "LOGIN":
-                    name = initial or await ask(b"Username:")
-                    user = b64decode(name, validate=True)
-                    password = b64decode(await ask(b"Password:"), validate=True)
-                case _:
-                    return None
+            if mechanism.upper() == "PLAIN":
+                role, user, password = (await ask(b"")).split(b"\0")
+            else:
+                role, user = b"", await ask(b"Username:")
+                password = await ask(b"Password:")
         except ValueError:
-            # No base64; or "*", which is to give up.
-            return None
+            # Not base64, such as the "*" that gives up.
+            return 501, None
         known = self.passwords.get(user)
         # In the same time, however much of it is right.
         right = compare_digest(known or b"", password)
-        return user if right and known is not None else None
+        if right and known is not None and role in (b"", user):
+            return 235, user
+        return 535, None
 
 
 async def read_line(stream: Stream) -> bytes:

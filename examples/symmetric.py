@@ -68,7 +68,7 @@ async def same_fringe(one: Tree, other: Tree) -> bool:
 # A parser that asks for the next token when it needs one, and a tokenizer that
 # hands it over in the middle of its loop
 
-TOKEN = re.compile(r"\s*(?:(\d+)|(.))")
+TOKEN = re.compile(r"\s*(?:([0-9]+)|(.))")
 OPERATORS: dict[str, tuple[int, Callable[[int, int], int]]] = {
     "+": (1, operator.add),
     "-": (1, operator.sub),
@@ -132,7 +132,10 @@ async def calculate(text: str) -> int:
 async def main(text: str) -> None:
     print(await market(["milk", "eggs"]))
     print(await same_fringe((1, (2, 3)), ((1, 2), 3)))
-    print(text, "=", await calculate(text))
+    try:
+        print(text, "=", await calculate(text))
+    except (SyntaxError, ArithmeticError, ValueError, RecursionError) as error:
+        sys.exit(f"{text}: {error}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -289,14 +290,137 @@ def test_smtp_wrong_password(reactor: Any, mail: Mail, logged: list[Any]) -> Non
                 with pytest.raises(smtplib.SMTPAuthenticationError, match="535"):
                     client.auth("PLAIN", client.auth_plain)
             assert client.mail("ann@here.example")[0] == 530
-            # The third one, which is not even base64.
-            assert client.docmd("AUTH", "PLAIN !")[0] == 535
+            # The third one: right, but for another role.
+            given = b64encode(b"bob\0ann\0secret").decode()
+            assert client.docmd("AUTH", f"PLAIN {given}")[0] == 535
             with pytest.raises(smtplib.SMTPServerDisconnected):
                 client.noop()
 
     meanwhile(reactor, guess)
     assert mail.messages == []
     assert failures(logged) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [
+        ("AUTH PLAIN !", 501),
+        ("AUTH PLAIN YW5u", 501),
+        ("AUTH PLAIN =", 501),
+        ("AUTH PLAIN AA== AA==", 501),
+        ("AUTH PLAIN\r\n*", 501),
+        ("AUTH PLAIN\r\nnot base64", 501),
+        ("AUTH LOGIN\r\n*", 501),
+        ("AUTH LOGIN\r\nYW5u\r\n*", 501),
+        ("AUTH LOGIN YW5u\r\n*", 501),
+        ("AUTH", 501),
+        ("AUTH NTLM", 504),
+        ("AUTH \xff", 504),
+    ],
+)
+def test_smtp_authentication_that_is_no_attempt(
+    reactor: Any, mail: Mail, asked: str, code: int, logged: list[Any]
+) -> None:
+    """RFC 4954, 4: it may be given up, and tried again, as often as one likes."""
+
+    def ask() -> None:
+        with mail.connect_encrypted() as client:
+            for _ in range(5):
+                *questions, last = asked.split("\r\n")
+                for question in questions:
+                    client.send(f"{question}\r\n")
+                    assert client.getreply()[0] == 334
+                client.send(f"{last}\r\n".encode("latin-1"))
+                assert client.getreply()[0] == code
+            client.login("ann", "secret")
+
+    meanwhile(reactor, ask)
+    assert failures(logged) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [
+        ("", 500),
+        ("NONSENSE", 500),
+        ("STARTTLS", 503),
+        ("STARTTLS x", 501),
+        ("DATA x", 501),
+        ("RSET x", 501),
+        ("QUIT x", 501),
+        ("EHLO", 501),
+        ("HELO", 501),
+        ("NOOP whatever", 250),
+        ("noop", 250),
+        ("RSET ", 250),
+        ("VRFY ann", 252),
+        ("AUTH PLAIN", 503),
+        ("RCPT TO:<>", 501),
+        ("RCPT TO:<b\0b>", 501),
+        ("RCPT TO:bob", 501),
+        ("RCPT FROM:<bob>", 501),
+        ("RCPT TO:<bob> NOTIFY=NEVER", 501),
+        ("MAIL FROM:<eve>", 503),
+        ("MAIL TO:<eve>", 501),
+        ("RCPT TO:<eve>", 250),
+        ("DATA", 503),
+    ],
+)
+def test_smtp_commands(
+    reactor: Any, mail: Mail, asked: str, code: int, logged: list[Any]
+) -> None:
+    """After a sender, and before a recipient; what is refused changes nothing."""
+
+    def ask() -> None:
+        with mail.connect_encrypted() as client:
+            client.login("ann", "secret")
+            assert client.docmd("MAIL FROM:<ann>")[0] == 250
+            assert client.docmd(asked)[0] == code
+            if code >= 400:
+                assert client.rcpt("bob")[0] == 250
+                assert client.docmd("DATA")[0] == 354
+                client.send("text\r\n.\r\n")
+                assert client.getreply()[0] == 250
+
+    meanwhile(reactor, ask)
+    expected = [(b"ann", "ann", ["bob"], b"text\r\n")] if code >= 400 else []
+    assert mail.messages == expected
+    assert failures(logged) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ("", 250),
+        (" SIZE=100", 250),
+        (" size=16777216", 250),
+        (" SIZE=16777217", 552),
+        (" SIZE=99999999999999999999", 552),
+        (" SIZE=1_0", 501),
+        (" SIZE=" + "9" * 400, 501),
+        (" BODY=8BITMIME", 501),
+    ],
+)
+def test_smtp_sizes(
+    reactor: Any, mail: Mail, options: str, code: int, logged: list[Any]
+) -> None:
+    def ask() -> None:
+        with mail.connect_encrypted() as client:
+            client.login("ann", "secret")
+            assert client.docmd(f"MAIL FROM:<>{options}")[0] == code
+
+    meanwhile(reactor, ask)
+    assert failures(logged) == []
+
+
+def test_smtp_starttls_with_a_parameter(reactor: Any, mail: Mail) -> None:
+    def ask() -> None:
+        with mail.connect() as client:
+            assert client.docmd("STARTTLS", "x")[0] == 501
+            assert client.starttls(context=mail.context())[0] == 220
+            client.login("ann", "secret")
+
+    meanwhile(reactor, ask)
 
 
 def test_smtp_without_tls(reactor: Any, mail: Mail) -> None:
@@ -408,9 +532,12 @@ REFUSED = b"\x00\x01" + bytes(6)
         (HELLO + b"\x05\x01\x00\x02", WELCOME + b"\x05\x08" + REFUSED),
         (HELLO + b"\x05\x02\x00\x01" + bytes(6), WELCOME + b"\x05\x07" + REFUSED),
         # A name that no resolver takes.
-        (
-            HELLO + b"\x05\x01\x00\x03\x05a..b.\x00\x50",
-            WELCOME + b"\x05\x04" + REFUSED,
+        *(
+            (
+                HELLO + b"\x05\x01\x00\x03%c%b\x00\x50" % (len(name), name),
+                WELCOME + b"\x05\x04" + REFUSED,
+            )
+            for name in (b"a..b.", b"", b"\0", b"\xff", b"a" * 255, b"127.0.0.1\0.x")
         ),
         (b"\x05", b""),
     ],
@@ -585,7 +712,27 @@ def test_redis_commands_in_pieces(reactor: Any, server: Redis, pieces: int) -> N
 
 
 @pytest.mark.parametrize(
-    "sent", [b"*x\r\n", b"*1\r\n:4\r\n", b"*1\r\n$-4\r\n", b"*1\r\n$99999999\r\n"]
+    "sent",
+    [
+        b"*x\r\n",
+        b"*\r\n",
+        b"*-1\r\n",
+        b"*1_0\r\n",
+        b"* 1\r\n",
+        b"*01\r\n",
+        b"*99999999\r\n",
+        b"*" + b"9" * 5000 + b"\r\n",
+        *(
+            b"*1\r\n%b\r\nPING\r\n" % size
+            for size in (b":4", b"4", b"$+4", b"$-4", b"$ 4", b"$4 ", b"$04", b"$0_4")
+        ),
+        b"*1\r\n$99999999\r\n",
+        b"*2\r\n$9999999\r\n" + bytes(9999999) + b"\r\n$9999999\r\n",
+        # What comes behind an item is not the end of a line.
+        b"*1\r\n$4\r\nPINGPING\r\n",
+        b"*1\r\n$4\r\nPING\n\r\n",
+    ],
+    ids=lambda sent: repr(sent[:20]),
 )
 def test_redis_nonsense(
     reactor: Any, server: Redis, sent: bytes, logged: list[Any]
@@ -596,6 +743,87 @@ def test_redis_nonsense(
             return client.file.read()
 
     assert meanwhile(reactor, converse).startswith(b"+PONG\r\n-ERR Protocol error")
+    assert failures(logged) == []
+
+
+MOST = (1 << 63) - 1
+
+
+@pytest.mark.parametrize(
+    "digits",
+    [
+        b"1_0",
+        b" 1",
+        b"1\n",
+        b"+1",
+        b"01",
+        b"-0",
+        b"-",
+        b"",
+        "\u0661".encode(),
+        b"%d" % (MOST + 1),
+        b"%d" % -(MOST + 2),
+        b"9" * 5000,
+    ],
+    ids=lambda digits: repr(digits[:20]),
+)
+def test_redis_numbers(
+    reactor: Any, server: Redis, digits: bytes, logged: list[Any]
+) -> None:
+    """What Redis does not take for a number, wherever one is expected."""
+
+    def converse() -> None:
+        with server.client() as client:
+            client.set("text", digits)
+            client.rpush("list", "x")
+            for command in (
+                ("INCR", "text"),
+                ("INCRBY", "text", 1),
+                ("INCRBY", "count", digits),
+                ("LRANGE", "list", digits, 0),
+                ("LRANGE", "list", 0, digits),
+            ):
+                with pytest.raises(redis.ResponseError, match="not an integer"):
+                    client.execute_command(*command)
+            assert client.get("text") == digits
+            assert client.get("count") is None
+
+    meanwhile(reactor, converse)
+    assert failures(logged) == []
+
+
+def test_redis_numbers_have_64_bits(reactor: Any, server: Redis) -> None:
+    def converse() -> None:
+        with server.client() as client:
+            for most, step in ((MOST, 1), (-MOST - 1, -1)):
+                client.set("count", most - step)
+                assert client.incrby("count", step) == most
+                with pytest.raises(redis.ResponseError, match="out of range"):
+                    client.incrby("count", step)
+                assert client.get("count") == b"%d" % most
+            client.rpush("list", "x", "y")
+            assert client.lrange("list", -MOST - 1, MOST) == [b"x", b"y"]
+
+    meanwhile(reactor, converse)
+
+
+@pytest.mark.parametrize(
+    "seconds", ["inf", "nan", "-1", "1_0", " 1", "1e999", "9" * 400, ".", ""]
+)
+def test_redis_blpop_for_no_time(
+    reactor: Any, server: Redis, seconds: str, logged: list[Any]
+) -> None:
+    """That is refused also if there is something in the list."""
+
+    def converse() -> None:
+        with server.client() as client:
+            for _ in range(2):
+                with pytest.raises(redis.ResponseError, match="timeout is not"):
+                    client.execute_command("BLPOP", "list", seconds)
+                client.rpush("list", "x")
+            assert client.llen("list") == 2
+
+    meanwhile(reactor, converse)
     assert failures(logged) == []
 
 
@@ -722,6 +950,10 @@ def test_redis_cli(reactor: Any, server: Redis) -> None:
         assert output(*cli, "rpush", "list", "1", "2") == "2\n"
         assert output(*cli, "lrange", "list", "0", "-1") == "1\n2\n"
         assert "unknown command" in output(*cli, "nonsense")
+        assert output(*cli, "set", "count", "9" * 5000) == "OK\n"
+        assert "not an integer" in output(*cli, "incr", "count")
+        assert "timeout is not" in output(*cli, "blpop", "count", "inf")
+        output(*cli, "del", "count")
         typed = subprocess.run(
             cli,
             input="incr count\nincr count\nquit\n",
@@ -757,9 +989,23 @@ ANSWERS: dict[str, bytes] = {
     + OK
     + b"Content-Length: 5\r\n\r\nhello",
     "nothing": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "lengths": OK + b"Content-Length: 5\r\ncontent-length: 5, 5\r\n\r\nhello",
     "not-found": b"HTTP/1.0 404\r\nContent-Length: 0\r\n\r\n",
     "no-http": b"220 ready\r\n",
     "bad-length": OK + b"Content-Length: +5\r\n\r\nhello",
+    "different-lengths": OK
+    + b"Content-Length: 6\r\nX: y\r\nContent-Length: 5\r\n\r\nhello",
+    "different-lengths-in-one": OK + b"Content-Length: 5, 6\r\n\r\nhello",
+    "no-length": OK + b"Content-Length:\r\n\r\nhello",
+    "length-in-other-digits": OK + b"Content-Length: 5\xa0\r\n\r\nhello",
+    "compressed": OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "compressed-in-two": OK
+    + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "not-chunked": OK + b"Transfer-Encoding: gzip\r\n\r\nhello",
+    "both": OK + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+    "no-header": OK + b"nonsense\r\n\r\n",
+    "folded": OK + b"X: y\r\n Content-Length: 5\r\n\r\nhello",
+    "space-before-colon": OK + b"Content-Length : 5\r\n\r\nhello",
     "bad-chunk": CHUNKED + b"2\r\nhello\r\n",
     "bad-chunk-size": CHUNKED + b"-1\r\n",
     "huge-chunk": CHUNKED + b"ffffffff\r\n",
@@ -781,6 +1027,9 @@ async def proxy(stream: Stream) -> None:
     while line := await stream.read_line():
         headers.add(line)
     assert f"Host: {host}".encode() in headers
+    if name == "reset":
+        stream.abort()
+        return
     await stream.write(ANSWERS[name])
     if name.startswith("silence"):
         # Until the client goes.
@@ -798,7 +1047,9 @@ def fetch(reactor: Any, name: str, seconds: float = DEADLINE) -> Any:
         return error
 
 
-@pytest.mark.parametrize("name", ["length", "until-the-end", "chunks", "hints"])
+@pytest.mark.parametrize(
+    "name", ["length", "lengths", "until-the-end", "chunks", "hints"]
+)
 def test_http_fetch(reactor: Any, name: str, logged: list[Any]) -> None:
     assert fetch(reactor, name)[::2] == (200, b"hello")
     assert failures(logged) == []
@@ -814,6 +1065,17 @@ def test_http_fetch_without_a_body(reactor: Any) -> None:
     [
         ("no-http", "no status"),
         ("bad-length", "not a size"),
+        ("different-lengths", "different lengths"),
+        ("different-lengths-in-one", "different lengths"),
+        ("no-length", "not a size"),
+        ("length-in-other-digits", "not a size"),
+        ("compressed", "a body in 'gzip, chunked'"),
+        ("compressed-in-two", "a body in 'gzip, chunked'"),
+        ("not-chunked", "a body in 'gzip'"),
+        ("both", "of a length of '5'"),
+        ("no-header", "not a header"),
+        ("folded", "not a header"),
+        ("space-before-colon", "not a header"),
         ("bad-chunk", "longer than it says"),
         ("bad-chunk-size", "not a size"),
         ("huge-chunk", "a body of more"),
@@ -839,9 +1101,26 @@ def test_http_fetch_times_out(reactor: Any, name: str, logged: list[Any]) -> Non
 
 
 def test_http_fetch_sends_no_line_of_its_own(reactor: Any) -> None:
-    for url in ("http://site.test/\r\nX: y", "http://site.test/ x", "/page"):
+    for url in (
+        "http://site.test/\r\nX: y",
+        "http://site.test/ x",
+        "/page",
+        "http:///page",
+        "http://:80/page",
+        "ftp://site.test/page",
+        "http://site.test\t/page",
+    ):
         with pytest.raises(ValueError, match="not a URL"):
             run(reactor, example("http_fetch").fetch, None, url)
+    for user in ("ann", "ann:secret", "", ":"):
+        with pytest.raises(ValueError, match="do not belong in a URL"):
+            run(reactor, example("http_fetch").fetch, None, f"http://{user}@site.test/")
+
+
+def test_http_fetch_keeps_the_fragment_to_itself(reactor: Any) -> None:
+    for fragment in ("#", "#top", "#?a=b", "#@there.test"):
+        # Which the proxy would not find with a fragment.
+        assert fetch(reactor, f"length{fragment}").status == 200
 
 
 # As programs
@@ -900,3 +1179,36 @@ def test_http_fetch_is_a_program(reactor: Any) -> None:
     )
     assert done.returncode == 1
     assert b"TimeoutError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("{proxy}", "http://site.test/reset"), "ConnectionLost"),
+        (("{proxy}", "http://site.test/different-lengths"), "different lengths"),
+        (("{proxy}", "http://site.test/short"), "IncompleteRead"),
+        (("{proxy}", "http://ann:secret@site.test/length"), "do not belong"),
+        (("{proxy}", "http://[site.test/length"), "ValueError"),
+        (("{proxy}", "http://site.test/length", "soon"), "ValueError"),
+        (("{proxy}", "http://site.test/length", "-1"), "ValueError"),
+        (("127.0.0.1:x", "http://site.test/length"), "ValueError"),
+        (("127.0.0.1:{closed}", "http://site.test/length"), "ConnectionRefusedError"),
+    ],
+)
+def test_http_fetch_says_what_is_wrong_in_a_line(
+    reactor: Any, arguments: tuple[str, ...], says: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        closed = probe.getsockname()[1]
+    address = f"127.0.0.1:{serving(reactor, proxy)}"
+    command = [sys.executable, str(EXAMPLES / "http_fetch.py")]
+    command += [each.format(proxy=address, closed=closed) for each in arguments]
+    done = meanwhile(
+        reactor,
+        lambda: subprocess.run(
+            command, capture_output=True, text=True, timeout=DEADLINE
+        ),
+    )
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -71,6 +71,23 @@ def test_it_is_a_program() -> None:
     assert output.splitlines()[-1] == "6 * 7 = 42"
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("1 +", "None where a number should be"),
+        ("1 / 0", "division"),
+        ("9" * 5000, "4300"),
+        ("(" * 5000, "recursion"),
+    ],
+)
+def test_it_says_what_is_wrong_in_a_line(text: str, says: str) -> None:
+    command = [sys.executable, str(EXAMPLES / "symmetric.py"), text]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 # The proxy
 
 
@@ -90,6 +107,10 @@ async def shout(stream: Stream) -> None:
         (b"0:,", b"0:,"),
         (b"2:hi,3:die,", b"2:HI,"),
         (b"2:hi,x:", b"2:HI,"),
+        *((b"2:hi,%b:hi," % size, b"2:HI,") for size in (b"+2", b" 2", b"02", b"-1")),
+        (b"2:hi,1_0:0123456789,", b"2:HI,"),
+        (b"2:hi,:,", b"2:HI,"),
+        (b"2:hi,99999:", b"2:HI,"),
         (b"2:hi;", b""),
         (b"2:a\n,", b""),
         (b"9:hi", b""),
