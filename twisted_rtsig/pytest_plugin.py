@@ -6,8 +6,9 @@ As ``pytest --twisted-reactor=rtsig``, or in the configuration of pytest::
     [tool.pytest.ini_options]
     twisted_reactor = "rtsig"
 
-Then tests and fixtures may be C{async def}, and tests may return a Deferred.  Without
-a name the plugin does nothing at all.
+Then tests and fixtures may be C{async def}, and tests may return a Deferred.  A test
+that leaves something behind in the reactor fails.  Without a name the plugin does
+nothing at all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import math
 import sys
 import types
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
@@ -25,24 +27,45 @@ import pytest
 from twisted.application.reactors import IReactorInstaller, getReactorTypes
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorAlreadyInstalledError
-from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.channels import Channel
-from twisted_rtsig.coro.errors import ChannelClosed, EndOfChannel
-from twisted_rtsig.coro.tasks import spawn
+from twisted_rtsig.coro.errors import Cancelled, ChannelClosed, EndOfChannel
+from twisted_rtsig.coro.tasks import Task, spawn
 from twisted_rtsig.notifiers import UnsupportedReactorError
+from twisted_rtsig.pytest_janitor import ALLOW_UNCLEAN, OTHER_PLUGINS, Janitor
+from twisted_rtsig.pytest_reactor import GRACE, ReactorRunner
 
-# Tests that other plugins run.
-_OTHERS: Final = ("anyio", "asyncio", "trio")
+_TIMEOUT: Final = "twisted_timeout"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Beside the other options of pytest."""
-    what = "the reactor to run the tests on, as twistd --help-reactors lists them"
-    parser.getgroup("twisted-rtsig").addoption(
-        "--twisted-reactor", metavar="NAME", help=what
-    )
-    parser.addini("twisted_reactor", what, default="")
+    group = parser.getgroup("twisted-rtsig")
+    for name, metavar, what in (
+        (
+            "reactor",
+            "NAME",
+            "the reactor to run the tests on, as twistd --help-reactors lists them",
+        ),
+        (
+            "timeout",
+            "SECONDS",
+            "how long a test may take, and the set-up and the tear-down of each of its "
+            "fixtures; 0 is no limit",
+        ),
+    ):
+        group.addoption(f"--twisted-{name}", metavar=metavar, help=what)
+        parser.addini(f"twisted_{name}", what, default="")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Whether a reactor was chosen or not, tests may be marked."""
+    for mark in (
+        f"{ALLOW_UNCLEAN}: the test may leave tasks, delayed calls, connections and "
+        "logged failures behind",
+        f"{_TIMEOUT}(seconds): how long the test may take; 0 is no limit",
+    ):
+        config.addinivalue_line("markers", mark)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -51,8 +74,25 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     name = early_config.known_args_namespace.twisted_reactor
     name = name or early_config.getini("twisted_reactor")
     if name:
+        limit = early_config.known_args_namespace.twisted_timeout
+        limit = _seconds(limit or early_config.getini("twisted_timeout") or 0)
         _install(name)
-        early_config.pluginmanager.register(_Runner(name), "twisted_rtsig.runner")
+        runner = ReactorRunner(early_config)
+        janitor = Janitor(runner)
+        plugins = early_config.pluginmanager
+        plugins.register(_Plugin(name, limit, runner, janitor), "twisted_rtsig.runner")
+        plugins.register(janitor, "twisted_rtsig.janitor")
+
+
+def _seconds(text: Any) -> float | None:
+    """A limit; None for none."""
+    try:
+        seconds = float(text)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise pytest.UsageError(f"a timeout is a number of seconds, not {text!r}")
+    return seconds or None
 
 
 # The plugins of Twisted and of this package import no reactor.  To list all plugins
@@ -101,39 +141,55 @@ def _install(name: str) -> None:
         raise pytest.UsageError(f"the reactor cannot be {name!r}: {error}") from error
 
 
-class _Runner:
+class _Plugin:
     """The part that is there once a reactor was chosen."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(
+        self, name: str, limit: float | None, runner: ReactorRunner, janitor: Janitor
+    ) -> None:
         self._name = name
+        self._limit = limit
+        self._runner = runner
+        self._janitor = janitor
+        # Whether pytest was interrupted, and tears down what is left.
+        self._ending = False
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self._session = session
 
     def pytest_report_header(self) -> str:
-        from twisted.internet import reactor
-
-        return f"reactor: {self._name} ({type(reactor).__name__})"
+        limit = "" if self._limit is None else f", {self._limit:g} s for each test"
+        return f"reactor: {self._name} ({type(self._runner.reactor).__name__}){limit}"
 
     # Both below put something else in its place and return None, so that pytest goes
     # on with that.
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> None:
-        if any(pyfuncitem.get_closest_marker(other) for other in _OTHERS):
+        if any(pyfuncitem.get_closest_marker(other) for other in OTHER_PLUGINS):
             return
+        limit = self._limit_of(pyfuncitem)
         # What hypothesis calls for each example.
         given = getattr(pyfuncitem.obj, "hypothesis", None)
         if given is None:
-            pyfuncitem.obj = _synchronous(pyfuncitem.obj)
+            pyfuncitem.obj = self._synchronous(pyfuncitem.obj, limit)
         elif inspect.iscoroutinefunction(given.inner_test):
-            given.inner_test = _synchronous(given.inner_test)
+            given.inner_test = self._synchronous(given.inner_test, limit)
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> None:
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+    ) -> None:
         function = fixturedef.func
+        # The time of a fixture of a wider scope is not that of one test.
+        limit = None
+        if fixturedef.scope == "function":
+            limit = self._limit_of(request.node)
         replacement: Callable[..., Any]
         if inspect.iscoroutinefunction(function):
-            replacement = _synchronous(_plain(function))
+            replacement = self._synchronous(_plain(function), limit)
         elif inspect.isasyncgenfunction(function):
-            replacement = _synchronous_generator(_plain(function))
+            replacement = self._synchronous_generator(_plain(function), limit)
         else:
             return
         if inspect.ismethod(function):
@@ -141,88 +197,136 @@ class _Runner:
             replacement = types.MethodType(replacement, function.__self__)
         vars(fixturedef)["func"] = replacement
 
+    def pytest_keyboard_interrupt(
+        self, excinfo: pytest.ExceptionInfo[BaseException]
+    ) -> None:
+        """Ctrl-C may have come while the reactor did not run."""
+        if isinstance(excinfo.value, KeyboardInterrupt):
+            self._ending = True
+            if not self._runner.interrupted:
+                self._runner.interrupt("the session")
+
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
         """End its threads, for which Python would wait, and whatever else it has."""
-        from twisted.internet import reactor
-
+        reactor = self._runner.reactor
         shut_down: Deferred[None] = Deferred()
         reactor.addSystemEventTrigger("after", "shutdown", shut_down.callback, None)
-        reactor.fireSystemEvent("shutdown")
-        _wait_for(shut_down)
+        name = "the shutdown of the reactor"
+        with self._tearing_down(name):
+            self._janitor.cancel_all()
+            reactor.fireSystemEvent("shutdown")
+            self._wait_for(shut_down, shut_down.cancel, name)
+
+    def pytest_unconfigure(self) -> None:
+        self._runner.close()
+
+    def _limit_of(self, item: pytest.Item) -> float | None:
+        mark = item.get_closest_marker(_TIMEOUT)
+        if mark is None:
+            return self._limit
+        if len(mark.args) != 1 or mark.kwargs:
+            raise pytest.UsageError(f"the mark {_TIMEOUT} takes a number of seconds")
+        return _seconds(mark.args[0])
+
+    def _wait_for(
+        self,
+        deferred: Deferred[Any],
+        cancel: Callable[[], object],
+        name: str,
+        limit: float | None = None,
+    ) -> Any:
+        # Once the user has pressed Ctrl-C, nothing may take for ever.
+        limit = GRACE if self._runner.interrupted else limit
+        return self._runner.wait_for(deferred, cancel, name, limit)
+
+    def _wait_for_task(self, task: Task[Any], limit: float | None = None) -> Any:
+        return self._wait_for(task.as_deferred(), task.cancel, task.name, limit)
+
+    @contextlib.contextmanager
+    def _tearing_down(self, name: str) -> Iterator[None]:
+        """Whatever happens there, the rest is to be torn down as well."""
+        try:
+            yield
+        except (GeneratorExit, ChannelClosed, EndOfChannel):
+            raise
+        except BaseException as error:
+            if self._ending:
+                # pytest would end with a stack.
+                self._runner.show(name, f"After the interruption it failed: {error!r}")
+            elif isinstance(error, KeyboardInterrupt):
+                # This very error would keep pytest from the other fixtures of the test.
+                self._session.shouldstop = "Ctrl-C"
+                message = f"{name} was interrupted"
+                raise pytest.fail.Exception(message, pytrace=False) from None
+            else:
+                raise
+
+    def _synchronous(
+        self, function: Callable[..., Any], limit: float | None
+    ) -> Callable[..., Any]:
+        """The same, but it returns when it has ended."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            name = function.__qualname__
+            if inspect.iscoroutine(result):
+                return self._wait_for_task(spawn(result, name=name), limit)
+            if isinstance(result, Deferred):
+                # Of what is in it, pytest would say that a test should return nothing.
+                self._wait_for(result, result.cancel, name, limit)
+                return None
+            return result
+
+        return call
+
+    def _synchronous_generator(
+        self,
+        function: Callable[..., AsyncGenerator[Any, None]],
+        limit: float | None,
+    ) -> Callable[..., Generator[Any, None, None]]:
+        """
+        The same, but an ordinary generator.  All of it is one task, so that it can
+        yield within a group of tasks.
+        """
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Generator[Any, None, None]:
+            turns: Channel[Any] = Channel(0)
+            name = function.__qualname__
+
+            async def go_through() -> None:
+                fixture = function(*args, **kwargs)
+                with contextlib.closing(turns):
+                    async for value in fixture:
+                        try:
+                            await turns.send(value)
+                            await turns.receive()
+                        except Cancelled as cancelled:
+                            # A group that it yields within has failed, say.
+                            with contextlib.suppress(StopAsyncIteration):
+                                await fixture.athrow(cancelled)
+
+            task = spawn(go_through, name=name)
+
+            def next_value() -> Any:
+                turn = spawn(turns.receive, name=name).as_deferred()
+                return self._wait_for(turn, task.cancel, name, limit)
+
+            with contextlib.suppress(ChannelClosed, EndOfChannel):
+                yield next_value()
+                with self._tearing_down(name):
+                    go_on = spawn(turns.send, None, name=name).as_deferred()
+                    self._wait_for(go_on, task.cancel, name, limit)
+                    # One too many.
+                    yield next_value()
+            with self._tearing_down(name):
+                self._wait_for_task(task, limit)
+
+        return call
 
 
 def _plain(function: Any) -> Callable[..., Any]:
     plain: Callable[..., Any] = getattr(function, "__func__", function)
     return plain
-
-
-def _synchronous(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, but it returns when it has ended."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        result = function(*args, **kwargs)
-        if inspect.iscoroutine(result):
-            task = spawn(result, name=function.__qualname__)
-            return _wait_for(task.as_deferred())
-        if isinstance(result, Deferred):
-            # Of what is in it, pytest would say that a test should return nothing.
-            _wait_for(result)
-            return None
-        return result
-
-    return call
-
-
-def _synchronous_generator(
-    function: Callable[..., AsyncGenerator[Any, None]],
-) -> Callable[..., Generator[Any, None, None]]:
-    """
-    The same, but an ordinary generator.  All of it is one task, so that it can yield
-    within a group of tasks.
-    """
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Generator[Any, None, None]:
-        turns: Channel[Any] = Channel(0)
-
-        async def go_through() -> None:
-            with contextlib.closing(turns):
-                async for value in function(*args, **kwargs):
-                    await turns.send(value)
-                    await turns.receive()
-
-        task = spawn(go_through, name=function.__qualname__)
-        with contextlib.suppress(ChannelClosed, EndOfChannel):
-            while True:
-                yield _wait_for(spawn(turns.receive).as_deferred())
-                _wait_for(spawn(turns.send, None).as_deferred())
-        _wait_for(task.as_deferred())
-
-    return call
-
-
-def _wait_for(deferred: Deferred[Any]) -> Any:
-    """
-    Run the reactor until it has a result, as trial does.
-
-    :raises KeyboardInterrupt: if the reactor was stopped before.
-    """
-    from twisted.internet import reactor
-
-    results: list[Any] = []
-    deferred.addBoth(results.append)
-    if not results:
-        deferred.addBoth(lambda _: reactor.crash())
-        # Once it was stopped, a reactor does not run again.
-        vars(reactor)["stop"] = reactor.crash
-        try:
-            reactor.run()
-        finally:
-            del vars(reactor)["stop"]
-    if not results:
-        raise KeyboardInterrupt
-    if isinstance(results[0], Failure):
-        results[0].raiseException()
-    return results[0]

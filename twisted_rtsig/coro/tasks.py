@@ -663,7 +663,9 @@ class _Alarm:
         self._scheduler = scheduler
 
     def forget(self, operation: Operation[None]) -> None:
-        self._call.cancel()
+        # trial cancels all delayed calls at the end of a test.
+        if self._call.active():
+            self._call.cancel()
 
     def waits_for(self, operation: Operation[None]) -> str:
         left = self._call.getTime() - self._scheduler.reactor.seconds()
