@@ -457,8 +457,14 @@ async def test_second():
 
 
 @needs_sigint
-@pytest.mark.parametrize("name", REACTORS)
-@pytest.mark.parametrize("test", ["task", "deferred", "inline_callbacks"])
+@pytest.mark.parametrize(
+    ("name", "test"),
+    [
+        *((name, "task") for name in REACTORS),
+        ("select", "deferred"),
+        ("select", "inline_callbacks"),
+    ],
+)
 def test_ctrl_c(tmp_path: Path, name: str, test: str) -> None:
     choice = f"test_{test} or second"
     session = Session(tmp_path, INTERRUPTED, name, "-k", choice)
@@ -599,7 +605,7 @@ def test_ctrl_c_twice(tmp_path: Path) -> None:
 
 
 @needs_sigint
-@pytest.mark.parametrize("name", REACTORS)
+@pytest.mark.parametrize("name", sorted({"select", "rtsig"} & set(REACTORS)))
 def test_ctrl_c_in_code_that_blocks(tmp_path: Path, name: str) -> None:
     """In a plain test, whose handler Twisted has replaced; and in a task."""
     plain = """
@@ -941,7 +947,7 @@ def test_late_inline_callbacks():
 
 
 @settings(max_examples=3, deadline=None)
-@given(n=strategies.integers())
+@given(n=strategies.integers(min_value=10**30))
 async def test_late_hypothesis(n):
     await wait()
 
@@ -963,6 +969,20 @@ async def slow(request):
 
 
 def test_fixture(slow):
+    pass
+
+
+@pytest.fixture
+async def slow_for_all():
+    await sleep(0.5)
+
+
+def test_fixture_of_both(slow_for_all):
+    pass
+
+
+@pytest.mark.twisted_timeout(60)
+async def test_fixture_with_time(slow_for_all):
     pass
 
 
@@ -1001,6 +1021,7 @@ def test_limits(run: Run, name: str) -> None:
     assert set(re.findall(r"^ERROR test_it.py::(\S+)", output, re.M)) == {
         "test_fixture[set",
         "test_fixture[tear",
+        "test_fixture_of_both",
     }
     assert "Timeout: test_late_task took more than 0.2 s. The tasks at" in output
     assert "in wait: await sleep(1000)" in output

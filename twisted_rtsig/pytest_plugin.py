@@ -37,6 +37,9 @@ from twisted_rtsig.pytest_reactor import GRACE, ReactorRunner
 
 _TIMEOUT: Final = "twisted_timeout"
 
+# Returns the seconds that are left for something; None for no limit.
+_Limit = Callable[[], float | None]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Beside the other options of pytest."""
@@ -149,6 +152,8 @@ class _Plugin:
     ) -> None:
         self._name = name
         self._limit = limit
+        # That of the test under way.
+        self._limit_now: float | None = None
         self._runner = runner
         self._janitor = janitor
         # Whether pytest was interrupted, and tears down what is left.
@@ -165,10 +170,14 @@ class _Plugin:
     # on with that.
 
     @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        self._limit_now = self._limit_of(item)
+
+    @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> None:
         if any(pyfuncitem.get_closest_marker(other) for other in OTHER_PLUGINS):
             return
-        limit = self._limit_of(pyfuncitem)
+        limit = self._from_now_on()
         # What hypothesis calls for each example.
         given = getattr(pyfuncitem.obj, "hypothesis", None)
         if given is None:
@@ -177,14 +186,15 @@ class _Plugin:
             given.inner_test = self._synchronous(given.inner_test, limit)
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_fixture_setup(
-        self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
-    ) -> None:
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> None:
         function = fixturedef.func
         # The time of a fixture of a wider scope is not that of one test.
-        limit = None
-        if fixturedef.scope == "function":
-            limit = self._limit_of(request.node)
+        # A fixture is wrapped once, for all tests.
+        narrow = fixturedef.scope == "function"
+
+        def limit() -> float | None:
+            return self._limit_now if narrow else None
+
         replacement: Callable[..., Any]
         if inspect.iscoroutinefunction(function):
             replacement = self._synchronous(_plain(function), limit)
@@ -229,18 +239,27 @@ class _Plugin:
             raise pytest.UsageError(f"the mark {_TIMEOUT} takes a number of seconds")
         return _seconds(mark.args[0])
 
+    def _from_now_on(self) -> _Limit:
+        """The limit of the test under way, for all examples of hypothesis together."""
+        limit, seconds = self._limit_now, self._runner.reactor.seconds
+        began = seconds()
+        return lambda: limit and max(began + limit - seconds(), 0.001)
+
     def _wait_for(
         self,
         deferred: Deferred[Any],
         cancel: Callable[[], object],
         name: str,
-        limit: float | None = None,
+        limit: _Limit | None = None,
     ) -> Any:
         # Once the user has pressed Ctrl-C, nothing may take for ever.
-        limit = GRACE if self._runner.interrupted else limit
-        return self._runner.wait_for(deferred, cancel, name, limit)
+        if self._runner.interrupted:
+            return self._runner.wait_for(deferred, cancel, name, GRACE)
+        left = limit and limit()
+        whole = left and self._limit_now
+        return self._runner.wait_for(deferred, cancel, name, whole, left)
 
-    def _wait_for_task(self, task: Task[Any], limit: float | None = None) -> Any:
+    def _wait_for_task(self, task: Task[Any], limit: _Limit) -> Any:
         return self._wait_for(task.as_deferred(), task.cancel, task.name, limit)
 
     @contextlib.contextmanager
@@ -263,7 +282,7 @@ class _Plugin:
                 raise
 
     def _synchronous(
-        self, function: Callable[..., Any], limit: float | None
+        self, function: Callable[..., Any], limit: _Limit
     ) -> Callable[..., Any]:
         """The same, but it returns when it has ended."""
 
@@ -284,7 +303,7 @@ class _Plugin:
     def _synchronous_generator(
         self,
         function: Callable[..., AsyncGenerator[Any, None]],
-        limit: float | None,
+        limit: _Limit,
     ) -> Callable[..., Generator[Any, None, None]]:
         """
         The same, but an ordinary generator.  All of it is one task, so that it can

@@ -66,6 +66,7 @@ class ReactorRunner:
         cancel: Callable[[], object],
         name: str,
         limit: float | None = None,
+        left: float | None = None,
     ) -> Any:
         """
         Run the reactor until C{deferred} has fired, and return its result.
@@ -76,6 +77,7 @@ class ReactorRunner:
         :param cancel: cancels what C{deferred} waits for.
         :param name: what it is, for the error.
         :param limit: how many seconds it may take.
+        :param left: how many of these are left; by default all.
         :raises KeyboardInterrupt: at the first Ctrl-C of the session, and if something
             stops the reactor.
         :raises pytest.fail.Exception: if it took longer than C{limit}, or was
@@ -84,7 +86,7 @@ class ReactorRunner:
         results: list[Any] = []
         deferred.addBoth(results.append)
         deferred.addBoth(lambda _: self._crash(results))
-        if self._run(results, limit):
+        if self._run(results, limit if left is None else left):
             if self.interrupted:
                 cancel()
                 raise pytest.fail.Exception("interrupted again", pytrace=False)
