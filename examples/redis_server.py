@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
@@ -83,7 +83,7 @@ class Database:
     def __init__(self) -> None:
         self.values: dict[bytes, bytes | deque[bytes]] = {}
         # Who waits in BLPOP, by key: first come, first served.
-        self.waiting: dict[bytes, list[Deferred[bytes]]] = {}
+        self.waiting: dict[bytes, OrderedDict[Deferred[bytes], None]] = {}
         self.subscribers: dict[bytes, dict[Connection, None]] = {}
 
     async def session(self, stream: Stream) -> None:
@@ -111,9 +111,11 @@ class Database:
         items = self.values[key] = self.list(key)
         (items.extendleft if left else items.extend)(values)
         length = len(items)
-        for waiter in list(self.waiting.get(key, ())):
+        waiting = self.waiting.get(key)
+        while items and waiting:
+            waiter, _ = waiting.popitem(last=False)
             # It may wait for several keys, and have got another one.
-            if items and not waiter.called:
+            if not waiter.called:
                 waiter.callback(array(bulk(key), bulk(items.popleft())))
         if not items:
             del self.values[key]
@@ -155,7 +157,8 @@ class Connection:
             # Whoever has nothing more to say closes the connection.
             pass
         finally:
-            self.unsubscribe(*self.channels)
+            for channel in self.channels:
+                self.leave(channel)
 
     async def read_command(self) -> list[bytes]:
         stream = self.stream
@@ -240,7 +243,7 @@ class Connection:
         limit = timeout(float(seconds)) if float(seconds) else nullcontext()
         waiter: Deferred[bytes] = Deferred()
         for key in keys:
-            self.database.waiting.setdefault(key, []).append(waiter)
+            self.database.waiting.setdefault(key, OrderedDict())[waiter] = None
         try:
             with limit:
                 return await waiter
@@ -248,9 +251,10 @@ class Connection:
             return NIL_ARRAY
         finally:
             for key in keys:
-                self.database.waiting[key].remove(waiter)
-                if not self.database.waiting[key]:
-                    del self.database.waiting[key]
+                if (waiting := self.database.waiting.get(key)) is not None:
+                    waiting.pop(waiter, None)
+                    if not waiting:
+                        del self.database.waiting[key]
 
     def subscribe(self, channel: bytes) -> bytes:
         self.channels[channel] = None
@@ -258,16 +262,20 @@ class Connection:
         return array(bulk(b"subscribe"), bulk(channel), number(len(self.channels)))
 
     def unsubscribe(self, *channels: bytes | None) -> bytes:
-        answer = b""
+        answers = []
         for channel in channels:
             if channel in self.channels:
                 del self.channels[channel]
-                del self.database.subscribers[channel][self]
-                if not self.database.subscribers[channel]:
-                    del self.database.subscribers[channel]
+                self.leave(channel)
             left = number(len(self.channels))
-            answer += array(bulk(b"unsubscribe"), bulk(channel), left)
-        return answer
+            answers.append(array(bulk(b"unsubscribe"), bulk(channel), left))
+        return b"".join(answers)
+
+    def leave(self, channel: bytes) -> None:
+        subscribers = self.database.subscribers[channel]
+        del subscribers[self]
+        if not subscribers:
+            del self.database.subscribers[channel]
 
     def publish(self, channel: bytes, message: bytes) -> int:
         data = array(bulk(b"message"), bulk(channel), bulk(message))

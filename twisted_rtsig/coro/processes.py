@@ -98,7 +98,7 @@ class Process:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._status: int | None = None
-        self._waiters: tuple[Operation[int], ...] = ()
+        self._waiters: dict[Operation[int], None] = {}
         self._transport: Any = None
         self.stream: Stream
         self._errors: Stream
@@ -134,7 +134,7 @@ class Process:
             return finished
         operation: Operation[int] = Operation()
         operation.owner = self
-        self._waiters += (operation,)
+        self._waiters[operation] = None
         return operation
 
     def send_signal(self, signal: int | str) -> None:
@@ -179,7 +179,7 @@ class Process:
 
     def forget(self, operation: Operation[Any]) -> None:
         """See ``Owner.forget``."""
-        self._waiters = tuple(each for each in self._waiters if each is not operation)
+        self._waiters.pop(operation, None)
 
     def waits_for(self, operation: Operation[Any]) -> str:
         """See ``Owner.waits_for``."""
@@ -197,7 +197,7 @@ class Process:
     def _exited(self, reason: Failure) -> None:
         why: Any = reason.value
         self._status = -why.signal if why.signal else why.exitCode
-        waiters, self._waiters = self._waiters, ()
+        waiters, self._waiters = self._waiters, {}
         for operation in waiters:
             # One that is resumed may cancel another.
             if not operation.called:

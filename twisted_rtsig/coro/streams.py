@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -149,10 +149,10 @@ class Stream:
         self._lost: Exception | None = None
         # Who waits for room, for the end of all output, of everything, for TLS.
         self._full = False
-        self._drained: tuple[Operation[None], ...] = ()
-        self._wrote_eof: tuple[Operation[None], ...] | None = None
+        self._drained = _NO_OPERATIONS
+        self._wrote_eof: _Operations | None = None
         self._output_finished = False
-        self._closed: tuple[Operation[None], ...] = ()
+        self._closed = _NO_OPERATIONS
         self._secured: Operation[None] | None = None
         self._closing = False
         # Why nothing can be written any more; and why nothing arrives.
@@ -367,7 +367,8 @@ class Stream:
                 try:
                     data = take(self, what, limit)
                 except (StreamError, ConnectionClosed) as error:
-                    return failed(error)
+                    # As in _serve_reader.
+                    return failed(error.with_traceback(None))
                 if data is not None:
                     self._reads_left -= 1
                     if self._paused and self._buffer.size <= _LOW_MARK:
@@ -392,10 +393,10 @@ class Stream:
             self._forget_reader()
         else:
             # They would pile up if one tried again and again.
-            self._drained = _without(operation, self._drained)
-            self._closed = _without(operation, self._closed)
+            self._drained.pop(operation, None)
+            self._closed.pop(operation, None)
             if self._wrote_eof is not None:
-                self._wrote_eof = _without(operation, self._wrote_eof)
+                self._wrote_eof.pop(operation, None)
 
     def waits_for(self, operation: Operation[Any]) -> str:
         """See ``Owner.waits_for``."""
@@ -424,8 +425,9 @@ class Stream:
             # not that of the transport.
             self._forget_reader()
             # A read that was left behind says nothing if this side has ended the
-            # connection, as it has when a handler has ended.
-            reader.fail(error, quietly=self._closing)
+            # connection, as it has when a handler has ended.  The traceback would keep
+            # the frames here, which lead back to the error.
+            reader.fail(error.with_traceback(None), quietly=self._closing)
         else:
             if data is not None:
                 self._forget_reader()
@@ -474,9 +476,7 @@ class Stream:
         if not self._full:
             done: Operation[None] = Done()
             return done
-        operation = self._operation()
-        self._drained += (operation,)
-        return operation
+        return self._until_resumed()
 
     def send_file(
         self,
@@ -528,7 +528,7 @@ class Stream:
                     f"{self!r} has no half close: use close(), or let the protocol "
                     "tell the peer that nothing more comes"
                 )
-            self._wrote_eof = ()
+            self._wrote_eof = {}
             self._unwritable = StreamError("nothing can be written after write_eof()")
             self._after_files(self._half_close)
         if self._output_finished:
@@ -537,7 +537,7 @@ class Stream:
         if self._wrote_eof is None or self._output_lost is not None:
             return failed(_again(self._unwritable), quietly=True)
         operation = self._operation()
-        self._wrote_eof += (operation,)
+        self._wrote_eof[operation] = None
         return operation
 
     def _half_close(self) -> None:
@@ -585,7 +585,8 @@ class Stream:
             gone: Operation[None] = Done()
             return gone
         operation = self._operation()
-        self._closed += (operation,)
+        self._closed = self._closed or {}
+        self._closed[operation] = None
         return operation
 
     def _operation(self) -> Operation[None]:
@@ -662,7 +663,8 @@ class Stream:
 
     def _until_resumed(self) -> Operation[None]:
         operation = self._operation()
-        self._drained += (operation,)
+        self._drained = self._drained or {}
+        self._drained[operation] = None
         return operation
 
     def _file_has_ended(self, whole: bool) -> None:
@@ -679,7 +681,7 @@ class Stream:
             )
             self._fail_held(self._unwritable)
         held = self._held
-        written: list[Operation[None]] = []
+        written: _Operations = {}
         self._sending = None
         while held:
             following = held.popleft()
@@ -687,7 +689,9 @@ class Stream:
                 data, operation = following
                 self.activity += 1
                 self.transport.write(data)
-                written.append(operation)
+                # Unless it was cancelled.
+                if not operation.called:
+                    written[operation] = None
             elif isinstance(following, Sending):
                 if not following.operation.called:
                     self._sending = following
@@ -697,9 +701,10 @@ class Stream:
         if self._sending is not None:
             self._sending.begin()
         if self._full:
-            self._drained += tuple(written)
+            self._drained = self._drained or {}
+            self._drained.update(written)
         else:
-            _succeed(tuple(written))
+            _succeed(written)
 
     def _lose_file(self, error: Exception) -> None:
         """The rest of the file that is being sent cannot be sent any more."""
@@ -724,7 +729,7 @@ class Stream:
         held, self._held = self._held, deque()
         for following in held:
             if isinstance(following, tuple):
-                _fail((following[1],), error)
+                _fail([following[1]], error)
             elif isinstance(following, Sending):
                 following.fail(_again(error))
             elif self._output_lost is None:
@@ -837,16 +842,16 @@ class Stream:
         self._lost = lost
         self._ended = True
         self._unwritable = self._output_lost = lost
-        drained, self._drained = self._drained, ()
-        closed, self._closed = self._closed, ()
+        waiting = [*self._drained, *(self._wrote_eof or ())]
+        closed, self._closed = self._closed, _NO_OPERATIONS
+        self._drained = _NO_OPERATIONS
         if self._wrote_eof is not None:
-            drained += self._wrote_eof
-            self._wrote_eof = ()
+            self._wrote_eof = {}
         self._serve_reader()
         if self._secured is not None:
-            drained += (self._secured,)
+            waiting.append(self._secured)
         self._lose_file(lost)
-        _fail(drained, lost)
+        _fail(waiting, lost)
         self._fail_held(lost)
         cut_short, self._cut_short = self._cut_short, None
         if cut_short is not None and self._aborted:
@@ -874,7 +879,7 @@ class Stream:
         lost = ConnectionLost("the other side has closed what is written to")
         self._unwritable = self._unwritable or lost
         self._output_lost = lost
-        drained, self._drained = self._drained, ()
+        drained, self._drained = self._drained, _NO_OPERATIONS
         self._lose_file(lost)
         _fail(drained, lost)
         self._fail_held(lost)
@@ -883,14 +888,14 @@ class Stream:
         """Everything was sent, and the end of it."""
         if self._wrote_eof is not None:
             self._output_finished = True
-            finished, self._wrote_eof = self._wrote_eof, ()
+            finished, self._wrote_eof = self._wrote_eof, {}
             _succeed(finished)
 
     def secure(self) -> None:
         """The TLS handshake is done."""
         self._handshake_done()
         if self._secured is not None:
-            _succeed((self._secured,))
+            _succeed([self._secured])
 
     # IPushProducer, of what is written
 
@@ -911,7 +916,7 @@ class Stream:
         self.activity += 1
         if full and self._wrote_eof is not None and self._sending is None:
             self._half_close()
-        drained, self._drained = self._drained, ()
+        drained, self._drained = self._drained, _NO_OPERATIONS
         _succeed(drained)
 
     def stopProducing(self) -> None:
@@ -938,20 +943,14 @@ async def _first(reading: Operation[bytes], event: Event) -> bool:
     return True
 
 
-def _without(
-    operation: Operation[Any], operations: tuple[Operation[None], ...]
-) -> tuple[Operation[None], ...]:
-    return tuple(each for each in operations if each is not operation)
-
-
-def _succeed(operations: tuple[Operation[None], ...]) -> None:
+def _succeed(operations: Iterable[Operation[None]]) -> None:
     for operation in operations:
         # Unless it was cancelled.
         if not operation.called:
             operation.succeed(None)
 
 
-def _fail(operations: tuple[Operation[None], ...], error: Exception) -> None:
+def _fail(operations: Iterable[Operation[None]], error: Exception) -> None:
     for operation in operations:
         if not operation.called:
             operation.fail(_again(error), quietly=True)
@@ -982,6 +981,11 @@ _Held = tuple[bytes, Operation[None]] | Sending | Callable[[], object]
 
 # What follows no file.  An empty deque takes 600 bytes, and each stream would have one.
 _NOTHING: Final[deque[_Held]] = deque()
+
+# Operations in their order, each of which is dropped in constant time.  An empty
+# dictionary takes 64 bytes, and each stream would have two.
+_Operations = dict[Operation[None], None]
+_NO_OPERATIONS: Final[_Operations] = {}
 
 # What takes the data of a read from the buffer: None if it is not there yet.
 _Take = Callable[[Stream, Any, int], "bytes | None"]
