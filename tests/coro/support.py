@@ -20,6 +20,8 @@ from twisted.internet.ssl import PrivateCertificate
 
 from tests.support import DEADLINE
 from twisted_rtsig.coro import (
+    Channel,
+    Event,
     Server,
     Stream,
     Task,
@@ -99,22 +101,22 @@ def client_endpoint(reactor: Any, server: Server) -> TCP4ClientEndpoint:
 @contextlib.asynccontextmanager
 async def connected(reactor: Any) -> AsyncIterator[tuple[Stream, socket.socket]]:
     """A stream that a server has accepted, and a plain socket at its other end."""
-    accepted: Deferred[Stream] = Deferred()
-    left: Deferred[None] = Deferred()
+    accepted: Channel[Stream] = Channel(1)
+    left = Event()
 
     async def handler(stream: Stream) -> None:
-        accepted.callback(stream)
-        await left
+        await accepted.send(stream)
+        await left.wait()
 
     server = await listen(reactor, handler)
     port = server.port.getHost().port
     with socket.create_connection(("127.0.0.1", port)) as peer:
         peer.setblocking(False)
-        stream = await accepted
+        stream = await accepted.receive()
         try:
             yield stream, peer
         finally:
-            left.callback(None)
+            left.set()
             await stream.abort()
             await server.stop()
 

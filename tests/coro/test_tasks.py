@@ -255,6 +255,22 @@ def test_one_of_another_reactor_runs_within_it(clock: Clock) -> None:
     assert seen == ["other", "main", "other", "main"]
 
 
+def test_an_error_of_a_canceller_does_not_stop_the_others(clock: Clock) -> None:
+    """It leaves the scheduler, which goes on all the same."""
+
+    def refuse(deferred: Deferred[None]) -> None:
+        raise KeyError("why")
+
+    async def cancels_itself() -> None:
+        current_task().cancel()
+        await Deferred(refuse)
+
+    for _ in range(3):
+        with pytest.raises(KeyError, match="why"):
+            spawn(cancels_itself, reactor=clock)
+        assert spawn(lambda: succeed(1), reactor=clock).result() == 1
+
+
 # Errors
 
 

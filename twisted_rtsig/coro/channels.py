@@ -12,6 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 from twisted_rtsig.coro.errors import ChannelClosed, EndOfChannel, WouldBlock
 from twisted_rtsig.coro.operations import (
     NOTHING,
+    OVER,
     Done,
     Finished,
     Operation,
@@ -89,6 +90,7 @@ class Channel(Generic[T]):
                 receivers.strip()
             if type(receiver) is Operation and (waiter := receiver.waiter) is not None:
                 # As succeed(), without the call: most values go through here.
+                receiver.waiter = OVER
                 receiver.called = True
                 receiver.result = value
                 waiter._waiting_on = None
@@ -96,7 +98,7 @@ class Channel(Generic[T]):
                 scheduler = waiter._scheduler
                 scheduler._ready.append(waiter)
                 if not scheduler._busy:
-                    scheduler._run()
+                    scheduler._run(scheduler)
             else:
                 receiver.succeed(value)
             done = Done()

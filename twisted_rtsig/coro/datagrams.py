@@ -162,6 +162,8 @@ class _Datagrams(DatagramProtocol):
 
     def stopProtocol(self) -> None:
         self.socket.fail(StreamError("nothing can be received after close()"))
+        # The transport holds this, and the socket the transport.
+        del self.socket
 
 
 def open_datagrams(

@@ -82,7 +82,7 @@ class Operation(Deferred[T]):
     they take is made for those only which have some.
 
     :ivar waiter: the task that is resumed when it is finished; C{OVER} once it is,
-        or has been abandoned, if there was none.
+        or has been abandoned.
     :ivar owner: who is to finish it; None if nobody need know that it is abandoned.
     :ivar value: of a send: what waits to be sent.
     """
@@ -104,18 +104,18 @@ class Operation(Deferred[T]):
     def succeed(self, value: T) -> None:
         """Finish with a value."""
         waiter: Task[Any] | None = self.waiter
+        # The function of the task may hold this, and must not hold the task.
+        self.waiter = OVER
         self.called = True
         self.result = value
-        if waiter is None:
-            self.waiter = OVER
-        else:
+        if waiter is not None:
             # As in Scheduler.resume.
             waiter._waiting_on = None
             waiter._value = value
             scheduler = waiter._scheduler
             scheduler._ready.append(waiter)
             if not scheduler._busy:
-                scheduler._run()
+                scheduler._run(scheduler)
 
     def settle(self, value: T) -> None:
         """Finish with a value, of which :meth:`tell` tells."""
@@ -186,8 +186,13 @@ class Operation(Deferred[T]):
             self.fail(CancelledError(), quietly=True)
 
     def __await__(self) -> Generator[Deferred[T], Any, T]:
-        # The driver sends the result; a task's at once if it is there.
-        return (yield self)  # type: ignore[no-any-return]
+        try:
+            # The driver sends the result; a task's at once if it is there.
+            return (yield self)  # type: ignore[no-any-return]
+        except BaseException:
+            # The traceback holds this frame, and the result the error.
+            del self
+            raise
 
     __iter__ = __await__
 
@@ -264,13 +269,18 @@ class _UsedAsDeferred(Operation[T]):
 
     def __await__(self) -> Generator[Deferred[T], Any, T]:
         if not self.called or self.paused:
-            return (yield self)  # type: ignore[no-any-return]
+            return (yield from super().__await__())
         result = self.result
         if type(result) is Failure:
             # It is not unhandled any more.
             self.addErrback(ignore)
             self.result = result
-            result.raiseException()
+            error = error_of(result)
+            try:
+                raise error
+            finally:
+                # The traceback holds this frame, and the result the error.
+                del self, result, error
         return result  # type: ignore[no-any-return]
 
     __iter__ = __await__
@@ -300,6 +310,13 @@ class _UsedAsDeferred(Operation[T]):
     addCallback = Deferred.addCallback
     addErrback = Deferred.addErrback
     addBoth = Deferred.addBoth
+
+
+def error_of(failure: Failure) -> BaseException:
+    """The error of a failure, to be raised as the failure has it: again each time."""
+    error = failure.value
+    assert error is not None
+    return error.with_traceback(failure.tb)
 
 
 def ignore(failure: Failure) -> None:

@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 from twisted.internet.defer import Deferred, fail
 
+from twisted_rtsig.coro.async_generators import INSTALLED, GeneratorHooks
 from twisted_rtsig.coro.errors import NoTaskError
 from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
 
@@ -74,6 +75,14 @@ class _Handover(Deferred[Any]):
 HANDOVER: Final = _Handover()
 
 
+_Run = Callable[["Scheduler"], None]
+
+# All generators that run tasks, which are never closed, and those of schedulers that
+# are gone, to be used again.  See _steps.
+_kept: Final[list[_Run]] = []
+_idle: Final[list[_Run]] = []
+
+
 class Scheduler:
     """
     Resumes the tasks of one reactor.
@@ -81,7 +90,16 @@ class Scheduler:
     :ivar reactor: an ``IReactorTime`` provider, for what lies in the future.
     """
 
-    __slots__ = ("__weakref__", "_busy", "_next_turn", "_ready", "_running", "reactor")
+    __slots__ = (
+        "__weakref__",
+        "_busy",
+        "_hooks",
+        "_next_turn",
+        "_ready",
+        "_run",
+        "_running",
+        "reactor",
+    )
 
     def __init__(self, reactor: Any) -> None:
         self.reactor = reactor
@@ -92,6 +110,14 @@ class Scheduler:
         self._running = False
         # Whether those who are ready are run already, or will be in the next turn.
         self._busy = False
+        self._hooks = GeneratorHooks(reactor)
+        # Takes this scheduler, and runs the tasks that are ready; if there are too
+        # many, the rest in the next turn.
+        self._run = _idle.pop() if _idle else _start_steps()
+
+    # Bound here, since at the end of the process the global may be gone.
+    def __del__(self, idle: list[_Run] = _idle) -> None:
+        idle.append(self._run)
 
     def resume(
         self, task: Task[Any], value: Any, error: BaseException | None = None
@@ -101,7 +127,7 @@ class Scheduler:
         task._error = error
         self._ready.append(task)
         if not self._busy:
-            self._run()
+            self._run(self)
 
     def next_turn(self, function: Callable[[], object]) -> None:
         """Call C{function} when the reactor has had a turn."""
@@ -119,23 +145,41 @@ class Scheduler:
         finally:
             # Unless a task has called the reactor.
             if not self._running:
-                self._run()
+                self._run(self)
 
     def _nothing(self) -> None:
         """The turn itself runs who is ready."""
 
-    def _run(self) -> None:
-        """Run those who are ready; of too many, the rest in the next turn."""
-        self._busy = self._running = True
-        # One of another reactor, which turns within this one's task.
+
+def _steps() -> Generator[None, Scheduler, None]:
+    """
+    Run the tasks that are ready, each time that a scheduler is sent.
+
+    This is a generator, which never ends, for CPython 3.12 and 3.13: there the frame
+    of a coroutine that has raised an error keeps the frames that have called it, with
+    all that is in their variables, for as long as the error's traceback exists.
+    Deferreds have that same error in their variables, so that it would be left to the
+    garbage collector.  But a generator that waits was called by nothing, and this one
+    clears its variables before.  It is never closed: CPython 3.12 would keep what
+    closes it.
+    """
+    handover = HANDOVER
+    installed = INSTALLED
+    # Tasks in `ready` are active, so all that is used here is set.
+    task: Any
+    target: Any
+    awaited: Any
+    while True:
+        scheduler: Any = yield
+        hooks: Any = scheduler._hooks
+        if installed.of is not hooks:
+            hooks.install()
+        ready: Any = scheduler._ready
+        scheduler._busy = scheduler._running = True
+        # That of another reactor, if one of its tasks has called this one.
         before = running.task
-        ready = self._ready
         # What is appended meanwhile comes as well.
-        upcoming = iter(ready)
-        handover = HANDOVER
-        # Whoever is ready is active, and has all that is asked for here.
-        task: Any
-        target: Any
+        upcoming: Any = iter(ready)
         try:
             for task in islice(upcoming, _STEPS_IN_A_TURN):
                 running.task = task
@@ -193,22 +237,40 @@ class Scheduler:
                         if result is None:
                             break
                         value, error = result
+        except BaseException:
+            # A generator that has raised something is of no more use.
+            _kept.remove(scheduler._run)
+            scheduler._run = _start_steps()
+            raise
         finally:
-            self._running = False
+            if hooks.shared:
+                hooks.uninstall()
+            elif before is not None:
+                before._scheduler._hooks.install()
+            scheduler._running = False
             running.task = before
-            # It keeps nobody alive.
+            # They keep nothing alive.
             handover.target = handover.value = None
+            task = target = awaited = value = error = result = before = None
             left = length_hint(upcoming)
             del ready[: len(ready) - left]
             if left:
-                # Still busy: whoever is resumed meanwhile comes after those.
-                self.next_turn(self._nothing)
+                # Still busy: tasks that are resumed meanwhile come after these.
+                scheduler.next_turn(scheduler._nothing)
             else:
-                self._busy = False
+                scheduler._busy = False
+            upcoming = ready = hooks = scheduler = None
+
+
+def _start_steps() -> _Run:
+    steps = _steps()
+    next(steps)
+    _kept.append(steps.send)
+    return steps.send
 
 
 # The code that calls every task's function.
-RUN: Final[CodeType] = Scheduler._run.__code__
+RUN: Final[CodeType] = _steps.__code__
 
 # By id of the reactor, which stays what it is as long as its scheduler lives.
 _schedulers: WeakValueDictionary[int, Scheduler] = WeakValueDictionary()

@@ -13,8 +13,15 @@ from weakref import WeakKeyDictionary
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from twisted_rtsig.coro.operations import NOTHING, Operation, failed, ignore
+from twisted_rtsig.coro.operations import (
+    NOTHING,
+    Operation,
+    error_of,
+    failed,
+    ignore,
+)
 from twisted_rtsig.coro.tasks import Task, scheduler_for
+from twisted_rtsig.coro.tracebacks import drop_machinery_above
 from twisted_rtsig.coro.waiting import Entry, Waiters
 
 
@@ -65,7 +72,8 @@ def select(*cases: Any) -> Operation[tuple[Any, Any]]:
         try:
             value = selectable.poll()
         except Exception as error:
-            return failed(error)
+            # The traceback holds this frame, and a case the error.
+            return failed(drop_machinery_above(error))
         if value is not NOTHING:
             done: Operation[tuple[Any, Any]] = Operation()
             done.succeed((case, value))
@@ -242,7 +250,7 @@ class _DeferredCase:
         result = self._hook.result
         if isinstance(result, Failure):
             self._deferred.addErrback(ignore)
-            result.raiseException()
+            raise error_of(result)
         return result
 
     def watch(self, entry: Entry) -> None:
@@ -269,7 +277,7 @@ class _Hook:
         while self.waiters.entries:
             waiter = self.waiters.next()
             if task.failed or task.cancelled:
-                waiter.fail(task._see_failure().value)
+                waiter.fail(task._see_error())
             else:
                 waiter.succeed(task._result)
 
@@ -280,7 +288,7 @@ class _Hook:
                 self.waiters.next().succeed(result)
         elif self.waiters.entries:
             while self.waiters.entries:
-                self.waiters.next().fail(result.value)
+                self.waiters.next().fail(error_of(result))
             # They have seen to it.
             return None
         return result

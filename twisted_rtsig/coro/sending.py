@@ -73,7 +73,9 @@ class Sending:
         succeeded = not (task.failed or task.cancelled)
         self._stream._file_has_ended(succeeded or not self._sent)
         operation = self.operation
-        error = task._see_failure().value if task.failed else CancelledError()
+        # They hold each other.
+        self._task = operation.owner = None
+        error = task._see_error() if task.failed else CancelledError()
         if operation.called:
             return
         if succeeded:
@@ -87,6 +89,9 @@ class Sending:
         """It is not sent, or not all of it."""
         if not self.operation.called:
             assert error is not None
+            # The traceback would keep the frame of a method, and so the operation.
+            error = error.with_traceback(None)
+            self.operation.owner = None
             self.operation.fail(error, quietly=isinstance(error, ConnectionClosed))
 
     def lose(self, error: Exception) -> None:

@@ -7,6 +7,7 @@ next; whatever it waits for resumes it.  See ``docs/coroutines.md``.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import inspect
@@ -14,9 +15,9 @@ import sys
 import time
 import types
 import weakref
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from types import CodeType, FrameType
-from typing import Any, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Final, Generic, ParamSpec, TypeVar, cast
 
 from twisted.internet import defer
 from twisted.internet.defer import CancelledError, Deferred
@@ -24,7 +25,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.errors import Cancelled, NoTaskError, TransferError
-from twisted_rtsig.coro.operations import Operation, Wait
+from twisted_rtsig.coro.operations import Operation, Wait, error_of
 from twisted_rtsig.coro.scheduler import HANDOVER, RUN, Scheduler, running, scheduler_of
 from twisted_rtsig.coro.tracebacks import log_failure, without_machinery
 
@@ -50,17 +51,30 @@ _NOW = 1
 _EARLIER = 2
 
 
-class _Unseen:
-    """Logs the failure of a task, unless somebody looks at it before it goes."""
+class _Failed:
+    """
+    Why a task has failed.  It is logged when this is collected, unless the error
+    was seen before.
+    """
 
-    def __init__(self, name: str, failure: Failure) -> None:
+    __slots__ = ("_error", "_name", "_seen", "_traceback")
+
+    def __init__(self, name: str, error: BaseException) -> None:
         self._name = name
-        self.failure: Failure | None = failure
+        self._error = error
+        # Python adds to the traceback of the error wherever it is raised again.
+        self._traceback = error.__traceback__
+        self._seen = False
+
+    def see(self) -> BaseException:
+        """The error, to be raised where the task is awaited: again each time."""
+        self._seen = True
+        return self._error.with_traceback(self._traceback)
 
     def __del__(self) -> None:
-        if self.failure is not None:
+        if not self._seen:
             message = "Task {name} has failed"
-            log_failure(_log, message, self.failure, name=self._name)
+            log_failure(_log, message, Failure(self.see()), name=self._name)
 
 
 class Task(Generic[T]):
@@ -126,10 +140,10 @@ class Task(Generic[T]):
         self._since = time.monotonic()
         self._interrupted = _NOT
         self._state = _ACTIVE
-        # The value; of a failed one, the failure, and who sees to it.
+        # The value; of a failed task, a _Failed.
         self._result: Any = None
-        # Who is told of the end: functions that take the task.
-        self._done: tuple[Callable[[Task[T]], object], ...] = ()
+        # Functions to call with this task when it ends; None without any.
+        self._done: list[Callable[[Task[T]], object]] | None = None
 
     @property
     def reactor(self) -> Any:
@@ -165,9 +179,12 @@ class Task(Generic[T]):
             raise RuntimeError(f"{self!r} has not ended yet: await it before")
         if self._state == _SUCCEEDED:
             return cast(T, self._result)
-        failure = self._see_failure()
-        assert failure.value is not None
-        raise failure.value
+        error = self._see_error()
+        try:
+            raise error
+        finally:
+            # The traceback holds this frame, and the task the error.
+            del self, error
 
     def as_deferred(self) -> Deferred[T]:
         """
@@ -178,24 +195,38 @@ class Task(Generic[T]):
         return deferred
 
     def __await__(self) -> Generator[Deferred[T], Any, T]:
+        if self._state == _SUCCEEDED:
+            return cast(T, self._result)
         if self._state == _ACTIVE:
-            return cast(T, (yield self.as_deferred()))
-        return self.result()
+            ending = self.as_deferred()
+            # As in result().
+            del self
+            return cast(T, (yield ending))
+        error = self._see_error()
+        try:
+            raise error
+        finally:
+            del self, error
 
     def _when_done(self, function: Callable[[Task[T]], object]) -> None:
         """Call C{function} with this task when it has ended."""
-        if self._state == _ACTIVE:
-            self._done += (function,)
-        else:
+        if self._state != _ACTIVE:
             function(self)
+        elif self._done is None:
+            self._done = [function]
+        else:
+            self._done.append(function)
+
+    def _see_error(self) -> BaseException:
+        """Why it has not succeeded: not to be logged, since the caller handles it."""
+        if self._state == _CANCELLED:
+            return CancelledError(f"{self.name} was cancelled")
+        failed: _Failed = self._result
+        return failed.see()
 
     def _see_failure(self) -> Failure:
-        """Why it has not succeeded; whoever calls this sees to it."""
-        if self._state == _CANCELLED:
-            return Failure(CancelledError(f"{self.name} was cancelled"))
-        failure: Failure = self._result[0]
-        self._result[1].failure = None
-        return failure
+        """As C{_see_error}, for a Deferred or the log."""
+        return Failure(self._see_error())
 
     def _end(self, state: int, result: Any) -> None:
         self._state = state
@@ -204,16 +235,17 @@ class Task(Generic[T]):
         self._context = None
         self._scopes = ()
         self._cancels = ()
-        done, self._done = self._done, ()
-        for function in done:
-            function(self)
+        done, self._done = self._done, None
+        if done is not None:
+            for function in done:
+                function(self)
         # Kept for those whom this one has started, and not what has ended before.
         starter = self._starter = self._nearest_starter()
         if starter is not None and starter._waiting_on is HANDOVER:
             if state == _SUCCEEDED:
                 starter._resume(result)
             else:
-                starter._resume(None, self._see_failure().value)
+                starter._resume(None, self._see_error())
 
     def _nearest_starter(self) -> Task[Any] | None:
         """Who gets the control when this one ends."""
@@ -223,8 +255,7 @@ class Task(Generic[T]):
         return starter
 
     def _fail(self, error: BaseException) -> None:
-        failure = Failure(without_machinery(error))
-        self._end(_FAILED, (failure, _Unseen(self.name, failure)))
+        self._end(_FAILED, _Failed(self.name, without_machinery(error)))
 
     # Cancellation
 
@@ -267,19 +298,29 @@ class Task(Generic[T]):
         Cancel what it waits for, if that is to be; where that is the end of another
         task, what that one waits for, and so on.
         """
-        # Tasks that wait for each other, in a chain of any length.
+        # Tasks that wait for each other, in a chain of any length: directly, or through
+        # Deferreds, which tell the next task to be cancelled.
         chain: dict[Task[Any], None] = {}
+        told: list[Task[Any]] = []
         task: Task[Any] | None = self
         try:
             while task is not None:
-                task = task._interrupt_one(chain)
+                task = task._interrupt_one(chain, told)
+                if task is None and told:
+                    task = told.pop()
         finally:
             for each in chain:
                 if each._interrupted == _NOW:
                     each._interrupted = _EARLIER
 
-    def _interrupt_one(self, chain: dict[Task[Any], None]) -> Task[Any] | None:
-        """Cancel what it waits for, or return the task that it waits for."""
+    def _interrupt_one(
+        self, chain: dict[Task[Any], None], told: list[Task[Any]]
+    ) -> Task[Any] | None:
+        """
+        Cancel what it waits for, or return the task that it waits for.
+
+        :param told: gets the tasks that a Deferred cancels when it is cancelled.
+        """
         awaited = self._waiting_on
         if isinstance(awaited, Beginning):
             self._waiting_on = None
@@ -296,17 +337,18 @@ class Task(Generic[T]):
             awaited.abandon()
             self._resume(None, cancelled)
             return None
-        chain[self] = None
         # That it ends may take a while, or succeed all the same.
         task = awaited.awaited_task() if isinstance(awaited, _OfTask) else None
-        if task in chain:
+        if self in chain or task is self or task in chain:
             # A circle, in which nobody would ever be told.
             self._resume(None, cancelled)
             return None
+        chain[self] = None
         self._cancels = before
         self._interrupted = _NOW
         if task is None:
-            awaited.cancel()
+            with _collecting(told):
+                awaited.cancel()
         elif task._to_be_cancelled_for(None):
             return task
         return None
@@ -344,7 +386,7 @@ class Task(Generic[T]):
             if type(awaited) in (Operation, Wait) and awaited.called:
                 result = awaited.result
                 if isinstance(result, Failure):
-                    return None, result.value
+                    return None, error_of(result)
                 return result, None
         elif isinstance(awaited, Task):
             # Yielded by a generator.
@@ -426,7 +468,7 @@ class Task(Generic[T]):
             self._resume(result)
             # It may be awaited by another task as well.
             return result
-        error: BaseException | None = result.value
+        error: BaseException | None = error_of(result)
         # What fails at once fails because of it, whatever it calls that.
         if interrupted == _NOW or (interrupted and isinstance(error, CancelledError)):
             cancelled = self._next_cancel()
@@ -438,6 +480,35 @@ class Task(Generic[T]):
     def __repr__(self) -> str:
         state = ("active", "succeeded", "failed", "cancelled")[self._state]
         return f"<Task {self.name}: {state}>"
+
+
+class _Collected:
+    """
+    The tasks that are cancelled by the Deferred that is cancelled now.
+
+    :ivar told: those tasks; None if no task cancels a Deferred.
+    :ivar within: the task that ran before: another one that runs meanwhile cancels
+        on its own account.
+    """
+
+    __slots__ = ("told", "within")
+
+    def __init__(self) -> None:
+        self.told: list[Task[Any]] | None = None
+        self.within: Task[Any] | None = None
+
+
+_collected: Final = _Collected()
+
+
+@contextlib.contextmanager
+def _collecting(told: list[Task[Any]]) -> Iterator[None]:
+    before = _collected.told, _collected.within
+    _collected.told, _collected.within = told, running.task
+    try:
+        yield
+    finally:
+        _collected.told, _collected.within = before
 
 
 class Beginning:
@@ -459,12 +530,16 @@ class _OfTask(Deferred[T]):
 
     def __init__(self, task: Task[T]) -> None:
         super().__init__()
-        self._task = task
+        # None once the task has ended: the traceback of its error leads here.
+        self._task: Task[T] | None = task
 
     def __repr__(self) -> str:
+        if self._task is None:
+            return super().__repr__()
         return f"the end of {self._task!r}"
 
     def finish(self, task: Task[T]) -> None:
+        self._task = None
         if task._state == _SUCCEEDED:
             self.callback(task._result)
         else:
@@ -472,14 +547,19 @@ class _OfTask(Deferred[T]):
 
     def awaited_task(self) -> Task[T] | None:
         """The task; None once this has fired."""
-        return None if self.called else self._task
+        return self._task
 
     def cancel(self) -> None:
         """See ``Deferred.cancel``."""
-        if self.called:
+        task = self._task
+        if task is None:
             super().cancel()
-        else:
-            self._task.cancel()
+        elif _collected.told is None or _collected.within is not running.task:
+            task.cancel()
+        elif task._to_be_cancelled_for(None):
+            # To cancel it here would recurse as often as tasks and Deferreds take
+            # turns in a chain.
+            _collected.told.append(task)
 
 
 def _not_awaitable(what: object) -> TypeError:
@@ -673,6 +753,8 @@ class _Alarm:
 
 
 def _wake(operation: Operation[None]) -> None:
+    # The alarm holds the call, which holds the operation.
+    operation.owner = None
     if not operation.called:
         operation.succeed(None)
 
@@ -686,12 +768,15 @@ class Scope:
     """
 
     def __init__(self) -> None:
+        # The task, within the block: a task may end with an error that leads here.
         self._task: Task[Any] | None = None
+        self._entered = False
 
     def _enter(self, what: str) -> Task[Any]:
-        if self._task is not None:
+        if self._entered:
             raise RuntimeError(f"{self!r} was entered before: make a new one")
         task = self._task = task_of_caller(what)
+        self._entered = True
         task._scopes += (self,)
         return task
 
@@ -700,7 +785,9 @@ class Scope:
         if task is None or task._scopes[-1:] != (self,):
             raise _held_open(self)
         task._scopes = task._scopes[:-1]
-        task._cancels = tuple(each for each in task._cancels if each is not self)
+        if task._cancels:
+            task._cancels = tuple(each for each in task._cancels if each is not self)
+        self._task = None
 
 
 class timeout(Scope):
@@ -807,7 +894,7 @@ class TaskGroup(Scope):
 
         :raises RuntimeError: before or after the block.
         """
-        if self._task is None or self not in self._task._scopes:
+        if self._task is None:
             raise RuntimeError(
                 f"{self!r} runs no task outside of its block: call spawn() within "
                 "async with"
@@ -835,9 +922,7 @@ class TaskGroup(Scope):
     def _ended(self, task: Task[Any]) -> None:
         del self._tasks[task]
         if task._state == _FAILED:
-            error = task._see_failure().value
-            assert error is not None
-            self._errors.append(error)
+            self._errors.append(task._see_error())
             self.cancel()
         last = self._last_ends
         # The one who waits for it may have been cancelled meanwhile.
@@ -869,14 +954,16 @@ class TaskGroup(Scope):
                 if cancelled._scope is not self:
                     outer = cancelled
                 self.cancel()
+        self._last_ends = None
         task = self._task
         assert task is not None
         self._exit()
         if isinstance(error, Cancelled) and not own:
             outer = error
-        errors = self._errors
+        # Tasks of the group may refer to it, and the errors to their frames.
+        errors, self._errors = self._errors, []
         if error is not None and not isinstance(error, Cancelled):
-            errors = [error, *errors]
+            errors.insert(0, error)
         if errors:
             if outer is not None:
                 # Where it waits next.

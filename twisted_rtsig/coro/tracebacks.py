@@ -21,10 +21,12 @@ _MACHINERY = ("twisted_rtsig.coro.", "twisted.internet.defer", "twisted.python.f
 
 def without_machinery(error: BaseException) -> BaseException:
     """
-    Take this package's and Twisted's drivers of coroutines out of the traceback
-    of C{error} and of what led to it; return C{error}.
+    Take this package's and Twisted's drivers of coroutines out of the tracebacks
+    of C{error}, of what led to it and of what is in it; return C{error}.
 
-    An error that comes out of this package alone keeps its last line.
+    An error that comes out of this package alone keeps its last line.  An error that
+    passes through many tasks is filtered by each: only what that task has added is
+    looked at.
     """
     seen: set[int] = set()
     rest: list[BaseException | None] = [error]
@@ -32,21 +34,42 @@ def without_machinery(error: BaseException) -> BaseException:
         each = rest.pop()
         if each is not None and id(each) not in seen:
             seen.add(id(each))
-            each.__traceback__ = _filtered(each.__traceback__)
-            rest += [each.__cause__, each.__context__]
+            each.__traceback__, filtered_before = _filtered(each.__traceback__)
+            if not filtered_before:
+                rest += [each.__cause__, each.__context__]
+                if isinstance(each, BaseExceptionGroup):
+                    rest += each.exceptions
     return error
 
 
-def _filtered(traceback: TracebackType | None) -> TracebackType | None:
+def _filtered(traceback: TracebackType | None) -> tuple[TracebackType | None, bool]:
+    """
+    A traceback without machinery, and whether a part of it was filtered before.
+
+    That part is known by its C{tb_lasti}, which is odd.  Instructions are at even
+    offsets, and everything that looks for the position of one rounds down.
+    """
     entries = []
-    while traceback is not None:
+    while traceback is not None and not traceback.tb_lasti & 1:
         entries.append(traceback)
         traceback = traceback.tb_next
-    kept = [each for each in entries if not is_machinery(each.tb_frame)] or entries[-1:]
-    shown: TracebackType | None = None
+    filtered_before = traceback is not None
+    kept = [each for each in entries if not is_machinery(each.tb_frame)]
+    if not (kept or filtered_before):
+        kept = entries[-1:]
     for each in reversed(kept):
-        shown = TracebackType(shown, each.tb_frame, each.tb_lasti, each.tb_lineno)
-    return shown
+        traceback = TracebackType(
+            traceback, each.tb_frame, each.tb_lasti | 1, each.tb_lineno
+        )
+    return traceback, filtered_before
+
+
+def drop_machinery_above(error: BaseException) -> BaseException:
+    """Take the outermost entries that are machinery out of the traceback."""
+    traceback = error.__traceback__
+    while traceback is not None and is_machinery(traceback.tb_frame):
+        traceback = traceback.tb_next
+    return error.with_traceback(traceback)
 
 
 def is_machinery(frame: FrameType) -> bool:

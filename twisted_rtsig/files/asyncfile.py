@@ -88,7 +88,7 @@ class AsyncFile:
         # How often it was written or truncated.
         self._changes = 0
         self._closing: _Close | None = None
-        self._closers: tuple[Operation[None], ...] = ()
+        self._closers: dict[Operation[None], None] = {}
 
     @property
     def closed(self) -> bool:
@@ -323,7 +323,7 @@ class AsyncFile:
             return closed
         closing: Operation[None] = Wait()
         closing.owner = self
-        self._closers += (closing,)
+        self._closers[closing] = None
         if self._closing is None:
             self._closing = _Close(self)
             self._close_if_idle()
@@ -336,7 +336,8 @@ class AsyncFile:
 
     def forget(self, operation: Operation[Any]) -> None:
         """See ``Owner.forget``: it is closed all the same."""
-        self._closers = tuple(each for each in self._closers if each is not operation)
+        # When they are told, they are no longer here.
+        self._closers.pop(operation, None)
 
     def waits_for(self, operation: Operation[Any]) -> str:
         """See ``Owner.waits_for``."""
@@ -685,7 +686,11 @@ class _Close(Job[None]):
 
     def end(self, result: Any, error: BaseException | None) -> None:
         self.ended = True
-        closers, self._file._closers = self._file._closers, ()
+        # The file holds this.
+        file = self._file
+        del self._file
+        self.operation.owner = None
+        closers, file._closers = file._closers, {}
         for operation in closers:
             finish(operation, None, error)
 

@@ -77,6 +77,8 @@ class Job(Generic[T]):
 
     def forget(self, operation: Operation[Any]) -> None:
         """See ``Owner.forget``."""
+        # They hold each other.
+        operation.owner = None
         if self.claim():
             self.drop()
 
@@ -88,9 +90,10 @@ class Job(Generic[T]):
 def finish(
     operation: Operation[T], result: Any, error: BaseException | None = None
 ) -> None:
-    """Finish an operation, unless it was cancelled."""
+    """Finish the operation of a job, unless it was cancelled."""
     if operation.called:
         return
+    operation.owner = None
     if error is None:
         operation.succeed(result)
     else:
@@ -183,6 +186,9 @@ def _outcome(
 ) -> tuple[Any, BaseException | None]:
     try:
         return function(*args), None
+    except OSError as error:
+        # The traceback would show this package alone, and hold the job by its frames.
+        return None, error.with_traceback(None)
     except BaseException as error:
         return None, error
 

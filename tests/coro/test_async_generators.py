@@ -1,0 +1,275 @@
+"""Asynchronous generators that are left early wait in their C{finally}."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import sys
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from twisted.internet.asyncioreactor import AsyncioSelectorReactor
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from tests.coro.support import connected, run, run_for_real
+from tests.support import dispose
+from twisted_rtsig.coro import current_task, in_thread, sleep, spawn, timeout
+
+variable = contextvars.ContextVar("variable", default="none")
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def advance(clock: Clock) -> None:
+    for _ in range(5):
+        clock.advance(1)
+
+
+async def numbers(seen: list[Any], clock: Any = None) -> AsyncIterator[int]:
+    try:
+        for each in range(10):
+            yield each
+    finally:
+        seen.append("begins")
+        await sleep(1, clock)
+        with timeout(5):
+            await sleep(0)
+        seen.append(f"ends with {variable.get()}")
+
+
+def test_break(clock: Clock) -> None:
+    seen: list[Any] = []
+
+    async def main() -> None:
+        variable.set("that of the task")
+        async for _ in numbers(seen):
+            break
+        seen.append("goes on")
+        await sleep(0)
+        seen.append("has waited")
+
+    task = spawn(main, reactor=clock)
+    advance(clock)
+    task.result()
+    assert seen == ["goes on", "begins", "has waited", "ends with that of the task"]
+
+
+@pytest.mark.parametrize("how", ["return", "raise", "cancel"])
+def test_the_task_ends(clock: Clock, how: str, logged: list[Any]) -> None:
+    seen: list[Any] = []
+
+    async def main() -> None:
+        async for _ in numbers(seen):
+            if how == "return":
+                return
+            if how == "raise":
+                raise KeyError
+            await Deferred()
+
+    task = spawn(main, reactor=clock)
+    if how == "cancel":
+        task.cancel()
+    assert task.done
+    if how == "raise":
+        # The traceback holds the generator.
+        with pytest.raises(KeyError):
+            task.result()
+    del task
+    gc.collect()
+    advance(clock)
+    assert seen == ["begins", "ends with none"]
+    assert [each for each in logged if "log_failure" in each] == []
+
+
+def test_one_that_is_dropped_outside_of_a_task(clock: Clock) -> None:
+    seen: list[Any] = []
+    kept: list[Any] = []
+
+    async def main() -> None:
+        kept.append(numbers(seen))
+        assert await anext_of(kept[0]) == 0
+
+    spawn(main, reactor=clock).result()
+    kept.clear()
+    # Not in the middle of whatever has dropped it.
+    assert seen == []
+    advance(clock)
+    assert seen == ["begins", "ends with none"]
+
+
+async def anext_of(generator: Any) -> Any:
+    return await generator.__anext__()
+
+
+def test_one_that_waits_when_its_task_is_dropped(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, logged: list[Any]
+) -> None:
+    """Nothing is written about it."""
+    unraisable: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+
+    async def waits() -> AsyncIterator[int]:
+        await Deferred()
+        yield 1
+
+    async def main() -> None:
+        async for _ in waits():
+            pass
+
+    spawn(main, reactor=clock)
+    gc.collect()
+    advance(clock)
+    assert unraisable == []
+    assert [each for each in logged if "log_failure" in each] == []
+
+
+def test_one_that_fails_at_its_end(clock: Clock, logged: list[Any]) -> None:
+    async def fails() -> AsyncIterator[int]:
+        try:
+            yield 1
+        finally:
+            await sleep(1)
+            raise KeyError("why")
+
+    async def main() -> None:
+        async for _ in fails():
+            break
+
+    spawn(main, reactor=clock).result()
+    advance(clock)
+    [event] = [each for each in logged if "log_failure" in each]
+    assert event["name"].endswith("fails")
+    assert isinstance(event["log_failure"].value, KeyError)
+
+
+def test_one_without_anything_to_wait_for(clock: Clock) -> None:
+    """C{stream.lines()}, for example: no task is made for it."""
+
+    async def main() -> None:
+        async for each in letters():
+            if each == "b":
+                break
+
+    async def letters() -> AsyncIterator[str]:
+        for each in "abc":
+            yield each
+
+    spawn(main, reactor=clock).result()
+    advance(clock)
+    assert clock.getDelayedCalls() == []
+
+
+def test_that_of_a_stream(reactor: Any) -> None:
+    async def main() -> None:
+        async with connected(reactor) as (stream, peer):
+            peer.sendall(b"one\ntwo\nthree\n")
+            async for line in stream.lines():
+                assert line == b"one"
+                break
+            assert await stream.read_line() == b"two"
+
+    run(reactor, main)
+
+
+def test_the_garbage_collector_runs_in_another_thread(reactor: Any) -> None:
+    seen: list[Any] = []
+    threads: list[int] = []
+
+    async def generator() -> AsyncIterator[int]:
+        try:
+            yield 1
+        finally:
+            threads.append(threading.get_ident())
+            await sleep(0)
+            seen.append(current_task().name)
+
+    async def main() -> None:
+        kept = [generator()]
+        await anext_of(kept[0])
+        await in_thread(kept.clear)
+        while not seen:
+            await sleep(0.001)
+
+    run_for_real(reactor, main)
+    assert threads == [threading.get_ident()]
+    assert seen[0].endswith("generator")
+
+
+def test_asyncio_has_its_own() -> None:
+    """Those that asyncio runs are closed by asyncio, and ours by tasks."""
+    loop = asyncio.new_event_loop()
+    reactor: Any = AsyncioSelectorReactor(loop)
+    seen: list[str] = []
+
+    async def of_asyncio() -> AsyncIterator[int]:
+        try:
+            yield 1
+        finally:
+            await asyncio.sleep(0)
+            seen.append("asyncio")
+
+    async def in_asyncio() -> None:
+        async for _ in of_asyncio():
+            break
+
+    async def main() -> None:
+        ours: list[Any] = []
+        async for _ in numbers(ours, reactor):
+            break
+        await Deferred.fromFuture(asyncio.ensure_future(in_asyncio(), loop=loop))
+        while len(ours) < 2 or not seen:
+            await sleep(0.001)
+
+    try:
+        run_for_real(reactor, main)
+    finally:
+        dispose(reactor)
+        loop.close()
+    assert seen == ["asyncio"]
+
+
+def test_one_that_no_task_has_begun(clock: Clock) -> None:
+    """It is left to Python, as without this package."""
+    seen: list[str] = []
+
+    async def generator() -> AsyncIterator[int]:
+        try:
+            yield 1
+        finally:
+            seen.append("closed")
+
+    async def no_task() -> None:
+        async for _ in generator():
+            break
+        seen.append("goes on")
+
+    # The hooks are there from the first task on.
+    spawn(sleep, 0, reactor=clock)
+    Deferred.fromCoroutine(no_task())
+    assert seen == ["closed", "goes on"]
+
+
+def test_tasks_of_another_reactor_meanwhile(clock: Clock) -> None:
+    """The reactor of the task that has begun a generator closes it."""
+    seen: list[Any] = []
+    other = Clock()
+    kept: list[Any] = []
+
+    async def main() -> None:
+        spawn(sleep, 0, reactor=other)
+        kept.append(numbers(seen, clock))
+        await anext_of(kept[0])
+
+    spawn(main, reactor=clock).result()
+    kept.clear()
+    advance(other)
+    assert seen == []
+    advance(clock)
+    assert seen == ["begins", "ends with none"]
