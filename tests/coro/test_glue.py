@@ -94,6 +94,93 @@ def test_from_another_thread() -> None:
         from_thread(sleep, 0)
 
 
+# What waits for ever, if a reactor that stops does not tell the threads.
+STOPS = """
+import sys, threading, time
+{install}
+installed.install()
+from twisted.internet import reactor
+from twisted.internet.error import ReactorNotRunning
+from twisted_rtsig.coro import Event, from_thread, in_thread, sleep, spawn
+
+async def never():
+    try:
+        await Event().wait()
+    finally:
+        print("cancelled", flush=True)
+
+def wait():
+    try:
+        from_thread(never)
+    except ReactorNotRunning as error:
+        print("told:", error, flush=True)
+    try:
+        from_thread(sleep, 0)
+    except ReactorNotRunning as error:
+        print("told again", flush=True)
+
+def grace():
+    # As long as services stop, the reactor runs.
+    return spawn(in_thread, from_thread, sleep, 0.01).as_deferred().addCallback(
+        lambda _: print("stopped in grace", flush=True)
+    )
+
+async def main():
+    {pool}
+    waiting = spawn(in_thread, wait)
+    await sleep(0.01)
+    {abandon}
+    reactor.addSystemEventTrigger("before", "shutdown", grace)
+    reactor.stop()
+
+reactor.callWhenRunning(spawn, main)
+reactor.run()
+print("the end")
+"""
+
+
+INSTALLS = {
+    "select": "from twisted.internet import selectreactor as installed",
+    "asyncio": "from twisted.internet import asyncioreactor as installed",
+    "rtsig-epoll": "from twisted_rtsig import epollreactor as installed",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "pool", "abandon"),
+    [
+        *((name, "pass", "pass") for name in INSTALLS),
+        # The pool may be there before the first call of in_thread().
+        *((name, "reactor.callInThread(len, '')", "pass") for name in INSTALLS),
+        ("select", "await in_thread(len, '')", "pass"),
+        ("select", "pass", "waiting.cancel()"),
+    ],
+)
+def test_a_reactor_that_stops_tells_the_threads(
+    name: str, pool: str, abandon: str
+) -> None:
+    if name == "rtsig-epoll" and not sys.platform.startswith("linux"):
+        pytest.skip("this is about Linux")
+    program = STOPS.format(install=INSTALLS[name], pool=pool, abandon=abandon)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert done.stderr == ""
+    first, *middle, last = done.stdout.splitlines()
+    assert (first, last) == ("stopped in grace", "the end")
+    # Two threads write these.
+    assert sorted(middle) == [
+        "cancelled",
+        "told again",
+        "told: from_thread() was called in a thread, and the reactor has stopped: it "
+        "runs no more tasks",
+    ]
+
+
 STANDARD_IO = """
 import sys
 from twisted.internet import reactor

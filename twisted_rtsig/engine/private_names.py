@@ -56,6 +56,7 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "_pendingTimedCalls",
         "_removeInternalReader",
         "_started",
+        "_stopThreadPool",
         "threadCallQueue",
     ),
     # Public, but its module's __all__ has it not.
