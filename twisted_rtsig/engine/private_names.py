@@ -51,6 +51,7 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "twisted.internet.base.BaseConnector": ("reactor",),
     "twisted.internet.base.ReactorBase": (
         "_addInternalReader",
+        "_internalReaders",
         "_justStopped",
         "_newTimedCalls",
         "_pendingTimedCalls",
