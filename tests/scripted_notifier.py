@@ -113,6 +113,10 @@ class ScriptedNotifier:
         plain = self._plain_input(events)
         return plain, [event for event in events if event[0] not in plain]
 
+    def is_hung_up(self, registration: Registration) -> bool:
+        # The next batch says so.
+        return True
+
     def statistics(self) -> Mapping[str, int]:
         return {"waits": len(self.waits)}
 

@@ -450,6 +450,17 @@ def test_an_error_that_a_read_clears_is_no_hangup(
     assert question == b"and now?"
 
 
+def test_errors_between_the_passes(reactor: EngineReactor, refused: Any) -> None:
+    """
+    Each pass reports an error, the read clears it, and the application causes the next
+    one before the next pass.
+    """
+    for times in range(1, 3 * A_FEW):
+        refused.socket.send(b"anybody there?")
+        spin(reactor, lambda: refused.refusals == times or refused.lost)
+        assert not refused.lost
+
+
 def test_errors_in_each_pass(reactor: EngineReactor, refused: Any) -> None:
     """
     A datagram that is sent again as soon as it was refused is refused before the

@@ -45,10 +45,10 @@ from twisted_rtsig.notifiers import (
 _READS_IN_A_ROW = 4
 
 # After so many passes in a row that report a hang-up or an error of a descriptor and
-# nothing else, its selectable is disconnected: reading and writing do not clear the
-# condition, and the loop would spin.  Twisted's epoll reactor disconnects at once,
-# and takes an error that one read clears (an ICMP message, say) for a lost
-# connection.  More than two, since the next such error may follow at once.
+# nothing else, and that leave it there, its selectable is disconnected: reading and
+# writing do not clear the condition, and the loop would spin.  Twisted's epoll reactor
+# disconnects at once, and takes an error that one read clears (an ICMP message, say)
+# for a lost connection.  More than two, since a reader may cause the next such error.
 _HANG_UPS_IN_A_ROW = 10
 
 _LOST = "File descriptor lost"
@@ -95,7 +95,7 @@ class EngineReactor(StreamReactor, DatagramReactor, ProcessReactor, StandardIORe
         self._events: Iterator[Event] = iter(())
         # The registration being dispatched.
         self._dispatched: Registration | None = None
-        # In how many passes in a row nothing but a hang-up was reported.
+        # In how many passes in a row nothing but a hang-up was reported, and stayed.
         self._hung_up: dict[Registration, int] = {}
         self._waiting = False
         self._dispatching = False
@@ -592,7 +592,12 @@ class EngineReactor(StreamReactor, DatagramReactor, ProcessReactor, StandardIORe
                 called = self._call(fields, registration, READ | WRITE)
                 # A datagram port reads the error: if there is one again, then it
                 # is a new one.
-                if hang_ups and called and not isinstance(registration.reader, Port):
+                if (
+                    hang_ups
+                    and called
+                    and not isinstance(registration.reader, Port)
+                    and self._notifier.is_hung_up(registration)
+                ):
                     hung_up[registration] = hang_ups
         else:
             if self._hung_up:

@@ -121,6 +121,14 @@ class Notifier(Protocol):
             stream included, is announced by another event.
         """
 
+    def is_hung_up(self, registration: Registration) -> bool:
+        """
+        Whether a hang-up or an error that a ``wait`` has reported is still there.
+
+        A notifier that has no way to ask the kernel says yes.  A new error, which
+        came after the reported one was read, counts as well.
+        """
+
     def statistics(self) -> Mapping[str, int]:
         """Counts since the notifier was made; the names depend on the kernel."""
 

@@ -549,6 +549,10 @@ class CompletionPortNotifier:
             self._gone.clear()
         return plain, events
 
+    def is_hung_up(self, registration: Registration) -> bool:
+        """See :meth:`Notifier.is_hung_up`."""
+        return True
+
     def statistics(self) -> Mapping[str, int]:
         """
         See :meth:`Notifier.statistics`.

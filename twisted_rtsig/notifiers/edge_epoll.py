@@ -210,6 +210,13 @@ class EdgeEPollNotifier:
             self._gone.clear()
         return plain, events
 
+    def is_hung_up(self, registration: Registration) -> bool:
+        """See :meth:`Notifier.is_hung_up`."""
+        poll = select.poll()
+        # Hang-ups and errors are reported whatever the mask is.
+        poll.register(registration.descriptor, 0)
+        return bool(poll.poll(0))
+
     def statistics(self) -> Mapping[str, int]:
         """
         See :meth:`Notifier.statistics`.

@@ -290,6 +290,10 @@ class KQueueNotifier:
             return plain, [(each, what, 0) for each, what in ready.items()]
         return plain, ()
 
+    def is_hung_up(self, registration: Registration) -> bool:
+        """See :meth:`Notifier.is_hung_up`."""
+        return True
+
     def statistics(self) -> Mapping[str, int]:
         """
         See :meth:`Notifier.statistics`.

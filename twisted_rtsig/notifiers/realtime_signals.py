@@ -310,6 +310,13 @@ class RealtimeSignalNotifier:
             return plain, [(each, what, 0) for each, what in ready.items()]
         return plain, ()
 
+    def is_hung_up(self, registration: Registration) -> bool:
+        """See :meth:`Notifier.is_hung_up`."""
+        poll = select.poll()
+        # Hang-ups and errors are reported whatever the mask is.
+        poll.register(registration.descriptor, 0)
+        return bool(poll.poll(0))
+
     def statistics(self) -> Mapping[str, int]:
         """
         See :meth:`Notifier.statistics`.
