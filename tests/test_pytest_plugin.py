@@ -811,6 +811,46 @@ def test_what_tests_leave_behind(run: Run, name: str) -> None:
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
 
 
+BROKEN_FIXTURES = """
+import pytest
+from twisted.internet import reactor
+from twisted_rtsig.coro import sleep, spawn
+
+
+@pytest.fixture
+def broken():
+    yield
+    raise OSError("broken")
+
+
+@pytest.fixture
+async def broken_later():
+    yield
+    await sleep(0)
+    raise OSError("broken")
+
+
+def test_plain(broken):
+    spawn(sleep, 1000)
+
+
+async def test_async(broken_later):
+    reactor.callLater(1000, print)
+
+
+def test_clean():
+    assert not [each for each in reactor.getDelayedCalls() if each.active()]
+"""
+
+
+def test_what_tests_with_broken_fixtures_leave_behind(run: Run) -> None:
+    """It is removed before the next test, and the error of the fixture is shown."""
+    done = run(BROKEN_FIXTURES, "--twisted-reactor=rtsig")
+    assert "3 passed, 2 errors" in done.stdout, done.stdout
+    assert done.stdout.count("E       OSError: broken") == 2
+    assert "not clean" not in done.stdout
+
+
 def test_marks_without_a_reactor(run: Run) -> None:
     done = run(
         """

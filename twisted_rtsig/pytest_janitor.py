@@ -135,12 +135,29 @@ class Janitor:
         if report.when == "call":
             self._passed = report.passed
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_runtest_teardown(self) -> None:
-        """When its fixtures are gone, see what is left, and remove it."""
+    @pytest.hookimpl(hookwrapper=True, trylast=True)
+    def pytest_runtest_teardown(self) -> Iterator[None]:
+        """
+        When its fixtures are gone, see what is left, and remove it: also if one of them
+        has failed, which is reported alone.
+        """
+        outcome: Any = yield
         CURRENT_TEST.set(None)
-        if self._test is None:
+        failed = outcome.excinfo is not None
+        interrupted = failed and issubclass(
+            outcome.excinfo[0], (KeyboardInterrupt, SystemExit, pytest.exit.Exception)
+        )
+        if self._test is None or interrupted:
             return
+        complaints = self._clean_up()
+        self._test = None
+        if complaints and not failed:
+            outcome.force_exception(
+                pytest.fail.Exception("\n".join(complaints), pytrace=False)
+            )
+
+    def _clean_up(self) -> list[str]:
+        """Remove what is left, and return what is to be said of it."""
         # Failures that nothing refers to are logged with this test, and no later one.
         gc.collect(1)
         left = self._settle()
@@ -150,17 +167,12 @@ class Janitor:
         ]
         failures = list(self._failures)
         self._remove(left)
-        self._test = None
         complaints += [
             f"It logged a failure:\n{each.getTraceback()}" for each in failures
         ]
-        if complaints:
-            raise pytest.fail.Exception(
-                "\n".join(
-                    ["The test was not clean.", *complaints, _advice(bool(failures))]
-                ),
-                pytrace=False,
-            )
+        if not complaints:
+            return []
+        return ["The test was not clean.", *complaints, _advice(bool(failures))]
 
     @pytest.fixture
     def flush_logged_errors(self) -> Callable[..., list[Failure]]:
