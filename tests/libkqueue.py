@@ -34,6 +34,7 @@ import functools
 import os
 import re
 import select
+import socket
 import struct
 import threading
 import time
@@ -334,7 +335,8 @@ class LibKQueue:
                         self._taken_out.add(key)
                     events.append(
                         self._knotes[key].copy(
-                            flags=EOF,
+                            # A kernel ends streams by an error, and nothing else.
+                            flags=EOF if _is_stream(descriptor) else 0,
                             fflags=errno.ECONNRESET,
                             data=_waiting(descriptor) if key[1] == READ else 32768,
                         )
@@ -359,6 +361,15 @@ class LibKQueue:
                 events.append(knote.copy(flags=EOF, fflags=NOTE_EXIT))
                 self._tell_once(events[-1])
         return events
+
+
+def _is_stream(descriptor: int) -> bool:
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as handle:
+            return handle.type == socket.SOCK_STREAM
+    except OSError:
+        # A pipe.
+        return True
 
 
 def _waiting(descriptor: int) -> int:

@@ -144,7 +144,7 @@ def test_a_missing_program_is_reported_to_the_caller(started: EngineReactor) -> 
     readers = started.getReaders()
     with pytest.raises(FileNotFoundError):
         started.spawnProcess(Child(), "/no/such/program", ["program"])
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
     assert started.getReaders() == readers
 
 
@@ -326,7 +326,7 @@ def test_leaves_nothing_behind(linux_reactor: EngineReactor, use_pty: bool) -> N
         ),
     )
     assert child.status == 7
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 @pytest.mark.usefixtures("told_by")

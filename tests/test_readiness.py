@@ -479,14 +479,18 @@ def test_errors_in_each_pass(reactor: EngineReactor, refused: Any) -> None:
     assert not refused.lost
 
 
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="IP_RECVERR is Linux's"
-)
+def linux_option(reactor: EngineReactor) -> int:
+    """The number of IP_RECVERR."""
+    if isinstance(reactor, KQueueReactor):
+        pytest.skip("no system with a kqueue has IP_RECVERR")
+    return 11
+
+
 def test_an_error_that_no_read_clears(
     reactor: EngineReactor, peer: socket.socket
 ) -> None:
     """What waits in the error queue (ip(7)) is reported until it is read from there."""
-    ip_recverr = 11
+    ip_recverr = linux_option(reactor)
     watcher = RefusedSocket(reactor, peer.getsockname())
     peer.close()
     with watcher.socket:
@@ -494,6 +498,22 @@ def test_an_error_that_no_read_clears(
         watcher.socket.send(b"anybody there?")
         spin(reactor, lambda: watcher.lost)
     assert watcher.reads <= A_FEW
+
+
+def test_an_error_queue_that_a_datagram_port_does_not_read(
+    reactor: EngineReactor, peer: socket.socket
+) -> None:
+    """A port that is not connected gets no refusal by a read."""
+    ip_recverr = linux_option(reactor)
+    address = peer.getsockname()
+    peer.close()
+    stopped: list[object] = []
+    protocol = DatagramProtocol()
+    protocol.stopProtocol = lambda: stopped.append(None)  # type: ignore[method-assign]
+    port: Any = reactor.listenUDP(0, protocol, interface="127.0.0.1")
+    port.socket.setsockopt(socket.IPPROTO_IP, ip_recverr, 1)
+    port.write(b"anybody there?", address)
+    spin(reactor, lambda: stopped)
 
 
 @pytest.mark.parametrize("closed", ["master", "slave"])

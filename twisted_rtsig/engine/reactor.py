@@ -59,6 +59,15 @@ LogContext = dict[Any, Any]
 _log = Logger(namespace="twisted.internet.base")
 
 
+def _reads_errors(reader: Any) -> bool:
+    """
+    Whether C{reader} takes each error away and tells its protocol, which may cause the
+    next one at once: a datagram port that is connected.  Others get errors only through
+    an error queue that they do not read (IP_RECVERR in ip(7)).
+    """
+    return isinstance(reader, Port) and bool(reader._connectedAddr)
+
+
 @implementer(IReactorFDSet, IReactorDaemonize)
 class EngineReactor(StreamReactor, DatagramReactor, ProcessReactor, StandardIOReactor):
     """
@@ -590,12 +599,10 @@ class EngineReactor(StreamReactor, DatagramReactor, ProcessReactor, StandardIORe
                 # doRead and doWrite find out what has happened, and report it
                 # better than the event could.
                 called = self._call(fields, registration, READ | WRITE)
-                # A datagram port reads the error: if there is one again, then it
-                # is a new one.
                 if (
                     hang_ups
                     and called
-                    and not isinstance(registration.reader, Port)
+                    and not _reads_errors(registration.reader)
                     and self._notifier.is_hung_up(registration)
                 ):
                     hung_up[registration] = hang_ups
