@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
-from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.defer import Deferred, fail, inlineCallbacks
 from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
@@ -184,6 +184,18 @@ async def fails() -> None:
     raise Gone
 
 
+def keeps_tracebacks() -> bool:
+    """Whether a Deferred that has failed keeps the traceback; older Twisteds do not."""
+    errors: list[BaseException | None] = []
+    try:
+        raise Gone
+    except Gone:
+        failed: Deferred[None] = fail(Failure())
+    failed.addErrback(lambda failure: errors.append(failure.value))
+    [error] = errors
+    return error is not None and error.__traceback__ is not None
+
+
 def test_a_traceback_does_not_grow() -> None:
     """Whoever awaits a task adds to the traceback of the error while it is raised."""
     clock = Clock()
@@ -227,7 +239,8 @@ def test_a_traceback_does_not_grow() -> None:
         task.result()
         assert len(seen) == 300
         assert seen[0] == seen[-1]
-        assert seen[-1][-1] == "fails"
+        if each is not inline or keeps_tracebacks():
+            assert seen[-1][-1] == "fails"
         assert len(seen[-1]) < 10
 
 

@@ -390,6 +390,10 @@ class Task(Generic[T]):
                 return result, None
         elif isinstance(awaited, Task):
             # Yielded by a generator.
+            if awaited._state == _SUCCEEDED:
+                return awaited._result, None
+            if awaited._state != _ACTIVE:
+                return None, awaited._see_error()
             awaited = awaited.as_deferred()
         else:
             return None, _not_awaitable(awaited)
