@@ -493,8 +493,13 @@ class Cancel(NamedTuple):
     actor: int
 
     def run(self, actor: Actor) -> Steps:
-        # Under inlineCallbacks one cannot cancel who calls this.
-        others = [each for each in actor.model.actors if each is not actor]
+        # Under inlineCallbacks one cannot cancel a function that runs: the one that
+        # calls this, or another one whose call has resumed it.
+        others = [
+            each
+            for each in actor.model.actors
+            if each is not actor and (each.in_task or each.wants)
+        ]
         if others:
             others[self.actor % len(others)].cancel()
         return
