@@ -181,6 +181,60 @@ def test_a_reactor_that_stops_tells_the_threads(
     ]
 
 
+# One task ends as another one is cancelled.
+STOPS_THREE = """
+from twisted.internet import reactor
+from twisted.internet.error import ReactorNotRunning
+from twisted_rtsig.coro import Event, from_thread, in_thread, sleep, spawn
+
+set_by_first = Event()
+begun = []
+
+async def first():
+    begun.append(first)
+    try:
+        await Event().wait()
+    finally:
+        set_by_first.set()
+
+async def second():
+    begun.append(second)
+    await set_by_first.wait()
+
+async def third():
+    begun.append(third)
+    await Event().wait()
+
+def wait(function):
+    try:
+        from_thread(function)
+    except ReactorNotRunning:
+        print(function.__name__ + "\\n", end="", flush=True)
+
+async def main():
+    for function in (first, second, third):
+        spawn(in_thread, wait, function)
+        while function not in begun:
+            await sleep(0.001)
+    reactor.stop()
+
+reactor.callWhenRunning(spawn, main)
+reactor.run()
+"""
+
+
+def test_a_reactor_that_stops_tells_each_thread() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STOPS_THREE],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert sorted(done.stdout.splitlines()) == ["first", "second", "third"]
+
+
 STANDARD_IO = """
 import sys
 from twisted.internet import reactor

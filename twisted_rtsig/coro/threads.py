@@ -188,8 +188,10 @@ class _Waiting:
         with self._lock:
             self._stopped = True
             waiting = list(self.tasks.items())
-        for future, task in waiting:
+        # Before any task is cancelled, since that may be the end of another one.
+        for future, _ in waiting:
             future.set_exception(_stopped())
+        for _, task in waiting:
             if task is not None:
                 task.cancel()
 
