@@ -551,6 +551,36 @@ def test_a_hurried_stop_ends_the_one_before(reactor: Any, logged: Logged) -> Non
     assert failures(logged) == []
 
 
+@pytest.mark.parametrize("again", ["stop", "loss"])
+def test_a_handler_is_cancelled_once(again: str) -> None:
+    clock = Clock()
+    seen: list[str] = []
+
+    async def handler(stream: Stream) -> None:
+        try:
+            await Event().wait()
+        finally:
+            seen.append("cleans up")
+            await sleep(5)
+            seen.append("is clean")
+
+    factory = CoroutineFactory(handler, cancel_on_loss=True, reactor=clock)
+    protocol, _ = _made(factory)
+    first = factory.stop(1, 60)
+    second = factory.stop(0, 60)
+    clock.advance(0)
+    assert seen == ["cleans up"]
+    if again == "loss":
+        protocol.connectionLost()
+    clock.pump([1] * 10)
+    assert seen == ["cleans up", "is clean"]
+    if again == "stop":
+        protocol.connectionLost()
+    clock.advance(0)
+    assert first.called
+    assert second.called
+
+
 def test_many_handlers_that_do_not_end_make_one_message(logged: Logged) -> None:
     clock = Clock()
     end = Event()

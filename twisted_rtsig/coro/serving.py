@@ -114,6 +114,7 @@ class _ServerProtocol(StreamProtocol):
 
     factory: CoroutineFactory
     _task: Task[Any]
+    _handler_cancelled = False
 
     def connectionMade(self) -> None:
         super().connectionMade()
@@ -134,7 +135,7 @@ class _ServerProtocol(StreamProtocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         super().connectionLost(reason)
         if self.factory.cancel_on_loss:
-            self._task.cancel()
+            self._cancel_handler()
         self._forget()
 
     def cancel(self) -> None:
@@ -142,6 +143,12 @@ class _ServerProtocol(StreamProtocol):
         if self._task.done:
             self.stream.abort()
         else:
+            self._cancel_handler()
+
+    def _cancel_handler(self) -> None:
+        """Once, so that it can clean up."""
+        if not self._handler_cancelled:
+            self._handler_cancelled = True
             self._task.cancel()
 
     @property
@@ -475,7 +482,7 @@ class Server:
         Stop listening, set :attr:`stopping`, and let the handlers finish for C{grace}
         seconds.  Then cancel them; and after C{cancel_timeout} more seconds abort the
         connections, as :meth:`CoroutineFactory.stop` does.  Can be called again, with
-        less to wait for.
+        less to wait for; no handler is cancelled twice.
 
         :return: fires when all handlers and connections have ended, and at the latest
             after both times.
