@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import subprocess
 import sys
+import textwrap
 import threading
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,7 +19,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from tests.coro.support import connected, run, run_for_real
-from tests.support import dispose
+from tests.support import DEADLINE, dispose
 from twisted_rtsig.coro import current_task, in_thread, sleep, spawn, timeout
 
 variable = contextvars.ContextVar("variable", default="none")
@@ -273,3 +276,99 @@ def test_tasks_of_another_reactor_meanwhile(clock: Clock) -> None:
     assert seen == []
     advance(clock)
     assert seen == ["begins", "ends with none"]
+
+
+def test_another_thread_runs_the_reactor(reactor: Any) -> None:
+    """The first task runs before, in this thread."""
+    seen: list[Any] = []
+
+    async def main() -> None:
+        await sleep(0)
+        async for _ in numbers(seen, reactor):
+            break
+        while len(seen) < 2:
+            await sleep(0.001)
+
+    task = spawn(main, reactor=reactor)
+
+    def turn() -> None:
+        end = time.monotonic() + DEADLINE
+        while not task.done and time.monotonic() < end:
+            reactor.iterate(0.001)
+
+    thread = threading.Thread(target=turn)
+    thread.start()
+    thread.join()
+    assert seen == ["begins", "ends with none"]
+
+
+@pytest.mark.parametrize("in_task", [False, True])
+def test_asyncio_has_its_own_after_tasks_of_a_clock(
+    clock: Clock, in_task: bool
+) -> None:
+    """They run in a task of asyncio's reactor, or in a callback of its loop."""
+    loop = asyncio.new_event_loop()
+    reactor: Any = AsyncioSelectorReactor(loop)
+    hooks: list[Any] = []
+    seen: list[Any] = []
+
+    async def of_clock() -> None:
+        async for _ in numbers(seen, clock):
+            break
+
+    def look() -> None:
+        hooks.append(sys.get_asyncgen_hooks())
+
+    def run_of_clock() -> None:
+        spawn(of_clock, reactor=clock).result()
+        advance(clock)
+
+    async def main() -> None:
+        loop.call_soon(look)
+        for _ in range(2):
+            if in_task:
+                run_of_clock()
+            else:
+                loop.call_soon(run_of_clock)
+            loop.call_soon(look)
+            await sleep(0.01)
+
+    spawn(of_clock, reactor=clock).result()
+    advance(clock)
+    try:
+        run_for_real(reactor, main)
+    finally:
+        dispose(reactor)
+        loop.close()
+    assert hooks == [hooks[0]] * 3
+    assert hooks[0].finalizer.__self__ is loop
+    assert seen == ["begins", "ends with none"] * 3
+
+
+def test_the_process_ends() -> None:
+    """Nothing is written about a generator that is left then."""
+    program = """
+        from twisted.internet.task import Clock
+        from twisted_rtsig.coro import sleep, spawn
+
+        async def generator():
+            try:
+                yield 1
+            finally:
+                await sleep(0)
+
+        async def main():
+            async for each in kept:
+                break
+
+        kept = generator()
+        spawn(main, reactor=Clock())
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert ended.stderr == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import gc
+import subprocess
 import sys
 import traceback
 from collections.abc import AsyncGenerator, Generator
@@ -21,6 +22,7 @@ from twisted.internet.task import Clock
 
 from twisted_rtsig.coro import (
     Cancelled,
+    Channel,
     Event,
     NoTaskError,
     Task,
@@ -50,6 +52,112 @@ def failures(logged: list[Any]) -> list[Any]:
 
 
 # Running
+
+
+class _Wakes:
+    """Sets an event when it is dropped."""
+
+    def __init__(self, event: Event) -> None:
+        self._event = event
+
+    def __del__(self) -> None:
+        self._event.set()
+
+
+async def _appends(event: Event, seen: list[str], what: str) -> None:
+    await event.wait()
+    seen.append(what)
+
+
+def test_a_value_that_resumes_a_task_when_it_is_dropped(clock: Clock) -> None:
+    """The task that was resumed with it is the last one that runs."""
+    seen: list[str] = []
+    event = Event()
+
+    channel: Channel[_Wakes] = Channel(1)
+
+    async def drops() -> None:
+        await channel.receive()
+        await sleep(100)
+
+    async def sends() -> None:
+        await channel.send(_Wakes(event))
+
+    spawn(_appends, event, seen, "resumed", reactor=clock)
+    spawn(drops, reactor=clock)
+    spawn(sends, reactor=clock)
+    clock.advance(0)
+    assert seen == ["resumed"]
+
+
+FULL_STACK = """
+import contextlib
+import sys
+from twisted.internet.task import Clock
+from twisted_rtsig.coro import Channel, Event, sleep, spawn
+
+how = sys.argv[1]
+clock = Clock()
+channel = Channel(1000)
+errors, seen = set(), []
+
+async def appends(event, what):
+    await event.wait()
+    seen.append(what)
+
+async def receives():
+    async for each in channel:
+        pass
+
+def resume():
+    event = Event()
+    if how == "event":
+        spawn(appends, event, "", reactor=clock)
+        event.set()
+    elif how == "channel":
+        channel.send("deep")
+    elif how == "spawn":
+        spawn(sleep, 1, reactor=clock)
+    else:
+        sleep(0, clock)
+        clock.advance(0)
+
+def dive():
+    # At each depth, from the deepest on.
+    with contextlib.suppress(RecursionError):
+        dive()
+    try:
+        resume()
+    except Exception as error:
+        errors.add(type(error).__name__)
+
+spawn(receives, reactor=clock)
+dive()
+clock.advance(0)
+seen.clear()
+event = Event()
+spawn(appends, event, "an event", reactor=clock)
+event.set()
+clock.pump([0] * 10)
+spawn(sleep, 0, reactor=clock).as_deferred().addCallback(
+    lambda _: seen.append("a turn")
+)
+clock.pump([0] * 10)
+print(sorted(errors), seen)
+"""
+
+
+@pytest.mark.parametrize("how", ["event", "channel", "spawn", "turn"])
+def test_tasks_run_on_after_the_stack_was_full(how: str) -> None:
+    """In a process of its own: what is dropped there complains on standard error."""
+    ended = subprocess.run(
+        [sys.executable, "-c", FULL_STACK, how],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.stdout == "['RecursionError'] ['an event', 'a turn']\n", ended.stderr
 
 
 def test_it_begins_at_once_and_waits_for_deferreds(clock: Clock) -> None:

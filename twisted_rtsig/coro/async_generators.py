@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import AsyncGenerator
-from typing import Any, Final
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 from twisted_rtsig.coro.tracebacks import is_machinery
 
@@ -20,54 +20,20 @@ from twisted_rtsig.coro.tracebacks import is_machinery
 _FOREIGN = "@begun outside of tasks"
 
 
-class _Installed:
-    """
-    The hooks of this package that are set.
-
-    To set them takes as long as to resume a task.  So they stay, and are set only if
-    the tasks of another reactor ran before.
-
-    :ivar of: which; C{None} if none are.
-    """
-
-    __slots__ = ("of",)
-
-    def __init__(self) -> None:
-        self.of: GeneratorHooks | None = None
-
-
-INSTALLED: Final = _Installed()
-
-
 class GeneratorHooks:
     """
     The hooks for the asynchronous generators that the tasks of a reactor begin.
-
-    :ivar shared: whether the reactor is asyncio's, whose hooks must be there while no
-        task runs.
     """
 
-    __slots__ = ("_others", "_reactor", "_thread", "shared")
+    __slots__ = ("_reactor", "_thread")
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
         self._thread = 0
-        self._others: Any = (None, None)
-        module = sys.modules.get("twisted.internet.asyncioreactor")
-        asyncio_reactor = getattr(module, "AsyncioSelectorReactor", ())
-        self.shared = isinstance(reactor, asyncio_reactor)
 
-    def install(self) -> None:
-        """Tasks are about to run."""
-        if self.shared:
-            self._others = sys.get_asyncgen_hooks()
-        else:
-            INSTALLED.of = self
-        sys.set_asyncgen_hooks(self._begin, self._finalize)
-
-    def uninstall(self) -> None:
-        """Tasks of a shared reactor have run."""
-        sys.set_asyncgen_hooks(*self._others)
+    def pair(self) -> tuple[Callable[[Any], None], Callable[[Any], None]]:
+        """The arguments of ``sys.set_asyncgen_hooks``."""
+        return self._begin, self._finalize
 
     def _begin(self, generator: Any) -> None:
         from twisted_rtsig.coro.scheduler import running
@@ -88,6 +54,9 @@ class GeneratorHooks:
         if is_machinery(frame) or _FOREIGN in frame.f_locals:
             # That of stream.lines(), for example, has nothing to wait for.
             _close_at_once(generator)
+        elif sys.is_finalizing():
+            # The process ends, and no task runs any more.
+            pass
         elif threading.get_ident() == self._thread:
             self._close(generator)
         else:
@@ -107,6 +76,22 @@ class GeneratorHooks:
             self._reactor.callLater(0, close)
         else:
             close()
+
+
+def restore(others: Any, nested: bool) -> None:
+    """
+    Tasks have run: set the hooks again that were set before.
+
+    To set hooks takes as long as to resume a task.  So those of this package stay
+    where there were none, or others of this package.
+
+    :param others: what ``sys.get_asyncgen_hooks`` has returned.
+    :param nested: a task of another reactor has called this one.
+    """
+    finalize = others[1]
+    ours = isinstance(getattr(finalize, "__self__", None), GeneratorHooks)
+    if nested or not (ours or (finalize is None and others[0] is None)):
+        sys.set_asyncgen_hooks(*others)
 
 
 def _close_at_once(generator: AsyncGenerator[Any, Any]) -> None:

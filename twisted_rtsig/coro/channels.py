@@ -98,7 +98,10 @@ class Channel(Generic[T]):
                 scheduler = waiter._scheduler
                 scheduler._ready.append(waiter)
                 if not scheduler._busy:
-                    scheduler._run(scheduler)
+                    try:
+                        scheduler._run(scheduler)
+                    except StopIteration:
+                        scheduler.run_anew()
             else:
                 receiver.succeed(value)
             done = Done()

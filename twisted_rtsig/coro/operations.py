@@ -115,7 +115,10 @@ class Operation(Deferred[T]):
             scheduler = waiter._scheduler
             scheduler._ready.append(waiter)
             if not scheduler._busy:
-                scheduler._run(scheduler)
+                try:
+                    scheduler._run(scheduler)
+                except StopIteration:
+                    scheduler.run_anew()
 
     def settle(self, value: T) -> None:
         """Finish with a value, of which :meth:`tell` tells."""

@@ -8,16 +8,16 @@ so that nothing recurses however long a chain of tasks is.
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from collections.abc import Callable, Generator
-from itertools import islice
-from operator import length_hint
 from types import CodeType
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakValueDictionary
 
 from twisted.internet.defer import Deferred, fail
 
-from twisted_rtsig.coro.async_generators import INSTALLED, GeneratorHooks
+from twisted_rtsig.coro.async_generators import GeneratorHooks, restore
 from twisted_rtsig.coro.errors import NoTaskError
 from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # How many tasks run in a row before the reactor gets a turn, and how often each of
 # them transfers to another one.
-_STEPS_IN_A_TURN = 500
+_STEPS_IN_A_TURN = range(500)
 _TRANSFERS_IN_A_STEP = range(100)
 
 
@@ -103,14 +103,14 @@ class Scheduler:
 
     def __init__(self, reactor: Any) -> None:
         self.reactor = reactor
-        # With what each is to be resumed is kept in the task: a tuple for each would
-        # stay until the last one has run, and the garbage collector would see it.
-        self._ready: list[Task[Any]] = []
+        # The value or error for each is kept in the task: the garbage collector would
+        # see a tuple for each.
+        self._ready: deque[Task[Any]] = deque()
         self._next_turn: list[Callable[[], object]] = []
         self._running = False
         # Whether those who are ready are run already, or will be in the next turn.
         self._busy = False
-        self._hooks = GeneratorHooks(reactor)
+        self._hooks = GeneratorHooks(reactor).pair()
         # Takes this scheduler, and runs the tasks that are ready; if there are too
         # many, the rest in the next turn.
         self._run = _idle.pop() if _idle else _start_steps()
@@ -127,7 +127,26 @@ class Scheduler:
         task._error = error
         self._ready.append(task)
         if not self._busy:
+            self.run()
+
+    def run(self) -> None:
+        """Run the tasks that are ready."""
+        try:
             self._run(self)
+        except StopIteration:
+            self.run_anew()
+
+    def run_anew(self) -> None:
+        """
+        As C{run}, after an error has ended the generator that runs the tasks.
+
+        That is a C{KeyboardInterrupt}, for example; or a C{RecursionError}, where the
+        stack had no room for the generator's frame.
+        """
+        run = _start_steps()
+        _kept.remove(self._run)
+        self._run = run
+        run(self)
 
     def next_turn(self, function: Callable[[], object]) -> None:
         """Call C{function} when the reactor has had a turn."""
@@ -145,7 +164,7 @@ class Scheduler:
         finally:
             # Unless a task has called the reactor.
             if not self._running:
-                self._run(self)
+                self.run()
 
     def _nothing(self) -> None:
         """The turn itself runs who is ready."""
@@ -164,24 +183,30 @@ def _steps() -> Generator[None, Scheduler, None]:
     closes it.
     """
     handover = HANDOVER
-    installed = INSTALLED
+    get_hooks = sys.get_asyncgen_hooks
     # Tasks in `ready` are active, so all that is used here is set.
     task: Any
     target: Any
     awaited: Any
+    scheduler: Any = yield
     while True:
-        scheduler: Any = yield
-        hooks: Any = scheduler._hooks
-        if installed.of is not hooks:
-            hooks.install()
-        ready: Any = scheduler._ready
-        scheduler._busy = scheduler._running = True
         # That of another reactor, if one of its tasks has called this one.
         before = running.task
-        # What is appended meanwhile comes as well.
-        upcoming: Any = iter(ready)
+        ready: Any = scheduler._ready
+        hooks: Any = scheduler._hooks
+        others: Any = hooks
         try:
-            for task in islice(upcoming, _STEPS_IN_A_TURN):
+            # Where the stack is full, each call may raise RecursionError.
+            scheduler._busy = scheduler._running = True
+            # Another thread, another reactor and asyncio have hooks of their own.
+            others = get_hooks()
+            if others[1] is not hooks[1]:
+                sys.set_asyncgen_hooks(*hooks)
+            for _ in _STEPS_IN_A_TURN:
+                # Tasks that are appended meanwhile run as well.
+                if not ready:
+                    break
+                task = ready.popleft()
                 running.task = task
                 value = task._value
                 error = task._error
@@ -237,29 +262,32 @@ def _steps() -> Generator[None, Scheduler, None]:
                         if result is None:
                             break
                         value, error = result
-        except BaseException:
-            # A generator that has raised something is of no more use.
-            _kept.remove(scheduler._run)
-            scheduler._run = _start_steps()
-            raise
         finally:
-            if hooks.shared:
-                hooks.uninstall()
-            elif before is not None:
-                before._scheduler._hooks.install()
             scheduler._running = False
             running.task = before
-            # They keep nothing alive.
+            nested = before is not None
+            # They keep nothing alive.  What is dropped here may resume a task: it logs
+            # a failure, for example, of which an observer tells a task.
             handover.target = handover.value = None
             task = target = awaited = value = error = result = before = None
-            left = length_hint(upcoming)
-            del ready[: len(ready) - left]
-            if left:
-                # Still busy: tasks that are resumed meanwhile come after these.
-                scheduler.next_turn(scheduler._nothing)
-            else:
+            try:
+                if others[1] is not hooks[1]:
+                    restore(others, nested)
+                hooks = others = None
+                if ready:
+                    # Still busy: tasks that are resumed meanwhile come after these.
+                    scheduler.next_turn(scheduler._nothing)
+                else:
+                    # From here to the yield no other code may run, and so no jump back,
+                    # at which CPython looks for signals and garbage: a task that it
+                    # resumed would be run by this generator, which runs already.
+                    scheduler._busy = False
+            except BaseException:
                 scheduler._busy = False
-            upcoming = ready = hooks = scheduler = None
+                raise
+            finally:
+                ready = scheduler = None
+        scheduler = yield
 
 
 def _start_steps() -> _Run:
