@@ -652,7 +652,7 @@ def test_a_block_ends_although_output_is_left_unread(
             process = await block()
         else:
             process = await Deferred.fromCoroutine(block())
-        # Nobody reads what is written to it any more; or it had written all before.
+        # The process has no output any more; or it had written everything before.
         assert await process.wait() in (0, -signal.SIGPIPE)
 
     run_for_real(reactor, main)

@@ -197,7 +197,7 @@ def keeps_tracebacks() -> bool:
 
 
 def test_a_traceback_does_not_grow() -> None:
-    """Whoever awaits a task adds to the traceback of the error while it is raised."""
+    """Each await adds its own frames to the traceback, and only for itself."""
     clock = Clock()
     failed = spawn(fails, reactor=clock)
     clock.advance(1)

@@ -524,7 +524,7 @@ async def rejected_certificate(reactor: Any, server: Server) -> None:
     with pytest.raises(TLSError, match="certificate verify failed") as caught:
         await stream.read()
     assert type(caught.value.__cause__).__module__ == "OpenSSL.SSL"
-    # Each one who asks is told.
+    # Each operation gets the error.
     for what in (stream.write(b"x"), stream.read()):
         with pytest.raises(TLSError, match="certificate verify failed") as caught:
             await what

@@ -166,7 +166,7 @@ def test_a_consumer_that_has_stopped_is_told_of_rather_than_a_closed_file(
 def test_a_client_that_leaves_early_is_not_logged(
     reactor: Any, path: Path, logged: list[Any]
 ) -> None:
-    """Nobody has asked for the result, as in the example of FileProducer."""
+    """The result is not awaited, as in the example of FileProducer."""
     lost: list[Any] = []
 
     class Sender(Protocol):

@@ -199,7 +199,7 @@ def children_and_threads(peer: Peer) -> None:
 
 
 def start_tls(peer: Peer) -> None:
-    """A connection that becomes encrypted; the peer that talks first is refused."""
+    """A connection that becomes encrypted in the middle."""
     with peer.connect("tcp") as handle:
         connection = Connection(handle)
         connection.send(b"ECHO plain\nSTARTTLS\n")
@@ -224,7 +224,7 @@ def web(peer: Peer) -> None:
             response = client.getresponse()
             expect(response.status, 206)
             expect(response.read() == pattern(offset, size), True)
-        client.request("GET", "/no such file".replace(" ", "%20"))
+        client.request("GET", "/no%20such%20file")
         response = client.getresponse()
         expect(response.status, 404)
         response.read()

@@ -193,7 +193,7 @@ class Stream:
         """
         Happens when the server begins to stop: :class:`CoroutineFactory` and
         :class:`Server` have the same.  That of a client, or of a stream in a test,
-        does not happen unless somebody sets it.
+        does not happen unless the program sets it.
         """
         if self._stopping is None:
             self._stopping = Event()

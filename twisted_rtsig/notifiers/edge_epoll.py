@@ -80,7 +80,7 @@ _READY = tuple(
 
 class EdgeEPollNotifier:
     """
-    Epoll, edge-triggered for those who read till nothing is left.
+    Epoll, edge-triggered for readers that read until nothing is left.
 
     :ivar poller: something to call instead of :meth:`poll`, in order to measure how
         long it takes.
