@@ -15,7 +15,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +286,17 @@ def reset(connection: socket.socket) -> None:
     """Close it in a way that its peer takes for an error."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     connection.close()
+
+
+@contextlib.contextmanager
+def refusing_port() -> Iterator[int]:
+    """
+    A TCP port of this machine that refuses connections: a socket is bound to it
+    and does not listen, so that no other socket can be given it.
+    """
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
 
 
 def read_all(reactor: EngineReactor, client: socket.socket, size: int) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 import resource
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -47,9 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def port(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """Where ``twistd --reactor=rtsig-iocp web`` listens."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        number: int = free.getsockname()[1]
+    """The port of ``twistd --reactor=rtsig-iocp web``, which its log names."""
     log = tmp_path_factory.mktemp("log") / "log"
     with log.open("wb") as output:
         server = subprocess.Popen(
@@ -57,7 +55,7 @@ def port(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]
                 *(WINE, "-c", "from twisted.scripts.twistd import run; run()"),
                 "--reactor=rtsig-iocp",
                 *("web", "--path", str(files)),
-                *("--listen", f"tcp:{number}:interface=127.0.0.1:backlog=2000"),
+                *("--listen", "tcp:0:interface=127.0.0.1:backlog=2000"),
             ],
             cwd=WINE.parents[1],
             stdin=subprocess.DEVNULL,
@@ -70,14 +68,12 @@ def port(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]
         while True:
             assert server.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
-            try:
-                socket.create_connection(("127.0.0.1", number)).close()
+            if found := re.search(r"Site starting on (\d+)\n", log.read_text()):
                 break
-            except ConnectionRefusedError:
-                # It has not begun to listen, and nobody tells when it does.
-                time.sleep(0.05)
+            # The log is a file, which cannot be waited for.
+            time.sleep(0.05)
         assert "CompletionPortReactor" in log.read_text()
-        yield number
+        yield int(found[1])
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()

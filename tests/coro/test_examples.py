@@ -23,7 +23,7 @@ from twisted.internet.endpoints import TCP4ClientEndpoint
 from twisted.internet.ssl import PrivateCertificate
 
 from tests.coro.support import listen, run, spin
-from tests.support import DEADLINE, dispose, make_certificate
+from tests.support import DEADLINE, dispose, make_certificate, refusing_port
 from twisted_rtsig.coro import (
     CoroutineFactory,
     IncompleteRead,
@@ -510,10 +510,9 @@ def test_curl_through_socks5(
 
 
 def test_socks5_to_nowhere(reactor: Any, socks: int, logged: list[Any]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
     proxy = f"127.0.0.1:{socks}"
-    done = fetch_by_curl(reactor, "--socks5", proxy, f"http://127.0.0.1:{port}/")
+    with refusing_port() as port:
+        done = fetch_by_curl(reactor, "--socks5", proxy, f"http://127.0.0.1:{port}/")
     assert done.returncode
     assert b"(5)" in done.stderr
     assert failures(logged) == []
@@ -1198,17 +1197,16 @@ def test_http_fetch_is_a_program(reactor: Any) -> None:
 def test_http_fetch_says_what_is_wrong_in_a_line(
     reactor: Any, arguments: tuple[str, ...], says: str
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        closed = probe.getsockname()[1]
     address = f"127.0.0.1:{serving(reactor, proxy)}"
     command = [sys.executable, str(EXAMPLES / "http_fetch.py")]
-    command += [each.format(proxy=address, closed=closed) for each in arguments]
-    done = meanwhile(
-        reactor,
-        lambda: subprocess.run(
-            command, capture_output=True, text=True, timeout=DEADLINE
-        ),
-    )
+    with refusing_port() as closed:
+        command += [each.format(proxy=address, closed=closed) for each in arguments]
+        done = meanwhile(
+            reactor,
+            lambda: subprocess.run(
+                command, capture_output=True, text=True, timeout=DEADLINE
+            ),
+        )
     assert done.returncode == 1
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -7,11 +7,12 @@ import sys
 from typing import Any
 
 import pytest
+from twisted.internet.endpoints import TCP4ClientEndpoint
 from twisted.internet.task import Clock
 
 from tests.coro.support import client_endpoint, listen, run
 from tests.coro.test_examples import EXAMPLES, example
-from tests.support import DEADLINE
+from tests.support import DEADLINE, refusing_port
 from twisted_rtsig.coro import Stream, connect, spawn
 
 symmetric = example("symmetric")
@@ -142,14 +143,13 @@ def test_the_coupled_proxy_without_its_server(
     reactor: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def main() -> bytes:
-        server = await listen(reactor, shout)
-        endpoint = client_endpoint(reactor, server)
-        await server.stop()
         front = await listen(reactor, proxy.Proxy(endpoint).session)
         async with await connect(client_endpoint(reactor, front)) as client:
             answer: bytes = await client.read()
         await front.stop(1)
         return answer
 
-    assert run(reactor, main) == b""
+    with refusing_port() as port:
+        endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", port)
+        assert run(reactor, main) == b""
     assert "127.0.0.1: Connection was refused" in capsys.readouterr().err

@@ -247,7 +247,8 @@ class Refusals:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unused:
             unused.bind(("127.0.0.1", 0))
             address = unused.getsockname()
-        datagrams = open_datagrams(0, "127.0.0.1")
+            # It cannot be given the same port while the other is open.
+            datagrams = open_datagrams(0, "127.0.0.1")
         datagrams.transport.connect(*address)
         while True:
             await datagrams.send_to(b"anybody there?")
