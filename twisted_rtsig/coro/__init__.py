@@ -22,23 +22,21 @@ from twisted_rtsig.coro.errors import (
     UnreadPlaintext,
     WouldBlock,
 )
+from twisted_rtsig.coro.groups import TaskGroup, run_group
 from twisted_rtsig.coro.inspection import format_tasks, log_tasks_on_signal
 from twisted_rtsig.coro.locks import Condition, Event, Lock, Semaphore
 from twisted_rtsig.coro.processes import Process, open_process
+from twisted_rtsig.coro.scopes import shield, timeout
 from twisted_rtsig.coro.selection import Deadline, select
 from twisted_rtsig.coro.serving import CoroutineFactory, Server, connect, serve
 from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.symmetric import symmetric, transfer
 from twisted_rtsig.coro.tasks import (
     Task,
-    TaskGroup,
     coroutine,
     current_task,
-    run_group,
-    shield,
     sleep,
     spawn,
-    timeout,
 )
 from twisted_rtsig.coro.threads import from_thread, in_thread
 from twisted_rtsig.coro.watchdog import watch_for_blocking

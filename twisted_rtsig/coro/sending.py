@@ -23,7 +23,8 @@ from twisted.internet.interfaces import IReactorFDSet, ISSLTransport
 
 from twisted_rtsig.coro.errors import FileEnded
 from twisted_rtsig.coro.operations import Operation
-from twisted_rtsig.coro.tasks import Task, shield, spawn
+from twisted_rtsig.coro.scopes import shield
+from twisted_rtsig.coro.tasks import Task, spawn
 
 if TYPE_CHECKING:
     from twisted_rtsig.coro.streams import Stream

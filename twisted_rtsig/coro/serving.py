@@ -25,6 +25,7 @@ from twisted_rtsig.coro.inspection import describe
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.output import pending_output
 from twisted_rtsig.coro.scheduler import Scheduler
+from twisted_rtsig.coro.scopes import timeout
 from twisted_rtsig.coro.streams import DEFAULT_TLS_LIMITS, Stream, TLSLimits
 from twisted_rtsig.coro.tasks import (
     Task,
@@ -32,7 +33,6 @@ from twisted_rtsig.coro.tasks import (
     scheduler_for,
     sleep,
     spawn,
-    timeout,
 )
 from twisted_rtsig.coro.tracebacks import causes, log_failure
 

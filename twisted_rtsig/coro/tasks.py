@@ -11,13 +11,12 @@ import contextlib
 import contextvars
 import functools
 import inspect
-import sys
 import time
 import types
 import weakref
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from types import CodeType, FrameType
-from typing import Any, Final, Generic, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, TypeVar, cast
 
 from twisted.internet import defer
 from twisted.internet.defer import CancelledError, Deferred
@@ -29,8 +28,8 @@ from twisted_rtsig.coro.operations import Operation, Wait, error_of
 from twisted_rtsig.coro.scheduler import HANDOVER, RUN, Scheduler, running, scheduler_of
 from twisted_rtsig.coro.tracebacks import log_failure, without_machinery
 
-if sys.version_info < (3, 11):
-    from exceptiongroup import BaseExceptionGroup
+if TYPE_CHECKING:
+    from twisted_rtsig.coro.scopes import Scope
 
 _log = Logger()
 
@@ -288,7 +287,7 @@ class Task(Generic[T]):
                 if scope is None
                 else self._scopes[self._scopes.index(scope) + 1 :]
             )
-            if not any(isinstance(each, shield) for each in inside):
+            if not any(each.shields for each in inside):
                 self._cancels = tuple(e for e in self._cancels if e is not scope)
                 return Cancelled(scope)
         return None
@@ -363,7 +362,7 @@ class Task(Generic[T]):
     def _return(self, value: T) -> None:
         """The function has returned."""
         if self._scopes:
-            self._fail(_held_open(self._scopes[-1]))
+            self._fail(held_open(self._scopes[-1]))
         else:
             self._end(_SUCCEEDED, value)
 
@@ -376,7 +375,7 @@ class Task(Generic[T]):
             error.__traceback__ = None
             self._end(_CANCELLED, None)
         else:
-            self._fail(_held_open(error._scope))
+            self._fail(held_open(error._scope))
 
     def _wait_for(self, awaited: Any) -> tuple[Any, BaseException | None] | None:
         """
@@ -573,7 +572,7 @@ def _not_awaitable(what: object) -> TypeError:
     )
 
 
-def _held_open(scope: object) -> RuntimeError:
+def held_open(scope: object) -> RuntimeError:
     return RuntimeError(
         f"{scope!r} was still open when its task had left it: an asynchronous "
         "generator has yielded inside of it, and was not finished; take the "
@@ -642,7 +641,7 @@ def _runnable(function: Any, args: tuple[Any, ...]) -> Runnable[Any]:
             f"spawn() needs a function and its arguments, or a coroutine: {function!r} "
             "is neither"
         )
-    runnable: Any = _call(function, args)
+    runnable: Any = call_and_wait(function, args)
     runnable.__qualname__ = name_of(function)
     return cast(Runnable[Any], runnable)
 
@@ -650,7 +649,8 @@ def _runnable(function: Any, args: tuple[Any, ...]) -> Runnable[Any]:
 _RUNNABLE_CODE = inspect.CO_COROUTINE | inspect.CO_GENERATOR
 
 
-async def _call(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+async def call_and_wait(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Call a function of any style, and wait for what it returns if that can wait."""
     result = function(*args)
     if inspect.isgenerator(result):
         return await awaitable(result)
@@ -761,244 +761,3 @@ def _wake(operation: Operation[None]) -> None:
     operation.owner = None
     if not operation.called:
         operation.succeed(None)
-
-
-# Scopes
-
-
-class Scope:
-    """
-    A block of code that a task is in, which may cancel what is inside of it.
-    """
-
-    def __init__(self) -> None:
-        # The task, within the block: a task may end with an error that leads here.
-        self._task: Task[Any] | None = None
-        self._entered = False
-
-    def _enter(self, what: str) -> Task[Any]:
-        if self._entered:
-            raise RuntimeError(f"{self!r} was entered before: make a new one")
-        task = self._task = task_of_caller(what)
-        self._entered = True
-        task._scopes += (self,)
-        return task
-
-    def _exit(self) -> None:
-        task = self._task
-        if task is None or task._scopes[-1:] != (self,):
-            raise _held_open(self)
-        task._scopes = task._scopes[:-1]
-        if task._cancels:
-            task._cancels = tuple(each for each in task._cancels if each is not self)
-        self._task = None
-
-
-class timeout(Scope):
-    """
-    Let a block of code take only so long::
-
-        with timeout(5):
-            line = await stream.read_line()
-
-    If it takes longer, then what it waits for is cancelled, and the block raises
-    ``TimeoutError``.  Of nested ones, each raises only its own.
-
-    :param seconds: how long, from the beginning of the block.
-    :param reactor: an ``IReactorTime`` provider; by default that of the task.
-    :raises ValueError: if the time is negative.
-    :raises NoTaskError: at the beginning of the block, outside of a task.
-    :ivar expired: whether the time was over before the block was.
-    """
-
-    def __init__(self, seconds: float, reactor: Any | None = None) -> None:
-        super().__init__()
-        if not seconds >= 0:
-            raise ValueError(f"cannot time out after {seconds} seconds: 0 is the least")
-        self.expired = False
-        self._seconds = seconds
-        self._reactor = reactor
-        self._call: Any = None
-
-    def __enter__(self) -> timeout:
-        task = self._enter("timeout")
-        reactor = self._reactor or task.reactor
-        self._call = reactor.callLater(self._seconds, self._expire)
-        return self
-
-    def _expire(self) -> None:
-        self._call = None
-        self.expired = True
-        assert self._task is not None
-        self._task._cancel_for(self)
-
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        if self._call is not None:
-            self._call.cancel()
-        self._exit()
-        if isinstance(error, Cancelled) and error._scope is self:
-            raise TimeoutError(f"it took more than {self._seconds} s") from error
-
-    def __repr__(self) -> str:
-        return f"<timeout of {self._seconds} s>"
-
-
-class shield(Scope):
-    """
-    Let nothing outside of a block of code cancel what is inside::
-
-        with shield():
-            await stream.write(b"QUIT\r\n")
-
-    It is cancelled where it waits next after the block.  A C{timeout} inside of
-    the block does what it always does.
-
-    :raises NoTaskError: at the beginning of the block, outside of a task.
-    """
-
-    def __enter__(self) -> shield:
-        self._enter("shield")
-        return self
-
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        self._exit()
-
-    def __repr__(self) -> str:
-        return "<shield>"
-
-
-class TaskGroup(Scope):
-    """
-    Tasks that end together::
-
-        async with TaskGroup() as group:
-            group.spawn(serve, first)
-            group.spawn(serve, second)
-
-    The block ends when all of them have ended.  If one of them fails, or the
-    block does, then the others and the block are cancelled, and all errors are
-    raised in one ``ExceptionGroup``.  For generators there is :func:`run_group`.
-
-    :raises NoTaskError: at the beginning of the block, outside of a task.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._tasks: dict[Task[Any], None] = {}
-        self._errors: list[BaseException] = []
-        self._cancelled = False
-        self._in_block = False
-        self._last_ends: Operation[None] | None = None
-
-    def spawn(
-        self, function: Callable[..., Any] | Runnable[Any], *args: Any, **named: Any
-    ) -> Task[Any]:
-        """
-        As :func:`spawn`, for a task of this group.
-
-        :raises RuntimeError: before or after the block.
-        """
-        if self._task is None:
-            raise RuntimeError(
-                f"{self!r} runs no task outside of its block: call spawn() within "
-                "async with"
-            )
-        named.setdefault("reactor", self._task.reactor)
-        task = spawn(function, *args, **named)
-        self._tasks[task] = None
-        task._when_done(self._ended)
-        if self._cancelled:
-            task.cancel()
-        return task
-
-    def cancel(self) -> None:
-        """
-        Cancel all tasks of the group, and the block: once, so that they can clean up.
-        """
-        if self._cancelled:
-            return
-        self._cancelled = True
-        for task in list(self._tasks):
-            task.cancel()
-        if self._in_block and self._task is not None:
-            self._task._cancel_for(self)
-
-    def _ended(self, task: Task[Any]) -> None:
-        del self._tasks[task]
-        if task._state == _FAILED:
-            self._errors.append(task._see_error())
-            self.cancel()
-        last = self._last_ends
-        # The one who waits for it may have been cancelled meanwhile.
-        if not self._tasks and last is not None and not last.called:
-            last.succeed(None)
-
-    async def __aenter__(self) -> TaskGroup:
-        self._enter("TaskGroup")
-        self._in_block = True
-        return self
-
-    async def __aexit__(
-        self, kind: object, error: BaseException | None, traceback: object
-    ) -> bool:
-        self._in_block = False
-        if isinstance(error, GeneratorExit):
-            # Nobody can resume this any more, nor the tasks of the group.
-            self._exit()
-            return False
-        own = isinstance(error, Cancelled) and error._scope is self
-        if error is not None:
-            self.cancel()
-        outer: Cancelled | None = None
-        while self._tasks:
-            self._last_ends = Wait()
-            try:
-                await self._last_ends
-            except Cancelled as cancelled:
-                if cancelled._scope is not self:
-                    outer = cancelled
-                self.cancel()
-        self._last_ends = None
-        task = self._task
-        assert task is not None
-        self._exit()
-        if isinstance(error, Cancelled) and not own:
-            outer = error
-        # Tasks of the group may refer to it, and the errors to their frames.
-        errors, self._errors = self._errors, []
-        if error is not None and not isinstance(error, Cancelled):
-            errors.insert(0, error)
-        if errors:
-            if outer is not None:
-                # Where it waits next.
-                task._cancels += (outer._scope,)  # type: ignore[operator]
-            raise BaseExceptionGroup(
-                f"{len(errors)} of a group of tasks have failed", errors
-            ) from None
-        if outer is not None and outer is not error:
-            raise outer
-        return own
-
-    def __repr__(self) -> str:
-        return f"<TaskGroup of {len(self._tasks)} tasks>"
-
-
-def run_group(body: Callable[[TaskGroup], Any], *args: Any) -> Deferred[Any]:
-    """
-    The :class:`TaskGroup` for generators::
-
-        def body(group):
-            group.spawn(serve, first)
-            yield sleep(1)
-
-        yield run_group(body)
-
-    :param body: called with the group and C{args}: the block.
-    :return: what C{body} returns, when all tasks of the group have ended.
-    """
-
-    async def block() -> Any:
-        async with TaskGroup() as group:
-            return await _call(body, (group, *args))
-
-    return spawn(block, name=getattr(body, "__qualname__", None)).as_deferred()

@@ -23,7 +23,8 @@ from twisted.web.resource import IResource, Resource
 from twisted.web.util import Redirect
 
 from twisted_rtsig.coro.errors import StreamError
-from twisted_rtsig.coro.tasks import shield, spawn
+from twisted_rtsig.coro.scopes import shield
+from twisted_rtsig.coro.tasks import spawn
 from twisted_rtsig.files.asyncfile import AsyncFile
 from twisted_rtsig.files.descriptors import FURTHEST, Descriptor
 from twisted_rtsig.files.opening import open_cached, open_descriptor

@@ -21,8 +21,10 @@ from twisted_rtsig.coro.errors import (
     IncompleteRead,
     StreamError,
 )
+from twisted_rtsig.coro.groups import TaskGroup
+from twisted_rtsig.coro.scopes import timeout
 from twisted_rtsig.coro.streams import Stream
-from twisted_rtsig.coro.tasks import TaskGroup, sleep, spawn, timeout
+from twisted_rtsig.coro.tasks import sleep, spawn
 
 MakePair = Callable[[], Awaitable[tuple[Any, Any]]]
 StreamCheck = Callable[[MakePair], Coroutine[Any, Any, None]]
