@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=180,
         )
 
     return run_pytest
@@ -1066,7 +1066,11 @@ def test_limits(run: Run, name: str) -> None:
     assert "Timeout: test_late_task took more than 0.2 s. The tasks at" in output
     assert "in wait: await sleep(1000)" in output
     assert "and when it was cancelled it raised ValueError('as well')" in output
-    assert "CLEANED UP" in output
+    # One each, and hypothesis looks for no smaller example.
+    assert "The example: n=1000000000000000000000000000000" in output
+    cleaned_up = ["late_task", "inline_callbacks", "hypothesis", "and_then_fails"]
+    cleaned_up += ["set up", "tear down"]
+    assert len(re.findall("^CLEANED UP$", output, re.M)) == len(cleaned_up)
 
 
 def test_the_limit_in_the_configuration(run: Run, tmp_path: Path) -> None:

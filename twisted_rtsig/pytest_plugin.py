@@ -21,7 +21,7 @@ import math
 import sys
 import types
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
-from typing import Any, Final
+from typing import Any, Final, ParamSpec, TypeVar
 
 import pytest
 from twisted.application.reactors import IReactorInstaller, getReactorTypes
@@ -33,12 +33,15 @@ from twisted_rtsig.coro.errors import Cancelled, ChannelClosed, EndOfChannel
 from twisted_rtsig.coro.tasks import Task, spawn
 from twisted_rtsig.notifiers import UnsupportedReactorError
 from twisted_rtsig.pytest_janitor import ALLOW_UNCLEAN, OTHER_PLUGINS, Janitor
-from twisted_rtsig.pytest_reactor import GRACE, ReactorRunner
+from twisted_rtsig.pytest_reactor import GRACE, ReactorRunner, Timeout
 
 _TIMEOUT: Final = "twisted_timeout"
 
 # Returns the seconds that are left for something; None for no limit.
 _Limit = Callable[[], float | None]
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -183,7 +186,8 @@ class _Plugin:
         if given is None:
             pyfuncitem.obj = self._synchronous(pyfuncitem.obj, limit)
         elif inspect.iscoroutinefunction(given.inner_test):
-            given.inner_test = self._synchronous(given.inner_test, limit)
+            given.inner_test = _last_if_late(self._synchronous(given.inner_test, limit))
+            pyfuncitem.obj = _failing_if_late(pyfuncitem.obj)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> None:
@@ -344,6 +348,46 @@ class _Plugin:
                 self._wait_for_task(task, limit)
 
         return call
+
+
+class _Late(BaseException):
+    """
+    An example of hypothesis was out of time.
+
+    hypothesis would look for a smaller example after any C{Exception} and after
+    C{pytest.fail.Exception}, for far longer than the limit.
+    """
+
+    def __init__(self, timeout: Timeout) -> None:
+        self.timeout = timeout
+
+
+def _last_if_late(function: Callable[P, T]) -> Callable[P, T]:
+    """What hypothesis calls for each example: after a timeout it calls it no more."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except Timeout as timeout:
+            example = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
+            timeout.msg = f"{timeout.msg}\nThe example: {example}"
+            raise _Late(timeout) from None
+
+    return call
+
+
+def _failing_if_late(function: Callable[P, T]) -> Callable[P, T]:
+    """What pytest calls: the timeout of an example fails the test."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except _Late as late:
+            raise late.timeout from None
+
+    return call
 
 
 def _plain(function: Any) -> Callable[..., Any]:

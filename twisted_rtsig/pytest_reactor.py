@@ -36,6 +36,10 @@ _SIGNALS: Final = [
 ]
 
 
+class Timeout(pytest.fail.Exception):  # type: ignore[misc, name-defined]
+    """Something took longer than its limit."""
+
+
 class ReactorRunner:
     """
     Runs the installed reactor for one session.
@@ -80,8 +84,8 @@ class ReactorRunner:
         :param left: how many of these are left; by default all.
         :raises KeyboardInterrupt: at the first Ctrl-C of the session, and if something
             stops the reactor.
-        :raises pytest.fail.Exception: if it took longer than C{limit}, or was
-            interrupted by another Ctrl-C.
+        :raises Timeout: if it took longer than C{limit}.
+        :raises pytest.fail.Exception: if it was interrupted by another Ctrl-C.
         """
         results: list[Any] = []
         deferred.addBoth(results.append)
@@ -98,7 +102,7 @@ class ReactorRunner:
         if not results:
             tasks = format_tasks(self.reactor)
             outcome = self._end(results, cancel, name)
-            raise pytest.fail.Exception(
+            raise Timeout(
                 f"Timeout: {name} took more than {limit:g} s{outcome}. "
                 f"The tasks at that time:\n{tasks}",
                 pytrace=False,
