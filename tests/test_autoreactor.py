@@ -22,7 +22,7 @@ from twisted_rtsig.notifiers import UnsupportedReactorError
 CHECKOUT = Path(__file__).parents[1]
 ECHO = CHECKOUT / "examples" / "echo.py"
 
-HERE = {"linux": "RealtimeSignalReactor", "win32": "CompletionPortReactor"}
+HERE = {"linux": "EdgeEPollReactor", "win32": "CompletionPortReactor"}
 
 needs_a_reactor = pytest.mark.skipif(
     sys.platform not in HERE, reason="for the systems that these tests know"
@@ -93,7 +93,7 @@ def test_install_names_the_reactor_in_the_log(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("platform", "module", "name"),
     [
-        ("linux", "rtsigreactor", "RealtimeSignalReactor"),
+        ("linux", "epollreactor", "EdgeEPollReactor"),
         ("win32", "iocpreactor", "CompletionPortReactor"),
         ("darwin", "kqreactor", "KQueueReactor"),
         ("freebsd14", "kqreactor", "KQueueReactor"),
@@ -120,13 +120,13 @@ def test_nothing_else_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the reactor of the system cannot run, it says why, and that is all."""
 
     def refuse() -> None:
-        raise UnsupportedReactorError("no signals are left")
+        raise UnsupportedReactorError("no descriptors are left")
 
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setitem(
         sys.modules,
-        "twisted_rtsig.rtsigreactor",
-        SimpleNamespace(RealtimeSignalReactor=refuse),
+        "twisted_rtsig.epollreactor",
+        SimpleNamespace(EdgeEPollReactor=refuse),
     )
-    with pytest.raises(UnsupportedReactorError, match="no signals are left"):
+    with pytest.raises(UnsupportedReactorError, match="no descriptors are left"):
         twisted_rtsig.install()

@@ -1,5 +1,5 @@
 """
-The reactor of this package for the system at hand: realtime signals on Linux,
+The reactor of this package for the system at hand: edge-triggered epoll on Linux,
 kqueue on BSD and macOS, a completion port on Windows.
 
 Install it before anything imports ``twisted.internet.reactor``::
@@ -25,7 +25,7 @@ _log = Logger()
 
 # By the beginning of sys.platform.
 _REACTORS = {
-    "linux": ("twisted_rtsig.rtsigreactor", "RealtimeSignalReactor"),
+    "linux": ("twisted_rtsig.epollreactor", "EdgeEPollReactor"),
     "win32": ("twisted_rtsig.iocpreactor", "CompletionPortReactor"),
     "darwin": ("twisted_rtsig.kqreactor", "KQueueReactor"),
     "dragonfly": ("twisted_rtsig.kqreactor", "KQueueReactor"),
