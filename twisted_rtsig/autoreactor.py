@@ -35,6 +35,21 @@ _REACTORS = {
 }
 
 
+def reactor_class() -> Any:
+    """
+    The class of the reactor for this system.
+
+    :raises UnsupportedReactorError: if there is none.
+    """
+    for system, (module, name) in _REACTORS.items():
+        if sys.platform.startswith(system):
+            return getattr(importlib.import_module(module), name)
+    raise UnsupportedReactorError(
+        f"this package has no reactor for {sys.platform}; use --reactor=poll, or "
+        "--reactor=select where there is no poll"
+    )
+
+
 def make_reactor() -> Any:
     """
     A new reactor for this system.
@@ -42,13 +57,7 @@ def make_reactor() -> Any:
     :raises UnsupportedReactorError: if there is none, or if it cannot run here.
         The message says why; nothing else is tried instead.
     """
-    for system, (module, name) in _REACTORS.items():
-        if sys.platform.startswith(system):
-            return getattr(importlib.import_module(module), name)()
-    raise UnsupportedReactorError(
-        f"this package has no reactor for {sys.platform}; use --reactor=poll, or "
-        "--reactor=select where there is no poll"
-    )
+    return reactor_class()()
 
 
 def install() -> None:
@@ -62,4 +71,4 @@ def install() -> None:
     _log.info("The reactor is {name}", name=type(reactor).__name__)
 
 
-__all__ = ["install", "make_reactor"]
+__all__ = ["install", "make_reactor", "reactor_class"]

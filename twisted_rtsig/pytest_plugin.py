@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import inspect
 import math
 import sys
@@ -24,13 +23,13 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from typing import Any, Final, ParamSpec, TypeVar
 
 import pytest
-from twisted.application.reactors import IReactorInstaller, getReactorTypes
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorAlreadyInstalledError
 
 from twisted_rtsig.coro.channels import Channel
 from twisted_rtsig.coro.errors import Cancelled, ChannelClosed, EndOfChannel
 from twisted_rtsig.coro.tasks import Task, spawn
+from twisted_rtsig.installation import installer_named
 from twisted_rtsig.notifiers import UnsupportedReactorError
 from twisted_rtsig.pytest_janitor import ALLOW_UNCLEAN, OTHER_PLUGINS, Janitor
 from twisted_rtsig.pytest_reactor import GRACE, ReactorRunner, Timeout
@@ -101,32 +100,12 @@ def _seconds(text: Any) -> float | None:
     return seconds or None
 
 
-# The plugins of Twisted and of this package import no reactor.  To list all plugins
-# imports those of other packages as well, some of which do (txtorcon, txi2p).
-_PLUGINS: Final = (
-    "twisted.plugins.twisted_reactors",
-    "twisted.plugins.twisted_rtsig_reactors",
-)
-
-
-def _reactor_types() -> Iterator[Any]:
-    for plugin in _PLUGINS:
-        for each in vars(importlib.import_module(plugin)).values():
-            if IReactorInstaller.providedBy(each):
-                yield each
-    yield from getReactorTypes()
-
-
 def _install(name: str) -> None:
     before = sys.modules.get("twisted.internet.reactor")
-    for installer in _reactor_types():
-        if installer.shortName == name:
-            break
-    else:
-        names = sorted({each.shortName for each in getReactorTypes()})
-        raise pytest.UsageError(
-            f"no reactor is called {name!r}; there are {', '.join(names)}"
-        )
+    try:
+        installer = installer_named(name)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
     try:
         installer.install()
     except ReactorAlreadyInstalledError:

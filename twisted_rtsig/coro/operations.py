@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
+from twisted_rtsig.coro.tracebacks import WholeFailure
+
 if TYPE_CHECKING:
     from twisted_rtsig.coro.tasks import Task
 
@@ -150,12 +152,12 @@ class Operation(Deferred[T]):
         if waiter is None and not quietly:
             self._become_deferred()
         if type(self) is _UsedAsDeferred:
-            self.errback(Failure(error))
+            self.errback(WholeFailure(error))
             if quietly:
                 self._silence(error)
         else:
             self.called = True
-            self.result = Failure(error)
+            self.result = WholeFailure(error)
         if waiter is not None and waiter is not OVER:
             waiter._resume(None, error)
 
@@ -274,7 +276,7 @@ class _UsedAsDeferred(Operation[T]):
         if not self.called or self.paused:
             return (yield from super().__await__())
         result = self.result
-        if type(result) is Failure:
+        if isinstance(result, Failure):
             # It is not unhandled any more.
             self.addErrback(ignore)
             self.result = result

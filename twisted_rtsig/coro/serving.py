@@ -18,6 +18,7 @@ from twisted.internet.interfaces import (
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from twisted.python.reflect import safe_str
 from zope.interface import implementer
 
 from twisted_rtsig.coro.errors import IncompleteRead
@@ -163,17 +164,13 @@ class _ServerProtocol(StreamProtocol):
         elif not task.failed:
             self.stream.close()
         else:
-            failure = task._see_failure()
+            error = task._see_error()
             names = {"name": task.name, "stream": self.stream}
-            if all(map(self._is_of_the_peer, causes(failure.value))):
-                _log.info(
-                    "{name}, {stream}: {error}",
-                    error=failure.getErrorMessage(),
-                    **names,
-                )
+            if all(map(self._is_of_the_peer, causes(error))):
+                _log.info("{name}, {stream}: {error}", error=safe_str(error), **names)
             else:
                 message = "{name}, {stream}: the handler has failed"
-                log_failure(_log, message, failure, **names)
+                log_failure(_log, message, error, **names)
             self.stream.abort()
         self._forget()
 

@@ -26,7 +26,11 @@ from twisted.python.failure import Failure
 from twisted_rtsig.coro.errors import Cancelled, NoTaskError, TransferError
 from twisted_rtsig.coro.operations import Operation, Wait, error_of
 from twisted_rtsig.coro.scheduler import HANDOVER, RUN, Scheduler, running, scheduler_of
-from twisted_rtsig.coro.tracebacks import log_failure, without_machinery
+from twisted_rtsig.coro.tracebacks import (
+    WholeFailure,
+    log_failure,
+    without_machinery,
+)
 
 if TYPE_CHECKING:
     from twisted_rtsig.coro.scopes import Scope
@@ -73,7 +77,7 @@ class _Failed:
     def __del__(self) -> None:
         if not self._seen:
             message = "Task {name} has failed"
-            log_failure(_log, message, Failure(self.see()), name=self._name)
+            log_failure(_log, message, self.see(), name=self._name)
 
 
 class Task(Generic[T]):
@@ -225,7 +229,7 @@ class Task(Generic[T]):
 
     def _see_failure(self) -> Failure:
         """As C{_see_error}, for a Deferred or the log."""
-        return Failure(self._see_error())
+        return WholeFailure(self._see_error())
 
     def _end(self, state: int, result: Any) -> None:
         self._state = state

@@ -1,6 +1,6 @@
 """
-Errors as they are told: with stack traces that show what the user wrote, and not
-what drives it, and groups of them one by one.
+Errors in logs: with stack traces that show the user's code without what drives it,
+and with everything that Python itself would print of them.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import IO, Any
 
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 if sys.version_info < (3, 11):
-    from exceptiongroup import BaseExceptionGroup
+    from exceptiongroup import BaseExceptionGroup, format_exception
+else:
+    from traceback import format_exception
 
 _MACHINERY = ("twisted_rtsig.coro.", "twisted.internet.defer", "twisted.python.failure")
 
@@ -87,8 +89,29 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         yield error
 
 
-def log_failure(log: Logger, message: str, failure: Failure, **fields: Any) -> None:
-    """Log a failure; of a group, whose trace shows no more than that, each one."""
-    for error in causes(failure.value):
-        each = failure if error is failure.value else Failure(error)
-        log.failure(message, each, **fields)
+class WholeFailure(Failure):
+    """
+    A failure that is printed and logged as Python prints its error: with the error's
+    causes and notes, and with all errors of a group.  Twisted's own failures print the
+    outermost error alone.
+    """
+
+    def printTraceback(
+        self,
+        file: IO[str] | None = None,
+        elideFrameworkCode: bool = False,
+        detail: str = "default",
+    ) -> None:
+        """See ``Failure.printTraceback``; a C{detail} that is given is Twisted's."""
+        error = self.value
+        if file is None or detail != "default" or not isinstance(error, BaseException):
+            super().printTraceback(file, elideFrameworkCode, detail)
+            return
+        # Old Deferreds take the traceback away from the error, and keep a copy here.
+        traceback = self.getTracebackObject()
+        file.write("".join(format_exception(type(error), error, traceback)))
+
+
+def log_failure(log: Logger, message: str, error: BaseException, **fields: Any) -> None:
+    """Log an error; a group is logged once, with all that is in it."""
+    log.failure(message, WholeFailure(error), **fields)
