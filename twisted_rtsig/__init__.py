@@ -2,13 +2,25 @@
 Reactors and a coroutine adapter for Twisted, driven by the events that the
 operating system delivers.
 
-Importing this package imports no reactor: choose one by its short name
-(``twistd --reactor=rtsig-auto``) or install it before anything imports
-``twisted.internet.reactor``::
+Importing this package imports no reactor.  :func:`run` installs one and runs a whole
+program::
 
     import twisted_rtsig
+
+    async def main() -> None: ...
+
+    twisted_rtsig.run(main)
+
+Or choose one by its short name (``twistd --reactor=rtsig-auto``), or install it before
+anything imports ``twisted.internet.reactor``::
+
     twisted_rtsig.install()
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from twisted_rtsig.runner import run
 
 __version__ = "0.1.0"
 
@@ -26,3 +38,15 @@ def install() -> None:
     from twisted_rtsig import autoreactor
 
     autoreactor.install()
+
+
+def __getattr__(name: str) -> object:
+    # As above; and a function here that calls it would stand in each traceback.
+    if name == "run":
+        from twisted_rtsig.runner import run
+
+        return run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["install", "run"]

@@ -33,15 +33,18 @@ CAUSES = [
 
 
 def with_note(error: Exception, note: str) -> Exception:
-    """Python 3.10 has no C{add_note}; its C{exceptiongroup} prints notes all the same."""
-    error.__notes__ = [note]  # type: ignore[attr-defined]
+    """Python 3.10 has no C{add_note}, and its C{exceptiongroup} prints notes."""
+    error.__notes__ = [note]
     return error
+
+
+PRICES: dict[str, int] = {}
 
 
 async def buy(item: str) -> None:
     await sleep(0)
     try:
-        {}[item]
+        PRICES[item]
     except KeyError as error:
         raise with_note(ValueError(f"no {item}"), f"a note on {item}") from error
 

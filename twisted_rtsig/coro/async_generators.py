@@ -12,9 +12,12 @@ import contextlib
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twisted_rtsig.coro.tracebacks import is_machinery
+
+if TYPE_CHECKING:
+    from twisted_rtsig.coro.tasks import Task
 
 # In the local variables of a generator that was begun outside of tasks.
 _FOREIGN = "@begun outside of tasks"
@@ -103,3 +106,8 @@ def _close_at_once(generator: AsyncGenerator[Any, Any]) -> None:
 
 async def _close(generator: AsyncGenerator[Any, Any]) -> None:
     await generator.aclose()
+
+
+def closes_generator(task: Task[Any]) -> bool:
+    """Whether a task does nothing but to end a generator that was left early."""
+    return getattr(task._body, "cr_code", None) is _close.__code__

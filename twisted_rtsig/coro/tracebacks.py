@@ -96,6 +96,9 @@ class WholeFailure(Failure):
     outermost error alone.
     """
 
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)  # type: ignore[no-untyped-call]
+
     def printTraceback(
         self,
         file: IO[str] | None = None,
@@ -105,10 +108,12 @@ class WholeFailure(Failure):
         """See ``Failure.printTraceback``; a C{detail} that is given is Twisted's."""
         error = self.value
         if file is None or detail != "default" or not isinstance(error, BaseException):
-            super().printTraceback(file, elideFrameworkCode, detail)
+            super().printTraceback(  # type: ignore[no-untyped-call]
+                file, elideFrameworkCode, detail
+            )
             return
         # Old Deferreds take the traceback away from the error, and keep a copy here.
-        traceback = self.getTracebackObject()
+        traceback = self.getTracebackObject()  # type: ignore[no-untyped-call]
         file.write("".join(format_exception(type(error), error, traceback)))
 
 

@@ -1,0 +1,807 @@
+"""Whole programs under C{twisted_rtsig.run}: real processes and real signals."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import twisted_rtsig
+from tests.support import DEADLINE
+
+if sys.platform == "win32":
+    pytest.skip("Windows has no kill(2)", allow_module_level=True)
+
+CHECKOUT = Path(__file__).parents[1]
+RUNNER = str(CHECKOUT / "twisted_rtsig" / "runner.py")
+
+REACTORS = {
+    "select": "SelectReactor",
+    "poll": "PollReactor",
+    "asyncio": "AsyncioSelectorReactor",
+}
+if sys.platform.startswith("linux"):
+    REACTORS["epoll"] = "EPollReactor"
+    REACTORS["rtsig"] = "RealtimeSignalReactor"
+    REACTORS["rtsig-epoll"] = REACTORS["rtsig-auto"] = "EdgeEPollReactor"
+
+every_reactor = pytest.mark.parametrize("name", REACTORS)
+both_signals = pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"]
+)
+
+# What the programs begin with.
+IMPORTS = """
+import asyncio, atexit, os, signal, sys, threading, time
+from twisted.internet.defer import Deferred, succeed
+from twisted_rtsig import run
+from twisted_rtsig.coro import *
+
+def say(*what):
+    print(*what, flush=True)
+
+def other(number):
+    return signal.SIGTERM if number == signal.SIGINT else signal.SIGINT
+
+"""
+
+
+class Program:
+    """A script in a process of its own, killed if it takes too long."""
+
+    def __init__(self, folder: Path, code: str, *command: str) -> None:
+        self.script = folder / "program.py"
+        self.script.write_text(IMPORTS + textwrap.dedent(code))
+        self.process = subprocess.Popen(
+            command or [sys.executable, str(self.script)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+            start_new_session=True,
+        )
+        self.watchdog = threading.Timer(DEADLINE * 2, self.process.kill)
+        self.watchdog.start()
+
+    def line(self) -> str:
+        """What it says next."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().rstrip("\n")
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> tuple[int, str, str]:
+        """Its status, what it says until its end, and its errors."""
+        output, errors = self.process.communicate()
+        self.watchdog.cancel()
+        return self.process.returncode, output, errors
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Any:
+    """Starts programs."""
+    started: list[Program] = []
+
+    def start(code: str, *command: str) -> Program:
+        started.append(Program(tmp_path, code, *command))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.watchdog.cancel()
+        each.process.kill()
+        each.process.communicate()
+
+
+Start = Callable[..., Program]
+
+
+def said(program: Program) -> str:
+    """What a program says that goes well."""
+    status, output, errors = program.end()
+    assert (status, errors) == (0, ""), (status, output, errors)
+    return output
+
+
+# Results
+
+
+@every_reactor
+def test_the_result_of_any_style(start: Start, name: str) -> None:
+    program = start(f"""
+        async def main(one, other):
+            from twisted.internet import reactor
+            await sleep(0.001)
+            return one + other, type(reactor).__name__, current_task().name
+
+        print(*run(main, 1, 2, reactor={name!r}, name="the main task"))
+    """)
+    assert said(program) == f"3 {REACTORS[name]} the main task\n"
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        "def main(x):\n    yield sleep(0)\n    return x",
+        "def main(x):\n    return succeed(x)",
+        "@coroutine\ndef main(x):\n    yield sleep(0)\n    return x",
+        "async def main(x):\n    return x",
+        "def main(x):\n    return x",
+    ],
+    ids=["generator", "Deferred", "@coroutine", "at once", "function"],
+)
+def test_styles(start: Start, main: str) -> None:
+    assert said(start(f"{main}\nprint(run(main, 'it'))")) == "it\n"
+
+
+@every_reactor
+def test_a_child_process_and_a_thread(start: Start, name: str) -> None:
+    """The reactor handles SIGCHLD, and starts and stops its threads."""
+    program = start(f"""
+        async def main():
+            async with open_process([sys.executable, "-c", "print('child')"]) as child:
+                output = await child.stream.read_line()
+                return output, await child.wait(), await in_thread(lambda: "thread")
+
+        print(*run(main, reactor={name!r}))
+    """)
+    assert said(program) == "b'child' 0 thread\n"
+
+
+def test_the_module_and_the_command_line(start: Start) -> None:
+    code = """
+        async def main():
+            await sleep(0)
+            return "done"
+
+        if __name__ == "__main__":
+            print(run(main))
+    """
+    module = start(code, sys.executable, "-m", "program")
+    assert said(module) == "done\n"
+    text = IMPORTS + textwrap.dedent(code)
+    assert said(start("", sys.executable, "-c", text)) == "done\n"
+
+
+def test_an_interactive_interpreter(start: Start) -> None:
+    """It goes on after a failure, and is told why it cannot run again."""
+    program = start("")
+    assert said(program) == ""
+    lines = (
+        IMPORTS
+        + """
+async def main():
+    await sleep(0)
+    raise ValueError("why")
+
+run(main)
+run(main)
+print("still here")
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-i", "-q"],
+        input=lines,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE * 2,
+        cwd=CHECKOUT,
+    )
+    assert done.stdout == "still here\n"
+    assert "ValueError: why" in done.stderr
+    assert "ReactorNotRestartable: run() was called when" in done.stderr
+
+
+# Failures
+
+
+def lines_of_files(errors: str) -> list[str]:
+    """Of tracebacks, the files whose lines they show."""
+    return [line.split('"')[1] for line in errors.splitlines() if '  File "' in line]
+
+
+@pytest.mark.parametrize("wait", ["await sleep(0.001)", "pass"])
+def test_a_failure_is_raised_in_the_lines_of_the_user(start: Start, wait: str) -> None:
+    program = start(f"""
+        async def helper():
+            {wait}
+            raise ValueError("why")
+
+        async def main():
+            await spawn(helper)
+
+        run(main)
+    """)
+    status, output, errors = program.end()
+    assert (status, output) == (1, "")
+    assert errors.endswith("ValueError: why\n")
+    script = str(program.script)
+    assert lines_of_files(errors) == [script, RUNNER, script, script]
+
+
+def test_a_group_is_raised_whole(start: Start) -> None:
+    program = start("""
+        async def buy(item):
+            await sleep(0)
+            try:
+                {}[item]
+            except KeyError as error:
+                why = ValueError(f"no {item}")
+                why.__notes__ = [f"a note on {item}"]
+                raise why from error
+
+        async def main():
+            async with TaskGroup() as group:
+                group.spawn(buy, "milk")
+                group.spawn(buy, "tea")
+
+        run(main)
+    """)
+    status, output, errors = program.end()
+    assert (status, output) == (1, "")
+    for text in (
+        "ExceptionGroup: 2 of a group of tasks have failed (2 sub-exceptions)",
+        *("KeyError: 'milk'", "ValueError: no milk", "a note on milk"),
+        *("KeyError: 'tea'", "ValueError: no tea", "a note on tea"),
+    ):
+        assert errors.count(text) == 1, errors
+    assert errors.count("the direct cause of the following exception") == 2
+    assert set(lines_of_files(errors)) == {str(program.script), RUNNER}
+    assert lines_of_files(errors).count(RUNNER) == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "status", "errors"),
+    [("3", 3, ""), ("", 0, ""), ("'it is broken'", 1, "it is broken\n")],
+)
+def test_the_exit_status_of_main(
+    start: Start, argument: str, status: int, errors: str
+) -> None:
+    program = start(f"""
+        async def main():
+            await sleep(0)
+            sys.exit({argument})
+
+        run(main)
+    """)
+    assert program.end() == (status, "", errors)
+
+
+def test_main_may_be_cancelled_without_a_signal(start: Start) -> None:
+    program = start("""
+        from twisted.internet.defer import CancelledError
+
+        async def main():
+            current_task().cancel()
+            await sleep(1)
+
+        try:
+            run(main)
+        except CancelledError as error:
+            print(error)
+    """)
+    assert said(program) == "main was cancelled\n"
+
+
+# Signals
+
+
+@every_reactor
+@both_signals
+def test_a_signal_cancels_main_and_is_the_status(
+    start: Start, name: str, number: int
+) -> None:
+    """As of a program that does not handle it, after everything has cleaned up."""
+    program = start(f"""
+        atexit.register(print, "at exit")
+
+        async def main():
+            try:
+                say("waits")
+                await Event().wait()
+            finally:
+                await sleep(0.01)
+                print("main has cleaned up")
+
+        try:
+            run(main, reactor={name!r})
+        finally:
+            print("and so has the script")
+    """)
+    assert program.line() == "waits"
+    program.send(number)
+    status, output, errors = program.end()
+    assert output.splitlines() == [
+        "main has cleaned up",
+        "and so has the script",
+        "at exit",
+    ]
+    assert status == -number
+    if number == signal.SIGTERM:
+        assert errors == ""
+    else:
+        assert lines_of_files(errors) == [str(program.script), RUNNER]
+        assert errors.endswith("KeyboardInterrupt\n")
+
+
+@both_signals
+def test_the_status_that_a_shell_sees(start: Start, number: int) -> None:
+    code = """
+        async def main():
+            say(os.getpid())
+            await Event().wait()
+
+        run(main)
+    """
+    program = start(code, "sh", "-c", f"{sys.executable} program.py; echo status $?")
+    os.kill(int(program.line()), number)
+    # The shell goes on only because it was not interrupted itself.
+    assert f"status {128 + number}" in program.end()[1]
+
+
+@both_signals
+def test_main_may_return_when_it_is_cancelled(start: Start, number: int) -> None:
+    program = start("""
+        async def main():
+            try:
+                say("waits")
+                await Event().wait()
+            except Cancelled:
+                return "in peace"
+
+        print(run(main))
+    """)
+    assert program.line() == "waits"
+    program.send(number)
+    assert said(program) == "in peace\n"
+
+
+@both_signals
+def test_main_may_fail_when_it_is_cancelled(start: Start, number: int) -> None:
+    program = start("""
+        async def main():
+            try:
+                say("waits")
+                await Event().wait()
+            finally:
+                raise ValueError("why")
+
+        run(main)
+    """)
+    assert program.line() == "waits"
+    program.send(number)
+    status, _, errors = program.end()
+    assert status == 1
+    assert errors.endswith("ValueError: why\n")
+
+
+# What does not end when it is cancelled: each says "stuck" once it has been told.
+STUCK = {
+    "main": """
+        async def main():
+            try:
+                say("waits")
+                await Event().wait()
+            except Cancelled:
+                say("stuck")
+                await Event().wait()
+    """,
+    "thread": """
+        def block():
+            while signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
+                time.sleep(0.001)
+            say("stuck")
+            while True:
+                time.sleep(60)
+
+        async def main():
+            say("waits")
+            await in_thread(block)
+    """,
+    "busy": """
+        async def main():
+            say("waits")
+            while signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
+                pass
+            say("stuck")
+            while True:
+                pass
+    """,
+    "child task": """
+        async def stubborn():
+            try:
+                await Event().wait()
+            except Cancelled:
+                say("stuck")
+                await Event().wait()
+
+        async def main():
+            spawn(stubborn)
+            say("waits")
+            await Event().wait()
+    """,
+}
+
+
+@pytest.mark.parametrize("stuck", STUCK)
+@both_signals
+def test_a_second_signal_ends_the_process_at_once(
+    start: Start, stuck: str, number: int
+) -> None:
+    program = start(textwrap.dedent(STUCK[stuck]) + "\nrun(main, grace=None)")
+    assert program.line() == "waits"
+    program.send(number)
+    assert program.line() == "stuck"
+    second = signal.SIGTERM if number == signal.SIGINT else signal.SIGINT
+    program.send(second)
+    assert program.end() == (-second, "", "")
+
+
+@every_reactor
+def test_a_second_signal_of_the_same_kind(start: Start, name: str) -> None:
+    code = textwrap.dedent(STUCK["main"])
+    program = start(f"{code}\nrun(main, reactor={name!r})")
+    assert program.line() == "waits"
+    program.send(signal.SIGTERM)
+    assert program.line() == "stuck"
+    program.send(signal.SIGTERM)
+    assert program.end() == (-signal.SIGTERM, "", "")
+
+
+@pytest.mark.parametrize("stuck", STUCK)
+@both_signals
+def test_the_process_ends_when_the_grace_is_over(
+    start: Start, stuck: str, number: int
+) -> None:
+    program = start(textwrap.dedent(STUCK[stuck]) + "\nrun(main, grace=0.1)")
+    assert program.line() == "waits"
+    program.send(number)
+    assert program.line() == "stuck"
+    status, output, errors = program.end()
+    assert (status, output) == (-number, "")
+    name = signal.Signals(number).name
+    assert f"{name}: the program has not ended within 0.1 s" in errors
+    # The line of the program, wherever it is stuck.
+    where = {
+        "main": "in main: await Event().wait()",
+        "thread": "in block: time.sleep(60)",
+        "busy": "in main: ",
+        "child task": "in stubborn: await Event().wait()",
+    }
+    assert where[stuck] in errors
+
+
+def test_the_end_does_not_wait_for_a_log_that_no_process_reads(start: Start) -> None:
+    """The pipe is full, and stays so."""
+    program = start("""
+        async def main():
+            os.set_blocking(2, True)
+            try:
+                say("waits")
+                await Event().wait()
+            except Cancelled:
+                say("stuck")
+                while True:
+                    os.write(2, bytes(1 << 20))
+
+        run(main, grace=0.1)
+    """)
+    assert program.line() == "waits"
+    program.send(signal.SIGTERM)
+    assert program.line() == "stuck"
+    assert program.process.wait(DEADLINE) == -signal.SIGTERM
+
+
+def test_a_signal_before_the_start_of_main(start: Start) -> None:
+    program = start("""
+        from twisted_rtsig.epollreactor import EdgeEPollReactor
+
+        reactor = EdgeEPollReactor()
+        reactor.addSystemEventTrigger(
+            "before", "startup", signal.raise_signal, signal.SIGTERM)
+
+        async def main():
+            say("never comes here")
+
+        try:
+            run(main, reactor=reactor)
+        finally:
+            print("cleaned up")
+    """)
+    assert program.end() == (-signal.SIGTERM, "cleaned up\n", "")
+
+
+@both_signals
+def test_a_signal_after_the_end_of_main(start: Start, number: int) -> None:
+    """It is not lost, and main's result is."""
+    program = start(f"""
+        async def rest():
+            try:
+                await Event().wait()
+            finally:
+                signal.raise_signal({number})
+                await sleep(0.01)
+                print("cleaned up")
+
+        async def main():
+            spawn(rest)
+            await sleep(0)
+            return "never told"
+
+        print(run(main))
+    """)
+    status, output, _ = program.end()
+    assert (status, output) == (-number, "cleaned up\n")
+
+
+# The end
+
+
+def test_what_is_left_is_cancelled_and_waited_for(start: Start) -> None:
+    program = start("""
+        async def numbers():
+            try:
+                yield 1
+                yield 2
+            finally:
+                await sleep(0.01)
+                print("the generator has ended")
+
+        async def rest(number):
+            try:
+                await Event().wait()
+            finally:
+                if number:
+                    # Which is cancelled in its turn.
+                    spawn(rest, number - 1)
+                await sleep(0.01)
+                print("task", number, "has ended")
+
+        async def fails():
+            try:
+                await Event().wait()
+            finally:
+                raise ValueError("why") from KeyError("cause")
+
+        async def main():
+            spawn(rest, 1)
+            spawn(fails)
+            async for number in numbers():
+                await sleep(0)
+                return number
+
+        print(run(main))
+    """)
+    status, output, errors = program.end()
+    assert status == 0, errors
+    assert sorted(output.splitlines()) == [
+        "1",
+        "task 0 has ended",
+        "task 1 has ended",
+        "the generator has ended",
+    ]
+    assert output.splitlines()[-1] == "1"
+    assert "Task fails has failed" in errors
+    assert "KeyError: 'cause'" in errors
+    assert "ValueError: why" in errors
+
+
+def test_a_task_that_does_not_end_is_named(start: Start) -> None:
+    program = start("""
+        async def stubborn():
+            try:
+                await Event().wait()
+            except Cancelled:
+                await Event().wait()
+
+        async def main():
+            spawn(stubborn)
+            await sleep(0)
+            return "done"
+
+        print(run(main, grace=0.05))
+    """)
+    status, output, errors = program.end()
+    assert (status, output) == (0, "done\n")
+    assert "1 tasks were cancelled because the program ends" in errors
+    assert "in stubborn: await Event().wait()" in errors
+
+
+@every_reactor
+def test_services_stop_before_tasks_are_cancelled(start: Start, name: str) -> None:
+    """A trigger that stops a server has its time."""
+    program = start(f"""
+        from twisted.internet.endpoints import TCP4ServerEndpoint
+
+        async def main():
+            from twisted.internet import reactor
+            begun = Event()
+
+            async def handler(stream):
+                begun.set()
+                await stream.write(await stream.read_line() + b"\\n")
+
+            endpoint = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
+            server = await serve(endpoint, handler)
+            reactor.addSystemEventTrigger("before", "shutdown", server.stop, 20)
+            server.stopping.wait().addCallback(lambda _: say("stops"))
+            say(server.port.getHost().port)
+            await begun.wait()
+
+        run(main, reactor={name!r})
+    """)
+    with socket.create_connection(("127.0.0.1", int(program.line()))) as client:
+        assert program.line() == "stops"
+        client.sendall(b"question\n")
+        assert client.recv(100) == b"question\n"
+    assert said(program) == ""
+
+
+def test_the_reactor_is_stopped_too_early(start: Start) -> None:
+    program = start("""
+        async def main():
+            from twisted.internet import reactor
+            reactor.stop()
+            try:
+                await Event().wait()
+            finally:
+                await sleep(0)
+                print("cleaned up")
+
+        try:
+            run(main)
+        except RuntimeError as error:
+            print(error)
+    """)
+    output = said(program)
+    assert output.startswith(
+        "cleaned up\nthe reactor was stopped before main had ended"
+    )
+
+
+@every_reactor
+def test_handlers_are_those_of_before(start: Start, name: str) -> None:
+    program = start(f"""
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGCHLD
+
+        def handlers():
+            wakeup = signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(wakeup)
+            return wakeup, [signal.getsignal(each) for each in numbers]
+
+        ends = os.pipe()
+        os.set_blocking(ends[1], False)
+        signal.set_wakeup_fd(ends[1])
+        signal.signal(signal.SIGCHLD, handlers)
+        before = handlers()
+
+        async def main():
+            await sleep(0)
+            return handlers()
+
+        print(run(main, reactor={name!r}) != before, handlers() == before)
+    """)
+    assert said(program) == "True True\n"
+
+
+def test_handlers_of_the_program_are_left_alone(start: Start) -> None:
+    program = start("""
+        told = Event()
+        signal.signal(signal.SIGTERM, lambda *_: reactor.callFromThread(told.set))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+        async def main():
+            global reactor
+            from twisted.internet import reactor
+            signal.raise_signal(signal.SIGINT)
+            say("waits")
+            await told.wait()
+            return "told"
+
+        print(run(main))
+    """)
+    assert program.line() == "waits"
+    program.send(signal.SIGINT)
+    program.send(signal.SIGTERM)
+    assert said(program) == "told\n"
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("run(main, grace=-1)", "ValueError: grace=-1: 0 is the least"),
+        ("run(main, reactor='fast')", "ValueError: no reactor is called 'fast'"),
+        ("run(main())", "TypeError: run\\(\\) needs a function .*: call run\\(main\\)"),
+        ("run(main, 1)", "TypeError: main\\(\\) takes 0 positional arguments"),
+        (
+            "import twisted.internet.reactor\nrun(main, reactor='select')",
+            "ReactorAlreadyInstalledError: \\w+ is installed already, .* not 'select'",
+        ),
+        (
+            "from twisted.internet import selectreactor\nselectreactor.install()\n"
+            "run(main)",
+            "ReactorAlreadyInstalledError: SelectReactor is installed already, and not "
+            ".*reactor of twisted-rtsig.*twisted_rtsig.install\\(\\)",
+        ),
+        (
+            "async def outer():\n    run(main)\nrun(outer)",
+            "RuntimeError: run\\(\\) was called while the reactor runs",
+        ),
+        (
+            "run(main)\nrun(main)",
+            "ReactorNotRestartable: run\\(\\) was called when the reactor had run",
+        ),
+    ],
+)
+def test_a_clear_error(start: Start, code: str, error: str) -> None:
+    program = start(f"async def main():\n    pass\n\n{code}\n")
+    status, output, errors = program.end()
+    assert (status, output) == (1, "")
+    assert re.search(error, errors.splitlines()[-1]), errors
+    assert "never awaited" not in errors
+
+
+def test_only_in_the_main_thread() -> None:
+    caught: list[BaseException] = []
+
+    async def main() -> None:
+        pass
+
+    def thread() -> None:
+        try:
+            twisted_rtsig.run(main)
+        except BaseException as error:
+            caught.append(error)
+
+    started = threading.Thread(target=thread)
+    started.start()
+    started.join()
+    [error] = caught
+    assert isinstance(error, RuntimeError)
+    assert "run() works only in the main thread" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("installed", "asked"),
+    [
+        ("from twisted.internet import selectreactor as r; r.install()", "'select'"),
+        ("from twisted.internet import reactor", "reactor"),
+        ("from twisted.internet import reactor", "'default'"),
+        ("import twisted_rtsig; twisted_rtsig.install()", "None"),
+        ("import twisted_rtsig; twisted_rtsig.install()", "'rtsig-auto'"),
+        ("from twisted_rtsig import rtsigreactor as r; r.install()", "None"),
+        (
+            "from twisted.internet.selectreactor import SelectReactor",
+            "SelectReactor",
+        ),
+        (
+            "from twisted.internet.selectreactor import SelectReactor",
+            "SelectReactor()",
+        ),
+        (
+            "from twisted.internet.selectreactor import SelectReactor, install\n"
+            "install()",
+            "SelectReactor",
+        ),
+    ],
+)
+def test_a_reactor_that_fits(start: Start, installed: str, asked: str) -> None:
+    main = "async def main():\n    return 1\n"
+    program = start(f"{installed}\n{main}print(run(main, reactor={asked}))")
+    assert said(program) == "1\n"

@@ -1,0 +1,512 @@
+"""
+A program from its first line to its last: a reactor, one main function, and an orderly
+end, also on a signal.
+
+See ``docs/running.md``.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import inspect
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, overload
+
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ReactorNotRestartable, ReactorNotRunning
+from twisted.logger import Logger
+
+from twisted_rtsig.coro import Event, Task, current_task, format_tasks, sleep, spawn
+from twisted_rtsig.coro.async_generators import closes_generator
+from twisted_rtsig.coro.inspection import describe, in_words, tasks_of
+from twisted_rtsig.coro.scheduler import running
+from twisted_rtsig.coro.scopes import timeout
+from twisted_rtsig.coro.tracebacks import drop_machinery_above
+from twisted_rtsig.installation import ensure_reactor
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVarTuple, Unpack
+
+    Ts = TypeVarTuple("Ts")
+
+T = TypeVar("T")
+
+_log = Logger()
+
+GRACE: Final = 30.0
+"""How many seconds a program has to end after a signal, by default."""
+
+# The signals that ask a program to end, and the method of a reactor with which Twisted
+# handles each.  SIGBREAK is Ctrl-Break on Windows.
+_SIGNALS: Final[dict[int, str]] = {
+    getattr(signal, name): method
+    for name, method in (
+        ("SIGINT", "sigInt"),
+        ("SIGTERM", "sigTerm"),
+        ("SIGBREAK", "sigBreak"),
+    )
+    if hasattr(signal, name)
+}
+
+# Signals that reactors handle for their child processes.
+_OF_CHILDREN: Final = [
+    getattr(signal, name) for name in ("SIGCHLD",) if hasattr(signal, name)
+]
+
+# The status of a process that Windows ends for Ctrl-C or Ctrl-Break: it is
+# STATUS_CONTROL_C_EXIT, 0xC000013A.
+_CONTROL_C_EXIT: Final = 0xC000013A - (1 << 32)
+
+# How many seconds the log has to take the line that tells of the end: it may be a pipe
+# that no process reads.
+_TO_TELL: Final = 1.0
+
+# How many turns of the reactor asynchronous generators have to begin their end.
+_TURNS: Final = 3
+
+_MOST_IN_LOG: Final = 20
+
+
+@overload
+def run(
+    main: Callable[[Unpack[Ts]], Coroutine[Any, Any, T]],
+    *args: Unpack[Ts],
+    reactor: object = None,
+    grace: float | None = GRACE,
+    name: str | None = None,
+) -> T: ...
+@overload
+def run(
+    main: Callable[[Unpack[Ts]], Generator[Any, Any, T]],
+    *args: Unpack[Ts],
+    reactor: object = None,
+    grace: float | None = GRACE,
+    name: str | None = None,
+) -> T: ...
+@overload
+def run(
+    main: Callable[[Unpack[Ts]], Deferred[T]],
+    *args: Unpack[Ts],
+    reactor: object = None,
+    grace: float | None = GRACE,
+    name: str | None = None,
+) -> T: ...
+
+
+def run(
+    main: Callable[[Unpack[Ts]], Any],
+    *args: Unpack[Ts],
+    reactor: object = None,
+    grace: float | None = GRACE,
+    name: str | None = None,
+) -> Any:
+    """
+    Install a reactor, run C{main(*args)} as a task until it ends, and stop the reactor.
+
+    SIGINT and SIGTERM (and Ctrl-Break on Windows) cancel the task, once.  A second
+    signal ends the process at once.  See docs/running.md for the exit status.
+
+    When C{main} has ended, the triggers "before", "shutdown" of the reactor run; then
+    the tasks that are left are cancelled and waited for; then the reactor stops, and
+    waits for its threads.
+
+    :param main: an ``async def`` or generator function, or one that returns a Deferred.
+    :param reactor: the one to install: a short name (``"rtsig"``, ``"asyncio"``), a
+        class, or an instance.  By default that of this package for this system.  If it
+        is installed already, it is used.
+    :param grace: how many seconds everything has to end after the first signal; then
+        what still runs is logged, and the process ends by the signal.  Without a
+        signal: how long tasks that are left are waited for after C{main} has ended.
+        None for no limit.
+    :param name: what the task is called in logs; by default the name of C{main}.
+    :return: what C{main} returns.
+    :raises BaseException: what C{main} raises; its C{SystemExit} is the exit status.
+    :raises KeyboardInterrupt: if SIGINT has cancelled C{main}, or came after its end.
+    :raises SystemExit: likewise for SIGTERM; the process then ends by the signal.
+    :raises CancelledError: if C{main} was cancelled without a signal.
+    :raises RuntimeError: in another thread than the main one; while a reactor runs; or
+        if the reactor was stopped before C{main} had ended.
+    :raises ReactorNotRestartable: if the reactor has run before.
+    :raises ReactorAlreadyInstalledError: if another reactor is installed.
+    :raises TypeError: if C{main} cannot be called.
+    :raises ValueError: if C{grace} is less than 0, or no reactor has that name.
+    """
+    _check(main, grace)
+    program = _Program(ensure_reactor(reactor), grace)
+    program.run(main, args, name)
+    error = program.error()
+    if error is None:
+        return program.result()
+    try:
+        raise error
+    finally:
+        # The traceback holds this frame.
+        del error, program, main, args
+
+
+def _check(main: object, grace: float | None) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError(
+            "run() works only in the main thread, which gets the signals: in another "
+            "one use from_thread(), or reactor.callFromThread()"
+        )
+    installed = sys.modules.get("twisted.internet.reactor")
+    if running.task is not None or getattr(installed, "running", False):
+        raise RuntimeError(
+            "run() was called while the reactor runs, and it runs a whole program: "
+            "await the function, or spawn() it"
+        )
+    if grace is not None and not grace >= 0:
+        raise ValueError(f"grace={grace}: 0 is the least, and None is no limit")
+    if not callable(main):
+        if inspect.iscoroutine(main):
+            # Python would warn that it was never awaited.
+            main.close()
+        raise TypeError(
+            f"run() needs a function and its arguments, and {main!r} is no function: "
+            "call run(main), not run(main())"
+        )
+
+
+class _Program:
+    """
+    One main function on one reactor.
+
+    :param grace: see :func:`run`.
+    """
+
+    def __init__(self, reactor: Any, grace: float | None) -> None:
+        self._reactor = reactor
+        self._grace = grace
+        self._task: Task[Any] | None = None
+        # Why there is no task.
+        self._refusal: BaseException | None = None
+        # The first signal, and whether it has cancelled the main task.
+        self._signal: int | None = None
+        self._delivered = False
+        # Whether something else than the end of the main task has stopped the reactor.
+        self._stopped_early = False
+        # Locked until the run is over.
+        self._over = threading.Lock()
+
+    def run(self, main: Callable[..., Any], args: tuple[Any, ...], name: Any) -> None:
+        """Run the reactor until all is over."""
+        reactor = self._reactor
+        reactor.callWhenRunning(self._start, main, args, name)
+        reactor.addSystemEventTrigger("before", "shutdown", self._shut_down)
+        self._over.acquire()
+        try:
+            with self._signals_handled():
+                reactor.run()
+        except ReactorNotRestartable:
+            raise ReactorNotRestartable(
+                "run() was called when the reactor had run before, and a reactor runs "
+                "only once in a process: call run() once, with one main() that awaits "
+                "all that there is to do"
+            ) from None
+        finally:
+            self._over.release()
+
+    def error(self) -> BaseException | None:
+        """What C{run} is to raise, if it does not return a result."""
+        task = self._task
+        if self._refusal is not None:
+            return self._refusal
+        if task is not None and task.failed:
+            return task._see_error()
+        if self._signal is not None and (
+            task is None or task.cancelled or not task.done or not self._delivered
+        ):
+            return _error_for(self._signal)
+        if task is None or not task.done or (task.cancelled and self._stopped_early):
+            return RuntimeError(
+                "the reactor was stopped before main had ended: let main return, or "
+                "cancel its task, in place of calling reactor.stop()"
+            )
+        return task._see_error() if task.cancelled else None
+
+    def result(self) -> Any:
+        """What the main function has returned."""
+        assert self._task is not None
+        return self._task.result()
+
+    # The main task
+
+    def _start(
+        self, main: Callable[..., Any], args: tuple[Any, ...], name: str | None
+    ) -> None:
+        """The reactor runs."""
+        if self._signal is None:
+            try:
+                self._task = spawn(main, *args, name=name, reactor=self._reactor)
+            except BaseException as error:
+                self._refusal = drop_machinery_above(error)
+        if self._task is None:
+            self._stop()
+        else:
+            self._task._when_done(self._stop)
+
+    def _stop(self, task: Task[Any] | None = None) -> None:
+        """The main task has ended, or was not started."""
+        # It may be stopping already.
+        with contextlib.suppress(ReactorNotRunning):
+            self._reactor.stop()
+
+    # Signals
+
+    @contextlib.contextmanager
+    def _signals_handled(self) -> Iterator[None]:
+        """
+        Handle the signals that ask for the end and that nothing handles yet; and leave
+        no handler behind, neither those of this function nor of the reactor.
+        """
+        reactor = self._reactor
+        before = {n: signal.getsignal(n) for n in (*_SIGNALS, *_OF_CHILDREN)}
+        # A handler that was not set from Python cannot be set again.
+        before = {n: handler for n, handler in before.items() if handler is not None}
+        self._handled = [
+            number
+            for number in _SIGNALS
+            if before.get(number) in (signal.SIG_DFL, signal.default_int_handler)
+        ]
+        wakeup = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(wakeup)
+        # What the reactor sets when it starts, whatever was set before.
+        methods = {
+            _SIGNALS[number]: self._on_signal if number in self._handled else handler
+            for number, handler in before.items()
+            if number in _SIGNALS
+        }
+        vars(reactor).update(methods)
+        try:
+            for number in self._handled:
+                signal.signal(number, self._on_signal)
+            yield
+        finally:
+            for method in methods:
+                delattr(reactor, method)
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None = None) -> None:
+        """Called between any two instructions of the main thread."""
+        if self._signal is not None:
+            return
+        self._signal = number
+        # A second signal ends the process at once, whatever Python does then.
+        for each in self._handled:
+            signal.signal(each, signal.SIG_DFL)
+        if self._grace is not None:
+            # Not threading.Thread, whose locks the main thread may hold right now.
+            _thread.start_new_thread(self._enforce, (self._grace,))
+        self._reactor.callFromThread(self._cancel)
+
+    def _cancel(self) -> None:
+        """A signal has come: in a turn of the reactor."""
+        assert self._signal is not None
+        _log.info(
+            "{signal}: the program ends{within}; a second signal ends it at once",
+            signal=signal.Signals(self._signal).name,
+            within="" if self._grace is None else f" within {self._grace:g} s",
+        )
+        task = self._task
+        if task is not None and not task.done:
+            self._delivered = True
+            task.cancel()
+
+    def _enforce(self, seconds: float) -> None:
+        """
+        In a thread, which nothing that the main thread does can hold up: end the
+        process when the grace is over.
+        """
+        if self._over.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
+            self._over.release()
+            return
+        told = threading.Lock()
+        told.acquire()
+        _thread.start_new_thread(self._tell, (seconds, told))
+        told.acquire(timeout=_TO_TELL)
+        assert self._signal is not None
+        _die(self._signal)
+
+    def _tell(self, seconds: float, told: threading.Lock) -> None:
+        """The grace is over."""
+        assert self._signal is not None
+        try:
+            _log.critical(
+                "{signal}: the program has not ended within {seconds:g} s, and is "
+                "ended now. What still runs:\n{what}",
+                signal=signal.Signals(self._signal).name,
+                seconds=seconds,
+                what="\n".join(_what_runs(self._reactor)),
+            )
+            for file in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):
+                    file.flush()
+        finally:
+            told.release()
+
+    # The end
+
+    def _shut_down(self) -> Deferred[None] | None:
+        """The first phase of the reactor's end."""
+        # Between this phase, in which services stop and take their time, and the next
+        # one, in which all connections are lost at once.
+        event = self._reactor._eventTriggers["shutdown"]
+        go_on = event._continueFiring
+        event._continueFiring = lambda _: self._end_others().addBoth(go_on)
+        task = self._task
+        if task is None or task.done:
+            return None
+        self._stopped_early = True
+        task.cancel()
+        return spawn(
+            self._wait_for, {task}, name="the end of run()", reactor=self._reactor
+        ).as_deferred()
+
+    def _end_others(self) -> Deferred[None]:
+        """Cancel the tasks that are left, and wait for them."""
+        return spawn(
+            self._cancel_rest, name="the end of run()", reactor=self._reactor
+        ).as_deferred()
+
+    async def _cancel_rest(self) -> None:
+        own = current_task()
+        cancelled: set[Task[Any]] = set()
+        for _ in range(_TURNS):
+            while rest := tasks_of(self._reactor) - {own}:
+                for task in rest - cancelled:
+                    if not closes_generator(task):
+                        task.cancel()
+                cancelled |= rest
+                if not await self._wait_for(rest):
+                    return
+                del rest
+            # Asynchronous generators of theirs end in tasks, which begin later.
+            await sleep(0)
+
+    async def _wait_for(self, tasks: set[Task[Any]]) -> bool:
+        """Whether tasks have ended within the grace; log those that have not."""
+        ended = _all_ended(tasks)
+        # After a signal, the thread looks after that.
+        limit = self._grace if self._signal is None else None
+        try:
+            with contextlib.nullcontext() if limit is None else timeout(limit):
+                await ended.wait()
+        except TimeoutError:
+            left = [each for each in tasks if not each.done]
+            lines = [line for each in left[:_MOST_IN_LOG] for line in describe(each)]
+            if len(left) > _MOST_IN_LOG:
+                lines.append(f"and {len(left) - _MOST_IN_LOG} more")
+            _log.critical(
+                "{count} tasks were cancelled because the program ends, and have not "
+                "ended within {seconds:g} s; they are dropped:\n{tasks}",
+                count=len(left),
+                seconds=limit,
+                tasks="\n".join(lines),
+            )
+            return False
+        return True
+
+
+def _all_ended(tasks: set[Task[Any]]) -> Event:
+    """Happens when all of them have ended, in whatever way."""
+    all_ended = Event()
+    left = len(tasks)
+
+    def ended(task: Task[Any]) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            all_ended.set()
+
+    for each in tasks:
+        each._when_done(ended)
+    return all_ended
+
+
+def _what_runs(reactor: Any) -> Iterator[str]:
+    """Tasks, and the threads that hold up the end of the process."""
+    yield format_tasks(reactor)
+    frames = sys._current_frames()
+    for thread in threading.enumerate():
+        frame = frames.get(thread.ident or 0)
+        if frame is None or thread.daemon:
+            continue
+        lines = [f"    at {line}" for line in in_words(_own_frames(frame))]
+        if lines:
+            yield f"thread {thread.name}:"
+            yield from lines
+
+
+def _own_frames(innermost: FrameType) -> list[FrameType]:
+    """Those of the user in the stack of a thread, from the outermost on."""
+    frames: list[FrameType] = []
+    frame: FrameType | None = innermost
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if not module.startswith(_NOT_OF_THE_USER):
+            frames.append(frame)
+        frame = frame.f_back
+    return frames[::-1]
+
+
+_NOT_OF_THE_USER: Final = (
+    *("twisted.", "twisted_rtsig.", "threading", "queue"),
+    *("asyncio.", "selectors", "runpy"),
+)
+
+
+# The status
+
+
+def _error_for(number: int) -> BaseException:
+    """What ends a program that a signal has asked to end."""
+    if number == signal.SIGINT:
+        return KeyboardInterrupt()
+    if sys.platform == "win32":
+        return SystemExit(_CONTROL_C_EXIT if number != signal.SIGTERM else 128 + number)
+    # Python clears this module for certain; others, not if their functions are in use.
+    vars(sys)["twisted_rtsig_death"] = _Death(number)
+    return SystemExit(128 + number)
+
+
+class _Death:
+    """
+    Ends the process by a signal when the interpreter is finalized, after C{finally}
+    blocks, functions of C{atexit} and the last flush of the standard streams.  So a
+    shell and systemd see the same as of a program that does not handle the signal.
+    Python does this itself for SIGINT alone.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = int(number)
+        self._process = os.getpid()
+
+    # Bound here, since the globals are gone by then.
+    def __del__(self, kill: Any = os.kill, getpid: Any = os.getpid) -> None:
+        # A child that this process has forked ends by itself.
+        if getpid() == self._process:
+            kill(self._process, self._number)
+
+
+def _die(number: int) -> NoReturn:
+    """End the process now, from any thread."""
+    if sys.platform != "win32":
+        # The handler was reset when the signal came.
+        os.kill(os.getpid(), number)
+        # Unless the program has set another one.
+        time.sleep(_TO_TELL)
+        os._exit(128 + number)
+    os._exit(_CONTROL_C_EXIT if number != signal.SIGTERM else 128 + number)
+
+
+__all__ = ["run"]
