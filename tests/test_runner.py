@@ -474,6 +474,7 @@ def test_the_process_ends_when_the_grace_is_over(
     assert (status, output) == (-number, "")
     name = signal.Signals(number).name
     assert f"{name}: the program has not ended within 0.1 s" in errors
+    assert "runner.py" not in errors
     # The line of the program, wherever it is stuck.
     where = {
         "main": "in main: await Event().wait()",

@@ -186,6 +186,9 @@ class _Program:
         self._reactor = reactor
         self._grace = grace
         self._task: Task[Any] | None = None
+        # What waits for other tasks.  Nothing else refers to these, if all that they
+        # wait for is each other.
+        self._endings: list[Task[Any]] = []
         # Why there is no task.
         self._refusal: BaseException | None = None
         # The first signal, and whether it has cancelled the main task.
@@ -356,27 +359,26 @@ class _Program:
 
     # The end
 
-    def _shut_down(self) -> Deferred[None] | None:
+    def _shut_down(self) -> Deferred[Any] | None:
         """The first phase of the reactor's end."""
         # Between this phase, in which services stop and take their time, and the next
         # one, in which all connections are lost at once.
         event = self._reactor._eventTriggers["shutdown"]
         go_on = event._continueFiring
-        event._continueFiring = lambda _: self._end_others().addBoth(go_on)
+        event._continueFiring = lambda _: self._spawn_ending(self._cancel_rest).addBoth(
+            go_on
+        )
         task = self._task
         if task is None or task.done:
             return None
         self._stopped_early = True
         task.cancel()
-        return spawn(
-            self._wait_for, {task}, name="the end of run()", reactor=self._reactor
-        ).as_deferred()
+        return self._spawn_ending(self._wait_for, {task})
 
-    def _end_others(self) -> Deferred[None]:
-        """Cancel the tasks that are left, and wait for them."""
-        return spawn(
-            self._cancel_rest, name="the end of run()", reactor=self._reactor
-        ).as_deferred()
+    def _spawn_ending(self, function: Callable[..., Any], *args: Any) -> Deferred[Any]:
+        task = spawn(function, *args, name="the end of run()", reactor=self._reactor)
+        self._endings.append(task)
+        return task.as_deferred()
 
     async def _cancel_rest(self) -> None:
         own = current_task()

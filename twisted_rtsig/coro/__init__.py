@@ -28,7 +28,14 @@ from twisted_rtsig.coro.locks import Condition, Event, Lock, Semaphore
 from twisted_rtsig.coro.processes import Process, open_process
 from twisted_rtsig.coro.scopes import shield, timeout
 from twisted_rtsig.coro.selection import Deadline, select
-from twisted_rtsig.coro.serving import CoroutineFactory, Server, connect, serve
+from twisted_rtsig.coro.services import CoroutineService
+from twisted_rtsig.coro.serving import (
+    CoroutineFactory,
+    Server,
+    Stopped,
+    connect,
+    serve,
+)
 from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.symmetric import symmetric, transfer
 from twisted_rtsig.coro.tasks import (
@@ -49,6 +56,7 @@ __all__ = [
     "ChannelStatistics",
     "Condition",
     "CoroutineFactory",
+    "CoroutineService",
     "DatagramSocket",
     "Deadline",
     "DelimiterNotFound",
@@ -61,6 +69,7 @@ __all__ = [
     "Process",
     "Semaphore",
     "Server",
+    "Stopped",
     "Stream",
     "StreamError",
     "TLSError",

@@ -107,7 +107,7 @@ def describe(task: Task[Any], now: float | None = None) -> Iterator[str]:
         state = "runs" if task is running.task else "is about to run"
     yield f"{task.name}: {now - task._since:.1f} s, {state}"
     frames = (
-        stack_of_running(sys._getframe())
+        stack_of_running(_innermost_of_running())
         if state == "runs"
         else stack_of_body(task._body)
     )
@@ -122,6 +122,18 @@ def in_words(frames: Iterable[FrameType]) -> Iterator[str]:
             code, line = frame.f_code, frame.f_lineno
             source = linecache.getline(code.co_filename, line, frame.f_globals).strip()
             yield f"{code.co_filename}:{line} in {code.co_name}: {source}"
+
+
+def _innermost_of_running() -> FrameType:
+    """The innermost frame of the thread that runs a task, which may be another one."""
+    here = sys._getframe()
+    for innermost in (here, *sys._current_frames().values()):
+        frame: FrameType | None = innermost
+        while frame is not None:
+            if frame.f_code is RUN:
+                return innermost
+            frame = frame.f_back
+    return here
 
 
 def stack_of_running(innermost: FrameType) -> list[FrameType]:

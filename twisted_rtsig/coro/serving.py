@@ -5,8 +5,10 @@ for each connection, for any endpoint, on either side.
 
 from __future__ import annotations
 
+import select
+import sys
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.internet.error import ConnectionClosed
@@ -50,6 +52,10 @@ _LOOKS: Final = 4
 
 # How many turns of the reactor handlers have to end once their transports are aborted.
 _LAST_TURNS: Final = 10
+
+# How often a port accepts what has come before it is closed: clients may come faster
+# than it accepts.
+_LAST_ACCEPTS: Final = 100
 
 # How many of the handlers that have not ended are described in the log.
 _MOST_IN_LOG: Final = 20
@@ -303,38 +309,49 @@ class CoroutineFactory(Factory):
 
     def stop(
         self, grace: float, cancel_timeout: float = CANCEL_TIMEOUT
-    ) -> Deferred[None]:
+    ) -> Deferred[Stopped]:
         """
         Refuse new connections, set :attr:`stopping`, and let the handlers finish for
         C{grace} seconds.  Then cancel them.  After C{cancel_timeout} more seconds
         abort the connections that are left, and log the handlers that have not ended
         even then; nothing waits for these any more.
 
-        :return: fires when all handlers and connections have ended, and at the latest
-            after both times.
+        :return: fires with a :class:`Stopped` when all handlers and connections have
+            ended, and at the latest after both times.
         :raises ValueError: if one of the times is less than 0.
         """
         for name, seconds in (("grace", grace), ("cancel_timeout", cancel_timeout)):
             if not seconds >= 0:
                 raise ValueError(f"{name}={seconds}: 0 is the least")
+        running = len(self._unended_handlers())
         self.stopping.set()
-        stop = self._stop(grace, cancel_timeout)
+        stop = self._stop(running, grace, cancel_timeout)
         return spawn(stop, reactor=self._reactor).as_deferred()
 
-    async def _stop(self, grace: float, cancel_timeout: float) -> None:
+    async def _stop(self, running: int, grace: float, cancel_timeout: float) -> Stopped:
         if await self._all_gone_within(grace):
-            return
+            return Stopped(running, 0, 0)
+        late = len(self._unended_handlers())
         for protocol in list(self.connections):
             protocol.cancel()
-        if await self._all_gone_within(cancel_timeout):
-            return
+        abandoned = 0
+        if not await self._all_gone_within(cancel_timeout):
+            abandoned = await self._abort_connections()
+        return Stopped(running - late, late - abandoned, abandoned)
+
+    def _unended_handlers(self) -> list[Task[Any]]:
+        unended = [each.unended_handler for each in self.connections]
+        return [each for each in unended if each is not None]
+
+    async def _abort_connections(self) -> int:
+        """Of those that are left; how many handlers have not ended even then."""
         for protocol in list(self.connections):
             protocol.stream.abort()
         for _ in range(_LAST_TURNS):
             await sleep(0)
             if not self.connections:
-                return
-        self._give_up()
+                return 0
+        return self._give_up()
 
     async def _all_gone_within(self, seconds: float) -> bool:
         try:
@@ -347,10 +364,9 @@ class CoroutineFactory(Factory):
             return not self.connections
         return True
 
-    def _give_up(self) -> None:
-        """Log the handlers that are left, and wait for them no more."""
-        unended = [each.unended_handler for each in self.connections]
-        tasks = [each for each in unended if each is not None]
+    def _give_up(self) -> int:
+        """Log the handlers that are left, wait for them no more, and count them."""
+        tasks = self._unended_handlers()
         for protocol in list(self.connections):
             self.forget(protocol)
         if tasks:
@@ -363,6 +379,7 @@ class CoroutineFactory(Factory):
                 count=len(tasks),
                 handlers="\n".join(lines),
             )
+        return len(tasks)
 
     def watch(self) -> None:
         """There is a connection."""
@@ -379,6 +396,20 @@ class CoroutineFactory(Factory):
             for watchdog in self._watchdogs:
                 watchdog.stop()
             self._last_ends.set()
+
+
+class Stopped(NamedTuple):
+    """
+    How the handlers of a server ended that ran when it began to stop.
+
+    :ivar finished: how many ended by themselves, within the grace.
+    :ivar cancelled: how many were cancelled after it, and have ended.
+    :ivar abandoned: how many did not end when they were cancelled.
+    """
+
+    finished: int
+    cancelled: int
+    abandoned: int
 
 
 class _Watchdog:
@@ -474,23 +505,47 @@ class Server:
 
     def stop(
         self, grace: float = 0, cancel_timeout: float = CANCEL_TIMEOUT
-    ) -> Deferred[None]:
+    ) -> Deferred[Stopped]:
         """
         Stop listening, set :attr:`stopping`, and let the handlers finish for C{grace}
         seconds.  Then cancel them; and after C{cancel_timeout} more seconds abort the
         connections, as :meth:`CoroutineFactory.stop` does.  Can be called again, with
         less to wait for; no handler is cancelled twice.
 
-        :return: fires when all handlers and connections have ended, and at the latest
-            after both times.
+        :return: fires with a :class:`Stopped` when all handlers and connections have
+            ended, and at the latest after both times.
         :raises ValueError: if one of the times is less than 0.
         """
+        if self._listening:
+            _accept_backlog(self.port)
         finished = self.factory.stop(grace, cancel_timeout)
         stopped: Deferred[Any] = succeed(None)
         if self._listening:
             self._listening = False
             stopped = maybeDeferred(getattr(self.port, "stopListening", lambda: None))
         return stopped.addCallback(lambda _: finished)
+
+
+def _accept_backlog(port: Any) -> None:
+    """
+    Accept the connections that the kernel has made and that wait in its queue: it
+    resets them when the port is closed, though clients may have sent requests already.
+    """
+    accept = getattr(port, "doRead", None)
+    if accept is None:
+        return
+    for _ in range(_LAST_ACCEPTS):
+        if not _is_readable(port.fileno()):
+            break
+        accept()
+
+
+def _is_readable(descriptor: int) -> bool:
+    if sys.platform == "win32":
+        return bool(select.select([descriptor], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def serve(endpoint: Any, handler: Handler, **options: Any) -> Deferred[Server]:

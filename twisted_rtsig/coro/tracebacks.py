@@ -18,7 +18,10 @@ if sys.version_info < (3, 11):
 else:
     from traceback import format_exception
 
-_MACHINERY = ("twisted_rtsig.coro.", "twisted.internet.defer", "twisted.python.failure")
+_MACHINERY = (
+    *("twisted_rtsig.coro.", "twisted_rtsig.runner"),
+    *("twisted.internet.defer", "twisted.python.failure"),
+)
 
 
 def without_machinery(error: BaseException) -> BaseException:
