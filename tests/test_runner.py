@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -649,6 +650,24 @@ def test_services_stop_before_tasks_are_cancelled(start: Start, name: str) -> No
         client.sendall(b"question\n")
         assert client.recv(100) == b"question\n"
     assert said(program) == ""
+
+
+@both_signals
+def test_the_example(start: Start, number: int) -> None:
+    """A client that is there gets its answer, and one that comes later nothing."""
+    example = CHECKOUT / "examples" / "hello_server.py"
+    program = start("", sys.executable, str(example), "0")
+    port = int(program.line().removeprefix("listening on port "))
+    with socket.create_connection(("127.0.0.1", port), DEADLINE) as client:
+        assert client.recv(100) == b"What is your name?\n"
+        program.send(number)
+        with contextlib.suppress(ConnectionError):
+            # Until it listens no more.
+            while True:
+                socket.create_connection(("127.0.0.1", port), DEADLINE).close()
+        client.sendall(b"Ann\n")
+        assert client.recv(100) == b"Hello, Ann!\n"
+    assert program.end()[0] == -number
 
 
 def test_the_reactor_is_stopped_too_early(start: Start) -> None:

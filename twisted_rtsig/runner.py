@@ -365,9 +365,11 @@ class _Program:
         # one, in which all connections are lost at once.
         event = self._reactor._eventTriggers["shutdown"]
         go_on = event._continueFiring
-        event._continueFiring = lambda _: self._spawn_ending(self._cancel_rest).addBoth(
-            go_on
-        )
+
+        def end_others(ignored: object) -> None:
+            self._spawn_ending(self._cancel_rest).addBoth(go_on)
+
+        vars(event)["_continueFiring"] = end_others
         task = self._task
         if task is None or task.done:
             return None

@@ -5,6 +5,7 @@ What a block of code is, is seen from what is around it:
 
 - After a comment with the name of a file it is a quotation, of as many whole lines
   of that file, which has tests of its own.
+- After the comment C{program} it runs in a process of its own, which must end well.
 - Any other block of Python runs: the blocks of one section (of the second level)
   one after the other in one namespace, and in a task, so that they may await.
 - A block of text with C: and S: is a conversation.  It is had with each function
@@ -21,8 +22,11 @@ import builtins
 import contextlib
 import inspect
 import io
+import os
 import re
 import socket
+import subprocess
+import sys
 import textwrap
 import types
 from collections.abc import Callable
@@ -44,6 +48,7 @@ from tests.coro.test_examples import (
     time_out_in_chat,
 )
 from tests.coro.test_examples import reactor as reactor
+from tests.support import DEADLINE
 from twisted_rtsig import coro, files
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +68,7 @@ SHARED = [
     coro.Deadline,
 ]
 NOT_FOR_TASKS = ["forget", "waits_for", "poll", "watch", "unwatch"]
+PROGRAM = "program"
 CHAT = "The chat, with coroutines and with callbacks"
 
 
@@ -101,6 +107,19 @@ def _blocks(page: Path) -> list[Block]:
     return blocks
 
 
+def run_program(block: Block) -> str:
+    """What a program prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", block.code],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
 BLOCKS = [block for page in PAGES for block in _blocks(page)]
 SECTIONS = list(dict.fromkeys((each.page, each.section) for each in BLOCKS))
 
@@ -121,6 +140,9 @@ class Section:
 
     def run(self) -> None:
         for block in self.blocks:
+            if block.quoted == PROGRAM:
+                self.printed.write(run_program(block))
+                continue
             if block.quoted is not None:
                 continue
             if block.language == "python":
@@ -206,7 +228,11 @@ def test_the_page_is_right(
 
 @pytest.mark.parametrize(
     "block",
-    [each for each in [*BLOCKS, *_blocks(README)] if each.quoted is not None],
+    [
+        each
+        for each in [*BLOCKS, *_blocks(README)]
+        if each.quoted not in (None, PROGRAM)
+    ],
     ids=lambda each: f"{each.quoted}, line {each.line}",
 )
 def test_quotations(block: Block) -> None:

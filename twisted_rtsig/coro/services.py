@@ -131,7 +131,9 @@ class CoroutineService(Service):
             "{service} has stopped: {finished} handlers have ended by themselves, "
             "{cancelled} were cancelled, {abandoned} have not ended",
             service=self,
-            **stopped._asdict(),
+            finished=stopped.finished,
+            cancelled=stopped.cancelled,
+            abandoned=stopped.abandoned,
         )
 
     def __repr__(self) -> str:

@@ -51,6 +51,7 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "twisted.internet.base.BaseConnector": ("reactor",),
     "twisted.internet.base.ReactorBase": (
         "_addInternalReader",
+        "_eventTriggers",
         "_internalReaders",
         "_justStopped",
         "_newTimedCalls",
@@ -60,8 +61,9 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "_stopThreadPool",
         "threadCallQueue",
     ),
+    "twisted.internet.base._ThreePhaseEvent": ("_continueFiring",),
     # Public, but its module's __all__ has it not.
-    "twisted.internet.error": ("ConnectionAborted",),
+    "twisted.internet.error": ("ConnectionAborted", "ReactorNotRestartable"),
     "twisted.internet.epollreactor.EPollReactor": ("_poller",),
     "twisted.internet.pollreactor.PollReactor": ("_poller",),
     "twisted.internet.posixbase": ("unixEnabled",),

@@ -1,0 +1,41 @@
+"""
+A server from its first line to its last: it greets its clients, and on Ctrl-C or
+SIGTERM it lets those that are there finish.
+
+    python examples/hello_server.py [PORT]
+    telnet 127.0.0.1 7777
+"""
+
+from __future__ import annotations
+
+import sys
+
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ServerEndpoint
+
+from twisted_rtsig import run
+from twisted_rtsig.coro import Stream, serve
+
+
+async def greet(stream: Stream) -> None:
+    await stream.write(b"What is your name?\n")
+    name = await stream.read_line(max_bytes=100)
+    await stream.write(b"Hello, %b!\n" % name)
+
+
+async def main(port: int) -> None:
+    # Imported here, where run() has installed it.
+    from twisted.internet import reactor
+
+    endpoint = TCP4ServerEndpoint(reactor, port, interface="127.0.0.1")
+    server = await serve(endpoint, greet, max_connections=1000)
+    print("listening on port", server.port.getHost().port, flush=True)
+    try:
+        # Until a signal cancels this task.
+        await Deferred()
+    finally:
+        await server.stop(grace=10)
+
+
+if __name__ == "__main__":
+    run(main, int(sys.argv[1]) if sys.argv[1:] else 7777)
