@@ -91,7 +91,7 @@ class Janitor:
         # What they raise then is of no interest.
         ends = DeferredList([each.as_deferred() for each in tasks], consumeErrors=True)
         for each in tasks:
-            each.cancel()
+            each.cancel("the test has ended")
         self._runner.wait_at_most(GRACE, ends)
 
     def cancel_all(self) -> None:

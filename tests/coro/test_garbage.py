@@ -22,6 +22,7 @@ from twisted.internet.task import Clock
 
 from tests.coro.support import STYLES, connected, run_for_real
 from twisted_rtsig.coro import (
+    CancelScope,
     Channel,
     ChannelClosed,
     Condition,
@@ -35,9 +36,12 @@ from twisted_rtsig.coro import (
     StreamError,
     TaskGroup,
     coroutine,
+    current_deadline,
     current_task,
+    current_time,
     from_thread,
     in_thread,
+    move_on_after,
     open_datagrams,
     open_process,
     run_group,
@@ -47,6 +51,7 @@ from twisted_rtsig.coro import (
     spawn,
     symmetric,
     timeout,
+    timeout_at,
     transfer,
 )
 from twisted_rtsig.files import open_file
@@ -293,6 +298,70 @@ async def groups(clock: Clock) -> None:
     assert names == ["ExceptionGroup"] * len(FAILING)
 
 
+async def starts(clock: Clock) -> None:
+    async def is_ready(*, task_status: Any) -> None:
+        task_status.started(task_status)
+        await sleep(1)
+
+    async def is_never_ready(fails: Any = sleep, *, task_status: Any) -> None:
+        await (fails(1) if fails is sleep else spawn(fails))
+
+    async with TaskGroup() as group:
+        await group.start(is_ready)
+        with contextlib.suppress(RuntimeError):
+            await group.start(is_never_ready)
+        for fails in FAILING:
+            with contextlib.suppress(Gone):
+                await group.start(is_never_ready, fails)
+        with contextlib.suppress(TimeoutError), timeout(0.1):
+            await group.start(is_never_ready)
+        await group.start(is_ready)
+        group.cancel("why")
+
+
+def starts_yielding(clock: Clock) -> Generator[Any, Any, None]:
+    def fails_first(*, task_status: Any) -> Generator[Any, Any, None]:
+        yield sleep(1)
+        raise Gone
+
+    def body(group: TaskGroup) -> Generator[Any, Any, None]:
+        with contextlib.suppress(Gone):
+            yield group.start(fails_first)
+
+    yield run_group(body)
+
+
+async def scopes(clock: Clock) -> None:
+    with move_on_after(5) as limit:
+        await sleep(1)
+    for wait in (lambda: sleep(5), Deferred, lambda: spawn(sleep, 5), Event().wait):
+        with move_on_after(1) as limit:
+            await wait()
+        assert limit.expired
+        with CancelScope() as scope:
+            clock.callLater(1, scope.cancel, "why")
+            await wait()
+        assert scope.cancelled
+        with move_on_after(9) as limit:
+            limit.deadline = current_time() + 1
+            await wait()
+        assert limit.expired
+        with contextlib.suppress(TimeoutError), timeout(9) as late:
+            late.deadline = 0
+            await wait()
+        assert late.expired
+    assert current_deadline() > current_time()
+
+
+def scopes_yielding(clock: Clock) -> Generator[Any, Any, None]:
+    for _ in range(2):
+        with move_on_after(1) as limit:
+            yield sleep(5)
+        assert limit.expired
+        with contextlib.suppress(TimeoutError), timeout_at(current_time() + 1):
+            yield Event().wait()
+
+
 async def timeouts(clock: Clock) -> None:
     with timeout(5) as limit:
         await sleep(1)
@@ -310,7 +379,7 @@ async def cancellation(clock: Clock) -> None:
     for function in (shielded, lambda: sleep(5), Deferred):
         task = spawn(function)
         await sleep(1)
-        task.cancel()
+        task.cancel("why")
         with contextlib.suppress(CancelledError):
             await task
 
@@ -425,6 +494,10 @@ async def inline_callbacks(clock: Clock) -> None:
         deferreds,
         tasks_that_fail,
         groups,
+        starts,
+        starts_yielding,
+        scopes,
+        scopes_yielding,
         timeouts,
         cancellation,
         channels,

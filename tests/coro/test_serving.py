@@ -769,7 +769,7 @@ def test_a_read_that_is_left_behind_says_nothing(reactor: Any, logged: Logged) -
         # The one that was timed out ends, and leaves its read.
         assert await streams[2].read() == b""
         # Cancelled in the select, since this does not set stopping.
-        next(iter(server.factory.connections)).cancel()
+        next(iter(server.factory.connections)).cancel("")
         with pytest.raises(ConnectionClosed):
             await streams[0].read()
         await server.stop(60)

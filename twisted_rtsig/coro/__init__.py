@@ -22,11 +22,24 @@ from twisted_rtsig.coro.errors import (
     UnreadPlaintext,
     WouldBlock,
 )
-from twisted_rtsig.coro.groups import TaskGroup, run_group
+from twisted_rtsig.coro.groups import (
+    TASK_STATUS_IGNORED,
+    TaskGroup,
+    TaskStatus,
+    run_group,
+)
 from twisted_rtsig.coro.inspection import format_tasks, log_tasks_on_signal
 from twisted_rtsig.coro.locks import Condition, Event, Lock, Semaphore
 from twisted_rtsig.coro.processes import Process, open_process
-from twisted_rtsig.coro.scopes import shield, timeout
+from twisted_rtsig.coro.scopes import (
+    CancelScope,
+    current_deadline,
+    move_on_after,
+    move_on_at,
+    shield,
+    timeout,
+    timeout_at,
+)
 from twisted_rtsig.coro.selection import Deadline, select
 from twisted_rtsig.coro.services import CoroutineService
 from twisted_rtsig.coro.serving import (
@@ -42,6 +55,7 @@ from twisted_rtsig.coro.tasks import (
     Task,
     coroutine,
     current_task,
+    current_time,
     sleep,
     spawn,
 )
@@ -49,7 +63,9 @@ from twisted_rtsig.coro.threads import from_thread, in_thread
 from twisted_rtsig.coro.watchdog import watch_for_blocking
 
 __all__ = [
+    "TASK_STATUS_IGNORED",
     "BusyResourceError",
+    "CancelScope",
     "Cancelled",
     "Channel",
     "ChannelClosed",
@@ -75,16 +91,21 @@ __all__ = [
     "TLSError",
     "Task",
     "TaskGroup",
+    "TaskStatus",
     "TransferError",
     "UnreadPlaintext",
     "WouldBlock",
     "connect",
     "coroutine",
+    "current_deadline",
     "current_task",
+    "current_time",
     "format_tasks",
     "from_thread",
     "in_thread",
     "log_tasks_on_signal",
+    "move_on_after",
+    "move_on_at",
     "open_datagrams",
     "open_process",
     "run_group",
@@ -95,6 +116,7 @@ __all__ = [
     "spawn",
     "symmetric",
     "timeout",
+    "timeout_at",
     "transfer",
     "watch_for_blocking",
 ]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from twisted.internet.error import ConnectionLost
+
+if TYPE_CHECKING:
+    from twisted_rtsig.coro.scopes import Scope
 
 
 class Cancelled(BaseException):
@@ -13,11 +18,15 @@ class Cancelled(BaseException):
     Not an C{Exception}, so that C{except Exception} does not swallow it.  Clean
     up in C{finally}, or raise it again.  It never leaves its task: to the
     outside, a cancelled task is Twisted's ``CancelledError``.
+
+    :ivar reason: what C{cancel} was given, or what its caller in this package says;
+        None without a reason.
     """
 
-    def __init__(self, scope: object = None) -> None:
-        super().__init__()
-        # Who has cancelled: a timeout or group, or None for Task.cancel.
+    def __init__(self, reason: str | None = None, scope: Scope | None = None) -> None:
+        super().__init__(*() if reason is None else (reason,))
+        self.reason = reason
+        # What has cancelled: a timeout or group, or None for Task.cancel.
         self._scope = scope
 
 

@@ -6,19 +6,30 @@ See ``docs/coroutines.md``.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final, Generic, TypeVar, overload
 
 from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.errors import Cancelled
 from twisted_rtsig.coro.operations import Operation, Wait
 from twisted_rtsig.coro.scopes import Scope
-from twisted_rtsig.coro.tasks import Runnable, Task, call_and_wait, spawn
+from twisted_rtsig.coro.tasks import (
+    OfTask,
+    Runnable,
+    Task,
+    call_and_wait,
+    name_of,
+    spawn,
+)
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
+
+T = TypeVar("T")
 
 
 class TaskGroup(Scope):
@@ -34,13 +45,16 @@ class TaskGroup(Scope):
     raised in one ``ExceptionGroup``.  For generators there is :func:`run_group`.
 
     :raises NoTaskError: at the beginning of the block, outside of a task.
+    :ivar cancelled: whether :meth:`cancel` was called, by this class after a failure
+        for example.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._tasks: dict[Task[Any], None] = {}
         self._errors: list[BaseException] = []
-        self._cancelled = False
+        self.cancelled = False
+        self._reason: str | None = None
         self._in_block = False
         self._last_ends: Operation[None] | None = None
 
@@ -52,44 +66,103 @@ class TaskGroup(Scope):
 
         :raises RuntimeError: before or after the block.
         """
-        if self._task is None:
-            raise RuntimeError(
-                f"{self!r} runs no task outside of its block: call spawn() within "
-                "async with"
-            )
-        named.setdefault("reactor", self._task.reactor)
+        named.setdefault("reactor", self._owner("spawn()").reactor)
         task = spawn(function, *args, **named)
-        self._tasks[task] = None
-        task._when_done(self._ended)
-        if self._cancelled:
-            task.cancel()
+        self._adopt(task, self._ended)
         return task
 
-    def cancel(self) -> None:
+    def start(
+        self, function: Callable[..., Any], *args: Any, name: str | None = None
+    ) -> Deferred[Any]:
+        """
+        As :meth:`spawn`, and wait until the task says that it is ready::
+
+            async def listen(*, task_status=TASK_STATUS_IGNORED):
+                async with await open_datagrams() as port:
+                    task_status.started(port.host)
+                    ...
+
+            address = await group.start(listen)
+
+        What the task raises before that is raised here, and does not cancel the group.
+        If this is cancelled before, then the task is, and this waits for its end.
+
+        :param function: called with C{args}, and with C{task_status}, a
+            :class:`TaskStatus`.
+        :param name: what the task is called in logs; by default the name of the
+            function.
+        :return: what C{task_status.started} was called with.
+        :raises RuntimeError: before or after the block; or (when awaited) if the task
+            has returned and not called C{task_status.started}.
+        :raises CancelledError: (when awaited) if the task was cancelled before.
+        """
+        reactor = self._owner("start()").reactor
+        starting = _Starting(self)
+        status: TaskStatus[Any] = TaskStatus(starting)
+        run = functools.partial(function, *args, task_status=status)
+        task = spawn(run, name=name or name_of(function), reactor=reactor)
+        starting.watch(task, status)
+        self._adopt(task, starting.ended)
+        return starting
+
+    def _owner(self, what: str) -> Task[Any]:
+        if self._task is None:
+            raise RuntimeError(
+                f"{self!r} runs no task outside of its block: call {what} within "
+                "async with"
+            )
+        return self._task
+
+    def _adopt(self, task: Task[Any], when_done: Callable[[Task[Any]], object]) -> None:
+        self._tasks[task] = None
+        task._group = self
+        task._when_done(when_done)
+        if self.cancelled:
+            task.cancel(self._reason)
+
+    def cancel(self, reason: str | None = None) -> None:
         """
         Cancel all tasks of the group, and the block: once, so that they can clean up.
+        Tasks that are spawned later are cancelled as well, where they first wait.
+
+        :param reason: as of :meth:`Task.cancel`.
         """
-        if self._cancelled:
+        if self.cancelled:
             return
-        self._cancelled = True
-        for task in list(self._tasks):
-            task.cancel()
-        if self._in_block and self._task is not None:
-            self._task._cancel_for(self)
+        self.cancelled = True
+        self._reason = reason
+        owner = self._task
+        if owner is None:
+            return
+        # All are cancelled before any of them runs: to a task that waits for another
+        # one of the group, the end of that one is a part of its own cancellation.
+        with owner._scheduler.holding():
+            if self._in_block:
+                owner._cancel_for(self, reason)
+            for task in list(self._tasks):
+                task.cancel(reason)
 
     def _ended(self, task: Task[Any]) -> None:
-        del self._tasks[task]
         if task.failed:
-            self._errors.append(task._see_error())
-            self.cancel()
+            error = task._see_error()
+            self._errors.append(error)
+            self.cancel(f"{task.name} has failed with {type(error).__name__}")
+        self._forget(task)
+
+    def _forget(self, task: Task[Any]) -> None:
+        """A task has ended."""
+        task._group = None
+        del self._tasks[task]
         last = self._last_ends
-        # The one who waits for it may have been cancelled meanwhile.
+        # What waits for it may have been cancelled meanwhile.
         if not self._tasks and last is not None and not last.called:
             last.succeed(None)
 
     async def __aenter__(self) -> TaskGroup:
-        self._enter("TaskGroup")
+        task = self._enter("TaskGroup")
         self._in_block = True
+        if self.cancelled:
+            task._cancel_for(self, self._reason)
         return self
 
     async def __aexit__(
@@ -101,8 +174,12 @@ class TaskGroup(Scope):
             self._exit()
             return False
         own = isinstance(error, Cancelled) and error._scope is self
-        if error is not None:
-            self.cancel()
+        if isinstance(error, Cancelled):
+            self.cancel(error.reason)
+        elif error is not None:
+            self.cancel(
+                f"the block of the group has failed with {type(error).__name__}"
+            )
         outer: Cancelled | None = None
         while self._tasks:
             self._last_ends = Wait()
@@ -111,7 +188,7 @@ class TaskGroup(Scope):
             except Cancelled as cancelled:
                 if cancelled._scope is not self:
                     outer = cancelled
-                self.cancel()
+                self.cancel(cancelled.reason)
         self._last_ends = None
         task = self._task
         assert task is not None
@@ -125,7 +202,7 @@ class TaskGroup(Scope):
         if errors:
             if outer is not None:
                 # Where it waits next.
-                task._cancels += (outer._scope,)  # type: ignore[operator]
+                task._cancels += (Cancelled(outer.reason, outer._scope),)
             raise BaseExceptionGroup(
                 f"{len(errors)} of a group of tasks have failed", errors
             ) from None
@@ -135,6 +212,103 @@ class TaskGroup(Scope):
 
     def __repr__(self) -> str:
         return f"<TaskGroup of {len(self._tasks)} tasks>"
+
+
+class TaskStatus(Generic[T]):
+    """
+    What a function gets as C{task_status} that :meth:`TaskGroup.start` runs: by it the
+    task says that it is ready.
+    """
+
+    def __init__(self, starting: _Starting) -> None:
+        # None once the task is ready, or has ended.
+        self._starting: _Starting | None = starting
+
+    @overload
+    def started(self: TaskStatus[None]) -> None: ...
+
+    @overload
+    def started(self, value: T) -> None: ...
+
+    def started(self, value: Any = None) -> None:
+        """
+        The task is ready: let :meth:`TaskGroup.start` return.
+
+        :param value: what it returns.
+        :raises RuntimeError: if this was called before, or the task has ended.
+        """
+        starting, self._starting = self._starting, None
+        if starting is None:
+            raise RuntimeError(
+                "task_status.started() was called again, or after the task had ended: "
+                "call it once"
+            )
+        starting.started(value)
+
+    def _end(self) -> bool:
+        """The task has ended: return whether it was ready before."""
+        starting, self._starting = self._starting, None
+        return starting is None
+
+
+class _Ignored(TaskStatus[Any]):
+    """For a function that is not run by :meth:`TaskGroup.start`."""
+
+    def __init__(self) -> None:
+        pass
+
+    def started(self, value: Any = None) -> None:
+        """See :meth:`TaskStatus.started`: does nothing."""
+
+    def __repr__(self) -> str:
+        return "TASK_STATUS_IGNORED"
+
+
+TASK_STATUS_IGNORED: Final[TaskStatus[Any]] = _Ignored()
+"""The default of C{task_status}, for functions that are also called directly."""
+
+
+class _Starting(OfTask[Any]):
+    """Fires when a task of a group is ready, or has ended before that."""
+
+    def __init__(self, group: TaskGroup) -> None:
+        Deferred.__init__(self)
+        self._task: Task[Any] | None = None
+        self._group = group
+        self._status: TaskStatus[Any] | None = None
+
+    def watch(self, task: Task[Any], status: TaskStatus[Any]) -> None:
+        """The task was spawned, and may be ready already."""
+        self._status = status
+        if not self.called:
+            self._task = task
+
+    def started(self, value: Any) -> None:
+        """The task is ready."""
+        self._task = None
+        self.callback(value)
+
+    def ended(self, task: Task[Any]) -> None:
+        """The task has ended."""
+        # An error leads to the status, and that must not lead back.
+        status, self._status = self._status, None
+        self._task = None
+        if status is None or status._end():
+            self._group._ended(task)
+            return
+        if task.failed or task.cancelled:
+            self.errback(task._see_failure())
+        else:
+            error = RuntimeError(
+                f"{task.name} has returned without a call of task_status.started()"
+            )
+            self.errback(Failure(error))
+        self._group._forget(task)
+
+    def __repr__(self) -> str:
+        if self._task is None:
+            return super().__repr__()
+        return f"the start of {self._task!r}"
 
 
 def run_group(body: Callable[[TaskGroup], Any], *args: Any) -> Deferred[Any]:

@@ -29,7 +29,8 @@ _INDENT = "    "
 def format_tasks(reactor: Any | None = None) -> str:
     """
     The tasks that have not ended, below those that have spawned them: for each its
-    name, its age, what it waits for, and where it is in the code::
+    name, its age, what it waits for, and where it is in the code; of a cancellation
+    that a C{shield} still keeps out, the reason::
 
         main: 12.0 s, waits for <Event at 0x7f3c8c0d5a50: 1 wait>
             at server.py:31 in main: await stop.wait()
@@ -105,7 +106,9 @@ def describe(task: Task[Any], now: float | None = None) -> Iterator[str]:
         state = f"waits for {waits_for}"
     else:
         state = "runs" if task is running.task else "is about to run"
-    yield f"{task.name}: {now - task._since:.1f} s, {state}"
+    reasons = [each.reason for each in task._cancels if each.reason is not None]
+    cancelled = f", to be cancelled: {', '.join(reasons)}" if reasons else ""
+    yield f"{task.name}: {now - task._since:.1f} s, {state}{cancelled}"
     frames = (
         stack_of_running(_innermost_of_running())
         if state == "runs"

@@ -8,9 +8,10 @@ so that nothing recurses however long a chain of tasks is.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from types import CodeType
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakValueDictionary
@@ -153,6 +154,20 @@ class Scheduler:
         if not self._next_turn:
             self.reactor.callLater(0, self._turn)
         self._next_turn.append(function)
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """
+        Within the block tasks that are resumed become ready, and run after it.
+        """
+        if self._busy:
+            yield
+            return
+        self._busy = True
+        try:
+            yield
+        finally:
+            self.run()
 
     def _turn(self) -> None:
         functions, self._next_turn = self._next_turn, []

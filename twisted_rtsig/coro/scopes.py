@@ -1,16 +1,23 @@
 """
-Scopes: blocks of code that limit how long a task waits in them, or that keep
-cancellation out.
+Scopes: blocks of code that limit how long a task waits in them, that can be
+cancelled, or that keep cancellation out.
 
 See ``docs/coroutines.md``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted_rtsig.coro.errors import Cancelled
-from twisted_rtsig.coro.tasks import Task, held_open, task_of_caller
+from twisted_rtsig.coro.tasks import Task, held_open, scheduler_for, task_of_caller
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IDelayedCall
+
+L = TypeVar("L", bound="_Limit")
+C = TypeVar("C", bound="CancelScope")
 
 
 class Scope:
@@ -18,9 +25,11 @@ class Scope:
     A block of code that a task is in, which may cancel what is inside of it.
 
     :cvar shields: whether the block keeps out cancellation that comes from outside.
+    :ivar cancelled: whether it was cancelled as a whole.
     """
 
     shields = False
+    cancelled = False
 
     def __init__(self) -> None:
         # The task, within the block: a task may end with an error that leads here.
@@ -41,11 +50,136 @@ class Scope:
             raise held_open(self)
         task._scopes = task._scopes[:-1]
         if task._cancels:
-            task._cancels = tuple(each for each in task._cancels if each is not self)
+            task._cancels = tuple(e for e in task._cancels if e._scope is not self)
         self._task = None
 
+    def _cancels_at(self) -> float:
+        """When it cancels what is inside, in the time of the reactor."""
+        return -math.inf if self.cancelled else math.inf
 
-class timeout(Scope):
+
+class _Limit(Scope):
+    """
+    A block of code that has a deadline, or none.
+
+    :param seconds: how long, from the beginning of the block; None for C{deadline}.
+    :param deadline: in the time of the reactor.
+    :ivar expired: whether the deadline has passed before the block came to its end.
+    """
+
+    def __init__(
+        self, seconds: float | None, deadline: float, reactor: Any | None
+    ) -> None:
+        super().__init__()
+        self.expired = False
+        # None once the deadline is known, or was set.
+        self._seconds = seconds
+        self._deadline = deadline
+        self._reactor = reactor
+        self._call: IDelayedCall | None = None
+
+    @property
+    def deadline(self) -> float:
+        """
+        When the block is cancelled, in the time of the reactor, which
+        :func:`current_time` tells; C{math.inf} for never.
+
+        It can be set, before the block and within it, by any code.  If it is set to a
+        time that has passed, then the block is cancelled at once.
+
+        :raises ValueError: if it is set to NaN.
+        """
+        if self._seconds is None:
+            return self._deadline
+        if self._call is not None:
+            when: float = self._call.getTime()
+            return when
+        now: float = scheduler_for(self._reactor).reactor.seconds()
+        return now + self._seconds
+
+    @deadline.setter
+    def deadline(self, when: float) -> None:
+        _check_deadline(when)
+        self._seconds = None
+        self._deadline = when
+        if self._task is not None and not (self.expired or self.cancelled):
+            self._watch_deadline(self._task)
+
+    def _cancels_at(self) -> float:
+        return -math.inf if self.cancelled else self.deadline
+
+    def _begin(self, what: str) -> Task[Any]:
+        task = self._enter(what)
+        seconds = self._seconds
+        if not seconds:
+            if seconds is None:
+                self._watch_deadline(task)
+            else:
+                self._expire()
+        else:
+            reactor = self._reactor or task.reactor
+            self._call = reactor.callLater(seconds, self._expire)
+        return task
+
+    def _watch_deadline(self, task: Task[Any]) -> None:
+        if self._deadline == math.inf:
+            self._forget_call()
+            return
+        reactor = self._reactor or task.reactor
+        left = self._deadline - reactor.seconds()
+        if left <= 0:
+            self._forget_call()
+            self._expire()
+        elif self._call is not None and self._call.active():
+            self._call.reset(left)
+        else:
+            self._call = reactor.callLater(left, self._expire)
+
+    def _forget_call(self) -> None:
+        if self._call is not None:
+            # trial cancels all delayed calls at the end of a test.
+            if self._call.active():
+                self._call.cancel()
+            self._call = None
+
+    def _expire(self) -> None:
+        why = self._why_expired()
+        self._deadline = self.deadline
+        # The call refers to this scope.
+        self._seconds = self._call = None
+        self.expired = True
+        assert self._task is not None
+        self._task._cancel_for(self, why)
+
+    def _why_expired(self) -> str:
+        if self._seconds is None:
+            return "the deadline has passed"
+        return f"it took more than {self._seconds} s"
+
+    def _finish(self, error: object) -> bool:
+        """The block ends; return whether it does because of its own cancellation."""
+        call = self._call
+        if call is not None and call.active():
+            call.cancel()
+        self._exit()
+        if error is None:
+            # It came to its end all the same.
+            self.expired = False
+            return False
+        return isinstance(error, Cancelled) and error._scope is self
+
+    def _what(self) -> str:
+        if self._seconds is not None:
+            return f"{type(self).__name__} of {self._seconds} s"
+        if self._deadline == math.inf:
+            return f"{type(self).__name__} without a limit"
+        return f"{type(self).__name__} until {self._deadline}"
+
+    def __repr__(self) -> str:
+        return f"<{self._what()}>"
+
+
+class timeout(_Limit):
     """
     Let a block of code take only so long::
 
@@ -55,43 +189,147 @@ class timeout(Scope):
     If it takes longer, then what it waits for is cancelled, and the block raises
     ``TimeoutError``.  Of nested ones, each raises only its own.
 
-    :param seconds: how long, from the beginning of the block.
+    :param seconds: how long, from the beginning of the block; None for no limit.  With
+        0 the block is cancelled where it first has to wait.
     :param reactor: an ``IReactorTime`` provider; by default that of the task.
     :raises ValueError: if the time is negative.
     :raises NoTaskError: at the beginning of the block, outside of a task.
-    :ivar expired: whether the time was over before the block was.
+    :ivar expired: whether the time was over before the block had come to its end.
     """
 
-    def __init__(self, seconds: float, reactor: Any | None = None) -> None:
-        super().__init__()
-        if not seconds >= 0:
-            raise ValueError(f"cannot time out after {seconds} seconds: 0 is the least")
-        self.expired = False
-        self._seconds = seconds
-        self._reactor = reactor
-        self._call: Any = None
+    def __init__(self, seconds: float | None, reactor: Any | None = None) -> None:
+        super().__init__(_checked_seconds(seconds), math.inf, reactor)
 
-    def __enter__(self) -> timeout:
-        task = self._enter("timeout")
-        reactor = self._reactor or task.reactor
-        self._call = reactor.callLater(self._seconds, self._expire)
+    def __enter__(self: L) -> L:
+        self._begin(type(self).__name__)
         return self
 
-    def _expire(self) -> None:
-        self._call = None
-        self.expired = True
-        assert self._task is not None
-        self._task._cancel_for(self)
-
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        if self._call is not None:
-            self._call.cancel()
-        self._exit()
-        if isinstance(error, Cancelled) and error._scope is self:
-            raise TimeoutError(f"it took more than {self._seconds} s") from error
+        if self._finish(error):
+            assert isinstance(error, Cancelled)
+            raise TimeoutError(error.reason) from error
 
-    def __repr__(self) -> str:
-        return f"<timeout of {self._seconds} s>"
+
+class timeout_at(timeout):
+    """
+    As :class:`timeout`, up to a point in time::
+
+        with timeout_at(current_time() + 5):
+            line = await stream.read_line()
+
+    :param deadline: in the time of the reactor; C{math.inf} or None for no limit.
+    :param reactor: as for :class:`timeout`.
+    :raises ValueError: if the deadline is NaN.
+    """
+
+    def __init__(self, deadline: float | None, reactor: Any | None = None) -> None:
+        super().__init__(None, reactor)
+        self._deadline = _checked_deadline(deadline)
+
+
+class CancelScope(_Limit):
+    """
+    A block of code that can be cancelled, by its deadline or by :meth:`cancel`, and
+    is then left without an error::
+
+        with CancelScope() as scope:
+            on_key_press(scope.cancel)
+            await play(song)
+
+    :param deadline: in the time of the reactor; C{math.inf} or None for no limit.
+    :param reactor: as for :class:`timeout`.
+    :raises ValueError: if the deadline is NaN.
+    :raises NoTaskError: at the beginning of the block, outside of a task.
+    :ivar expired: as of :class:`timeout`.
+    :ivar cancelled: whether :meth:`cancel` was called before the block had come to its
+        end, and before its deadline.
+    """
+
+    def __init__(
+        self, *, deadline: float | None = None, reactor: Any | None = None
+    ) -> None:
+        super().__init__(None, _checked_deadline(deadline), reactor)
+        self._reason: str | None = None
+
+    def cancel(self, reason: str | None = None) -> None:
+        """
+        Cancel what is in the block, and leave the block; before it begins, what it
+        first waits for.  Can be called by any code, and only the first call counts.
+
+        :param reason: as of :meth:`Task.cancel`.
+        """
+        if self.cancelled or self.expired or (self._entered and self._task is None):
+            return
+        self.cancelled = True
+        self._reason = reason
+        if self._task is not None:
+            self._forget_call()
+            self._task._cancel_for(self, reason)
+
+    def __enter__(self: C) -> C:
+        if self.cancelled:
+            task = self._enter(type(self).__name__)
+            task._cancel_for(self, self._reason)
+        else:
+            self._begin(type(self).__name__)
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> bool:
+        if error is None:
+            self.cancelled = False
+        return self._finish(error)
+
+
+class move_on_after(CancelScope):
+    """
+    As :class:`timeout`, but leave the block without an error::
+
+        with move_on_after(5) as limit:
+            line = await stream.read_line()
+        if limit.expired:
+            line = b"nothing"
+
+    :param seconds: as for :class:`timeout`.
+    :param reactor: as for :class:`timeout`.
+    :raises ValueError: if the time is negative.
+    """
+
+    def __init__(self, seconds: float | None, reactor: Any | None = None) -> None:
+        super().__init__(reactor=reactor)
+        self._seconds = _checked_seconds(seconds)
+
+
+class move_on_at(CancelScope):
+    """
+    As :class:`move_on_after`, up to a point in time.
+
+    :param deadline: as for :class:`timeout_at`.
+    :param reactor: as for :class:`timeout`.
+    :raises ValueError: if the deadline is NaN.
+    """
+
+    def __init__(self, deadline: float | None, reactor: Any | None = None) -> None:
+        super().__init__(deadline=deadline, reactor=reactor)
+
+
+def _checked_seconds(seconds: float | None) -> float | None:
+    if seconds is None or seconds == math.inf:
+        return None
+    if not seconds >= 0:
+        raise ValueError(f"cannot time out after {seconds} seconds: 0 is the least")
+    return seconds
+
+
+def _checked_deadline(deadline: float | None) -> float:
+    if deadline is None:
+        return math.inf
+    _check_deadline(deadline)
+    return deadline
+
+
+def _check_deadline(deadline: float) -> None:
+    if math.isnan(deadline):
+        raise ValueError("a deadline that is not a number: use math.inf for no limit")
 
 
 class shield(Scope):
@@ -118,3 +356,33 @@ class shield(Scope):
 
     def __repr__(self) -> str:
         return "<shield>"
+
+
+def current_deadline() -> float:
+    """
+    When the code that calls this is cancelled at the latest, in the time of the
+    reactor: the earliest deadline of the blocks that it is in, up to the innermost
+    C{shield}.
+
+    In a task of a group, also the blocks around the group count.
+
+    :return: C{math.inf} without a deadline; C{-math.inf} if what calls this is
+        cancelled already.
+    :raises NoTaskError: outside of a task.
+    """
+    task: Task[Any] | None = task_of_caller("current_deadline()")
+    assert task is not None
+    if task._cancel_to_raise() is not None:
+        return -math.inf
+    scopes = task._scopes
+    earliest = math.inf
+    while task is not None:
+        for scope in reversed(scopes):
+            earliest = min(earliest, scope._cancels_at())
+            if scope.shields:
+                return earliest
+        group = getattr(task, "_group", None)
+        task = None if group is None else group._task
+        if task is not None:
+            scopes = task._scopes[: task._scopes.index(group) + 1]
+    return earliest

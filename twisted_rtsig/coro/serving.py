@@ -142,21 +142,21 @@ class _ServerProtocol(StreamProtocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         super().connectionLost(reason)
         if self.factory.cancel_on_loss:
-            self._cancel_handler()
+            self._cancel_handler("the connection was lost")
         self._forget()
 
-    def cancel(self) -> None:
+    def cancel(self, reason: str) -> None:
         """Cancel the handler; or if that has ended, what is not sent yet."""
         if self._task.done:
             self.stream.abort()
         else:
-            self._cancel_handler()
+            self._cancel_handler(reason)
 
-    def _cancel_handler(self) -> None:
+    def _cancel_handler(self, reason: str) -> None:
         """Once, so that it can clean up."""
         if not self._handler_cancelled:
             self._handler_cancelled = True
-            self._task.cancel()
+            self._task.cancel(reason)
 
     @property
     def unended_handler(self) -> Task[Any] | None:
@@ -333,7 +333,7 @@ class CoroutineFactory(Factory):
             return Stopped(running, 0, 0)
         late = len(self._unended_handlers())
         for protocol in list(self.connections):
-            protocol.cancel()
+            protocol.cancel(f"the server stops, and its grace of {grace} s is over")
         abandoned = 0
         if not await self._all_gone_within(cancel_timeout):
             abandoned = await self._abort_connections()

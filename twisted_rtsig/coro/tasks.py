@@ -33,6 +33,7 @@ from twisted_rtsig.coro.tracebacks import (
 )
 
 if TYPE_CHECKING:
+    from twisted_rtsig.coro.groups import TaskGroup
     from twisted_rtsig.coro.scopes import Scope
 
 _log = Logger()
@@ -96,6 +97,7 @@ class Task(Generic[T]):
         "_context",
         "_done",
         "_error",
+        "_group",
         "_interrupted",
         "_result",
         "_scheduler",
@@ -113,6 +115,8 @@ class Task(Generic[T]):
     # With what it is to be resumed; there from when it is ready for the first time.
     _value: Any
     _error: BaseException | None
+    # The group that it belongs to; unset until it belongs to one.
+    _group: TaskGroup | None
 
     def __init__(
         self, runnable: Runnable[T] | Beginning, name: str, scheduler: Scheduler
@@ -122,8 +126,8 @@ class Task(Generic[T]):
         self._context: contextvars.Context | None = contextvars.copy_context()
         # The timeouts, groups and shields that it is in, the outermost first.
         self._scopes: tuple[Scope, ...] = ()
-        # Who has cancelled it, where it does not know yet.
-        self._cancels: tuple[Scope | None, ...] = ()
+        # Cancellations that were requested and not yet delivered.
+        self._cancels: tuple[Cancelled, ...] = ()
         # The coroutine or generator, and the method of its class that runs it; one
         # of its own would be one more object for each task.
         self._body: Runnable[T] | None = None
@@ -143,7 +147,7 @@ class Task(Generic[T]):
         self._since = time.monotonic()
         self._interrupted = _NOT
         self._state = _ACTIVE
-        # The value; of a failed task, a _Failed.
+        # The value; of a failed task, a _Failed; of a cancelled one, the reason.
         self._result: Any = None
         # Functions to call with this task when it ends; None without any.
         self._done: list[Callable[[Task[T]], object]] | None = None
@@ -193,7 +197,7 @@ class Task(Generic[T]):
         """
         A new Deferred of its result.  To cancel that is to cancel the task.
         """
-        deferred: _OfTask[T] = _OfTask(self)
+        deferred: OfTask[T] = OfTask(self)
         self._when_done(deferred.finish)
         return deferred
 
@@ -223,7 +227,8 @@ class Task(Generic[T]):
     def _see_error(self) -> BaseException:
         """Why it has not succeeded: not to be logged, since the caller handles it."""
         if self._state == _CANCELLED:
-            return CancelledError(f"{self.name} was cancelled")
+            reason = "" if self._result is None else f": {self._result}"
+            return CancelledError(f"{self.name} was cancelled{reason}")
         failed: _Failed = self._result
         return failed.see()
 
@@ -262,39 +267,53 @@ class Task(Generic[T]):
 
     # Cancellation
 
-    def cancel(self) -> None:
+    def cancel(self, reason: str | None = None) -> None:
         """
         Raise :class:`Cancelled` where it waits, once; if it does not wait, then
         where it waits next.  What it waits for is cancelled.
 
         Does nothing to a task that has ended.
-        """
-        self._cancel_for(None)
 
-    def _cancel_for(self, scope: Scope | None) -> None:
-        if self._to_be_cancelled_for(scope):
+        :param reason: for the logs: the text of the C{Cancelled}, and a part of that
+            of the ``CancelledError`` which is raised where the task is awaited.
+        """
+        self._cancel_for(None, reason)
+
+    def _cancel_for(self, scope: Scope | None, reason: str | None) -> None:
+        if self._to_be_cancelled_for(scope, reason):
             self._interrupt()
 
-    def _to_be_cancelled_for(self, scope: Scope | None) -> bool:
-        """Note who cancels it; return whether it waits, and has not ended."""
+    def _to_be_cancelled_for(self, scope: Scope | None, reason: str | None) -> bool:
+        """Note a cancellation; return whether the task waits, and has not ended."""
         if self._state != _ACTIVE:
             return False
-        if scope not in self._cancels:
-            self._cancels += (scope,)
+        if self._waiting_on is None:
+            about_to_raise = self._error
+            if isinstance(about_to_raise, Cancelled) and about_to_raise._scope is scope:
+                return False
+        if not any(each._scope is scope for each in self._cancels):
+            self._cancels += (Cancelled(reason, scope),)
         return self._waiting_on is not None
 
-    def _next_cancel(self) -> Cancelled | None:
-        """The cancellation to raise now, unless a shield is in its way."""
-        for scope in self._cancels:
+    def _cancel_to_raise(self) -> Cancelled | None:
+        """The first cancellation that no shield keeps out."""
+        for each in self._cancels:
+            scope = each._scope
             inside = (
                 self._scopes
                 if scope is None
                 else self._scopes[self._scopes.index(scope) + 1 :]
             )
             if not any(each.shields for each in inside):
-                self._cancels = tuple(e for e in self._cancels if e is not scope)
-                return Cancelled(scope)
+                return each
         return None
+
+    def _next_cancel(self) -> Cancelled | None:
+        """As C{_cancel_to_raise}, and it is delivered by that."""
+        cancelled = self._cancel_to_raise()
+        if cancelled is not None:
+            self._cancels = tuple(e for e in self._cancels if e is not cancelled)
+        return cancelled
 
     def _interrupt(self) -> None:
         """
@@ -327,7 +346,7 @@ class Task(Generic[T]):
         awaited = self._waiting_on
         if isinstance(awaited, Beginning):
             self._waiting_on = None
-            self._end(_CANCELLED, None)
+            self._end(_CANCELLED, self._cancels[0].reason)
             return None
         before = self._cancels
         cancelled = None if awaited is None else self._next_cancel()
@@ -341,7 +360,7 @@ class Task(Generic[T]):
             self._resume(None, cancelled)
             return None
         # That it ends may take a while, or succeed all the same.
-        task = awaited.awaited_task() if isinstance(awaited, _OfTask) else None
+        task = awaited.awaited_task() if isinstance(awaited, OfTask) else None
         if self in chain or task is self or task in chain:
             # A circle, in which nobody would ever be told.
             self._resume(None, cancelled)
@@ -350,9 +369,9 @@ class Task(Generic[T]):
         self._cancels = before
         self._interrupted = _NOW
         if task is None:
-            with _collecting(told):
+            with _collecting(told, cancelled.reason):
                 awaited.cancel()
-        elif task._to_be_cancelled_for(None):
+        elif task._to_be_cancelled_for(None, cancelled.reason):
             return task
         return None
 
@@ -377,7 +396,7 @@ class Task(Generic[T]):
         elif error._scope is None:
             # The frames there hold it, in their turn.
             error.__traceback__ = None
-            self._end(_CANCELLED, None)
+            self._end(_CANCELLED, error.reason)
         else:
             self._fail(held_open(error._scope))
 
@@ -494,14 +513,16 @@ class _Collected:
     The tasks that are cancelled by the Deferred that is cancelled now.
 
     :ivar told: those tasks; None if no task cancels a Deferred.
+    :ivar reason: why.
     :ivar within: the task that ran before: another one that runs meanwhile cancels
         on its own account.
     """
 
-    __slots__ = ("told", "within")
+    __slots__ = ("reason", "told", "within")
 
     def __init__(self) -> None:
         self.told: list[Task[Any]] | None = None
+        self.reason: str | None = None
         self.within: Task[Any] | None = None
 
 
@@ -509,13 +530,14 @@ _collected: Final = _Collected()
 
 
 @contextlib.contextmanager
-def _collecting(told: list[Task[Any]]) -> Iterator[None]:
-    before = _collected.told, _collected.within
-    _collected.told, _collected.within = told, running.task
+def _collecting(told: list[Task[Any]], reason: str | None) -> Iterator[None]:
+    it = _collected
+    before = it.told, it.reason, it.within
+    it.told, it.reason, it.within = told, reason, running.task
     try:
         yield
     finally:
-        _collected.told, _collected.within = before
+        it.told, it.reason, it.within = before
 
 
 class Beginning:
@@ -532,7 +554,7 @@ class Beginning:
         return _runnable(self._function, (*self._args, value))
 
 
-class _OfTask(Deferred[T]):
+class OfTask(Deferred[T]):
     """Fires when a task has ended, and not before, even if it is cancelled."""
 
     def __init__(self, task: Task[T]) -> None:
@@ -563,7 +585,7 @@ class _OfTask(Deferred[T]):
             super().cancel()
         elif _collected.told is None or _collected.within is not running.task:
             task.cancel()
-        elif task._to_be_cancelled_for(None):
+        elif task._to_be_cancelled_for(None, _collected.reason):
             # To cancel it here would recurse as often as tasks and Deferreds take
             # turns in a chain.
             _collected.told.append(task)
@@ -719,6 +741,16 @@ def task_of_caller(what: str) -> Task[Any]:
 
 
 # Time
+
+
+def current_time(reactor: Any | None = None) -> float:
+    """
+    The time in seconds by which deadlines are given: that of the reactor.
+
+    :param reactor: an ``IReactorTime`` provider; by default that of the task.
+    """
+    seconds: float = scheduler_for(reactor).reactor.seconds()
+    return seconds
 
 
 def sleep(seconds: float, reactor: Any | None = None) -> Operation[None]:

@@ -193,7 +193,7 @@ class _Waiting:
             future.set_exception(_stopped())
         for _, task in waiting:
             if task is not None:
-                task.cancel()
+                task.cancel("the reactor has stopped")
 
 
 def _stopped() -> ReactorNotRunning:

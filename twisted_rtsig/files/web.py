@@ -81,7 +81,7 @@ class StaticResource(Resource):
 
         def leave(reason: Failure) -> None:
             gone.append(reason)
-            task.cancel()
+            task.cancel("the client has left")
 
         request.notifyFinish().addErrback(leave)
         task.as_deferred().addErrback(_tell_failure, request, gone)

@@ -123,7 +123,7 @@ class _Conversation:
                 self.waits += 1
                 if self.waits == self._point:
                     self.where = [*in_words(stack_of_body(body))][-1]
-                    current_task().cancel()
+                    current_task().cancel("by cancel_everywhere()")
             try:
                 step, value = body.send, (yield awaited)
             except BaseException as error:
