@@ -190,6 +190,8 @@ class Model:
                 wants.count(Want("room", channel)),
                 wants.count(Want("value", channel)),
                 channel.closed,
+                0,
+                0,
             )
             assert channel.buffered <= channel.capacity
             channel.is_in_order()

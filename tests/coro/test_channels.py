@@ -366,13 +366,13 @@ def test_it_need_not_be_closed(clock: Clock, logged: list[Any]) -> None:
 
 def test_statistics(clock: Clock) -> None:
     channel: Channel[int] = Channel(2)
-    assert channel.statistics() == (0, 2, 0, 0, False)
+    assert channel.statistics() == (0, 2, 0, 0, False, 0, 0)
     receiving = [channel.receive() for _ in range(3)]
-    assert channel.statistics() == (0, 2, 0, 3, False)
+    assert channel.statistics() == (0, 2, 0, 3, False, 0, 0)
     receiving[1].addErrback(lambda _: None).cancel()
-    assert channel.statistics() == (0, 2, 0, 2, False)
+    assert channel.statistics() == (0, 2, 0, 2, False, 0, 0)
     sending = [channel.send(each) for each in range(7)]
-    assert channel.statistics() == (2, 2, 3, 0, False)
+    assert channel.statistics() == (2, 2, 3, 0, False, 0, 0)
     sending[5].addErrback(lambda _: None).cancel()
     statistics = channel.statistics()
     assert statistics.buffered == 2
@@ -383,7 +383,7 @@ def test_statistics(clock: Clock) -> None:
     for each in sending:
         each.addErrback(lambda _: None)
     channel.close()
-    assert channel.statistics() == (2, 2, 0, 0, True)
+    assert channel.statistics() == (2, 2, 0, 0, True, 0, 0)
 
 
 def test_repr(clock: Clock) -> None:
@@ -475,7 +475,7 @@ def test_timeouts(clock: Clock) -> None:
 
     task = spawn(main, reactor=clock)
     clock.pump([1, 1])
-    assert task.result() == ["in time", (0, 0, 0, 0, False)]
+    assert task.result() == ["in time", (0, 0, 0, 0, False, 0, 0)]
     assert not clock.getDelayedCalls()
 
 
@@ -588,7 +588,7 @@ def test_a_hundred_thousand_are_cancelled(clock: Clock, order: str, what: str) -
             channel.try_send(number)
             assert each.result == number
         assert each.called
-    assert channel.statistics() == (0, 0, 0, 0, False)
+    assert channel.statistics() == (0, 0, 0, 0, False, 0, 0)
 
 
 # Turns
@@ -711,7 +711,7 @@ def test_order_is_kept_across_a_turn(clock: Clock, capacity: int) -> None:
     clock.advance(0)
     assert got == [(each, each) for each in range(5)]
     assert order == list(range(5))
-    assert channel.statistics() == (0, capacity, 0, 0, False)
+    assert channel.statistics() == (0, capacity, 0, 0, False, 0, 0)
 
 
 @pytest.mark.usefixtures("one_in_a_turn")
@@ -851,7 +851,7 @@ def test_a_callback_receives_in_the_turn_that_it_has_waited_for(clock: Clock) ->
     assert got == []
     clock.advance(0)
     assert got == ["a"]
-    assert channel.statistics() == (0, 1, 0, 0, False)
+    assert channel.statistics() == (0, 1, 0, 0, False, 0, 0)
 
 
 def test_a_receive_that_gets_a_callback_while_it_is_served(
@@ -924,7 +924,7 @@ def test_callbacks_cancel_who_waits(clock: Clock, what: str) -> None:
     else:
         channel.try_send(1)
     assert outcomes == ["done"] + [CancelledError] * 3
-    assert channel.statistics() == (0, 0, 0, 0, False)
+    assert channel.statistics() == (0, 0, 0, 0, False, 0, 0)
 
 
 def test_inline_callbacks_between_two_channels(reactor: Any) -> None:

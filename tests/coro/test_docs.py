@@ -65,6 +65,7 @@ NOT_FOR_HANDLERS = [
 # What tasks share; and what operations and select call of it.
 SHARED = [
     *(coro.Channel, coro.Event, coro.Semaphore, coro.Lock, coro.Condition),
+    *(coro.ChannelSender, coro.ChannelReceiver, coro.CapacityLimiter),
     coro.Deadline,
 ]
 NOT_FOR_TASKS = ["forget", "waits_for", "poll", "watch", "unwatch"]

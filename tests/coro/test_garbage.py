@@ -23,8 +23,10 @@ from twisted.internet.task import Clock
 from tests.coro.support import STYLES, connected, run_for_real
 from twisted_rtsig.coro import (
     CancelScope,
+    CapacityLimiter,
     Channel,
     ChannelClosed,
+    ChannelSender,
     Condition,
     Deadline,
     EndOfChannel,
@@ -409,6 +411,10 @@ async def channels(clock: Clock) -> None:
             pass
         with contextlib.suppress(ChannelClosed):
             await channel.send(4)
+        channel = Channel(0)
+        clock.callLater(1, channel.close)
+        with contextlib.suppress(ChannelClosed):
+            await spawn(channel.send, 5)
 
 
 async def locks(clock: Clock) -> None:
@@ -436,6 +442,61 @@ async def locks(clock: Clock) -> None:
     event.set()
     for each in users:
         await each
+
+
+async def ends_of_channels(clock: Clock) -> None:
+    channel: Channel[int] = Channel(0)
+
+    async def send(sender: ChannelSender[int]) -> None:
+        with sender:
+            await sender.send(1)
+            await sleep(1)
+
+    with channel.open_sender() as sender:
+        sending = [spawn(send, sender.clone()) for _ in range(2)]
+        await sleep(0)
+        clock.callLater(1, sender.close)
+        with contextlib.suppress(ChannelClosed):
+            await spawn(sender.send, 2)
+        with contextlib.suppress(ChannelClosed):
+            await sender.send(3)
+    with channel.open_receiver() as receiver:
+        other = receiver.clone()
+        await select(receiver, Event())
+        async for _ in receiver:
+            pass
+        with contextlib.suppress(EndOfChannel):
+            await receiver.receive()
+        other.close()
+        with contextlib.suppress(ChannelClosed):
+            await other.receive()
+    for each in sending:
+        await each
+    with channel.open_receiver() as receiver:
+        pass
+    with contextlib.suppress(ChannelClosed):
+        await channel.send(1)
+
+
+async def limiters(clock: Clock) -> None:
+    limiter = CapacityLimiter(1)
+
+    async def use() -> None:
+        async with limiter:
+            await sleep(1)
+        with contextlib.suppress(RuntimeError):
+            limiter.release()
+
+    users = [spawn(use) for _ in range(3)]
+    await sleep(0)
+    with contextlib.suppress(TimeoutError), timeout(0.5):
+        await limiter.acquire()
+    for each in users:
+        await each
+    for fails in FAILING:
+        with contextlib.suppress(Gone):
+            async with limiter:
+                await spawn(fails)
 
 
 async def selects(clock: Clock) -> None:
@@ -501,7 +562,9 @@ async def inline_callbacks(clock: Clock) -> None:
         timeouts,
         cancellation,
         channels,
+        ends_of_channels,
         locks,
+        limiters,
         selects,
         transfers,
         inline_callbacks,
@@ -614,6 +677,12 @@ async def threads(reactor: Any) -> None:
             await in_thread(from_thread, function)
     with contextlib.suppress(ValueError):
         await in_thread(int, "one")
+    limiter = CapacityLimiter(1)
+    waits = [limiter.in_thread(time.sleep, 0.001) for _ in range(2)]
+    with contextlib.suppress(ValueError):
+        await limiter.in_thread(int, "one")
+    for each in waits:
+        await each
     with contextlib.suppress(TimeoutError), timeout(0):
         await in_thread(time.sleep, 0.001)
     # The thread goes on: wait for it.

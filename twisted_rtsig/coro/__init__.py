@@ -5,6 +5,7 @@ on every reactor.
 See ``docs/coroutines.md``.  Importing this imports no reactor.
 """
 
+from twisted_rtsig.coro.channel_ends import ChannelReceiver, ChannelSender
 from twisted_rtsig.coro.channels import Channel, ChannelStatistics
 from twisted_rtsig.coro.datagrams import DatagramSocket, open_datagrams
 from twisted_rtsig.coro.errors import (
@@ -29,6 +30,7 @@ from twisted_rtsig.coro.groups import (
     run_group,
 )
 from twisted_rtsig.coro.inspection import format_tasks, log_tasks_on_signal
+from twisted_rtsig.coro.limiters import CapacityLimiter, CapacityLimiterStatistics
 from twisted_rtsig.coro.locks import Condition, Event, Lock, Semaphore
 from twisted_rtsig.coro.processes import Process, open_process
 from twisted_rtsig.coro.scopes import (
@@ -67,8 +69,12 @@ __all__ = [
     "BusyResourceError",
     "CancelScope",
     "Cancelled",
+    "CapacityLimiter",
+    "CapacityLimiterStatistics",
     "Channel",
     "ChannelClosed",
+    "ChannelReceiver",
+    "ChannelSender",
     "ChannelStatistics",
     "Condition",
     "CoroutineFactory",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
+from twisted_rtsig.coro.channel_ends import ChannelReceiver, ChannelSender
 from twisted_rtsig.coro.errors import ChannelClosed, EndOfChannel, WouldBlock
 from twisted_rtsig.coro.operations import (
     NOTHING,
@@ -38,6 +39,8 @@ class ChannelStatistics(NamedTuple):
     :ivar senders: how many sends wait.
     :ivar receivers: how many receives wait.
     :ivar closed: whether nothing can be sent any more.
+    :ivar open_senders: how many :class:`ChannelSender` objects are open.
+    :ivar open_receivers: how many :class:`ChannelReceiver` objects are open.
     """
 
     buffered: int
@@ -45,6 +48,8 @@ class ChannelStatistics(NamedTuple):
     senders: int
     receivers: int
     closed: bool
+    open_senders: int
+    open_receivers: int
 
 
 class Channel(Generic[T]):
@@ -66,6 +71,10 @@ class Channel(Generic[T]):
         self._senders = Waiters()
         self._receivers = Waiters()
         self._closed = False
+        self._open_senders = 0
+        self._open_receivers = 0
+        # Whether the last of its ChannelReceivers was closed.
+        self._abandoned = False
         # How much more is done at once; at 0 all wait for the turn that is to come.
         self._at_once = _AT_ONCE_IN_A_TURN
 
@@ -151,6 +160,10 @@ class Channel(Generic[T]):
         return True
 
     def _no_more(self) -> ChannelClosed:
+        if self._abandoned:
+            return ChannelClosed(
+                f"{self!r} takes no more values: its last receiver was closed"
+            )
         return ChannelClosed(
             f"{self!r} takes no more values: close it when its senders are done"
         )
@@ -237,13 +250,50 @@ class Channel(Generic[T]):
         """
         if self._closed:
             return
-        self._match()
+        if not self._abandoned:
+            self._match()
         self._closed = True
         # Who receives in a callback waits until it is known what is left.
         self._at_once = 0
         while self._senders.entries:
             self._senders.next().fail(self._no_more())
+        if self._abandoned:
+            self._values.clear()
         self._match()
+
+    def open_sender(self) -> ChannelSender[T]:
+        """
+        An end to send to.  When the last one is closed, the channel is: receivers get
+        what was sent, and then the end.
+
+        :raises ChannelClosed: if the channel is closed.
+        """
+        if self._closed:
+            raise self._no_more()
+        self._open_senders += 1
+        return ChannelSender(self)
+
+    def open_receiver(self) -> ChannelReceiver[T]:
+        """
+        An end to receive from.  When the last one is closed, the channel is: senders
+        get ``ChannelClosed``, and values that are left are dropped.
+        """
+        self._open_receivers += 1
+        return ChannelReceiver(self)
+
+    def _sender_closed(self) -> None:
+        self._open_senders -= 1
+        if not self._open_senders:
+            self.close()
+
+    def _receiver_closed(self) -> None:
+        self._open_receivers -= 1
+        if not self._open_receivers:
+            self._abandoned = True
+            if self._closed:
+                self._values.clear()
+            else:
+                self.close()
 
     def statistics(self) -> ChannelStatistics:
         """What it is doing."""
@@ -253,6 +303,8 @@ class Channel(Generic[T]):
             self._senders.waiting,
             self._receivers.waiting,
             self._closed,
+            self._open_senders,
+            self._open_receivers,
         )
 
     def __repr__(self) -> str:

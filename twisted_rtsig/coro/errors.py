@@ -117,7 +117,10 @@ class WouldBlock(Exception):
 
 
 class ChannelClosed(Exception):
-    """A value was sent to a channel that is closed: nobody receives it."""
+    """
+    A value was sent to a channel that is closed: nothing receives it.  Or a
+    C{ChannelSender} or C{ChannelReceiver} was used that is closed.
+    """
 
 
 class EndOfChannel(Exception):

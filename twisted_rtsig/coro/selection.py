@@ -84,7 +84,7 @@ def select(*cases: Any) -> Operation[tuple[Any, Any]]:
 class _Case:
     """One of the things that a :func:`select` waits for: an C{Entry}."""
 
-    __slots__ = ("_case", "_selectable", "called", "owner", "value")
+    __slots__ = ("__weakref__", "_case", "_selectable", "called", "owner", "value")
 
     def __init__(self, selection: _Selection, case: Any, selectable: Selectable):
         self.owner = selection

@@ -680,7 +680,13 @@ async def call_and_wait(function: Callable[..., Any], args: tuple[Any, ...]) -> 
     result = function(*args)
     if inspect.isgenerator(result):
         return await awaitable(result)
-    return await result if inspect.isawaitable(result) else result
+    if not inspect.isawaitable(result):
+        return result
+    try:
+        return await result
+    finally:
+        # The traceback holds this frame, and an operation its error.
+        del result
 
 
 @types.coroutine

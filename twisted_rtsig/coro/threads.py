@@ -31,31 +31,43 @@ def in_thread(
     If the wait is cancelled, the thread goes on to the end of the function, and
     its result is dropped.  The reactor waits for such threads when it stops.
     """
-    reactor = scheduler_for(None).reactor
-    context = contextvars.copy_context()
-    context.run(_way_back.set, _WayBack(reactor))
-    call = _Call(functools.partial(context.run, function, *args, **kwargs), function)
     operation: Operation[T] = Operation()
-    operation.owner = call
-    call.operation = operation
-    reactor.getThreadPool().callInThread(call.run, reactor)
+    ThreadCall(operation, function, args, kwargs).start()
     return operation
 
 
-class _Call:
+class ThreadCall:
     """
     A function that runs in a thread: the owner of the operation.
 
     :ivar operation: None once it is finished, since the traceback of an error holds
         the frames of the thread, and so this.
+    :ivar when_ended: called in the reactor's thread when the function has ended; None
+        for nothing.
     """
 
-    __slots__ = ("_call", "_function", "operation")
+    __slots__ = ("_call", "_function", "_reactor", "operation", "when_ended")
 
-    def __init__(self, call: Callable[[], Any], function: Callable[..., Any]) -> None:
-        self._call = call
+    def __init__(
+        self,
+        operation: Operation[Any],
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._reactor = reactor = scheduler_for(None).reactor
+        context = contextvars.copy_context()
+        context.run(_way_back.set, _WayBack(reactor))
+        self._call = functools.partial(context.run, function, *args, **kwargs)
         self._function = function
-        self.operation: Operation[Any] | None = None
+        self.operation: Operation[Any] | None = operation
+        self.when_ended: Callable[[], object] | None = None
+
+    def start(self) -> None:
+        """Run it."""
+        if self.operation is not None:
+            self.operation.owner = self
+        self._reactor.getThreadPool().callInThread(self.run, self._reactor)
 
     def run(self, reactor: Any) -> None:
         """In a thread."""
@@ -67,14 +79,20 @@ class _Call:
             reactor.callFromThread(self._succeed, result)
 
     def _succeed(self, result: Any) -> None:
-        operation, self.operation = self.operation, None
+        operation = self._ended()
         if operation is not None:
             operation.succeed(result)
 
     def _fail(self, error: BaseException) -> None:
-        operation, self.operation = self.operation, None
+        operation = self._ended()
         if operation is not None:
             operation.fail(error)
+
+    def _ended(self) -> Operation[Any] | None:
+        operation, self.operation = self.operation, None
+        if self.when_ended is not None:
+            self.when_ended()
+        return operation
 
     def forget(self, operation: Operation[Any]) -> None:
         """See ``Owner.forget``: the thread goes on."""

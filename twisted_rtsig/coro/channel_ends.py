@@ -1,0 +1,276 @@
+"""
+The ends of a channel, which is closed with the last one of either side.
+
+See ``docs/channels.md``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from weakref import WeakSet
+
+from twisted_rtsig.coro.errors import ChannelClosed, EndOfChannel
+from twisted_rtsig.coro.operations import Operation, failed
+from twisted_rtsig.coro.waiting import Entry, Waiters
+
+if TYPE_CHECKING:
+    from twisted_rtsig.coro.channels import Channel
+
+T = TypeVar("T")
+E = TypeVar("E", bound="_End[Any]")
+
+
+class _End(Generic[T]):
+    """
+    One end of a channel: it is closed at the end of a C{with} block, or by C{close}.
+
+    :ivar channel: the channel.
+    """
+
+    # Set when it is made; False is for __del__, after an error in __init__.
+    _open = False
+
+    def __init__(self, channel: Channel[T]) -> None:
+        self.channel = channel
+        # What waits through this end: operations, and cases of a select.
+        self._waiting: WeakSet[Any] = WeakSet()
+        self._open = True
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return not self._open
+
+    def _close(self, waiters: Waiters) -> None:
+        """Close it, and let nothing wait through it any more."""
+        self._open = False
+        waiting = list(self._waiting)
+        self._waiting.clear()
+        for each in waiting:
+            # It may be given up by what is told before.
+            if not each.called:
+                waiters.forget(each)
+                each.fail(self._is_closed())
+
+    def _check(self) -> None:
+        if not self._open:
+            raise self._is_closed()
+
+    def _is_closed(self) -> ChannelClosed:
+        return ChannelClosed(
+            f"{self!r} was closed: clone it for each task that uses it"
+        )
+
+    def _watch(self, entry: Entry) -> None:
+        """This waits through this end, if it waits at all."""
+        if not entry.called:
+            self._waiting.add(entry)
+
+    def __enter__(self: E) -> E:
+        self._check()
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close it."""
+        raise NotImplementedError
+
+    def __del__(self) -> None:
+        if self._open:
+            warnings.warn(
+                f"{self!r} was not closed, so that the channel is not: use it in a "
+                "with block",
+                ResourceWarning,
+                stacklevel=1,
+                source=self,
+            )
+
+    def __repr__(self) -> str:
+        closed = "" if self._open else " closed,"
+        return f"<{type(self).__name__} at {id(self):#x}:{closed} of {self.channel!r}>"
+
+
+class ChannelSender(_End[T]):
+    """
+    An end of a channel to send to it.  When the last one is closed, so is the channel.
+
+    Made by :meth:`Channel.open_sender`.  Each task that sends should have one of its
+    own, and use it in a C{with} block::
+
+        with channel.open_sender() as sender:
+            await sender.send(value)
+
+    :ivar channel: the channel.
+    """
+
+    def clone(self) -> ChannelSender[T]:
+        """
+        Another one of the same channel, open.
+
+        :raises ChannelClosed: if this one, or the channel, is closed.
+        """
+        self._check()
+        return self.channel.open_sender()
+
+    def send(self, value: T) -> Operation[None]:
+        """
+        As :meth:`Channel.send`.
+
+        :raises ChannelClosed: (when awaited) also if this is closed, or becomes so
+            while it waits, or if the last :class:`ChannelReceiver` is.
+        """
+        if not self._open:
+            return failed(self._is_closed())
+        operation = self.channel.send(value)
+        self._watch(operation)
+        return operation
+
+    def try_send(self, value: T) -> None:
+        """
+        As :meth:`Channel.try_send`.
+
+        :raises WouldBlock: if there is no room for the value.
+        :raises ChannelClosed: if this or the channel is closed.
+        """
+        self._check()
+        self.channel.try_send(value)
+
+    def sending(self, value: T) -> SendingThrough[T]:
+        """
+        As :meth:`Channel.sending`.
+
+        :raises ChannelClosed: from C{select}, also if this is closed, or becomes so
+            while it waits.
+        """
+        return SendingThrough(self, value)
+
+    def close(self) -> None:
+        """
+        Close this end, and if it is the last sender the channel: receivers get what was
+        sent, and then the end.
+
+        What waits in :meth:`send` of this sender gets ``ChannelClosed``.  Does nothing
+        the second time.
+        """
+        if self._open:
+            self._close(self.channel._senders)
+            self.channel._sender_closed()
+
+
+class SendingThrough(Generic[T]):
+    """
+    To send a value through a :class:`ChannelSender`: for :func:`select`.
+
+    :raises ChannelClosed: from C{select}, if the sender or the channel is closed.
+    """
+
+    def __init__(self, sender: ChannelSender[T], value: T) -> None:
+        self.sender = sender
+        self.value = value
+        self._sending = sender.channel.sending(value)
+
+    def poll(self) -> Any:
+        """See ``Selectable.poll``."""
+        self.sender._check()
+        return self._sending.poll()
+
+    def watch(self, entry: Entry) -> None:
+        """See ``Selectable.watch``."""
+        self._sending.watch(entry)
+        self.sender._watch(entry)
+
+    def unwatch(self, entry: Entry) -> None:
+        """See ``Selectable.unwatch``."""
+        self._sending.unwatch(entry)
+
+    def __repr__(self) -> str:
+        return f"<Sending to {self.sender!r}>"
+
+
+class ChannelReceiver(_End[T]):
+    """
+    An end of a channel to receive from it.  When the last one is closed, so is the
+    channel: senders get ``ChannelClosed``, and the values that are left are dropped.
+
+    Made by :meth:`Channel.open_receiver`.  It can be given to C{select}::
+
+        with channel.open_receiver() as receiver:
+            async for value in receiver:
+                ...
+
+    :ivar channel: the channel.
+    """
+
+    def clone(self) -> ChannelReceiver[T]:
+        """
+        Another one of the same channel, open.
+
+        :raises ChannelClosed: if this one is closed.
+        """
+        self._check()
+        return self.channel.open_receiver()
+
+    def receive(self) -> Operation[T]:
+        """
+        As :meth:`Channel.receive`.
+
+        :raises EndOfChannel: (when awaited) if all senders were closed, and all values
+            received.
+        :raises ChannelClosed: (when awaited) if this is closed, or becomes so while it
+            waits.
+        """
+        if not self._open:
+            return failed(self._is_closed())
+        operation = self.channel.receive()
+        self._watch(operation)
+        return operation
+
+    def try_receive(self) -> T:
+        """
+        As :meth:`Channel.try_receive`.
+
+        :raises WouldBlock: if there is no value yet.
+        :raises EndOfChannel: if all senders were closed, and all values received.
+        :raises ChannelClosed: if this is closed.
+        """
+        self._check()
+        return self.channel.try_receive()
+
+    def __aiter__(self) -> ChannelReceiver[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        try:
+            return await self.receive()
+        except EndOfChannel:
+            raise StopAsyncIteration from None
+
+    def close(self) -> None:
+        """
+        Close this end, and if it is the last receiver the channel.
+
+        What waits in :meth:`receive` of this receiver gets ``ChannelClosed``.  Does
+        nothing the second time.
+        """
+        if self._open:
+            self._close(self.channel._receivers)
+            self.channel._receiver_closed()
+
+    # In select
+
+    def poll(self) -> Any:
+        """See ``Selectable.poll``."""
+        self._check()
+        return self.channel.poll()
+
+    def watch(self, entry: Entry) -> None:
+        """See ``Selectable.watch``."""
+        self.channel.watch(entry)
+        self._watch(entry)
+
+    def unwatch(self, entry: Entry) -> None:
+        """See ``Selectable.unwatch``."""
+        self.channel.unwatch(entry)
