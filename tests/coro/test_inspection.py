@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -289,3 +290,97 @@ def test_it_stops_with_the_reactor(reactor: Any) -> None:
         call for call in reactor.getDelayedCalls() if "watch" in repr(call.func)
     ]
     assert sys.modules["twisted.internet.reactor"] is reactor
+
+
+# How it finds them
+
+
+def test_tasks_that_were_frozen(clock: Clock) -> None:
+    stop = Event()
+    task = spawn(stop.wait, name="frozen", reactor=clock)
+    gc.collect()
+    gc.freeze()
+    try:
+        assert format_tasks(clock).startswith("frozen: ")
+        assert "frozen: " in format_tasks()
+    finally:
+        gc.unfreeze()
+        # As tests/conftest.py has it.
+        gc.freeze()
+    stop.set()
+    assert task.done
+
+
+def test_the_heap_is_not_looked_through(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("get_objects", "get_referrers"):
+        monkeypatch.delattr(gc, name)
+    stop = Event()
+    task = spawn(stop.wait, name="a task", reactor=clock)
+    assert format_tasks(clock).startswith("a task: ")
+    stop.set()
+    assert task.done
+
+
+def test_a_task_that_cannot_go_on_is_collected(clock: Clock) -> None:
+    """To be listed keeps no task alive: what it waits for is gone as well."""
+    ends: list[str] = []
+
+    async def wait() -> None:
+        try:
+            await Event().wait()
+        finally:
+            ends.append("collected")
+
+    spawn(wait, name="lost", reactor=clock)
+    gc.collect()
+    assert ends == ["collected"]
+    assert format_tasks(clock) == "There are no tasks."
+
+
+def test_some_of_many_tasks(clock: Clock) -> None:
+    """Those that remain are found in order, however many have ended."""
+    stop = Event()
+
+    async def main() -> list[Any]:
+        kept = []
+        for number in range(5000):
+            if number % 1000 == 0:
+                kept.append(spawn(stop.wait, name=f"task {number}"))
+            await spawn(sleep, 0)
+        return kept
+
+    task = spawn(main, reactor=clock)
+    while not task.done:
+        clock.advance(0)
+    names = [line.split(": ")[0] for line in format_tasks(clock).splitlines()]
+    expected = [f"task {number}" for number in range(0, 5000, 1000)]
+    assert [each for each in names if each.startswith("task ")] == expected
+    stop.set()
+
+
+def test_tasks_that_have_ended_take_no_memory(clock: Clock) -> None:
+    async def nothing() -> None:
+        pass
+
+    async def main() -> list[int]:
+        grown = []
+        for _ in range(2):
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(100):
+                for _ in range(100):
+                    spawn(nothing)
+                await sleep(0)
+            grown.append(tracemalloc.get_traced_memory()[0] - before)
+        return grown
+
+    tracemalloc.start()
+    try:
+        task = spawn(main, reactor=clock)
+        while not task.done:
+            clock.advance(0)
+    finally:
+        tracemalloc.stop()
+    # 10,000 of them, and what is kept of the last hundreds.
+    assert max(task.result()) < 200_000

@@ -7,6 +7,15 @@ See ``docs/coroutines.md``.  Importing this imports no reactor.
 
 from twisted_rtsig.coro.channel_ends import ChannelReceiver, ChannelSender
 from twisted_rtsig.coro.channels import Channel, ChannelStatistics
+from twisted_rtsig.coro.counts import (
+    ChannelCounts,
+    ServerCounts,
+    Statistics,
+    StreamCounts,
+    TaskCounts,
+    ThreadCounts,
+    statistics,
+)
 from twisted_rtsig.coro.datagrams import DatagramSocket, open_datagrams
 from twisted_rtsig.coro.errors import (
     BusyResourceError,
@@ -30,8 +39,14 @@ from twisted_rtsig.coro.groups import (
     run_group,
 )
 from twisted_rtsig.coro.inspection import format_tasks, log_tasks_on_signal
+from twisted_rtsig.coro.instruments import (
+    Instrument,
+    add_instrument,
+    remove_instrument,
+)
 from twisted_rtsig.coro.limiters import CapacityLimiter, CapacityLimiterStatistics
 from twisted_rtsig.coro.locks import Condition, Event, Lock, Semaphore
+from twisted_rtsig.coro.monitor import Histogram, LoopMonitor, SlowStep
 from twisted_rtsig.coro.processes import Process, open_process
 from twisted_rtsig.coro.scopes import (
     CancelScope,
@@ -73,6 +88,7 @@ __all__ = [
     "CapacityLimiterStatistics",
     "Channel",
     "ChannelClosed",
+    "ChannelCounts",
     "ChannelReceiver",
     "ChannelSender",
     "ChannelStatistics",
@@ -85,22 +101,32 @@ __all__ = [
     "EndOfChannel",
     "Event",
     "FileEnded",
+    "Histogram",
     "IncompleteRead",
+    "Instrument",
     "Lock",
+    "LoopMonitor",
     "NoTaskError",
     "Process",
     "Semaphore",
     "Server",
+    "ServerCounts",
+    "SlowStep",
+    "Statistics",
     "Stopped",
     "Stream",
+    "StreamCounts",
     "StreamError",
     "TLSError",
     "Task",
+    "TaskCounts",
     "TaskGroup",
     "TaskStatus",
+    "ThreadCounts",
     "TransferError",
     "UnreadPlaintext",
     "WouldBlock",
+    "add_instrument",
     "connect",
     "coroutine",
     "current_deadline",
@@ -114,12 +140,14 @@ __all__ = [
     "move_on_at",
     "open_datagrams",
     "open_process",
+    "remove_instrument",
     "run_group",
     "select",
     "serve",
     "shield",
     "sleep",
     "spawn",
+    "statistics",
     "symmetric",
     "timeout",
     "timeout_at",

@@ -7,8 +7,9 @@ See ``docs/channels.md``.
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 
+from twisted_rtsig.coro.census import Registry
 from twisted_rtsig.coro.channel_ends import ChannelReceiver, ChannelSender
 from twisted_rtsig.coro.errors import ChannelClosed, EndOfChannel, WouldBlock
 from twisted_rtsig.coro.operations import (
@@ -77,6 +78,7 @@ class Channel(Generic[T]):
         self._abandoned = False
         # How much more is done at once; at 0 all wait for the turn that is to come.
         self._at_once = _AT_ONCE_IN_A_TURN
+        channels.add(self)
 
     # Sending
 
@@ -401,6 +403,10 @@ class Channel(Generic[T]):
     def unwatch(self, entry: Entry) -> None:
         """See ``Selectable.unwatch``."""
         self._receivers.forget(entry)
+
+
+channels: Final[Registry[Channel[Any]]] = Registry()
+"""All channels of the process."""
 
 
 class Sending(Generic[T]):

@@ -1,12 +1,7 @@
-"""
-To see which tasks there are, where each one is, and what it waits for.
-
-It costs nothing until somebody looks: the garbage collector knows all tasks.
-"""
+"""To see which tasks there are, where each one is, and what it waits for."""
 
 from __future__ import annotations
 
-import gc
 import linecache
 import signal
 import sys
@@ -17,7 +12,7 @@ from typing import Any
 
 from twisted.logger import Logger
 
-from twisted_rtsig.coro.scheduler import RUN, running
+from twisted_rtsig.coro.scheduler import RUN, running, schedulers
 from twisted_rtsig.coro.tasks import Task
 from twisted_rtsig.coro.tracebacks import is_machinery
 
@@ -38,8 +33,7 @@ def format_tasks(reactor: Any | None = None) -> str:
                 at chat.py:58 in session: name = await self.ask_name(stream)
                 at chat.py:75 in ask_name: line = await stream.read_line()
 
-    Works from a signal handler, and from a manhole.  It does not know the tasks
-    that C{gc.freeze} has put aside.
+    Works from a signal handler, and from a manhole.
 
     :param reactor: only the tasks of this reactor.
     """
@@ -64,11 +58,10 @@ def format_tasks(reactor: Any | None = None) -> str:
 def tasks_of(reactor: Any | None) -> set[Task[Any]]:
     """All that have not ended; those of one reactor, if one is given."""
     return {
-        each
-        for each in gc.get_objects()
-        if type(each) is Task
-        and not each.done
-        and (reactor is None or each.reactor is reactor)
+        task
+        for scheduler in schedulers()
+        if reactor is None or scheduler.reactor is reactor
+        for task in scheduler.active_tasks()
     }
 
 

@@ -48,6 +48,14 @@ def pending_output(transport: Any) -> tuple[int, int, int | None]:
     return held, getattr(lowest, "offset", 0), _send_queue(lowest)
 
 
+def unsent_output(transport: Any) -> int:
+    """How many bytes C{transport} holds back, below TLS."""
+    lowest = _lowest(transport)
+    held = len(getattr(lowest, "dataBuffer", b"")) - getattr(lowest, "offset", 0)
+    more: int = getattr(lowest, "_tempDataLen", 0)
+    return held + more
+
+
 def _lowest(transport: Any) -> Any:
     while (below := getattr(transport, "transport", None)) is not None:
         transport = below

@@ -9,12 +9,13 @@ import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet.error import ConnectionDone, ProcessExitedAlready
 from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
+from twisted_rtsig.coro.census import Registry
 from twisted_rtsig.coro.operations import Finished, Operation
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.streams import Stream
@@ -103,6 +104,7 @@ class Process:
         self.stream: Stream
         self._errors: Stream
         self._errors_asked_for = False
+        processes.add(self)
 
     @property
     def errors(self) -> Stream:
@@ -202,6 +204,10 @@ class Process:
             # One that is resumed may cancel another.
             if not operation.called:
                 operation.succeed(self._status)
+
+
+processes: Final[Registry[Process]] = Registry()
+"""All that any code still refers to."""
 
 
 class _ChildProtocol(ProcessProtocol):

@@ -14,21 +14,27 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from types import CodeType
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 from twisted.internet.defer import Deferred, fail
 
 from twisted_rtsig.coro.async_generators import GeneratorHooks, restore
+from twisted_rtsig.coro.census import totals_of
 from twisted_rtsig.coro.errors import NoTaskError
 from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
 
 if TYPE_CHECKING:
+    from twisted_rtsig.coro.instruments import Instruments
+    from twisted_rtsig.coro.streams import Stream
     from twisted_rtsig.coro.tasks import Task
 
 # How many tasks run in a row before the reactor gets a turn, and how often each of
 # them transfers to another one.
 _STEPS_IN_A_TURN = range(500)
 _TRANSFERS_IN_A_STEP = range(100)
+
+# How many references to tasks are kept at least before those to ended ones are dropped.
+_FEW_REFERENCES = 500
 
 
 class _Running:
@@ -89,6 +95,13 @@ class Scheduler:
     Resumes the tasks of one reactor.
 
     :ivar reactor: an ``IReactorTime`` provider, for what lies in the future.
+    :ivar references: to the active tasks, in the order in which they were spawned, and
+        to some that have ended.  To drop each one when its task ends would take longer,
+        and a set more memory.
+    :ivar most_references: with more of them, C{task_added} is called for each new task.
+    :ivar totals: the counts of the reactor.
+    :ivar task_counts: the C{tasks} of these.
+    :ivar instruments: None without any.
     """
 
     __slots__ = (
@@ -97,13 +110,24 @@ class Scheduler:
         "_hooks",
         "_next_turn",
         "_ready",
+        "_room",
         "_run",
         "_running",
+        "instruments",
+        "most_references",
         "reactor",
+        "references",
+        "task_counts",
+        "totals",
     )
 
     def __init__(self, reactor: Any) -> None:
         self.reactor = reactor
+        self.references: list[ref[Task[Any]]] = []
+        self.most_references = self._room = _FEW_REFERENCES
+        self.totals = totals_of(reactor)
+        self.task_counts = self.totals.tasks
+        self.instruments: Instruments | None = None
         # The value or error for each is kept in the task: the garbage collector would
         # see a tuple for each.
         self._ready: deque[Task[Any]] = deque()
@@ -183,6 +207,51 @@ class Scheduler:
 
     def _nothing(self) -> None:
         """The turn itself runs who is ready."""
+
+    # Observation
+
+    def connection_made(self, stream: Stream) -> None:
+        """There is a stream for a new connection."""
+        self.totals.connections_made += 1
+        self.totals.streams.add(stream)
+        if self.instruments is not None:
+            self.instruments.call("connection_made", stream)
+
+    def connection_lost(self, stream: Stream) -> None:
+        """The connection of C{stream} is gone."""
+        self.totals.streams.discard(stream)
+        if self.instruments is not None:
+            self.instruments.call("connection_lost", stream)
+
+    def active_tasks(self) -> list[Task[Any]]:
+        """The tasks that have not ended, in the order in which they were spawned."""
+        tasks = [reference() for reference in self.references[:]]
+        return [each for each in tasks if each is not None and not each.done]
+
+    def task_added(self, task: Task[Any]) -> None:
+        """There are many references, or instruments that observe each new task."""
+        if len(self.references) > self._room:
+            self.sweep()
+        if self.instruments is not None:
+            self.instruments.observe(task)
+            self.instruments.call("task_spawned", task)
+
+    def sweep(self) -> None:
+        """Drop the references to tasks that are not active."""
+        references = self.references
+        before = len(references)
+        spawned, *ended = self.task_counts
+        # What is collected meanwhile may spawn tasks; they come after these.
+        self.most_references = sys.maxsize
+        active = self.active_tasks()
+        self.totals.collected = spawned - sum(ended) - len(active)
+        references[:before] = [ref(each) for each in active]
+        self._room = max(_FEW_REFERENCES, 2 * len(active))
+        self.observe_spawning()
+
+    def observe_spawning(self) -> None:
+        """Instruments have come or gone."""
+        self.most_references = self._room if self.instruments is None else -1
 
 
 def _steps() -> Generator[None, Scheduler, None]:
@@ -317,6 +386,12 @@ RUN: Final[CodeType] = _steps.__code__
 
 # By id of the reactor, which stays what it is as long as its scheduler lives.
 _schedulers: WeakValueDictionary[int, Scheduler] = WeakValueDictionary()
+
+
+def schedulers() -> list[Scheduler]:
+    """Those of all reactors that have tasks."""
+    found = [reference() for reference in _schedulers.valuerefs()]
+    return [each for each in found if each is not None]
 
 
 def scheduler_of(reactor: Any | None) -> Scheduler:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import select
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
@@ -23,6 +24,7 @@ from twisted.python.failure import Failure
 from twisted.python.reflect import safe_str
 from zope.interface import implementer
 
+from twisted_rtsig.coro.census import Registry
 from twisted_rtsig.coro.errors import IncompleteRead
 from twisted_rtsig.coro.inspection import describe
 from twisted_rtsig.coro.locks import Event
@@ -85,6 +87,7 @@ class StreamProtocol(Protocol):
         )
         # One call less for each piece of data.
         self.dataReceived = stream.feed  # type: ignore[method-assign]
+        self._scheduler.connection_made(stream)
         transport.registerProducer(stream, True)
         if ISSLTransport.providedBy(transport):
             stream.limit_handshake()
@@ -92,6 +95,7 @@ class StreamProtocol(Protocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """See ``IProtocol.connectionLost``."""
         self.stream.lose(reason)
+        self._scheduler.connection_lost(self.stream)
 
     def handshakeCompleted(self) -> None:
         """See ``IHandshakeListener.handshakeCompleted``."""
@@ -245,6 +249,8 @@ class CoroutineFactory(Factory):
     :ivar connections: what there is at the moment, with an item for each.
     :ivar stopping: an :class:`Event` that happens when :meth:`stop` is called; the
         C{stopping} of each handler's stream.
+    :ivar limits: how often each limit has refused or aborted a connection, by the name
+        of its option; C{"stopping"} for connections that came when this had stopped.
     """
 
     noisy = False
@@ -282,6 +288,8 @@ class CoroutineFactory(Factory):
         self.connections: dict[_ServerProtocol, None] = {}
         self._reactor = reactor
         self.stopping = Event()
+        self.limits: Counter[str] = Counter()
+        servers.add(self)
         self._last_ends = Event()
         self._watchdogs = [
             _Watchdog(self, limit, sign, what)
@@ -298,6 +306,7 @@ class CoroutineFactory(Factory):
         full = most is not None and len(self.connections) >= most
         if full or self.stopping.is_set:
             why = f"{len(self.connections)} connections" if full else "stopping"
+            self.limits["max_connections" if full else "stopping"] += 1
             _log.info("Refused {peer}: {why}", peer=addr, why=why)
             return _Refused()
         scheduler = scheduler_for(self._reactor)
@@ -306,6 +315,11 @@ class CoroutineFactory(Factory):
         )
         protocol.factory = self
         return protocol
+
+    @property
+    def display_name(self) -> str:
+        """What the handlers are called in logs."""
+        return self.name or name_of(self.handler)
 
     def stop(
         self, grace: float, cancel_timeout: float = CANCEL_TIMEOUT
@@ -410,6 +424,10 @@ class Stopped(NamedTuple):
     finished: int
     cancelled: int
     abandoned: int
+
+
+servers: Final[Registry[CoroutineFactory]] = Registry()
+"""All that any code still refers to."""
 
 
 class _Watchdog:

@@ -43,7 +43,7 @@ P = ParamSpec("P")
 
 Runnable = Coroutine[Any, Any, T] | Generator[Any, Any, T]
 
-# What a task is: see Task._state.
+# What a task is: see Task._state, and Totals.tasks.
 _ACTIVE = 0
 _SUCCEEDED = 1
 _FAILED = 2
@@ -151,6 +151,11 @@ class Task(Generic[T]):
         self._result: Any = None
         # Functions to call with this task when it ends; None without any.
         self._done: list[Callable[[Task[T]], object]] | None = None
+        # An instrument may look at it, so that all of it has to be there.
+        scheduler.task_counts[_ACTIVE] += 1
+        scheduler.references.append(weakref.ref(self))
+        if len(scheduler.references) > scheduler.most_references:
+            scheduler.task_added(self)
 
     @property
     def reactor(self) -> Any:
@@ -238,6 +243,7 @@ class Task(Generic[T]):
 
     def _end(self, state: int, result: Any) -> None:
         self._state = state
+        self._scheduler.task_counts[state] += 1
         self._result = result
         self._body = None
         self._context = None

@@ -727,6 +727,33 @@ class EngineReactor(StreamReactor, DatagramReactor, ProcessReactor, StandardIORe
 
     # Observation
 
+    def observe_passes(
+        self, begins: Callable[[], None] | None, ends: Callable[[], None] | None
+    ) -> None:
+        """
+        Call C{begins} whenever the reactor has waited for events, and C{ends} whenever
+        it is about to wait; with None for both, call nothing any more.  They must not
+        raise errors.
+
+        A pass begins with the events, and calls what is due by time as well.
+        """
+        notifier: Any = self._notifier
+        # An attribute of the notifier hides the method of its class, so that a pass
+        # that is not observed has nothing to look for.
+        vars(notifier).pop("wait", None)
+        if begins is None or ends is None:
+            return
+        wait = notifier.wait
+
+        def observed_wait(delay: float | None, unchecked: Any) -> Any:
+            ends()
+            try:
+                return wait(delay, unchecked)
+            finally:
+                begins()
+
+        notifier.wait = observed_wait
+
     def statistics(self) -> Mapping[str, int]:
         """
         Counts for monitoring: C{readers} and C{writers} at the moment, and

@@ -1,0 +1,219 @@
+"""What runs on a reactor, in numbers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from twisted_rtsig.coro.channels import channels
+from twisted_rtsig.coro.output import unsent_output
+from twisted_rtsig.coro.processes import processes
+from twisted_rtsig.coro.scheduler import Scheduler
+from twisted_rtsig.coro.serving import servers
+from twisted_rtsig.coro.tasks import scheduler_for
+
+if TYPE_CHECKING:
+    from twisted.python.threadpool import ThreadPool
+
+# With so many references to tasks, of which some may be collected: they are counted at
+# once, in less than a millisecond.
+_FEW = 5000
+
+
+@dataclass(frozen=True)
+class TaskCounts:
+    """
+    The tasks of a reactor: those that there are, and how many there were since the
+    reactor was first used with tasks.
+
+    :ivar running: 1 if a task runs, which calls this then.
+    :ivar ready: tasks that are about to run.
+    :ivar waiting: tasks that wait.  Where there are thousands, some that were garbage
+        collected count as waiting for a while.
+    :ivar spawned: all tasks.
+    :ivar succeeded: tasks whose function has returned.
+    :ivar failed: tasks whose function has raised an error.
+    :ivar cancelled: tasks that have ended because they were cancelled.
+    :ivar collected: tasks that were garbage collected before they had ended, since
+        nothing could resume them any more.
+    """
+
+    running: int
+    ready: int
+    waiting: int
+    spawned: int
+    succeeded: int
+    failed: int
+    cancelled: int
+    collected: int
+
+    @property
+    def active(self) -> int:
+        """Tasks that have not ended: running, ready and waiting."""
+        return self.running + self.ready + self.waiting
+
+
+@dataclass(frozen=True)
+class StreamCounts:
+    """
+    The connections of a reactor that have a stream.
+
+    :ivar open: connections that are not lost.
+    :ivar made: all connections since the reactor was first used with tasks.
+    :ivar unread: bytes that have arrived and were not read yet.
+    :ivar unsent: bytes that were written, and that the transports hold, since the
+        kernel has no room for them.  What TLS and files hold is not among them.
+    """
+
+    open: int
+    made: int
+    unread: int
+    unsent: int
+
+
+@dataclass(frozen=True)
+class ServerCounts:
+    """
+    One server, or :class:`CoroutineFactory`.
+
+    :ivar name: what its handlers are called in logs.
+    :ivar connections: those whose connection or handler has not ended.
+    :ivar limits: how often each limit has refused or aborted a connection, by the name
+        of its option; C{"stopping"} for connections that came when it had stopped.
+    """
+
+    name: str
+    connections: int
+    limits: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ChannelCounts:
+    """
+    All channels of the process: they belong to no reactor.
+
+    :ivar open: channels that are not closed.
+    :ivar buffered: values that were sent and not received yet.
+    :ivar senders: sends that wait.
+    :ivar receivers: receives that wait.
+    """
+
+    open: int
+    buffered: int
+    senders: int
+    receivers: int
+
+
+@dataclass(frozen=True)
+class ThreadCounts:
+    """
+    The threads of the reactor's pool.
+
+    :ivar busy: threads that run a function.
+    :ivar idle: threads that wait for one.
+    :ivar most: how many threads there may be.
+    """
+
+    busy: int
+    idle: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """
+    What :func:`statistics` returns.
+
+    :ivar processes: child processes of :func:`open_process` that have not exited.
+    """
+
+    tasks: TaskCounts
+    streams: StreamCounts
+    servers: tuple[ServerCounts, ...]
+    channels: ChannelCounts
+    threads: ThreadCounts
+    processes: int
+
+
+def statistics(reactor: Any | None = None) -> Statistics:
+    """
+    What runs on a reactor, in numbers; for its selectables, see the C{statistics} of
+    this package's reactors.
+
+    It looks at each stream, server, channel and process, and not at each task.  Must be
+    called in the reactor's thread.
+
+    :param reactor: an ``IReactorTime`` provider; by default that of the task that calls
+        this, or the installed one.
+    """
+    scheduler = scheduler_for(reactor)
+    of = scheduler.reactor
+    return Statistics(
+        tasks=_task_counts(scheduler),
+        streams=_stream_counts(scheduler),
+        servers=tuple(
+            ServerCounts(each.display_name, len(each.connections), dict(each.limits))
+            for each in servers
+            if of is (_installed() if each._reactor is None else each._reactor)
+        ),
+        channels=_channel_counts(),
+        threads=_thread_counts(getattr(of, "threadpool", None)),
+        processes=sum(
+            each._scheduler is scheduler and each._status is None for each in processes
+        ),
+    )
+
+
+def _installed() -> Any:
+    """The reactor that is installed; None if none is."""
+    return sys.modules.get("twisted.internet.reactor")
+
+
+def _task_counts(scheduler: Scheduler) -> TaskCounts:
+    if len(scheduler.references) <= _FEW:
+        scheduler.sweep()
+    spawned, succeeded, failed, cancelled = scheduler.totals.tasks
+    collected = scheduler.totals.collected
+    active = spawned - succeeded - failed - cancelled - collected
+    ready = len(scheduler._ready)
+    running = min(int(scheduler._running), active - ready)
+    return TaskCounts(
+        running=running,
+        ready=ready,
+        waiting=active - ready - running,
+        spawned=spawned,
+        succeeded=succeeded,
+        failed=failed,
+        cancelled=cancelled,
+        collected=collected,
+    )
+
+
+def _stream_counts(scheduler: Scheduler) -> StreamCounts:
+    totals = scheduler.totals
+    streams = list(totals.streams)
+    return StreamCounts(
+        open=len(streams),
+        made=totals.connections_made,
+        unread=sum(each._buffer.size for each in streams),
+        unsent=sum(unsent_output(each.transport) for each in streams),
+    )
+
+
+def _channel_counts() -> ChannelCounts:
+    all_statistics = [each.statistics() for each in channels]
+    return ChannelCounts(
+        open=sum(not each.closed for each in all_statistics),
+        buffered=sum(each.buffered for each in all_statistics),
+        senders=sum(each.senders for each in all_statistics),
+        receivers=sum(each.receivers for each in all_statistics),
+    )
+
+
+def _thread_counts(pool: ThreadPool | None) -> ThreadCounts:
+    # To ask the reactor for its pool would make it.
+    if pool is None:
+        return ThreadCounts(0, 0, 0)
+    return ThreadCounts(len(pool.working), len(pool.waiters), pool.max)
