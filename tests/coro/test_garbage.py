@@ -514,6 +514,13 @@ async def selects(clock: Clock) -> None:
             await select(channel, spawn(fails))
     with contextlib.suppress(Gone):
         await select(channel, ending(clock, lambda it: it.errback(Gone())))
+    for wait in (lambda: sleep(5), Deferred, lambda: spawn(sleep, 5), Event().wait):
+        await select(wait, lambda: sleep(1))
+        with contextlib.suppress(TimeoutError), timeout(1):
+            await select(wait, channel.receive)
+        for fails in FAILING:
+            with contextlib.suppress(Gone):
+                await select(wait, fails)
     clock.callLater(1, channel.close)
     for _ in range(2):
         with contextlib.suppress(EndOfChannel):

@@ -24,12 +24,18 @@ from tests.coro.support import call, listen, run
 from tests.coro.test_examples import example
 from twisted_rtsig.coro import (
     Cancelled,
+    CapacityLimiter,
+    Channel,
     CoroutineFactory,
     Event,
     IncompleteRead,
     Stream,
     Task,
+    TaskGroup,
+    TaskStatus,
     coroutine,
+    move_on_after,
+    select,
     sleep,
     spawn,
 )
@@ -105,6 +111,116 @@ def test_many_await_one_task() -> None:
         waiting = [awaited.as_deferred() for _ in range(MANY)]
         event.set()
         assert all(each.called for each in waiting)
+
+
+ENDINGS = ["are done", "are cancelled", "are cancelled in turn"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_many_wait_for_a_limiter(ending: str) -> None:
+    limiter = CapacityLimiter(0)
+    with linear():
+        waiting = [limiter.acquire_on_behalf_of(each) for each in range(MANY)]
+        if ending == "are done":
+            limiter.total_tokens = MANY
+        else:
+            for each in waiting if ending == "are cancelled" else waiting[::-1]:
+                each.cancel()
+        assert all(each.called for each in waiting)
+        for borrower in range(limiter.borrowed_tokens):
+            limiter.release_on_behalf_of(borrower)
+    assert limiter.statistics() == (0, limiter.total_tokens, (), 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sends", [True, False])
+def test_many_wait_through_ends_of_a_channel(sends: bool) -> None:
+    """Each end is closed by itself, while all others wait in the same queue."""
+    channel: Channel[int] = Channel(0)
+    with linear():
+        ends: list[Any] = [
+            channel.open_sender() if sends else channel.open_receiver()
+            for _ in range(SOME)
+        ]
+        waiting = [each.send(1) if sends else each.receive() for each in ends]
+        for each in ends[::2] + ends[::-1]:
+            each.close()
+        assert all(each.called for each in waiting)
+        for each in waiting:
+            each.addErrback(lambda failure: None)
+    assert channel.statistics() == (0, 0, 0, 0, True, 0, 0)
+
+
+@pytest.mark.slow
+def test_many_start_in_a_group() -> None:
+    clock = Clock()
+    ready = Event()
+
+    async def becomes_ready(*, task_status: TaskStatus[None]) -> None:
+        await ready.wait()
+        task_status.started()
+
+    async def main() -> None:
+        async with TaskGroup() as group:
+            starts = [group.start(becomes_ready) for _ in range(SOME)]
+            await sleep(1)
+            ready.set()
+            for each in starts:
+                await each
+
+    with linear():
+        task = spawn(main, reactor=clock)
+        while not task.done:
+            clock.advance(1)
+        task.result()
+
+
+@pytest.mark.slow
+def test_many_are_cancelled_with_their_group() -> None:
+    clock = Clock()
+    groups: list[TaskGroup] = []
+
+    async def main() -> None:
+        async with TaskGroup() as group:
+            groups.append(group)
+            for _ in range(SOME):
+                group.spawn(event.wait)
+
+    event = Event()
+    with linear():
+        task = spawn(main, reactor=clock)
+        while clock.getDelayedCalls():
+            clock.advance(0)
+        groups[0].cancel("why")
+        while not task.done:
+            clock.advance(0)
+        task.result()
+
+
+@pytest.mark.slow
+def test_a_deadline_that_is_moved_often() -> None:
+    clock = Clock()
+
+    async def main() -> None:
+        with move_on_after(1) as limit:
+            for each in range(MANY):
+                limit.deadline = each + 1
+
+    with linear():
+        spawn(main, reactor=clock).result()
+
+
+@pytest.mark.slow
+def test_many_selects_of_functions() -> None:
+    """One of many waiters is cancelled by each select, in the middle of the queue."""
+    event, channel = Event(), Channel[int](1)
+    with linear():
+        waiting = [select(event.wait, channel.receive) for _ in range(SOME)]
+        for each in waiting[::2] + waiting[::-1]:
+            each.addErrback(lambda failure: None)
+            each.cancel()
+    assert channel.statistics().receivers == 0
 
 
 # The Redis example

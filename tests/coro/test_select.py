@@ -6,28 +6,39 @@ import gc
 import random
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
-from twisted.internet.defer import CancelledError, Deferred, fail, succeed
+from twisted.internet.defer import (
+    CancelledError,
+    Deferred,
+    fail,
+    inlineCallbacks,
+    succeed,
+)
 from twisted.internet.task import Clock
 
-from tests.coro.support import STYLES
+from tests.coro.support import STYLES, connected, run
 from twisted_rtsig.coro import (
+    Cancelled,
     Channel,
     ChannelClosed,
     Deadline,
     EndOfChannel,
     Event,
+    Stream,
     Task,
     channels,
+    coroutine,
+    move_on_after,
     select,
     sleep,
     spawn,
     timeout,
 )
+from twisted_rtsig.coro.testing import cancel_everywhere
 
 styles = pytest.mark.parametrize("style", STYLES)
 
@@ -655,7 +666,7 @@ class Pollable:
         pass
 
 
-@pytest.mark.parametrize("what", [None, 3, "channel", Channel.receive, Pollable()])
+@pytest.mark.parametrize("what", [None, 3, "channel", Pollable()])
 def test_what_cannot_be_selected(what: Any) -> None:
     channel: Channel[int] = Channel(1)
     channel.try_send(1)
@@ -774,3 +785,360 @@ def test_a_failed_deferred_is_seen_by_those_who_come_late(logged: list[Any]) -> 
     assert got == [KeyError] * 3
     del failed
     assert failures(logged) == []
+
+
+# Functions, which are called, and cancelled if they are not chosen
+
+
+class Source:
+    """
+    Something that a function waits for, and that can be had once.
+
+    :ivar calls: how often the function was called.
+    :ivar cancelled: how often what it has returned was cancelled.
+    """
+
+    def __init__(self, clock: Clock, how: str) -> None:
+        self.gate: Deferred[str] = Deferred(self.cancel)
+        self.calls = 0
+        self.cancelled = 0
+        self._how = how
+        self._clock = clock
+
+    def cancel(self, gate: Deferred[str]) -> None:
+        self.cancelled += 1
+
+    def wait(self) -> Any:
+        self.calls += 1
+        results: dict[str, Callable[[], Any]] = {
+            "Deferred": lambda: self.gate,
+            "async def": self._wait,
+            "generator": self._wait_yielding,
+            "@coroutine": coroutine(self._wait_yielding),
+            "@inlineCallbacks": inlineCallbacks(self._wait_yielding),
+            "Task": lambda: spawn(self._wait, reactor=self._clock),
+        }
+        return results[self._how]()
+
+    async def _wait(self) -> str:
+        value: str = await self.gate
+        return value
+
+    def _wait_yielding(self) -> Generator[Any, Any, Any]:
+        return (yield self.gate)
+
+
+sources = pytest.mark.parametrize(
+    "how",
+    ["Deferred", "async def", "generator", "@coroutine", "@inlineCallbacks", "Task"],
+)
+
+
+@sources
+@pytest.mark.parametrize("early", [True, False])
+def test_a_function_that_is_chosen(
+    clock: Clock, how: str, early: bool, logged: list[Any]
+) -> None:
+    source, other = Source(clock, how), Event()
+    if early:
+        source.gate.callback("value")
+    wait = source.wait
+    got = spawn(select, wait, other, reactor=clock)
+    if not early:
+        assert not got.done
+        source.gate.callback("value")
+    assert got.result() == (wait, "value")
+    assert (source.calls, source.cancelled) == (1, 0)
+    other.set()
+    assert failures(logged) == []
+
+
+@sources
+@pytest.mark.parametrize("ending", ["other is chosen", "cancelled", "other fails"])
+def test_a_function_that_is_not_chosen(
+    clock: Clock, how: str, ending: str, logged: list[Any]
+) -> None:
+    source, other = Source(clock, how), Channel[int](0)
+    got = spawn(select, source.wait, other, reactor=clock)
+    if ending == "cancelled":
+        got.cancel()
+        assert got.cancelled
+    elif ending == "other fails":
+        other.close()
+        with pytest.raises(EndOfChannel):
+            got.result()
+    else:
+        other.try_send(1)
+        assert got.result() == (other, 1)
+    assert (source.calls, source.cancelled) == (1, 1)
+    assert other.statistics().receivers == 0
+    del got
+    assert failures(logged) == []
+
+
+@sources
+def test_a_function_that_fails(clock: Clock, how: str, logged: list[Any]) -> None:
+    source, other = Source(clock, how), Source(clock, how)
+    got = spawn(select, source.wait, other.wait, reactor=clock)
+    source.gate.errback(KeyError())
+    with pytest.raises(KeyError):
+        got.result()
+    assert (source.cancelled, other.cancelled) == (0, 1)
+    del got
+    assert failures(logged) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_function_is_not_called_if_there_is_something(
+    clock: Clock, seed: int
+) -> None:
+    """Or is called, and cancelled at once."""
+    random.seed(seed)
+    source, ready = Source(clock, "Deferred"), Event()
+    ready.set()
+    assert select(source.wait, ready).result == (ready, None)
+    assert source.calls == source.cancelled
+
+
+def test_a_function_that_raises_at_once(clock: Clock) -> None:
+    def raises() -> None:
+        raise KeyError
+
+    for seed in range(10):
+        random.seed(seed)
+        source = Source(clock, "Deferred")
+        failed: list[Any] = []
+        select(raises, source.wait).addErrback(failed.append)
+        assert [each.type for each in failed] == [KeyError]
+        assert source.calls == source.cancelled
+
+
+@pytest.mark.parametrize("what", [lambda: 3, Event, Channel.receive])
+def test_a_function_that_cannot_wait(clock: Clock, what: Any) -> None:
+    source = Source(clock, "Deferred")
+    failed: list[Any] = []
+    select(source.wait, what).addErrback(failed.append)
+    assert [each.type for each in failed] == [TypeError]
+    assert source.calls == source.cancelled
+
+
+def test_a_function_that_makes_another_case_happen(clock: Clock) -> None:
+    """One that was looked at before: it is looked at again."""
+    for seed in range(20):
+        random.seed(seed)
+        event, channel = Event(), Channel[int](1)
+        called: list[Deferred[None]] = []
+
+        def sets(
+            event: Event = event, called: list[Deferred[None]] = called
+        ) -> Deferred[None]:
+            event.set()
+            called.append(Deferred())
+            return called[0]
+
+        assert select(channel, event, sets).result == (event, None)
+        assert called[0].called
+
+
+def test_what_is_cancelled_makes_another_case_happen(clock: Clock) -> None:
+    """It is too late for that one."""
+    event, other = Event(), Event()
+    channel: Channel[int] = Channel(1)
+
+    async def cleans_up() -> None:
+        try:
+            await Deferred()
+        finally:
+            event.set()
+            channel.try_send(1)
+
+    got = select(lambda: spawn(cleans_up, reactor=clock), event, channel, other)
+    other.set()
+    assert got.result == (other, None)
+    assert channel.statistics().receivers == 0
+    assert channel.try_receive() == 1
+
+
+def test_a_loser_that_fails_to_clean_up_is_logged(
+    clock: Clock, logged: list[Any]
+) -> None:
+    async def fails() -> None:
+        try:
+            await Deferred()
+        finally:
+            raise KeyError
+
+    event = Event()
+    got = spawn(select, fails, event, reactor=clock)
+    event.set()
+    assert got.result() == (event, None)
+    assert failures(logged) == [KeyError]
+
+
+def test_the_reason_of_a_loser(clock: Clock) -> None:
+    told: list[str] = []
+
+    async def waits() -> None:
+        try:
+            await Deferred()
+        except Cancelled as error:
+            told.append(str(error))
+            raise
+
+    event = Event()
+    got = spawn(select, waits, event, reactor=clock)
+    event.set()
+    assert got.done
+    assert told == ["select() does not wait for it any more"]
+
+
+def test_a_value_that_is_handed_over_at_the_same_moment(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    The sender is told that it has been received, and makes another case happen at once:
+    the value is chosen.
+    """
+    monkeypatch.setattr(channels, "_AT_ONCE_IN_A_TURN", 1)
+    channel: Channel[str] = Channel(0)
+    event = Event()
+    got: list[Any] = []
+
+    def main() -> None:
+        channel.send("first")
+        assert channel.receive().result == "first"
+        channel.send("value").addCallback(lambda _: event.set())
+        select(channel.receive, event).addCallback(got.append)
+
+    spawn(main, reactor=clock)
+    assert got == []
+    clock.advance(0)
+    assert event.is_set
+    [(chosen, value)] = got
+    assert (chosen, value) == (channel.receive, "value")
+    assert channel.statistics() == (0, 0, 0, 0, False, 0, 0)
+
+
+@styles
+def test_functions_in_each_style(clock: Clock, style: str) -> None:
+    channel: Channel[str] = Channel(1)
+    receive = channel.receive
+    got: list[Any] = []
+    step = partial(select, receive, Event(), lambda: sleep(1, clock))
+    STYLES[style](clock, [step, step], got)
+    channel.try_send("value")
+    assert got == [(receive, "value")]
+    assert len(clock.getDelayedCalls()) == 1
+    clock.advance(1)
+    assert len(got) == 2
+    assert got[1][1] is None
+    assert not clock.getDelayedCalls()
+    assert channel.statistics().receivers == 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_value_is_lost(clock: Clock, seed: int) -> None:
+    """
+    Whatever is chosen, and however often a select is cancelled: each value is received
+    once, by the functions, by the cases and by plain receives.
+    """
+    random_ = random.Random(seed)
+    random.seed(seed)
+    made: list[Channel[int]] = [Channel(each) for each in (0, 0, 1, 2)]
+    sent = Counter[int]()
+    got = Counter[int]()
+
+    async def send(first: int) -> None:
+        for number in range(first, first + 20):
+            channel = random_.choice(made)
+            if random_.random() < 0.5:
+                # As a function, which may be cancelled in the middle.
+                patience = Deadline(random_.random())
+                call = partial(channel.send, number)
+                chosen, _ = await select(call, patience)
+                sent[number] += chosen is call
+            else:
+                await channel.send(number)
+                sent[number] += 1
+            if random_.random() < 0.3:
+                await sleep(random_.random())
+
+    async def receive() -> None:
+        while True:
+            cases: list[Any] = random_.sample(made, 2)
+            cases = [each.receive if random_.random() < 0.7 else each for each in cases]
+            cases.append(Deadline(random_.random()))
+            with move_on_after(random_.random()) as limit:
+                chosen, number = await select(*cases)
+            if not limit.expired and chosen is not cases[-1]:
+                got[number] += 1
+            if random_.random() < 0.3:
+                await sleep(random_.random())
+
+    senders = [spawn(send, 100 * each, reactor=clock) for each in range(5)]
+    receivers = [spawn(receive, reactor=clock) for _ in range(3)]
+    for _ in range(4000):
+        clock.advance(random_.random() / 4)
+        if all(each.done for each in senders) and sent.total() == got.total():
+            break
+    for each in senders:
+        each.result()
+    for receiver in receivers:
+        receiver.cancel()
+        assert receiver.cancelled
+    for channel in made:
+        assert channel.statistics()[:1] + channel.statistics()[2:4] == (0, 0, 0)
+    assert +sent == got
+    assert set(got.values()) == {1}
+
+
+def test_the_reads_of_streams(reactor: Any) -> None:
+    """A read that is not chosen takes nothing out of its stream, and the next can."""
+
+    async def main() -> list[Any]:
+        async with connected(reactor) as (one, a), connected(reactor) as (two, b):
+            got: list[Any] = []
+            stop = Event()
+            for peer, text in ((a, b"1\n"), (b, b"2\n"), (b, b"half"), (a, b"3\n")):
+                peer.sendall(text)
+                if text != b"half":
+                    chosen, line = await select(one.read_line, two.read_line, stop.wait)
+                    got.append((chosen == one.read_line, line))
+            b.sendall(b" and half\n")
+            got.append(await two.read_line())
+            reactor.callLater(0, stop.set)
+            chosen, _ = await select(one.read_line, stop)
+            got.append(chosen is stop)
+            a.sendall(b"4\n")
+            got.append(await one.read_line())
+            return got
+
+    assert run(reactor, main) == [
+        (True, b"1"),
+        (False, b"2"),
+        (True, b"3"),
+        b"half and half",
+        True,
+        b"4",
+    ]
+
+
+def test_cancelled_everywhere() -> None:
+    async def handler(stream: Stream) -> None:
+        other: Channel[bytes] = Channel(0)
+        chosen, _ = await select(stream.read_line, lambda: sleep(1))
+        assert chosen != stream.read_line
+        chosen, line = await select(stream.read_line, other.receive)
+        assert (chosen, line) == (stream.read_line, b"line")
+
+    def handler_yielding(stream: Stream) -> Generator[Any, Any, None]:
+        yield select(stream.read_line, lambda: sleep(1))
+        assert (yield stream.read_line()) == b"line"
+
+    async def peer(stream: Stream) -> None:
+        await sleep(2)
+        await stream.write(b"line\n")
+        await stream.write_eof()
+
+    assert cancel_everywhere(handler, peer) == 2
+    assert cancel_everywhere(handler_yielding, peer) == 2

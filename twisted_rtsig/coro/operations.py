@@ -29,6 +29,9 @@ T = TypeVar("T")
 C = TypeVar("C", bound=type)
 
 
+HOOK: Final = "_hook_of_select"
+"""The attribute of a Deferred that C{select} was given: what tells it of the end."""
+
 NOTHING: Final = object()
 """Where a value could be, and is none."""
 
@@ -303,6 +306,9 @@ class _UsedAsDeferred(Operation[T]):
         self.pause()
         self.callback(value)
         super().settle(value)
+        hook = vars(self).get(HOOK)
+        if hook is not None:
+            hook.settle(value)
 
     def tell(self) -> None:
         """See ``Operation.tell``."""

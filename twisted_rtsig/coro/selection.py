@@ -1,26 +1,30 @@
 """
-Waiting for the first of several things, and leaving the others as they are.
+Waiting for the first of several things, and leaving the others as they are, or
+cancelling them.
 
 See ``docs/channels.md``.
 """
 
 from __future__ import annotations
 
+import inspect
 import random
+from collections.abc import Callable
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.operations import (
+    HOOK,
     NOTHING,
     Operation,
     error_of,
     failed,
     ignore,
 )
-from twisted_rtsig.coro.tasks import Task, scheduler_for
+from twisted_rtsig.coro.tasks import Task, scheduler_for, spawn
 from twisted_rtsig.coro.tracebacks import drop_machinery_above
 from twisted_rtsig.coro.waiting import Entry, Waiters
 
@@ -56,40 +60,49 @@ def select(*cases: Any) -> Operation[tuple[Any, Any]]:
 
     :param cases: a :class:`Channel` to receive from; what ``Channel.sending``
         returns; an :class:`Event`; a :class:`Deadline`; a :class:`Task` or a
-        Deferred, which goes on if it is not chosen.
+        Deferred, which goes on if it is not chosen; or a function without parameters
+        that can wait, which is called, and cancelled if it is not chosen.
     :return: the one that was chosen, and its value: None of one that has none.
     :raises EndOfChannel: if a channel was chosen that is at its end: C{channel} of
         the error is which.
     :raises ChannelClosed: if a channel was chosen to which nothing can be sent.
     :raises ValueError: if there are no cases.
-    :raises TypeError: if one of them is something else.
+    :raises TypeError: if one of them is something else; or (when awaited) if a function
+        returns what cannot be waited for.
     """
     if not cases:
         raise ValueError("select() without anything to wait for would wait for ever")
     selectables = [(each, _selectable(each)) for each in cases]
     first = random.randrange(len(cases))
-    for case, selectable in selectables[first:] + selectables[:first]:
+    selectables = selectables[first:] + selectables[:first]
+    calls = [each for _, each in selectables if type(each) is _Call]
+    # A function that is called may make what was looked at before happen.
+    for case, selectable in selectables * 2 if calls else selectables:
         try:
             value = selectable.poll()
-        except Exception as error:
+        except BaseException as error:
+            _cancel(calls)
+            if not isinstance(error, Exception):
+                raise
             # The traceback holds this frame, and a case the error.
             return failed(drop_machinery_above(error))
         if value is not NOTHING:
+            _cancel(calls)
             done: Operation[tuple[Any, Any]] = Operation()
             done.succeed((case, value))
             return done
-    return _Selection(selectables).operation
+    return _Selection(selectables, calls).operation
 
 
 class _Case:
     """One of the things that a :func:`select` waits for: an C{Entry}."""
 
-    __slots__ = ("__weakref__", "_case", "_selectable", "called", "owner", "value")
+    __slots__ = ("__weakref__", "_case", "called", "owner", "selectable", "value")
 
     def __init__(self, selection: _Selection, case: Any, selectable: Selectable):
         self.owner = selection
         self._case = case
-        self._selectable = selectable
+        self.selectable = selectable
         self.called = False
         self.value: Any = None
         selectable.watch(self)
@@ -115,16 +128,19 @@ class _Case:
 
     def give_up(self) -> None:
         """It is another."""
-        self._selectable.unwatch(self)
+        self.selectable.unwatch(self)
         self.called = True
 
 
 class _Selection:
     """Owns the operation of a :func:`select` that waits."""
 
-    def __init__(self, selectables: list[tuple[Any, Selectable]]) -> None:
+    def __init__(
+        self, selectables: list[tuple[Any, Selectable]], calls: list[Any]
+    ) -> None:
         self.operation: Operation[tuple[Any, Any]] = Operation()
         self.operation.owner = self
+        self._calls = calls
         self._cases = [_Case(self, *each) for each in selectables]
 
     def give_up(self, chosen: _Case | None) -> None:
@@ -138,6 +154,11 @@ class _Selection:
         # They hold each other.
         self._cases = []
         self.operation.owner = None
+        # What is cancelled may run other code: only now, when no case is watched.
+        calls, self._calls = self._calls, []
+        if chosen is not None:
+            calls = [each for each in calls if each is not chosen.selectable]
+        _cancel(calls)
 
     def forget(self, operation: Operation[Any]) -> None:
         self.give_up(None)
@@ -204,12 +225,73 @@ def _selectable(case: Any) -> Selectable:
     if isinstance(case, Deferred):
         return _DeferredCase(case)
     if not hasattr(case, "unwatch"):
+        if callable(case):
+            return _Call(case)
         raise TypeError(
             f"select() cannot wait for {case!r}: give it a Channel, what sending() "
-            "returns, an Event, a Deadline, a Task or a Deferred"
+            "returns, an Event, a Deadline, a Task, a Deferred or a function"
         )
     selectable: Selectable = case
     return selectable
+
+
+class _Call:
+    """What a function returns, which belongs to the select that has called it."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+        # None before the call, and once nothing is to be cancelled.
+        self._waiting: Task[Any] | Deferred[Any] | None = None
+        self._selectable: Selectable | None = None
+
+    def poll(self) -> Any:
+        if self._selectable is None:
+            waiting = self._function()
+            if inspect.iscoroutine(waiting) or inspect.isgenerator(waiting):
+                waiting = spawn(waiting)
+            if not isinstance(waiting, Task | Deferred):
+                raise TypeError(
+                    f"select() cannot wait for {waiting!r}, which {self._function!r} "
+                    "has returned: give it a function that returns a Deferred, a "
+                    "coroutine or a generator"
+                )
+            self._waiting = waiting
+            self._selectable = _selectable(waiting)
+        try:
+            value = self._selectable.poll()
+        except BaseException:
+            self._waiting = None
+            raise
+        if value is not NOTHING:
+            self._waiting = None
+        return value
+
+    def watch(self, entry: Entry) -> None:
+        assert self._selectable is not None
+        self._selectable.watch(entry)
+
+    def unwatch(self, entry: Entry) -> None:
+        assert self._selectable is not None
+        self._selectable.unwatch(entry)
+
+    def cancel(self) -> None:
+        """Another case was chosen, or none."""
+        waiting, self._waiting = self._waiting, None
+        if isinstance(waiting, Task):
+            waiting.cancel("select() does not wait for it any more")
+        elif waiting is not None:
+            waiting.cancel()
+            # That it was cancelled is no news; any other error is logged.
+            waiting.addErrback(_ignore_cancelled)
+
+
+def _cancel(calls: list[Any]) -> None:
+    for call in calls:
+        call.cancel()
+
+
+def _ignore_cancelled(failure: Failure) -> None:
+    failure.trap(CancelledError)
 
 
 class _TaskCase:
@@ -239,11 +321,11 @@ class _DeferredCase:
         self._deferred = deferred
         # Kept there, since an error leads back to whoever holds the Deferred: in
         # _hooks, both would stay for ever.
-        hook: _Hook | None = vars(deferred).get(_HOOK)
+        hook: _Hook | None = vars(deferred).get(HOOK)
         if hook is None:
             hook = _Hook()
             deferred.addBoth(hook.fired)
-            setattr(deferred, _HOOK, hook)
+            setattr(deferred, HOOK, hook)
         self._hook = hook
 
     def poll(self) -> Any:
@@ -267,11 +349,13 @@ class _Hook:
     :ivar result: of a Deferred: the value or the failure, once it has fired.
     """
 
-    __slots__ = ("result", "waiters")
+    __slots__ = ("_settled", "result", "waiters")
 
     def __init__(self) -> None:
         self.result: Any = NOTHING
         self.waiters = Waiters()
+        # Those that are told of the value when the operation does.
+        self._settled: list[Any] = []
 
     def task_ended(self, task: Task[Any]) -> None:
         while self.waiters.entries:
@@ -281,8 +365,18 @@ class _Hook:
             else:
                 waiter.succeed(task._result)
 
+    def settle(self, value: Any) -> None:
+        """The operation was settled: it is too late to choose anything else."""
+        while self.waiters.entries:
+            entry = self.waiters.next()
+            self._settled.append(entry)
+            entry.settle(value)
+
     def fired(self, result: Any) -> Any:
         self.result = result
+        settled, self._settled = self._settled, []
+        for entry in settled:
+            entry.tell()
         if not isinstance(result, Failure):
             while self.waiters.entries:
                 self.waiters.next().succeed(result)
@@ -294,6 +388,5 @@ class _Hook:
         return result
 
 
-# Of the tasks that were selected; and the attribute of a Deferred that was.
+# Of the tasks that were selected.
 _hooks: WeakKeyDictionary[Task[Any], _Hook] = WeakKeyDictionary()
-_HOOK = "_hook_of_select"
