@@ -51,7 +51,8 @@ class TaskGroup(Scope):
 
     def __init__(self) -> None:
         super().__init__()
-        self._tasks: dict[Task[Any], None] = {}
+        # Each with the start() that has spawned it; None for spawn().
+        self._tasks: dict[Task[Any], _Starting | None] = {}
         self._errors: list[BaseException] = []
         self.cancelled = False
         self._reason: str | None = None
@@ -68,7 +69,7 @@ class TaskGroup(Scope):
         """
         named.setdefault("reactor", self._owner("spawn()").reactor)
         task = spawn(function, *args, **named)
-        self._adopt(task, self._ended)
+        self._adopt(task, None)
         return task
 
     def start(
@@ -78,7 +79,7 @@ class TaskGroup(Scope):
         As :meth:`spawn`, and wait until the task says that it is ready::
 
             async def listen(*, task_status=TASK_STATUS_IGNORED):
-                async with await open_datagrams() as port:
+                async with open_datagrams() as port:
                     task_status.started(port.host)
                     ...
 
@@ -97,12 +98,12 @@ class TaskGroup(Scope):
         :raises CancelledError: (when awaited) if the task was cancelled before.
         """
         reactor = self._owner("start()").reactor
-        starting = _Starting(self)
+        starting = _Starting()
         status: TaskStatus[Any] = TaskStatus(starting)
         run = functools.partial(function, *args, task_status=status)
         task = spawn(run, name=name or name_of(function), reactor=reactor)
         starting.watch(task, status)
-        self._adopt(task, starting.ended)
+        self._adopt(task, starting)
         return starting
 
     def _owner(self, what: str) -> Task[Any]:
@@ -113,10 +114,9 @@ class TaskGroup(Scope):
             )
         return self._task
 
-    def _adopt(self, task: Task[Any], when_done: Callable[[Task[Any]], object]) -> None:
-        self._tasks[task] = None
-        task._group = self
-        task._when_done(when_done)
+    def _adopt(self, task: Task[Any], starting: _Starting | None) -> None:
+        self._tasks[task] = starting
+        task._when_done(self._ended)
         if self.cancelled:
             task.cancel(self._reason)
 
@@ -143,15 +143,14 @@ class TaskGroup(Scope):
                 task.cancel(reason)
 
     def _ended(self, task: Task[Any]) -> None:
-        if task.failed:
+        starting = self._tasks[task]
+        if starting is not None and not starting.end(task):
+            # It was not ready: its end is the result of start().
+            pass
+        elif task.failed:
             error = task._see_error()
             self._errors.append(error)
             self.cancel(f"{task.name} has failed with {type(error).__name__}")
-        self._forget(task)
-
-    def _forget(self, task: Task[Any]) -> None:
-        """A task has ended."""
-        task._group = None
         del self._tasks[task]
         last = self._last_ends
         # What waits for it may have been cancelled meanwhile.
@@ -271,10 +270,9 @@ TASK_STATUS_IGNORED: Final[TaskStatus[Any]] = _Ignored()
 class _Starting(OfTask[Any]):
     """Fires when a task of a group is ready, or has ended before that."""
 
-    def __init__(self, group: TaskGroup) -> None:
+    def __init__(self) -> None:
         Deferred.__init__(self)
         self._task: Task[Any] | None = None
-        self._group = group
         self._status: TaskStatus[Any] | None = None
 
     def watch(self, task: Task[Any], status: TaskStatus[Any]) -> None:
@@ -288,14 +286,13 @@ class _Starting(OfTask[Any]):
         self._task = None
         self.callback(value)
 
-    def ended(self, task: Task[Any]) -> None:
-        """The task has ended."""
+    def end(self, task: Task[Any]) -> bool:
+        """The task has ended: return whether it was ready before."""
         # An error leads to the status, and that must not lead back.
         status, self._status = self._status, None
         self._task = None
         if status is None or status._end():
-            self._group._ended(task)
-            return
+            return True
         if task.failed or task.cancelled:
             self.errback(task._see_failure())
         else:
@@ -303,7 +300,7 @@ class _Starting(OfTask[Any]):
                 f"{task.name} has returned without a call of task_status.started()"
             )
             self.errback(Failure(error))
-        self._group._forget(task)
+        return False
 
     def __repr__(self) -> str:
         if self._task is None:

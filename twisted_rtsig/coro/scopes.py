@@ -381,8 +381,16 @@ def current_deadline() -> float:
             earliest = min(earliest, scope._cancels_at())
             if scope.shields:
                 return earliest
-        group = getattr(task, "_group", None)
+        group = _group_of(task)
         task = None if group is None else group._task
         if task is not None:
             scopes = task._scopes[: task._scopes.index(group) + 1]
     return earliest
+
+
+def _group_of(task: Task[Any]) -> Scope | None:
+    """The group that a task belongs to."""
+    # Known by the method that the task calls at its end: an attribute would take memory
+    # in every task.
+    owners = (getattr(each, "__self__", None) for each in task._done or ())
+    return next((each for each in owners if isinstance(each, Scope)), None)

@@ -33,7 +33,6 @@ from twisted_rtsig.coro.tracebacks import (
 )
 
 if TYPE_CHECKING:
-    from twisted_rtsig.coro.groups import TaskGroup
     from twisted_rtsig.coro.scopes import Scope
 
 _log = Logger()
@@ -97,7 +96,6 @@ class Task(Generic[T]):
         "_context",
         "_done",
         "_error",
-        "_group",
         "_interrupted",
         "_result",
         "_scheduler",
@@ -115,8 +113,6 @@ class Task(Generic[T]):
     # With what it is to be resumed; there from when it is ready for the first time.
     _value: Any
     _error: BaseException | None
-    # The group that it belongs to; unset until it belongs to one.
-    _group: TaskGroup | None
 
     def __init__(
         self, runnable: Runnable[T] | Beginning, name: str, scheduler: Scheduler
