@@ -22,6 +22,7 @@ from twisted_rtsig.coro import (
     Task,
     TaskGroup,
     WouldBlock,
+    channels,
     coroutine,
     move_on_after,
     select,
@@ -155,18 +156,23 @@ def test_values_that_are_left_go_with_the_last_receiver() -> None:
     assert channel.statistics().buffered == 0
 
 
-def test_a_value_that_was_sent_is_not_said_to_be_lost(clock: Clock) -> None:
-    """Room in the buffer of a channel whose last receiver closes is no room."""
+def test_a_send_that_waits_for_a_turn_fails_with_the_last_receiver(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The room in the buffer of a channel that nothing receives from is no room."""
+    monkeypatch.setattr(channels, "_AT_ONCE_IN_A_TURN", 1)
     channel: Channel[int] = Channel(1)
     receiver = channel.open_receiver()
-    channel.try_send(1)
-    sending = channel.send(2)
-    assert receiver.try_receive() == 1
-    assert sending.called
-    blocked = channel.send(3)
     failed: list[Any] = []
-    blocked.addErrback(failed.append)
-    receiver.close()
+
+    def main() -> None:
+        channel.send(1)
+        assert receiver.try_receive() == 1
+        channel.send(2).addErrback(failed.append)
+        receiver.close()
+
+    spawn(main, reactor=clock)
+    clock.advance(0)
     assert [each.type for each in failed] == [ChannelClosed]
 
 

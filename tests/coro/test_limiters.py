@@ -122,6 +122,24 @@ def test_on_behalf_of(clock: Clock) -> None:
     assert limiter.statistics().borrowers == ("c",)
 
 
+def test_a_callback_does_not_overtake_what_waits() -> None:
+    limiter = CapacityLimiter(0)
+    order: list[str] = []
+
+    def overtake(result: None) -> None:
+        order.append("a")
+        limiter.acquire_on_behalf_of("c").addCallback(lambda _: order.append("c"))
+        with pytest.raises(WouldBlock):
+            limiter.try_acquire_on_behalf_of("d")
+
+    limiter.acquire_on_behalf_of("a").addCallback(overtake)
+    limiter.acquire_on_behalf_of("b").addCallback(lambda _: order.append("b"))
+    limiter.total_tokens = 2
+    assert order == ["a", "b"]
+    limiter.release_on_behalf_of("a")
+    assert order == ["a", "b", "c"]
+
+
 def test_a_task_and_what_it_borrows(clock: Clock) -> None:
     limiter = CapacityLimiter(2)
 
