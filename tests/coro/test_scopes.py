@@ -371,6 +371,24 @@ def test_a_deadline_that_is_moved_too_late(clock: Clock) -> None:
     assert not clock.getDelayedCalls()
 
 
+@limits
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_delayed_call_that_other_code_has_cancelled(
+    clock: Clock, kind: str, moved: bool
+) -> None:
+    """As trial does at the end of a test."""
+
+    async def main() -> str:
+        with LIMITS[kind](5) as limit:
+            for each in clock.getDelayedCalls():
+                each.cancel()
+            if moved:
+                limit.deadline = math.inf
+        return "done"
+
+    assert spawn(main, reactor=clock).result() == "done"
+
+
 # To cancel a scope
 
 

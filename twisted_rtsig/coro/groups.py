@@ -49,8 +49,9 @@ class TaskGroup(Scope):
         for example.
     """
 
+    _name = "TaskGroup"
+
     def __init__(self) -> None:
-        super().__init__()
         # Each with the start() that has spawned it; None for spawn().
         self._tasks: dict[Task[Any], _Starting | None] = {}
         self._errors: list[BaseException] = []
@@ -158,7 +159,7 @@ class TaskGroup(Scope):
             last.succeed(None)
 
     async def __aenter__(self) -> TaskGroup:
-        task = self._enter("TaskGroup")
+        task = self._enter()
         self._in_block = True
         if self.cancelled:
             task._cancel_for(self, self._reason)

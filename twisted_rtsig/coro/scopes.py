@@ -7,8 +7,11 @@ See ``docs/coroutines.md``.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from twisted.internet.error import AlreadyCancelled
 
 from twisted_rtsig.coro.errors import Cancelled
 from twisted_rtsig.coro.tasks import Task, held_open, scheduler_for, task_of_caller
@@ -28,18 +31,19 @@ class Scope:
     :ivar cancelled: whether it was cancelled as a whole.
     """
 
+    # What it is called in errors.
+    _name: str
     shields = False
     cancelled = False
 
-    def __init__(self) -> None:
-        # The task, within the block: a task may end with an error that leads here.
-        self._task: Task[Any] | None = None
-        self._entered = False
+    # The task, within the block: a task may end with an error that leads here.
+    _task: Task[Any] | None = None
+    _entered = False
 
-    def _enter(self, what: str) -> Task[Any]:
+    def _enter(self) -> Task[Any]:
         if self._entered:
             raise RuntimeError(f"{self!r} was entered before: make a new one")
-        task = self._task = task_of_caller(what)
+        task = self._task = task_of_caller(self._name)
         self._entered = True
         task._scopes += (self,)
         return task
@@ -62,21 +66,16 @@ class _Limit(Scope):
     """
     A block of code that has a deadline, or none.
 
-    :param seconds: how long, from the beginning of the block; None for C{deadline}.
-    :param deadline: in the time of the reactor.
     :ivar expired: whether the deadline has passed before the block came to its end.
     """
 
-    def __init__(
-        self, seconds: float | None, deadline: float, reactor: Any | None
-    ) -> None:
-        super().__init__()
-        self.expired = False
-        # None once the deadline is known, or was set.
-        self._seconds = seconds
-        self._deadline = deadline
-        self._reactor = reactor
-        self._call: IDelayedCall | None = None
+    # Set where it is not the default, since there may be one for each wait.
+    expired = False
+    # None once the deadline is known, or was set.
+    _seconds: float | None = None
+    _deadline = math.inf
+    _reactor: Any | None = None
+    _call: IDelayedCall | None = None
 
     @property
     def deadline(self) -> float:
@@ -108,8 +107,8 @@ class _Limit(Scope):
     def _cancels_at(self) -> float:
         return -math.inf if self.cancelled else self.deadline
 
-    def _begin(self, what: str) -> Task[Any]:
-        task = self._enter(what)
+    def _begin(self) -> None:
+        task = self._enter()
         seconds = self._seconds
         if not seconds:
             if seconds is None:
@@ -119,7 +118,6 @@ class _Limit(Scope):
         else:
             reactor = self._reactor or task.reactor
             self._call = reactor.callLater(seconds, self._expire)
-        return task
 
     def _watch_deadline(self, task: Task[Any]) -> None:
         if self._deadline == math.inf:
@@ -137,8 +135,7 @@ class _Limit(Scope):
 
     def _forget_call(self) -> None:
         if self._call is not None:
-            # trial cancels all delayed calls at the end of a test.
-            if self._call.active():
+            with contextlib.suppress(AlreadyCancelled):
                 self._call.cancel()
             self._call = None
 
@@ -158,9 +155,12 @@ class _Limit(Scope):
 
     def _finish(self, error: object) -> bool:
         """The block ends; return whether it does because of its own cancellation."""
-        call = self._call
-        if call is not None and call.active():
-            call.cancel()
+        if self._call is not None:
+            try:
+                self._call.cancel()
+            except AlreadyCancelled:
+                # trial cancels all delayed calls at the end of a test.
+                self._call = None
         self._exit()
         if error is None:
             # It came to its end all the same.
@@ -170,10 +170,10 @@ class _Limit(Scope):
 
     def _what(self) -> str:
         if self._seconds is not None:
-            return f"{type(self).__name__} of {self._seconds} s"
+            return f"{self._name} of {self._seconds} s"
         if self._deadline == math.inf:
-            return f"{type(self).__name__} without a limit"
-        return f"{type(self).__name__} until {self._deadline}"
+            return f"{self._name} without a limit"
+        return f"{self._name} until {self._deadline}"
 
     def __repr__(self) -> str:
         return f"<{self._what()}>"
@@ -197,11 +197,15 @@ class timeout(_Limit):
     :ivar expired: whether the time was over before the block had come to its end.
     """
 
+    _name = "timeout"
+
     def __init__(self, seconds: float | None, reactor: Any | None = None) -> None:
-        super().__init__(_checked_seconds(seconds), math.inf, reactor)
+        self._seconds = _checked_seconds(seconds)
+        if reactor is not None:
+            self._reactor = reactor
 
     def __enter__(self: L) -> L:
-        self._begin(type(self).__name__)
+        self._begin()
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
@@ -221,6 +225,8 @@ class timeout_at(timeout):
     :param reactor: as for :class:`timeout`.
     :raises ValueError: if the deadline is NaN.
     """
+
+    _name = "timeout_at"
 
     def __init__(self, deadline: float | None, reactor: Any | None = None) -> None:
         super().__init__(None, reactor)
@@ -245,11 +251,14 @@ class CancelScope(_Limit):
         end, and before its deadline.
     """
 
+    _name = "CancelScope"
+    _reason: str | None = None
+
     def __init__(
         self, *, deadline: float | None = None, reactor: Any | None = None
     ) -> None:
-        super().__init__(None, _checked_deadline(deadline), reactor)
-        self._reason: str | None = None
+        self._deadline = _checked_deadline(deadline)
+        self._reactor = reactor
 
     def cancel(self, reason: str | None = None) -> None:
         """
@@ -268,10 +277,9 @@ class CancelScope(_Limit):
 
     def __enter__(self: C) -> C:
         if self.cancelled:
-            task = self._enter(type(self).__name__)
-            task._cancel_for(self, self._reason)
+            self._enter()._cancel_for(self, self._reason)
         else:
-            self._begin(type(self).__name__)
+            self._begin()
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> bool:
@@ -294,6 +302,8 @@ class move_on_after(CancelScope):
     :raises ValueError: if the time is negative.
     """
 
+    _name = "move_on_after"
+
     def __init__(self, seconds: float | None, reactor: Any | None = None) -> None:
         super().__init__(reactor=reactor)
         self._seconds = _checked_seconds(seconds)
@@ -307,6 +317,8 @@ class move_on_at(CancelScope):
     :param reactor: as for :class:`timeout`.
     :raises ValueError: if the deadline is NaN.
     """
+
+    _name = "move_on_at"
 
     def __init__(self, deadline: float | None, reactor: Any | None = None) -> None:
         super().__init__(deadline=deadline, reactor=reactor)
@@ -345,10 +357,11 @@ class shield(Scope):
     :raises NoTaskError: at the beginning of the block, outside of a task.
     """
 
+    _name = "shield"
     shields = True
 
     def __enter__(self) -> shield:
-        self._enter("shield")
+        self._enter()
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:

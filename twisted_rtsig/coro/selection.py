@@ -75,23 +75,30 @@ def select(*cases: Any) -> Operation[tuple[Any, Any]]:
     selectables = [(each, _selectable(each)) for each in cases]
     first = random.randrange(len(cases))
     selectables = selectables[first:] + selectables[:first]
-    calls = [each for _, each in selectables if type(each) is _Call]
-    # A function that is called may make what was looked at before happen.
-    for case, selectable in selectables * 2 if calls else selectables:
-        try:
-            value = selectable.poll()
-        except BaseException as error:
-            _cancel(calls)
-            if not isinstance(error, Exception):
-                raise
-            # The traceback holds this frame, and a case the error.
-            return failed(drop_machinery_above(error))
-        if value is not NOTHING:
-            _cancel(calls)
-            done: Operation[tuple[Any, Any]] = Operation()
-            done.succeed((case, value))
-            return done
-    return _Selection(selectables, calls).operation
+    calls: list[_Call] = []
+    again = False
+    while True:
+        for case, selectable in selectables:
+            if type(selectable) is _Call and not again:
+                calls.append(selectable)
+            try:
+                value = selectable.poll()
+            except BaseException as error:
+                _cancel(calls)
+                if not isinstance(error, Exception):
+                    raise
+                # The traceback holds this frame, and a case the error.
+                return failed(drop_machinery_above(error))
+            if value is not NOTHING:
+                if calls:
+                    _cancel(calls)
+                done: Operation[tuple[Any, Any]] = Operation()
+                done.succeed((case, value))
+                return done
+        if not calls or again:
+            return _Selection(selectables, calls).operation
+        # A function that was called may have made happen what was looked at before.
+        again = True
 
 
 class _Case:
@@ -136,7 +143,7 @@ class _Selection:
     """Owns the operation of a :func:`select` that waits."""
 
     def __init__(
-        self, selectables: list[tuple[Any, Selectable]], calls: list[Any]
+        self, selectables: list[tuple[Any, Selectable]], calls: list[_Call]
     ) -> None:
         self.operation: Operation[tuple[Any, Any]] = Operation()
         self.operation.owner = self
@@ -285,7 +292,7 @@ class _Call:
             waiting.addErrback(_ignore_cancelled)
 
 
-def _cancel(calls: list[Any]) -> None:
+def _cancel(calls: list[_Call]) -> None:
     for call in calls:
         call.cancel()
 
