@@ -38,14 +38,16 @@ def format_tasks(reactor: Any | None = None) -> str:
     :param reactor: only the tasks of this reactor.
     """
     now = time.monotonic()
-    tasks = tasks_of(reactor)
+    tasks = _in_order(reactor)
     if not tasks:
         return "There are no tasks."
+    known = set(tasks)
     below: dict[Task[Any] | None, list[Task[Any]]] = {}
+    # The order of those that have the same time is kept.
     for task in sorted(tasks, key=lambda task: task._since):
         spawner = None if task._spawner is None else task._spawner()
         # The tasks of one that has ended are nobody's.
-        below.setdefault(spawner if spawner in tasks else None, []).append(task)
+        below.setdefault(spawner if spawner in known else None, []).append(task)
     lines = []
     rest = [(task, "") for task in reversed(below[None])]
     while rest:
@@ -57,12 +59,17 @@ def format_tasks(reactor: Any | None = None) -> str:
 
 def tasks_of(reactor: Any | None) -> set[Task[Any]]:
     """All that have not ended; those of one reactor, if one is given."""
-    return {
+    return set(_in_order(reactor))
+
+
+def _in_order(reactor: Any | None) -> list[Task[Any]]:
+    """Those of each reactor in the order in which they were spawned."""
+    return [
         task
         for scheduler in schedulers()
         if reactor is None or scheduler.reactor is reactor
         for task in scheduler.active_tasks()
-    }
+    ]
 
 
 def log_tasks_on_signal(number: int | None = None) -> None:

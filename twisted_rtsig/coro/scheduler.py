@@ -12,6 +12,7 @@ import contextlib
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from math import inf
 from types import CodeType
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakValueDictionary, ref
@@ -99,6 +100,7 @@ class Scheduler:
         to some that have ended.  To drop each one when its task ends would take longer,
         and a set more memory.
     :ivar most_references: with more of them, C{task_added} is called for each new task.
+    :ivar burst: when the first of the tasks was spawned that share this time.
     :ivar totals: the counts of the reactor.
     :ivar task_counts: the C{tasks} of these.
     :ivar instruments: None without any.
@@ -113,6 +115,7 @@ class Scheduler:
         "_room",
         "_run",
         "_running",
+        "burst",
         "instruments",
         "most_references",
         "reactor",
@@ -124,6 +127,7 @@ class Scheduler:
     def __init__(self, reactor: Any) -> None:
         self.reactor = reactor
         self.references: list[ref[Task[Any]]] = []
+        self.burst = -inf
         self.most_references = self._room = _FEW_REFERENCES
         self.totals = totals_of(reactor)
         self.task_counts = self.totals.tasks

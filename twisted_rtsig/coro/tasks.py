@@ -53,6 +53,10 @@ _NOT = 0
 _NOW = 1
 _EARLIER = 2
 
+# Tasks that are spawned within so many seconds share the time of the first one: a
+# number for each would take more memory.
+_BURST = 0.01
+
 
 class _Failed:
     """
@@ -140,7 +144,12 @@ class Task(Generic[T]):
         # Who has made it, and when.
         spawner = running.task
         self._spawner = None if spawner is None else weakref.ref(spawner)
-        self._since = time.monotonic()
+        since = time.monotonic()
+        if since - scheduler.burst < _BURST:
+            since = scheduler.burst
+        else:
+            scheduler.burst = since
+        self._since = since
         self._interrupted = _NOT
         self._state = _ACTIVE
         # The value; of a failed task, a _Failed; of a cancelled one, the reason.
