@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import shutil
@@ -201,6 +202,9 @@ def test_connections_in_the_backlog_are_served(reactor: Any) -> None:
     run(reactor, main)
 
 
+# Twisted before 24.10 leaves the socket to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_it_cannot_listen(reactor: Any) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -214,6 +218,7 @@ def test_it_cannot_listen(reactor: Any) -> None:
                 getattr(service, start)()
             assert service.server is None
             service.stopService()
+    gc.collect()
 
 
 class _Slow:

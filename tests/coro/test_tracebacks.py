@@ -114,7 +114,11 @@ def test_a_deferred_that_no_code_looks_at_is_logged_whole(logged: list[Any]) -> 
         for each in logged
         if each.get("log_failure")
     ]
-    assert_whole("".join(texts))
+    text = "".join(texts)
+    # Before Twisted 24.10 and on Python 3.10 the lines of the group itself are lost.
+    for part in [*GROUP, *ERRORS, *CAUSES, "a note on milk", "a note on tea"]:
+        assert part in text
+    assert "in buy" in text
 
 
 def test_an_operation_that_failed_keeps_its_cause() -> None:

@@ -6,6 +6,7 @@ and with everything that Python itself would print of them.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import IO, Any
@@ -14,9 +15,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 if sys.version_info < (3, 11):
-    from exceptiongroup import BaseExceptionGroup, format_exception
-else:
-    from traceback import format_exception
+    import exceptiongroup
+    from exceptiongroup import BaseExceptionGroup
 
 _MACHINERY = (
     *("twisted_rtsig.coro.", "twisted_rtsig.runner"),
@@ -116,8 +116,16 @@ class WholeFailure(Failure):
             )
             return
         # Old Deferreds take the traceback away from the error, and keep a copy here.
-        traceback = self.getTracebackObject()  # type: ignore[no-untyped-call]
-        file.write("".join(format_exception(type(error), error, traceback)))
+        where = self.getTracebackObject()  # type: ignore[no-untyped-call]
+        file.write("".join(_formatted(error, where)))
+
+
+def _formatted(error: BaseException, where: TracebackType | None) -> list[str]:
+    """As Python prints it."""
+    if sys.version_info < (3, 11) and isinstance(error, BaseExceptionGroup):
+        # This takes no other traceback than that of the error.
+        return exceptiongroup.format_exception(error)
+    return traceback.format_exception(type(error), error, where)
 
 
 def log_failure(log: Logger, message: str, error: BaseException, **fields: Any) -> None:
