@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks, succeed
-from twisted.internet.error import ConnectionLost
+from twisted.internet.endpoints import TCP4ClientEndpoint
+from twisted.internet.error import ConnectError, ConnectionLost
 from twisted.internet.task import Clock
 
-from tests.coro.support import STYLES, connected, run_for_real
+from tests.coro.support import STYLES, connected, listen, run_for_real
 from twisted_rtsig.coro import (
     CancelScope,
     CapacityLimiter,
@@ -35,8 +36,10 @@ from twisted_rtsig.coro import (
     IncompleteRead,
     Lock,
     Semaphore,
+    Stream,
     StreamError,
     TaskGroup,
+    connect,
     coroutine,
     current_deadline,
     current_task,
@@ -46,6 +49,7 @@ from twisted_rtsig.coro import (
     move_on_after,
     open_datagrams,
     open_process,
+    open_tcp,
     run_group,
     select,
     shield,
@@ -740,7 +744,14 @@ async def datagrams(reactor: Any) -> None:
 
 @pytest.mark.parametrize(
     "waits",
-    [streams, streams_that_are_lost, threads, processes, files, datagrams],
+    [
+        streams,
+        streams_that_are_lost,
+        threads,
+        processes,
+        files,
+        datagrams,
+    ],
 )
 def test_what_waits_on_a_reactor_leaves_no_garbage(reactor: Any, waits: Any) -> None:
     async def main() -> list[str]:
@@ -754,3 +765,35 @@ def test_what_waits_on_a_reactor_leaves_no_garbage(reactor: Any, waits: Any) -> 
             return garbage()
 
     assert run_for_real(reactor, main) == []
+
+
+@pytest.mark.parametrize("outcome", ["connected", "refused", "cancelled"])
+def test_open_tcp_leaves_what_twisted_leaves(reactor: Any, outcome: str) -> None:
+    """Twisted's clients refer to themselves; nothing is added to that."""
+
+    async def handler(stream: Stream) -> None:
+        await stream.read()
+
+    async def left_by(connecting: Callable[[], Any]) -> list[str]:
+        patience = 0 if outcome == "cancelled" else 60
+        for _ in range(2):
+            with without_collector():
+                with contextlib.suppress(ConnectError, TimeoutError), timeout(patience):
+                    async with await connecting():
+                        pass
+                await sleep(0.01)
+                # Addresses in memory differ.
+                left = sorted(each.partition(":")[0] for each in garbage())
+        return left
+
+    async def main() -> None:
+        server = await listen(reactor, handler)
+        port = server.port.getHost().port
+        if outcome == "refused":
+            await server.stop()
+        endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", port)
+        theirs = await left_by(lambda: connect(endpoint))
+        assert await left_by(lambda: open_tcp("127.0.0.1", port)) == theirs
+        await server.stop()
+
+    run_for_real(reactor, main)

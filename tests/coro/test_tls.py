@@ -12,17 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from OpenSSL import SSL
+from twisted.internet.defer import succeed
 from twisted.internet.endpoints import (
     SSL4ClientEndpoint,
+    SSL4ServerEndpoint,
     TCP4ClientEndpoint,
     TCP4ServerEndpoint,
     wrapClientTLS,
 )
 from twisted.internet.error import ConnectionClosed, ConnectionLost
-from twisted.internet.ssl import PrivateCertificate, optionsForClientTLS
+from twisted.internet.interfaces import IOpenSSLClientConnectionCreator
+from twisted.internet.ssl import (
+    CertificateOptions,
+    PrivateCertificate,
+    optionsForClientTLS,
+)
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel
 from twisted.protocols.policies import WrappingFactory
+from zope.interface import implementer
 
 from tests.coro.support import (
     STYLES,
@@ -37,11 +46,14 @@ from twisted_rtsig.coro import (
     Event,
     Server,
     Stream,
+    StreamError,
     TLSError,
     connect,
+    format_tasks,
     serve,
     sleep,
     spawn,
+    timeout,
 )
 
 # Twisted and pyOpenSSL hold different opinions on what is deprecated.
@@ -497,6 +509,169 @@ def test_close_notify_while_output_waits(reactor: Any, serve_tls: Any) -> None:
 
     run(reactor, main)
     assert len(outcome) == 1
+
+
+# What was negotiated
+
+
+@implementer(IOpenSSLClientConnectionCreator)
+class AsksForName:
+    """Verifies nothing, and tells the server a name."""
+
+    def clientConnectionForTLS(self, tlsProtocol: Any) -> SSL.Connection:
+        connection = SSL.Connection(SSL.Context(SSL.TLS_CLIENT_METHOD))
+        connection.set_tlsext_host_name(b"host.example")
+        return connection
+
+
+def with_alpn(certificate: PrivateCertificate) -> CertificateOptions:
+    return CertificateOptions(
+        privateKey=certificate.privateKey.original,
+        certificate=certificate.original,
+        acceptableProtocols=[b"h2", b"http/1.1"],
+    )
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("by_start_tls", [False, True])
+def test_what_was_negotiated(
+    reactor: Any, certificate: PrivateCertificate, style: str, by_start_tls: bool
+) -> None:
+    seen: list[Any] = []
+
+    def handler(stream: Stream) -> Any:
+        def see() -> Any:
+            seen.append(stream.tls)
+            return succeed(None)
+
+        steps: list[Callable[[], Any]] = [
+            stream.handshake,
+            see,
+            stream.read,
+        ]
+        if by_start_tls:
+            steps.insert(0, lambda: stream.start_tls(with_alpn(certificate)))
+        return STYLES[style](reactor, steps, [])
+
+    async def main() -> None:
+        endpoint: Any = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
+        if not by_start_tls:
+            endpoint = SSL4ServerEndpoint(
+                reactor, 0, with_alpn(certificate), interface="127.0.0.1"
+            )
+        server = await serve(endpoint, handler)
+        options = optionsForClientTLS(
+            "127.0.0.1", certificate, acceptableProtocols=[b"http/1.1"]
+        )
+        stream = await connect(wrapClientTLS(options, client_endpoint(reactor, server)))
+        assert stream.tls is None
+        await stream.handshake()
+        ours = stream.tls
+        assert ours is not None
+        assert ours.version.startswith("TLSv1.")
+        assert "_" in ours.cipher or "-" in ours.cipher
+        assert ours.cipher_bits >= 128
+        assert ours.alpn_protocol == "http/1.1"
+        # An address is no name.
+        assert ours.server_hostname is None
+        assert ours.peer_certificate == certificate
+        await until(lambda: seen)
+        (theirs,) = seen
+        assert theirs == ours._replace(peer_certificate=None)
+        await stream.close()
+        assert stream.tls is None
+        await server.stop()
+
+    run(reactor, main)
+
+
+def test_the_name_and_the_certificate_of_a_client(
+    reactor: Any, certificate: PrivateCertificate
+) -> None:
+    seen: list[Any] = []
+
+    async def handler(stream: Stream) -> None:
+        await stream.handshake()
+        seen.append(stream.tls)
+
+    async def main() -> None:
+        both = SSL4ServerEndpoint(
+            reactor, 0, certificate.options(certificate), interface="127.0.0.1"
+        )
+        server = await serve(both, handler)
+        options = optionsForClientTLS("127.0.0.1", certificate, certificate)
+        endpoint = wrapClientTLS(options, client_endpoint(reactor, server))
+        async with await connect(endpoint) as stream:
+            await stream.read()
+        assert seen.pop().peer_certificate == certificate
+        await server.stop()
+        server = await serve(tls_endpoint(reactor, certificate), handler)
+        endpoint = client_endpoint(reactor, server)
+        async with await connect(wrapClientTLS(AsksForName(), endpoint)) as stream:
+            await stream.handshake()
+            assert stream.tls is not None
+            assert stream.tls.server_hostname == "host.example"
+            await stream.read()
+        assert seen.pop().server_hostname == "host.example"
+        await server.stop()
+
+    run(reactor, main)
+
+
+def test_a_handshake_to_wait_for(
+    reactor: Any, certificate: PrivateCertificate, logged: Logged
+) -> None:
+    async def main() -> None:
+        async with accepted(reactor) as (endpoint, accept):
+            plain = await connect(endpoint)
+            assert plain.tls is None
+            with pytest.raises(StreamError, match="not encrypted"):
+                plain.handshake()
+            await plain.abort()
+            with pytest.raises(ConnectionClosed):
+                await plain.handshake()
+            await accept()
+            stream = await connect(tls_client(endpoint, certificate))
+            peer = await accept()
+            for _ in range(2):
+                # To give up the wait is not to give up the handshake.
+                with pytest.raises(TimeoutError), timeout(0):
+                    await stream.handshake()
+            waiting = [spawn(stream.handshake) for _ in range(2)]
+            await sleep(0)
+            assert "the TLS handshake of" in format_tasks(reactor)
+            peer.close()
+            for each in waiting:
+                with pytest.raises(ConnectionClosed):
+                    await each
+            # Without being awaited.
+            stream.handshake()
+
+    run(reactor, main)
+    gc.collect()
+    assert not failures(logged)
+
+
+def test_a_handshake_that_a_protocol_in_between_keeps_to_itself(
+    reactor: Any, certificate: PrivateCertificate
+) -> None:
+    secure = Event()
+
+    async def handler(stream: Stream) -> None:
+        await stream.handshake()
+        secure.set()
+        await stream.read()
+
+    async def main() -> None:
+        factory = WrappingFactory(CoroutineFactory(handler, handshake_timeout=None))
+        port = await tls_endpoint(reactor, certificate).listen(factory)
+        endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", port.getHost().port)
+        async with await connect(tls_client(endpoint, certificate)) as stream:
+            await stream.handshake()
+            await secure.wait()
+        await port.stopListening()
+
+    run(reactor, main)
 
 
 # TLS that fails

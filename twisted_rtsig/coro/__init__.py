@@ -21,6 +21,7 @@ from twisted_rtsig.coro.errors import (
     BusyResourceError,
     Cancelled,
     ChannelClosed,
+    ConnectFailed,
     DelimiterNotFound,
     EndOfChannel,
     FileEnded,
@@ -47,6 +48,7 @@ from twisted_rtsig.coro.instruments import (
 from twisted_rtsig.coro.limiters import CapacityLimiter, CapacityLimiterStatistics
 from twisted_rtsig.coro.locks import Condition, Event, Lock, Semaphore
 from twisted_rtsig.coro.monitor import Histogram, LoopMonitor, SlowStep
+from twisted_rtsig.coro.opening import open_tcp, open_unix
 from twisted_rtsig.coro.processes import Process, open_process
 from twisted_rtsig.coro.scopes import (
     CancelScope,
@@ -77,6 +79,7 @@ from twisted_rtsig.coro.tasks import (
     spawn,
 )
 from twisted_rtsig.coro.threads import from_thread, in_thread
+from twisted_rtsig.coro.tls import TLSInfo
 from twisted_rtsig.coro.watchdog import watch_for_blocking
 
 __all__ = [
@@ -93,6 +96,7 @@ __all__ = [
     "ChannelSender",
     "ChannelStatistics",
     "Condition",
+    "ConnectFailed",
     "CoroutineFactory",
     "CoroutineService",
     "DatagramSocket",
@@ -118,6 +122,7 @@ __all__ = [
     "StreamCounts",
     "StreamError",
     "TLSError",
+    "TLSInfo",
     "Task",
     "TaskCounts",
     "TaskGroup",
@@ -140,6 +145,8 @@ __all__ = [
     "move_on_at",
     "open_datagrams",
     "open_process",
+    "open_tcp",
+    "open_unix",
     "remove_instrument",
     "run_group",
     "select",

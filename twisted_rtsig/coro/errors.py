@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from twisted.internet.error import ConnectionLost
+from twisted.internet.error import ConnectError, ConnectionLost
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
+
 
 if TYPE_CHECKING:
     from twisted_rtsig.coro.scopes import Scope
@@ -95,6 +101,41 @@ class TLSError(ConnectionLost):
     """
 
     MESSAGE = "TLS has failed"
+
+
+class ConnectFailed(ConnectError, OSError):
+    """
+    No connection could be made.
+
+    C{__cause__} is the error of the attempt, or an ``ExceptionGroup`` of those of all
+    attempts.
+
+    :ivar host: the name or address of the host; of a UNIX socket its path.
+    :ivar port: the port; None of a UNIX socket.
+    :ivar errors: why each attempt has failed; empty if there was none.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int | None,
+        reasons: Sequence[str],
+        errors: Sequence[Exception] = (),
+    ) -> None:
+        where = repr(host) if port is None else f"{host!r}, port {port}"
+        # That of ConnectError has no annotations.
+        OSError.__init__(self, f"cannot connect to {where}: {'; '.join(reasons)}")
+        self.osError = None
+        self.host = host
+        self.port = port
+        self.errors = list(errors)
+        if len(self.errors) == 1:
+            self.__cause__ = self.errors[0]
+        elif self.errors:
+            self.__cause__ = ExceptionGroup("all attempts have failed", self.errors)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class FileEnded(EOFError):

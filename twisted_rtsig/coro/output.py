@@ -82,23 +82,24 @@ def _send_queue(transport: Any) -> int | None:
 
 def below_tls(transport: Any) -> Any:
     """The transport that carries TLS; or C{transport}, if there is no TLS."""
-    layer = _tls_layer(transport)
+    layer = tls_layer(transport)
     return transport if layer is None else layer.transport
 
 
 def tls_is_over(transport: Any) -> bool:
     """Whether there is TLS, and it has ended or failed, so that it drops writes."""
-    layer = _tls_layer(transport)
+    layer = tls_layer(transport)
     return layer is not None and layer._lostTLSConnection
 
 
 def handshake_is_done(transport: Any) -> bool:
     """Whether there is TLS, and its handshake is done."""
-    layer = _tls_layer(transport)
+    layer = tls_layer(transport)
     return layer is not None and layer._handshakeDone
 
 
-def _tls_layer(transport: Any) -> Any:
+def tls_layer(transport: Any) -> Any:
+    """The ``TLSMemoryBIOProtocol`` that encrypts C{transport}; None without TLS."""
     # It cannot be imported where pyOpenSSL is missing.
     tls = sys.modules.get("twisted.protocols.tls")
     while tls is not None and transport is not None:

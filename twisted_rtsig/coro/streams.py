@@ -15,7 +15,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from twisted.internet.error import ConnectionClosed, ConnectionDone, ConnectionLost
-from twisted.internet.interfaces import IPushProducer, ISSLTransport
+from twisted.internet.interfaces import (
+    IHandshakeListener,
+    IPushProducer,
+    ISSLTransport,
+)
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -37,10 +41,16 @@ from twisted_rtsig.coro.operations import (
     failed,
     ignore,
 )
-from twisted_rtsig.coro.output import below_tls, handshake_is_done, tls_is_over
+from twisted_rtsig.coro.output import (
+    below_tls,
+    handshake_is_done,
+    tls_is_over,
+    tls_layer,
+)
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.selection import select
 from twisted_rtsig.coro.sending import Sending
+from twisted_rtsig.coro.tls import TLSInfo, tls_info
 
 if TYPE_CHECKING:
     from twisted_rtsig.files.asyncfile import AsyncFile
@@ -68,6 +78,9 @@ class TLSLimits(NamedTuple):
 
 DEFAULT_TLS_LIMITS: Final = TLSLimits(handshake=30.0, close=30.0)
 """Those of every connection, unless it is told otherwise."""
+
+# Every so many seconds a handshake that is not reported is looked for.
+_LOOK_FOR_HANDSHAKE = 0.02
 
 # How many reads in a row a stream answers from what is there, before all others
 # have their turn.
@@ -147,13 +160,14 @@ class Stream:
         self._ended = False
         # Why there is no connection any more.
         self._lost: Exception | None = None
-        # Who waits for room, for the end of all output, of everything, for TLS.
+        # Who waits for room, for the end of all output, of everything, for the TLS
+        # handshake.
         self._full = False
         self._drained = _NO_OPERATIONS
         self._wrote_eof: _Operations | None = None
         self._output_finished = False
         self._closed = _NO_OPERATIONS
-        self._secured: Operation[None] | None = None
+        self._secured = _NO_OPERATIONS
         self._closing = False
         # Why nothing can be written any more; and why nothing arrives.
         self._unwritable: Exception | None = None
@@ -198,6 +212,15 @@ class Stream:
         if self._stopping is None:
             self._stopping = Event()
         return self._stopping
+
+    @property
+    def tls(self) -> TLSInfo | None:
+        """
+        What the TLS handshake has negotiated, the peer's certificate among it.  None
+        if the stream is not encrypted, if the handshake is not done yet, which
+        :meth:`handshake` waits for, and once the connection is lost.
+        """
+        return None if self._lost is not None else tls_info(self.transport)
 
     @property
     def unfinished_read(self) -> object:
@@ -395,6 +418,7 @@ class Stream:
             # They would pile up if one tried again and again.
             self._drained.pop(operation, None)
             self._closed.pop(operation, None)
+            self._secured.pop(operation, None)
             if self._wrote_eof is not None:
                 self._wrote_eof.pop(operation, None)
 
@@ -402,7 +426,7 @@ class Stream:
         """See ``Owner.waits_for``."""
         if operation is self._reader:
             return f"{_wanted(self._take, self._what, self._limit)} from {self!r}"
-        if operation is self._secured:
+        if operation in self._secured:
             return f"the TLS handshake of {self!r}"
         if operation in self._closed:
             return f"the end of {self!r}"
@@ -765,10 +789,56 @@ class Stream:
         start = getattr(self.transport, "startTLS", None)
         if start is None:
             raise StreamError(f"{self!r} cannot start TLS: {self.transport!r} has none")
-        self._secured = self._operation()
+        secured = self._until_secured()
         start(context)
         self.limit_handshake()
-        return self._secured
+        self._look_for_handshake()
+        return secured
+
+    def handshake(self) -> Operation[None]:
+        """
+        Wait until the TLS handshake is done, which begins by itself: then :attr:`tls`
+        tells what it has negotiated.
+
+        :raises StreamError: if the stream is not encrypted.
+        :raises TLSError: (when awaited) if the handshake fails, or takes longer than
+            the C{handshake_timeout} of C{serve} or C{connect}.
+        :raises ConnectionClosed: (when awaited) if the connection is lost.
+        """
+        if self._lost is not None:
+            return failed(_again(self._lost), quietly=True)
+        if tls_layer(self.transport) is None:
+            raise StreamError(
+                f"{self!r} is not encrypted: it has no TLS handshake to wait for"
+            )
+        if handshake_is_done(self.transport):
+            done: Operation[None] = Done()
+            return done
+        secured = self._until_secured()
+        self._look_for_handshake()
+        return secured
+
+    def _until_secured(self) -> Operation[None]:
+        operation = self._operation()
+        self._secured = self._secured or {}
+        self._secured[operation] = None
+        return operation
+
+    def _look_for_handshake(self) -> None:
+        """
+        See whether the handshake is done, if that is not reported: a protocol between
+        TLS and the stream may not pass C{handshakeCompleted} on.
+        """
+        if not self._secured:
+            return
+        layer = tls_layer(self.transport)
+        if layer is None or IHandshakeListener.providedBy(layer.wrappedProtocol):
+            return
+        if handshake_is_done(self.transport):
+            self.secure()
+        else:
+            reactor = self._scheduler.reactor
+            reactor.callLater(_LOOK_FOR_HANDSHAKE, self._look_for_handshake)
 
     def limit_handshake(self) -> None:
         """A TLS handshake has begun: lose the connection if it takes too long."""
@@ -848,8 +918,8 @@ class Stream:
         if self._wrote_eof is not None:
             self._wrote_eof = {}
         self._serve_reader()
-        if self._secured is not None:
-            waiting.append(self._secured)
+        waiting += self._secured
+        self._secured = _NO_OPERATIONS
         self._lose_file(lost)
         _fail(waiting, lost)
         self._fail_held(lost)
@@ -894,8 +964,8 @@ class Stream:
     def secure(self) -> None:
         """The TLS handshake is done."""
         self._handshake_done()
-        if self._secured is not None:
-            _succeed([self._secured])
+        secured, self._secured = self._secured, _NO_OPERATIONS
+        _succeed(secured)
 
     # IPushProducer, of what is written
 
