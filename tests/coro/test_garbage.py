@@ -35,6 +35,7 @@ from twisted_rtsig.coro import (
     FileEnded,
     IncompleteRead,
     Lock,
+    Portal,
     Semaphore,
     Stream,
     StreamError,
@@ -686,6 +687,12 @@ async def threads(reactor: Any) -> None:
     for function in (fails_at_once, fails_after_a_turn):
         with contextlib.suppress(Gone):
             await in_thread(from_thread, function)
+    async with Portal() as portal:
+        await in_thread(portal.call, sleep, 0)
+        await in_thread(lambda: portal.spawn(sleep, 0).result())
+        with contextlib.suppress(Gone):
+            await in_thread(portal.call, fails_after_a_turn)
+        await in_thread(lambda: portal.spawn(sleep, 10).cancel())
     with contextlib.suppress(ValueError):
         await in_thread(int, "one")
     limiter = CapacityLimiter(1)

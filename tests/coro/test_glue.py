@@ -176,8 +176,8 @@ def test_a_reactor_that_stops_tells_the_threads(
     assert sorted(middle) == [
         "cancelled",
         "told again",
-        "told: from_thread() was called in a thread, and the reactor has stopped: it "
-        "runs no more tasks",
+        "told: a thread has asked for a task, and the reactor has stopped: it runs no "
+        "more tasks",
     ]
 
 

@@ -49,6 +49,7 @@ from twisted_rtsig.coro.limiters import CapacityLimiter, CapacityLimiterStatisti
 from twisted_rtsig.coro.locks import Condition, Event, Lock, Semaphore
 from twisted_rtsig.coro.monitor import Histogram, LoopMonitor, SlowStep
 from twisted_rtsig.coro.opening import open_tcp, open_unix
+from twisted_rtsig.coro.portals import Portal
 from twisted_rtsig.coro.processes import Process, open_process
 from twisted_rtsig.coro.scopes import (
     CancelScope,
@@ -111,6 +112,7 @@ __all__ = [
     "Lock",
     "LoopMonitor",
     "NoTaskError",
+    "Portal",
     "Process",
     "Semaphore",
     "Server",

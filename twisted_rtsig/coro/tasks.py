@@ -76,6 +76,10 @@ class _Failed:
     def see(self) -> BaseException:
         """The error, to be raised where the task is awaited: again each time."""
         self._seen = True
+        return self.error()
+
+    def error(self) -> BaseException:
+        """The error, which stays unseen."""
         return self._error.with_traceback(self._traceback)
 
     def __del__(self) -> None:

@@ -1,0 +1,499 @@
+"""Portals: tasks for threads, on a reactor that runs in another thread."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from concurrent.futures import CancelledError as FutureCancelled
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Final, TypeVar, overload
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ReactorNotRunning
+
+from twisted_rtsig.coro.locks import Event
+from twisted_rtsig.coro.operations import ignore
+from twisted_rtsig.coro.tasks import Task, name_of, scheduler_for, spawn
+from twisted_rtsig.coro.tracebacks import drop_machinery_above
+
+T = TypeVar("T")
+
+
+class Portal:
+    """
+    Runs tasks for threads, on a reactor that runs in another thread::
+
+        async with Portal() as portal:
+            thread = threading.Thread(target=work, args=(portal,))
+            ...
+
+        def work(portal):
+            line = portal.call(fetch, "example.com")
+
+    At the end of the block no more tasks are accepted, and those of the portal are
+    waited for; if the block raises, they are cancelled before.  Without the block call
+    :meth:`stop`.  A portal is made in the reactor's thread, or before the reactor runs.
+
+    :param reactor: an ``IReactorThreads`` provider; by default that of the task.
+    """
+
+    def __init__(self, reactor: Any | None = None) -> None:
+        self._reactor = scheduler_for(reactor).reactor
+        self._calls = calls_of(self._reactor)
+        self._lock = threading.Lock()
+        # These are used with the lock.
+        self._stopped = False
+        self._futures: dict[Future[Any], None] = {}
+        self._all_ended = Event()
+
+    # From other threads
+
+    @overload
+    def call(self, function: Callable[..., Awaitable[T]], *args: object) -> T: ...
+
+    @overload
+    def call(
+        self, function: Callable[..., Generator[Any, Any, T]], *args: object
+    ) -> T: ...
+
+    @overload
+    def call(self, function: Callable[..., T], *args: object) -> T: ...
+
+    def call(self, function: Callable[..., Any], *args: object) -> Any:
+        """
+        Run C{function(*args)} as a task in the reactor's thread, with the context
+        variables of this thread, and wait for what it returns or raises.
+
+        If the wait is interrupted, by Ctrl-C for example, the task is cancelled.
+
+        :param function: whatever :func:`spawn` takes.
+        :raises CancelledError: if the task is cancelled.
+        :raises ReactorNotRunning: if the reactor stops before the task has ended, which
+            is cancelled then.
+        :raises RuntimeError: in the reactor's own thread, which would wait for itself;
+            or after :meth:`stop`.
+        """
+        return wait_for(self._submit(function, args, None))
+
+    @overload
+    def spawn(
+        self,
+        function: Callable[..., Awaitable[T]],
+        *args: object,
+        name: str | None = None,
+    ) -> Future[T]: ...
+
+    @overload
+    def spawn(
+        self,
+        function: Callable[..., Generator[Any, Any, T]],
+        *args: object,
+        name: str | None = None,
+    ) -> Future[T]: ...
+
+    @overload
+    def spawn(
+        self, function: Callable[..., T], *args: object, name: str | None = None
+    ) -> Future[T]: ...
+
+    def spawn(
+        self, function: Callable[..., Any], *args: object, name: str | None = None
+    ) -> Future[Any]:
+        """
+        As :meth:`call`, and do not wait.
+
+        To cancel the future cancels the task.  If the task fails, and nothing ever asks
+        the future for its result, the error is logged.
+
+        :param name: what the task is called in logs; by default the name of the
+            function.
+        :return: a ``concurrent.futures.Future`` of the result.
+        """
+        return self._submit(function, args, name)
+
+    @contextlib.contextmanager
+    def wrap_async_context_manager(
+        self, manager: contextlib.AbstractAsyncContextManager[T]
+    ) -> Iterator[T]:
+        """
+        An asynchronous context manager for C{with} in this thread.  It is entered and
+        left in one task in the reactor's thread::
+
+            connection = portal.call(open_tcp, "example.com", 80)
+            with portal.wrap_async_context_manager(connection) as stream:
+                portal.call(stream.write, b"GET / HTTP/1.0\\r\\n\\r\\n")
+
+        :raises RuntimeError: as :meth:`call` does.
+        """
+        entered: Future[T] = Future()
+        leaving: Deferred[BaseException | None] = Deferred()
+        held = self._submit(_hold, (manager, entered, leaving), name_of(type(manager)))
+        # Also if it could not be entered.
+        held.add_done_callback(functools.partial(_pass_error, entered))
+        try:
+            value = entered.result()
+        except FutureCancelled:
+            # Why, tells the task.
+            wait_for(held)
+            raise
+        except BaseException:
+            held.cancel()
+            raise
+        error: BaseException | None = None
+        try:
+            yield value
+        except BaseException as raised:
+            error = raised
+        try:
+            self._reactor.callFromThread(leaving.callback, error)
+            try:
+                swallowed = wait_for(held)
+            except BaseException as raised:
+                if raised is not error and raised.__context__ is None:
+                    raised.__context__ = error
+                raise
+            if error is not None and not swallowed:
+                raise error
+        finally:
+            # The traceback holds this frame.
+            del error
+
+    def _submit(
+        self, function: Callable[..., Any], args: tuple[Any, ...], name: str | None
+    ) -> Future[Any]:
+        self._calls.check_thread("a portal")
+        future: _TaskFuture[Any] = _TaskFuture()
+        with self._lock:
+            if self._stopped:
+                raise RuntimeError(
+                    "the portal is stopped: it runs no more tasks, so stop it after "
+                    "the threads that use it"
+                )
+            self._futures[future] = None
+        try:
+            self._calls.submit(future, function, args, name, self._ended)
+        except BaseException:
+            self._reactor.callFromThread(self._ended, future)
+            raise
+        return future
+
+    # In the reactor's thread
+
+    def stop(self, cancel: bool = False) -> Deferred[None]:
+        """
+        Accept no more tasks: threads that ask for one get a C{RuntimeError}.  To be
+        called in the reactor's thread.
+
+        :param cancel: cancel the tasks of the portal.
+        :return: fires when all tasks of the portal have ended.
+        """
+        with self._lock:
+            self._stopped = True
+            futures = list(self._futures)
+        if not futures:
+            self._all_ended.set()
+        elif cancel:
+            for future in futures:
+                self._calls.cancel(future)
+        return spawn(
+            self._all_ended.wait, name="Portal.stop", reactor=self._reactor
+        ).as_deferred()
+
+    def _ended(self, future: Future[Any]) -> None:
+        with self._lock:
+            del self._futures[future]
+            last = self._stopped and not self._futures
+        if last:
+            self._all_ended.set()
+
+    async def __aenter__(self) -> Portal:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        stopped = self.stop(cancel=error is not None)
+        if isinstance(error, GeneratorExit):
+            # Nothing can resume this any more.
+            stopped.addErrback(ignore)
+            return
+        try:
+            await stopped
+        except BaseException:
+            # This is cancelled once, and may wait then.
+            await self.stop(cancel=True)
+            raise
+
+    def __repr__(self) -> str:
+        state = "stopped" if self._stopped else "open"
+        return f"<Portal, {state}, with {len(self._futures)} tasks>"
+
+
+async def _hold(
+    manager: contextlib.AbstractAsyncContextManager[T],
+    entered: Future[T],
+    leaving: Deferred[BaseException | None],
+) -> bool | None:
+    """Enter, and leave when the thread does: whether its error was swallowed."""
+    value = await manager.__aenter__()
+    try:
+        # Unless the thread was interrupted meanwhile.
+        if entered.set_running_or_notify_cancel():
+            entered.set_result(value)
+        error = await leaving
+    except BaseException as raised:
+        if not await manager.__aexit__(type(raised), raised, raised.__traceback__):
+            raise
+        return True
+    if error is None:
+        return await manager.__aexit__(None, None, None)
+    try:
+        return await manager.__aexit__(type(error), error, error.__traceback__)
+    finally:
+        # The traceback of the error may lead here.
+        del error
+
+
+def _pass_error(entered: Future[Any], held: Future[Any]) -> None:
+    if not entered.done():
+        entered.cancel()
+        entered.set_running_or_notify_cancel()
+
+
+# Below portals and from_thread
+
+
+class _TaskFuture(Future[T]):
+    """What a task returns or raises."""
+
+    # What logs the error unless it is seen.
+    _unseen: Any = None
+
+    def _fail(self, task: Task[Any]) -> None:
+        self._unseen = task._result
+        self.set_exception(self._unseen.error())
+
+    def result(self, timeout: float | None = None) -> T:
+        """See ``concurrent.futures.Future.result``."""
+        try:
+            return super().result(timeout)
+        finally:
+            self._see()
+            del self
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """See ``concurrent.futures.Future.exception``."""
+        error = super().exception(timeout)
+        self._see()
+        return error
+
+    def _see(self) -> None:
+        unseen, self._unseen = self._unseen, None
+        if unseen is not None:
+            unseen.see()
+
+
+def wait_for(future: Future[Any]) -> Any:
+    """
+    What a task returns or raises, in the thread that has submitted it.
+
+    :raises CancelledError: if it was cancelled.
+    """
+    try:
+        error = future.exception()
+    except FutureCancelled:
+        raise CancelledError("the task was cancelled") from None
+    except BaseException:
+        # A KeyboardInterrupt: nothing will ask for the result.
+        future.cancel()
+        raise
+    if error is None:
+        return future.result()
+    try:
+        raise error
+    finally:
+        # The traceback holds this frame.
+        del future, error
+
+
+def _nothing(future: Future[Any]) -> None:
+    pass
+
+
+class Calls:
+    """
+    The tasks that threads have submitted to one reactor.
+
+    :ivar thread: the number of the thread that the reactor runs in, if that is known.
+    """
+
+    def __init__(self, reactor: Any) -> None:
+        # The reactor leads here, and may be dropped.
+        self._reactor = weakref.ref(reactor)
+        # Which thread is going to run the reactor is not known before.
+        self.thread: int | None = None
+        # None for those that are not begun.
+        self._tasks: dict[Future[Any], Task[Any] | None] = {}
+        self._stopped = False
+        # The threads add, and the reactor's thread removes.
+        self._lock = threading.Lock()
+
+    @property
+    def reactor(self) -> Any:
+        """The reactor."""
+        return self._reactor()
+
+    def note_thread(self) -> None:
+        """The reactor runs in this thread, whichever has made it."""
+        self.thread = threading.get_ident()
+
+    def check_thread(self, what: str) -> None:
+        """:raises RuntimeError: in the reactor's thread."""
+        if threading.get_ident() == self.thread:
+            raise RuntimeError(
+                f"{what} is for other threads than the reactor's, which would wait for "
+                "itself: await the function there, or spawn() it"
+            )
+
+    # From other threads
+
+    def submit(
+        self,
+        future: _TaskFuture[Any],
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        name: str | None = None,
+        ended: Callable[[Future[Any]], object] = _nothing,
+    ) -> None:
+        """
+        Run a task, and tell C{future} how it has ended; and then call C{ended}, in the
+        reactor's thread.
+
+        :raises ReactorNotRunning: if the reactor has stopped.
+        """
+        with self._lock:
+            if self._stopped:
+                raise _stopped()
+            self._tasks[future] = None
+        future.add_done_callback(self._look_for_cancel)
+        begin = functools.partial(self._begin, future, function, args, name, ended)
+        self.reactor.callFromThread(contextvars.copy_context().run, begin)
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """
+        Run a task, and wait for it.
+
+        :raises RuntimeError: in the reactor's thread.
+        """
+        self.check_thread("from_thread()")
+        future: _TaskFuture[Any] = _TaskFuture()
+        self.submit(future, function, args)
+        return wait_for(future)
+
+    def _look_for_cancel(self, future: Future[Any]) -> None:
+        if future.cancelled():
+            self.reactor.callFromThread(self.cancel, future)
+
+    # In the reactor's thread
+
+    def _begin(
+        self,
+        future: _TaskFuture[Any],
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        name: str | None,
+        ended: Callable[[Future[Any]], object],
+    ) -> None:
+        if future.done():
+            # It was cancelled, or told that the reactor stops.
+            if self._take(future):
+                future.set_running_or_notify_cancel()
+            ended(future)
+            return
+        try:
+            task = spawn(function, *args, name=name, reactor=self.reactor)
+        except Exception as error:
+            if self._take(future) and future.set_running_or_notify_cancel():
+                future.set_exception(drop_machinery_above(error))
+            ended(future)
+        else:
+            self._tasks[future] = task
+            task._when_done(functools.partial(self._ended, future, ended))
+
+    def _take(self, future: Future[Any]) -> bool:
+        """Whether the future waits to be told."""
+        with self._lock:
+            return self._tasks.pop(future, self) is not self
+
+    def _ended(
+        self,
+        future: _TaskFuture[Any],
+        ended: Callable[[Future[Any]], object],
+        task: Task[Any],
+    ) -> None:
+        """The task has ended for which a thread waits, unless the reactor stops."""
+        if self._take(future):
+            if task.cancelled:
+                future.cancel()
+            if future.set_running_or_notify_cancel():
+                if task.failed:
+                    future._fail(task)
+                else:
+                    future.set_result(task.result())
+        ended(future)
+
+    def cancel(self, future: Future[Any]) -> None:
+        """Cancel the task of a future, or do not begin it."""
+        task = self._tasks.get(future)
+        if task is not None:
+            task.cancel()
+        elif future in self._tasks:
+            future.cancel()
+
+    def stop(self) -> None:
+        """The reactor stops: it will run no more tasks, and waits for its threads."""
+        with self._lock:
+            self._stopped = True
+            waiting, self._tasks = self._tasks, {}
+        # Before any task is cancelled, since that may be the end of another one.
+        for future in waiting:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(_stopped())
+        for task in waiting.values():
+            if task is not None:
+                task.cancel("the reactor has stopped")
+
+
+def _stopped() -> ReactorNotRunning:
+    return ReactorNotRunning(
+        "a thread has asked for a task, and the reactor has stopped: it runs no more "
+        "tasks"
+    )
+
+
+_calls: Final[weakref.WeakKeyDictionary[Any, Calls]] = weakref.WeakKeyDictionary()
+
+
+def calls_of(reactor: Any) -> Calls:
+    """Those of a reactor.  To be called in its thread."""
+    calls = _calls.get(reactor)
+    if calls is None:
+        calls = _calls[reactor] = Calls(reactor)
+        reactor.callWhenRunning(calls.note_thread)
+        reactor.addSystemEventTrigger("during", "shutdown", calls.stop)
+        # The reactor joins its threads in the same phase, which has to come later.
+        joins = getattr(reactor, "threadpoolShutdownID", None)
+        if joins is not None:
+            reactor.removeSystemEventTrigger(joins)
+            reactor.threadpoolShutdownID = reactor.addSystemEventTrigger(
+                "during", "shutdown", reactor._stopThreadPool
+            )
+    return calls
