@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import signal
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -50,6 +51,7 @@ from twisted_rtsig.coro import (
     move_on_after,
     open_datagrams,
     open_process,
+    open_signal_receiver,
     open_tcp,
     run_group,
     select,
@@ -708,6 +710,16 @@ async def threads(reactor: Any) -> None:
         await sleep(0.001)
 
 
+async def signals(reactor: Any) -> None:
+    with open_signal_receiver(signal.SIGTERM) as receiver:
+        signal.raise_signal(signal.SIGTERM)
+        await receiver.receive()
+        with contextlib.suppress(TimeoutError), timeout(0.001):
+            await receiver.receive()
+        # It fails at the end of the block.
+        receiver.receive()
+
+
 async def processes(reactor: Any) -> None:
     async with open_process(["cat"]) as process:
         await process.stream.write(b"one\n")
@@ -755,6 +767,7 @@ async def datagrams(reactor: Any) -> None:
         streams,
         streams_that_are_lost,
         threads,
+        signals,
         processes,
         files,
         datagrams,

@@ -69,6 +69,7 @@ from twisted_rtsig.coro.serving import (
     connect,
     serve,
 )
+from twisted_rtsig.coro.signals import SignalReceiver, open_signal_receiver
 from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.symmetric import symmetric, transfer
 from twisted_rtsig.coro.tasks import (
@@ -117,6 +118,7 @@ __all__ = [
     "Semaphore",
     "Server",
     "ServerCounts",
+    "SignalReceiver",
     "SlowStep",
     "Statistics",
     "Stopped",
@@ -147,6 +149,7 @@ __all__ = [
     "move_on_at",
     "open_datagrams",
     "open_process",
+    "open_signal_receiver",
     "open_tcp",
     "open_unix",
     "remove_instrument",

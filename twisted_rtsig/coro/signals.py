@@ -1,0 +1,265 @@
+"""Signals of the operating system, for a task to receive."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator
+from types import FrameType, TracebackType
+from typing import Any, Final
+
+from twisted_rtsig.coro.errors import BusyResourceError
+from twisted_rtsig.coro.operations import Finished, Operation, failed
+from twisted_rtsig.coro.tasks import scheduler_for
+
+
+class SignalReceiver:
+    """
+    Receives signals.  Made by :func:`open_signal_receiver`.
+
+    Only one task at a time receives.
+    """
+
+    def __init__(self, signals: tuple[int, ...], reactor: Any) -> None:
+        self._signals = signals
+        self._reactor = reactor
+        self._open = False
+        # Signals that have come, each of them once, in their order.
+        self._pending: dict[int, None] = {}
+        self._receiving: Operation[int] | None = None
+        # Whether the reactor is to call _deliver.
+        self._called = False
+
+    def receive(self) -> Operation[int]:
+        """
+        The number of the next signal: a ``signal.Signals`` where it has a name.  A
+        signal that comes several times before it is received is received once.
+
+        :raises BusyResourceError: if another task receives already.
+        :raises RuntimeError: outside of the C{with} block.
+        """
+        if not self._open:
+            return failed(self._not_open())
+        if self._receiving is not None:
+            raise BusyResourceError(f"another task receives from {self!r} already")
+        if self._pending:
+            finished: Finished[int] = Finished()
+            finished.result = self._next()
+            return finished
+        operation: Operation[int] = Operation()
+        operation.owner = self
+        self._receiving = operation
+        return operation
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        while True:
+            yield await self.receive()
+
+    def __enter__(self) -> SignalReceiver:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError(
+                "open_signal_receiver() works only in the main thread, since Python "
+                "handles signals there"
+            )
+        if self._open:
+            raise RuntimeError(f"{self!r} is open already")
+        done: list[int] = []
+        try:
+            for number in self._signals:
+                _handling_of(number).add(self)
+                done.append(number)
+        except BaseException:
+            for number in done:
+                _handling_of(number).remove(self)
+            raise
+        self._open = True
+        # When it starts, the reactor handles SIGTERM by itself.
+        self._reactor.callWhenRunning(self._handle_again)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._open = False
+        for number in self._signals:
+            _handling_of(number).remove(self)
+        receiving, self._receiving = self._receiving, None
+        if receiving is not None and not receiving.called:
+            receiving.fail(self._not_open(), quietly=True)
+        # Nothing is lost that came meanwhile: it is the turn of the handlers before.
+        pending, self._pending = self._pending, {}
+        _raise_all(list(pending))
+
+    def _handle_again(self) -> None:
+        if self._open:
+            for number in self._signals:
+                _handling_of(number).install()
+
+    def _not_open(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self!r} is not open: receive within with open_signal_receiver(...)"
+        )
+
+    def came(self, number: int) -> None:
+        """In the handler of the signal, which interrupts any code of this thread."""
+        self._pending[number] = None
+        if not self._called:
+            self._called = True
+            self._reactor.callFromThread(self._deliver)
+
+    def _deliver(self) -> None:
+        self._called = False
+        receiving = self._receiving
+        if receiving is not None and self._pending:
+            self._receiving = None
+            receiving.succeed(self._next())
+
+    def _next(self) -> int:
+        number = next(iter(self._pending))
+        del self._pending[number]
+        return _named(number)
+
+    def forget(self, operation: Operation[Any]) -> None:
+        """See ``Owner.forget``."""
+        self._receiving = None
+
+    def waits_for(self, operation: Operation[Any]) -> str:
+        """See ``Owner.waits_for``."""
+        return f"a signal to {self!r}"
+
+    def __repr__(self) -> str:
+        names = ", ".join(_name(number) for number in self._signals)
+        return f"<receiver of {names}>"
+
+
+def _raise_all(numbers: list[int]) -> None:
+    """Raise signals, all of them even if a handler raises an exception."""
+    if numbers:
+        try:
+            signal.raise_signal(numbers[0])
+        finally:
+            _raise_all(numbers[1:])
+
+
+class _Handling:
+    """
+    The receivers of one signal.  The one that was opened last gets it.
+
+    Each :class:`SignalReceiver` could save and restore the handler by itself, if they
+    were always closed in the opposite order.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._receivers: list[SignalReceiver] = []
+        self._previous: Any = None
+
+    def add(self, receiver: SignalReceiver) -> None:
+        """
+        :raises OSError: if the system lets no process handle the signal.
+        :raises ValueError: if there is no such signal, or a reactor needs it.
+        """
+        if not self._receivers:
+            self.install()
+        self._receivers.append(receiver)
+
+    def install(self) -> None:
+        """Handle the signal, unless it is handled here already."""
+        previous = signal.getsignal(self._number)
+        if previous == self._handle:
+            return
+        if previous is None:
+            raise RuntimeError(
+                f"a handler that is not of Python handles {_name(self._number)}, and "
+                "could not be restored"
+            )
+        try:
+            signal.signal(self._number, self._handle)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"no process can receive {_name(self._number)}"
+            ) from None
+        self._previous = previous
+
+    def remove(self, receiver: SignalReceiver) -> None:
+        """Restore the handler that was there before, unless others receive."""
+        self._receivers.remove(receiver)
+        if not self._receivers:
+            previous, self._previous = self._previous, None
+            # Unless another handler was set meanwhile, which knows of this one.
+            if signal.getsignal(self._number) == self._handle:
+                signal.signal(self._number, previous)
+            del _handled[self._number]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._receivers:
+            self._receivers[-1].came(number)
+        elif callable(self._previous):
+            self._previous(number, frame)
+
+
+_handled: Final[dict[int, _Handling]] = {}
+
+
+def _handling_of(number: int) -> _Handling:
+    handling = _handled.get(number)
+    if handling is None:
+        handling = _handled[number] = _Handling(number)
+    return handling
+
+
+def _named(number: int) -> int:
+    try:
+        return signal.Signals(number)
+    except ValueError:
+        # Of the realtime signals only the first and the last have names.
+        return number
+
+
+def _name(number: int) -> str:
+    named = _named(number)
+    return named.name if isinstance(named, signal.Signals) else f"signal {number}"
+
+
+def open_signal_receiver(*signals: int, reactor: Any | None = None) -> SignalReceiver:
+    """
+    Receive signals, in place of the handlers that they have::
+
+        with open_signal_receiver(signal.SIGHUP, signal.SIGTERM) as received:
+            async for number in received:
+                ...
+
+    For the time of the block the signals do nothing else: a reactor does not stop at
+    C{SIGTERM}.  At its end the handlers are restored, and what was not received is
+    raised again.  If there are several receivers of one signal, then the one that was
+    opened last gets it.
+
+    :param signals: their numbers.
+    :param reactor: an ``IReactorFromThreads`` provider; by default that of the task.
+    :raises TypeError: if there are no signals.
+    :raises ValueError: if there is no such signal, or a reactor of this package needs
+        it.
+    :raises OSError: (at the beginning of the block) if no process can receive it, as
+        C{SIGKILL}.
+    :raises RuntimeError: (at the beginning of the block) in another thread than the
+        main one.
+    """
+    if not signals:
+        raise TypeError("open_signal_receiver() needs signals to receive")
+    for number in signals:
+        if number not in signal.valid_signals():
+            raise ValueError(f"there is no signal {number!r}")
+        if sys.platform != "win32":
+            from twisted_rtsig.notifiers.signal_mask import blocked
+
+            if number in blocked & signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+                raise ValueError(
+                    f"{_name(number)} cannot be received: the reactor uses it for "
+                    "input and output; choose another one"
+                )
+    numbers = tuple(dict.fromkeys(int(each) for each in signals))
+    return SignalReceiver(numbers, scheduler_for(reactor).reactor)
