@@ -5,8 +5,11 @@ that what breaks one is noticed.
 
 from __future__ import annotations
 
+import contextlib
+import re
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +27,17 @@ from twisted.internet.interfaces import IReactorUNIX
 from twisted.internet.ssl import PrivateCertificate, optionsForClientTLS
 from twisted.internet.task import Clock
 
-from tests.coro.support import run
+from tests.coro.support import run, run_for_real
 from twisted_rtsig.coro import (
+    ByteStream,
     Channel,
     Event,
     IncompleteRead,
     Server,
+    StapledStream,
     Stream,
     connect,
+    open_process,
     serve,
     spawn,
 )
@@ -171,6 +177,186 @@ def test_in_memory_on_a_reactor(reactor: Any, check: StreamCheck) -> None:
         return stream_pair()
 
     run(reactor, check, make)
+
+
+# Two streams as one
+
+
+def stapled(reactor: Any = None) -> tuple[StapledStream, StapledStream]:
+    one, other = stream_pair(reactor=reactor)
+    third, fourth = stream_pair(reactor=reactor)
+    return StapledStream(one, third), StapledStream(fourth, other)
+
+
+@every_check
+def test_stapled_in_memory(check: StreamCheck) -> None:
+    run_in_memory(check, stapled)
+
+
+class OfAnotherPackage:
+    """
+    A C{ByteStream} whose methods are coroutines, and which has nothing else.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    @property
+    def ended(self) -> bool:
+        return self._stream.ended
+
+    @property
+    def lost(self) -> bool:
+        return self._stream.lost
+
+    async def read(self, max_bytes: int = 1 << 16) -> bytes:
+        return await self._stream.read(max_bytes)
+
+    async def peek(self, max_bytes: int = 1 << 16) -> bytes:
+        return await self._stream.peek(max_bytes)
+
+    async def read_exactly(self, size: int) -> bytes:
+        return await self._stream.read_exactly(size)
+
+    async def read_until(self, delimiter: bytes, max_bytes: int = 1 << 16) -> bytes:
+        return await self._stream.read_until(delimiter, max_bytes)
+
+    async def read_line(self, max_bytes: int = 1 << 16) -> bytes:
+        return await self._stream.read_line(max_bytes)
+
+    async def read_until_regex(
+        self, pattern: bytes | re.Pattern[bytes], max_bytes: int = 1 << 16
+    ) -> bytes:
+        return await self._stream.read_until_regex(pattern, max_bytes)
+
+    async def lines(self, max_bytes: int = 1 << 16) -> AsyncIterator[bytes]:
+        async for line in self._stream.lines(max_bytes):
+            yield line
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.write(data)
+
+    async def write_eof(self) -> None:
+        await self._stream.write_eof()
+
+    async def close(self) -> None:
+        await self._stream.close()
+
+    async def abort(self) -> None:
+        await self._stream.abort()
+
+    async def __aenter__(self) -> OfAnotherPackage:
+        return self
+
+    async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        await (self.close() if error is None else self.abort())
+
+
+@pytest.mark.parametrize("as_one", [False, True])
+@every_check
+def test_streams_of_another_package(
+    reactor: Any, check: StreamCheck, as_one: bool
+) -> None:
+    async def make() -> tuple[ByteStream, ByteStream]:
+        one, other = map(OfAnotherPackage, stream_pair())
+        if not as_one:
+            return one, other
+        third, fourth = map(OfAnotherPackage, stream_pair())
+        return StapledStream(one, third), StapledStream(fourth, other)
+
+    run(reactor, check, make)
+
+
+def test_a_stapled_stream_closes_both_in_any_case() -> None:
+    async def main() -> None:
+        one, other = stream_pair()
+        third, fourth = stream_pair()
+        with contextlib.suppress(KeyError):
+            async with StapledStream(one, third) as both:
+                assert "StapledStream of" in repr(both)
+                raise KeyError
+        assert one.lost
+        assert third.lost
+
+        class Fails(Broken):
+            async def close(self) -> None:
+                raise OSError("cannot be closed")
+
+        both = StapledStream(Fails(other), fourth)
+        with pytest.raises(OSError, match="cannot be closed"):
+            await both.close()
+        assert fourth.lost
+
+    clock = Clock()
+    task = spawn(main, reactor=clock)
+    while not task.done:
+        clock.advance(0)
+    task.result()
+
+
+# A process
+
+
+RELAY = """
+import os, select, socket, sys
+
+peer = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+# What ends a direction, and what is read from it and written to it.
+ways = {0: peer.fileno(), peer.fileno(): 1}
+poll = select.poll()
+for source in ways:
+    poll.register(source, select.POLLIN)
+poll.register(1, 0)
+while ways:
+    for source, event in poll.poll():
+        if source == 1:
+            # Nothing reads the output any more; the input may not be at its end.
+            poll.unregister(1)
+            if ways.pop(peer.fileno(), None) is not None:
+                poll.unregister(peer.fileno())
+            continue
+        if source not in ways:
+            continue
+        try:
+            data = os.read(source, 1 << 16)
+            left = memoryview(data)
+            while left:
+                left = left[os.write(ways[source], left) :]
+        except OSError:
+            os._exit(0)
+        if not data:
+            poll.unregister(source)
+            target = ways.pop(source)
+            if target == 1:
+                poll.unregister(1)
+                os.close(1)
+            else:
+                peer.shutdown(socket.SHUT_WR)
+"""
+
+
+@every_check
+@pytest.mark.skipif(sys.platform == "win32", reason="poll and pipes of POSIX")
+def test_the_stream_of_a_process(reactor: Any, check: StreamCheck) -> None:
+    """The program is one side, and a connection that it makes the other one."""
+
+    async def main() -> None:
+        processes = []
+        accepting = over_tcp(reactor)
+        async with accepting:
+            port = accepting.server.port.getHost().port
+
+            async def make() -> tuple[ByteStream, ByteStream]:
+                command = [sys.executable, "-c", RELAY, str(port)]
+                process = open_process(command)
+                processes.append(process)
+                return process.stream, await accepting.accepted.receive()
+
+            await check(make)
+        for process in processes:
+            await process.wait()
+
+    run_for_real(reactor, main)
 
 
 # What breaks a rule

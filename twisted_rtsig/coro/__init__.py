@@ -26,6 +26,7 @@ from twisted_rtsig.coro.errors import (
     EndOfChannel,
     FileEnded,
     IncompleteRead,
+    IncompleteText,
     NoTaskError,
     StreamError,
     TLSError,
@@ -70,6 +71,8 @@ from twisted_rtsig.coro.serving import (
     serve,
 )
 from twisted_rtsig.coro.signals import SignalReceiver, open_signal_receiver
+from twisted_rtsig.coro.stapled import StapledStream
+from twisted_rtsig.coro.stream_protocols import ByteStream, ReceiveStream, SendStream
 from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.symmetric import symmetric, transfer
 from twisted_rtsig.coro.tasks import (
@@ -80,6 +83,7 @@ from twisted_rtsig.coro.tasks import (
     sleep,
     spawn,
 )
+from twisted_rtsig.coro.text import TextStream
 from twisted_rtsig.coro.threads import from_thread, in_thread
 from twisted_rtsig.coro.tls import TLSInfo
 from twisted_rtsig.coro.watchdog import watch_for_blocking
@@ -87,6 +91,7 @@ from twisted_rtsig.coro.watchdog import watch_for_blocking
 __all__ = [
     "TASK_STATUS_IGNORED",
     "BusyResourceError",
+    "ByteStream",
     "CancelScope",
     "Cancelled",
     "CapacityLimiter",
@@ -109,17 +114,21 @@ __all__ = [
     "FileEnded",
     "Histogram",
     "IncompleteRead",
+    "IncompleteText",
     "Instrument",
     "Lock",
     "LoopMonitor",
     "NoTaskError",
     "Portal",
     "Process",
+    "ReceiveStream",
     "Semaphore",
+    "SendStream",
     "Server",
     "ServerCounts",
     "SignalReceiver",
     "SlowStep",
+    "StapledStream",
     "Statistics",
     "Stopped",
     "Stream",
@@ -131,6 +140,7 @@ __all__ = [
     "TaskCounts",
     "TaskGroup",
     "TaskStatus",
+    "TextStream",
     "ThreadCounts",
     "TransferError",
     "UnreadPlaintext",

@@ -60,17 +60,29 @@ class IncompleteRead(StreamError):
         self.partial = partial
 
 
+class IncompleteText(IncompleteRead):
+    """
+    A stream of text has ended in the middle of a line.
+
+    :ivar text: what there was of it; C{partial} has it in bytes.
+    """
+
+    def __init__(self, text: str, encoding: str) -> None:
+        super().__init__(text.encode(encoding, "replace"), "a line")
+        self.text = text
+
+
 class DelimiterNotFound(StreamError):
     """
     There is no end within the limit.  All of it is still in the stream.
 
-    :ivar max_bytes: the limit.
+    :ivar max_bytes: the limit; of a ``TextStream`` in characters.
     """
 
-    def __init__(self, wanted: str, max_bytes: int) -> None:
+    def __init__(self, wanted: str, max_bytes: int, unit: str = "bytes") -> None:
         super().__init__(
-            f"{wanted} does not end within {max_bytes} bytes: refuse the peer, or "
-            "pass a larger max_bytes"
+            f"{wanted} does not end within {max_bytes} {unit}: refuse the peer, or "
+            f"pass a larger {'max_bytes' if unit == 'bytes' else 'max_chars'}"
         )
         self.max_bytes = max_bytes
 

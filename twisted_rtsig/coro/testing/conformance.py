@@ -1,7 +1,8 @@
 """
 What a stream must do, whatever carries it: one check for each rule.
 
-A check takes a function that makes two streams, each the other side of the other.
+A check takes a function that makes two streams, each the other side of the other: any
+C{ByteStream}.
 Where they do not keep the rule, it raises an C{AssertionError}, or what they raise.
 """
 
@@ -23,10 +24,10 @@ from twisted_rtsig.coro.errors import (
 )
 from twisted_rtsig.coro.groups import TaskGroup
 from twisted_rtsig.coro.scopes import timeout
-from twisted_rtsig.coro.streams import Stream
+from twisted_rtsig.coro.stream_protocols import ByteStream
 from twisted_rtsig.coro.tasks import sleep, spawn
 
-MakePair = Callable[[], Awaitable[tuple[Any, Any]]]
+MakePair = Callable[[], Awaitable[tuple[ByteStream, ByteStream]]]
 StreamCheck = Callable[[MakePair], Coroutine[Any, Any, None]]
 
 _PATIENCE: Final = 60
@@ -45,7 +46,9 @@ _raises = TestCase().assertRaises
 _checks: list[StreamCheck] = []
 
 
-def _check(function: Callable[[Stream, Stream], Awaitable[None]]) -> StreamCheck:
+def _check(
+    function: Callable[[ByteStream, ByteStream], Awaitable[None]],
+) -> StreamCheck:
     """Run it with a new pair; and once more, with the other side of another one."""
 
     @functools.wraps(function)
@@ -68,20 +71,20 @@ def _check(function: Callable[[Stream, Stream], Awaitable[None]]) -> StreamCheck
 
 
 @_check
-async def _everything_arrives_in_order(one: Stream, other: Stream) -> None:
+async def _everything_arrives_in_order(one: ByteStream, other: ByteStream) -> None:
     """Both ways at once, written and read in all kinds of pieces."""
     data = _PIECE * (_MUCH // len(_PIECE))
     received = {one: bytearray(), other: bytearray()}
     wrong_sizes = []
 
-    async def write(stream: Stream) -> None:
+    async def write(stream: ByteStream) -> None:
         start, size = 0, 1
         while start < len(data):
             await stream.write(data[start : start + size])
             start, size = start + size, size * 2 % 99_991
         await stream.write(b"")
 
-    async def read(stream: Stream) -> None:
+    async def read(stream: ByteStream) -> None:
         size = 1
         while len(received[stream]) < len(data):
             piece = await stream.read(size)
@@ -100,7 +103,7 @@ async def _everything_arrives_in_order(one: Stream, other: Stream) -> None:
         _true(got == data, "what was read is not what was written")
 
 
-async def _read_a_message(stream: Stream) -> None:
+async def _read_a_message(stream: ByteStream) -> None:
     _equal(await stream.peek(1), b"a")
     _equal(await stream.read_line(), b"a line")
     _equal(await stream.read_line(), b"another")
@@ -116,7 +119,7 @@ _MESSAGE: Final = b"a line\r\nanother\n- until--12345x=42;and the END!"
 
 
 @_check
-async def _reads_find_what_they_want(one: Stream, other: Stream) -> None:
+async def _reads_find_what_they_want(one: ByteStream, other: ByteStream) -> None:
     """However it comes: at once, and byte by byte."""
     await one.write(_MESSAGE)
     await _read_a_message(other)
@@ -128,7 +131,7 @@ async def _reads_find_what_they_want(one: Stream, other: Stream) -> None:
 
 
 @_check
-async def _reads_have_a_limit(one: Stream, other: Stream) -> None:
+async def _reads_have_a_limit(one: ByteStream, other: ByteStream) -> None:
     """What is too long is an error, and stays there."""
     await one.write(b"0123456789\n")
     with _raises(DelimiterNotFound):
@@ -146,7 +149,7 @@ async def _reads_have_a_limit(one: Stream, other: Stream) -> None:
 
 
 @_check
-async def _what_was_written_may_change(one: Stream, other: Stream) -> None:
+async def _what_was_written_may_change(one: ByteStream, other: ByteStream) -> None:
     """When C{write} has ended, the buffer is the writer's again."""
     data = bytearray(b"one ")
     await one.write(data)
@@ -160,7 +163,7 @@ async def _what_was_written_may_change(one: Stream, other: Stream) -> None:
 
 
 @_check
-async def _a_cancelled_read_takes_nothing(one: Stream, other: Stream) -> None:
+async def _a_cancelled_read_takes_nothing(one: ByteStream, other: ByteStream) -> None:
     """Neither before anything has come, nor after a part of it."""
     for begun in (b"", b"begu"):
         await one.write(begun)
@@ -178,7 +181,7 @@ async def _a_cancelled_read_takes_nothing(one: Stream, other: Stream) -> None:
 
 
 @_check
-async def _one_reads_at_a_time(one: Stream, other: Stream) -> None:
+async def _one_reads_at_a_time(one: ByteStream, other: ByteStream) -> None:
     """The second is told so, and the first has what comes."""
     first = spawn(other.read_exactly, 5)
     await sleep(0)
@@ -190,7 +193,7 @@ async def _one_reads_at_a_time(one: Stream, other: Stream) -> None:
 
 
 @_check
-async def _writes_wait_for_the_reader(one: Stream, other: Stream) -> None:
+async def _writes_wait_for_the_reader(one: ByteStream, other: ByteStream) -> None:
     """Where nobody reads, memory does not fill; and later all of it is there."""
     written = 0
 
@@ -207,7 +210,7 @@ async def _writes_wait_for_the_reader(one: Stream, other: Stream) -> None:
         await sleep(0.05)
     _true(not writing.done, f"{written} bytes were written, and nobody reads")
     writing.cancel()
-    closed = one.close()
+    closed = spawn(one.close)
     received = 0
     while data := await other.read():
         expected = (_PIECE * 2)[received % len(_PIECE) :][: len(data)]
@@ -222,10 +225,10 @@ async def _writes_wait_for_the_reader(one: Stream, other: Stream) -> None:
 
 
 @_check
-async def _the_end_comes_after_the_rest(one: Stream, other: Stream) -> None:
+async def _the_end_comes_after_the_rest(one: ByteStream, other: ByteStream) -> None:
     """A close is the end of what was written, and says so as often as asked."""
     await one.write(b"first\nlast")
-    closed = one.close()
+    closed = spawn(one.close)
     lines = other.lines()
     _equal(await lines.__anext__(), b"first")
     with _raises(IncompleteRead) as caught:
@@ -244,7 +247,7 @@ async def _the_end_comes_after_the_rest(one: Stream, other: Stream) -> None:
 
 
 @_check
-async def _half_close(one: Stream, other: Stream) -> None:
+async def _half_close(one: ByteStream, other: ByteStream) -> None:
     """The other direction goes on.  Or there is none, and C{write_eof} says so."""
     await one.write(b"the last")
     try:
@@ -264,7 +267,7 @@ async def _half_close(one: Stream, other: Stream) -> None:
 
 
 @_check
-async def _close_is_final(one: Stream, other: Stream) -> None:
+async def _close_is_final(one: ByteStream, other: ByteStream) -> None:
     """Twice is as good as once, and what is written afterwards an error."""
     async with one:
         await one.write(b"bye")
@@ -278,7 +281,7 @@ async def _close_is_final(one: Stream, other: Stream) -> None:
 
 
 @_check
-async def _an_abort_ends_everything(one: Stream, other: Stream) -> None:
+async def _an_abort_ends_everything(one: ByteStream, other: ByteStream) -> None:
     """Of this side, and of the other: who waits is told."""
     reading = [spawn(_read_till_the_end, stream) for stream in (one, other)]
     await sleep(0)
@@ -290,7 +293,7 @@ async def _an_abort_ends_everything(one: Stream, other: Stream) -> None:
         await one.write(b"more")
 
 
-async def _read_till_the_end(stream: Stream) -> None:
+async def _read_till_the_end(stream: ByteStream) -> None:
     try:
         while await stream.read():
             pass
@@ -299,7 +302,7 @@ async def _read_till_the_end(stream: Stream) -> None:
 
 
 @_check
-async def _writes_to_nobody_fail(one: Stream, other: Stream) -> None:
+async def _writes_to_nobody_fail(one: ByteStream, other: ByteStream) -> None:
     """Sooner or later, where the other side was aborted: also those that wait."""
     writing = spawn(_write_for_ever, one)
     await sleep(0.05)
@@ -310,7 +313,7 @@ async def _writes_to_nobody_fail(one: Stream, other: Stream) -> None:
         await one.write(b"more")
 
 
-async def _write_for_ever(stream: Stream) -> None:
+async def _write_for_ever(stream: ByteStream) -> None:
     while True:
         await stream.write(_PIECE)
         # Not all of it at once, where nothing waits.

@@ -1,0 +1,147 @@
+"""One stream of two: one to write to, and one to read from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Awaitable
+from types import TracebackType
+
+from twisted.internet.defer import Deferred
+
+from twisted_rtsig.coro.operations import ignore
+from twisted_rtsig.coro.stream_protocols import ReceiveStream, SendStream
+from twisted_rtsig.coro.streams import MAX_BYTES
+from twisted_rtsig.coro.tasks import scheduler_for, spawn
+
+
+class StapledStream:
+    """
+    Two streams of which one is written to and the other one read from, as one: the
+    input and the output of two processes, for example, or two pipes.
+
+    Every method is that of :class:`Stream`.  To close or to abort it closes or aborts
+    both.
+
+    :ivar send_stream: the one to write to.
+    :ivar receive_stream: the one to read from.
+    """
+
+    def __init__(self, send_stream: SendStream, receive_stream: ReceiveStream) -> None:
+        self.send_stream = send_stream
+        self.receive_stream = receive_stream
+        self._reactor = scheduler_for(None).reactor
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come; there may be something left to read."""
+        return self.receive_stream.ended
+
+    @property
+    def lost(self) -> bool:
+        """Whether the stream to write to is gone."""
+        return self.send_stream.lost
+
+    # Reading
+
+    def read(self, max_bytes: int = MAX_BYTES) -> Awaitable[bytes]:
+        """See ``Stream.read``."""
+        return self.receive_stream.read(max_bytes)
+
+    def peek(self, max_bytes: int = MAX_BYTES) -> Awaitable[bytes]:
+        """See ``Stream.peek``."""
+        return self.receive_stream.peek(max_bytes)
+
+    def read_exactly(self, size: int) -> Awaitable[bytes]:
+        """See ``Stream.read_exactly``."""
+        return self.receive_stream.read_exactly(size)
+
+    def read_until(
+        self, delimiter: bytes, max_bytes: int = MAX_BYTES
+    ) -> Awaitable[bytes]:
+        """See ``Stream.read_until``."""
+        return self.receive_stream.read_until(delimiter, max_bytes)
+
+    def read_line(self, max_bytes: int = MAX_BYTES) -> Awaitable[bytes]:
+        """See ``Stream.read_line``."""
+        return self.receive_stream.read_line(max_bytes)
+
+    def read_until_regex(
+        self, pattern: bytes | re.Pattern[bytes], max_bytes: int = MAX_BYTES
+    ) -> Awaitable[bytes]:
+        """See ``Stream.read_until_regex``."""
+        return self.receive_stream.read_until_regex(pattern, max_bytes)
+
+    def lines(self, max_bytes: int = MAX_BYTES) -> AsyncIterator[bytes]:
+        """See ``Stream.lines``."""
+        return self.receive_stream.lines(max_bytes)
+
+    # Writing, and the end
+
+    def write(self, data: bytes | bytearray | memoryview) -> Awaitable[None]:
+        """See ``Stream.write``."""
+        return self.send_stream.write(data)
+
+    def write_eof(self) -> Awaitable[None]:
+        """See ``Stream.write_eof``."""
+        return self.send_stream.write_eof()
+
+    def close(self) -> Deferred[None]:
+        """
+        Close both.
+
+        The Deferred fires when both are closed.
+        """
+        return self._both(self.send_stream.close(), self.receive_stream.close())
+
+    def abort(self) -> Deferred[None]:
+        """
+        Abort both.
+
+        The Deferred fires when both are gone.
+        """
+        return self._both(self.send_stream.abort(), self.receive_stream.abort())
+
+    def _both(self, *ends: Awaitable[None]) -> Deferred[None]:
+        waiting = spawn(_wait_for_both, *ends, reactor=self._reactor)
+        return waiting.as_deferred()
+
+    async def __aenter__(self) -> StapledStream:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        closing = self.close() if error is None else self.abort()
+        if isinstance(error, GeneratorExit):
+            # Nothing can resume this any more.
+            closing.addErrback(ignore)
+            return
+        try:
+            await closing
+        except BaseException:
+            self.abort().addErrback(ignore)
+            raise
+
+    def __repr__(self) -> str:
+        return f"<StapledStream of {self.send_stream!r} and {self.receive_stream!r}>"
+
+
+async def _wait_for_both(one: Awaitable[None], other: Awaitable[None]) -> None:
+    # Where it is a coroutine, it begins now.
+    waiting = spawn(_wait_for, other)
+    try:
+        await one
+    except Exception:
+        await waiting
+        raise
+    except BaseException:
+        waiting.cancel()
+        raise
+    await waiting
+
+
+async def _wait_for(awaitable: Awaitable[None]) -> None:
+    await awaitable

@@ -1,0 +1,98 @@
+"""
+What a stream is to code that reads from it or writes to it, whatever carries it.
+
+``twisted_rtsig.coro.testing.STREAM_CHECKS`` are the rules that come with these methods.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Awaitable
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+from twisted_rtsig.coro.streams import MAX_BYTES
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class ReceiveStream(Protocol):
+    """
+    A stream of bytes to read from.  :class:`Stream` says what each method does.
+    """
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come; there may be something left to read."""
+
+    def read(self, max_bytes: int = MAX_BYTES) -> Awaitable[bytes]:
+        """See ``Stream.read``."""
+
+    def peek(self, max_bytes: int = MAX_BYTES) -> Awaitable[bytes]:
+        """See ``Stream.peek``."""
+
+    def read_exactly(self, size: int) -> Awaitable[bytes]:
+        """See ``Stream.read_exactly``."""
+
+    def read_until(
+        self, delimiter: bytes, max_bytes: int = MAX_BYTES
+    ) -> Awaitable[bytes]:
+        """See ``Stream.read_until``."""
+
+    def read_line(self, max_bytes: int = MAX_BYTES) -> Awaitable[bytes]:
+        """See ``Stream.read_line``."""
+
+    def read_until_regex(
+        self, pattern: bytes | re.Pattern[bytes], max_bytes: int = MAX_BYTES
+    ) -> Awaitable[bytes]:
+        """See ``Stream.read_until_regex``."""
+
+    def lines(self, max_bytes: int = MAX_BYTES) -> AsyncIterator[bytes]:
+        """See ``Stream.lines``."""
+
+    def close(self) -> Awaitable[None]:
+        """See ``Stream.close``."""
+
+    def abort(self) -> Awaitable[None]:
+        """See ``Stream.abort``."""
+
+
+class SendStream(Protocol):
+    """
+    A stream of bytes to write to.  :class:`Stream` says what each method does.
+    """
+
+    @property
+    def lost(self) -> bool:
+        """Whether the connection is gone."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> Awaitable[None]:
+        """See ``Stream.write``."""
+
+    def write_eof(self) -> Awaitable[None]:
+        """See ``Stream.write_eof``."""
+
+    def close(self) -> Awaitable[None]:
+        """See ``Stream.close``."""
+
+    def abort(self) -> Awaitable[None]:
+        """See ``Stream.abort``."""
+
+
+class ByteStream(ReceiveStream, SendStream, Protocol):
+    """
+    A stream of bytes in both directions, such as :class:`Stream` and
+    :class:`StapledStream`, and what those of other packages can be.
+    """
+
+    async def __aenter__(self) -> Self:
+        """Begin a block that closes the stream, or aborts it if it raises."""
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the block."""
