@@ -23,6 +23,7 @@ from twisted_rtsig.coro import (
     Portal,
     Stream,
     Task,
+    TaskStatus,
     current_task,
     from_thread,
     in_thread,
@@ -214,6 +215,34 @@ def test_the_thread_of_the_reactor_would_wait_for_itself(reactor: Any) -> None:
             with pytest.raises(RuntimeError, match="would wait for itself"):
                 await in_thread(from_thread, call_from_thread)
             assert "open, with 0 tasks" in repr(portal)
+
+    run_for_real(reactor, main)
+
+
+def test_a_task_that_says_when_it_is_ready(reactor: Any) -> None:
+    async def listen(*, task_status: TaskStatus[str]) -> str:
+        await sleep(0)
+        task_status.started("ready")
+        await sleep(0)
+        return "done"
+
+    async def fails_before(*, task_status: TaskStatus[str]) -> None:
+        await fails()
+
+    async def never(*, task_status: TaskStatus[str]) -> None:
+        await sleep(0)
+
+    def work(portal: Portal) -> None:
+        future, value = portal.start(listen)
+        assert (value, future.result()) == ("ready", "done")
+        with pytest.raises(Gone, match="why"):
+            portal.start(fails_before)
+        with pytest.raises(RuntimeError, match="without a call of"):
+            portal.start(never)
+
+    async def main() -> None:
+        async with Portal() as portal:
+            await in_other_thread(work, portal)
 
     run_for_real(reactor, main)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, Final, Generic, TypeVar, overload
+from typing import Any, Final, Generic, Protocol, TypeVar, overload
 
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
@@ -214,15 +214,22 @@ class TaskGroup(Scope):
         return f"<TaskGroup of {len(self._tasks)} tasks>"
 
 
+class StartedListener(Protocol):
+    """What waits until a task is ready."""
+
+    def started(self, value: Any) -> None:
+        """The task is ready."""
+
+
 class TaskStatus(Generic[T]):
     """
     What a function gets as C{task_status} that :meth:`TaskGroup.start` runs: by it the
     task says that it is ready.
     """
 
-    def __init__(self, starting: _Starting) -> None:
+    def __init__(self, starting: StartedListener) -> None:
         # None once the task is ready, or has ended.
-        self._starting: _Starting | None = starting
+        self._starting: StartedListener | None = starting
 
     @overload
     def started(self: TaskStatus[None]) -> None: ...

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar, overload
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ReactorNotRunning
 
+from twisted_rtsig.coro.groups import TaskStatus
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.operations import ignore
 from twisted_rtsig.coro.tasks import Task, name_of, scheduler_for, spawn
@@ -116,6 +117,27 @@ class Portal:
         """
         return self._submit(function, args, name)
 
+    def start(
+        self, function: Callable[..., Any], *args: object, name: str | None = None
+    ) -> tuple[Future[Any], Any]:
+        """
+        As :meth:`spawn`, and wait until the task says that it is ready, as
+        ``TaskGroup.start`` does.
+
+        :param function: called with C{args}, and with C{task_status}, a
+            :class:`TaskStatus`.
+        :return: the future of the task, and what C{task_status.started} was called
+            with.
+        :raises RuntimeError: as :meth:`call` does; or if the task has returned and not
+            called C{task_status.started}.
+        """
+        ready: Future[Any] = Future()
+        status: TaskStatus[Any] = TaskStatus(_Ready(ready))
+        run = functools.partial(function, *args, task_status=status)
+        running = self._submit(run, (), name or name_of(function))
+        value = _wait_until_ready(ready, running)
+        return running, value
+
     @contextlib.contextmanager
     def wrap_async_context_manager(
         self, manager: contextlib.AbstractAsyncContextManager[T]
@@ -133,17 +155,7 @@ class Portal:
         entered: Future[T] = Future()
         leaving: Deferred[BaseException | None] = Deferred()
         held = self._submit(_hold, (manager, entered, leaving), name_of(type(manager)))
-        # Also if it could not be entered.
-        held.add_done_callback(functools.partial(_pass_error, entered))
-        try:
-            value = entered.result()
-        except FutureCancelled:
-            # Why, tells the task.
-            wait_for(held)
-            raise
-        except BaseException:
-            held.cancel()
-            raise
+        value = _wait_until_ready(entered, held)
         error: BaseException | None = None
         try:
             yield value
@@ -245,9 +257,7 @@ async def _hold(
     """Enter, and leave when the thread does: whether its error was swallowed."""
     value = await manager.__aenter__()
     try:
-        # Unless the thread was interrupted meanwhile.
-        if entered.set_running_or_notify_cancel():
-            entered.set_result(value)
+        _Ready(entered).started(value)
         error = await leaving
     except BaseException as raised:
         if not await manager.__aexit__(type(raised), raised, raised.__traceback__):
@@ -262,10 +272,44 @@ async def _hold(
         del error
 
 
-def _pass_error(entered: Future[Any], held: Future[Any]) -> None:
-    if not entered.done():
-        entered.cancel()
-        entered.set_running_or_notify_cancel()
+class _Ready:
+    """Tells a thread that a task is ready."""
+
+    def __init__(self, ready: Future[Any]) -> None:
+        self._ready = ready
+
+    def started(self, value: Any) -> None:
+        """See ``TaskStatus.started``."""
+        # Unless the thread was interrupted meanwhile.
+        if self._ready.set_running_or_notify_cancel():
+            self._ready.set_result(value)
+
+
+def _wait_until_ready(ready: Future[T], running: Future[Any]) -> T:
+    """
+    What a task passes when it is ready; or its error, if it ends before.
+
+    :param running: of the result of the task.
+    """
+    running.add_done_callback(functools.partial(_give_up, ready))
+    try:
+        return ready.result()
+    except FutureCancelled:
+        wait_for(running)
+        raise RuntimeError(
+            "the task has returned without a call of task_status.started()"
+        ) from None
+    except BaseException:
+        # A KeyboardInterrupt.
+        ready.cancel()
+        running.cancel()
+        raise
+
+
+def _give_up(ready: Future[Any], running: Future[Any]) -> None:
+    if not ready.done():
+        ready.cancel()
+        ready.set_running_or_notify_cancel()
 
 
 # Below portals and from_thread
