@@ -220,7 +220,10 @@ def coroutines(reactor_module: str, service: str, folder: Path) -> None:
     running: Any = reactor
     handlers = {"echo": echo, "lines": echo_lines}
     factory = CoroutineFactory(
-        redis_example().Database().session if service == "redis" else handlers[service]
+        redis_example().Database().session if service == "redis" else handlers[service],
+        # Thousands of connections say nothing.
+        max_connections=None,
+        first_byte_timeout=None,
     )
     port = running.listenTCP(0, factory, backlog=BACKLOG, interface="127.0.0.1")
     say(port.getHost().port)

@@ -92,7 +92,7 @@ class Room:
 
 async def main(reactor: Any, port: str = "2323") -> None:
     endpoint = TCP4ServerEndpoint(reactor, int(port), interface="127.0.0.1")
-    server = await serve(endpoint, Room().session, max_connections=1000)
+    server = await serve(endpoint, Room().session)
     print("telnet 127.0.0.1", server.port.getHost().port, flush=True)
     await Deferred()
 

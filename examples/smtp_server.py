@@ -213,7 +213,8 @@ async def main(reactor: Any, pem: str, port: str = "2525") -> None:
     context = PrivateCertificate.loadPEM(Path(pem).read_bytes()).options()
     handler = Server(context, {b"ann": b"secret"}, print).session
     endpoint = TCP4ServerEndpoint(reactor, int(port), interface="127.0.0.1")
-    server = await serve(endpoint, handler, idle_timeout=300, max_connections=1000)
+    # RFC 5321, section 4.5.3.2.7: at least five minutes for each command.
+    server = await serve(endpoint, handler, first_byte_timeout=None, idle_timeout=300)
     # When the reactor is stopped, messages that are under way have some seconds.
     reactor.addSystemEventTrigger("before", "shutdown", server.stop, 5)
     print("SMTP on 127.0.0.1", server.port.getHost().port, flush=True)

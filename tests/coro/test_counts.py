@@ -137,7 +137,7 @@ def test_streams_and_servers(reactor: Any) -> None:
 def test_servers_of_another_reactor(clock: Clock) -> None:
     from twisted_rtsig.coro import CoroutineFactory
 
-    factory = CoroutineFactory(lambda stream: None, reactor=clock)
+    factory = CoroutineFactory(lambda stream: stream.read(), reactor=clock)
     assert len(statistics(clock).servers) == 1
     assert statistics(Clock()).servers == ()
     del factory

@@ -305,7 +305,7 @@ def test_a_client_that_reads_slowly_gets_everything(
 
     async def main() -> None:
         server = await serve_tls(handler, close_timeout=LIMIT, reactor=clock)
-        with socket_to(server) as plain:
+        with socket_to(server, receive_buffer=1 << 16) as plain:
             peer = Peer(plain, client_context(), server_side=False)
             await peer.handshake()
             received = 0

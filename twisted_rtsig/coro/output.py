@@ -33,19 +33,30 @@ if sys.platform != "win32":
 _SO_NWRITE: Final = 0x1024
 
 
-def pending_output(transport: Any) -> tuple[int, int, int | None]:
+def pending_output(transport: Any) -> tuple[int, int] | None:
     """
-    How much of what was written to C{transport} the peer has not taken yet: it
-    changes as long as the peer takes something.
+    How much of what was written to C{transport} the peer has not taken yet.
 
-    :return: what the transport holds back in bytes, and where in these it is; and
-        the length of the kernel's send queue in bytes, or None if the kernel does
-        not tell, as on Windows and OpenBSD.  The kernel of the peer acknowledges what
-        fits into its receive buffer.
+    :return: how many bytes the transport holds back; and how many are in the send queue
+        of the kernel, which is 0 where the kernel does not tell, as on Windows and
+        OpenBSD.  The kernel of the peer takes from there what fits into its receive
+        buffer.  None if there is neither a transport that tells nor a socket.
     """
     lowest = _lowest(transport)
-    held = len(getattr(lowest, "dataBuffer", b""))
-    return held, getattr(lowest, "offset", 0), _send_queue(lowest)
+    queue = _send_queue(lowest)
+    buffer = getattr(lowest, "dataBuffer", None)
+    if buffer is None:
+        return None if queue is None else (0, queue)
+    return len(buffer) - lowest.offset + lowest._tempDataLen, queue or 0
+
+
+def descriptor(transport: Any) -> int | None:
+    """The descriptor of the socket of a transport, if it has one."""
+    try:
+        number: int = _lowest(transport).fileno()
+    except (AttributeError, OSError, ValueError):
+        return None
+    return number
 
 
 def unsent_output(transport: Any) -> int:
@@ -92,10 +103,10 @@ def tls_is_over(transport: Any) -> bool:
     return layer is not None and layer._lostTLSConnection
 
 
-def handshake_is_done(transport: Any) -> bool:
-    """Whether there is TLS, and its handshake is done."""
+def handshake_is_done(transport: Any) -> bool | None:
+    """Whether the TLS handshake is done; None if there is no TLS."""
     layer = tls_layer(transport)
-    return layer is not None and layer._handshakeDone
+    return None if layer is None else bool(layer._handshakeDone)
 
 
 def tls_layer(transport: Any) -> Any:

@@ -151,6 +151,7 @@ class Sending:
                         self._offset + self._sent,
                         min(rest, _CHUNK_OF_A_THREAD),
                     )
+                stream.written += sent
                 self._count_sent(sent)
                 if refused:
                     # To read and write tells why.

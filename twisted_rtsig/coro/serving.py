@@ -8,8 +8,9 @@ from __future__ import annotations
 import select
 import sys
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from collections.abc import Awaitable, Callable, Generator, Hashable
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Protocol as StructuralType
 
 from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.internet.error import ConnectionClosed
@@ -18,6 +19,13 @@ from twisted.internet.interfaces import (
     IHandshakeListener,
     ISSLTransport,
 )
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import (
+        IStreamClientEndpoint,
+        IStreamServerEndpoint,
+    )
+
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -25,10 +33,20 @@ from twisted.python.reflect import safe_str
 from zope.interface import implementer
 
 from twisted_rtsig.coro.census import Registry
-from twisted_rtsig.coro.errors import IncompleteRead
+from twisted_rtsig.coro.errors import IncompleteRead, TLSError
 from twisted_rtsig.coro.inspection import describe
+from twisted_rtsig.coro.limits import (
+    FIRST_BYTE_TIMEOUT,
+    IDLE_TIMEOUT,
+    MOST_CONNECTIONS,
+    WRITE_TIMEOUT,
+    Notice,
+    TimeLimits,
+    Watchdog,
+    network_of,
+    scarce_descriptors,
+)
 from twisted_rtsig.coro.locks import Event
-from twisted_rtsig.coro.output import pending_output
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.scopes import timeout
 from twisted_rtsig.coro.streams import DEFAULT_TLS_LIMITS, Stream, TLSLimits
@@ -43,14 +61,25 @@ from twisted_rtsig.coro.tracebacks import causes, log_failure
 
 _log = Logger()
 
-Handler = Callable[[Stream], Any]
+Handler: TypeAlias = Callable[[Stream], Awaitable[object] | Generator[Any, Any, object]]
 """An C{async def}, a generator function, or what returns a Deferred."""
+
+
+class _ListensOn(StructuralType):
+    def listen(self, factory: Any, /) -> Deferred[Any]: ...
+
+
+class _ConnectsTo(StructuralType):
+    def connect(self, factory: Any, /) -> Deferred[Any]: ...
+
+
+# A class that implements one of Twisted's interfaces is a subtype of it only for mypy
+# with the plugin mypy-zope.  Without it the method decides.
+ServerEndpoint: TypeAlias = "IStreamServerEndpoint | _ListensOn"
+ClientEndpoint: TypeAlias = "IStreamClientEndpoint | _ConnectsTo"
 
 CANCEL_TIMEOUT: Final = 10.0
 """How many seconds cancelled handlers have to end when a server stops, by default."""
-
-# How often a watchdog looks within its limit.
-_LOOKS: Final = 4
 
 # How many turns of the reactor handlers have to end once their transports are aborted.
 _LAST_TURNS: Final = 10
@@ -74,16 +103,22 @@ class StreamProtocol(Protocol):
         scheduler: Scheduler,
         tls_limits: TLSLimits = DEFAULT_TLS_LIMITS,
         stopping: Event | None = None,
+        write_timeout: float | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._tls_limits = tls_limits
         self._stopping = stopping
+        self._write_timeout = write_timeout
 
     def connectionMade(self) -> None:
         """See ``IProtocol.connectionMade``."""
         transport: Any = self.transport
         self.stream = stream = Stream(
-            transport, self._scheduler, self._tls_limits, self._stopping
+            transport,
+            self._scheduler,
+            self._tls_limits,
+            self._stopping,
+            self._write_timeout,
         )
         # One call less for each piece of data.
         self.dataReceived = stream.feed  # type: ignore[method-assign]
@@ -124,13 +159,19 @@ class _ServerProtocol(StreamProtocol):
     """Runs a handler as long as the connection lasts."""
 
     factory: CoroutineFactory
+    network: Hashable | None = None
     _task: Task[Any]
     _handler_cancelled = False
+    _refused = False
 
     def connectionMade(self) -> None:
-        super().connectionMade()
         factory = self.factory
-        factory.connections[self] = None
+        if not factory.admit(self):
+            self._refused = True
+            transport: Any = self.transport
+            getattr(transport, "abortConnection", transport.loseConnection)()
+            return
+        super().connectionMade()
         self._task = self._spawn(factory.handler, self.stream)
         self._task._when_done(self._handled)
         factory.watch()
@@ -144,7 +185,13 @@ class _ServerProtocol(StreamProtocol):
             return spawn(_fail, error, name=name or name_of(function), reactor=reactor)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if self._refused:
+            return
+        stream = self.stream
+        overdue = None if stream.lost else stream.timed_out
         super().connectionLost(reason)
+        if isinstance(overdue, TLSError):
+            self.factory.tell_of_limit(stream, "handshake_timeout", overdue)
         if self.factory.cancel_on_loss:
             self._cancel_handler("the connection was lost")
         self._forget()
@@ -177,7 +224,11 @@ class _ServerProtocol(StreamProtocol):
             error = task._see_error()
             names = {"name": task.name, "stream": self.stream}
             if all(map(self._is_of_the_peer, causes(error))):
-                _log.info("{name}, {stream}: {error}", error=safe_str(error), **names)
+                if self.stream.timed_out is None:
+                    # Otherwise the factory tells.
+                    _log.info(
+                        "{name}, {stream}: {error}", error=safe_str(error), **names
+                    )
             else:
                 message = "{name}, {stream}: the handler has failed"
                 log_failure(_log, message, error, **names)
@@ -207,16 +258,24 @@ def _check_timeouts(**timeouts: float | None) -> None:
             raise ValueError(f"{name}={seconds}: it must be more than 0, or None")
 
 
+def _check_counts(most: int | Literal["auto"] | None, per_address: int | None) -> None:
+    if most == "auto":
+        most = None
+    elif isinstance(most, str):
+        raise ValueError(f'max_connections={most!r}: a number, "auto" or None')
+    if most is not None and not most >= 0:
+        raise ValueError(f"max_connections={most}: 0 is the least")
+    if per_address is not None and not per_address >= 1:
+        raise ValueError(f"max_connections_per_address={per_address}: 1 is the least")
+    if most is not None and per_address is not None and per_address > most:
+        raise ValueError(
+            f"max_connections_per_address={per_address}: it must not be more than "
+            f"max_connections={most}"
+        )
+
+
 class _HalfCloseableServer(_HalfCloseable, _ServerProtocol):
     pass
-
-
-class _Refused(Protocol):
-    """A connection too many."""
-
-    def connectionMade(self) -> None:
-        transport: Any = self.transport
-        getattr(transport, "abortConnection", transport.loseConnection)()
 
 
 class CoroutineFactory(Factory):
@@ -229,10 +288,23 @@ class CoroutineFactory(Factory):
 
     :param handler: called with a :class:`Stream`; in a task of its own.
     :param name: what the task is called in logs; by default the handler's name.
-    :param max_connections: how many there may be at once; more are refused.
+    :param max_connections: how many there may be at once; more are refused.  "auto"
+        refuses a connection while three quarters of the descriptors that this process
+        may have (C{RLIMIT_NOFILE}) are in use, by whatever, and beyond 65,536.  None
+        for no limit.
+    :param max_connections_per_address: how many one IPv4 address, or one /64 network of
+        IPv6, may have at once; None, the default, for no limit.  Other addresses, as of
+        UNIX sockets, have none.
+    :param first_byte_timeout: after how many seconds a connection is aborted on which
+        the handler waits in a read, nothing has ever arrived, and nothing was written
+        in the meantime.  After a TLS handshake it begins with its end.
     :param idle_timeout: after how many seconds in which nothing comes or goes a
         connection is aborted.  What the peer acknowledges of what was written before
         counts, where the kernel tells: on Linux, macOS, FreeBSD and NetBSD.
+    :param write_timeout: after how many seconds a connection is aborted whose peer
+        takes nothing of what was written, also after C{close} and the end of the
+        handler.  A peer that takes a little now and then is never too slow.  Where the
+        kernel does not tell what the peer acknowledges, what the socket takes counts.
     :param read_timeout: how many seconds a read may take once a part of it has
         arrived; this is for peers that send byte after byte for ever.
     :param handshake_timeout: how many seconds a TLS handshake may take, that of
@@ -244,8 +316,9 @@ class CoroutineFactory(Factory):
         latest when the peer closes its side.  Then there is no half close.
     :param reactor: an ``IReactorTime`` provider; by default the installed one.
     :raises TypeError: if the handler cannot be called.
-    :raises ValueError: if one of the times is not more than 0, or
-        C{max_connections} is negative.
+    :raises ValueError: if one of the times is not more than 0, C{max_connections} is
+        negative, or C{max_connections_per_address} is less than 1 or more than
+        C{max_connections}.
     :ivar connections: what there is at the moment, with an item for each.
     :ivar stopping: an :class:`Event` that happens when :meth:`stop` is called; the
         C{stopping} of each handler's stream.
@@ -260,9 +333,12 @@ class CoroutineFactory(Factory):
         handler: Handler,
         *,
         name: str | None = None,
-        max_connections: int | None = None,
-        idle_timeout: float | None = None,
+        max_connections: int | Literal["auto"] | None = "auto",
+        max_connections_per_address: int | None = None,
+        first_byte_timeout: float | None = FIRST_BYTE_TIMEOUT,
+        idle_timeout: float | None = IDLE_TIMEOUT,
         read_timeout: float | None = None,
+        write_timeout: float | None = WRITE_TIMEOUT,
         handshake_timeout: float | None = DEFAULT_TLS_LIMITS.handshake,
         close_timeout: float | None = DEFAULT_TLS_LIMITS.close,
         cancel_on_loss: bool = False,
@@ -272,11 +348,12 @@ class CoroutineFactory(Factory):
             raise TypeError(
                 f"a handler is a function of a stream, which {handler!r} is not"
             )
-        if max_connections is not None and not max_connections >= 0:
-            raise ValueError(f"max_connections={max_connections}: 0 is the least")
+        _check_counts(max_connections, max_connections_per_address)
         _check_timeouts(
+            first_byte_timeout=first_byte_timeout,
             idle_timeout=idle_timeout,
             read_timeout=read_timeout,
+            write_timeout=write_timeout,
             handshake_timeout=handshake_timeout,
             close_timeout=close_timeout,
         )
@@ -291,24 +368,19 @@ class CoroutineFactory(Factory):
         self.limits: Counter[str] = Counter()
         servers.add(self)
         self._last_ends = Event()
-        self._watchdogs = [
-            _Watchdog(self, limit, sign, what)
-            for limit, sign, what in (
-                (idle_timeout, _sign_of_life, "nothing has come or gone"),
-                (read_timeout, _slow_read, "the rest of a message has not come"),
-            )
-            if limit is not None
-        ]
+        self._max_per_address = max_connections_per_address
+        # The number of connections of each address, as network_of counts them.
+        self._per_address: dict[Hashable, int] = {}
+        self._watchdog = Watchdog(
+            TimeLimits(first_byte_timeout, idle_timeout, read_timeout, write_timeout),
+            lambda: [each.stream for each in self.connections],
+            self._exceeded,
+        )
+        # By the name of the limit, or "stopping".
+        self._notices: dict[str, Notice] = {}
 
     def buildProtocol(self, addr: Any) -> Protocol:
         """See ``IProtocolFactory.buildProtocol``."""
-        most = self.max_connections
-        full = most is not None and len(self.connections) >= most
-        if full or self.stopping.is_set:
-            why = f"{len(self.connections)} connections" if full else "stopping"
-            self.limits["max_connections" if full else "stopping"] += 1
-            _log.info("Refused {peer}: {why}", peer=addr, why=why)
-            return _Refused()
         scheduler = scheduler_for(self._reactor)
         protocol = (_ServerProtocol if self.cancel_on_loss else _HalfCloseableServer)(
             scheduler, self._tls_limits, self.stopping
@@ -320,6 +392,63 @@ class CoroutineFactory(Factory):
     def display_name(self) -> str:
         """What the handlers are called in logs."""
         return self.name or name_of(self.handler)
+
+    def admit(self, protocol: _ServerProtocol) -> bool:
+        """Whether a new connection is within the limits; if it is, count it."""
+        transport: Any = protocol.transport
+        peer = transport.getPeer()
+        network = None if self._max_per_address is None else network_of(peer)
+        refusal = self._refusal(transport, network)
+        if refusal is not None:
+            limit, why = refusal
+            message = "{server}: refused {peer}: {why}"
+            self._notify(limit, _log.warn, message, peer=peer, why=why)
+            return False
+        self.connections[protocol] = None
+        if network is not None:
+            protocol.network = network
+            self._per_address[network] = self._per_address.get(network, 0) + 1
+        return True
+
+    def _refusal(
+        self, transport: Any, network: Hashable | None
+    ) -> tuple[str, str] | None:
+        """The limit that forbids a further connection, and why; or None."""
+        count, most = len(self.connections), self.max_connections
+        if self.stopping.is_set:
+            return "stopping", "the server stops"
+        if most == "auto":
+            why = scarce_descriptors(transport)
+            if why is not None:
+                return "max_connections", f'{why}, and max_connections is "auto"'
+            most = MOST_CONNECTIONS
+        if most is not None and count >= most:
+            return "max_connections", f"it has {count} connections (max_connections)"
+        of_address = self._per_address.get(network, 0)
+        if self._max_per_address is not None and of_address >= self._max_per_address:
+            why = f"{network} has {of_address} (max_connections_per_address)"
+            return "max_connections_per_address", why
+        return None
+
+    def _exceeded(self, stream: Stream, limit: str, error: Exception) -> None:
+        """A connection has taken longer than a limit allows."""
+        self.tell_of_limit(stream, limit, error)
+        stream.time_out(error)
+
+    def tell_of_limit(self, stream: Stream, limit: str, error: Exception) -> None:
+        """Log that a connection is aborted; the limit's name is in the error."""
+        message = "{server}: aborted {stream}: {error}"
+        self._notify(limit, _log.info, message, stream=stream, error=error)
+
+    def _notify(
+        self, limit: str, log: Callable[..., object], message: str, **values: object
+    ) -> None:
+        self.limits[limit] += 1
+        notice = self._notices.get(limit)
+        if notice is None:
+            notice = self._notices[limit] = Notice(log, message)
+        now = scheduler_for(self._reactor).reactor.seconds()
+        notice.tell(now, server=self.display_name, **values)
 
     def stop(
         self, grace: float, cancel_timeout: float = CANCEL_TIMEOUT
@@ -397,18 +526,21 @@ class CoroutineFactory(Factory):
 
     def watch(self) -> None:
         """There is a connection."""
-        for watchdog in self._watchdogs:
-            watchdog.start(scheduler_for(self._reactor).reactor)
+        self._watchdog.start(scheduler_for(self._reactor).reactor)
 
     def forget(self, protocol: _ServerProtocol) -> None:
         """A connection and its handler have ended."""
         # To close a connection may be to lose it at once, and to come here twice.
-        self.connections.pop(protocol, None)
-        for watchdog in self._watchdogs:
-            watchdog.forget(protocol)
+        if protocol not in self.connections:
+            return
+        del self.connections[protocol]
+        network = protocol.network
+        if network is not None:
+            self._per_address[network] -= 1
+            if not self._per_address[network]:
+                del self._per_address[network]
         if not self.connections:
-            for watchdog in self._watchdogs:
-                watchdog.stop()
+            self._watchdog.stop()
             self._last_ends.set()
 
 
@@ -428,79 +560,6 @@ class Stopped(NamedTuple):
 
 servers: Final[Registry[CoroutineFactory]] = Registry()
 """All that any code still refers to."""
-
-
-class _Watchdog:
-    """
-    Aborts connections that have shown the same sign for too long.
-
-    :param sign: tells something of a stream that changes when all is well; None
-        if all is well.
-    """
-
-    def __init__(
-        self,
-        factory: CoroutineFactory,
-        limit: float,
-        sign: Callable[[Stream], object],
-        what: str,
-    ) -> None:
-        self._factory = factory
-        self._limit = limit
-        self._sign = sign
-        self._what = what
-        # The last sign of each connection, and how many times in a row it was seen.
-        self._seen: dict[_ServerProtocol, tuple[object, int]] = {}
-        # The next look.
-        self._call: Any = None
-
-    def start(self, reactor: Any) -> None:
-        """There is a connection to look at."""
-        if self._call is None:
-            self._call = reactor.callLater(self._limit / _LOOKS, self._look, reactor)
-
-    def stop(self) -> None:
-        """There is none."""
-        call, self._call = self._call, None
-        if call is not None:
-            call.cancel()
-
-    def forget(self, protocol: _ServerProtocol) -> None:
-        """A connection and its handler have ended."""
-        self._seen.pop(protocol, None)
-
-    def _look(self, reactor: Any) -> None:
-        self._call = None
-        for protocol in list(self._factory.connections):
-            stream = protocol.stream
-            if stream.lost:
-                # Only its handler is left.
-                self.forget(protocol)
-                continue
-            sign = self._sign(stream)
-            before, times = self._seen.get(protocol, (None, 0))
-            times = times + 1 if sign is not None and sign == before else 0
-            self._seen[protocol] = sign, times
-            if times == _LOOKS:
-                _log.info(
-                    "{stream}: {what} for {limit} s",
-                    stream=stream,
-                    what=self._what,
-                    limit=self._limit,
-                )
-                stream.abort()
-        if self._factory.connections:
-            self.start(reactor)
-
-
-def _sign_of_life(stream: Stream) -> object:
-    # After one large write the transport reports only its end, and never what the
-    # kernel holds.
-    return stream.activity, pending_output(stream.transport)
-
-
-def _slow_read(stream: Stream) -> object:
-    return stream.unfinished_read
 
 
 class Server:
@@ -566,15 +625,43 @@ def _is_readable(descriptor: int) -> bool:
     return bool(poll.poll(0))
 
 
-def serve(endpoint: Any, handler: Handler, **options: Any) -> Deferred[Server]:
+def serve(
+    endpoint: ServerEndpoint,
+    handler: Handler,
+    *,
+    name: str | None = None,
+    max_connections: int | Literal["auto"] | None = "auto",
+    max_connections_per_address: int | None = None,
+    first_byte_timeout: float | None = FIRST_BYTE_TIMEOUT,
+    idle_timeout: float | None = IDLE_TIMEOUT,
+    read_timeout: float | None = None,
+    write_timeout: float | None = WRITE_TIMEOUT,
+    handshake_timeout: float | None = DEFAULT_TLS_LIMITS.handshake,
+    close_timeout: float | None = DEFAULT_TLS_LIMITS.close,
+    cancel_on_loss: bool = False,
+    reactor: Any | None = None,
+) -> Deferred[Server]:
     """
     Listen, and run C{handler} for each connection.
 
     :param endpoint: an ``IStreamServerEndpoint`` provider.
-    :param options: those of :class:`CoroutineFactory`.
+    :param handler: as for :class:`CoroutineFactory`; and so are all others.
     :return: a :class:`Server`.
     """
-    factory = CoroutineFactory(handler, **options)
+    factory = CoroutineFactory(
+        handler,
+        name=name,
+        max_connections=max_connections,
+        max_connections_per_address=max_connections_per_address,
+        first_byte_timeout=first_byte_timeout,
+        idle_timeout=idle_timeout,
+        read_timeout=read_timeout,
+        write_timeout=write_timeout,
+        handshake_timeout=handshake_timeout,
+        close_timeout=close_timeout,
+        cancel_on_loss=cancel_on_loss,
+        reactor=reactor,
+    )
     listening: Deferred[Any] = endpoint.listen(factory)
     return listening.addCallback(Server, factory)
 
@@ -598,18 +685,27 @@ class ClientProtocol(_HalfCloseable, StreamProtocol):
 class _ClientFactory(Factory):
     noisy = False
 
-    def __init__(self, scheduler: Scheduler, tls_limits: TLSLimits) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        tls_limits: TLSLimits,
+        write_timeout: float | None,
+    ) -> None:
         self._scheduler = scheduler
         self._tls_limits = tls_limits
+        self._write_timeout = write_timeout
 
     def buildProtocol(self, addr: Any) -> Protocol:
-        return ClientProtocol(self._scheduler, self._tls_limits)
+        return ClientProtocol(
+            self._scheduler, self._tls_limits, write_timeout=self._write_timeout
+        )
 
 
 def connect(
-    endpoint: Any,
+    endpoint: ClientEndpoint,
     reactor: Any | None = None,
     *,
+    write_timeout: float | None = WRITE_TIMEOUT,
     handshake_timeout: float | None = DEFAULT_TLS_LIMITS.handshake,
     close_timeout: float | None = DEFAULT_TLS_LIMITS.close,
 ) -> Deferred[Stream]:
@@ -620,13 +716,20 @@ def connect(
 
     :param endpoint: an ``IStreamClientEndpoint`` provider.
     :param reactor: an ``IReactorTime`` provider; by default that of the task.
+    :param write_timeout: after how many seconds a connection is aborted that was
+        closed, and whose peer takes nothing of what is left to be sent; None for no
+        limit.  Before, let :func:`timeout` limit how long a write may take.
     :param handshake_timeout: as for :class:`CoroutineFactory`.
     :param close_timeout: as for :class:`CoroutineFactory`.
     :return: a :class:`Stream`.
     :raises ValueError: if one of the times is not more than 0.
     """
-    _check_timeouts(handshake_timeout=handshake_timeout, close_timeout=close_timeout)
+    _check_timeouts(
+        write_timeout=write_timeout,
+        handshake_timeout=handshake_timeout,
+        close_timeout=close_timeout,
+    )
     tls_limits = TLSLimits(handshake_timeout, close_timeout)
-    factory = _ClientFactory(scheduler_for(reactor), tls_limits)
+    factory = _ClientFactory(scheduler_for(reactor), tls_limits, write_timeout)
     connecting: Deferred[Any] = endpoint.connect(factory)
     return connecting.addCallback(lambda protocol: protocol.stream)

@@ -20,6 +20,7 @@ from twisted.internet.interfaces import (
     IPushProducer,
     ISSLTransport,
 )
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -31,6 +32,12 @@ from twisted_rtsig.coro.errors import (
     StreamError,
     TLSError,
     UnreadPlaintext,
+)
+from twisted_rtsig.coro.limits import (
+    Signs,
+    TimeLimits,
+    Watchdog,
+    pending_of,
 )
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.operations import (
@@ -54,6 +61,8 @@ from twisted_rtsig.coro.tls import TLSInfo, tls_info
 
 if TYPE_CHECKING:
     from twisted_rtsig.files.asyncfile import AsyncFile
+
+_log = Logger()
 
 MAX_BYTES: Final = 1 << 16
 """How much a read returns at most, or a delimiter may be away, by default."""
@@ -96,20 +105,23 @@ class Stream:
     are cancelled.  Only one task at a time reads; any number may write.
 
     :ivar transport: the Twisted transport.
-    :ivar activity: changes whenever anything comes or goes.
+    :ivar signs: what the watchdog has seen of it.
+    :ivar written: how many bytes were written to the transport.
+    :ivar full: whether the transport has no room for more.
+    :ivar resumed: how often it had room again.
     """
 
     __slots__ = (
         "__weakref__",
         "_abort_reason",
         "_aborted",
+        "_arrived",
         "_buffer",
         "_closed",
         "_closing",
         "_cut_short",
         "_drained",
         "_ended",
-        "_full",
         "_handshake",
         "_held",
         "_limit",
@@ -127,10 +139,15 @@ class Stream:
         "_tls_close",
         "_tls_limits",
         "_unwritable",
+        "_watchdog",
         "_what",
+        "_write_timeout",
         "_wrote_eof",
-        "activity",
+        "full",
+        "resumed",
+        "signs",
         "transport",
+        "written",
     )
 
     def __init__(
@@ -139,9 +156,17 @@ class Stream:
         scheduler: Scheduler,
         tls_limits: TLSLimits = DEFAULT_TLS_LIMITS,
         stopping: Event | None = None,
+        write_timeout: float | None = None,
     ) -> None:
+        """
+        :param write_timeout: from C{close} on, where no server has a watchdog that
+            looks at this stream; as for ``connect``.
+        """
         self.transport = transport
         self._stopping = stopping
+        self._write_timeout = write_timeout
+        self._watchdog: Watchdog | None = None
+        self.signs: Signs | None = None
         self._scheduler = scheduler
         self._tls_limits = tls_limits
         # The delayed calls that end a TLS handshake, and the wait for close_notify.
@@ -162,7 +187,7 @@ class Stream:
         self._lost: Exception | None = None
         # Who waits for room, for the end of all output, of everything, for the TLS
         # handshake.
-        self._full = False
+        self.full = False
         self._drained = _NO_OPERATIONS
         self._wrote_eof: _Operations | None = None
         self._output_finished = False
@@ -180,7 +205,10 @@ class Stream:
         self._held = _NOTHING
         # A send_file that failed because the file was closed.
         self._cut_short: Operation[int] | None = None
-        self.activity = 0
+        # In how many pieces something has arrived.
+        self._arrived = 0
+        self.written = 0
+        self.resumed = 0
 
     @property
     def peer(self) -> Any:
@@ -226,6 +254,21 @@ class Stream:
     def unfinished_read(self) -> object:
         """The read that waits for the rest of what it wants; None if none does."""
         return self._reader if self._buffer.data else None
+
+    @property
+    def waits_for_first_byte(self) -> bool:
+        """Whether a read waits, and nothing has ever arrived."""
+        return self._reader is not None and not self._arrived
+
+    @property
+    def activity(self) -> int:
+        """Changes whenever anything comes or goes."""
+        return self._arrived + self.written + self.resumed
+
+    @property
+    def timed_out(self) -> Exception | None:
+        """The time limit that has ended the connection, as an error; or None."""
+        return self._abort_reason
 
     # Reading
 
@@ -495,9 +538,9 @@ class Stream:
             held = self._operation()
             self._held.append((data, held))
             return held
-        self.activity += 1
+        self.written += len(data)
         self.transport.write(data)
-        if not self._full:
+        if not self.full:
             done: Operation[None] = Done()
             return done
         return self._until_resumed()
@@ -566,7 +609,7 @@ class Stream:
 
     def _half_close(self) -> None:
         # Twisted's transports forget it while their producer is paused.
-        if not self._full:
+        if not self.full:
             self.transport.loseWriteConnection()
 
     def close(self) -> Operation[None]:
@@ -580,6 +623,7 @@ class Stream:
         if self._lost is None and not self._closing:
             self._close_writing()
             self._after_files(self._lose_transport)
+            self._limit_output()
         return self._when_closed()
 
     def _lose_transport(self) -> None:
@@ -590,6 +634,24 @@ class Stream:
         self.transport.loseConnection()
         if self._lost is None and ISSLTransport.providedBy(self.transport):
             self._limit_tls_close()
+
+    def _limit_output(self) -> None:
+        """Limit the wait for a peer that takes nothing of what is left."""
+        limit = self._write_timeout
+        if (
+            limit is not None
+            and self._lost is None
+            and (self._sending is not None or any(pending_of(self)))
+        ):
+            self._watchdog = Watchdog(
+                TimeLimits(write=limit), lambda: [self], _abort_closing
+            )
+            self._watchdog.start(self._scheduler.reactor)
+
+    def time_out(self, error: Exception) -> None:
+        """Abort the connection: a time limit was exceeded, and this tells which."""
+        self._abort_reason = error
+        self.abort()
 
     def abort(self) -> Operation[None]:
         """
@@ -678,9 +740,9 @@ class Stream:
     def _write_of_file(self, data: bytes) -> Operation[None]:
         if self._output_lost is not None:
             return failed(_again(self._output_lost), quietly=True)
-        self.activity += 1
+        self.written += len(data)
         self.transport.write(data)
-        if self._full or self._aborted:
+        if self.full or self._aborted:
             return self._until_resumed()
         done: Operation[None] = Done()
         return done
@@ -711,7 +773,7 @@ class Stream:
             following = held.popleft()
             if isinstance(following, tuple):
                 data, operation = following
-                self.activity += 1
+                self.written += len(data)
                 self.transport.write(data)
                 # Unless it was cancelled.
                 if not operation.called:
@@ -724,7 +786,7 @@ class Stream:
                 following()
         if self._sending is not None:
             self._sending.begin()
-        if self._full:
+        if self.full:
             self._drained = self._drained or {}
             self._drained.update(written)
         else:
@@ -852,8 +914,7 @@ class Stream:
         if handshake_is_done(self.transport):
             # A protocol in between has not passed handshakeCompleted on.
             return
-        self._abort_reason = TLSError(f"no handshake within {limit} s")
-        self.abort()
+        self.time_out(TLSError(f"no handshake within {limit} s (handshake_timeout)"))
 
     def _limit_tls_close(self) -> None:
         """close_notify was written: limit the wait for the peer's answer."""
@@ -878,7 +939,7 @@ class Stream:
 
     def feed(self, data: bytes) -> None:
         """Something has arrived."""
-        self.activity += 1
+        self._arrived += 1
         reader = self._reader
         buffer = self._buffer
         if reader is None:
@@ -908,6 +969,10 @@ class Stream:
         tls_close, self._tls_close = self._tls_close, None
         if tls_close is not None:
             tls_close.cancel()
+        watchdog, self._watchdog = self._watchdog, None
+        if watchdog is not None:
+            watchdog.stop()
+        self.signs = None
         lost = self._abort_reason or self._connection_error(reason.value)
         self._lost = lost
         self._ended = True
@@ -971,19 +1036,19 @@ class Stream:
 
     def pauseProducing(self) -> None:
         """See ``IPushProducer``: the transport has no room for more."""
-        self._full = True
+        self.full = True
 
     def resumeProducing(self) -> None:
         """See ``IPushProducer``: the transport has room again."""
-        full = self._full
+        full = self.full
         if full and tls_is_over(self.transport):
             # TLS drops what is written now.  Twisted closes the connection when its
             # output is sent, but not as long as there is a producer that it has
             # paused.
             self.transport.unregisterProducer()
             return
-        self._full = False
-        self.activity += 1
+        self.full = False
+        self.resumed += 1
         if full and self._wrote_eof is not None and self._sending is None:
             self._half_close()
         drained, self._drained = self._drained, _NO_OPERATIONS
@@ -1011,6 +1076,11 @@ async def _first(reading: Operation[bytes], event: Event) -> bool:
             reading.cancel()
             return False
     return True
+
+
+def _abort_closing(stream: Stream, name: str, error: Exception) -> None:
+    _log.info("{stream}: aborted: {error}", stream=stream, error=error)
+    stream.time_out(error)
 
 
 def _succeed(operations: Iterable[Operation[None]]) -> None:
