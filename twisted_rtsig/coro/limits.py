@@ -145,6 +145,7 @@ class Watchdog:
             for each in limits
         )
         self._look_number = 0
+        self._stopped = False
         # Of this look.
         self._left: list[Stream] = []
         self._call: Any = None
@@ -155,7 +156,8 @@ class Watchdog:
             self._call = reactor.callLater(self._interval, self._look, reactor)
 
     def stop(self) -> None:
-        """There is none."""
+        """There is none; it does not look again."""
+        self._stopped = True
         self._left.clear()
         call, self._call = self._call, None
         if call is not None:
@@ -173,8 +175,8 @@ class Watchdog:
         for stream in batch:
             if not stream.lost and stream.timed_out is None:
                 self._look_at(stream)
-        if self._call is not None:
-            # All were ended, and there is a new one.
+        if self._stopped:
+            # All were ended.
             return
         if self._left:
             self._call = reactor.callLater(0, self._look_on, reactor)

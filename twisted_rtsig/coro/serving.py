@@ -371,11 +371,11 @@ class CoroutineFactory(Factory):
         self._max_per_address = max_connections_per_address
         # The number of connections of each address, as network_of counts them.
         self._per_address: dict[Hashable, int] = {}
-        self._watchdog = Watchdog(
-            TimeLimits(first_byte_timeout, idle_timeout, read_timeout, write_timeout),
-            lambda: [each.stream for each in self.connections],
-            self._exceeded,
+        self._time_limits = TimeLimits(
+            first_byte_timeout, idle_timeout, read_timeout, write_timeout
         )
+        # While there are connections.
+        self._watchdog: Watchdog | None = None
         # By the name of the limit, or "stopping".
         self._notices: dict[str, Notice] = {}
 
@@ -526,7 +526,13 @@ class CoroutineFactory(Factory):
 
     def watch(self) -> None:
         """There is a connection."""
-        self._watchdog.start(scheduler_for(self._reactor).reactor)
+        if self._watchdog is None:
+            self._watchdog = Watchdog(
+                self._time_limits,
+                lambda: [each.stream for each in self.connections],
+                self._exceeded,
+            )
+            self._watchdog.start(scheduler_for(self._reactor).reactor)
 
     def forget(self, protocol: _ServerProtocol) -> None:
         """A connection and its handler have ended."""
@@ -540,7 +546,9 @@ class CoroutineFactory(Factory):
             if not self._per_address[network]:
                 del self._per_address[network]
         if not self.connections:
-            self._watchdog.stop()
+            watchdog, self._watchdog = self._watchdog, None
+            if watchdog is not None:
+                watchdog.stop()
             self._last_ends.set()
 
 
