@@ -61,6 +61,8 @@ NOT_FOR_HANDLERS = [
     *("limit_handshake", "secure"),
     *("pauseProducing", "resumeProducing", "stopProducing"),
     *("forget", "unfinished_read", "waits_for"),
+    *("activity", "full", "resumed", "signs", "timed_out", "time_out"),
+    *("waits_for_first_byte", "written"),
 ]
 # What tasks share; and what operations and select call of it.
 SHARED = [
