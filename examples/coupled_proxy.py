@@ -64,7 +64,7 @@ class Proxy:
                 # The end of either, or its error, comes here or to the front.
                 await transfer(front, symmetric(talk_lines, server, front))
         except (ValueError, StreamError, ConnectionClosed, ConnectError) as error:
-            print(f"{client.peer.host}: {error}", file=sys.stderr)
+            print(f"{client.peer}: {error}", file=sys.stderr)
 
 
 async def main(reactor: Any, server_port: str, port: str = "2424") -> None:

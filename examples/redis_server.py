@@ -262,7 +262,7 @@ class Connection:
         return array(bulk(b"subscribe"), bulk(channel), number(len(self.channels)))
 
     def unsubscribe(self, *channels: bytes | None) -> bytes:
-        answers = []
+        answers: list[bytes] = []
         for channel in channels:
             if channel in self.channels:
                 del self.channels[channel]

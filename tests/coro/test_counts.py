@@ -89,7 +89,11 @@ def test_how_tasks_have_ended(clock: Clock) -> None:
     # Nothing can resume it.
     spawn(Event().wait, reactor=clock)
     gc.collect()
-    unstarted = symmetric(never.wait, reactor=clock)
+
+    async def wait(first: object) -> None:
+        await never.wait()
+
+    unstarted = symmetric(wait, reactor=clock)
     tasks = statistics(clock).tasks
     assert (tasks.succeeded, tasks.failed, tasks.cancelled) == (1, 1, 1)
     assert (tasks.collected, tasks.waiting, tasks.spawned) == (1, 1, 5)

@@ -343,7 +343,8 @@ def starts_yielding(clock: Clock) -> Generator[Any, Any, None]:
 async def scopes(clock: Clock) -> None:
     with move_on_after(5) as limit:
         await sleep(1)
-    for wait in (lambda: sleep(5), Deferred, lambda: spawn(sleep, 5), Event().wait):
+    waits: list[Any] = [lambda: sleep(5), Deferred, lambda: spawn(sleep, 5)]
+    for wait in (*waits, Event().wait):
         with move_on_after(1) as limit:
             await wait()
         assert limit.expired
@@ -374,7 +375,8 @@ def scopes_yielding(clock: Clock) -> Generator[Any, Any, None]:
 async def timeouts(clock: Clock) -> None:
     with timeout(5) as limit:
         await sleep(1)
-    for wait in (lambda: sleep(5), Deferred, lambda: spawn(sleep, 5), Event().wait):
+    waits: list[Any] = [lambda: sleep(5), Deferred, lambda: spawn(sleep, 5)]
+    for wait in (*waits, Event().wait):
         with contextlib.suppress(TimeoutError), timeout(1) as limit:
             await wait()
     assert limit.expired
@@ -521,13 +523,15 @@ async def selects(clock: Clock) -> None:
             await select(channel, spawn(fails))
     with contextlib.suppress(Gone):
         await select(channel, ending(clock, lambda it: it.errback(Gone())))
-    for wait in (lambda: sleep(5), Deferred, lambda: spawn(sleep, 5), Event().wait):
+    waits_that_fail: list[Any] = list(FAILING)
+    waits: list[Any] = [lambda: sleep(5), Deferred, lambda: spawn(sleep, 5)]
+    for wait in (*waits, Event().wait):
         await select(wait, lambda: sleep(1))
         with contextlib.suppress(TimeoutError), timeout(1):
             await select(wait, channel.receive)
-        for fails in FAILING:
+        for failing in waits_that_fail:
             with contextlib.suppress(Gone):
-                await select(wait, fails)
+                await select(wait, failing)
     clock.callLater(1, channel.close)
     for _ in range(2):
         with contextlib.suppress(EndOfChannel):
@@ -544,7 +548,7 @@ async def transfers(clock: Clock) -> None:
     assert await transfer(other, 2) == 3
     for fails in FAILING:
         with contextlib.suppress(Gone):
-            await transfer(symmetric(lambda value, fails=fails: fails()))
+            await transfer(symmetric(lambda fails, value: fails(), fails))
     abandoned = symmetric(answers, current_task())
     await transfer(abandoned, 1)
     abandoned.cancel()
@@ -685,12 +689,12 @@ async def streams_that_are_lost(reactor: Any) -> None:
 
 
 async def threads(reactor: Any) -> None:
-    await in_thread(from_thread, sleep, 0)
+    await in_thread(lambda: from_thread(sleep, 0))
     for function in (fails_at_once, fails_after_a_turn):
         with contextlib.suppress(Gone):
             await in_thread(from_thread, function)
     async with Portal() as portal:
-        await in_thread(portal.call, sleep, 0)
+        await in_thread(lambda: portal.call(sleep, 0))
         await in_thread(lambda: portal.spawn(sleep, 0).result())
         with contextlib.suppress(Gone):
             await in_thread(portal.call, fails_after_a_turn)

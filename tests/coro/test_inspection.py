@@ -20,6 +20,7 @@ from tests.coro.support import connected, run, run_for_real, spin
 from twisted_rtsig.coro import (
     Channel,
     Event,
+    Task,
     TaskGroup,
     current_task,
     format_tasks,
@@ -120,7 +121,7 @@ def test_what_they_wait_for(reactor: Any) -> None:
                 for name, function in functions.items():
                     group.spawn(function, name=name)
                 group.spawn(lambda: group_task, name="task")
-                group_task = group.spawn(sleep, 50, name="slept")
+                group_task: Task[None] = group.spawn(sleep, 50, name="slept")
                 unstarted = symmetric(handed_over, name="unstarted")
                 await sleep(0)
                 text = format_tasks(reactor)

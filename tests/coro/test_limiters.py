@@ -348,10 +348,12 @@ def test_many_that_release_in_a_callback() -> None:
     limiter = CapacityLimiter(1)
     limiter.acquire_on_behalf_of("first")
     count = 10_000
+
+    def release(acquired: None, number: int) -> None:
+        limiter.release_on_behalf_of(number)
+
     for number in range(count):
-        limiter.acquire_on_behalf_of(number).addCallback(
-            lambda _, number=number: limiter.release_on_behalf_of(number)
-        )
+        limiter.acquire_on_behalf_of(number).addCallback(release, number)
     limiter.release_on_behalf_of("first")
     assert limiter.statistics() == (0, 1, (), 0)
 

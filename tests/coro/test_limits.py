@@ -262,7 +262,8 @@ def pass_time(reactor: Any, clock: Clock, seconds: float) -> None:
 
 
 async def _send_file(stream: Stream) -> None:
-    stream.transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    transport: Any = stream.transport
+    transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
     async with await open_file(BIG_FILE[0], "rb") as file:
         await stream.send_file(file)
 
@@ -278,7 +279,8 @@ async def _write_on_and_on(stream: Stream) -> None:
 async def _write_as_generator_does(stream: Stream) -> None:
     @inlineCallbacks
     def write() -> Generator[Any, Any, None]:
-        stream.transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        transport: Any = stream.transport
+        transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
         yield stream.write(bytes(1 << 22))
 
     await write()
@@ -482,7 +484,8 @@ def test_a_client_that_closes_has_no_delayed_call(reactor: Any) -> None:
         server = await listen(reactor, lambda stream: _read(stream, []))
         stream = await connect(client_endpoint(reactor, server), clock)
         await stream.write(b"x")
-        while stream.transport.dataBuffer or not server.factory.connections:
+        transport: Any = stream.transport
+        while transport.dataBuffer or not server.factory.connections:
             await sleep(0)
         await sleep(0.01)
         closed = stream.close()

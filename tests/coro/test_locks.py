@@ -82,7 +82,7 @@ def test_those_who_wait_for_an_event_go_on_in_order(clock: Clock) -> None:
     event = Event()
     order: list[int] = []
     for number in range(3):
-        event.wait().addCallback(lambda _, number=number: order.append(number))
+        event.wait().addCallback(lambda _, number: order.append(number), number)
     # One that comes in a callback does not wait, and the others are not forgotten.
     event.wait().addCallback(lambda _: event.wait()).addCallback(
         lambda _: order.append(3)

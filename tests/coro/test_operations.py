@@ -140,7 +140,7 @@ def test_what_was_there_already(peer: Peer, style: str) -> None:
     peer.says(b"one\ntwo\n")
     reads = [peer.stream.read_line(), peer.stream.read_exactly(0)]
     reads.append(peer.stream.read_line())
-    used = peer.stream.write(b"x")
+    used: Any = peer.stream.write(b"x")
     assert used.addCallback(lambda _: "changed") is used
     STYLES[style]([*reads, used], got)
     assert got == [b"one", b"", b"two", "changed"]
@@ -369,7 +369,7 @@ def test_writes_that_were_given_up_do_not_pile_up(peer: Peer, clock: Clock) -> N
 
 
 def test_the_marks_at_which_the_transport_is_held_up(peer: Peer) -> None:
-    transport = peer.stream.transport
+    transport: Any = peer.stream.transport
     peer.says(bytes(1 << 17))
     assert transport.producerState == "producing"
     peer.says(b"x")
@@ -384,7 +384,7 @@ def test_the_marks_at_which_the_transport_is_held_up(peer: Peer) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_what_comes_after_close_is_discarded(peer: Peer, when: str) -> None:
     """And holds nothing up: under TLS, the farewell of the other side comes last."""
-    transport = peer.stream.transport
+    transport: Any = peer.stream.transport
     if when == "before":
         peer.says(bytes(1 << 18))
         assert transport.producerState == "paused"
@@ -478,7 +478,8 @@ def test_who_always_has_data_waits_for_its_turn(
 def test_what_was_lost_and_nobody_waits_for_is_not_logged(
     peer: Peer, logged: list[Any], method: str
 ) -> None:
-    peer.stream.transport.loseWriteConnection = lambda: None
+    transport: Any = peer.stream.transport
+    transport.loseWriteConnection = lambda: None
     peer.stream.pauseProducing()
     waiting = getattr(peer.stream, method)(*[b"x"] * (method == "write"))
     assert not waiting.called
@@ -557,7 +558,8 @@ def test_others_that_were_given_up_do_not_pile_up(peer: Peer, clock: Clock) -> N
             del waiting
         await sleep(1)
 
-    peer.stream.transport.loseWriteConnection = lambda: None
+    transport: Any = peer.stream.transport
+    transport.loseWriteConnection = lambda: None
     for start in (peer.stream.write_eof, peer.stream.close):
         task = spawn(tries, start, reactor=clock)
         clock.pump([1] * 10)

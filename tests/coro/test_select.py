@@ -322,7 +322,9 @@ def test_one_that_sends_and_receives_never_meets_itself(
 ) -> None:
     channel: Channel[str] = Channel(0)
     to_send = channel.sending("own")
-    cases = [channel, to_send] if receives_first else [to_send, channel]
+    cases: list[Any] = [channel, to_send]
+    if not receives_first:
+        cases.reverse()
 
     waiting = select(*cases)
     assert not waiting.called
@@ -364,7 +366,8 @@ def test_nor_in_the_turn_that_it_has_waited_for(
     got: list[Any] = []
 
     def both() -> None:
-        cases = [channel, channel, channel.sending("own"), channel.sending("own")]
+        own = channel.sending("own")
+        cases: list[Any] = [channel, channel, own, channel.sending("own")]
         select(*cases).addCallback(got.append)
 
     def main() -> None:
@@ -543,7 +546,8 @@ def test_the_end_of_a_channel(clock: Clock, style: str, waits: bool) -> None:
     got: list[Any] = []
 
     def at_end() -> Any:
-        return select(other, channel).addErrback(lambda f: f.value.channel)
+        selecting: Any = select(other, channel)
+        return selecting.addErrback(lambda failure: failure.value.channel)
 
     if not waits:
         channel.close()
@@ -585,7 +589,7 @@ def test_a_deferred_that_fails(
     got: list[Any] = []
     if not waits:
         deferred.errback(KeyError())
-    cases = [Event(), deferred]
+    cases: list[Any] = [Event(), deferred]
     for _ in range(2):
         STYLES[style](clock, [lambda: select(*cases)], got)
     if waits:
@@ -621,7 +625,7 @@ def test_a_task_that_does_not_succeed(
         await gate
 
     task: Task[None] | None = spawn(wait, reactor=clock)
-    cases = [Event(), task]
+    cases: list[Any] = [Event(), task]
     got: list[Any] = []
 
     def end() -> None:
@@ -694,6 +698,7 @@ def test_a_deadline_for_several_selects(clock: Clock) -> None:
             if chosen is deadline:
                 assert (await select(deadline))[0] is deadline
                 return got, deadline.remaining
+            assert value is not None
             got.append(value)
 
     task = spawn(main, reactor=clock)
@@ -901,7 +906,7 @@ def test_a_function_is_not_called_if_there_is_something(
 
 
 def test_a_function_that_raises_at_once(clock: Clock) -> None:
-    def raises() -> None:
+    def raises() -> Deferred[None]:
         raise KeyError
 
     for seed in range(10):

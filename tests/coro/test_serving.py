@@ -628,6 +628,7 @@ async def _until_stopping(stream: Stream) -> None:
             reading.cancel()
             await stream.write(b"bye\n")
             return
+        assert line is not None
         await stream.write(line)
 
 
@@ -963,7 +964,8 @@ def held_up(
 
 
 def write_much(stream: Stream) -> Deferred[None]:
-    stream.transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    transport: Any = stream.transport
+    transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
     return stream.write(bytes(1 << 22))
 
 
@@ -1003,7 +1005,8 @@ def test_who_does_not_read_is_idle(reactor: Any) -> None:
 
 async def write_and_read(stream: Stream) -> None:
     # What fits into the buffer of the socket.
-    stream.transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 19)
+    transport: Any = stream.transport
+    transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 19)
     await stream.write(bytes(1 << 18))
     await stream.read()
 

@@ -148,7 +148,7 @@ def test_a_call_that_fails_is_an_error_of_the_coroutine(clock: Clock) -> None:
         pass
 
     async def main() -> None:
-        other = symmetric(takes_nothing)
+        other = symmetric(takes_nothing)  # type: ignore[call-arg, arg-type]
         with pytest.raises(TypeError, match="takes_nothing"):
             await transfer(other)
         assert other.failed
@@ -282,7 +282,7 @@ def test_outside_of_a_task(clock: Clock) -> None:
 
 def test_only_functions(clock: Clock) -> None:
     with pytest.raises(TypeError, match="needs a function"):
-        symmetric(5)  # type: ignore[arg-type]
+        symmetric(5)  # type: ignore[call-overload]
 
 
 # Cancellation

@@ -219,7 +219,7 @@ def test_what_cannot_be_run(clock: Clock, what: Any) -> None:
 def test_what_runs_already_takes_no_arguments(clock: Clock) -> None:
     generator = _generator(succeed(2), 1)
     with pytest.raises(TypeError, match="cannot take"):
-        spawn(generator, 3, reactor=clock)
+        spawn(generator, 3, reactor=clock)  # type: ignore[call-overload]
 
 
 def test_only_generator_functions_are_decorated() -> None:

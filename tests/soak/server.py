@@ -302,7 +302,8 @@ class Soaked:
         ):
             server = await serve(endpoint, session, idle_timeout=IDLE_TIMEOUT)
             self._servers.append(server)
-            addresses.setdefault(name, server.port.socket.getsockname())
+            port: Any = server.port
+            addresses.setdefault(name, port.socket.getsockname())
         lines: Any = self._lines
         lines.connections = 0
         for name, factory in (("lines", lines), ("http", self._site)):

@@ -46,6 +46,7 @@ from twisted_rtsig.coro.instruments import (
     add_instrument,
     remove_instrument,
 )
+from twisted_rtsig.coro.interfaces import TCPTransport
 from twisted_rtsig.coro.limiters import CapacityLimiter, CapacityLimiterStatistics
 from twisted_rtsig.coro.locks import Condition, Event, Lock, Semaphore
 from twisted_rtsig.coro.monitor import Histogram, LoopMonitor, SlowStep
@@ -134,6 +135,7 @@ __all__ = [
     "Stream",
     "StreamCounts",
     "StreamError",
+    "TCPTransport",
     "TLSError",
     "TLSInfo",
     "Task",

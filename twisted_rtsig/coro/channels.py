@@ -387,14 +387,14 @@ class Channel(Generic[T]):
 
     # To receive, in select
 
-    def poll(self) -> Any:
+    def poll(self) -> T:
         """See ``Selectable.poll``."""
         if self._at_end:
             raise EndOfChannel(self)
-        value = self._take() if self._at_once else NOTHING
+        value: Any = self._take() if self._at_once else NOTHING
         if value is not NOTHING:
             self._count()
-        return value
+        return cast(T, value)
 
     def watch(self, entry: Entry) -> None:
         """See ``Selectable.watch``."""
@@ -420,13 +420,13 @@ class Sending(Generic[T]):
         self.channel = channel
         self.value = value
 
-    def poll(self) -> Any:
+    def poll(self) -> None:
         """See ``Selectable.poll``."""
         channel = self.channel
         if channel._closed:
             raise channel._no_more()
         if not (channel._at_once and channel._give(self.value)):
-            return NOTHING
+            return NOTHING  # type: ignore[return-value]
         channel._count()
         return None
 

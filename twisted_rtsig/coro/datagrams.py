@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.error import MessageLengthError
 from twisted.internet.protocol import DatagramProtocol
 
 from twisted_rtsig.coro.errors import BusyResourceError, StreamError
+from twisted_rtsig.coro.interfaces import IPAddress
 from twisted_rtsig.coro.operations import Done, Finished, Operation, failed
 from twisted_rtsig.coro.tasks import scheduler_for
 
@@ -40,9 +41,9 @@ class DatagramSocket:
         self._closed: Deferred[None] | None = None
 
     @property
-    def host(self) -> Any:
-        """The address of this side: an ``IAddress`` provider."""
-        return self.transport.getHost()
+    def host(self) -> IPAddress:
+        """The address of this side: an C{IPv4Address} or an C{IPv6Address}."""
+        return cast(IPAddress, self.transport.getHost())
 
     def receive_from(self) -> Operation[tuple[bytes, Address]]:
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Generator
 from typing import Any, Final, Generic, Protocol, TypeVar, overload
 
 from twisted.internet.defer import Deferred
@@ -26,10 +26,14 @@ from twisted_rtsig.coro.tasks import (
     spawn,
 )
 
-if sys.version_info < (3, 11):
+if sys.version_info >= (3, 11):
+    from typing import TypeVarTuple, Unpack
+else:
     from exceptiongroup import BaseExceptionGroup
+    from typing_extensions import TypeVarTuple, Unpack
 
 T = TypeVar("T")
+Args = TypeVarTuple("Args")
 
 
 class TaskGroup(Scope):
@@ -60,7 +64,43 @@ class TaskGroup(Scope):
         self._in_block = False
         self._last_ends: Operation[None] | None = None
 
+    @overload
     def spawn(
+        self,
+        function: Callable[[Unpack[Args]], Awaitable[T]],
+        *args: Unpack[Args],
+        name: str | None = None,
+        reactor: object = None,
+    ) -> Task[T]: ...
+
+    @overload
+    def spawn(
+        self,
+        function: Callable[[Unpack[Args]], Generator[Any, Any, T]],
+        *args: Unpack[Args],
+        name: str | None = None,
+        reactor: object = None,
+    ) -> Task[T]: ...
+
+    @overload
+    def spawn(
+        self,
+        function: Runnable[T],
+        *,
+        name: str | None = None,
+        reactor: object = None,
+    ) -> Task[T]: ...
+
+    @overload
+    def spawn(
+        self,
+        function: Callable[[Unpack[Args]], T],
+        *args: Unpack[Args],
+        name: str | None = None,
+        reactor: object = None,
+    ) -> Task[T]: ...
+
+    def spawn(  # type: ignore[misc]
         self, function: Callable[..., Any] | Runnable[Any], *args: Any, **named: Any
     ) -> Task[Any]:
         """
@@ -69,7 +109,7 @@ class TaskGroup(Scope):
         :raises RuntimeError: before or after the block.
         """
         named.setdefault("reactor", self._owner("spawn()").reactor)
-        task = spawn(function, *args, **named)
+        task: Task[Any] = spawn(function, *args, **named)
         self._adopt(task, None)
         return task
 
@@ -167,7 +207,8 @@ class TaskGroup(Scope):
 
     async def __aexit__(
         self, kind: object, error: BaseException | None, traceback: object
-    ) -> bool:
+    ) -> bool | None:
+        # Not bool, from which checkers would conclude that it may hide any error.
         self._in_block = False
         if isinstance(error, GeneratorExit):
             # Nobody can resume this any more, nor the tasks of the group.
@@ -316,7 +357,28 @@ class _Starting(OfTask[Any]):
         return f"the start of {self._task!r}"
 
 
-def run_group(body: Callable[[TaskGroup], Any], *args: Any) -> Deferred[Any]:
+@overload
+def run_group(
+    body: Callable[[TaskGroup, Unpack[Args]], Awaitable[T]], *args: Unpack[Args]
+) -> Deferred[T]: ...
+
+
+@overload
+def run_group(
+    body: Callable[[TaskGroup, Unpack[Args]], Generator[Any, Any, T]],
+    *args: Unpack[Args],
+) -> Deferred[T]: ...
+
+
+@overload
+def run_group(
+    body: Callable[[TaskGroup, Unpack[Args]], T], *args: Unpack[Args]
+) -> Deferred[T]: ...
+
+
+def run_group(  # type: ignore[misc]
+    body: Callable[..., Any], *args: Any
+) -> Deferred[Any]:
     """
     The :class:`TaskGroup` for generators::
 

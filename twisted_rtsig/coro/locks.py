@@ -68,9 +68,9 @@ class Event(_Queued):
         """Wait until it has happened."""
         return Done() if self._set else self._wait()
 
-    def poll(self) -> Any:
+    def poll(self) -> None:
         """See ``Selectable.poll``."""
-        return None if self._set else NOTHING
+        return None if self._set else NOTHING  # type: ignore[return-value]
 
     def watch(self, entry: Entry) -> None:
         """See ``Selectable.watch``."""

@@ -209,25 +209,28 @@ class Operation(Deferred[T]):
             self.__class__ = _UsedAsDeferred
             Deferred.__init__(self)
 
-    def addCallbacks(self, *args: Any, **kwargs: Any) -> Any:
-        """See ``Deferred.addCallbacks``."""
-        self._become_deferred()
-        return self.addCallbacks(*args, **kwargs)
+    # To type checkers they are those of Deferred.
+    if not TYPE_CHECKING:
 
-    def addCallback(self, *args: Any, **kwargs: Any) -> Any:
-        """See ``Deferred.addCallback``."""
-        self._become_deferred()
-        return self.addCallback(*args, **kwargs)
+        def addCallbacks(self, *args: Any, **kwargs: Any) -> Any:
+            """See ``Deferred.addCallbacks``."""
+            self._become_deferred()
+            return self.addCallbacks(*args, **kwargs)
 
-    def addErrback(self, *args: Any, **kwargs: Any) -> Any:
-        """See ``Deferred.addErrback``."""
-        self._become_deferred()
-        return self.addErrback(*args, **kwargs)
+        def addCallback(self, *args: Any, **kwargs: Any) -> Any:
+            """See ``Deferred.addCallback``."""
+            self._become_deferred()
+            return self.addCallback(*args, **kwargs)
 
-    def addBoth(self, *args: Any, **kwargs: Any) -> Any:
-        """See ``Deferred.addBoth``."""
-        self._become_deferred()
-        return self.addBoth(*args, **kwargs)
+        def addErrback(self, *args: Any, **kwargs: Any) -> Any:
+            """See ``Deferred.addErrback``."""
+            self._become_deferred()
+            return self.addErrback(*args, **kwargs)
+
+        def addBoth(self, *args: Any, **kwargs: Any) -> Any:
+            """See ``Deferred.addBoth``."""
+            self._become_deferred()
+            return self.addBoth(*args, **kwargs)
 
 
 @_with_room_for("owner", "waiter", "called", "result", "value")

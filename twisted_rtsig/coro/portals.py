@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Generator, Iterator
@@ -19,10 +20,16 @@ from twisted.internet.error import ReactorNotRunning
 from twisted_rtsig.coro.groups import TaskStatus
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.operations import ignore
-from twisted_rtsig.coro.tasks import Task, name_of, scheduler_for, spawn
+from twisted_rtsig.coro.tasks import Runnable, Task, name_of, scheduler_for, spawn
 from twisted_rtsig.coro.tracebacks import drop_machinery_above
 
+if sys.version_info >= (3, 11):
+    from typing import TypeVarTuple, Unpack
+else:
+    from typing_extensions import TypeVarTuple, Unpack
+
 T = TypeVar("T")
+Args = TypeVarTuple("Args")
 
 
 class Portal:
@@ -55,17 +62,23 @@ class Portal:
     # From other threads
 
     @overload
-    def call(self, function: Callable[..., Awaitable[T]], *args: object) -> T: ...
-
-    @overload
     def call(
-        self, function: Callable[..., Generator[Any, Any, T]], *args: object
+        self, function: Callable[[Unpack[Args]], Awaitable[T]], *args: Unpack[Args]
     ) -> T: ...
 
     @overload
-    def call(self, function: Callable[..., T], *args: object) -> T: ...
+    def call(
+        self,
+        function: Callable[[Unpack[Args]], Generator[Any, Any, T]],
+        *args: Unpack[Args],
+    ) -> T: ...
 
-    def call(self, function: Callable[..., Any], *args: object) -> Any:
+    @overload
+    def call(self, function: Callable[[Unpack[Args]], T], *args: Unpack[Args]) -> T: ...
+
+    def call(  # type: ignore[misc]
+        self, function: Callable[..., Any], *args: Any
+    ) -> Any:
         """
         Run C{function(*args)} as a task in the reactor's thread, with the context
         variables of this thread, and wait for what it returns or raises.
@@ -84,26 +97,29 @@ class Portal:
     @overload
     def spawn(
         self,
-        function: Callable[..., Awaitable[T]],
-        *args: object,
+        function: Callable[[Unpack[Args]], Awaitable[T]],
+        *args: Unpack[Args],
         name: str | None = None,
     ) -> Future[T]: ...
 
     @overload
     def spawn(
         self,
-        function: Callable[..., Generator[Any, Any, T]],
-        *args: object,
+        function: Callable[[Unpack[Args]], Generator[Any, Any, T]],
+        *args: Unpack[Args],
         name: str | None = None,
     ) -> Future[T]: ...
 
     @overload
     def spawn(
-        self, function: Callable[..., T], *args: object, name: str | None = None
+        self,
+        function: Callable[[Unpack[Args]], T],
+        *args: Unpack[Args],
+        name: str | None = None,
     ) -> Future[T]: ...
 
-    def spawn(
-        self, function: Callable[..., Any], *args: object, name: str | None = None
+    def spawn(  # type: ignore[misc]
+        self, function: Callable[..., Any], *args: Any, name: str | None = None
     ) -> Future[Any]:
         """
         As :meth:`call`, and do not wait.
@@ -412,7 +428,7 @@ class Calls:
     def submit(
         self,
         future: _TaskFuture[Any],
-        function: Callable[..., Any],
+        function: Callable[..., Any] | Runnable[Any],
         args: tuple[Any, ...],
         name: str | None = None,
         ended: Callable[[Future[Any]], object] = _nothing,
@@ -431,7 +447,9 @@ class Calls:
         begin = functools.partial(self._begin, future, function, args, name, ended)
         self.reactor.callFromThread(contextvars.copy_context().run, begin)
 
-    def call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def call(
+        self, function: Callable[..., Any] | Runnable[Any], args: tuple[Any, ...]
+    ) -> Any:
         """
         Run a task, and wait for it.
 
@@ -451,7 +469,7 @@ class Calls:
     def _begin(
         self,
         future: _TaskFuture[Any],
-        function: Callable[..., Any],
+        function: Callable[..., Any] | Runnable[Any],
         args: tuple[Any, ...],
         name: str | None,
         ended: Callable[[Future[Any]], object],
@@ -463,7 +481,7 @@ class Calls:
             ended(future)
             return
         try:
-            task = spawn(function, *args, name=name, reactor=self.reactor)
+            task: Task[Any] = spawn(function, *args, name=name, reactor=self.reactor)
         except Exception as error:
             if self._take(future) and future.set_running_or_notify_cancel():
                 future.set_exception(drop_machinery_above(error))

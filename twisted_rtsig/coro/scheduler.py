@@ -398,7 +398,7 @@ def schedulers() -> list[Scheduler]:
     return [each for each in found if each is not None]
 
 
-def scheduler_of(reactor: Any | None) -> Scheduler:
+def scheduler_of(reactor: object) -> Scheduler:
     """The scheduler of a reactor, by default of the one that is installed."""
     if reactor is None:
         from twisted.internet import reactor

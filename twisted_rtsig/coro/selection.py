@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Generator
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, overload
 from weakref import WeakKeyDictionary
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -28,15 +28,25 @@ from twisted_rtsig.coro.tasks import Task, scheduler_for, spawn
 from twisted_rtsig.coro.tracebacks import drop_machinery_above
 from twisted_rtsig.coro.waiting import Entry, Waiters
 
+if TYPE_CHECKING:
+    from twisted_rtsig.coro.channels import Channel
 
-class Selectable(Protocol):
+T = TypeVar("T")
+T1 = TypeVar("T1")
+T2 = TypeVar("T2")
+T3 = TypeVar("T3")
+T4 = TypeVar("T4")
+Value = TypeVar("Value", covariant=True)
+
+
+class Selectable(Protocol[Value]):
     """What :func:`select` can wait for."""
 
-    def poll(self) -> Any:
+    def poll(self) -> Value:
         """
         Take what is there.
 
-        :return: a value, or C{NOTHING}.
+        :return: a value; or C{NOTHING}, of which type checkers need not know.
         :raises Exception: in place of a value.
         """
 
@@ -45,6 +55,66 @@ class Selectable(Protocol):
 
     def unwatch(self, entry: Entry) -> None:
         """Do not."""
+
+
+Source: TypeAlias = (
+    Selectable[T]
+    | Task[T]
+    | Deferred[T]
+    | Callable[[], Awaitable[T]]
+    | Callable[[], Generator[Any, Any, T]]
+)
+
+
+# Cases of one kind: the one that is chosen is of that kind.
+
+
+@overload
+def select(*cases: Channel[T]) -> Operation[tuple[Channel[T], T]]: ...
+
+
+@overload
+def select(*cases: Task[T]) -> Operation[tuple[Task[T], T]]: ...
+
+
+@overload
+def select(*cases: Deferred[T]) -> Operation[tuple[Deferred[T], T]]: ...
+
+
+# Cases of several kinds.
+
+
+@overload
+def select(case: Source[T], /) -> Operation[tuple[Source[T], T]]: ...
+
+
+@overload
+def select(
+    case1: Source[T1], case2: Source[T2], /
+) -> Operation[tuple[Source[T1], T1] | tuple[Source[T2], T2]]: ...
+
+
+@overload
+def select(
+    case1: Source[T1], case2: Source[T2], case3: Source[T3], /
+) -> Operation[
+    tuple[Source[T1], T1] | tuple[Source[T2], T2] | tuple[Source[T3], T3]
+]: ...
+
+
+@overload
+def select(
+    case1: Source[T1], case2: Source[T2], case3: Source[T3], case4: Source[T4], /
+) -> Operation[
+    tuple[Source[T1], T1]
+    | tuple[Source[T2], T2]
+    | tuple[Source[T3], T3]
+    | tuple[Source[T4], T4]
+]: ...
+
+
+@overload
+def select(*cases: Source[T]) -> Operation[tuple[Source[T], T]]: ...
 
 
 def select(*cases: Any) -> Operation[tuple[Any, Any]]:
@@ -106,7 +176,7 @@ class _Case:
 
     __slots__ = ("__weakref__", "_case", "called", "owner", "selectable", "value")
 
-    def __init__(self, selection: _Selection, case: Any, selectable: Selectable):
+    def __init__(self, selection: _Selection, case: Any, selectable: Selectable[Any]):
         self.owner = selection
         self._case = case
         self.selectable = selectable
@@ -143,7 +213,7 @@ class _Selection:
     """Owns the operation of a :func:`select` that waits."""
 
     def __init__(
-        self, selectables: list[tuple[Any, Selectable]], calls: list[_Call]
+        self, selectables: list[tuple[Any, Selectable[Any]]], calls: list[_Call]
     ) -> None:
         self.operation: Operation[tuple[Any, Any]] = Operation()
         self.operation.owner = self
@@ -183,7 +253,7 @@ class Deadline:
     :raises ValueError: if it is in the past.
     """
 
-    def __init__(self, seconds: float, reactor: Any | None = None) -> None:
+    def __init__(self, seconds: float, reactor: object = None) -> None:
         if not seconds >= 0:
             raise ValueError(f"a deadline {seconds} seconds from now: 0 is the least")
         self._reactor = scheduler_for(reactor).reactor
@@ -197,9 +267,9 @@ class Deadline:
         left: float = self._time - self._reactor.seconds()
         return max(0.0, left)
 
-    def poll(self) -> Any:
+    def poll(self) -> None:
         """See ``Selectable.poll``."""
-        return NOTHING if self.remaining else None
+        return NOTHING if self.remaining else None  # type: ignore[return-value]
 
     def watch(self, entry: Entry) -> None:
         """See ``Selectable.watch``."""
@@ -226,7 +296,7 @@ class Deadline:
         return f"<Deadline in {self.remaining:.1f} s>"
 
 
-def _selectable(case: Any) -> Selectable:
+def _selectable(case: Any) -> Selectable[Any]:
     if isinstance(case, Task):
         return _TaskCase(case)
     if isinstance(case, Deferred):
@@ -238,7 +308,7 @@ def _selectable(case: Any) -> Selectable:
             f"select() cannot wait for {case!r}: give it a Channel, what sending() "
             "returns, an Event, a Deadline, a Task, a Deferred or a function"
         )
-    selectable: Selectable = case
+    selectable: Selectable[Any] = case
     return selectable
 
 
@@ -249,7 +319,7 @@ class _Call:
         self._function = function
         # None before the call, and once nothing is to be cancelled.
         self._waiting: Task[Any] | Deferred[Any] | None = None
-        self._selectable: Selectable | None = None
+        self._selectable: Selectable[Any] | None = None
 
     def poll(self) -> Any:
         if self._selectable is None:

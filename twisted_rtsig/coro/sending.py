@@ -135,7 +135,8 @@ class Sending:
 
     async def _send_by_threads(self, count: int) -> None:
         stream = self._stream
-        socket = os.dup(stream.transport.fileno())
+        transport: Any = stream.transport
+        socket = os.dup(transport.fileno())
         stream._tell_when_sent(True)
         try:
             first = True

@@ -35,6 +35,7 @@ from zope.interface import implementer
 from twisted_rtsig.coro.census import Registry
 from twisted_rtsig.coro.errors import IncompleteRead, TLSError
 from twisted_rtsig.coro.inspection import describe
+from twisted_rtsig.coro.interfaces import ListeningPort
 from twisted_rtsig.coro.limits import (
     FIRST_BYTE_TIMEOUT,
     IDLE_TIMEOUT,
@@ -579,7 +580,7 @@ class Server:
     """
 
     def __init__(self, port: Any, factory: CoroutineFactory) -> None:
-        self.port = port
+        self.port: ListeningPort = port
         self.factory = factory
         self._listening = True
 

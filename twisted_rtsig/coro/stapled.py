@@ -101,8 +101,8 @@ class StapledStream:
         """
         return self._both(self.send_stream.abort(), self.receive_stream.abort())
 
-    def _both(self, *ends: Awaitable[None]) -> Deferred[None]:
-        waiting = spawn(_wait_for_both, *ends, reactor=self._reactor)
+    def _both(self, one: Awaitable[None], other: Awaitable[None]) -> Deferred[None]:
+        waiting = spawn(_wait_for_both, one, other, reactor=self._reactor)
         return waiting.as_deferred()
 
     async def __aenter__(self) -> StapledStream:

@@ -12,7 +12,7 @@ import re
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from twisted.internet.error import ConnectionClosed, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import (
@@ -33,6 +33,7 @@ from twisted_rtsig.coro.errors import (
     TLSError,
     UnreadPlaintext,
 )
+from twisted_rtsig.coro.interfaces import Address, Transport
 from twisted_rtsig.coro.limits import (
     Signs,
     TimeLimits,
@@ -162,7 +163,7 @@ class Stream:
         :param write_timeout: from C{close} on, where no server has a watchdog that
             looks at this stream; as for ``connect``.
         """
-        self.transport = transport
+        self.transport: Transport = transport
         self._stopping = stopping
         self._write_timeout = write_timeout
         self._watchdog: Watchdog | None = None
@@ -211,14 +212,20 @@ class Stream:
         self.resumed = 0
 
     @property
-    def peer(self) -> Any:
-        """The address of the other side: an ``IAddress`` provider."""
-        return self.transport.getPeer()
+    def peer(self) -> Address:
+        """
+        The address of the other side: an C{IPv4Address}, an C{IPv6Address} or a
+        C{UNIXAddress}.
+
+        Without a socket, as between processes and in tests, it is what C{getPeer} of
+        the transport returns.
+        """
+        return cast(Address, self.transport.getPeer())
 
     @property
-    def host(self) -> Any:
-        """The address of this side: an ``IAddress`` provider."""
-        return self.transport.getHost()
+    def host(self) -> Address:
+        """The address of this side, as :attr:`peer` is of the other."""
+        return cast(Address, self.transport.getHost())
 
     @property
     def ended(self) -> bool:
@@ -610,7 +617,8 @@ class Stream:
     def _half_close(self) -> None:
         # Twisted's transports forget it while their producer is paused.
         if not self.full:
-            self.transport.loseWriteConnection()
+            transport: Any = self.transport
+            transport.loseWriteConnection()
 
     def close(self) -> Operation[None]:
         """
@@ -731,10 +739,11 @@ class Stream:
         if self._output_lost is not None:
             return failed(_again(self._output_lost), quietly=True)
         if not self._aborted:
+            transport: Any = self.transport
             if first:
-                self.transport.startWriting()
+                transport.startWriting()
             else:
-                self._scheduler.reactor.addWriter(self.transport)
+                self._scheduler.reactor.addWriter(transport)
         return self._until_resumed()
 
     def _write_of_file(self, data: bytes) -> Operation[None]:

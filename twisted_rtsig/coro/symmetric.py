@@ -6,18 +6,55 @@ See ``docs/symmetric.md``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import sys
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, TypeVar, overload
 
 from twisted_rtsig.coro.scheduler import HANDOVER
 from twisted_rtsig.coro.tasks import Beginning, Task, name_of, scheduler_for
 
+if sys.version_info >= (3, 11):
+    from typing import TypeVarTuple, Unpack
+else:
+    from typing_extensions import TypeVarTuple, Unpack
 
+T = TypeVar("T")
+Value = TypeVar("Value")
+Args = TypeVarTuple("Args")
+
+
+@overload
 def symmetric(
+    function: Callable[[Unpack[Args], Value], Awaitable[T]],
+    *args: Unpack[Args],
+    name: str | None = None,
+    reactor: object = None,
+) -> Task[T]: ...
+
+
+@overload
+def symmetric(
+    function: Callable[[Unpack[Args], Value], Generator[Any, Any, T]],
+    *args: Unpack[Args],
+    name: str | None = None,
+    reactor: object = None,
+) -> Task[T]: ...
+
+
+@overload
+def symmetric(
+    function: Callable[[Unpack[Args], Value], T],
+    *args: Unpack[Args],
+    name: str | None = None,
+    reactor: object = None,
+) -> Task[T]: ...
+
+
+def symmetric(  # type: ignore[misc]
     function: Callable[..., Any],
     *args: Any,
     name: str | None = None,
-    reactor: Any | None = None,
+    reactor: object = None,
 ) -> Task[Any]:
     """
     Make a coroutine that somebody can :func:`transfer` to.

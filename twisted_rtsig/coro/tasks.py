@@ -11,12 +11,22 @@ import contextlib
 import contextvars
 import functools
 import inspect
+import sys
 import time
 import types
 import weakref
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, TypeVar, cast
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    Generic,
+    ParamSpec,
+    TypeVar,
+    cast,
+    overload,
+)
 
 from twisted.internet import defer
 from twisted.internet.defer import CancelledError, Deferred
@@ -32,6 +42,11 @@ from twisted_rtsig.coro.tracebacks import (
     without_machinery,
 )
 
+if sys.version_info >= (3, 11):
+    from typing import TypeVarTuple, Unpack
+else:
+    from typing_extensions import TypeVarTuple, Unpack
+
 if TYPE_CHECKING:
     from twisted_rtsig.coro.scopes import Scope
 
@@ -39,6 +54,7 @@ _log = Logger()
 
 T = TypeVar("T")
 P = ParamSpec("P")
+Args = TypeVarTuple("Args")
 
 Runnable = Coroutine[Any, Any, T] | Generator[Any, Any, T]
 
@@ -628,11 +644,54 @@ def name_of(function: object) -> str:
 # Starting
 
 
+# A reactor is an object wherever it is passed.  Type checkers take
+# twisted.internet.reactor for the module of that name, and do not see that a Clock
+# provides IReactorTime.  With Any mypy would not know which overload is right for a
+# function that takes one, such as sleep().
+
+
+@overload
 def spawn(
+    function: Callable[[Unpack[Args]], Awaitable[T]],
+    *args: Unpack[Args],
+    name: str | None = None,
+    reactor: object = None,
+) -> Task[T]: ...
+
+
+@overload
+def spawn(
+    function: Callable[[Unpack[Args]], Generator[Any, Any, T]],
+    *args: Unpack[Args],
+    name: str | None = None,
+    reactor: object = None,
+) -> Task[T]: ...
+
+
+@overload
+def spawn(
+    function: Runnable[T],
+    *,
+    name: str | None = None,
+    reactor: object = None,
+) -> Task[T]: ...
+
+
+@overload
+def spawn(
+    function: Callable[[Unpack[Args]], T],
+    *args: Unpack[Args],
+    name: str | None = None,
+    reactor: object = None,
+) -> Task[T]: ...
+
+
+# mypy finds that no implementation accepts variadic overloads.
+def spawn(  # type: ignore[misc]
     function: Callable[..., Any] | Runnable[Any],
     *args: Any,
     name: str | None = None,
-    reactor: Any | None = None,
+    reactor: object = None,
 ) -> Task[Any]:
     """
     Run C{function(*args)} as a task.
@@ -654,7 +713,7 @@ def spawn(
     return task
 
 
-def scheduler_for(reactor: Any | None) -> Scheduler:
+def scheduler_for(reactor: object) -> Scheduler:
     """That of a reactor; None for the one of the task that runs."""
     if reactor is None and running.task is not None:
         return running.task._scheduler
@@ -764,7 +823,7 @@ def task_of_caller(what: str) -> Task[Any]:
 # Time
 
 
-def current_time(reactor: Any | None = None) -> float:
+def current_time(reactor: object = None) -> float:
     """
     The time in seconds by which deadlines are given: that of the reactor.
 
@@ -774,7 +833,7 @@ def current_time(reactor: Any | None = None) -> float:
     return seconds
 
 
-def sleep(seconds: float, reactor: Any | None = None) -> Operation[None]:
+def sleep(seconds: float, reactor: object = None) -> Operation[None]:
     """
     Wait for some time.  C{sleep(0)} lets everybody else who is ready go first:
     other tasks and the reactor.

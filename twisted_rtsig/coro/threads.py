@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
-
-from twisted.internet.defer import Deferred
+import sys
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, ParamSpec, TypeVar, overload
 
 from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.coro.portals import Calls, calls_of
-from twisted_rtsig.coro.tasks import scheduler_for
+from twisted_rtsig.coro.tasks import Runnable, scheduler_for
 from twisted_rtsig.coro.tracebacks import drop_machinery_above
+
+if sys.version_info >= (3, 11):
+    from typing import TypeVarTuple, Unpack
+else:
+    from typing_extensions import TypeVarTuple, Unpack
 
 T = TypeVar("T")
 P = ParamSpec("P")
+Args = TypeVarTuple("Args")
 
 
 def in_thread(
     function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-) -> Deferred[T]:
+) -> Operation[T]:
     """
     Run a function that blocks in a thread of the reactor's pool, with the context
     variables of the task that calls this.
@@ -102,7 +107,29 @@ class ThreadCall:
         return f"{self._function!r} in a thread"
 
 
-def from_thread(function: Callable[..., Any], *args: Any) -> Any:
+@overload
+def from_thread(
+    function: Callable[[Unpack[Args]], Awaitable[T]], *args: Unpack[Args]
+) -> T: ...
+
+
+@overload
+def from_thread(
+    function: Callable[[Unpack[Args]], Generator[Any, Any, T]], *args: Unpack[Args]
+) -> T: ...
+
+
+@overload
+def from_thread(function: Runnable[T]) -> T: ...
+
+
+@overload
+def from_thread(function: Callable[[Unpack[Args]], T], *args: Unpack[Args]) -> T: ...
+
+
+def from_thread(  # type: ignore[misc]
+    function: Callable[..., Any] | Runnable[Any], *args: Any
+) -> Any:
     """
     From a function that :func:`in_thread` runs: run C{function(*args)} as a task
     in the reactor's thread, with the context variables of this thread, and wait for

@@ -33,7 +33,7 @@ class watch_for_blocking:
     :raises ValueError: if the time is not more than 0.
     """
 
-    def __init__(self, seconds: float = 1.0, reactor: Any | None = None) -> None:
+    def __init__(self, seconds: float = 1.0, reactor: object = None) -> None:
         if not seconds > 0:
             raise ValueError(f"cannot watch for {seconds} seconds: it must be more")
         self._seconds = seconds

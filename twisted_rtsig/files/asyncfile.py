@@ -716,7 +716,7 @@ def open_file(
     mode: str = "rb",
     *,
     permissions: int = 0o666,
-    reactor: Any | None = None,
+    reactor: object = None,
 ) -> Operation[AsyncFile]:
     """
     Open a regular file::

@@ -15,7 +15,7 @@ from twisted_rtsig.files.workers import workers_of
 
 
 def stat(
-    path: Path, *, follow_symlinks: bool = True, reactor: Any | None = None
+    path: Path, *, follow_symlinks: bool = True, reactor: object = None
 ) -> Operation[os.stat_result]:
     """
     As C{os.stat}.
@@ -30,7 +30,7 @@ def _stat(path: Path, follow_symlinks: bool) -> os.stat_result:
     return os.stat(path, follow_symlinks=follow_symlinks)
 
 
-def listdir(path: Path = ".", *, reactor: Any | None = None) -> Operation[list[Any]]:
+def listdir(path: Path = ".", *, reactor: object = None) -> Operation[list[Any]]:
     """
     The names in a directory, sorted.
 
@@ -44,9 +44,7 @@ def _list(path: Any) -> list[Any]:
     return sorted(os.listdir(path))
 
 
-def rename(
-    source: Path, target: Path, *, reactor: Any | None = None
-) -> Operation[None]:
+def rename(source: Path, target: Path, *, reactor: object = None) -> Operation[None]:
     """
     Give a file another name.  One that has it already is replaced, on each platform.
 
@@ -58,7 +56,7 @@ def rename(
     )
 
 
-def remove(path: Path, *, reactor: Any | None = None) -> Operation[None]:
+def remove(path: Path, *, reactor: object = None) -> Operation[None]:
     """
     Remove a file.
 
@@ -73,7 +71,7 @@ def write_file(
     data: Data,
     *,
     permissions: int = 0o666,
-    reactor: Any | None = None,
+    reactor: object = None,
 ) -> Operation[None]:
     """
     Let a file have this content, whole or not at all: whatever happens, whoever

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 from twisted.internet.defer import Deferred
 
 from twisted_rtsig.coro.serving import Handler
 from twisted_rtsig.coro.streams import Stream
-from twisted_rtsig.coro.tasks import Task, spawn
+from twisted_rtsig.coro.tasks import Runnable, Task, spawn
 
+T = TypeVar("T")
 P = ParamSpec("P")
 
 
-def in_task(function: Callable[P, Any]) -> Callable[P, Deferred[Any]]:
+def in_task(function: Callable[P, Runnable[T]]) -> Callable[P, Deferred[T]]:
     """
     Decorate a test, so that it runs as a task of the installed reactor and returns
     a Deferred.
@@ -27,7 +28,7 @@ def in_task(function: Callable[P, Any]) -> Callable[P, Deferred[Any]]:
     """
 
     @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> Deferred[Any]:
+    def call(*args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
         return spawn(
             function(*args, **kwargs), name=function.__qualname__
         ).as_deferred()

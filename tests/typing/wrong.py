@@ -1,0 +1,239 @@
+# mypy: enable-error-code="unused-awaitable"
+"""
+Lines that type checkers refuse, each with what they refuse it for.
+
+``tests/test_types.py`` has them checked.  ``mypy:`` names the error codes of mypy, and
+``pyright:`` the rules of pyright.  A hyphen says that this checker finds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.endpoints import TCP4ClientEndpoint, TCP4ServerEndpoint
+
+from twisted_rtsig.coro import (
+    Channel,
+    Condition,
+    CoroutineFactory,
+    Deadline,
+    Event,
+    Lock,
+    Semaphore,
+    Stream,
+    Task,
+    TaskGroup,
+    connect,
+    coroutine,
+    from_thread,
+    in_thread,
+    open_datagrams,
+    open_process,
+    run_group,
+    select,
+    serve,
+    sleep,
+    spawn,
+    symmetric,
+    timeout,
+    transfer,
+)
+from twisted_rtsig.files import open_file, stat
+
+
+async def count(name: str, most: int = 10) -> bytes:
+    return name.encode() * most
+
+
+def count_generator(name: str) -> Generator[Any, Any, int]:
+    yield sleep(1)
+    return len(name)
+
+
+@coroutine
+def count_decorated(name: str) -> Generator[Deferred[Any], Any, int]:
+    yield sleep(1)
+    return len(name)
+
+
+@inlineCallbacks
+def count_inline(name: str) -> Generator[Deferred[Any], Any, int]:
+    yield sleep(1)
+    return len(name)
+
+
+def count_plain(name: str) -> float:
+    return len(name)
+
+
+class Counter:
+    async def count(self, name: str) -> bool:
+        return bool(name)
+
+
+# fmt: off
+
+# Arguments
+
+
+async def arguments(group: TaskGroup, body: Any) -> None:
+    spawn(count)  # mypy: arg-type, call-arg, unused-awaitable; pyright: reportArgumentType, reportCallIssue
+    spawn(count, 3)  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType, reportCallIssue
+    spawn(count, "a", "b")  # mypy: arg-type, call-arg, unused-awaitable; pyright: reportArgumentType, reportCallIssue
+    spawn(count, "a", 1, 2)  # mypy: arg-type, call-arg, unused-awaitable; pyright: reportArgumentType, reportCallIssue
+    spawn(count, "a", nam="b")  # mypy: call-overload; pyright: reportCallIssue
+    spawn(count, "a", name=3)  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
+    spawn(count_generator)  # mypy: arg-type, call-arg, unused-awaitable; pyright: reportArgumentType, reportCallIssue
+    spawn(count_generator, 3)  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType, reportCallIssue
+    spawn(count_decorated, 3)  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType, reportCallIssue
+    spawn(count_inline, 3)  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType, reportCallIssue
+    spawn(count_plain, 3)  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType, reportCallIssue
+    spawn(Counter().count, 3)  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType, reportCallIssue
+    spawn(count("a"), "a")  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
+    spawn(3)  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
+    spawn(sleep, "a")  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType, reportCallIssue
+    group.spawn(count)  # mypy: arg-type, call-arg; pyright: reportArgumentType, reportCallIssue
+    group.spawn(count, 3)  # mypy: arg-type; pyright: reportArgumentType, reportCallIssue
+    group.spawn(count_generator, 3)  # mypy: arg-type; pyright: reportArgumentType, reportCallIssue
+    group.spawn(count_decorated, 3)  # mypy: arg-type; pyright: reportArgumentType, reportCallIssue
+    group.spawn(count_plain, 3)  # mypy: arg-type; pyright: reportArgumentType, reportCallIssue
+    group.spawn(count, "a", nam="b")  # mypy: call-overload; pyright: reportCallIssue
+    from_thread(count)  # mypy: arg-type, call-arg; pyright: reportArgumentType, reportCallIssue
+    from_thread(count, 3)  # mypy: arg-type; pyright: reportArgumentType, reportCallIssue
+    from_thread(count_generator, 3)  # mypy: arg-type; pyright: reportArgumentType, reportCallIssue
+    from_thread(count_plain, 3)  # mypy: arg-type; pyright: reportArgumentType, reportCallIssue
+    await in_thread(count_plain)  # mypy: call-arg; pyright: reportCallIssue
+    await in_thread(count_plain, 3)  # mypy: arg-type; pyright: reportArgumentType
+    await in_thread(count_plain, "a", more=3)  # mypy: call-arg; pyright: reportCallIssue
+    count_decorated(3)  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType
+    coroutine(count)  # mypy: arg-type; pyright: reportArgumentType
+
+
+async def blocks() -> None:
+    async def block(group: TaskGroup, name: str) -> bytes:
+        _ = group.spawn(sleep, 1)
+        return name.encode()
+
+    async def other(name: str, value: Any) -> int:
+        await transfer(value)
+        return len(name)
+
+    await run_group(block)  # mypy: arg-type, call-arg; pyright: reportArgumentType, reportCallIssue
+    await run_group(block, 3)  # mypy: arg-type; pyright: reportArgumentType, reportCallIssue
+    symmetric(other)  # mypy: arg-type, call-arg, unused-awaitable; pyright: reportArgumentType, reportCallIssue
+    symmetric(other, 3)  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType, reportCallIssue
+    await transfer(other)  # mypy: arg-type; pyright: reportArgumentType
+
+
+# Results
+
+
+async def results(stream: Stream) -> None:
+    number: int
+    number = await spawn(count, "a")  # mypy: arg-type; pyright: reportAssignmentType
+    number = spawn(count_plain, "a").result()  # mypy: assignment; pyright: reportAssignmentType
+    task: Task[str] = spawn(count, "a")  # mypy: arg-type; pyright: reportAssignmentType
+    text: str = await stream.read_line()  # mypy: assignment; pyright: reportAssignmentType
+    text = await stream.read()  # mypy: assignment; pyright: reportAssignmentType
+    text = await in_thread(count_plain, "a")  # mypy: arg-type; pyright: reportAssignmentType
+    async for line in stream.lines():
+        text = line  # mypy: assignment; pyright: reportAssignmentType
+    number = from_thread(count, "a")  # mypy: assignment; pyright: reportAssignmentType
+    deferred: Deferred[str] = count_decorated("a")  # mypy: assignment; pyright: reportAssignmentType
+    number = await (await open_file("data")).read(3)  # mypy: assignment; pyright: reportAssignmentType
+    number = (await stat("data")).st_mtime  # mypy: assignment; pyright: reportAssignmentType
+    text = await open_process(["true"]).wait()  # mypy: assignment; pyright: reportAssignmentType
+    (text, _) = await open_datagrams().receive_from()  # mypy: assignment; pyright: reportAssignmentType
+    print(number, text, task, deferred)
+
+
+# Streams and servers
+
+
+async def streams(stream: Stream) -> None:
+    await stream.read("a")  # mypy: arg-type; pyright: reportArgumentType
+    await stream.read_until("\n")  # mypy: arg-type; pyright: reportArgumentType
+    await stream.read_until_regex("a")  # mypy: arg-type; pyright: reportArgumentType
+    await stream.write("text")  # mypy: arg-type; pyright: reportArgumentType
+    await stream.write(3)  # mypy: arg-type; pyright: reportArgumentType
+    stream.peer.host  # mypy: union-attr; pyright: reportAttributeAccessIssue, reportUnknownMemberType
+    stream.transport.setTcpNoDelay(True)  # mypy: attr-defined; pyright: reportAttributeAccessIssue, reportUnknownMemberType
+    stream.peer = None  # mypy: assignment, misc; pyright: reportAttributeAccessIssue
+    stream.read_lines()  # mypy: attr-defined; pyright: reportAttributeAccessIssue, reportUnknownMemberType
+
+
+async def serving(reactor: Any) -> None:
+    server = TCP4ServerEndpoint(reactor, 0)
+    client = TCP4ClientEndpoint(reactor, "localhost", 80)
+
+    async def without_stream() -> None:
+        pass
+
+    await serve(server, without_stream)  # mypy: arg-type; pyright: reportArgumentType
+    await serve(client, streams)  # mypy: -; pyright: -
+    await serve(server, streams, max_connection=10)  # mypy: -; pyright: -
+    await serve(server, streams, idle_timeout="a")  # mypy: -; pyright: -
+    await connect(server)  # mypy: -; pyright: -
+    await connect(client, handshake_timeout="a")  # mypy: arg-type; pyright: reportArgumentType
+    CoroutineFactory(without_stream)  # mypy: arg-type; pyright: reportArgumentType
+    CoroutineFactory(streams, idle_time=3)  # mypy: call-arg; pyright: reportCallIssue
+
+
+# What tasks share
+
+
+async def sharing(channel: Channel[int]) -> None:
+    await channel.send("a")  # mypy: arg-type; pyright: reportArgumentType
+    channel.try_send("a")  # mypy: arg-type; pyright: reportArgumentType
+    channel.sending("a")  # mypy: arg-type; pyright: reportArgumentType
+    text: str = await channel.receive()  # mypy: assignment; pyright: reportAssignmentType
+    text = channel.try_receive()  # mypy: assignment; pyright: reportAssignmentType
+    async for value in channel:
+        text = value  # mypy: assignment; pyright: reportAssignmentType
+    Channel()  # mypy: call-arg; pyright: reportCallIssue
+    Semaphore("a")  # mypy: arg-type; pyright: reportArgumentType
+    await Condition().wait_for(3)  # mypy: arg-type; pyright: reportArgumentType
+    timeout("a")  # mypy: arg-type; pyright: reportArgumentType
+    with Lock():  # mypy: attr-defined; pyright: reportGeneralTypeIssues
+        pass
+    async with timeout(3):  # mypy: attr-defined; pyright: reportGeneralTypeIssues
+        pass
+    print(text)
+
+
+async def selecting(channel: Channel[int], task: Task[bytes]) -> None:
+    await select(3)  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
+    await select(channel, 3)  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
+    await select(count("a"))  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
+    text: str
+    _, text = await select(channel)  # mypy: arg-type; pyright: reportAssignmentType
+    _, text = await select(channel, task)  # mypy: assignment; pyright: reportAssignmentType
+    _, text = await select(channel, Deadline(1), task, Event())  # mypy: assignment; pyright: reportAssignmentType
+    chosen, _ = await select(channel)
+    chosen.result()  # mypy: attr-defined; pyright: reportAttributeAccessIssue, reportUnknownMemberType
+    print(text)
+
+
+# Forgotten awaits
+
+
+async def forgotten(stream: Stream, channel: Channel[int], lock: Lock) -> None:
+    count("a")  # mypy: unused-coroutine; pyright: reportUnusedCoroutine
+    sleep(1)  # mypy: unused-awaitable; pyright: -
+    stream.read_line()  # mypy: unused-awaitable; pyright: -
+    channel.receive()  # mypy: unused-awaitable; pyright: -
+    channel.send(3)  # mypy: unused-awaitable; pyright: -
+    lock.acquire()  # mypy: unused-awaitable; pyright: -
+    Event().wait()  # mypy: unused-awaitable; pyright: -
+    Condition().wait()  # mypy: unused-awaitable; pyright: -
+    select(channel)  # mypy: unused-awaitable; pyright: -
+    in_thread(count_plain, "a")  # mypy: unused-awaitable; pyright: -
+    count_decorated("a")  # mypy: unused-awaitable; pyright: -
+    stat("data")  # mypy: unused-awaitable; pyright: -
+    line = stream.read_line()
+    line.upper()  # mypy: attr-defined; pyright: reportAttributeAccessIssue, reportUnknownMemberType
+    stream.write(channel.receive())  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType
+    with open_file("data"):  # mypy: attr-defined; pyright: reportGeneralTypeIssues
+        pass
