@@ -1095,6 +1095,28 @@ def test_no_limit(run: Run, text: str) -> None:
     assert f"a timeout is a number of seconds, not '{text}'" in done.stdout
 
 
+FORGETS = """
+    from twisted_rtsig.coro import sleep
+
+    async def test_it():
+        sleep(0)
+        await sleep(0)
+"""
+
+
+def test_forgotten_awaits(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TWISTED_RTSIG_DEBUG", raising=False)
+    done = run(FORGETS, "--twisted-reactor=select")
+    assert done.returncode == 0, done.stdout
+    assert "test_it.py:5: UnawaitedWarning: sleep() was never awaited" in done.stdout
+    done = run(FORGETS, "--twisted-reactor=select", "-W", "error")
+    assert done.returncode == 1
+    assert "UnawaitedWarning: sleep() was never awaited" in done.stdout
+    monkeypatch.setenv("TWISTED_RTSIG_DEBUG", "0")
+    done = run(FORGETS, "--twisted-reactor=select", "-W", "error")
+    assert done.returncode == 0, done.stdout
+
+
 def test_a_fixture_whose_group_fails(run: Run) -> None:
     """It is torn down, with the error of its task."""
     done = run(

@@ -7,8 +7,9 @@ As ``pytest --twisted-reactor=rtsig``, or in the configuration of pytest::
     twisted_reactor = "rtsig"
 
 Then tests and fixtures may be C{async def}, and tests may return a Deferred.  A test
-that leaves something behind in the reactor fails.  Without a name the plugin does
-nothing at all.
+that leaves something behind in the reactor fails.  Awaits that were forgotten are
+warned of, unless C{TWISTED_RTSIG_DEBUG=0} is in the environment.  Without a name the
+plugin does nothing at all.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from twisted.internet.error import ReactorAlreadyInstalledError
 
 from twisted_rtsig.coro.channels import Channel
 from twisted_rtsig.coro.errors import Cancelled, ChannelClosed, EndOfChannel
+from twisted_rtsig.coro.forgotten import set_debug, wanted_by_environment
 from twisted_rtsig.coro.tasks import Task, spawn
 from twisted_rtsig.installation import installer_named
 from twisted_rtsig.notifiers import UnsupportedReactorError
@@ -82,6 +84,8 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
         limit = early_config.known_args_namespace.twisted_timeout
         limit = _seconds(limit or early_config.getini("twisted_timeout") or 0)
         _install(name)
+        if wanted_by_environment(default=True):
+            set_debug(True)
         runner = ReactorRunner(early_config)
         janitor = Janitor(runner)
         plugins = early_config.pluginmanager

@@ -13,6 +13,7 @@ from twisted.internet.ssl import PrivateCertificate
 from twisted.logger import ILogObserver, globalLogPublisher
 
 from tests.support import dispose, make_certificate
+from twisted_rtsig.coro import get_debug, set_debug
 
 
 def _asyncio() -> Any:
@@ -70,6 +71,20 @@ def logged() -> Iterator[list[Any]]:
     globalLogPublisher.addObserver(observer)
     yield events
     globalLogPublisher.removeObserver(observer)
+
+
+@pytest.fixture(autouse=True)
+def debug_as_before() -> Iterator[None]:
+    """A test may turn the debug mode on or off, and others may run in it."""
+    before = get_debug()
+    yield
+    set_debug(before)
+
+
+@pytest.fixture
+def debug_off(debug_as_before: None) -> None:
+    """For a test that leaves operations unawaited."""
+    set_debug(False)
 
 
 @pytest.fixture(scope="session")

@@ -364,6 +364,7 @@ def test_it_need_not_be_closed(clock: Clock, logged: list[Any]) -> None:
 # What it tells of itself
 
 
+@pytest.mark.usefixtures("debug_off")
 def test_statistics(clock: Clock) -> None:
     channel: Channel[int] = Channel(2)
     assert channel.statistics() == (0, 2, 0, 0, False, 0, 0)
@@ -660,7 +661,7 @@ def progress(reactor: Any, got: list[Any], until: Callable[[], bool]) -> list[in
 
 
 @pytest.fixture
-def one_in_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_in_a_turn(monkeypatch: pytest.MonkeyPatch, debug_off: None) -> None:
     """What is done first is done at once, and all else waits for the turn."""
     monkeypatch.setattr(channels, "_AT_ONCE_IN_A_TURN", 1)
 

@@ -120,6 +120,7 @@ def test_first_come_first_served(
     assert lock.value == 1
 
 
+@pytest.mark.usefixtures("debug_off")
 @pytest.mark.parametrize("value", [0, 1, 3])
 def test_so_many_may_have_a_semaphore(clock: Clock, value: int) -> None:
     semaphore = Semaphore(value)
@@ -135,6 +136,7 @@ def test_so_many_may_have_a_semaphore(clock: Clock, value: int) -> None:
     assert semaphore.value == value + 1
 
 
+@pytest.mark.usefixtures("debug_off")
 @locks
 def test_try_acquire(make: Callable[[], Semaphore]) -> None:
     lock = make()
@@ -299,6 +301,7 @@ def test_one_who_is_cancelled_while_he_has_it(clock: Clock) -> None:
     assert not lock.locked
 
 
+@pytest.mark.usefixtures("debug_off")
 def test_those_who_give_up_leave_nothing_behind(clock: Clock) -> None:
     lock = Lock()
     lock.try_acquire()

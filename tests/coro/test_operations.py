@@ -225,6 +225,7 @@ def test_to_cancel_it_is_an_error_for_who_waits(peer: Peer) -> None:
     assert got == [CancelledError, b"hello"]
 
 
+@pytest.mark.usefixtures("debug_off")
 def test_an_error_that_nobody_asks_for_is_logged(peer: Peer, logged: list[Any]) -> None:
     reading = peer.stream.read_line()
     peer.leaves(ConnectionLost())
@@ -368,6 +369,7 @@ def test_writes_that_were_given_up_do_not_pile_up(peer: Peer, clock: Clock) -> N
 # What a transport is told
 
 
+@pytest.mark.usefixtures("debug_off")
 def test_the_marks_at_which_the_transport_is_held_up(peer: Peer) -> None:
     transport: Any = peer.stream.transport
     peer.says(bytes(1 << 17))

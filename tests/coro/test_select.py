@@ -128,7 +128,7 @@ def meeting_a_receiver(clock: Clock) -> Kind:
     received: list[Deferred[str]] = []
     return Kind(
         channel.sending("value"),
-        lambda: received.append(channel.receive()),
+        lambda: received.append(channel.receive().addCallback(str)),
         None,
         lambda: (
             channel.statistics().senders == 0
@@ -724,7 +724,9 @@ def test_what_a_deadline_tells(clock: Clock) -> None:
 
 
 def test_a_deadline_is_now(clock: Clock) -> None:
-    assert select(Deadline(0, clock), Event()).called
+    waiting = select(Deadline(0, clock), Event())
+    assert waiting.called
+    waiting.cancel()
 
 
 def test_one_of_those_who_wait_for_a_deadline_cancels_the_others(clock: Clock) -> None:

@@ -285,6 +285,18 @@ def test_only_functions(clock: Clock) -> None:
         symmetric(5)  # type: ignore[call-overload]
 
 
+def test_yield_from(clock: Clock) -> None:
+    def answer(value: int) -> int:
+        return value + 1
+
+    def main() -> Generator[Any, Any, int]:
+        first: int = yield from transfer(symmetric(answer), 1)
+        second: int = yield from transfer(symmetric(answer), first)
+        return second
+
+    assert spawn(main, reactor=clock).result() == 3
+
+
 # Cancellation
 
 

@@ -31,9 +31,11 @@ from twisted_rtsig.coro.errors import (
     StreamError,
     TLSError,
     TransferError,
+    UnawaitedWarning,
     UnreadPlaintext,
     WouldBlock,
 )
+from twisted_rtsig.coro.forgotten import get_debug, set_debug, wanted_by_environment
 from twisted_rtsig.coro.groups import (
     TASK_STATUS_IGNORED,
     TaskGroup,
@@ -145,6 +147,7 @@ __all__ = [
     "TextStream",
     "ThreadCounts",
     "TransferError",
+    "UnawaitedWarning",
     "UnreadPlaintext",
     "WouldBlock",
     "add_instrument",
@@ -155,6 +158,7 @@ __all__ = [
     "current_time",
     "format_tasks",
     "from_thread",
+    "get_debug",
     "in_thread",
     "log_tasks_on_signal",
     "move_on_after",
@@ -168,6 +172,7 @@ __all__ = [
     "run_group",
     "select",
     "serve",
+    "set_debug",
     "shield",
     "sleep",
     "spawn",
@@ -178,3 +183,6 @@ __all__ = [
     "transfer",
     "watch_for_blocking",
 ]
+
+if wanted_by_environment():
+    set_debug(True)

@@ -12,6 +12,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 from twisted_rtsig.coro.census import Registry
 from twisted_rtsig.coro.channel_ends import ChannelReceiver, ChannelSender
 from twisted_rtsig.coro.errors import ChannelClosed, EndOfChannel, WouldBlock
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import (
     NOTHING,
     OVER,
@@ -172,6 +173,7 @@ class Channel(Generic[T]):
 
     # Receiving
 
+    @must_be_awaited
     def receive(self) -> Operation[T]:
         """
         The next value.

@@ -12,6 +12,7 @@ from twisted.internet.error import MessageLengthError
 from twisted.internet.protocol import DatagramProtocol
 
 from twisted_rtsig.coro.errors import BusyResourceError, StreamError
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.interfaces import IPAddress
 from twisted_rtsig.coro.operations import Done, Finished, Operation, failed
 from twisted_rtsig.coro.tasks import scheduler_for
@@ -45,6 +46,7 @@ class DatagramSocket:
         """The address of this side: an C{IPv4Address} or an C{IPv6Address}."""
         return cast(IPAddress, self.transport.getHost())
 
+    @must_be_awaited
     def receive_from(self) -> Operation[tuple[bytes, Address]]:
         """
         The next datagram, and the address it is from: ``(host, port)`` or longer.

@@ -201,3 +201,7 @@ class NoTaskError(RuntimeError):
             "decorate the generator function with @coroutine in place of "
             "@inlineCallbacks"
         )
+
+
+class UnawaitedWarning(RuntimeWarning):
+    """Nothing has waited for an operation: see :func:`set_debug`."""

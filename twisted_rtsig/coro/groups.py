@@ -15,6 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.errors import Cancelled
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation, Wait
 from twisted_rtsig.coro.scopes import Scope
 from twisted_rtsig.coro.tasks import (
@@ -113,6 +114,7 @@ class TaskGroup(Scope):
         self._adopt(task, None)
         return task
 
+    @must_be_awaited
     def start(
         self, function: Callable[..., Any], *args: Any, name: str | None = None
     ) -> Deferred[Any]:
@@ -376,9 +378,8 @@ def run_group(
 ) -> Deferred[T]: ...
 
 
-def run_group(  # type: ignore[misc]
-    body: Callable[..., Any], *args: Any
-) -> Deferred[Any]:
+@must_be_awaited  # type: ignore[misc]
+def run_group(body: Callable[..., Any], *args: Any) -> Deferred[Any]:
     """
     The :class:`TaskGroup` for generators::
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import ITCPTransport
 
 IPAddress: TypeAlias = IPv4Address | IPv6Address
 """The address of a socket of the internet."""
@@ -50,11 +51,19 @@ class Transport(Protocol):
         """See ``IConsumer.unregisterProducer``."""
 
 
+class _Provided(type(Protocol)):  # type: ignore[misc]
+    # A protocol looks for the methods.  But TLS passes them on by __getattr__, which
+    # Python 3.12 does not look into, and those of Twisted's UNIX sockets do nothing.
+    def __instancecheck__(cls, instance: object) -> bool:
+        return bool(ITCPTransport.providedBy(instance))
+
+
 @runtime_checkable
-class TCPTransport(Transport, Protocol):
+class TCPTransport(Transport, Protocol, metaclass=_Provided):
     """
-    What a transport of TCP has besides: C{ITCPTransport}.  ``isinstance`` tells whether
-    :attr:`Stream.transport` is one.
+    What a transport of TCP has besides, also below TLS: C{ITCPTransport}.
+
+    ``isinstance`` tells whether :attr:`Stream.transport` is one.
     """
 
     def abortConnection(self) -> object:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from twisted.internet.defer import Deferred
 
 from twisted_rtsig.coro.errors import WouldBlock
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Done, Operation, Wait, ignore
 from twisted_rtsig.coro.tasks import task_of_caller
 from twisted_rtsig.coro.threads import ThreadCall
@@ -94,6 +95,7 @@ class CapacityLimiter:
         """How many tokens are left."""
         return max(0, self._total - len(self._borrowers))
 
+    @must_be_awaited
     def acquire(self) -> Operation[None]:
         """
         Borrow a token for the task that calls this, as soon as it is its turn.
@@ -103,6 +105,7 @@ class CapacityLimiter:
         """
         return self.acquire_on_behalf_of(task_of_caller("acquire() of a limiter"))
 
+    @must_be_awaited
     def acquire_on_behalf_of(self, borrower: object) -> Operation[None]:
         """
         Borrow a token for anything else, as soon as it is its turn.

@@ -18,6 +18,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.errors import WouldBlock
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import NOTHING, Done, Operation, Wait
 from twisted_rtsig.coro.waiting import Entry, Waiters
 
@@ -64,6 +65,7 @@ class Event(_Queued):
         while self._waiters.entries:
             self._waiters.next().succeed(None)
 
+    @must_be_awaited
     def wait(self) -> Operation[None]:
         """Wait until it has happened."""
         return Done() if self._set else self._wait()
@@ -114,6 +116,7 @@ class Semaphore(_Queued):
         """How many more may have it now."""
         return self._value
 
+    @must_be_awaited
     def acquire(self) -> Operation[None]:
         """Get it, as soon as it is this one's turn."""
         if not self._value:
@@ -212,6 +215,7 @@ class Condition(_Queued):
         super().__init__()
         self.lock = Lock() if lock is None else lock
 
+    @must_be_awaited
     def wait(self) -> Deferred[None]:
         """
         Release the lock, wait until somebody notifies this, and have the lock again.
@@ -226,6 +230,7 @@ class Condition(_Queued):
         self.lock.release()
         return waiting
 
+    @must_be_awaited
     def wait_for(self, predicate: Callable[[], bool]) -> Deferred[None]:
         """
         Wait until C{predicate()} is true; it is called with the lock, now and

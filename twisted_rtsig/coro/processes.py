@@ -16,6 +16,7 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.census import Registry
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Finished, Operation
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.streams import Stream
@@ -125,6 +126,7 @@ class Process:
         pid: int | None = self._transport.pid
         return pid
 
+    @must_be_awaited
     def wait(self) -> Operation[int]:
         """
         The exit status, when it has exited: negative is the number of the signal

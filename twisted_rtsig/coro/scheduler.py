@@ -54,7 +54,7 @@ class _Running:
 running: Final = _Running()
 
 
-class _Handover(Deferred[Any]):
+class Handover(Deferred[Any]):
     """
     What a task yields to transfer to another one, and waits for afterwards.
 
@@ -72,6 +72,9 @@ class _Handover(Deferred[Any]):
     def __await__(self) -> Generator[Deferred[Any], Any, Any]:
         return (yield self)
 
+    # For yield from.
+    __iter__ = __await__
+
     # Whatever else drives a coroutine asks for callbacks.
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,7 +83,7 @@ class _Handover(Deferred[Any]):
     addCallbacks = addBoth = _refuse
 
 
-HANDOVER: Final = _Handover()
+HANDOVER: Final = Handover()
 
 
 _Run = Callable[["Scheduler"], None]

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import (
     HOOK,
     NOTHING,
@@ -117,6 +118,7 @@ def select(
 def select(*cases: Source[T]) -> Operation[tuple[Source[T], T]]: ...
 
 
+@must_be_awaited
 def select(*cases: Any) -> Operation[tuple[Any, Any]]:
     """
     Wait for the first of several things::

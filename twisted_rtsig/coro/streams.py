@@ -33,6 +33,7 @@ from twisted_rtsig.coro.errors import (
     TLSError,
     UnreadPlaintext,
 )
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.interfaces import Address, Transport
 from twisted_rtsig.coro.limits import (
     Signs,
@@ -279,6 +280,7 @@ class Stream:
 
     # Reading
 
+    @must_be_awaited
     def read(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
         """
         What has arrived, as soon as that is anything: 1 to C{max_bytes} bytes.
@@ -303,10 +305,12 @@ class Stream:
         self._reader = reading
         return reading
 
+    @must_be_awaited
     def peek(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
         """As :meth:`read`, of what stays there to be read again."""
         return self._read(_look, None, max_bytes)
 
+    @must_be_awaited
     def read_exactly(self, size: int) -> Operation[bytes]:
         """
         The next C{size} bytes.
@@ -336,6 +340,7 @@ class Stream:
             return finished
         return self._read(_take_exactly, None, size)
 
+    @must_be_awaited
     def read_until(
         self, delimiter: bytes, max_bytes: int = MAX_BYTES
     ) -> Operation[bytes]:
@@ -352,6 +357,7 @@ class Stream:
             delimiter = bytes(memoryview(delimiter))
         return self._read(_take_until, delimiter, max_bytes)
 
+    @must_be_awaited
     def read_line(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
         """
         The next line, without the C{\\n} or C{\\r\\n} at its end.
@@ -383,6 +389,7 @@ class Stream:
                 return finished
         return self._read(_take_line, None, max_bytes)
 
+    @must_be_awaited
     def read_until_regex(
         self, pattern: bytes | re.Pattern[bytes], max_bytes: int = MAX_BYTES
     ) -> Operation[bytes]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, TypeVar, overload
 
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.scheduler import HANDOVER
 from twisted_rtsig.coro.tasks import Beginning, Task, name_of, scheduler_for
 
@@ -81,6 +82,7 @@ def symmetric(  # type: ignore[misc]
     return Task(beginning, name or name_of(function), scheduler_for(reactor))
 
 
+@must_be_awaited
 def transfer(target: Task[Any], value: Any = None) -> Any:
     """
     Hand over to another coroutine, and wait until somebody hands over to this one::

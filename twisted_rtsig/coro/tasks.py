@@ -34,6 +34,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.errors import Cancelled, NoTaskError, TransferError
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation, Wait, error_of
 from twisted_rtsig.coro.scheduler import HANDOVER, RUN, Scheduler, running, scheduler_of
 from twisted_rtsig.coro.tracebacks import (
@@ -833,6 +834,7 @@ def current_time(reactor: object = None) -> float:
     return seconds
 
 
+@must_be_awaited
 def sleep(seconds: float, reactor: object = None) -> Operation[None]:
     """
     Wait for some time.  C{sleep(0)} lets everybody else who is ready go first:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, ParamSpec, TypeVar, overload
 
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.coro.portals import Calls, calls_of
 from twisted_rtsig.coro.tasks import Runnable, scheduler_for
@@ -23,6 +24,7 @@ P = ParamSpec("P")
 Args = TypeVarTuple("Args")
 
 
+@must_be_awaited
 def in_thread(
     function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 ) -> Operation[T]:

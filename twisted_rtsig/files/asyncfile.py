@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Final, TypeVar
 
 from twisted_rtsig.coro.errors import DelimiterNotFound
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
 from twisted_rtsig.files.descriptors import FURTHEST, MOST_LINES, Descriptor
 from twisted_rtsig.files.opening import open_cached, open_descriptor
@@ -105,6 +106,7 @@ class AsyncFile:
 
     # Reading
 
+    @must_be_awaited
     def read(self, size: int) -> Operation[bytes]:
         """
         The next C{size} bytes.  Fewer only at the end of the file, and none after it.
@@ -122,6 +124,7 @@ class AsyncFile:
         self._check_readable()
         return self._in_turn(_Read(self, _not_negative("size", size)))
 
+    @must_be_awaited
     def read_at(self, offset: int, size: int) -> Operation[bytes]:
         """As :meth:`read`, from an offset; the position stays where it is."""
         data = self._read_cached(size, offset)
@@ -133,6 +136,7 @@ class AsyncFile:
         offset = _not_negative("offset", offset)
         return self._elsewhere_at(_Read(self, _not_negative("size", size), offset))
 
+    @must_be_awaited
     def read_line(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
         """
         The next line, with the newline at its end, which only the last one of the
@@ -280,6 +284,7 @@ class AsyncFile:
             size = _not_negative("size", size)
         return self._in_turn(_Truncate(self, size))
 
+    @must_be_awaited
     def sync(self) -> Operation[None]:
         """
         Wait until what was written is on the disk: all that comes before this in
@@ -306,6 +311,7 @@ class AsyncFile:
             raise ValueError(f"whence={whence}: use os.SEEK_SET, SEEK_CUR or SEEK_END")
         return self._in_turn(_Seek(self, operator.index(offset), whence))
 
+    @must_be_awaited
     def size(self) -> Operation[int]:
         """How long the file is, when it is the turn of this."""
         self._check_open()
@@ -711,6 +717,7 @@ def _not_negative(name: str, value: int) -> int:
 # Opening
 
 
+@must_be_awaited
 def open_file(
     path: Path,
     mode: str = "rb",

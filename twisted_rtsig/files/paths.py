@@ -9,11 +9,13 @@ import secrets
 import stat as modes
 from typing import Any
 
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.files.asyncfile import Data, Path, copy_of
 from twisted_rtsig.files.workers import workers_of
 
 
+@must_be_awaited
 def stat(
     path: Path, *, follow_symlinks: bool = True, reactor: object = None
 ) -> Operation[os.stat_result]:
@@ -30,6 +32,7 @@ def _stat(path: Path, follow_symlinks: bool) -> os.stat_result:
     return os.stat(path, follow_symlinks=follow_symlinks)
 
 
+@must_be_awaited
 def listdir(path: Path = ".", *, reactor: object = None) -> Operation[list[Any]]:
     """
     The names in a directory, sorted.
@@ -44,6 +47,7 @@ def _list(path: Any) -> list[Any]:
     return sorted(os.listdir(path))
 
 
+@must_be_awaited
 def rename(source: Path, target: Path, *, reactor: object = None) -> Operation[None]:
     """
     Give a file another name.  One that has it already is replaced, on each platform.
@@ -56,6 +60,7 @@ def rename(source: Path, target: Path, *, reactor: object = None) -> Operation[N
     )
 
 
+@must_be_awaited
 def remove(path: Path, *, reactor: object = None) -> Operation[None]:
     """
     Remove a file.
@@ -66,6 +71,7 @@ def remove(path: Path, *, reactor: object = None) -> Operation[None]:
     return workers_of(reactor).call(f"to remove {path!r}", os.remove, path)
 
 
+@must_be_awaited
 def write_file(
     path: Path,
     data: Data,

@@ -1,0 +1,358 @@
+"""
+Forgotten awaits: a debug mode that warns of operations that nothing has waited for.
+
+See ``docs/coroutines.md``.  While it is off, nothing is checked.  :func:`set_debug`
+puts other code into the functions that :func:`must_be_awaited` has decorated, wherever
+they were imported to.  This code gives the operation that a function returns a class
+that notices how the operation is used.  At the first use the operation gets its own
+class back, and from there on all is as if the mode was off.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+
+from twisted.internet.defer import Deferred
+
+from twisted_rtsig.coro.errors import UnawaitedWarning
+from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
+from twisted_rtsig.coro.scheduler import HANDOVER, Handover
+
+if TYPE_CHECKING:
+    from twisted_rtsig.coro.tasks import Task
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PACKAGE: Final = __name__.split(".", maxsplit=1)[0] + "."
+
+
+class _Mode:
+    """Whether the debug mode is on."""
+
+    on = False
+
+
+_mode: Final = _Mode()
+
+# The functions that were decorated; and, while the mode is on, the same functions with
+# their own code.
+_functions: Final[list[types.FunctionType]] = []
+_originals: Final[dict[types.FunctionType, types.FunctionType]] = {}
+
+
+def must_be_awaited(function: F) -> F:
+    """
+    Decorate a function that returns an operation for whose result, or moment, it is
+    called: in debug mode a call whose operation nothing waits for is warned of.
+
+    Not one such as C{Stream.write}, which does the same if nothing waits for it.
+    """
+    assert isinstance(function, types.FunctionType)
+    # Else its code could not be replaced.
+    assert function.__closure__ is None
+    _functions.append(function)
+    if _mode.on:
+        _watch(function)
+    return function
+
+
+def get_debug() -> bool:
+    """Whether the debug mode is on: see :func:`set_debug`."""
+    return _mode.on
+
+
+def set_debug(enabled: bool) -> None:
+    """
+    Turn the debug mode on or off, for all of the process.
+
+    While it is on, each operation that is called for its result has to be awaited,
+    yielded, given callbacks or cancelled.  For one that is collected before there is an
+    :class:`UnawaitedWarning`, with the line of the call.
+
+    The environment variable C{TWISTED_RTSIG_DEBUG=1} turns it on from the start, and so
+    does Python's development mode (C{-X dev}), unless C{TWISTED_RTSIG_DEBUG=0}.
+    """
+    if enabled == _mode.on:
+        return
+    _mode.on = enabled
+    for function in _functions:
+        (_watch if enabled else _restore)(function)
+    # Tasks are made of what this module watches.
+    from twisted_rtsig.coro.tasks import Task
+
+    task: Any = Task
+    if enabled:
+        _saved.wait_for = task._wait_for
+        task._wait_for = _wait_for
+    else:
+        task._wait_for = _saved.wait_for
+
+
+def wanted_by_environment(default: bool = sys.flags.dev_mode) -> bool:
+    """
+    Whether the mode is to be on from the start: see :func:`set_debug`.
+
+    :param default: the answer if the environment does not say it.
+    """
+    wanted = None
+    if not sys.flags.ignore_environment:
+        wanted = os.environ.get("TWISTED_RTSIG_DEBUG")
+    return default if wanted is None else wanted not in ("", "0")
+
+
+# Calls
+
+
+class _Call(NamedTuple):
+    """Where a function was called."""
+
+    function: str
+    file: str
+    line: int
+    module: str
+
+    def warn(self) -> None:
+        """Nothing has waited for the operation that it returned."""
+        warnings.warn_explicit(
+            f"{self.function}() was never awaited: write await before the call (in a "
+            "generator yield), or cancel() what it returns if that is not needed",
+            UnawaitedWarning,
+            self.file,
+            self.line,
+            self.module,
+            # By default Python shows a warning once for each line.
+            _registries.setdefault(self.file, {}),
+        )
+
+
+_registries: Final[dict[str, dict[Any, Any]]] = {}
+
+
+def _watch(function: types.FunctionType) -> None:
+    """Let what the function returns be watched, whatever name it is called by."""
+    original = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__
+    )
+    for name in (
+        *("__qualname__", "__module__", "__doc__", "__annotations__"),
+        *("__defaults__", "__kwdefaults__"),
+    ):
+        setattr(original, name, getattr(function, name))
+    _originals[function] = original
+    # For inspect.signature.
+    vars(function)["__wrapped__"] = original
+    call = functools.partial(_call_and_watch, original)
+    function.__code__ = _replacement.__code__.replace(co_name=function.__name__)
+    function.__defaults__ = None
+    # The code has the globals of the function, and finds nothing of this module.
+    function.__kwdefaults__ = {"_call": call}
+
+
+def _restore(function: types.FunctionType) -> None:
+    original = _originals.pop(function)
+    function.__code__ = original.__code__
+    function.__defaults__ = original.__defaults__
+    function.__kwdefaults__ = original.__kwdefaults__
+    del vars(function)["__wrapped__"]
+
+
+def _replacement(*args: Any, _call: Callable[..., Any], **kwargs: Any) -> Any:
+    return _call(*args, **kwargs)
+
+
+def _call_and_watch(
+    original: types.FunctionType, /, *args: Any, **kwargs: Any
+) -> Deferred[Any]:
+    operation: Any = original(*args, **kwargs)
+    frame: Any = sys._getframe(1)
+    while frame.f_back is not None and _is_of_package(frame):
+        frame = frame.f_back
+    name = original.__qualname__
+    if "." in name:
+        # A subclass has inherited it, perhaps.
+        name = f"{type(args[0]).__name__}.{original.__name__}"
+    call = _Call(
+        name,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        str(frame.f_globals.get("__name__")),
+    )
+    if operation is HANDOVER:
+        transfer = _WatchedTransfer()
+        transfer.target, HANDOVER.target = HANDOVER.target, None
+        transfer.value, HANDOVER.value = HANDOVER.value, None
+        operation = transfer
+        operation._call = call
+    elif not isinstance(operation, _Watched):
+        _be_watched(operation, call)
+    return operation  # type: ignore[no-any-return]
+
+
+def _is_of_package(frame: types.FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith(_PACKAGE)
+
+
+# Operations
+
+
+class _Watched:
+    """
+    The methods of an operation that nothing has used yet.
+
+    :ivar _call: the call that has returned the operation.
+    """
+
+    _call: _Call
+    _own_class: type
+
+    def _be_used(self) -> Any:
+        """Something asks for the result, or does not want it any more."""
+        del vars(self)["_call"]
+        self.__class__ = self._own_class
+        return self
+
+    def __await__(self) -> Any:
+        return self._be_used().__await__()
+
+    __iter__ = __await__
+
+    # Twisted reads it if a callback has returned this.
+    @property
+    def result(self) -> Any:
+        return self._be_used().result
+
+    @result.setter
+    def result(self, result: Any) -> None:
+        vars(self)["result"] = result
+
+    def __del__(self) -> None:
+        self._call.warn()
+
+
+def _uses(name: str) -> Callable[..., Any]:
+    """A method that uses the operation."""
+
+    def method(self: _Watched, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._be_used(), name)(*args, **kwargs)
+
+    return method
+
+
+def _does_not_use(name: str) -> Callable[..., Any]:
+    """A method that finishes the operation, which may become one of another class."""
+
+    def method(self: _Watched, *args: Any, **kwargs: Any) -> None:
+        call = self._call
+        getattr(self._be_used(), name)(*args, **kwargs)
+        _be_watched(self, call)
+
+    return method
+
+
+for _name in ("addCallbacks", "addCallback", "addErrback", "addBoth", "cancel"):
+    setattr(_Watched, _name, _uses(_name))
+# By another Deferred, of which a callback has returned this.
+_become_deferred = _uses("_become_deferred")
+for _name in ("succeed", "fail", "callback", "errback"):
+    setattr(_Watched, _name, _does_not_use(_name))
+
+
+class _WatchedOperation(_Watched):
+    """That of an C{Operation}."""
+
+    _become_deferred = _become_deferred
+
+
+# From the class of an operation to that of one which nothing has used yet.
+_classes: Final[dict[type, type]] = {}
+
+
+def _watched(own_class: type) -> type:
+    watched = _classes.get(own_class)
+    if watched is None:
+        mixin = _WatchedOperation if issubclass(own_class, Operation) else _Watched
+        # CPython assigns no class that has another first base.  So the methods are not
+        # inherited, since those of the operation would come before them.
+        methods = {
+            name: value
+            for each in reversed(mixin.__mro__[:-1])
+            for name, value in vars(each).items()
+            if name not in ("__dict__", "__weakref__")
+        }
+        bases = (own_class, mixin)
+        attributes = {**methods, "_own_class": own_class}
+        watched = type(own_class)(own_class.__name__, bases, attributes)
+        _classes[own_class] = watched
+    return watched
+
+
+def _be_watched(operation: Any, call: _Call) -> None:
+    operation._call = call
+    operation.__class__ = _watched(type(operation))
+
+
+class _WatchedTransfer(Handover):
+    """One transfer, which does not begin before it is awaited."""
+
+    _call: _Call | None
+
+    def begin(self) -> Any:
+        """Something awaits it."""
+        self._call = None
+        HANDOVER.target, HANDOVER.value = self.target, self.value
+        return HANDOVER
+
+    def __await__(self) -> Any:
+        return self.begin().__await__()
+
+    __iter__ = __await__
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        return self.begin()._refuse(*args, **kwargs)
+
+    addCallbacks = addBoth = _refuse
+
+    def __del__(self) -> None:
+        if self._call is not None:
+            self._call.warn()
+
+
+# Tasks
+
+
+class _Saved:
+    """:ivar wait_for: that of tasks, while another one is in its place."""
+
+    wait_for: Any
+
+
+_saved: Final = _Saved()
+
+
+def _wait_for(task: Task[Any], awaited: Any) -> tuple[Any, BaseException | None] | None:
+    """C{Task._wait_for}, of what a generator yields before it is used otherwise."""
+    if isinstance(awaited, _WatchedTransfer):
+        error = task._transfer(awaited.target, awaited.value)
+        awaited.begin()
+        HANDOVER.target = HANDOVER.value = None
+        return None if error is None else (None, error)
+    if isinstance(awaited, _Watched):
+        # As in the scheduler, which knows its operations by their class.
+        used = awaited._be_used()
+        kind = type(used)
+        if kind in (Finished, Done):
+            return used.result, None
+        if kind in (Operation, Wait) and used.waiter is None:
+            used.waiter = task
+            task._waiting_on = used
+            if task._cancels:
+                task._interrupt()
+            return None
+    waits: tuple[Any, BaseException | None] | None = _saved.wait_for(task, awaited)
+    return waits
