@@ -89,11 +89,7 @@ def test_how_tasks_have_ended(clock: Clock) -> None:
     # Nothing can resume it.
     spawn(Event().wait, reactor=clock)
     gc.collect()
-
-    async def wait(first: object) -> None:
-        await never.wait()
-
-    unstarted = symmetric(wait, reactor=clock)
+    unstarted = symmetric(lambda value: never.wait(), reactor=clock)
     tasks = statistics(clock).tasks
     assert (tasks.succeeded, tasks.failed, tasks.cancelled) == (1, 1, 1)
     assert (tasks.collected, tasks.waiting, tasks.spawned) == (1, 1, 5)

@@ -166,6 +166,7 @@ class CapacityLimiter:
         del self._borrowers[borrower]
         self._grant()
 
+    @must_be_awaited
     def in_thread(
         self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> Deferred[T]:
