@@ -54,13 +54,14 @@ from twisted_rtsig.coro.testing import stream_pair
 # What starts when it is called, and may be left alone.
 MAY_BE_LEFT = {
     *("Stream.write", "Stream.write_eof", "Stream.send_file", "Stream.start_tls"),
-    *("Stream.close", "Stream.abort", "Channel.send"),
+    *("Stream.close", "Stream.abort", "Channel.send", "ChannelSender.send"),
     *("DatagramSocket.send_to", "DatagramSocket.close"),
     *("AsyncFile.write", "AsyncFile.write_at", "AsyncFile.close"),
     # One after the other, in the order of their calls.
     *("AsyncFile.seek", "AsyncFile.truncate"),
     # A server or a connection is there without a wait for it.
     *("serve", "connect", "Server.stop", "CoroutineFactory.stop"),
+    "CoroutineService.stopService",
     *("Task.as_deferred", "FileProducer.start", "FileProducer.startProducing"),
 }
 

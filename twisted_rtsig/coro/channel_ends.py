@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakSet
 
 from twisted_rtsig.coro.errors import ChannelClosed, EndOfChannel
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation, failed
 from twisted_rtsig.coro.waiting import Entry, Waiters
 
@@ -213,6 +214,7 @@ class ChannelReceiver(_End[T]):
         self._check()
         return self.channel.open_receiver()
 
+    @must_be_awaited
     def receive(self) -> Operation[T]:
         """
         As :meth:`Channel.receive`.
