@@ -30,6 +30,7 @@ from twisted_rtsig.coro import (
     Process,
     Semaphore,
     Server,
+    Stopped,
     Stream,
     Task,
     TaskGroup,
@@ -250,7 +251,7 @@ async def serving(
         idle_timeout=30,
         cancel_on_loss=True,
     )
-    assert_type(await server.stop(grace=1), None)
+    assert_type(await server.stop(grace=1), Stopped)
     assert_type(server.stopping, Event)
     assert_type(server.factory, CoroutineFactory)
     server.port.getHost()

@@ -172,10 +172,6 @@ async def serving(reactor: Any) -> None:
         pass
 
     await serve(server, without_stream)  # mypy: arg-type; pyright: reportArgumentType
-    await serve(client, streams)  # mypy: -; pyright: -
-    await serve(server, streams, max_connection=10)  # mypy: -; pyright: -
-    await serve(server, streams, idle_timeout="a")  # mypy: -; pyright: -
-    await connect(server)  # mypy: -; pyright: -
     await connect(client, handshake_timeout="a")  # mypy: arg-type; pyright: reportArgumentType
     CoroutineFactory(without_stream)  # mypy: arg-type; pyright: reportArgumentType
     CoroutineFactory(streams, idle_time=3)  # mypy: call-arg; pyright: reportCallIssue
