@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import signal
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -22,7 +24,9 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.python import log
 from twisted.python.failure import Failure
 
+from tests.coro.support import run
 from tests.support import settle, spin
+from twisted_rtsig.coro import open_process, run_process, timeout
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.iocpreactor import CompletionPortReactor
 
@@ -309,3 +313,94 @@ def test_standard_io_of_a_child(reactor: CompletionPortReactor) -> None:
     child.transport.write(b"quit")
     spin(reactor, lambda: child.ended)
     assert child.ended[0].check(ProcessDone), child.said
+
+
+# By the functions for coroutines
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-u", "-c", textwrap.dedent(code)]
+
+
+COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "output": ("print('out'); import sys; print('err', file=sys.stderr)", {}),
+    "status": ("import sys; sys.exit(3)", {}),
+    "input": (
+        "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read())",
+        {"input": b"hello"},
+    ),
+    "text": ("print(input()); print(input())", {"input": "one\ntwo\n", "text": True}),
+    "merged": (
+        "import sys; print('err', file=sys.stderr)",
+        {"stderr": subprocess.STDOUT},
+    ),
+    "nothing": ("print('out')", {"stdout": subprocess.DEVNULL}),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_commands(reactor: CompletionPortReactor, case: str) -> None:
+    code, options = COMMANDS[case]
+    plain = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    if "input" not in options:
+        plain["stdin"] = subprocess.DEVNULL
+    expected = subprocess.run(python(code), check=False, **plain)
+    done = run(reactor, lambda: run_process(python(code), check=False, **options))
+    assert (done.returncode, done.stdout, done.stderr) == (
+        *(expected.returncode, expected.stdout, expected.stderr),
+    )
+
+
+def test_streams(reactor: CompletionPortReactor) -> None:
+    async def main() -> None:
+        async with open_process(python(READ_AND_ANSWER)) as process:
+            await process.stream.write(b"one\n")
+            assert await process.stream.read_line() == b"one"
+            process.stream.write(bytes(300_000))
+            assert await process.stream.read_exactly(300_000) == bytes(300_000)
+            await process.stream.write_eof()
+            assert await process.errors.read_exactly(7) == b"the end"
+            assert await process.wait() == 3
+        with pytest.raises(TimeoutError), timeout(0.5):
+            async with open_process(python(READ_AND_ANSWER)) as process:
+                await process.stream.read()
+        assert process.returncode == 1
+
+    run(reactor, main)
+
+
+def test_files(reactor: CompletionPortReactor, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    async def main() -> None:
+        with path.open("wb") as file:
+            await run_process(python("print('hello')"), stdout=file)
+
+    run(reactor, main)
+    assert path.read_bytes().split() == [b"hello"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"pass_fds": [3]}, {"start_new_session": True}, {"process_group": 0}),
+        *({"signal_group": True}, {"user": 1}, {"group": 1}, {"umask": 0}),
+    ],
+)
+def test_options_that_windows_has_not(
+    reactor: CompletionPortReactor, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="nothing of the kind"):
+        open_process([sys.executable], reactor=reactor, **options)
+
+
+def test_signals_that_windows_has_not(reactor: CompletionPortReactor) -> None:
+    async def main() -> None:
+        async with open_process(python(READ_AND_ANSWER)) as process:
+            for name in ("HUP", 1):
+                with pytest.raises(ValueError, match="only end a process"):
+                    process.send_signal(name)
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == 1
+
+    run(reactor, main)

@@ -63,7 +63,7 @@ class _Pipe:
         self._streaming = False
         port.adopt(pipe.handle)
 
-    def resume(self) -> None:
+    def resumeProducing(self) -> None:
         """Read, also what arrives later."""
         self._paused = False
         if self._has_arrived:
@@ -76,7 +76,7 @@ class _Pipe:
         if self._reading is None and self._pipe is not None and not self._paused:
             self._reading = self._begin("ReadFile", _READ_BYTES, self._has_read)
 
-    def pause(self) -> None:
+    def pauseProducing(self) -> None:
         """Tell of nothing more until it is resumed."""
         self._paused = True
 
@@ -87,7 +87,7 @@ class _Pipe:
             if self._writing is None:
                 self._write_some()
 
-    def register_producer(self, producer: Any, streaming: bool) -> None:
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
         if self._producer is not None:
             raise RuntimeError(f"{self._producer!r} is registered already")
         if self._pipe is None or self._closing:
@@ -97,17 +97,21 @@ class _Pipe:
         if not streaming:
             producer.resumeProducing()
 
-    def unregister_producer(self) -> None:
+    def unregisterProducer(self) -> None:
         self._producer = None
-        if self._closing and self._writing is None:
-            self.break_off()
+        self._close_if_written()
 
     def close(self) -> None:
         """Close it when everything is written."""
         if self._pipe is not None:
             self._closing = True
-            if self._writing is None and self._producer is None:
-                self.break_off()
+            self._close_if_written()
+
+    def _close_if_written(self) -> None:
+        # As Twisted's transports, it waits for the end of a pull producer alone.
+        waits_for_producer = self._producer is not None and not self._streaming
+        if self._closing and self._writing is None and not waits_for_producer:
+            self.break_off()
 
     def break_off(self) -> None:
         """Close it now."""
@@ -184,10 +188,10 @@ class _Pipe:
             return
         if self._to_write:
             self._write_some()
-        elif self._producer is not None:
-            self._producer.resumeProducing()
-        elif self._closing:
-            self.break_off()
+        else:
+            if self._producer is not None:
+                self._producer.resumeProducing()
+            self._close_if_written()
 
 
 def _interpreter(script: str) -> str | None:
@@ -205,26 +209,31 @@ def _start(
     arguments: Sequence[str],
     environment: Mapping[str, str],
     path: str | None,
+    standard: Sequence[Any],
 ) -> Any:
     """
     Start a child, or the interpreter of a script.
+
+    :param standard: its standard input, output and error, as C{subprocess} takes them.
 
     :raises OSError: if there is no such program, or if it is none.
     """
 
     # Children whose pipes can be read and written in the background.
     tools: Any = importlib.import_module("asyncio.windows_utils")
+    # A child without a console cannot write to that of this process.
+    flags = 0 if None in standard else _CREATE_NO_WINDOW
 
     def start(program: str | None, arguments: Sequence[str]) -> Any:
         return tools.Popen(
             arguments,
             executable=program,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdin=standard[0],
+            stdout=standard[1],
+            stderr=standard[2],
             env=environment,
             cwd=path,
-            creationflags=_CREATE_NO_WINDOW,
+            creationflags=flags,
         )
 
     try:
@@ -244,7 +253,12 @@ def _start(
 
 @implementer(IProcessTransport, IConsumer, IPushProducer)
 class Process(BaseProcess):
-    """A child, with pipes to its standard input, output and error."""
+    """
+    A child, with pipes to its standard input, output and error.
+
+    :param standard: what those are, as C{subprocess} takes them.
+    :ivar pipes: those that are open, by descriptor.
+    """
 
     # None once all is over; Twisted has that annotated, and nobody is told then.
     proto: Any
@@ -257,6 +271,7 @@ class Process(BaseProcess):
         arguments: Iterable[Any],
         environment: Mapping[Any, Any] | None,
         path: Any,
+        standard: Sequence[Any] = (subprocess.PIPE,) * 3,
     ) -> None:
         super().__init__(protocol)
         # Windows cannot do without some variables of its own.
@@ -268,44 +283,45 @@ class Process(BaseProcess):
             [os.fsdecode(each) for each in arguments],
             variables,
             os.fsdecode(path) if path else None,
+            standard,
         )
         self.pid = self._child.pid
         self._port = port
-        self._open = 3
-        self._pipes = [
-            _Pipe(port, self._child.stdin, self._ignore, lambda: self._pipe_lost(0)),
-            _Pipe(
-                port,
-                self._child.stdout,
-                lambda data: self.proto.childDataReceived(1, data),
-                lambda: self._pipe_lost(1),
-            ),
-            _Pipe(
-                port,
-                self._child.stderr,
-                lambda data: self.proto.childDataReceived(2, data),
-                lambda: self._pipe_lost(2),
-            ),
-        ]
+        ends = (self._child.stdin, self._child.stdout, self._child.stderr)
+        self.pipes = {
+            number: self._pipe(number, end)
+            for number, end in enumerate(ends)
+            if end is not None
+        }
         try:
             self.proto.makeConnection(self)
         except BaseException:
             log.err()
         # Its input is read as well, which tells when the child has closed it.
-        for pipe in self._pipes:
+        for pipe in list(self.pipes.values()):
             pipe.read_on()
         self._handle = windows.open_process(windows.SYNCHRONIZE, False, self._child.pid)
         self._exit = port.call_once_signalled(self._handle, self._exited)
 
-    def _ignore(self, data: bytes) -> None:
-        """Nothing comes from the input of a child."""
+    def _pipe(self, number: int, end: Any) -> _Pipe:
+        return _Pipe(
+            self._port,
+            end,
+            lambda data: self._received(number, data),
+            lambda: self._pipe_lost(number),
+        )
+
+    def _received(self, number: int, data: bytes) -> None:
+        # Nothing comes from the input of a child.
+        if number:
+            self.proto.childDataReceived(number, data)
 
     def _pipe_lost(self, number: int) -> None:
+        del self.pipes[number]
         try:
             self.proto.childConnectionLost(number)
         except BaseException:
             log.err()
-        self._open -= 1
         self.maybeCallProcessEnded()
 
     def _exited(self) -> None:
@@ -315,7 +331,7 @@ class Process(BaseProcess):
 
     def maybeCallProcessEnded(self) -> None:
         """Tell the protocol, if its pipes are closed as well."""
-        if not self._open and self.lostProcess:
+        if not self.pipes and self.lostProcess:
             super().maybeCallProcessEnded()
 
     def _getReason(self, status: int) -> BaseException:
@@ -342,23 +358,24 @@ class Process(BaseProcess):
             raise NotImplementedError(
                 "Only standard-IO file descriptors available on win32"
             )
-        self._pipes[fd].close()
+        if fd in self.pipes:
+            self.pipes[fd].close()
 
     def closeStdin(self) -> None:
         """See ``IProcessTransport.closeStdin``."""
-        self._pipes[0].close()
+        self.closeChildFD(0)
 
     def closeStdout(self) -> None:
         """See ``IProcessTransport.closeStdout``."""
-        self._pipes[1].close()
+        self.closeChildFD(1)
 
     def closeStderr(self) -> None:
         """See ``IProcessTransport.closeStderr``."""
-        self._pipes[2].close()
+        self.closeChildFD(2)
 
     def loseConnection(self) -> None:
         """Close all pipes."""
-        for pipe in self._pipes:
+        for pipe in list(self.pipes.values()):
             pipe.close()
 
     def writeToChild(self, childFD: int, data: bytes) -> None:
@@ -371,7 +388,8 @@ class Process(BaseProcess):
 
     def write(self, data: bytes) -> None:
         """Write to its standard input."""
-        self._pipes[0].write(data)
+        if 0 in self.pipes:
+            self.pipes[0].write(data)
 
     def writeSequence(self, data: Iterable[bytes]) -> None:
         """Write to its standard input."""
@@ -389,23 +407,30 @@ class Process(BaseProcess):
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """See ``IConsumer.registerProducer``."""
-        self._pipes[0].register_producer(producer, streaming)
+        if 0 in self.pipes:
+            self.pipes[0].registerProducer(producer, streaming)
+        else:
+            producer.stopProducing()
 
     def unregisterProducer(self) -> None:
         """See ``IConsumer.unregisterProducer``."""
-        self._pipes[0].unregister_producer()
+        if 0 in self.pipes:
+            self.pipes[0].unregisterProducer()
 
     # IPushProducer: its output and error
 
     def pauseProducing(self) -> None:
         """See ``IPushProducer.pauseProducing``."""
-        for pipe in self._pipes[1:]:
-            pipe.pause()
+        self._each_output(_Pipe.pauseProducing)
 
     def resumeProducing(self) -> None:
         """See ``IPushProducer.resumeProducing``."""
-        for pipe in self._pipes[1:]:
-            pipe.resume()
+        self._each_output(_Pipe.resumeProducing)
+
+    def _each_output(self, do: Callable[[_Pipe], None]) -> None:
+        for number, pipe in list(self.pipes.items()):
+            if number:
+                do(pipe)
 
     def stopProducing(self) -> None:
         """See ``IProducer.stopProducing``."""

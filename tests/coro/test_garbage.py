@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from subprocess import STDOUT, CalledProcessError
 from types import CellType, FunctionType
 from typing import Any
 
@@ -36,6 +37,7 @@ from twisted_rtsig.coro import (
     FileEnded,
     IncompleteRead,
     Lock,
+    OutputLimitExceeded,
     Portal,
     Semaphore,
     Stream,
@@ -54,6 +56,7 @@ from twisted_rtsig.coro import (
     open_signal_receiver,
     open_tcp,
     run_group,
+    run_process,
     select,
     shield,
     sleep,
@@ -737,6 +740,13 @@ async def processes(reactor: Any) -> None:
     with contextlib.suppress(Gone):
         async with open_process(["cat"]) as process:
             raise Gone
+    await run_process(["cat"], input=b"one")
+    with contextlib.suppress(CalledProcessError):
+        await run_process(["false"], text=True)
+    with contextlib.suppress(OutputLimitExceeded):
+        await run_process(["echo"], max_bytes=0)
+    with contextlib.suppress(TimeoutError), timeout(0.001):
+        await run_process(["sleep", "60"], stderr=STDOUT, signal_group=True)
 
 
 async def files(reactor: Any) -> None:

@@ -7,6 +7,7 @@ See ``docs/coroutines.md``.  Importing this imports no reactor.
 
 from twisted_rtsig.coro.channel_ends import ChannelReceiver, ChannelSender
 from twisted_rtsig.coro.channels import Channel, ChannelStatistics
+from twisted_rtsig.coro.commands import OutputLimitExceeded, run_process
 from twisted_rtsig.coro.counts import (
     ChannelCounts,
     ServerCounts,
@@ -122,6 +123,7 @@ __all__ = [
     "Lock",
     "LoopMonitor",
     "NoTaskError",
+    "OutputLimitExceeded",
     "Portal",
     "Process",
     "ReceiveStream",
@@ -170,6 +172,7 @@ __all__ = [
     "open_unix",
     "remove_instrument",
     "run_group",
+    "run_process",
     "select",
     "serve",
     "set_debug",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from twisted_rtsig.coro.channels import channels
+from twisted_rtsig.coro.children import processes
 from twisted_rtsig.coro.output import unsent_output
-from twisted_rtsig.coro.processes import processes
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.serving import servers
 from twisted_rtsig.coro.tasks import scheduler_for
@@ -126,7 +126,8 @@ class Statistics:
     """
     What :func:`statistics` returns.
 
-    :ivar processes: child processes of :func:`open_process` that have not exited.
+    :ivar processes: child processes of :func:`open_process` and :func:`run_process` that
+        have not exited.
     """
 
     tasks: TaskCounts

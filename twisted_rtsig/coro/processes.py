@@ -1,33 +1,33 @@
-"""Child processes: their streams, and how they end."""
+"""Child processes with streams, and how they end."""
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
-import stat
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from subprocess import PIPE
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, NoReturn
 
-from twisted.internet.error import ConnectionDone, ProcessExitedAlready
+from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
-from twisted_rtsig.coro.census import Registry
-from twisted_rtsig.coro.forgotten import must_be_awaited
-from twisted_rtsig.coro.operations import Finished, Operation
+from twisted_rtsig.coro.children import (
+    GRACE,
+    Argument,
+    Child,
+    Command,
+    StandardStream,
+    Variables,
+    check_grace,
+)
+from twisted_rtsig.coro.errors import StreamError
+from twisted_rtsig.coro.operations import Operation, failed
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.tasks import scheduler_for
 
 _INPUT, _OUTPUT, _ERRORS = 0, 1, 2
-
-_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR})
-
-Argument = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-Variables = Mapping[str, Argument] | Mapping[bytes, Argument]
 
 # How much of the standard error is kept at most if it was not asked for; and half of
 # it at least.
@@ -84,28 +84,50 @@ class _Pipes:
         return f"process {os.getpid()}"
 
 
-class Process:
+class _WriteOnly(Stream):
+    """The stream of a process whose standard output is no pipe."""
+
+    __slots__ = ()
+
+    def _read(self, *_: Any) -> Operation[bytes]:
+        return failed(
+            StreamError(
+                f"the standard output of {self.peer} is no pipe: open_process with "
+                "stdout=PIPE, the default, to read it"
+            )
+        )
+
+
+class Process(Child):
     """
     A child process.  Made by :func:`open_process`.
 
     As an asynchronous context manager it closes the pipes and waits for the end of the
     process, as C{subprocess.Popen} does: the standard input once everything is
     written, and the outputs at once, so that a process which writes more gets
-    C{SIGPIPE}, and cannot hold up the block.  It kills the process if the block, or
-    that wait, ends by an exception.
-
-    :ivar stream: writes to its standard input, and reads from its standard output.
+    C{SIGPIPE}, and cannot hold up the block.  If the block, or that wait, ends by an
+    exception, it stops the process: see :meth:`stop`.  What the process writes
+    meanwhile is discarded.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
-        self._status: int | None = None
-        self._waiters: dict[Operation[int], None] = {}
-        self._transport: Any = None
-        self.stream: Stream
-        self._errors: Stream
+    def __init__(self, scheduler: Scheduler, signal_group: bool, grace: float) -> None:
+        super().__init__(scheduler, signal_group)
+        self._grace = grace
+        self._stream: Stream | None = None
+        self._error_stream: Stream | None = None
         self._errors_asked_for = False
-        processes.add(self)
+
+    @property
+    def stream(self) -> Stream:
+        """
+        Writes to its standard input, and reads from its standard output.
+
+        :raises StreamError: if neither is a pipe.  If one is, the other direction
+            raises it.
+        """
+        if self._stream is None:
+            _no_pipe(self, "standard input and output", "stdin=PIPE or stdout=PIPE")
+        return self._stream
 
     @property
     def errors(self) -> Stream:
@@ -116,42 +138,13 @@ class Process:
         asked for, only the newest output is kept, 64 KiB at least.  From then on
         nothing is discarded, and a process that writes faster than this is read has to
         wait.
+
+        :raises StreamError: if it is no pipe.
         """
+        if self._error_stream is None:
+            _no_pipe(self, "standard error", "stderr=PIPE")
         self._errors_asked_for = True
-        return self._errors
-
-    @property
-    def pid(self) -> int | None:
-        """The number of the process; None once it has ended."""
-        pid: int | None = self._transport.pid
-        return pid
-
-    @must_be_awaited
-    def wait(self) -> Operation[int]:
-        """
-        The exit status, when it has exited: negative is the number of the signal
-        that has ended it.  What it has written before may still be read.
-        """
-        if self._status is not None:
-            finished: Finished[int] = Finished()
-            finished.result = self._status
-            return finished
-        operation: Operation[int] = Operation()
-        operation.owner = self
-        self._waiters[operation] = None
-        return operation
-
-    def send_signal(self, signal: int | str) -> None:
-        """
-        :param signal: a number, or a name without C{SIG}: C{"TERM"}, C{"KILL"}.
-        :raises ProcessLookupError: if the process has ended.
-        """
-        try:
-            self._transport.signalProcess(signal)
-        except ProcessExitedAlready:
-            raise ProcessLookupError(
-                f"signal {signal}: the process has ended already"
-            ) from None
+        return self._error_stream
 
     async def __aenter__(self) -> Process:
         return self
@@ -164,7 +157,8 @@ class Process:
     ) -> None:
         try:
             if error is None:
-                self.stream.write_eof()
+                if self._stream is not None:
+                    self._stream.write_eof()
                 # Not by stream.close(), which would wait for a file that is being sent.
                 for output in (_OUTPUT, _ERRORS):
                     self._transport.closeChildFD(output)
@@ -173,43 +167,44 @@ class Process:
             error = raised
             raise
         finally:
-            if self._status is None:
-                self.send_signal("KILL")
-                # Unless nobody can resume this any more.
-                if not isinstance(error, GeneratorExit):
-                    await self.wait()
-            self.stream.close()
-            self._errors.close()
+            try:
+                if self._status is None:
+                    # If nothing can resume this any more, it cannot be waited for.
+                    if isinstance(error, GeneratorExit):
+                        self.kill()
+                    else:
+                        self._discard_output()
+                        await self._end(self._grace)
+            finally:
+                for stream in self._streams():
+                    stream.abort()
 
-    def forget(self, operation: Operation[Any]) -> None:
-        """See ``Owner.forget``."""
-        self._waiters.pop(operation, None)
+    def _streams(self) -> list[Stream]:
+        both = (self._stream, self._error_stream)
+        return [stream for stream in both if stream is not None]
 
-    def waits_for(self, operation: Operation[Any]) -> str:
-        """See ``Owner.waits_for``."""
-        return f"the end of process {self.pid}"
+    def _discard_output(self) -> None:
+        """Keep a process that is to end from waiting until its output is read."""
+        for stream in self._streams():
+            stream._discard_input()
 
     def _feed_errors(self, data: bytes) -> None:
+        errors = self._error_stream
+        assert errors is not None
         if not self._errors_asked_for:
             # Stream.feed would stop reading at the limit.
-            buffer = self._errors._buffer
+            buffer = errors._buffer
             excess = buffer.size + len(data) - _MOST_ERRORS
             if excess > 0:
                 buffer.take(max(excess, _MOST_ERRORS // 2))
-        self._errors.feed(data)
-
-    def _exited(self, reason: Failure) -> None:
-        why: Any = reason.value
-        self._status = -why.signal if why.signal else why.exitCode
-        waiters, self._waiters = self._waiters, {}
-        for operation in waiters:
-            # One that is resumed may cancel another.
-            if not operation.called:
-                operation.succeed(self._status)
+        errors.feed(data)
 
 
-processes: Final[Registry[Process]] = Registry()
-"""All that any code still refers to."""
+def _no_pipe(process: Process, what: str, instead: str) -> NoReturn:
+    raise StreamError(
+        f"the {what} of process {process.pid} is no pipe: open_process with {instead}, "
+        "the default, to use it"
+    )
 
 
 class _ChildProtocol(ProcessProtocol):
@@ -218,12 +213,24 @@ class _ChildProtocol(ProcessProtocol):
 
     def connectionMade(self) -> None:
         process, transport = self._process, self.transport
-        process._transport = transport
-        inputs = _Pipes(transport, _OUTPUT, _INPUT)
-        process.stream = Stream(inputs, process._scheduler)
-        inputs.registerProducer(process.stream, True)
-        errors = _Pipes(transport, _ERRORS, None)
-        process._errors = Stream(errors, process._scheduler)
+        process._started(transport)
+        pipes: Any = transport.pipes  # type: ignore[union-attr]
+        if _INPUT in pipes or _OUTPUT in pipes:
+            kind = Stream if _OUTPUT in pipes else _WriteOnly
+            inputs = _Pipes(transport, _OUTPUT, _INPUT)
+            process._stream = kind(inputs, process._scheduler)
+            # All reads of one without are answered by its _read.
+            process._stream._ended = _OUTPUT not in pipes
+            if _INPUT in pipes:
+                inputs.registerProducer(process._stream, True)
+            else:
+                process._stream._unwritable = StreamError(
+                    f"the standard input of process {process.pid} is no pipe: "
+                    "open_process with stdin=PIPE, the default, to write to it"
+                )
+        if _ERRORS in pipes:
+            errors = _Pipes(transport, _ERRORS, None)
+            process._error_stream = Stream(errors, process._scheduler)
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
         if childFD == _ERRORS:
@@ -232,7 +239,9 @@ class _ChildProtocol(ProcessProtocol):
             self._process.stream.feed(data)
 
     def childConnectionLost(self, childFD: int) -> None:
-        stream = self._stream(childFD)
+        process = self._process
+        stream = process._error_stream if childFD == _ERRORS else process._stream
+        assert stream is not None
         if childFD == _INPUT:
             stream.finish_output()
             stream.lose_output()
@@ -244,19 +253,26 @@ class _ChildProtocol(ProcessProtocol):
 
     def processEnded(self, reason: Failure) -> None:
         closed = Failure(ConnectionDone())
-        self._process.stream.lose(closed)
-        self._process._errors.lose(closed)
-
-    def _stream(self, descriptor: int) -> Stream:
-        process = self._process
-        return process._errors if descriptor == _ERRORS else process.stream
+        for stream in self._process._streams():
+            stream.lose(closed)
 
 
 def open_process(
     command: Sequence[Argument],
     *,
+    stdin: StandardStream = PIPE,
+    stdout: StandardStream = PIPE,
+    stderr: StandardStream = PIPE,
     env: Variables | None = None,
     cwd: Argument | None = None,
+    pass_fds: Sequence[int] = (),
+    start_new_session: bool = False,
+    process_group: int | None = None,
+    signal_group: bool = False,
+    user: str | int | None = None,
+    group: str | int | None = None,
+    umask: int = -1,
+    grace: float = GRACE,
     reactor: Any | None = None,
 ) -> Process:
     """
@@ -271,104 +287,45 @@ def open_process(
     The program is looked for as ``subprocess`` does on POSIX: in the C{PATH} of C{env};
     or from C{cwd} on, if its name has a directory in it.
 
+    The parameters are those of ``subprocess.Popen``, but for C{signal_group},
+    C{grace} and C{reactor}.
+
     :param command: the program and its arguments.
+    :param stdin: C{subprocess.PIPE}, C{DEVNULL}, a file or a descriptor; or None for
+        the standard input of this process.
+    :param stdout: as C{stdin}.
+    :param stderr: as C{stdin}, or C{subprocess.STDOUT} for what C{stdout} is.
     :param env: its environment; by default that of this process.  (On Windows: what is
         added to that of this process.)
     :param cwd: its working directory; by default that of this process.
+    :param pass_fds: further descriptors that it inherits, with the same numbers.
+    :param start_new_session: start it in a session of its own.
+    :param process_group: the process group that it joins, or 0 for a new one; by
+        default that of this process.
+    :param signal_group: send signals to all processes of its group, which is a new one.
+    :param user: the user that it runs as: a name or a number.  Only root may use this.
+        The supplementary groups are those of that user.
+    :param group: the same for its group.
+    :param umask: its umask; by default that of this process.
+    :param grace: how many seconds it has to end after C{SIGTERM}, before C{SIGKILL},
+        if the block of C{async with} ends by an exception.
     :param reactor: an ``IReactorProcess`` provider; by default that of the task.
     :raises FileNotFoundError: if there is no such program, or no such C{cwd}.
-    :raises PermissionError: if the program may not be executed, or C{cwd} not entered.
+    :raises PermissionError: if the program may not be executed, or C{cwd} not entered,
+        or the user or group not changed.
     :raises NotADirectoryError: if C{cwd} is no directory.
-    :raises ValueError: if the command is empty, or an argument has a null byte in it.
+    :raises OSError: if a descriptor is not open.
+    :raises ValueError: if the command is empty, an argument has a null byte in it, the
+        time is negative, arguments contradict each other, or Windows does not have
+        what they ask for.
+    :raises NotImplementedError: if the reactor cannot do what they ask for.
     """
-    if isinstance(command, str | bytes | os.PathLike):
-        raise TypeError(
-            f"command={command!r}: give the program and its arguments as a list"
-        )
-    if not command:
-        raise ValueError("the command is empty: give the program and its arguments")
-    arguments = [_native(each) for each in command]
-    variables = None
-    if env is not None:
-        variables = {_native(name): _native(value) for name, value in env.items()}
-    folder = None if cwd is None else _native(cwd)
-    if folder is not None:
-        _check(folder, os.fsdecode(folder), stat.S_ISDIR, errno.ENOTDIR)
-    program = _find_program(os.fsdecode(arguments[0]), variables, folder)
+    check_grace(grace)
+    what = Command(
+        *(command, stdin, stdout, stderr, env, cwd, pass_fds),
+        *(start_new_session, process_group, signal_group, user, group, umask),
+    )
     scheduler = scheduler_for(reactor)
-    process = Process(scheduler)
-    scheduler.reactor.spawnProcess(
-        _ChildProtocol(process), program, arguments, env=variables, path=folder
-    )
+    process = Process(scheduler, signal_group, grace)
+    what.start(scheduler.reactor, _ChildProtocol(process))
     return process
-
-
-def _native(argument: Argument) -> Any:
-    """An argument as the system takes it: bytes, or text on Windows."""
-    text = os.fsdecode(argument)
-    if "\0" in text:
-        raise ValueError(f"{argument!r} has a null byte in it")
-    return text if sys.platform == "win32" else os.fsencode(text)
-
-
-def _find_program(name: str, env: dict[Any, Any] | None, cwd: Any) -> str:
-    """
-    The path of a program, from the root on: the child may look for it in another
-    environment and from another folder.
-
-    :raises OSError: as C{execvp} does.  In a child that is forked it could only be told
-        from the exit status.
-    """
-    start = os.path.join(os.getcwd(), os.fsdecode(cwd or ""))
-    has_folder = bool(os.path.dirname(name))
-    why = (
-        os.strerror(errno.ENOENT) if has_folder else "there is no such program in PATH"
-    )
-    missing = FileNotFoundError(errno.ENOENT, why, name)
-    if sys.platform == "win32":
-        if has_folder:
-            found = shutil.which(os.path.join(start, name))
-        else:
-            variables = (env or {}).items()
-            search = next(
-                (each[1] for each in variables if each[0].upper() == "PATH"), None
-            )
-            found = shutil.which(name, path=search)
-        if found is None:
-            raise missing
-        return found
-    failure: OSError = missing
-    for folder in [""] if has_folder else os.get_exec_path(env):
-        path = os.path.join(start, folder, name)
-        try:
-            _check(path, name, stat.S_ISREG, errno.EACCES)
-        except OSError as error:
-            # Why one cannot be executed says more than where there is none.
-            if has_folder or (error.errno not in _NOT_THERE and failure is missing):
-                failure = error
-        else:
-            return path
-    raise failure
-
-
-def _check(path: Any, name: str, is_right: Callable[[int], bool], wrong: int) -> None:
-    """
-    Check that something is there, of the right kind, and can be executed or entered.
-
-    :param name: what it is called in the error.
-    :param wrong: the error if it is of another kind.
-    :raises OSError: if it is not.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except OSError as error:
-        code = error.errno or errno.ENOENT
-    else:
-        effective = os.access in os.supports_effective_ids
-        if not is_right(mode):
-            code = wrong
-        elif os.access(path, os.X_OK, effective_ids=effective):
-            return
-        else:
-            code = errno.EACCES
-    raise OSError(code, os.strerror(code), name)

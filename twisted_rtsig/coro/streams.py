@@ -974,6 +974,12 @@ class Stream:
             self._paused = True
             self.transport.pauseProducing()
 
+    def _discard_input(self) -> None:
+        """Discard what arrives from now on, so that nothing has to wait for a read."""
+        self._close_writing()
+        if self._paused:
+            self._resume_transport()
+
     def feed_eof(self) -> None:
         """Nothing more will arrive."""
         self._ended = True

@@ -80,6 +80,7 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "_reactor",
         "_trySpawnInsteadOfFork",
     ),
+    "twisted.internet.process._BaseProcess": ("_execChild", "_fork"),
     "twisted.internet.tcp.Connection": (
         "_closeWriteConnection",
         "_dataReceived",

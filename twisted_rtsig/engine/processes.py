@@ -1,7 +1,7 @@
 """
 The child processes of the engine's reactors, on POSIX.
 
-They are Twisted's own, apart from two things:
+They are Twisted's own, apart from four things:
 
 - C{posix_spawn} starts a child wherever Twisted uses it, also while a notifier blocks
   signals, which it then unblocks in the child.  A fork would copy the page tables,
@@ -9,13 +9,21 @@ They are Twisted's own, apart from two things:
 - The kernel tells the reactor when a child ends.  Twisted's reactors hear of it by
   SIGCHLD, which needs C{installSignalHandlers}; and when the child's pipes end,
   which is a moment before L{os.waitpid} knows of the end.
+- A signal that is sent to a forked child before it runs its program is kept until then.
+  Otherwise the signal handlers of this process, which the child has inherited, would
+  take it, and the child would go on.
+- A child can have what L{ChildOptions} lists: a session or process group of its own,
+  for example.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from twisted.internet.interfaces import IReadDescriptor
@@ -30,6 +38,27 @@ _NO_VARIABLES: Mapping[Any, Any] = {}
 # In seconds: the pause before a child is asked for again, doubled each time.
 _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 1.0
+
+
+@dataclass(frozen=True)
+class ChildOptions:
+    """
+    What C{spawnProcess} of Twisted has no parameter for.
+
+    :ivar new_session: start the child in a session of its own: setsid(2).
+    :ivar process_group: the process group that it joins, or 0 for a new one; None for
+        that of this process.
+    :ivar umask: its umask; None for that of this process.
+    :ivar merge_errors: connect its standard error to what its standard output is.
+    """
+
+    new_session: bool = False
+    process_group: int | None = None
+    umask: int | None = None
+    merge_errors: bool = False
+
+
+_NO_OPTIONS = ChildOptions()
 
 
 def reap(child: Any) -> bool:
@@ -65,6 +94,30 @@ if unixEnabled:
     class ChildProcess(process.Process):
         """A child process with pipes."""
 
+        def __init__(
+            self, *args: Any, options: ChildOptions = _NO_OPTIONS, **named: Any
+        ) -> None:
+            self._options = options
+            # The signal mask of this thread while it forks: all are blocked meanwhile.
+            self._mask: set[int] | None = None
+            super().__init__(*args, **named)
+
+        def _fork(self, *args: Any, **kwargs: Any) -> None:
+            fdmap = kwargs["fdmap"]
+            if self._options.merge_errors and 1 in fdmap:
+                fdmap[2] = fdmap[1]
+            try:
+                super()._fork(*args, **kwargs)
+            finally:
+                if self._mask is not None:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            group = self._options.process_group
+            if self._mask is not None and group is not None and self.pid is not None:
+                # The child does the same: both, so that the group can be signalled as
+                # soon as either has.  It fails if the child runs its program already.
+                with contextlib.suppress(OSError):
+                    os.setpgid(self.pid, group)
+
         def _trySpawnInsteadOfFork(
             self,
             path: Any,
@@ -84,8 +137,29 @@ if unixEnabled:
             if environment is None:
                 # Twisted 23.10 would start it without any variables.
                 environment = os.environ
+            if self._spawn(path, uid, gid, executable, args, environment, kwargs):
+                return True
+            self._mask = signal.pthread_sigmask(
+                signal.SIG_BLOCK, signal.valid_signals()
+            )
+            return False
+
+        def _spawn(
+            self,
+            path: Any,
+            uid: int | None,
+            gid: int | None,
+            executable: Any,
+            args: Any,
+            environment: Mapping[Any, Any],
+            kwargs: Mapping[str, Any],
+        ) -> bool:
+            options = self._options
+            if options.umask is not None:
+                return False
+            own = options.new_session or options.process_group is not None
             if (
-                not signal_mask.blocked
+                not (signal_mask.blocked or own)
                 # Twisted's tests replace it, to have the child forked.
                 or process.Process._trySpawnInsteadOfFork is not _TWISTEDS
             ):
@@ -109,25 +183,80 @@ if unixEnabled:
                     # The one that the list was read from.
                     continue
                 state.append((descriptor, bool(flags & fcntl.FD_CLOEXEC)))
-            self.pid = os.posix_spawnp(
-                executable,
-                args,
-                environment,
-                file_actions=process._getFileActions(
-                    state,
-                    kwargs["fdmap"],
-                    doClose=os.POSIX_SPAWN_CLOSE,
-                    doDup2=os.POSIX_SPAWN_DUP2,
-                ),
-                setsigmask=signal_mask.mask_for_children(),
-                setsigdef=[
-                    number
-                    for number in range(1, signal.NSIG)
-                    if signal.getsignal(number) == signal.SIG_IGN
-                ],
-            )
+            attributes: dict[str, Any] = {}
+            if options.new_session:
+                attributes["setsid"] = True
+            if options.process_group is not None:
+                attributes["setpgroup"] = options.process_group
+            try:
+                self.pid = os.posix_spawnp(
+                    executable,
+                    args,
+                    environment,
+                    file_actions=process._getFileActions(
+                        state,
+                        kwargs["fdmap"],
+                        doClose=os.POSIX_SPAWN_CLOSE,
+                        doDup2=os.POSIX_SPAWN_DUP2,
+                    ),
+                    setsigmask=signal_mask.mask_for_children(),
+                    setsigdef=[
+                        number
+                        for number in range(1, signal.NSIG)
+                        if signal.getsignal(number) == signal.SIG_IGN
+                    ],
+                    **attributes,
+                )
+            except (AttributeError, NotImplementedError):
+                # The C library has no posix_spawnp, or no POSIX_SPAWN_SETSID.
+                return False
             self.status = -1
             return True
+
+        def _execChild(self, *args: Any) -> None:
+            # In the forked child.
+            options = self._options
+            if options.new_session:
+                os.setsid()
+            if options.process_group is not None:
+                os.setpgid(0, options.process_group)
+            if options.umask is not None:
+                os.umask(options.umask)
+            for number in signal.valid_signals():
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, signal.SIG_DFL)
+            assert self._mask is not None
+            # What was sent to it meanwhile, it gets now.
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask - signal_mask.blocked)
+            # Twisted warns if the user stays the same, and a filter may raise that.
+            warnings.simplefilter("ignore")
+            super()._execChild(*args)
+
+    def start_child(
+        reactor: Any,
+        protocol: Any,
+        executable: Any,
+        args: Sequence[Any],
+        env: Mapping[Any, Any] | None,
+        path: Any,
+        uid: int | None,
+        gid: int | None,
+        childFDs: Mapping[int, Any] | None,
+        options: ChildOptions = _NO_OPTIONS,
+    ) -> ChildProcess:
+        """
+        As C{spawnProcess} without a terminal, on any reactor for POSIX.
+
+        :raises OSError: see :meth:`ProcessReactor.spawnProcess`.
+        """
+        child = ChildProcess(
+            *(reactor, executable, args, env, path),
+            *(protocol, uid, gid, childFDs),
+            options=options,
+        )
+        if isinstance(reactor, ProcessReactor) and child.pid is not None:
+            reactor._watch_child(child)
+        return child
 
     @implementer(IReadDescriptor)
     class _Pidfd:
@@ -187,16 +316,15 @@ class ProcessReactor(PosixReactorBase):
                 example.  A child with a terminal, another user or another working
                 directory is forked, and ends with status 1 instead.
             """
-            if usePTY:
-                child = super().spawnProcess(
-                    *(processProtocol, executable, args, env, path),
-                    *(uid, gid, usePTY, childFDs),
+            if not usePTY:
+                return start_child(
+                    *(self, processProtocol, executable, args, env, path),
+                    *(uid, gid, childFDs),
                 )
-            else:
-                child = ChildProcess(
-                    *(self, executable, args, env, path),
-                    *(processProtocol, uid, gid, childFDs),
-                )
+            child = super().spawnProcess(
+                *(processProtocol, executable, args, env, path),
+                *(uid, gid, usePTY, childFDs),
+            )
             if child.pid is not None:
                 self._watch_child(child)
             return child
