@@ -126,8 +126,8 @@ class Statistics:
     """
     What :func:`statistics` returns.
 
-    :ivar processes: child processes of :func:`open_process` and :func:`run_process` that
-        have not exited.
+    :ivar processes: child processes of :func:`open_process` and :func:`run_process`
+        that have not exited.
     """
 
     tasks: TaskCounts

@@ -8,9 +8,11 @@ See ``docs/files.md``.  Importing this imports no reactor.
 from twisted_rtsig.files.asyncfile import AsyncFile, open_file
 from twisted_rtsig.files.paths import listdir, remove, rename, stat, write_file
 from twisted_rtsig.files.producer import FileProducer
+from twisted_rtsig.files.textfile import AsyncTextFile
 
 __all__ = [
     "AsyncFile",
+    "AsyncTextFile",
     "FileProducer",
     "listdir",
     "open_file",

@@ -17,13 +17,14 @@ from collections import deque
 from collections.abc import AsyncIterator
 from time import perf_counter_ns
 from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar, overload
 
 from twisted_rtsig.coro.errors import DelimiterNotFound
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
 from twisted_rtsig.files.descriptors import FURTHEST, MOST_LINES, Descriptor
 from twisted_rtsig.files.opening import open_cached, open_descriptor
+from twisted_rtsig.files.textfile import AsyncTextFile, open_text
 from twisted_rtsig.files.workers import AT_ONCE, Job, Workers, finish, workers_of
 
 T = TypeVar("T")
@@ -717,33 +718,122 @@ def _not_negative(name: str, value: int) -> int:
 # Opening
 
 
+BytesMode = Literal[
+    "rb",
+    "br",
+    "r+b",
+    "rb+",
+    "wb",
+    "bw",
+    "w+b",
+    "wb+",
+    "ab",
+    "ba",
+    "a+b",
+    "ab+",
+    "xb",
+    "bx",
+    "x+b",
+    "xb+",
+]
+TextMode = Literal[
+    "r",
+    "rt",
+    "r+",
+    "r+t",
+    "rt+",
+    "w",
+    "wt",
+    "w+",
+    "w+t",
+    "wt+",
+    "a",
+    "at",
+    "a+",
+    "a+t",
+    "at+",
+    "x",
+    "xt",
+    "x+",
+    "x+t",
+    "xt+",
+]
+
+
+@overload
+def open_file(
+    path: Path,
+    mode: BytesMode = "rb",
+    *,
+    permissions: int = 0o666,
+    reactor: object = None,
+) -> Operation[AsyncFile]: ...
+
+
+@overload
+def open_file(
+    path: Path,
+    mode: TextMode,
+    *,
+    encoding: str | None = None,
+    errors: str | None = None,
+    newline: str | None = None,
+    permissions: int = 0o666,
+    reactor: object = None,
+) -> Operation[AsyncTextFile]: ...
+
+
+@overload
+def open_file(
+    path: Path,
+    mode: str,
+    *,
+    encoding: str | None = None,
+    errors: str | None = None,
+    newline: str | None = None,
+    permissions: int = 0o666,
+    reactor: object = None,
+) -> Operation[Any]: ...
+
+
 @must_be_awaited
 def open_file(
     path: Path,
     mode: str = "rb",
     *,
+    encoding: str | None = None,
+    errors: str | None = None,
+    newline: str | None = None,
     permissions: int = 0o666,
     reactor: object = None,
-) -> Operation[AsyncFile]:
+) -> Operation[Any]:
     """
     Open a regular file::
 
         async with await open_file("data") as file:
 
-    :param mode: as that of Python's C{open}, for bytes: C{rb}, C{wb}, C{ab}, C{xb},
-        or one of these with C{+}.
+    :param mode: as that of Python's C{open}: C{r}, C{w}, C{a} or C{x}, and C{+} for
+        both directions.  With C{b} the file is an :class:`AsyncFile`, of bytes, and
+        without an :class:`AsyncTextFile`.
+    :param encoding: of text; by default that of the locale.
+    :param errors: of text: the error handler of C{codecs}.
+    :param newline: of text: how lines end, as for Python's C{open}.
     :param permissions: those of a file that is made, less the umask.
     :param reactor: whose threads do what blocks; by default that of the task.
-    :raises ValueError: if the mode is none of these.
+    :raises ValueError: if the mode is none of these, or is for bytes and there is an
+        encoding.
     :raises OSError: (when awaited) if it cannot be opened, or is no regular file.
     """
-    flags = _FLAGS.get(mode.replace("b", "", 1))
-    if flags is None or "b" not in mode:
-        raise ValueError(
-            f"mode={mode!r}: a file is opened for bytes, with 'rb', 'wb', 'ab' or "
-            "'xb', and '+' for both directions"
-        )
+    binary = check_mode(mode, encoding, errors, newline)
     workers = workers_of(reactor)
+    if not binary:
+        opening_text = _OpenText(path, mode, newline, workers)
+        workers.run(
+            *(opening_text, open_text, path, mode, permissions),
+            *(encoding, errors, newline),
+        )
+        return opening_text.operation
+    flags = _FLAGS[mode.replace("b", "")]
     opened = open_cached(path) if flags == os.O_RDONLY else None
     if opened is not None:
         finished: Finished[AsyncFile] = Finished()
@@ -752,6 +842,58 @@ def open_file(
     opening = _Open(path, mode, workers)
     workers.run(opening, open_descriptor, path, flags, permissions)
     return opening.operation
+
+
+def check_mode(
+    mode: str, encoding: str | None, errors: str | None, newline: str | None
+) -> bool:
+    """
+    Check the arguments of :func:`open_file`.
+
+    :return: whether the file is opened for bytes.
+    """
+    kind = mode.replace("b", "", 1) if "b" in mode else mode.replace("t", "", 1)
+    if kind not in _FLAGS:
+        raise ValueError(
+            f"mode={mode!r}: a file is opened for text with 'r', 'w', 'a' or 'x', for "
+            "bytes with 'b' as well, and with '+' for both directions"
+        )
+    if "b" not in mode:
+        if newline not in (None, "", "\n", "\r", "\r\n"):
+            raise ValueError(
+                f"newline={newline!r}: use None, '', '\\n', '\\r' or '\\r\\n'"
+            )
+        return False
+    if (encoding, errors, newline) != (None, None, None):
+        raise ValueError(
+            f"mode={mode!r} is for bytes, which have neither encoding, errors nor "
+            "newline: leave out the 'b' for text"
+        )
+    return True
+
+
+class _OpenText(Job[AsyncTextFile]):
+    __slots__ = ("_mode", "_newline", "_path", "_workers")
+
+    def __init__(
+        self, path: Path, mode: str, newline: str | None, workers: Workers
+    ) -> None:
+        super().__init__(f"to open {path!r}")
+        self._path = path
+        self._mode = mode
+        self._newline = newline
+        self._workers = workers
+
+    def end(self, result: Any, error: BaseException | None) -> None:
+        file = None
+        if error is None:
+            file = AsyncTextFile(
+                *(result, self._path, self._mode, self._newline, self._workers)
+            )
+            if self.operation.called:
+                # It was cancelled too late.
+                file.close()
+        finish(self.operation, file, error)
 
 
 class _Open(Job[AsyncFile]):

@@ -1,0 +1,426 @@
+"""Text files, compared with those of Python."""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.coro.support import STYLES, run, spin
+from tests.files.support import Gate, SlowDisk, open_in
+from tests.files.support import busy_threads as busy_threads
+from tests.support import DEADLINE
+from twisted_rtsig.coro import DelimiterNotFound, sleep
+from twisted_rtsig.files import AsyncTextFile, open_file
+
+NEWLINES = [None, "", "\n", "\r", "\r\n"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_same_in_every_style(reactor: Any, style: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    files: list[AsyncTextFile] = []
+    got: list[Any] = []
+
+    def file() -> AsyncTextFile:
+        return files[0]
+
+    def opened() -> Any:
+        opening = open_file(path, "w+", encoding="utf-8", newline="\n")
+        return opening.addCallback(files.append)
+
+    STYLES[style](
+        reactor,
+        [
+            opened,
+            lambda: file().write("öne\ntwo\nthree"),
+            lambda: file().seek(0),
+            lambda: file().read_line(),
+            lambda: file().read(1),
+            lambda: file().tell(),
+            lambda: file().read(100),
+            lambda: file().read(1),
+            lambda: file().seek(0, os.SEEK_END),
+            lambda: file().seek(5),
+            lambda: file().truncate(),
+            lambda: file().seek(-1),
+            lambda: file().write(b"bytes"),  # type: ignore[arg-type]
+            lambda: file().sync(),
+            lambda: file().close(),
+            lambda: file().close(),
+        ],
+        got,
+    )
+    spin(reactor, lambda: len(got) == 16)
+    assert got == [
+        *(None, None, 0, "öne\n", "t", 6, "wo\nthree", "", 14, 5, 5),
+        *(ValueError, TypeError, None, None, None),
+    ]
+    assert path.read_bytes() == "öne\n".encode()
+
+
+def python_lines(path: Path, **options: Any) -> list[str]:
+    with open(path, **options) as file:
+        return list(file)
+
+
+@pytest.mark.parametrize("newline", NEWLINES)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_lines_are_those_of_python(
+    reactor: Any, tmp_path: Path, newline: str | None, encoding: str
+) -> None:
+    path = tmp_path / "file"
+    # The ends of lines are where what is read ahead ends, too.
+    for length in (0, 1, 65534, 65535, 65536, 65537):
+        for end in ("\r\n", "\r", "\n", "ä"):
+            text = "é" * length + end + "\nlast" + end
+            path.write_bytes(text.encode(encoding))
+            options: dict[str, Any] = {"encoding": encoding, "newline": newline}
+
+            async def main() -> None:
+                async with await open_file(path, "r", **options) as file:
+                    assert [each async for each in file.lines(1 << 20)] == python_lines(
+                        path, **options
+                    )
+
+            run(reactor, main)
+
+
+def test_what_is_written_is_what_python_writes(reactor: Any, tmp_path: Path) -> None:
+    async def main() -> None:
+        for newline in NEWLINES:
+            for mode in ("w", "x", "a", "w+", "a+", "wt", "r+"):
+                found, expected = tmp_path / "found", tmp_path / "expected"
+                for path in (found, expected):
+                    path.write_bytes(b"12345678")
+                    if "x" in mode:
+                        path.unlink()
+                options: dict[str, Any] = {"encoding": "utf-16", "newline": newline}
+                with open(expected, mode, **options) as plain:
+                    plain.write("one\r\ntwo\n")
+                    plain.write("three\r")
+                async with await open_file(found, mode, **options) as file:
+                    await file.write("one\r\ntwo\n")
+                    await file.write("three\r")
+                assert found.read_bytes() == expected.read_bytes()
+
+    run(reactor, main)
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("read"), st.integers(0, 12)),
+    st.tuples(st.just("read"), st.integers(65530, 65540)),
+    st.tuples(st.just("read_line"), st.just(1 << 20)),
+    st.tuples(st.just("write"), st.text("aä\n\r", max_size=5)),
+    st.tuples(st.just("tell"), st.none()),
+    st.tuples(st.just("rewind"), st.integers(0, 5)),
+    st.tuples(st.just("end"), st.none()),
+    st.tuples(st.just("truncate"), st.none()),
+)
+
+
+@given(
+    steps=st.lists(STEPS, max_size=12),
+    newline=st.sampled_from(NEWLINES),
+    content=st.text("aä\n\r", max_size=40),
+    times=st.sampled_from([1, 20_000]),
+)
+@settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_it_does_what_python_does(
+    reactor: Any,
+    tmp_path: Path,
+    steps: list[tuple[str, Any]],
+    newline: str | None,
+    content: str,
+    times: int,
+) -> None:
+    found, expected = tmp_path / "found", tmp_path / "expected"
+    for each in (found, expected):
+        each.write_bytes(content[:10].encode("latin-1") * times)
+
+    async def main() -> None:
+        options: dict[str, Any] = {"encoding": "latin-1", "newline": newline}
+        with open(expected, "r+", **options) as plain:
+            async with await open_file(found, "r+", **options) as file:
+                positions = [0]
+                for what, value in steps:
+                    # Python's own file writes in the wrong place after a read.
+                    plain.seek(plain.tell())
+                    if what == "read":
+                        assert await file.read(value) == plain.read(value)
+                    elif what == "read_line":
+                        assert await file.read_line(value) == plain.readline()
+                    elif what == "write":
+                        await file.write(value)
+                        plain.write(value)
+                        plain.flush()
+                    elif what == "tell":
+                        positions.append(plain.tell())
+                        assert await file.tell() == positions[-1]
+                    elif what == "rewind":
+                        position = positions[value % len(positions)]
+                        assert await file.seek(position) == plain.seek(position)
+                    elif what == "end":
+                        assert await file.seek(0, 2) == plain.seek(0, 2)
+                    else:
+                        assert await file.truncate() == plain.truncate()
+                        positions = [0]
+        assert found.read_bytes() == expected.read_bytes()
+
+    run(reactor, main)
+
+
+def test_all_is_done_in_turn(reactor: Any, tmp_path: Path) -> None:
+    async def main() -> None:
+        file = await open_file(tmp_path / "file", "w+", encoding="utf-8")
+        file.write("one\n")
+        file.write("two\nthree")
+        file.seek(0)
+        first, second = file.read_line(), file.read(5)
+        position = file.tell()
+        file.write("!")
+        file.seek(0)
+        rest = file.read(100)
+        closing = file.close()
+        assert (await first, await second, await position) == ("one\n", "two\nt", 9)
+        assert await rest == "one\ntwo\nt!ree"
+        await closing
+        assert (file.closed, file.fileno()) == (True, -1)
+
+    run(reactor, main)
+
+
+def test_a_long_file_is_not_kept(reactor: Any, tmp_path: Path) -> None:
+    """Lines that cross the end of what was read ahead do not make it grow."""
+    path = tmp_path / "file"
+    path.write_bytes(b"123456\n" * 100_000)
+
+    async def main() -> None:
+        async with await open_file(path, "r", encoding="ascii") as file:
+            async for _ in file:
+                assert len(file._ahead) < 70_000
+                assert len(file._pieces) <= 2
+            assert await file.tell() == 700_000
+
+    run(reactor, main)
+
+
+def test_limits_of_lines(reactor: Any, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    async def main() -> None:
+        for end in ("\n", "\r\n", "\r", ""):
+            path.write_bytes(("12345" + end).encode())
+            for newline in (None, "", end or "\n"):
+                async with await open_file(
+                    path, "r", encoding="ascii", newline=newline
+                ) as file:
+                    with pytest.raises(DelimiterNotFound):
+                        await file.read_line(4)
+                    # It stays there, to be read in another way.
+                    assert await file.read(2) == "12"
+                    line = await file.read_line(3)
+                    assert line.rstrip("\r\n") == "345"
+                    assert await file.read_line(0) == ""
+        path.write_bytes(b"\n" + b"x" * 200_000)
+        async with await open_file(path, "r", encoding="ascii") as file:
+            assert await file.read_line() == "\n"
+            with pytest.raises(DelimiterNotFound):
+                await file.read_line()
+            assert len(await file.read_line(200_000)) == 200_000
+
+    run(reactor, main)
+
+
+def test_encodings_and_errors(reactor: Any, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"one\nt\xe4o\n")
+
+    async def main() -> None:
+        async with await open_file(path, "r", encoding="utf-8") as file:
+            for _ in range(2):
+                with pytest.raises(UnicodeDecodeError):
+                    await file.read_line()
+            assert await file.tell() == 0
+            assert (file.encoding, file.errors) == ("utf-8", "strict")
+        async with await open_file(
+            path, "r", encoding="utf-8", errors="replace"
+        ) as file:
+            assert [each async for each in file] == ["one\n", "t\ufffdo\n"]
+            assert file.newlines == "\n"
+        async with await open_file(path, "w", encoding="ascii") as file:
+            with pytest.raises(UnicodeEncodeError):
+                await file.write("ä")
+        with pytest.raises(LookupError):
+            await open_file(path, "r", encoding="no such encoding")
+        # By default that of the locale.
+        with open(path) as plain:
+            expected = plain.encoding
+        async with await open_file(path, "r") as file:
+            assert file.encoding == expected
+
+    run(reactor, main)
+
+
+def test_bad_arguments(reactor: Any, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for mode in ("", "t", "rwt", "rtt", "rbt", "U"):
+        with pytest.raises(ValueError, match="opened for text"):
+            open_file(path, mode, reactor=reactor)
+    with pytest.raises(ValueError, match="newline"):
+        open_file(path, "r", newline="x", reactor=reactor)
+    for options in ({"encoding": "ascii"}, {"errors": "strict"}, {"newline": ""}):
+        with pytest.raises(ValueError, match="is for bytes"):
+            open_file(path, "rb", reactor=reactor, **options)  # type: ignore[call-overload]
+
+    async def main() -> None:
+        async with await open_file(path, "w") as file:
+            with pytest.raises(io.UnsupportedOperation, match="for reading"):
+                file.read(1)
+            with pytest.raises(io.UnsupportedOperation, match="for reading"):
+                file.read_line()
+        with pytest.raises(ValueError, match="is closed"):
+            file.write("x")
+        async with await open_file(path, "r") as file:
+            with pytest.raises(io.UnsupportedOperation, match="for writing"):
+                file.write("x")
+            with pytest.raises(io.UnsupportedOperation, match="for writing"):
+                file.truncate()
+            for call in (lambda: file.read(-1), lambda: file.read_line(-1)):
+                with pytest.raises(ValueError, match="the least"):
+                    call()
+            with pytest.raises(TypeError):
+                file.read("1")  # type: ignore[arg-type]
+            with pytest.raises(io.UnsupportedOperation):
+                await file.seek(1, os.SEEK_CUR)
+            assert await file.read(1) == ""
+        with pytest.raises(FileNotFoundError):
+            await open_file(tmp_path / "nothing", "r")
+        with pytest.raises(OSError, match=r"directory|denied"):
+            await open_file(tmp_path, "r")
+
+    run(reactor, main)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no FIFOs in folders")
+def test_only_regular_files(reactor: Any, tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+
+    async def main() -> None:
+        with pytest.raises(OSError, match="Not a regular file"):
+            await open_file(path, "r")
+        assert open_in(tmp_path) == []
+
+    run(reactor, main)
+
+
+def test_a_read_that_is_cancelled_loses_nothing(
+    reactor: Any, tmp_path: Path, busy_threads: Gate
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("one\ntwo\n", encoding="ascii")
+
+    async def main() -> None:
+        opening = open_file(path, "r", encoding="ascii")
+        busy_threads.open()
+        file = await opening
+        reading = file.read_line()
+        reading.cancel()
+        following = file.read_line()
+        third = file.read(1)
+        third.cancel()
+        assert await following == "one\n"
+        assert await file.read_line() == "two\n"
+        await file.close()
+
+    run(reactor, main)
+
+
+def test_a_read_that_is_cancelled_in_the_thread_loses_nothing(
+    reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from twisted_rtsig.files import textfile
+
+    path = tmp_path / "file"
+    path.write_text("one\ntwo\n", encoding="ascii")
+    gate = Gate()
+    read_more = textfile._read_more
+
+    def slow(*args: Any) -> Any:
+        gate.wait()
+        return read_more(*args)
+
+    monkeypatch.setattr(textfile, "_read_more", slow)
+
+    async def main() -> None:
+        file = await open_file(path, "r", encoding="ascii")
+        reading = file.read_line()
+        assert gate.reached.wait(DEADLINE)
+        reading.cancel()
+        closing = file.read_line()
+        gate.open()
+        assert await closing == "one\n"
+        assert await file.tell() == 4
+        await file.close()
+
+    run(reactor, main)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it opens in another way there")
+def test_an_open_that_is_cancelled_leaves_nothing_open(
+    reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    disk = SlowDisk(monkeypatch, "open")
+
+    async def main() -> None:
+        opening = open_file(path, "r")
+        assert disk.gate.reached.wait(DEADLINE)
+        opening.cancel()
+        disk.gate.open()
+        while open_in(tmp_path):
+            await sleep(0.001)
+
+    run(reactor, main)
+
+
+def test_a_forgotten_file_is_told(reactor: Any, tmp_path: Path) -> None:
+    async def main() -> None:
+        file = await open_file(tmp_path / "file", "w")
+        file.write("all of it")
+
+    def gone() -> bool:
+        gc.collect()
+        return open_in(tmp_path) == []
+
+    def forget() -> None:
+        run(reactor, main)
+        spin(reactor, gone)
+
+    with pytest.warns(ResourceWarning, match="was not closed"):
+        forget()
+    assert (tmp_path / "file").read_text() == "all of it"
+
+
+def test_closing_is_done_although_it_is_cancelled(reactor: Any, tmp_path: Path) -> None:
+    async def main() -> None:
+        file = await open_file(tmp_path / "file", "w")
+        file.close().cancel()
+        assert file.closed
+        await file.close()
+        assert open_in(tmp_path) == []
+
+    run(reactor, main)

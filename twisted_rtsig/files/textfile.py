@@ -1,0 +1,606 @@
+"""
+A text file that is read and written without blocking the reactor.
+
+Python's own C{TextIOWrapper} does the work, in a thread, so encodings, newlines and
+positions are those of C{open}.  It reads ahead by so much that most lines need no
+thread.  See ``docs/files.md``.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import operator
+import os
+import re
+import stat
+import sys
+import warnings
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Any, Final, TypeVar
+
+from twisted_rtsig.coro.errors import DelimiterNotFound
+from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
+from twisted_rtsig.files.workers import Job, Workers, finish
+
+T = TypeVar("T")
+
+MAX_CHARACTERS: Final = 1 << 16
+"""How long a line may be, in characters, by default; and how much is read ahead."""
+
+# Where a line ends, by the newline parameter of open.
+_LINE_ENDS: Final = {
+    None: re.compile("\n"),
+    "\n": re.compile("\n"),
+    "\r": re.compile("\r"),
+    "\r\n": re.compile("\r\n"),
+    # A \r at the end of what was read ahead may be half of a line's end.
+    "": re.compile("\r\n|\n|\r(?!\\Z)", re.DOTALL),
+}
+
+# A position in the file, as TextIOWrapper.tell has it, and how many characters the
+# reader is behind it.
+_Position = tuple[int, int]
+
+
+class AsyncTextFile:
+    """
+    An open text file.  Made by :func:`open_file`, with a mode that has no C{b}.
+
+    Reads, writes and all others are done in turn, whether they are awaited or not.  A
+    read that is cancelled leaves the position where it was.  A write that is cancelled
+    after it has begun is done all the same.
+
+    :ivar name: the path it was opened with.
+    :ivar mode: how.
+    """
+
+    def __init__(
+        self,
+        file: io.TextIOWrapper,
+        name: Any,
+        mode: str,
+        newline: str | None,
+        workers: Workers,
+    ) -> None:
+        self.name = name
+        self.mode = mode
+        self._file = file
+        self._workers = workers
+        self._line_end = _LINE_ENDS[newline]
+        # Whether each \r ends a line and is part of the text.
+        self._universal = newline == ""
+        # What was read ahead, and how many characters of it are read by now.
+        self._ahead = ""
+        self._start = 0
+        # The positions where reads have begun, as TextIOWrapper.tell has them, and how
+        # many characters came; and how many of the first are no longer in the above.
+        self._pieces: deque[tuple[int, int]] = deque()
+        self._passed = 0
+        # What is done in turn.  The first one may be under way.
+        self._turns: deque[_Turn[Any]] = deque()
+        self._under_way = False
+        self._taking_turns = False
+        self._closing = False
+        self._close_ended = False
+        self._closers: dict[Operation[None], None] = {}
+
+    @property
+    def encoding(self) -> str:
+        """The encoding of the file."""
+        return self._file.encoding
+
+    @property
+    def errors(self) -> str | None:
+        """The error handler of the encoding."""
+        return self._file.errors
+
+    @property
+    def newlines(self) -> str | tuple[str, ...] | None:
+        """The ends of lines that were found by now, as Python's files have it."""
+        found: str | tuple[str, ...] | None = self._file.newlines
+        return found
+
+    @property
+    def closed(self) -> bool:
+        """Whether C{close} was called."""
+        return self._closing
+
+    def fileno(self) -> int:
+        """The descriptor; -1 once it is closed."""
+        return -1 if self._close_ended else self._file.fileno()
+
+    # Reading
+
+    def read(self, size: int) -> Operation[str]:
+        """
+        The next C{size} characters.  Fewer only at the end of the file, and none after
+        it.
+
+        :raises ValueError: if the file is closed, or the size negative.
+        :raises OSError: (when awaited) if it cannot be read.
+        :raises UnicodeDecodeError: (when awaited) if it is not in the encoding.
+        """
+        self._check_readable()
+        size = operator.index(size)
+        if size < 0:
+            raise ValueError(f"size={size}: 0 is the least")
+        if not self._turns and len(self._ahead) - self._start >= size:
+            return _finished(self._take(size))
+        return self._in_turn(_Read(self, size))
+
+    def read_line(self, max_characters: int = MAX_CHARACTERS) -> Operation[str]:
+        """
+        The next line, with the newline at its end, which only the last one of the
+        file may lack.  Nothing at the end of the file.
+
+        :param max_characters: how long the line may be, without the newline.
+        :raises DelimiterNotFound: (when awaited) if it is longer.
+        :raises OSError: (when awaited) as :meth:`read`, and so is
+            C{UnicodeDecodeError}.
+        """
+        self._check_readable()
+        limit = operator.index(max_characters)
+        if limit < 0:
+            raise ValueError(f"max_characters={limit}: 0 is the least")
+        if not self._turns:
+            end = self._end_of_line(limit)
+            if end is not None:
+                return _finished(self._take(end - self._start))
+        return self._in_turn(_ReadLine(self, limit))
+
+    async def lines(self, max_characters: int = MAX_CHARACTERS) -> AsyncIterator[str]:
+        """
+        Each line from the position on, as :meth:`read_line` returns it::
+
+            async for line in file.lines():
+
+        C{async for line in file} is the same.
+
+        :raises DelimiterNotFound: if a line is too long.
+        """
+        while line := await self.read_line(max_characters):
+            yield line
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self.lines()
+
+    def _take(self, size: int) -> str:
+        text = self._ahead[self._start : self._start + size]
+        self._start += len(text)
+        return text
+
+    def _end_of_line(self, limit: int) -> int | None:
+        """Where the next line ends in what was read ahead; None if it is not there."""
+        found = self._line_end.search(self._ahead, self._start)
+        if found is None or found.start() - self._start > limit:
+            return None
+        return found.end()
+
+    def _read_ahead(self, begins: int, text: str) -> None:
+        """More was read, from this position on."""
+        pieces = self._pieces
+        passed = self._passed + self._start
+        while pieces and passed >= pieces[0][1]:
+            passed -= pieces.popleft()[1]
+        pieces.append((begins, len(text)))
+        self._ahead = self._ahead[self._start :] + text
+        self._passed, self._start = passed, 0
+
+    def _position(self) -> _Position | None:
+        """Where the reader is; None if the file is there as well."""
+        if not self._pieces:
+            return None
+        return self._pieces[0][0], self._passed + self._start
+
+    def _forget_ahead(self) -> None:
+        """The file is where the reader is."""
+        self._ahead = ""
+        self._start = self._passed = 0
+        self._pieces.clear()
+
+    # Writing
+
+    def write(self, text: str) -> Operation[None]:
+        """
+        Write all of it, at the position; or at the end of the file, if it was opened
+        with C{a}.
+
+        :raises OSError: (when awaited) if it cannot be written.
+        :raises UnicodeEncodeError: (when awaited) if the encoding does not have it.
+        """
+        self._check_writable()
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is no text: open the file with 'b' for bytes")
+        return self._in_turn(_Settled("to write to", self, _write, text))
+
+    def truncate(self, size: int | None = None) -> Operation[int]:
+        """
+        Make the file as long as this, in bytes, or end at the position; return that.
+        """
+        self._check_writable()
+        return self._in_turn(_Settled("to truncate", self, _truncate, size))
+
+    def sync(self) -> Operation[None]:
+        """
+        Wait until what was written is on the disk.
+
+        :raises OSError: (when awaited) if the disk has failed.
+        """
+        self._check_open()
+        return self._in_turn(_Settled("to sync", self, _sync))
+
+    # Of the whole
+
+    def tell(self) -> Operation[int]:
+        """
+        The position, for :meth:`seek`.  It is no number of characters, nor of bytes.
+        """
+        self._check_open()
+        return self._in_turn(_Settled("the position in", self, _tell))
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> Operation[int]:
+        """
+        Set the position; return it.
+
+        :param position: what :meth:`tell` has returned, or 0.
+        :param whence: as for Python's text files: with C{os.SEEK_CUR} and
+            C{os.SEEK_END} the position can only be 0.
+        :raises OSError: (when awaited) if it is negative, or not 0 as above.
+        """
+        self._check_open()
+        position = operator.index(position)
+        return self._in_turn(_Settled("to seek in", self, _seek, position, whence))
+
+    def close(self) -> Operation[None]:
+        """
+        Close it, when all that is under way is done.
+
+        :raises OSError: (when awaited) if what was written is lost.  The file is
+            closed then, too.
+        """
+        if self._close_ended:
+            closed: Operation[None] = Done()
+            return closed
+        closing: Operation[None] = Wait()
+        closing.owner = self
+        self._closers[closing] = None
+        if not self._closing:
+            self._closing = True
+            self._in_turn(_Close(self))
+        return closing
+
+    def forget(self, operation: Operation[Any]) -> None:
+        """See ``Owner.forget``: it is closed all the same."""
+        self._closers.pop(operation, None)
+
+    def waits_for(self, operation: Operation[Any]) -> str:
+        """See ``Owner.waits_for``."""
+        return f"the end of {self!r}"
+
+    async def __aenter__(self) -> AsyncTextFile:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def __del__(self) -> None:
+        if not self._close_ended:
+            self._file.close()
+            warnings.warn(
+                f"{self!r} was not closed", ResourceWarning, stacklevel=2, source=self
+            )
+
+    def __repr__(self) -> str:
+        name = self.name if isinstance(self.name, int) else os.fspath(self.name)
+        return f"<AsyncTextFile {name!r}, {self.mode}>"
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise ValueError(f"{self!r} is closed")
+
+    def _check_readable(self) -> None:
+        self._check_open()
+        if "r" not in self.mode and "+" not in self.mode:
+            raise io.UnsupportedOperation(f"{self!r} is not open for reading")
+
+    def _check_writable(self) -> None:
+        self._check_open()
+        if "r" in self.mode and "+" not in self.mode:
+            raise io.UnsupportedOperation(f"{self!r} is not open for writing")
+
+    # Turns
+
+    def _in_turn(self, turn: _Turn[T]) -> Operation[T]:
+        self._turns.append(turn)
+        self._take_turns()
+        return turn.operation
+
+    def _take_turns(self) -> None:
+        if self._taking_turns:
+            # What is done at once calls this again, however many there are.
+            return
+        self._taking_turns = True
+        turns = self._turns
+        while turns and not self._under_way:
+            if turns[0].operation.called:
+                # It was given up before its turn.
+                turns.popleft()
+            else:
+                self._under_way = True
+                turns[0].begin()
+        self._taking_turns = False
+
+
+def _finished(text: str) -> Operation[str]:
+    finished: Finished[str] = Finished()
+    finished.result = text
+    return finished
+
+
+class _Turn(Job[T]):
+    """Something that is done with an open text file, when it is its turn."""
+
+    __slots__ = ("_text_file",)
+
+    def __init__(self, what: str, file: AsyncTextFile) -> None:
+        super().__init__(f"{what} {file!r}")
+        self._text_file = file
+
+    def begin(self) -> None:
+        """It is its turn."""
+        raise NotImplementedError
+
+    def drop(self) -> None:
+        """See ``Job.drop``."""
+        self._leave()
+        self._text_file._take_turns()
+
+    def _leave(self) -> None:
+        self._text_file._turns.popleft()
+        self._text_file._under_way = False
+
+    def _finish(self, result: Any, error: BaseException | None) -> None:
+        self._leave()
+        finish(self.operation, result, error)
+        self._text_file._take_turns()
+
+
+class _Reading(_Turn[str]):
+    """A read, for which more may have to be read ahead."""
+
+    __slots__ = ("_limit",)
+
+    def __init__(self, what: str, file: AsyncTextFile, limit: int) -> None:
+        super().__init__(what, file)
+        self._limit = limit
+
+    def begin(self) -> None:
+        self._go_on(ended=False)
+
+    def _go_on(self, ended: bool) -> None:
+        file = self._text_file
+        if self.operation.called:
+            # It was cancelled, and what was read for it stays there.
+            self._finish(None, None)
+            return
+        try:
+            size = self.size(ended)
+        except DelimiterNotFound as error:
+            self._finish(None, error)
+            return
+        if size is not None:
+            self._finish(file._take(size), None)
+            return
+        # As much again, so that a long line is not copied all the time.
+        more = max(MAX_CHARACTERS, len(file._ahead) - file._start)
+        file._workers.run(self, _read_more, file._file, max(more, self.least()))
+
+    def end(self, result: Any, error: BaseException | None) -> None:
+        """See ``Job.end``."""
+        if error is not None:
+            self._finish(None, error)
+            return
+        begins, text = result
+        if text:
+            self._text_file._read_ahead(begins, text)
+        self._go_on(ended=not text)
+
+    def size(self, ended: bool) -> int | None:
+        """
+        How many characters are the result; None if more is to be read ahead.
+
+        :param ended: whether there is nothing more.
+        """
+        raise NotImplementedError
+
+    def least(self) -> int:
+        """How many characters are missing at least."""
+        return 0
+
+
+class _Read(_Reading):
+    __slots__ = ()
+
+    def __init__(self, file: AsyncTextFile, size: int) -> None:
+        super().__init__("to read from", file, size)
+
+    def size(self, ended: bool) -> int | None:
+        return None if self.least() > 0 and not ended else self._limit
+
+    def least(self) -> int:
+        file = self._text_file
+        return self._limit - (len(file._ahead) - file._start)
+
+
+class _ReadLine(_Reading):
+    __slots__ = ()
+
+    def __init__(self, file: AsyncTextFile, limit: int) -> None:
+        super().__init__("to read a line from", file, limit)
+
+    def size(self, ended: bool) -> int | None:
+        file = self._text_file
+        end = file._end_of_line(self._limit)
+        if end is not None:
+            return end - file._start
+        rest = len(file._ahead) - file._start
+        if ended and file._universal and file._ahead.endswith("\r"):
+            # It is the end of a line after all.
+            return self._checked(rest, 1)
+        if ended:
+            return self._checked(rest, 0)
+        # One more character may be half of the line's end.
+        self._checked(rest, 1)
+        return None
+
+    def _checked(self, size: int, end: int) -> int:
+        """A size with that of the line's end, unless it is more than allowed."""
+        if size > self._limit + end:
+            raise DelimiterNotFound(f"a line of {self._text_file!r}", self._limit)
+        return size
+
+
+class _Settled(_Turn[Any]):
+    """
+    Something for which the file must be where the reader is, and not where it has read
+    ahead to.
+    """
+
+    __slots__ = ("_args", "_function")
+
+    def __init__(
+        self,
+        what: str,
+        file: AsyncTextFile,
+        function: Callable[..., Any],
+        *args: Any,
+    ) -> None:
+        super().__init__(what, file)
+        self._function = function
+        self._args = args
+
+    def begin(self) -> None:
+        file = self._text_file
+        file._workers.run(
+            *(self, _settle_and_call, file._file, file._position()),
+            *(self._function, self._args),
+        )
+
+    def end(self, result: Any, error: BaseException | None) -> None:
+        """See ``Job.end``."""
+        self._text_file._forget_ahead()
+        self._finish(result, error)
+
+
+class _Close(_Turn[None]):
+    __slots__ = ()
+
+    def __init__(self, file: AsyncTextFile) -> None:
+        super().__init__("the end of", file)
+
+    def begin(self) -> None:
+        file = self._text_file
+        file._workers.run(self, file._file.close)
+
+    def end(self, result: Any, error: BaseException | None) -> None:
+        """See ``Job.end``."""
+        file = self._text_file
+        file._close_ended = True
+        self._leave()
+        self.operation.owner = None
+        closers, file._closers = file._closers, {}
+        for operation in closers:
+            finish(operation, None, error)
+
+
+# In threads
+
+
+def open_text(
+    path: Any,
+    mode: str,
+    permissions: int,
+    encoding: str | None,
+    errors: str | None,
+    newline: str | None,
+) -> io.TextIOWrapper:
+    """
+    Open a text file, which blocks.
+
+    :raises OSError: if it cannot be opened, or is no regular file.
+    """
+
+    def opener(path: Any, flags: int) -> int:
+        # Of a FIFO, to open one would wait for the other side.
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), permissions)
+
+    file = open(  # noqa: SIM115
+        path, mode, encoding=encoding, errors=errors, newline=newline, opener=opener
+    )
+    assert isinstance(file, io.TextIOWrapper)
+    try:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", path)
+        if sys.platform != "win32":
+            os.set_blocking(file.fileno(), True)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _read_more(file: io.TextIOWrapper, size: int) -> tuple[int, str]:
+    """Read ahead; return the position before, and the text."""
+    begins = file.tell()
+    try:
+        return begins, file.read(size)
+    except BaseException:
+        # So that the next read finds the same.
+        file.seek(begins)
+        raise
+
+
+def _settle_and_call(
+    file: io.TextIOWrapper,
+    position: _Position | None,
+    function: Callable[..., T],
+    args: tuple[Any, ...],
+) -> T:
+    if position is not None:
+        begins, passed = position
+        file.seek(begins)
+        file.read(passed)
+        # TextIOWrapper has read ahead in its turn, and would write behind that.
+        file.seek(file.tell())
+    return function(file, *args)
+
+
+def _write(file: io.TextIOWrapper, text: str) -> None:
+    file.write(text)
+    file.flush()
+
+
+def _truncate(file: io.TextIOWrapper, size: int | None) -> int:
+    return file.truncate(size)
+
+
+def _sync(file: io.TextIOWrapper) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _tell(file: io.TextIOWrapper) -> int:
+    return file.tell()
+
+
+def _seek(file: io.TextIOWrapper, position: int, whence: int) -> int:
+    return file.seek(position, whence)
