@@ -6,18 +6,38 @@ See ``docs/files.md``.  Importing this imports no reactor.
 """
 
 from twisted_rtsig.files.asyncfile import AsyncFile, open_file
+from twisted_rtsig.files.directories import Entries, scandir, walk
+from twisted_rtsig.files.path import Path
 from twisted_rtsig.files.paths import listdir, remove, rename, stat, write_file
 from twisted_rtsig.files.producer import FileProducer
+from twisted_rtsig.files.temporary import (
+    NamedTemporaryFile,
+    TemporaryDirectory,
+    TemporaryFile,
+    gettempdir,
+    mkdtemp,
+    mkstemp,
+)
 from twisted_rtsig.files.textfile import AsyncTextFile
 
 __all__ = [
     "AsyncFile",
     "AsyncTextFile",
+    "Entries",
     "FileProducer",
+    "NamedTemporaryFile",
+    "Path",
+    "TemporaryDirectory",
+    "TemporaryFile",
+    "gettempdir",
     "listdir",
+    "mkdtemp",
+    "mkstemp",
     "open_file",
     "remove",
     "rename",
+    "scandir",
     "stat",
+    "walk",
     "write_file",
 ]

@@ -289,7 +289,10 @@ class AsyncTextFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self.close()
+        closing = self.close()
+        # If nothing can resume this any more, it is closed all the same.
+        if not isinstance(error, GeneratorExit):
+            await closing
 
     def __del__(self) -> None:
         if not self._close_ended:

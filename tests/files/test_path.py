@@ -1,0 +1,334 @@
+"""C{Path}, compared with C{pathlib.Path} case by case."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pathlib
+import pickle
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+
+from tests.coro.support import STYLES, run, spin
+from twisted_rtsig.files import AsyncFile, AsyncTextFile, Path, listdir, open_file
+
+posix_only = pytest.mark.skipif(
+    sys.platform == "win32", reason="Windows has no such thing, or not for everybody"
+)
+
+
+def make_tree(folder: pathlib.Path) -> pathlib.Path:
+    folder.mkdir()
+    for name in ("a/b/file.txt", "a/other.txt", "c.py", "a/b/d/deep.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"in {name}\n", encoding="ascii")
+    if sys.platform != "win32":
+        (folder / "link").symlink_to("a/b")
+        (folder / "dangling").symlink_to("nowhere")
+        (folder / "loop").symlink_to("loop")
+        os.mkfifo(folder / "fifo")
+    return folder
+
+
+# What is called with a path: pathlib's, or ours.
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "exists": lambda path: path.exists(),
+    "is_dir": lambda path: path.is_dir(),
+    "is_file": lambda path: path.is_file(),
+    "is_fifo": lambda path: path.is_fifo(),
+    "is_socket": lambda path: path.is_socket(),
+    "is_symlink": lambda path: path.is_symlink(),
+    "is_mount": lambda path: path.is_mount(),
+    "is_block_device": lambda path: path.is_block_device(),
+    "is_char_device": lambda path: path.is_char_device(),
+    "stat": lambda path: path.stat(),
+    "stat a link": lambda path: path.stat(follow_symlinks=False),
+    "lstat": lambda path: path.lstat(),
+    "absolute": lambda path: path.absolute(),
+    "resolve": lambda path: path.resolve(),
+    "resolve strictly": lambda path: path.resolve(True),
+    "expanduser": lambda path: path.expanduser(),
+    "read_bytes": lambda path: path.read_bytes(),
+    "read_text": lambda path: path.read_text("ascii"),
+    "samefile": lambda path: path.samefile(path),
+    "samefile as another": lambda path: path.samefile(os.getcwd()),
+    "write_bytes": lambda path: path.write_bytes(b"one\r\n"),
+    "write a memoryview": lambda path: path.write_bytes(memoryview(b"one")),
+    "write_text": lambda path: path.write_text("zwei\n", "utf-16", newline="\r\n"),
+    "write no text": lambda path: path.write_text(b"x"),
+    "touch": lambda path: path.touch(),
+    "touch what is new": lambda path: path.touch(exist_ok=False),
+    "mkdir": lambda path: path.mkdir(),
+    "mkdir parents": lambda path: (path / "x" / "y").mkdir(parents=True),
+    "mkdir if there is none": lambda path: path.mkdir(exist_ok=True),
+    "rmdir": lambda path: path.rmdir(),
+    "unlink": lambda path: path.unlink(),
+    "unlink if there is one": lambda path: path.unlink(missing_ok=True),
+    "rename": lambda path: path.rename(str(path) + "2"),
+    "replace": lambda path: path.replace(type(path)(str(path) + "2")),
+    "chmod": lambda path: path.chmod(0o500),
+}
+if sys.platform != "win32":
+    CALLS |= {
+        "readlink": lambda path: path.readlink(),
+        "owner": lambda path: path.owner(),
+        "group": lambda path: path.group(),
+        "symlink_to": lambda path: path.symlink_to("a", True),
+        "symlink_to a Path": lambda path: path.symlink_to(type(path)("a")),
+        "hardlink_to": lambda path: path.hardlink_to("c.py"),
+        "lchmod": lambda path: path.lchmod(0o500),
+    }
+if sys.version_info >= (3, 12):
+    CALLS |= {
+        "is_junction": lambda path: path.is_junction(),
+        "exists without following": lambda path: path.exists(follow_symlinks=False),
+    }
+NAMES = ["a", "c.py", "nothing", "a/b/file.txt", "link", "dangling", "loop", "fifo/x"]
+
+
+def seen(folder: pathlib.Path) -> list[Any]:
+    """What there is in a folder."""
+    return sorted(
+        (
+            str(each.relative_to(folder)),
+            each.lstat().st_mode,
+            each.read_bytes() if each.is_file() else None,
+        )
+        for each in folder.rglob("*")
+        if each.name != "loop"
+    )
+
+
+def comparable(result: Any) -> Any:
+    if isinstance(result, os.stat_result):
+        return result.st_mode, result.st_nlink
+    if isinstance(result, pathlib.PurePath):
+        return str(result).replace("expected", "found")
+    return result
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_it_does_what_pathlib_does(
+    reactor_without_threads: Any,
+    reactor: Any,
+    tmp_path: pathlib.Path,
+    call: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    function = CALLS[call]
+    for number, name in enumerate(NAMES):
+        results: list[Any] = []
+        (tmp_path / str(number)).mkdir()
+        expected, found = (
+            make_tree(tmp_path / str(number) / each) for each in ("expected", "found")
+        )
+        monkeypatch.chdir(expected)
+        try:
+            results.append(comparable(function(pathlib.Path(name))))
+        except Exception as error:
+            results.append((type(error), getattr(error, "errno", None)))
+        monkeypatch.chdir(found)
+
+        async def main() -> None:
+            try:
+                result = function(Path(name))
+                assert isinstance(result, Deferred)
+                result = await result
+                if isinstance(result, pathlib.PurePath):
+                    assert type(result) is Path
+                results.append(comparable(result))
+            except Exception as error:
+                results.append((type(error), getattr(error, "errno", None)))
+
+        run(reactor, main)
+        assert results[1] == results[0], name
+        assert seen(found) == seen(expected), name
+
+
+def test_what_only_computes_is_that_of_pathlib(tmp_path: pathlib.Path) -> None:
+    for text in ("a/b.txt", "/", ".", "a/../b", "C:/x", "", "//server/share/x"):
+        ours, pure = Path(text), pathlib.PurePath(text)
+        assert (str(ours), ours.parts, ours.name) == (str(pure), pure.parts, pure.name)
+        for made in (ours / "x", "x" / ours, ours.parent, ours.joinpath("y", ours)):
+            assert type(made) is Path
+        assert all(type(each) is Path for each in ours.parents)
+        assert ours.suffixes == pure.suffixes
+        assert os.fspath(ours) == os.fspath(pure)
+        assert isinstance(ours, os.PathLike | pathlib.PurePath)
+    path = Path("a") / "b.txt"
+    assert path.with_suffix(".py").relative_to("a") == Path("b.py")
+    plain: pathlib.PurePath = pathlib.Path("a/b.txt")
+    assert path == plain
+    assert {path, pathlib.PurePath("a/b.txt")} == {path}
+    assert pickle.loads(pickle.dumps(path)) == copy.copy(path) == path
+    assert type(pickle.loads(pickle.dumps(path))) is Path
+    assert Path(path) == Path("a", "b.txt")
+    assert repr(path) == "Path('a/b.txt')"
+    assert sorted([Path("b"), Path("a")]) == [Path("a"), Path("b")]
+    if sys.platform == "win32":
+        assert Path("A\\B.TXT") == path
+        assert path.drive == ""
+        assert Path("C:\\x").drive == "C:"
+    if sys.version_info >= (3, 13):
+        uri = pathlib.Path(tmp_path).as_uri()
+        assert Path.from_uri(uri) == Path(tmp_path)
+
+
+def test_it_has_all_that_pathlib_has() -> None:
+    """Apart from what is deprecated, or too new."""
+    left_out = {"copy", "copy_into", "info", "is_reserved", "link_to", "move"}
+    left_out |= {"move_into"}
+    names = {each for each in vars(pathlib.Path) if not each.startswith("_")}
+    assert names - left_out - set(vars(Path)) <= set(dir(pathlib.PurePath))
+    # What looks at the disk and was forgotten would block.
+    for name in ("expanduser", "resolve", "exists", "glob", "walk", "open"):
+        assert name in vars(Path)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_style(reactor: Any, style: str, tmp_path: pathlib.Path) -> None:
+    path = Path(tmp_path) / "folder"
+    got: list[Any] = []
+    entries = path.iterdir()
+    STYLES[style](
+        reactor,
+        [
+            path.mkdir,
+            lambda: (path / "file").write_text("text", "ascii"),
+            lambda: (path / "file").read_text("ascii"),
+            entries.next_batch,
+            entries.next_batch,
+            lambda: (path / "nothing").stat(),
+            path.rmdir,
+        ],
+        got,
+    )
+    spin(reactor, lambda: len(got) == 7)
+    assert got[:5] == [None, 4, "text", [path / "file"], []]
+    assert got[5] is FileNotFoundError
+    assert issubclass(got[6], OSError)
+
+
+def test_opening(reactor: Any, tmp_path: pathlib.Path) -> None:
+    path = Path(tmp_path) / "file"
+
+    async def main() -> None:
+        async with await path.open("w", encoding="ascii") as text:
+            assert isinstance(text, AsyncTextFile)
+            await text.write("one\n")
+        async with await path.open() as text:
+            assert await text.read(100) == "one\n"
+        async with await path.open("rb") as data:
+            assert isinstance(data, AsyncFile)
+            assert (await data.read(100)).split() == [b"one"]
+        async with await open_file(path) as data:
+            assert data.name is path
+        assert await listdir(path.parent) == ["file"]
+        assert str(await Path.cwd()) == str(pathlib.Path.cwd())
+        assert str(await Path.home()) == str(pathlib.Path.home())
+
+    run(reactor, main)
+
+
+@pytest.mark.parametrize("pattern", ["*", "*.txt", "**/*.txt", "a/*", "**", "n*"])
+def test_patterns(reactor: Any, tmp_path: pathlib.Path, pattern: str) -> None:
+    folder = make_tree(tmp_path / "tree")
+    if sys.platform != "win32":
+        (folder / "loop").unlink()
+
+    async def main() -> None:
+        for name in ("glob", "rglob"):
+            found = [each async for each in getattr(Path(folder), name)(pattern)]
+            assert all(type(each) is Path for each in found)
+            assert sorted(found) == sorted(getattr(folder, name)(pattern))
+        found = [each async for each in Path(folder).iterdir()]
+        assert sorted(found) == sorted(folder.iterdir())
+
+    run(reactor, main)
+
+
+def test_patterns_that_cannot_be(reactor: Any, tmp_path: pathlib.Path) -> None:
+    async def main() -> None:
+        for pattern in ("", os.path.abspath("/x")):
+            with pytest.raises((ValueError, NotImplementedError)):
+                _ = [each async for each in Path(tmp_path).glob(pattern)]
+        with pytest.raises(FileNotFoundError):
+            _ = [each async for each in (Path(tmp_path) / "nothing").iterdir()]
+        if sys.version_info >= (3, 12):
+            (tmp_path / "File").touch()
+            options: dict[str, Any] = {"case_sensitive": False}
+            found = [each async for each in Path(tmp_path).glob("f*", **options)]
+            assert found == [tmp_path / "File"]
+
+    run(reactor, main)
+
+
+def reference(folder: pathlib.Path, *args: Any) -> Any:
+    """C{Path.walk} of pathlib, or what it does, from C{os.walk}."""
+    if sys.version_info >= (3, 12):
+        return folder.walk(*args)
+    top_down, _, follow = args
+
+    def moved() -> Any:
+        for name, directories, files in os.walk(folder, top_down, None, follow):
+            links = []
+            if not follow:
+                links = [e for e in directories if os.path.islink(f"{name}/{e}")]
+            kept = [each for each in directories if each not in links]
+            yield pathlib.Path(name), kept, files + links
+
+    return moved()
+
+
+@pytest.mark.parametrize("top_down", [True, False])
+@pytest.mark.parametrize("follow", [True, False])
+def test_walk(
+    reactor: Any, tmp_path: pathlib.Path, top_down: bool, follow: bool
+) -> None:
+    folder = make_tree(tmp_path / "tree")
+
+    def in_order(found: list[Any]) -> list[Any]:
+        listed = [
+            (str(path), sorted(dirs), sorted(files)) for path, dirs, files in found
+        ]
+        return sorted(listed)
+
+    async def main() -> None:
+        found = [e async for e in Path(folder).walk(top_down, None, follow)]
+        assert all(type(path) is Path for path, _, _ in found)
+        expected = list(reference(folder, top_down, None, follow))
+        assert in_order(found) == in_order(expected)
+        # A directory comes before, or after, those in it.
+        assert (str(found[0][0]) == str(folder)) == top_down
+
+    run(reactor, main)
+
+
+def test_walk_can_be_pruned(reactor: Any, tmp_path: pathlib.Path) -> None:
+    folder = make_tree(tmp_path / "tree")
+
+    async def main() -> None:
+        visited = []
+        async for path, directories, _ in Path(folder).walk():
+            visited.append(str(path.relative_to(folder)))
+            if "d" in directories:
+                directories.remove("d")
+        assert visited == [".", "a", str(Path("a/b"))]
+
+    run(reactor, main)
+
+
+def test_walk_tells_errors(reactor: Any, tmp_path: pathlib.Path) -> None:
+    errors: list[OSError] = []
+
+    async def main() -> None:
+        nothing = Path(tmp_path) / "nothing"
+        assert [each async for each in nothing.walk()] == []
+        assert [each async for each in nothing.walk(on_error=errors.append)] == []
+        assert [type(each) for each in errors] == [FileNotFoundError]
+
+    run(reactor, main)

@@ -1,0 +1,259 @@
+"""
+Directories, read in threads: many entries at a time, and no more than are asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from itertools import islice
+from time import perf_counter
+from typing import Any, AnyStr, Final, Generic, TypeVar
+
+from twisted_rtsig.coro.errors import BusyResourceError
+from twisted_rtsig.coro.operations import Finished, Operation
+from twisted_rtsig.files.workers import Job, Workers, workers_of
+
+T = TypeVar("T")
+
+# How many entries a thread finds before the reactor gets them, and for how many
+# seconds it looks for them at most.
+_MOST: Final = 1000
+_LONGEST: Final = 0.05
+
+OnError = Callable[[OSError], object]
+
+
+class Entries(Generic[T], AsyncIterator[T]):
+    """
+    What is found in directories, one after the other::
+
+        async for entry in scandir(path):
+
+    Generators, which have no C{async for}, call :meth:`next_batch`.  If the wait for
+    one is cancelled, then nothing is lost.  One task at a time may ask.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        workers: Workers,
+        iterate: Callable[[], Iterator[T | OSError]],
+        most: int = _MOST,
+        on_error: OnError | None = None,
+    ) -> None:
+        self._what = what
+        self._workers = workers
+        self._iterate = iterate
+        self._most = most
+        self._on_error = on_error
+        # Made by the first thread.
+        self._iterator: Iterator[T | OSError] | None = None
+        self._found: deque[T] = deque()
+        self._ended = False
+        self._error: BaseException | None = None
+        self._under_way = False
+        self._waiting: Operation[list[T]] | None = None
+
+    def next_batch(self) -> Operation[list[T]]:
+        """
+        The next entries: as many as a thread finds before it is time for others.  None
+        at the end.
+
+        :raises OSError: (when awaited) if a directory cannot be read.
+        :raises BusyResourceError: if another task waits for the next already.
+        """
+        if self._waiting is not None:
+            raise BusyResourceError(f"another task waits for {self._what} already")
+        if self._found or self._ended:
+            finished: Finished[list[T]] = Finished()
+            finished.result = list(self._found)
+            self._found.clear()
+            if finished.result or self._error is None:
+                return finished
+        operation: Operation[list[T]] = Operation()
+        error, self._error = self._error, None
+        if error is not None:
+            operation.fail(error)
+            return operation
+        operation.owner = self
+        self._waiting = operation
+        if not self._under_way:
+            self._under_way = True
+            self._workers.run(_Batch(self), self._find)
+        return operation
+
+    def __aiter__(self) -> Entries[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        if not self._found:
+            self._found.extend(await self.next_batch())
+            if not self._found:
+                raise StopAsyncIteration
+        return self._found.popleft()
+
+    def _find(self) -> tuple[list[T | OSError], bool, BaseException | None]:
+        """
+        In a thread: find some.
+
+        :return: what was found, whether that is all, and why it has ended.
+        """
+        found: list[T | OSError] = []
+        end = perf_counter() + _LONGEST
+        try:
+            if self._iterator is None:
+                self._iterator = self._iterate()
+            for each in islice(self._iterator, self._most):
+                found.append(each)
+                if perf_counter() > end:
+                    return found, False, None
+        except OSError as error:
+            # The traceback would hold this by its frames.
+            return found, True, error.with_traceback(None)
+        except BaseException as error:
+            return found, True, error
+        return found, len(found) < self._most, None
+
+    def _has_found(
+        self, found: list[T | OSError], ended: bool, error: BaseException | None
+    ) -> None:
+        """A thread has found some."""
+        self._under_way = False
+        self._ended = ended
+        self._error = error
+        if ended:
+            self._iterator = None
+        for each in found:
+            if isinstance(each, OSError):
+                assert self._on_error is not None
+                try:
+                    self._on_error(each)
+                except BaseException as raised:
+                    self._ended, self._error = True, raised
+                    self._iterator = None
+                    break
+            else:
+                self._found.append(each)
+        operation, self._waiting = self._waiting, None
+        if operation is None:
+            return
+        operation.owner = None
+        if self._found or self._error is None:
+            batch = list(self._found)
+            self._found.clear()
+            if batch or self._ended:
+                operation.succeed(batch)
+            else:
+                # There were errors alone, and this is not the end.
+                operation.owner = self
+                self._waiting = operation
+                self._under_way = True
+                self._workers.run(_Batch(self), self._find)
+        else:
+            error, self._error = self._error, None
+            operation.fail(error)
+
+    def forget(self, operation: Operation[Any]) -> None:
+        """See ``Owner.forget``: what is found is kept for the next."""
+        operation.owner = None
+        self._waiting = None
+
+    def waits_for(self, operation: Operation[Any]) -> str:
+        """See ``Owner.waits_for``."""
+        return self._what
+
+
+class _Batch(Job[None]):
+    __slots__ = ("_entries",)
+
+    def __init__(self, entries: Entries[Any]) -> None:
+        super().__init__(entries._what)
+        self._entries = entries
+
+    def end(self, result: Any, error: BaseException | None) -> None:
+        """See ``Job.end``."""
+        entries = self._entries
+        if error is None:
+            entries._has_found(*result)
+        else:
+            entries._has_found([], True, error)
+
+
+def scandir(
+    path: AnyStr | os.PathLike[AnyStr] | None = None, *, reactor: Any | None = None
+) -> Entries[os.DirEntry[AnyStr]]:
+    """
+    The entries of a directory, in no particular order, as C{os.scandir}::
+
+        async for entry in scandir("folder"):
+            print(entry.name, entry.is_dir())
+
+    A directory of any size is never in memory as a whole.
+
+    :param path: by default the current directory.
+    :param reactor: whose threads do it; by default that of the task.
+    :return: ``os.DirEntry`` objects.  Their C{name}, C{path} and C{inode} do not block,
+        and on most file systems C{is_dir}, C{is_file} and C{is_symlink} do not.
+    :raises OSError: (when awaited) if it cannot be read.
+    """
+    where: Any = "." if path is None else path
+    return Entries(f"to list {where!r}", workers_of(reactor), lambda: _scan(where))
+
+
+def _scan(path: Any) -> Iterator[Any]:
+    # Closed when this is collected, without a warning.
+    with os.scandir(path) as entries:
+        yield from entries
+
+
+def walk(
+    top: AnyStr | os.PathLike[AnyStr],
+    topdown: bool = True,
+    onerror: OnError | None = None,
+    followlinks: bool = False,
+    *,
+    reactor: Any | None = None,
+) -> Entries[tuple[AnyStr, list[AnyStr], list[AnyStr]]]:
+    """
+    All directories below one, as C{os.walk}::
+
+        async for folder, directories, files in walk("/etc"):
+
+    A thread reads a directory when it is asked for, so that what is removed from
+    C{directories} is not visited.  With C{topdown=False}, where that has no effect, it
+    reads as many as it can.
+
+    :param topdown: whether a directory comes before those that are in it.
+    :param onerror: called with each C{OSError}, which is ignored by default.  What it
+        raises ends the walk.
+    :param followlinks: whether to visit directories that symbolic links lead to.
+    :param reactor: whose threads do it; by default that of the task.
+    :return: for each directory its path, and the names of the directories and of the
+        others in it.
+    """
+    return Entries(
+        f"to walk {top!r}",
+        workers_of(reactor),
+        lambda: _with_errors(top, topdown, onerror is not None, followlinks),
+        1 if topdown else _MOST,
+        onerror,
+    )
+
+
+def _with_errors(
+    top: Any, topdown: bool, told: bool, followlinks: bool
+) -> Iterator[Any]:
+    """C{os.walk}, with its errors in between."""
+    errors: list[OSError] = []
+    for each in os.walk(top, topdown, errors.append if told else None, followlinks):
+        yield from _taken(errors)
+        yield each
+    yield from _taken(errors)
+
+
+def _taken(errors: list[OSError]) -> list[OSError]:
+    taken = [each.with_traceback(None) for each in errors]
+    errors.clear()
+    return taken

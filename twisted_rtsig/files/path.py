@@ -1,0 +1,372 @@
+"""
+C{pathlib.Path} for tasks: what looks at the disk is done in a thread, and is awaited.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, overload
+
+from twisted_rtsig.coro.operations import Operation
+from twisted_rtsig.files.asyncfile import AsyncFile, BytesMode, TextMode, open_file
+from twisted_rtsig.files.directories import _MOST, Entries, OnError, _scan, _taken
+from twisted_rtsig.files.textfile import AsyncTextFile
+from twisted_rtsig.files.workers import workers_of
+
+if sys.platform == "win32":
+    from pathlib import PureWindowsPath as _PurePath
+else:
+    from pathlib import PurePosixPath as _PurePath
+
+T = TypeVar("T")
+Name = str | os.PathLike[str]
+
+
+class Path(_PurePath):
+    """
+    A path, as C{pathlib.Path}.  What only computes, as C{/}, C{name}, C{parent} and
+    C{with_suffix}, is that of C{pathlib.PurePath}.  What looks at the disk returns a
+    Deferred, and is done in a thread::
+
+        path = Path("folder") / "file"
+        await path.parent.mkdir(exist_ok=True)
+        await path.write_text("hello", encoding="utf-8")
+
+    C{iterdir}, C{glob}, C{rglob} and C{walk} are for C{async for}; see
+    :class:`Entries` for generators.
+
+    All functions that take a path take this one.  It is equal to a C{pathlib.Path} with
+    the same content.
+    """
+
+    __slots__ = ()
+
+    # Of the process
+
+    @classmethod
+    def cwd(cls) -> Operation[Path]:
+        """The current directory."""
+        return _call("the current directory", lambda: cls(os.getcwd()))
+
+    @classmethod
+    def home(cls) -> Operation[Path]:
+        """
+        The home directory of the user.
+
+        :raises RuntimeError: (when awaited) if it is not known.
+        """
+        return _call("the home directory", lambda: cls(pathlib.Path.home()))
+
+    @classmethod
+    def from_uri(cls, uri: str) -> Path:
+        """The path that a C{file:} URI names; from Python 3.13 on."""
+        return cls(getattr(pathlib.Path, "from_uri")(uri))  # noqa: B009
+
+    # Other paths
+
+    def absolute(self) -> Operation[Path]:
+        """This path from the root on; links stay as they are."""
+        return self._path("to make absolute", "absolute")
+
+    def expanduser(self) -> Operation[Path]:
+        """This path with a home directory in place of C{~} or C{~user}."""
+        return self._path("to expand", "expanduser")
+
+    def readlink(self) -> Operation[Path]:
+        """What a symbolic link leads to."""
+        return self._path("to read the link", "readlink")
+
+    def resolve(self, strict: bool = False) -> Operation[Path]:
+        """This path from the root on, without links and C{..}."""
+        return self._path("to resolve", "resolve", strict)
+
+    def rename(self, target: Name) -> Operation[Path]:
+        """Give it another name; return that."""
+        return self._path("to rename", "rename", os.fspath(target))
+
+    def replace(self, target: Name) -> Operation[Path]:
+        """As :meth:`rename`; a file that has the name is replaced on each platform."""
+        return self._path("to rename", "replace", os.fspath(target))
+
+    # What there is
+
+    def exists(self, *, follow_symlinks: bool = True) -> Operation[bool]:
+        """Whether there is anything of this name."""
+        if follow_symlinks:
+            return self._do("to look at", "exists")
+        return _call(f"to look at {str(self)!r}", os.path.lexists, str(self))
+
+    def is_block_device(self) -> Operation[bool]:
+        """Whether it is a block device."""
+        return self._do("to look at", "is_block_device")
+
+    def is_char_device(self) -> Operation[bool]:
+        """Whether it is a character device."""
+        return self._do("to look at", "is_char_device")
+
+    def is_dir(self) -> Operation[bool]:
+        """Whether it is a directory, or a link to one."""
+        return self._do("to look at", "is_dir")
+
+    def is_fifo(self) -> Operation[bool]:
+        """Whether it is a FIFO."""
+        return self._do("to look at", "is_fifo")
+
+    def is_file(self) -> Operation[bool]:
+        """Whether it is a regular file, or a link to one."""
+        return self._do("to look at", "is_file")
+
+    def is_junction(self) -> Operation[bool]:
+        """Whether it is a junction of Windows; from Python 3.12 on."""
+        return self._do("to look at", "is_junction")
+
+    def is_mount(self) -> Operation[bool]:
+        """Whether a file system is mounted there."""
+        return self._do("to look at", "is_mount")
+
+    def is_socket(self) -> Operation[bool]:
+        """Whether it is a UNIX socket."""
+        return self._do("to look at", "is_socket")
+
+    def is_symlink(self) -> Operation[bool]:
+        """Whether it is a symbolic link."""
+        return self._do("to look at", "is_symlink")
+
+    def samefile(self, other: Name) -> Operation[bool]:
+        """Whether both are names of the same file."""
+        return self._do("to look at", "samefile", os.fspath(other))
+
+    def stat(self, *, follow_symlinks: bool = True) -> Operation[os.stat_result]:
+        """As C{os.stat}."""
+        return self._do("to stat", "stat", follow_symlinks=follow_symlinks)
+
+    def lstat(self) -> Operation[os.stat_result]:
+        """As :meth:`stat`, of a link itself."""
+        return self._do("to stat", "lstat")
+
+    def owner(self) -> Operation[str]:
+        """The name of the user it belongs to."""
+        return self._do("the owner of", "owner")
+
+    def group(self) -> Operation[str]:
+        """The name of the group it belongs to."""
+        return self._do("the group of", "group")
+
+    # Changes
+
+    def chmod(self, mode: int, *, follow_symlinks: bool = True) -> Operation[None]:
+        """Change its permissions."""
+        return self._do("to change", "chmod", mode, follow_symlinks=follow_symlinks)
+
+    def lchmod(self, mode: int) -> Operation[None]:
+        """As :meth:`chmod`, of a link itself."""
+        return self._do("to change", "lchmod", mode)
+
+    def hardlink_to(self, target: Name) -> Operation[None]:
+        """Make it a further name of another file."""
+        return self._do("to link", "hardlink_to", os.fspath(target))
+
+    def symlink_to(
+        self, target: Name, target_is_directory: bool = False
+    ) -> Operation[None]:
+        """Make it a symbolic link."""
+        return self._do("to link", "symlink_to", os.fspath(target), target_is_directory)
+
+    def mkdir(
+        self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False
+    ) -> Operation[None]:
+        """Make a directory."""
+        return self._do("to make", "mkdir", mode, parents, exist_ok)
+
+    def rmdir(self) -> Operation[None]:
+        """Remove an empty directory."""
+        return self._do("to remove", "rmdir")
+
+    def touch(self, mode: int = 0o666, exist_ok: bool = True) -> Operation[None]:
+        """Make a file, or set the time of one that is there."""
+        return self._do("to touch", "touch", mode, exist_ok)
+
+    def unlink(self, missing_ok: bool = False) -> Operation[None]:
+        """Remove a file or link."""
+        return self._do("to remove", "unlink", missing_ok)
+
+    # Contents
+
+    @overload
+    def open(
+        self, mode: BytesMode, *, permissions: int = 0o666
+    ) -> Operation[AsyncFile]: ...
+
+    @overload
+    def open(
+        self,
+        mode: TextMode = "r",
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        permissions: int = 0o666,
+    ) -> Operation[AsyncTextFile]: ...
+
+    @overload
+    def open(
+        self,
+        mode: str,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        permissions: int = 0o666,
+    ) -> Operation[Any]: ...
+
+    def open(self, mode: str = "r", **options: Any) -> Operation[Any]:
+        """As :func:`open_file`; by default for text."""
+        return open_file(self, mode, **options)
+
+    def read_bytes(self) -> Operation[bytes]:
+        """All that is in the file."""
+        return self._do("to read", "read_bytes")
+
+    def read_text(
+        self,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> Operation[str]:
+        """All that is in the file, as text."""
+        return _call(
+            *(f"to read {str(self)!r}", _read_text, str(self)),
+            *(encoding, errors, newline),
+        )
+
+    def write_bytes(self, data: bytes | bytearray | memoryview) -> Operation[int]:
+        """Let this be all that is in the file; return how much it is."""
+        return self._do("to write", "write_bytes", bytes(memoryview(data)))
+
+    def write_text(
+        self,
+        data: str,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> Operation[int]:
+        """As :meth:`write_bytes`, of text; return how many characters it is."""
+        if not isinstance(data, str):
+            raise TypeError(f"{data!r} is no text: use write_bytes() for bytes")
+        return self._do("to write", "write_text", data, encoding, errors, newline)
+
+    # Directories
+
+    def iterdir(self) -> Entries[Path]:
+        """
+        What is in the directory, in no particular order, for C{async for}.  It is never
+        in memory as a whole.
+        """
+        return self._entries(lambda: (self / each.name for each in _scan(self)))
+
+    def glob(
+        self, pattern: str, *, case_sensitive: bool | None = None
+    ) -> Entries[Path]:
+        """
+        What matches a pattern, for C{async for}.
+
+        :param case_sensitive: by default as the platform has it; from Python 3.12 on.
+        :raises ValueError: (when awaited) if the pattern is empty.
+        :raises NotImplementedError: (when awaited) if it begins at the root.
+        """
+        return self._matches("glob", pattern, case_sensitive)
+
+    def rglob(
+        self, pattern: str, *, case_sensitive: bool | None = None
+    ) -> Entries[Path]:
+        """As :meth:`glob`, at any depth."""
+        return self._matches("rglob", pattern, case_sensitive)
+
+    def walk(
+        self,
+        top_down: bool = True,
+        on_error: OnError | None = None,
+        follow_symlinks: bool = False,
+    ) -> Entries[tuple[Path, list[str], list[str]]]:
+        """
+        All directories from this one on, for C{async for}, as C{pathlib.Path.walk} of
+        Python 3.12: see also :func:`walk`.
+        """
+        return Entries(
+            f"to walk {str(self)!r}",
+            workers_of(None),
+            lambda: _walk(self, top_down, on_error is not None, follow_symlinks),
+            1 if top_down else _MOST,
+            on_error,
+        )
+
+    def _matches(
+        self, name: str, pattern: str, case_sensitive: bool | None
+    ) -> Entries[Path]:
+        options = {} if case_sensitive is None else {"case_sensitive": case_sensitive}
+        search = getattr(pathlib.Path(self), name)
+        return self._entries(
+            lambda: (type(self)(each) for each in search(pattern, **options))
+        )
+
+    def _entries(self, iterate: Callable[[], Iterator[Path]]) -> Entries[Path]:
+        return Entries(f"to list {str(self)!r}", workers_of(None), iterate)
+
+    def _do(self, what: str, name: str, *args: Any, **options: Any) -> Operation[Any]:
+        """Call a method of C{pathlib.Path} in a thread."""
+        method = functools.partial(getattr(pathlib.Path(self), name), *args, **options)
+        return _call(f"{what} {str(self)!r}", method)
+
+    def _path(self, what: str, name: str, *args: Any) -> Operation[Path]:
+        """The same for one that returns a path."""
+        method = getattr(pathlib.Path(self), name)
+        return _call(f"{what} {str(self)!r}", lambda: type(self)(method(*args)))
+
+
+def _call(what: str, function: Callable[..., T], *args: Any) -> Operation[T]:
+    return workers_of(None).call(what, function, *args)
+
+
+def _read_text(
+    path: str, encoding: str | None, errors: str | None, newline: str | None
+) -> str:
+    with open(path, encoding=encoding, errors=errors, newline=newline) as file:
+        return file.read()
+
+
+def _walk(
+    top: Path, top_down: bool, told: bool, follow_symlinks: bool
+) -> Iterator[tuple[Path, list[str], list[str]] | OSError]:
+    """As C{pathlib.Path.walk}, with the errors in between if they are to be told."""
+    pending: list[Path | tuple[Path, list[str], list[str]]] = [top]
+    while pending:
+        path = pending.pop()
+        if isinstance(path, tuple):
+            yield path
+            continue
+        directories: list[str] = []
+        files: list[str] = []
+        try:
+            for entry in _scan(path):
+                is_directory = _is_directory(entry, follow_symlinks)
+                (directories if is_directory else files).append(entry.name)
+        except OSError as error:
+            if told:
+                yield from _taken([error])
+            continue
+        if top_down:
+            yield path, directories, files
+        else:
+            pending.append((path, directories, files))
+        pending += [path / each for each in reversed(directories)]
+
+
+def _is_directory(entry: os.DirEntry[str], follow_symlinks: bool) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=follow_symlinks)
+    except OSError:
+        return False

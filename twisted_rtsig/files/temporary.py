@@ -1,0 +1,540 @@
+"""
+Temporary files and directories: those of C{tempfile}, made and removed in threads.
+
+What was made is removed, even if what waits for it was cancelled meanwhile.  See
+``docs/files.md``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import tempfile
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Generic, TypeVar, cast, overload
+
+from twisted.python.failure import Failure
+
+from twisted_rtsig.coro.operations import Operation
+from twisted_rtsig.files.asyncfile import (
+    AsyncFile,
+    BytesMode,
+    TextMode,
+    check_mode,
+)
+from twisted_rtsig.files.descriptors import Descriptor, SeekingDescriptor
+from twisted_rtsig.files.textfile import AsyncTextFile
+from twisted_rtsig.files.workers import Job, Workers, finish, workers_of
+
+T = TypeVar("T")
+F = TypeVar("F", AsyncFile, AsyncTextFile)
+
+
+class _Making(Job[T]):
+    """
+    Makes something.
+
+    :param found: called in the reactor's thread with what a thread has made; returns
+        the result.
+    :param undo: called in a thread with what was made, if it is not wanted any more.
+    """
+
+    __slots__ = ("_found", "_undo", "_workers")
+
+    def __init__(
+        self,
+        what: str,
+        workers: Workers,
+        found: Callable[[Any], T],
+        undo: Callable[[Any], object],
+    ) -> None:
+        super().__init__(what)
+        self._workers = workers
+        self._found = found
+        self._undo = undo
+
+    def end(self, result: Any, error: BaseException | None) -> None:
+        """See ``Job.end``."""
+        if error is None and self.operation.called:
+            # It was cancelled too late.
+            self._workers.run(_Certain("to remove"), self._undo, result)
+        elif error is None:
+            finish(self.operation, self._found(result))
+        else:
+            finish(self.operation, None, error)
+
+
+class _Certain(Job[None]):
+    """Something that is done whether it is waited for or not."""
+
+    __slots__ = ()
+
+    def forget(self, operation: Operation[Any]) -> None:
+        """See ``Owner.forget``: it is done all the same."""
+        operation.owner = None
+
+
+# Files
+
+
+class _Temporary(Generic[F]):
+    """A temporary file, before, while and after it is open."""
+
+    def __init__(
+        self,
+        mode: str,
+        encoding: str | None,
+        errors: str | None,
+        newline: str | None,
+        suffix: str | None,
+        prefix: str | None,
+        dir: Any,
+        reactor: Any | None,
+    ) -> None:
+        self._binary = check_mode(mode, encoding, errors, newline)
+        self._mode = mode
+        self._text_options = (encoding, errors, newline)
+        self._names = (suffix, prefix, dir)
+        self._workers = workers_of(reactor)
+        self._file: F | None = None
+
+    def open(self) -> Operation[F]:
+        """
+        Make the file, for what has no C{async with}.  It is removed by :meth:`close`.
+
+        :raises OSError: (when awaited) if it cannot be made.
+        """
+        making: _Making[F] = _Making(
+            "to make a temporary file", self._workers, self._opened, self._undo
+        )
+        self._workers.run(making, self._make)
+        return making.operation
+
+    def close(self) -> Operation[None]:
+        """
+        Close the file, and remove it, also if the wait for that is cancelled.
+
+        :raises RuntimeError: if it is not open.
+        """
+        if self._file is None:
+            raise RuntimeError(f"{type(self).__name__} was not opened: await open()")
+        return self._file.close()
+
+    async def __aenter__(self) -> F:
+        return await self.open()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        closing = self.close()
+        # If nothing can resume this any more, it goes on all the same.
+        if not isinstance(error, GeneratorExit):
+            await closing
+
+    def _opened(self, made: tuple[Any, Any]) -> F:
+        made_file, name = made
+        if isinstance(made_file, io.TextIOWrapper):
+            newline = self._text_options[2]
+            opened: Any = AsyncTextFile(
+                *(made_file, name, self._mode, newline, self._workers)
+            )
+        else:
+            found = os.fstat(made_file.number)
+            opened = AsyncFile(made_file, name, self._mode, found, self._workers)
+        file = self._file = cast(F, opened)
+        return file
+
+    # In threads
+
+    def _make(self) -> tuple[Any, Any]:
+        """Make the file; return what is open, and its name."""
+        raise NotImplementedError
+
+    def _undo(self, made: tuple[Any, Any]) -> None:
+        made[0].close()
+
+    def _wrap(self, number: int) -> io.TextIOWrapper | Descriptor:
+        """What reads and writes an open file."""
+        if self._binary:
+            kind = Descriptor if hasattr(os, "pread") else SeekingDescriptor
+            return kind(number)
+        encoding, errors, newline = self._text_options
+        # It closes the descriptor if there is no such encoding.
+        file = open(  # noqa: SIM115
+            *(number, self._mode), encoding=encoding, errors=errors, newline=newline
+        )
+        assert isinstance(file, io.TextIOWrapper)
+        return file
+
+
+class TemporaryFile(_Temporary[F]):
+    """
+    A file without a name, which is gone when it is closed::
+
+        async with TemporaryFile() as file:
+            await file.write(data)
+
+    It is what :func:`open_file` returns for the mode.  Generators call :meth:`open` and
+    :meth:`close`.
+
+    :param mode: as for :func:`open_file`, as well as C{encoding}, C{errors} and
+        C{newline}.
+    :param suffix: as for C{tempfile}, as well as C{prefix} and C{dir}.
+    :param reactor: whose threads do what blocks; by default that of the task.
+    :raises ValueError: if the mode is none of C{open_file}.
+    """
+
+    @overload
+    def __init__(
+        self: TemporaryFile[AsyncFile],
+        mode: BytesMode = "w+b",
+        *,
+        suffix: str | None = None,
+        prefix: str | None = None,
+        dir: str | os.PathLike[str] | None = None,
+        reactor: Any | None = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: TemporaryFile[AsyncTextFile],
+        mode: TextMode,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        suffix: str | None = None,
+        prefix: str | None = None,
+        dir: str | os.PathLike[str] | None = None,
+        reactor: Any | None = None,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        mode: str = "w+b",
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        suffix: str | None = None,
+        prefix: str | None = None,
+        dir: str | os.PathLike[str] | None = None,
+        reactor: Any | None = None,
+    ) -> None:
+        super().__init__(
+            *(mode, encoding, errors, newline, suffix, prefix, dir, reactor)
+        )
+
+    def _make(self) -> tuple[Any, Any]:
+        suffix, prefix, dir = self._names
+        with tempfile.TemporaryFile(
+            buffering=0, suffix=suffix, prefix=prefix, dir=dir
+        ) as file:
+            # It is gone when the last descriptor is closed, on Windows as well.
+            number = os.dup(file.fileno())
+        return self._wrap(number), "(temporary file)"
+
+
+class NamedTemporaryFile(_Temporary[F]):
+    """
+    A file with a name, :attr:`AsyncFile.name`, which is removed at the end of the
+    block::
+
+        async with NamedTemporaryFile(suffix=".csv") as file:
+            await file.write(data)
+            await run_process(["sort", file.name])
+
+    Others can open it meanwhile, on Windows as well.  The file may be closed within the
+    block.  Generators call :meth:`open` and :meth:`close`.
+
+    :param mode: as for :func:`open_file`, as well as C{encoding}, C{errors} and
+        C{newline}.
+    :param suffix: as for C{tempfile}, as well as C{prefix} and C{dir}.
+    :param delete: whether it is removed.
+    :param reactor: whose threads do what blocks; by default that of the task.
+    :raises ValueError: if the mode is none of C{open_file}.
+    """
+
+    @overload
+    def __init__(
+        self: NamedTemporaryFile[AsyncFile],
+        mode: BytesMode = "w+b",
+        *,
+        suffix: str | None = None,
+        prefix: str | None = None,
+        dir: str | os.PathLike[str] | None = None,
+        delete: bool = True,
+        reactor: Any | None = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: NamedTemporaryFile[AsyncTextFile],
+        mode: TextMode,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        suffix: str | None = None,
+        prefix: str | None = None,
+        dir: str | os.PathLike[str] | None = None,
+        delete: bool = True,
+        reactor: Any | None = None,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        mode: str = "w+b",
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        suffix: str | None = None,
+        prefix: str | None = None,
+        dir: str | os.PathLike[str] | None = None,
+        delete: bool = True,
+        reactor: Any | None = None,
+    ) -> None:
+        super().__init__(
+            *(mode, encoding, errors, newline, suffix, prefix, dir, reactor)
+        )
+        self._delete = delete
+
+    def close(self) -> Operation[None]:
+        """See ``TemporaryFile.close``."""
+        closing = super().close()
+        file = self._file
+        if not self._delete or file is None:
+            return closing
+        removing: _Certain = _Certain(f"to remove {file.name!r}")
+
+        def closed(result: Any) -> None:
+            # Also if it could not be closed.
+            error = result.value if isinstance(result, Failure) else None
+            self._workers.run(removing, _remove, file.name, error)
+
+        closing.addBoth(closed)
+        return removing.operation
+
+    def _make(self) -> tuple[Any, Any]:
+        number, path = tempfile.mkstemp(*self._names)
+        try:
+            return self._wrap(number), path
+        except BaseException:
+            os.remove(path)
+            raise
+
+    def _undo(self, made: tuple[Any, Any]) -> None:
+        super()._undo(made)
+        os.remove(made[1])
+
+
+def _remove(path: Any, error: BaseException | None) -> None:
+    # Unless the program has done so.
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+    if error is not None:
+        raise error
+
+
+# Directories
+
+
+class TemporaryDirectory:
+    """
+    A directory that is removed at the end of the block, with all that is in it::
+
+        async with TemporaryDirectory() as path:
+            await write_file(os.path.join(path, "file"), data)
+
+    Generators call :meth:`create` and :meth:`cleanup`.
+
+    :param suffix: as for C{tempfile}, as well as C{prefix}, C{dir} and
+        C{ignore_cleanup_errors}.
+    :param reactor: whose threads do what blocks; by default that of the task.
+    """
+
+    def __init__(
+        self,
+        suffix: str | None = None,
+        prefix: str | None = None,
+        dir: str | os.PathLike[str] | None = None,
+        ignore_cleanup_errors: bool = False,
+        *,
+        reactor: Any | None = None,
+    ) -> None:
+        self._make = functools.partial(
+            tempfile.TemporaryDirectory,
+            suffix=suffix,
+            prefix=prefix,
+            dir=None if dir is None else os.fspath(dir),
+            ignore_cleanup_errors=ignore_cleanup_errors,
+        )
+        self._workers = workers_of(reactor)
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+
+    def create(self) -> Operation[str]:
+        """
+        Make it; return its path.
+
+        :raises OSError: (when awaited) if it cannot be made.
+        """
+        making: _Making[str] = _Making(
+            *("to make a temporary directory", self._workers),
+            *(self._created, tempfile.TemporaryDirectory.cleanup),
+        )
+        self._workers.run(making, self._make)
+        return making.operation
+
+    def _created(self, directory: tempfile.TemporaryDirectory[str]) -> str:
+        self._directory = directory
+        return directory.name
+
+    def cleanup(self) -> Operation[None]:
+        """
+        Remove it, and all that is in it, also if the wait for that is cancelled.
+
+        :raises RuntimeError: if it was not made.
+        :raises OSError: (when awaited) if something cannot be removed.
+        """
+        directory = self._directory
+        if directory is None:
+            raise RuntimeError("TemporaryDirectory was not made: await create()")
+        removing = _Certain(f"to remove {directory.name!r}")
+        self._workers.run(removing, directory.cleanup)
+        return removing.operation
+
+    async def __aenter__(self) -> str:
+        return await self.create()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        removing = self.cleanup()
+        # If nothing can resume this any more, it goes on all the same.
+        if not isinstance(error, GeneratorExit):
+            await removing
+
+
+# Functions
+
+
+@overload
+def mkstemp(
+    suffix: str | None = None,
+    prefix: str | None = None,
+    dir: str | os.PathLike[str] | None = None,
+    text: bool = False,
+    *,
+    reactor: Any | None = None,
+) -> Operation[tuple[int, str]]: ...
+
+
+@overload
+def mkstemp(
+    suffix: bytes | None = None,
+    prefix: bytes | None = None,
+    dir: bytes | os.PathLike[bytes] | None = None,
+    text: bool = False,
+    *,
+    reactor: Any | None = None,
+) -> Operation[tuple[int, bytes]]: ...
+
+
+def mkstemp(
+    suffix: Any = None,
+    prefix: Any = None,
+    dir: Any = None,
+    text: bool = False,
+    *,
+    reactor: Any | None = None,
+) -> Operation[Any]:
+    """
+    As C{tempfile.mkstemp}: make a file that nothing removes.
+
+    :param reactor: whose threads do it; by default that of the task.
+    :return: its descriptor, and its path.
+    :raises OSError: (when awaited) if it cannot be made.
+    """
+    return _make(
+        *("to make a temporary file", reactor, _remove_file),
+        *(tempfile.mkstemp, suffix, prefix, dir, text),
+    )
+
+
+def _remove_file(made: tuple[int, Any]) -> None:
+    os.close(made[0])
+    os.remove(made[1])
+
+
+@overload
+def mkdtemp(
+    suffix: str | None = None,
+    prefix: str | None = None,
+    dir: str | os.PathLike[str] | None = None,
+    *,
+    reactor: Any | None = None,
+) -> Operation[str]: ...
+
+
+@overload
+def mkdtemp(
+    suffix: bytes | None = None,
+    prefix: bytes | None = None,
+    dir: bytes | os.PathLike[bytes] | None = None,
+    *,
+    reactor: Any | None = None,
+) -> Operation[bytes]: ...
+
+
+def mkdtemp(
+    suffix: Any = None,
+    prefix: Any = None,
+    dir: Any = None,
+    *,
+    reactor: Any | None = None,
+) -> Operation[Any]:
+    """
+    As C{tempfile.mkdtemp}: make a directory that nothing removes.
+
+    :param reactor: whose threads do it; by default that of the task.
+    :return: its path.
+    :raises OSError: (when awaited) if it cannot be made.
+    """
+    return _make(
+        *("to make a temporary directory", reactor, os.rmdir),
+        *(tempfile.mkdtemp, suffix, prefix, dir),
+    )
+
+
+def _make(
+    what: str,
+    reactor: Any | None,
+    undo: Callable[[Any], object],
+    function: Callable[..., Any],
+    *args: Any,
+) -> Operation[Any]:
+    workers = workers_of(reactor)
+    making: _Making[Any] = _Making(what, workers, lambda made: made, undo)
+    workers.run(making, function, *args)
+    return making.operation
+
+
+def gettempdir(*, reactor: Any | None = None) -> Operation[str]:
+    """
+    As C{tempfile.gettempdir}: the directory of temporary files, which is searched for
+    the first time.
+
+    :param reactor: whose threads do it; by default that of the task.
+    :raises FileNotFoundError: (when awaited) if there is none.
+    """
+    return workers_of(reactor).call("to find a directory", tempfile.gettempdir)
