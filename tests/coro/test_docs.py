@@ -279,6 +279,6 @@ def test_the_pages_name_what_there_is() -> None:
             if not name.startswith("_") and name not in NOT_FOR_TASKS:
                 assert re.search(rf"\b{name}\b", page), name
     page = (DOCS / "files.md").read_text()
-    for name in vars(files.AsyncFile):
+    for name in (*vars(files.AsyncFile), *vars(files.AsyncTextFile)):
         if not name.startswith("_") and name not in NOT_FOR_TASKS:
             assert re.search(rf"\b{name}\b", page), name
