@@ -66,7 +66,15 @@ from twisted_rtsig.coro import (
     timeout_at,
     transfer,
 )
-from twisted_rtsig.files import open_file
+from twisted_rtsig.files import (
+    NamedTemporaryFile,
+    TemporaryDirectory,
+    open_file,
+    walk,
+)
+from twisted_rtsig.files import (
+    Path as AsyncPath,
+)
 
 # For each of its calls, Twisted's thread pool leaves a function that refers to itself.
 OF_THREAD_POOL = (FunctionType, CellType, tuple, dict)
@@ -762,6 +770,21 @@ async def files(reactor: Any) -> None:
         await stream.send_file(file, 0, 100)
         with contextlib.suppress(FileEnded):
             await stream.send_file(file, count=path.stat().st_size + 1)
+    async with TemporaryDirectory() as folder:
+        text = AsyncPath(folder) / "text"
+        await text.write_text("one\ntwo\n")
+        async with await text.open("r+") as lines:
+            async for _ in lines:
+                await lines.tell()
+            lines.seek(0).cancel()
+            await lines.write("three")
+        async with NamedTemporaryFile(dir=folder) as temporary:
+            await temporary.write(b"one")
+        with contextlib.suppress(FileNotFoundError):
+            _ = [each async for each in (text.parent / "nothing").iterdir()]
+        _ = [each async for each in AsyncPath(folder).rglob("*")]
+        async for _ in walk(folder):
+            pass
 
 
 async def datagrams(reactor: Any) -> None:

@@ -175,6 +175,8 @@ class _Batch(Job[None]):
     def end(self, result: Any, error: BaseException | None) -> None:
         """See ``Job.end``."""
         entries = self._entries
+        # They hold each other.
+        self.operation.owner = None
         if error is None:
             entries._has_found(*result)
         else:
