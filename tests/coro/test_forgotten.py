@@ -59,6 +59,9 @@ MAY_BE_LEFT = {
     *("AsyncFile.write", "AsyncFile.write_at", "AsyncFile.close"),
     # One after the other, in the order of their calls.
     *("AsyncFile.seek", "AsyncFile.truncate"),
+    *("AsyncTextFile.write", "AsyncTextFile.seek", "AsyncTextFile.truncate"),
+    *("AsyncTextFile.close", "NamedTemporaryFile.close", "TemporaryDirectory.cleanup"),
+    *("StapledStream.close", "StapledStream.abort", "Portal.stop"),
     # A server or a connection is there without a wait for it.
     *("serve", "connect", "Server.stop", "CoroutineFactory.stop"),
     "CoroutineService.stopService",

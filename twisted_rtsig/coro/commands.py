@@ -28,6 +28,7 @@ from twisted_rtsig.coro.children import (
     StandardStream,
     check_grace,
 )
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation, Wait
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.tasks import scheduler_for, spawn
@@ -140,6 +141,7 @@ def run_process(
 ) -> Deferred[CompletedProcess[str]]: ...
 
 
+@must_be_awaited
 def run_process(
     command: Sequence[Argument],
     *,

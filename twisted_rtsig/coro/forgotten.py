@@ -209,12 +209,12 @@ class _Watched:
     """
 
     _call: _Call
-    _own_class: type
+    own_class: type
 
     def _be_used(self) -> Any:
         """Something asks for the result, or does not want it any more."""
         del vars(self)["_call"]
-        self.__class__ = self._own_class
+        self.__class__ = self.own_class
         return self
 
     def __await__(self) -> Any:
@@ -286,7 +286,7 @@ def _watched(own_class: type) -> type:
             if name not in ("__dict__", "__weakref__")
         }
         bases = (own_class, mixin)
-        attributes = {**methods, "_own_class": own_class}
+        attributes = {**methods, "own_class": own_class}
         watched = type(own_class)(own_class.__name__, bases, attributes)
         _classes[own_class] = watched
     return watched

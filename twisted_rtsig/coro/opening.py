@@ -33,6 +33,7 @@ from twisted.internet.interfaces import (
 from zope.interface import implementer
 
 from twisted_rtsig.coro.errors import ConnectFailed
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.groups import TaskGroup
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.operations import Operation
@@ -50,6 +51,7 @@ CONNECT_TIMEOUT: Final = 30.0
 _Address = IPv4Address | IPv6Address
 
 
+@must_be_awaited
 def open_tcp(
     host: str,
     port: int,
@@ -373,6 +375,7 @@ def _tls_options(
 # UNIX sockets
 
 
+@must_be_awaited
 def open_unix(
     path: str | os.PathLike[str],
     *,

@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any, Final
 
 from twisted_rtsig.coro.errors import BusyResourceError
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Finished, Operation, failed
 from twisted_rtsig.coro.tasks import scheduler_for
 
@@ -31,6 +32,7 @@ class SignalReceiver:
         # Whether the reactor is to call _deliver.
         self._called = False
 
+    @must_be_awaited
     def receive(self) -> Operation[int]:
         """
         The number of the next signal: a ``signal.Signals`` where it has a name.  A

@@ -873,6 +873,7 @@ class Stream:
         self._look_for_handshake()
         return secured
 
+    @must_be_awaited
     def handshake(self) -> Operation[None]:
         """
         Wait until the TLS handshake is done, which begins by itself: then :attr:`tls`

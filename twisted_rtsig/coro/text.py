@@ -15,6 +15,7 @@ from twisted_rtsig.coro.errors import (
     DelimiterNotFound,
     IncompleteText,
 )
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Finished, failed
 from twisted_rtsig.coro.stream_protocols import ByteStream
 from twisted_rtsig.coro.streams import MAX_BYTES
@@ -84,6 +85,7 @@ class TextStream:
 
     # Reading
 
+    @must_be_awaited
     def read(self, max_chars: int = MAX_CHARS) -> Deferred[str]:
         """
         What has arrived, as soon as that is anything: 1 to C{max_chars} characters.
@@ -95,6 +97,7 @@ class TextStream:
         _check_limit(max_chars)
         return self._get(self._take_some, max_chars)
 
+    @must_be_awaited
     def read_line(self, max_chars: int = MAX_CHARS) -> Deferred[str]:
         """
         The next line, without what ends it.

@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import Any, AnyStr, Final, Generic, TypeVar
 
 from twisted_rtsig.coro.errors import BusyResourceError
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Finished, Operation
 from twisted_rtsig.files.workers import Job, Workers, workers_of
 
@@ -56,6 +57,7 @@ class Entries(Generic[T], AsyncIterator[T]):
         self._under_way = False
         self._waiting: Operation[list[T]] | None = None
 
+    @must_be_awaited
     def next_batch(self) -> Operation[list[T]]:
         """
         The next entries: as many as a thread finds before it is time for others.  None

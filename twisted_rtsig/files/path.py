@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
 
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.files.asyncfile import AsyncFile, BytesMode, TextMode, open_file
 from twisted_rtsig.files.directories import _MOST, Entries, OnError, _scan, _taken
@@ -68,128 +69,157 @@ class Path(_PurePath):
 
     # Other paths
 
+    @must_be_awaited
     def absolute(self) -> Operation[Path]:
         """This path from the root on; links stay as they are."""
         return self._path("to make absolute", "absolute")
 
+    @must_be_awaited
     def expanduser(self) -> Operation[Path]:
         """This path with a home directory in place of C{~} or C{~user}."""
         return self._path("to expand", "expanduser")
 
+    @must_be_awaited
     def readlink(self) -> Operation[Path]:
         """What a symbolic link leads to."""
         return self._path("to read the link", "readlink")
 
+    @must_be_awaited
     def resolve(self, strict: bool = False) -> Operation[Path]:
         """This path from the root on, without links and C{..}."""
         return self._path("to resolve", "resolve", strict)
 
+    @must_be_awaited
     def rename(self, target: Name) -> Operation[Path]:
         """Give it another name; return that."""
         return self._path("to rename", "rename", os.fspath(target))
 
+    @must_be_awaited
     def replace(self, target: Name) -> Operation[Path]:
         """As :meth:`rename`; a file that has the name is replaced on each platform."""
         return self._path("to rename", "replace", os.fspath(target))
 
     # What there is
 
+    @must_be_awaited
     def exists(self, *, follow_symlinks: bool = True) -> Operation[bool]:
         """Whether there is anything of this name."""
         if follow_symlinks:
             return self._do("to look at", "exists")
         return _call(f"to look at {str(self)!r}", os.path.lexists, str(self))
 
+    @must_be_awaited
     def is_block_device(self) -> Operation[bool]:
         """Whether it is a block device."""
         return self._do("to look at", "is_block_device")
 
+    @must_be_awaited
     def is_char_device(self) -> Operation[bool]:
         """Whether it is a character device."""
         return self._do("to look at", "is_char_device")
 
+    @must_be_awaited
     def is_dir(self) -> Operation[bool]:
         """Whether it is a directory, or a link to one."""
         return self._do("to look at", "is_dir")
 
+    @must_be_awaited
     def is_fifo(self) -> Operation[bool]:
         """Whether it is a FIFO."""
         return self._do("to look at", "is_fifo")
 
+    @must_be_awaited
     def is_file(self) -> Operation[bool]:
         """Whether it is a regular file, or a link to one."""
         return self._do("to look at", "is_file")
 
+    @must_be_awaited
     def is_junction(self) -> Operation[bool]:
         """Whether it is a junction of Windows; from Python 3.12 on."""
         return self._do("to look at", "is_junction")
 
+    @must_be_awaited
     def is_mount(self) -> Operation[bool]:
         """Whether a file system is mounted there."""
         return self._do("to look at", "is_mount")
 
+    @must_be_awaited
     def is_socket(self) -> Operation[bool]:
         """Whether it is a UNIX socket."""
         return self._do("to look at", "is_socket")
 
+    @must_be_awaited
     def is_symlink(self) -> Operation[bool]:
         """Whether it is a symbolic link."""
         return self._do("to look at", "is_symlink")
 
+    @must_be_awaited
     def samefile(self, other: Name) -> Operation[bool]:
         """Whether both are names of the same file."""
         return self._do("to look at", "samefile", os.fspath(other))
 
+    @must_be_awaited
     def stat(self, *, follow_symlinks: bool = True) -> Operation[os.stat_result]:
         """As C{os.stat}."""
         return self._do("to stat", "stat", follow_symlinks=follow_symlinks)
 
+    @must_be_awaited
     def lstat(self) -> Operation[os.stat_result]:
         """As :meth:`stat`, of a link itself."""
         return self._do("to stat", "lstat")
 
+    @must_be_awaited
     def owner(self) -> Operation[str]:
         """The name of the user it belongs to."""
         return self._do("the owner of", "owner")
 
+    @must_be_awaited
     def group(self) -> Operation[str]:
         """The name of the group it belongs to."""
         return self._do("the group of", "group")
 
     # Changes
 
+    @must_be_awaited
     def chmod(self, mode: int, *, follow_symlinks: bool = True) -> Operation[None]:
         """Change its permissions."""
         return self._do("to change", "chmod", mode, follow_symlinks=follow_symlinks)
 
+    @must_be_awaited
     def lchmod(self, mode: int) -> Operation[None]:
         """As :meth:`chmod`, of a link itself."""
         return self._do("to change", "lchmod", mode)
 
+    @must_be_awaited
     def hardlink_to(self, target: Name) -> Operation[None]:
         """Make it a further name of another file."""
         return self._do("to link", "hardlink_to", os.fspath(target))
 
+    @must_be_awaited
     def symlink_to(
         self, target: Name, target_is_directory: bool = False
     ) -> Operation[None]:
         """Make it a symbolic link."""
         return self._do("to link", "symlink_to", os.fspath(target), target_is_directory)
 
+    @must_be_awaited
     def mkdir(
         self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False
     ) -> Operation[None]:
         """Make a directory."""
         return self._do("to make", "mkdir", mode, parents, exist_ok)
 
+    @must_be_awaited
     def rmdir(self) -> Operation[None]:
         """Remove an empty directory."""
         return self._do("to remove", "rmdir")
 
+    @must_be_awaited
     def touch(self, mode: int = 0o666, exist_ok: bool = True) -> Operation[None]:
         """Make a file, or set the time of one that is there."""
         return self._do("to touch", "touch", mode, exist_ok)
 
+    @must_be_awaited
     def unlink(self, missing_ok: bool = False) -> Operation[None]:
         """Remove a file or link."""
         return self._do("to remove", "unlink", missing_ok)
@@ -223,14 +253,17 @@ class Path(_PurePath):
         permissions: int = 0o666,
     ) -> Operation[Any]: ...
 
+    @must_be_awaited
     def open(self, mode: str = "r", **options: Any) -> Operation[Any]:
         """As :func:`open_file`; by default for text."""
         return open_file(self, mode, **options)
 
+    @must_be_awaited
     def read_bytes(self) -> Operation[bytes]:
         """All that is in the file."""
         return self._do("to read", "read_bytes")
 
+    @must_be_awaited
     def read_text(
         self,
         encoding: str | None = None,
@@ -243,10 +276,12 @@ class Path(_PurePath):
             *(encoding, errors, newline),
         )
 
+    @must_be_awaited
     def write_bytes(self, data: bytes | bytearray | memoryview) -> Operation[int]:
         """Let this be all that is in the file; return how much it is."""
         return self._do("to write", "write_bytes", bytes(memoryview(data)))
 
+    @must_be_awaited
     def write_text(
         self,
         data: str,

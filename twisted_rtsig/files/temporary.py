@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 
 from twisted.python.failure import Failure
 
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.files.asyncfile import (
     AsyncFile,
@@ -379,6 +380,7 @@ class TemporaryDirectory:
         self._workers = workers_of(reactor)
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
+    @must_be_awaited
     def create(self) -> Operation[str]:
         """
         Make it; return its path.
@@ -450,6 +452,7 @@ def mkstemp(
 ) -> Operation[tuple[int, bytes]]: ...
 
 
+@must_be_awaited
 def mkstemp(
     suffix: Any = None,
     prefix: Any = None,
@@ -496,6 +499,7 @@ def mkdtemp(
 ) -> Operation[bytes]: ...
 
 
+@must_be_awaited
 def mkdtemp(
     suffix: Any = None,
     prefix: Any = None,
@@ -529,6 +533,7 @@ def _make(
     return making.operation
 
 
+@must_be_awaited
 def gettempdir(*, reactor: Any | None = None) -> Operation[str]:
     """
     As C{tempfile.gettempdir}: the directory of temporary files, which is searched for

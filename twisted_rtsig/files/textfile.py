@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Final, TypeVar
 
 from twisted_rtsig.coro.errors import DelimiterNotFound
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
 from twisted_rtsig.files.workers import Job, Workers, finish
 
@@ -114,6 +115,7 @@ class AsyncTextFile:
 
     # Reading
 
+    @must_be_awaited
     def read(self, size: int) -> Operation[str]:
         """
         The next C{size} characters.  Fewer only at the end of the file, and none after
@@ -131,6 +133,7 @@ class AsyncTextFile:
             return _finished(self._take(size))
         return self._in_turn(_Read(self, size))
 
+    @must_be_awaited
     def read_line(self, max_characters: int = MAX_CHARACTERS) -> Operation[str]:
         """
         The next line, with the newline at its end, which only the last one of the
@@ -223,6 +226,7 @@ class AsyncTextFile:
         self._check_writable()
         return self._in_turn(_Settled("to truncate", self, _truncate, size))
 
+    @must_be_awaited
     def sync(self) -> Operation[None]:
         """
         Wait until what was written is on the disk.
@@ -234,6 +238,7 @@ class AsyncTextFile:
 
     # Of the whole
 
+    @must_be_awaited
     def tell(self) -> Operation[int]:
         """
         The position, for :meth:`seek`.  It is no number of characters, nor of bytes.
