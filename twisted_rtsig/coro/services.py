@@ -6,7 +6,7 @@ See ``docs/running.md``.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any
 
 from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred, succeed
@@ -15,23 +15,28 @@ from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.serving import (
     CANCEL_TIMEOUT,
+    GRACE,
     CoroutineFactory,
     Handler,
     Server,
+    ServerEndpoint,
+    ServerOptions,
     Stopped,
+    check_stop_times,
+    server_endpoint,
 )
 
-_log = Logger()
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-GRACE: Final = 10.0
-"""How many seconds handlers have to finish when the service stops, by default."""
+_log = Logger()
 
 
 class CoroutineService(Service):
     """
     A service that listens on an endpoint and runs a function for each connection.
 
-    :param endpoint: an ``IStreamServerEndpoint`` provider.
+    :param endpoint: an ``IStreamServerEndpoint`` provider, or its description.
     :param handler: called with a :class:`Stream`; in a task of its own.
     :param grace: how many seconds handlers have to finish when the service stops; then
         they are cancelled.
@@ -44,17 +49,15 @@ class CoroutineService(Service):
 
     def __init__(
         self,
-        endpoint: Any,
+        endpoint: ServerEndpoint | str,
         handler: Handler,
         *,
         grace: float = GRACE,
         cancel_timeout: float = CANCEL_TIMEOUT,
-        **options: Any,
+        **options: Unpack[ServerOptions],
     ) -> None:
-        for name, seconds in (("grace", grace), ("cancel_timeout", cancel_timeout)):
-            if not seconds >= 0:
-                raise ValueError(f"{name}={seconds}: 0 is the least")
-        self._endpoint = endpoint
+        check_stop_times(grace, cancel_timeout)
+        self._endpoint = server_endpoint(endpoint, None)
         self._handler = handler
         self._options = options
         self._grace = grace

@@ -9,10 +9,21 @@ import select
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Hashable
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeAlias,
+    TypedDict,
+    cast,
+)
 from typing import Protocol as StructuralType
 
 from twisted.internet.defer import Deferred, maybeDeferred, succeed
+from twisted.internet.endpoints import clientFromString, serverFromString
 from twisted.internet.error import ConnectionClosed
 from twisted.internet.interfaces import (
     IHalfCloseableProtocol,
@@ -78,6 +89,9 @@ class _ConnectsTo(StructuralType):
 # with the plugin mypy-zope.  Without it the method decides.
 ServerEndpoint: TypeAlias = "IStreamServerEndpoint | _ListensOn"
 ClientEndpoint: TypeAlias = "IStreamClientEndpoint | _ConnectsTo"
+
+GRACE: Final = 10.0
+"""How many seconds handlers have to finish when a server stops, by default."""
 
 CANCEL_TIMEOUT: Final = 10.0
 """How many seconds cancelled handlers have to end when a server stops, by default."""
@@ -464,9 +478,7 @@ class CoroutineFactory(Factory):
             ended, and at the latest after both times.
         :raises ValueError: if one of the times is less than 0.
         """
-        for name, seconds in (("grace", grace), ("cancel_timeout", cancel_timeout)):
-            if not seconds >= 0:
-                raise ValueError(f"{name}={seconds}: 0 is the least")
+        check_stop_times(grace, cancel_timeout)
         running = len(self._unended_handlers())
         self.stopping.set()
         stop = self._stop(running, grace, cancel_timeout)
@@ -571,6 +583,29 @@ servers: Final[Registry[CoroutineFactory]] = Registry()
 """All that any code still refers to."""
 
 
+def check_stop_times(grace: float, cancel_timeout: float) -> None:
+    """:raises ValueError: if one of the times is less than 0."""
+    for name, seconds in (("grace", grace), ("cancel_timeout", cancel_timeout)):
+        if not seconds >= 0:
+            raise ValueError(f"{name}={seconds}: 0 is the least")
+
+
+class ServerOptions(TypedDict, total=False):
+    """The options of :class:`CoroutineFactory` that can be passed on."""
+
+    name: str | None
+    max_connections: int | Literal["auto"] | None
+    max_connections_per_address: int | None
+    first_byte_timeout: float | None
+    idle_timeout: float | None
+    read_timeout: float | None
+    write_timeout: float | None
+    handshake_timeout: float | None
+    close_timeout: float | None
+    cancel_on_loss: bool
+    reactor: object
+
+
 class Server:
     """
     What :func:`serve` has started.
@@ -588,6 +623,42 @@ class Server:
     def stopping(self) -> Event:
         """Happens when :meth:`stop` is called; the C{stopping} of each stream."""
         return self.factory.stopping
+
+    def serve_forever(
+        self, grace: float = GRACE, cancel_timeout: float = CANCEL_TIMEOUT
+    ) -> Deferred[NoReturn]:
+        """
+        Wait until this is cancelled, and then stop, as :meth:`stop` does::
+
+            async def main() -> None:
+                server = await serve("tcp:8000", handler)
+                await server.serve_forever()
+
+            twisted_rtsig.run(main)
+
+        :param grace: how many seconds handlers have to finish then.
+        :param cancel_timeout: how many seconds cancelled handlers have to end.
+        :raises ValueError: if one of the times is less than 0.
+        """
+        check_stop_times(grace, cancel_timeout)
+        serving = spawn(
+            self._serve_until_cancelled,
+            grace,
+            cancel_timeout,
+            name=f"{self.factory.display_name}, serving",
+            reactor=self.factory._reactor,
+        )
+        return serving.as_deferred()
+
+    async def _serve_until_cancelled(
+        self, grace: float, cancel_timeout: float
+    ) -> NoReturn:
+        try:
+            while True:
+                # Nothing sets it.
+                await Event().wait()
+        finally:
+            await self.stop(grace, cancel_timeout)
 
     def stop(
         self, grace: float = 0, cancel_timeout: float = CANCEL_TIMEOUT
@@ -634,8 +705,20 @@ def _is_readable(descriptor: int) -> bool:
     return bool(poll.poll(0))
 
 
+def server_endpoint(endpoint: ServerEndpoint | str, reactor: object) -> ServerEndpoint:
+    """
+    An endpoint, or what a description describes.
+
+    :raises ValueError: if the description is wrong.
+    """
+    if not isinstance(endpoint, str):
+        return endpoint
+    described: Any = serverFromString(scheduler_for(reactor).reactor, endpoint)
+    return cast(ServerEndpoint, described)
+
+
 def serve(
-    endpoint: ServerEndpoint,
+    endpoint: ServerEndpoint | str,
     handler: Handler,
     *,
     name: str | None = None,
@@ -653,9 +736,11 @@ def serve(
     """
     Listen, and run C{handler} for each connection.
 
-    :param endpoint: an ``IStreamServerEndpoint`` provider.
+    :param endpoint: an ``IStreamServerEndpoint`` provider; or its description, as
+        ``serverFromString`` takes it: ``"tcp:8000"``.
     :param handler: as for :class:`CoroutineFactory`; and so are all others.
     :return: a :class:`Server`.
+    :raises ValueError: if the description is wrong, or a limit is.
     """
     factory = CoroutineFactory(
         handler,
@@ -671,7 +756,7 @@ def serve(
         cancel_on_loss=cancel_on_loss,
         reactor=reactor,
     )
-    listening: Deferred[Any] = endpoint.listen(factory)
+    listening: Deferred[Any] = server_endpoint(endpoint, reactor).listen(factory)
     return listening.addCallback(Server, factory)
 
 
@@ -711,7 +796,7 @@ class _ClientFactory(Factory):
 
 
 def connect(
-    endpoint: ClientEndpoint,
+    endpoint: ClientEndpoint | str,
     reactor: Any | None = None,
     *,
     write_timeout: float | None = WRITE_TIMEOUT,
@@ -723,7 +808,8 @@ def connect(
 
     A TLS handshake begins then; reads wait for it, and raise what goes wrong with it.
 
-    :param endpoint: an ``IStreamClientEndpoint`` provider.
+    :param endpoint: an ``IStreamClientEndpoint`` provider; or its description, as
+        ``clientFromString`` takes it: ``"unix:/run/app.sock"``.
     :param reactor: an ``IReactorTime`` provider; by default that of the task.
     :param write_timeout: after how many seconds a connection is aborted that was
         closed, and whose peer takes nothing of what is left to be sent; None for no
@@ -740,5 +826,8 @@ def connect(
     )
     tls_limits = TLSLimits(handshake_timeout, close_timeout)
     factory = _ClientFactory(scheduler_for(reactor), tls_limits, write_timeout)
+    if isinstance(endpoint, str):
+        described: Any = clientFromString(scheduler_for(reactor).reactor, endpoint)
+        endpoint = cast(ClientEndpoint, described)
     connecting: Deferred[Any] = endpoint.connect(factory)
     return connecting.addCallback(lambda protocol: protocol.stream)
