@@ -183,7 +183,7 @@ def test_it_does_what_python_does(
 
 def test_all_is_done_in_turn(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
-        file = await open_file(tmp_path / "file", "w+", encoding="utf-8")
+        file = await open_file(tmp_path / "file", "w+", encoding="utf-8", newline="\n")
         file.write("one\n")
         file.write("two\nthree")
         file.seek(0)
@@ -354,7 +354,7 @@ def test_a_read_that_is_cancelled_in_the_thread_loses_nothing(
     from twisted_rtsig.files import textfile
 
     path = tmp_path / "file"
-    path.write_text("one\ntwo\n", encoding="ascii")
+    path.write_bytes(b"one\ntwo\n")
     gate = Gate()
     read_more = textfile._read_more
 
