@@ -27,6 +27,7 @@ from twisted_rtsig.coro import (
     IncompleteRead,
     Process,
     Server,
+    Stopped,
     Stream,
     StreamError,
     TaskGroup,
@@ -787,6 +788,6 @@ def test_whatever_waits_in_every_style(reactor: Any, style: str) -> None:
     run_for_real(reactor, main)
     got[6] = got[6][0]
     assert got == [
-        *(None, b"line", None, None, 3, None, b"x", None),
+        *(None, b"line", None, Stopped(0, 0, 0), 3, None, b"x", None),
         *(None, b"", 0, None, None, None, None, "the group"),
     ]
