@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import sys
 
-from twisted.internet.defer import Deferred
-from twisted.internet.endpoints import TCP4ServerEndpoint
-
 from twisted_rtsig import run
 from twisted_rtsig.coro import Stream, serve
 
@@ -24,17 +21,10 @@ async def greet(stream: Stream) -> None:
 
 
 async def main(port: int) -> None:
-    # Imported here, where run() has installed it.
-    from twisted.internet import reactor
-
-    endpoint = TCP4ServerEndpoint(reactor, port, interface="127.0.0.1")
-    server = await serve(endpoint, greet, max_connections=1000)
+    server = await serve(f"tcp:{port}:interface=127.0.0.1", greet)
     print("listening on port", server.port.getHost().port, flush=True)
-    try:
-        # Until a signal cancels this task.
-        await Deferred()
-    finally:
-        await server.stop(grace=10)
+    # Until a signal cancels this task.
+    await server.serve_forever(grace=10)
 
 
 if __name__ == "__main__":

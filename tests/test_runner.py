@@ -562,9 +562,12 @@ def test_what_is_left_is_cancelled_and_waited_for(start: Start) -> None:
                 await sleep(0.01)
                 print("the generator has ended")
 
+        # What waits for it is no garbage.
+        never = Event()
+
         async def rest(number):
             try:
-                await Event().wait()
+                await never.wait()
             finally:
                 if number:
                     # Which is cancelled in its turn.
@@ -574,7 +577,7 @@ def test_what_is_left_is_cancelled_and_waited_for(start: Start) -> None:
 
         async def fails():
             try:
-                await Event().wait()
+                await never.wait()
             finally:
                 raise ValueError("why") from KeyError("cause")
 

@@ -23,7 +23,15 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRestartable, ReactorNotRunning
 from twisted.logger import Logger
 
-from twisted_rtsig.coro import Event, Task, current_task, format_tasks, sleep, spawn
+from twisted_rtsig.coro import (
+    Event,
+    Task,
+    current_task,
+    format_tasks,
+    set_debug,
+    sleep,
+    spawn,
+)
 from twisted_rtsig.coro.async_generators import closes_generator
 from twisted_rtsig.coro.inspection import describe, in_words, tasks_of
 from twisted_rtsig.coro.scheduler import running
@@ -81,6 +89,7 @@ def run(
     reactor: object = None,
     grace: float | None = GRACE,
     name: str | None = None,
+    debug: bool | None = None,
 ) -> T: ...
 @overload
 def run(
@@ -89,6 +98,7 @@ def run(
     reactor: object = None,
     grace: float | None = GRACE,
     name: str | None = None,
+    debug: bool | None = None,
 ) -> T: ...
 @overload
 def run(
@@ -97,6 +107,7 @@ def run(
     reactor: object = None,
     grace: float | None = GRACE,
     name: str | None = None,
+    debug: bool | None = None,
 ) -> T: ...
 
 
@@ -106,6 +117,7 @@ def run(
     reactor: object = None,
     grace: float | None = GRACE,
     name: str | None = None,
+    debug: bool | None = None,
 ) -> Any:
     """
     Install a reactor, run C{main(*args)} as a task until it ends, and stop the reactor.
@@ -126,6 +138,8 @@ def run(
         signal: how long tasks that are left are waited for after C{main} has ended.
         None for no limit.
     :param name: what the task is called in logs; by default the name of C{main}.
+    :param debug: whether forgotten awaits are told, as by
+        :func:`twisted_rtsig.coro.set_debug`; by default as the environment says.
     :return: what C{main} returns.
     :raises BaseException: what C{main} raises; its C{SystemExit} is the exit status.
     :raises KeyboardInterrupt: if SIGINT has cancelled C{main}, or came after its end.
@@ -139,6 +153,8 @@ def run(
     :raises ValueError: if C{grace} is less than 0, or no reactor has that name.
     """
     _check(main, grace)
+    if debug is not None:
+        set_debug(debug)
     program = _Program(ensure_reactor(reactor), grace)
     program.run(main, args, name)
     error = program.error()

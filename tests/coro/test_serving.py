@@ -43,6 +43,7 @@ from tests.coro.support import (
     spin,
     tls_endpoint,
 )
+from tests.support import DEADLINE
 from twisted_rtsig.coro import (
     Cancelled,
     CoroutineFactory,
@@ -710,7 +711,7 @@ def test_the_stopping_of_a_stream() -> None:
 
 
 def test_lines_until_an_event() -> None:
-    """What has not been read then can be read."""
+    """Lines that are whole are still there then; the rest can be read."""
     got: list[bytes] = []
     over = Event()
     over_in_a_line = Event()
@@ -730,11 +731,32 @@ def test_lines_until_an_event() -> None:
 
     conversation = SansIO(handler)
     conversation.feed(b"one\ntwo\nthree\nfour")
-    assert got == [b"one", b"two", b"three\nfour"]
+    assert got == [b"one", b"two", b"three", b"four"]
     conversation.feed(b"five\nhalf a l")
     over_in_a_line.set()
+    conversation.advance(0)
+    conversation.advance(0)
     conversation.result()
-    assert got[3:] == [b"five", b"half a l"]
+    assert got[4:] == [b"five", b"half a l"]
+
+
+@pytest.mark.parametrize("greeted", [False, True])
+def test_what_was_sent_before_the_stop_is_answered(reactor: Any, greeted: bool) -> None:
+    """
+    Also if the system has received it, or the connection, and the reactor not yet.
+    """
+
+    async def main() -> bytes:
+        server = await listen(reactor, _lines_until_stopping)
+        address = server.port.getHost().host, server.port.getHost().port
+        with socket.create_connection(address, DEADLINE) as client:
+            while greeted and not server.factory.connections:
+                await sleep(0)
+            client.sendall(b"one\ntwo\nhalf a l")
+            await server.stop(3600)
+            return client.makefile("rb").read()
+
+    assert run(reactor, main) == b"hello\nonetwobye\n"
 
 
 def test_lines_that_are_cancelled_leave_no_read_behind() -> None:

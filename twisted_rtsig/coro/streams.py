@@ -59,6 +59,7 @@ from twisted_rtsig.coro.output import (
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.selection import select
 from twisted_rtsig.coro.sending import Sending
+from twisted_rtsig.coro.tasks import sleep
 from twisted_rtsig.coro.tls import TLSInfo, tls_info
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ class TLSLimits(NamedTuple):
 
 DEFAULT_TLS_LIMITS: Final = TLSLimits(handshake=30.0, close=30.0)
 """Those of every connection, unless it is told otherwise."""
+
+# Within so many turns the reactor looks once at each socket.
+_TURNS_TO_RECEIVE: Final = 2
 
 # Every so many seconds a handshake that is not reported is looked for.
 _LOOK_FOR_HANDSHAKE = 0.02
@@ -416,20 +420,28 @@ class Stream:
 
             async for line in stream.lines():
 
-        :param until: end also when this happens, for example :attr:`stopping`; what
-            has not been read stays in the stream.
+        :param until: end also when this happens, for example :attr:`stopping`, after
+            the lines that have arrived whole by then; the rest stays in the stream.
         :raises IncompleteRead: if it ends in the middle of a line.
         """
         while until is None or not until.is_set:
             reading = self.read_line(max_bytes)
             try:
                 if until is not None and not await _first(reading, until):
-                    return
+                    break
                 line = await reading
             except IncompleteRead as end:
                 if end.partial:
                     raise
                 return
+            yield line
+        # What the system has received by now, the peer sent before it could know.
+        for _ in range(_TURNS_TO_RECEIVE):
+            await sleep(0, self._scheduler.reactor)
+        left = self._buffer.size
+        while left > 0 and self._buffer.find(b"\n", max_bytes) >= 0:
+            line = await self.read_line(max_bytes)
+            left -= len(line) + 1
             yield line
 
     def _read(self, take: _Take, what: Any, limit: int) -> Operation[bytes]:
