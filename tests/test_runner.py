@@ -597,7 +597,7 @@ def test_what_is_left_is_cancelled_and_waited_for(start: Start) -> None:
         "task 0 has ended",
         "task 1 has ended",
         "the generator has ended",
-    ]
+    ], errors
     assert output.splitlines()[-1] == "1"
     assert "Task fails has failed" in errors
     assert "KeyError: 'cause'" in errors

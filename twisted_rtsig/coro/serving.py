@@ -44,7 +44,12 @@ from twisted.python.reflect import safe_str
 from zope.interface import implementer
 
 from twisted_rtsig.coro.census import Registry
-from twisted_rtsig.coro.errors import IncompleteRead, TLSError
+from twisted_rtsig.coro.errors import (
+    DelimiterNotFound,
+    IncompleteRead,
+    TLSError,
+    UnreadPlaintext,
+)
 from twisted_rtsig.coro.inspection import describe
 from twisted_rtsig.coro.interfaces import ListeningPort
 from twisted_rtsig.coro.limits import (
@@ -253,6 +258,8 @@ class _ServerProtocol(StreamProtocol):
     def _is_of_the_peer(self, error: BaseException) -> bool:
         """Whether an error is the peer's doing, and no mistake of the handler."""
         stream = self.stream
+        if isinstance(error, DelimiterNotFound | UnreadPlaintext):
+            return True
         return (stream.ended and isinstance(error, IncompleteRead)) or (
             stream.lost and isinstance(error, ConnectionClosed)
         )
@@ -411,12 +418,14 @@ class CoroutineFactory(Factory):
     def admit(self, protocol: _ServerProtocol) -> bool:
         """Whether a new connection is within the limits; if it is, count it."""
         transport: Any = protocol.transport
-        peer = transport.getPeer()
-        network = None if self._max_per_address is None else network_of(peer)
+        network = (
+            None if self._max_per_address is None else network_of(transport.getPeer())
+        )
         refusal = self._refusal(transport, network)
         if refusal is not None:
             limit, why = refusal
             message = "{server}: refused {peer}: {why}"
+            peer = transport.getPeer()
             self._notify(limit, _log.warn, message, peer=peer, why=why)
             return False
         self.connections[protocol] = None
