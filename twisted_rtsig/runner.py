@@ -383,7 +383,11 @@ class _Program:
         go_on = event._continueFiring
 
         def end_others(ignored: object) -> None:
-            self._spawn_ending(self._cancel_rest).addBoth(go_on)
+            ending = self._spawn_ending(self._cancel_rest)
+            ending.addErrback(
+                lambda failure: _log.failure("The end of run() has failed", failure)
+            )
+            ending.addBoth(go_on)
 
         vars(event)["_continueFiring"] = end_others
         task = self._task

@@ -26,6 +26,7 @@ from twisted.internet.error import (
     ConnectionAborted,
     ConnectionClosed,
     ConnectionDone,
+    ConnectionLost,
 )
 from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.ssl import PrivateCertificate, optionsForClientTLS
@@ -50,6 +51,7 @@ from twisted_rtsig.coro import (
     Event,
     IncompleteRead,
     Server,
+    Stopped,
     Stream,
     StreamError,
     TaskGroup,
@@ -1345,3 +1347,72 @@ def test_a_handshake_that_fails(reactor: Any, certificate: PrivateCertificate) -
         await server.stop()
 
     run(reactor, main)
+
+
+def test_stop_of_a_server_whose_port_is_closed(reactor: Any) -> None:
+    async def main() -> Stopped:
+        server = await listen(reactor, _echo)
+        stopped: Any = server.port.stopListening()
+        await stopped
+        return await server.stop()
+
+    assert run(reactor, main) == Stopped(0, 0, 0)
+
+
+def test_a_handler_stops_its_server_in_its_first_step(
+    reactor: Any, logged: Logged
+) -> None:
+    stopped: list[Deferred[Stopped]] = []
+
+    async def main() -> None:
+        async def handler(stream: Stream) -> None:
+            stopped.append(server.stop(0))
+            await stream.read()
+
+        server = await listen(reactor, handler)
+        async with await call(reactor, server) as stream:
+            with contextlib.suppress(ConnectionLost):
+                assert await stream.read() == b""
+        await stopped[0]
+
+    run(reactor, main)
+    assert failures(logged) == []
+
+
+def test_serve_forever(reactor: Any) -> None:
+    """Until it is cancelled, or something else stops the server."""
+
+    async def main() -> None:
+        server = await listen(reactor, _echo)
+        # Nothing refers to its task but the server.
+        spawn(server.serve_forever, reactor=reactor)
+        gc.collect()
+        await sleep(0)
+        assert not server.stopping.is_set
+        serving = spawn(server.serve_forever, reactor=reactor)
+        await sleep(0)
+        serving.cancel()
+        with pytest.raises(CancelledError):
+            await serving
+        assert server.stopping.is_set
+        await server.serve_forever()
+
+    run(reactor, main)
+
+
+def test_a_write_in_the_turn_of_a_time_limit_is_no_failure_of_the_handler(
+    reactor: Any, logged: Logged
+) -> None:
+    async def main() -> None:
+        async def handler(stream: Stream) -> None:
+            stream.time_out(ConnectionAborted("too late"))
+            await stream.write(b"more")
+
+        server = await listen(reactor, handler)
+        async with await call(reactor, server) as stream:
+            with contextlib.suppress(ConnectionLost):
+                await stream.read()
+        await server.stop()
+
+    run(reactor, main)
+    assert failures(logged) == []

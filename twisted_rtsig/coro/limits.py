@@ -256,7 +256,9 @@ class Signs:
     def update(self, stream: Stream, now: int) -> bool:
         """Look at a stream; return whether anything was sent or received."""
         activity = stream.activity
-        if activity == self.activity and self.pending == _NOTHING_PENDING:
+        # What is written before the TLS handshake is done is pending nowhere else.
+        nothing_pending = self.pending == _NOTHING_PENDING and not stream.full
+        if activity == self.activity and nothing_pending:
             # All was taken before, and nothing was written since: the kernel need not
             # be asked.
             self.taken_at = now + 1

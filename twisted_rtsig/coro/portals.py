@@ -206,6 +206,8 @@ class Portal:
         try:
             self._calls.submit(future, function, args, name, self._ended)
         except BaseException:
+            # It may be under way already, if this is a KeyboardInterrupt.
+            future.cancel()
             self._reactor.callFromThread(self._ended, future)
             raise
         return future
@@ -234,7 +236,7 @@ class Portal:
 
     def _ended(self, future: Future[Any]) -> None:
         with self._lock:
-            del self._futures[future]
+            self._futures.pop(future, None)
             last = self._stopped and not self._futures
         if last:
             self._all_ended.set()

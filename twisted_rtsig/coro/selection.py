@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, overload
 from weakref import WeakKeyDictionary
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.forgotten import must_be_awaited
@@ -26,11 +27,13 @@ from twisted_rtsig.coro.operations import (
     ignore,
 )
 from twisted_rtsig.coro.tasks import Task, scheduler_for, spawn
-from twisted_rtsig.coro.tracebacks import drop_machinery_above
+from twisted_rtsig.coro.tracebacks import drop_machinery_above, log_failure
 from twisted_rtsig.coro.waiting import Entry, Waiters
 
 if TYPE_CHECKING:
     from twisted_rtsig.coro.channels import Channel
+
+_log = Logger()
 
 T = TypeVar("T")
 T1 = TypeVar("T1")
@@ -359,7 +362,11 @@ class _Call:
         if isinstance(waiting, Task):
             waiting.cancel("select() does not wait for it any more")
         elif waiting is not None:
-            waiting.cancel()
+            try:
+                waiting.cancel()
+            except Exception as error:
+                message = "The canceller of {deferred} has failed"
+                log_failure(_log, message, error, deferred=waiting)
             # That it was cancelled is no news; any other error is logged.
             waiting.addErrback(_ignore_cancelled)
 

@@ -57,7 +57,7 @@ class CoroutineService(Service):
         **options: Unpack[ServerOptions],
     ) -> None:
         check_stop_times(grace, cancel_timeout)
-        self._endpoint = server_endpoint(endpoint, None)
+        self._endpoint = server_endpoint(endpoint, options.get("reactor"))
         self._handler = handler
         self._options = options
         self._grace = grace

@@ -15,7 +15,6 @@ from typing import (
     Final,
     Literal,
     NamedTuple,
-    NoReturn,
     TypeAlias,
     TypedDict,
     cast,
@@ -45,11 +44,13 @@ from zope.interface import implementer
 
 from twisted_rtsig.coro.census import Registry
 from twisted_rtsig.coro.errors import (
+    Cancelled,
     DelimiterNotFound,
     IncompleteRead,
     TLSError,
     UnreadPlaintext,
 )
+from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.inspection import describe
 from twisted_rtsig.coro.interfaces import ListeningPort
 from twisted_rtsig.coro.limits import (
@@ -180,7 +181,9 @@ class _ServerProtocol(StreamProtocol):
 
     factory: CoroutineFactory
     network: Hashable | None = None
-    _task: Task[Any]
+    # None until the handler has run its first step, which may stop the server.
+    _task: Task[Any] | None = None
+    _cancelled_early: str | None = None
     _handler_cancelled = False
     _refused = False
 
@@ -192,8 +195,10 @@ class _ServerProtocol(StreamProtocol):
             getattr(transport, "abortConnection", transport.loseConnection)()
             return
         super().connectionMade()
-        self._task = self._spawn(factory.handler, self.stream)
-        self._task._when_done(self._handled)
+        task = self._task = self._spawn(factory.handler, self.stream)
+        task._when_done(self._handled)
+        if self._cancelled_early is not None:
+            self.cancel(self._cancelled_early)
         factory.watch()
 
     def _spawn(self, function: Callable[..., Any], *args: Any) -> Task[Any]:
@@ -218,21 +223,23 @@ class _ServerProtocol(StreamProtocol):
 
     def cancel(self, reason: str) -> None:
         """Cancel the handler; or if that has ended, what is not sent yet."""
-        if self._task.done:
+        if self._task is not None and self._task.done:
             self.stream.abort()
         else:
             self._cancel_handler(reason)
 
     def _cancel_handler(self, reason: str) -> None:
         """Once, so that it can clean up."""
-        if not self._handler_cancelled:
+        if self._task is None:
+            self._cancelled_early = reason
+        elif not self._handler_cancelled:
             self._handler_cancelled = True
             self._task.cancel(reason)
 
     @property
     def unended_handler(self) -> Task[Any] | None:
         """The handler's task, if it has not ended."""
-        return None if self._task.done else self._task
+        return None if self._task is None or self._task.done else self._task
 
     def _handled(self, task: Task[Any]) -> None:
         """The handler has come to its end, in whatever way."""
@@ -261,12 +268,13 @@ class _ServerProtocol(StreamProtocol):
         if isinstance(error, DelimiterNotFound | UnreadPlaintext):
             return True
         return (stream.ended and isinstance(error, IncompleteRead)) or (
-            stream.lost and isinstance(error, ConnectionClosed)
+            (stream.lost or stream.timed_out is not None)
+            and isinstance(error, ConnectionClosed)
         )
 
     def _forget(self) -> None:
         """Once neither the connection nor the handler is there any more."""
-        if self.stream.lost and self._task.done:
+        if self.stream.lost and self._task is not None and self._task.done:
             self.factory.forget(self)
 
 
@@ -633,11 +641,13 @@ class Server:
         """Happens when :meth:`stop` is called; the C{stopping} of each stream."""
         return self.factory.stopping
 
+    @must_be_awaited
     def serve_forever(
         self, grace: float = GRACE, cancel_timeout: float = CANCEL_TIMEOUT
-    ) -> Deferred[NoReturn]:
+    ) -> Deferred[None]:
         """
-        Wait until this is cancelled, and then stop, as :meth:`stop` does::
+        Wait until this is cancelled, and then stop, as :meth:`stop` does; or until
+        something else stops the server::
 
             async def main() -> None:
                 server = await serve("tcp:8000", handler)
@@ -659,15 +669,12 @@ class Server:
         )
         return serving.as_deferred()
 
-    async def _serve_until_cancelled(
-        self, grace: float, cancel_timeout: float
-    ) -> NoReturn:
+    async def _serve_until_cancelled(self, grace: float, cancel_timeout: float) -> None:
         try:
-            while True:
-                # Nothing sets it.
-                await Event().wait()
-        finally:
+            await self.stopping.wait()
+        except Cancelled:
             await self.stop(grace, cancel_timeout)
+            raise
 
     def stop(
         self, grace: float = 0, cancel_timeout: float = CANCEL_TIMEOUT
@@ -701,7 +708,9 @@ def _accept_backlog(port: Any) -> None:
     if accept is None:
         return
     for _ in range(_LAST_ACCEPTS):
-        if not _is_readable(port.fileno()):
+        number = port.fileno()
+        # A port that was closed has none.
+        if number < 0 or not _is_readable(number):
             break
         accept()
 

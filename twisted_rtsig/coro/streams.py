@@ -668,7 +668,7 @@ class Stream:
         if (
             limit is not None
             and self._lost is None
-            and (self._sending is not None or any(pending_of(self)))
+            and (self._sending is not None or self.full or any(pending_of(self)))
         ):
             self._watchdog = Watchdog(
                 TimeLimits(write=limit), lambda: [self], _abort_closing
@@ -678,6 +678,7 @@ class Stream:
     def time_out(self, error: Exception) -> None:
         """Abort the connection: a time limit was exceeded, and this tells which."""
         self._abort_reason = error
+        self._unwritable = self._unwritable or error
         self.abort()
 
     def abort(self) -> Operation[None]:

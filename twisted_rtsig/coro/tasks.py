@@ -401,8 +401,16 @@ class Task(Generic[T]):
         self._cancels = before
         self._interrupted = _NOW
         if task is None:
-            with _collecting(told, cancelled.reason):
-                awaited.cancel()
+            try:
+                with _collecting(told, cancelled.reason):
+                    awaited.cancel()
+            except Exception as error:
+                message = "The canceller of {deferred} has failed"
+                log_failure(_log, message, error, deferred=awaited)
+                if self._waiting_on is awaited:
+                    # It may never fire.
+                    self._interrupted = _NOT
+                    self._resume(None, self._next_cancel())
         elif task._to_be_cancelled_for(None, cancelled.reason):
             return task
         return None
