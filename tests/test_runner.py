@@ -51,6 +51,13 @@ from twisted_rtsig.coro import *
 def say(*what):
     print(*what, flush=True)
 
+event_class, events = Event, []
+
+def Event():
+    # A task that waits for what nothing refers to is garbage.
+    events.append(event_class())
+    return events[-1]
+
 def other(number):
     return signal.SIGTERM if number == signal.SIGINT else signal.SIGINT
 
