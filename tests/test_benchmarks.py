@@ -41,7 +41,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     }
     command = [sys.executable, str(BENCHMARKS / "compare.py")]
     command += [each for option in options.items() for each in option]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60), file
+    return subprocess.run(command, capture_output=True, text=True, timeout=180), file
 
 
 def test_compare(measured: Measured) -> None:
@@ -66,7 +66,7 @@ def test_draw(measured: Measured, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     _, file = measured
     command = [sys.executable, str(BENCHMARKS / "draw.py"), str(file)]
-    subprocess.run([*command, "--folder", str(tmp_path)], check=True, timeout=60)
+    subprocess.run([*command, "--folder", str(tmp_path)], check=True, timeout=180)
     for name in ("speed.svg", "cost.svg"):
         assert "rtsig reactor" in (tmp_path / name).read_text()
 
@@ -76,7 +76,7 @@ def test_handlers() -> None:
         pytest.skip("the benchmarks are for Linux")
     command = [sys.executable, str(BENCHMARKS / "handlers.py")]
     command += ["--handlers", "500", "--rounds", "1"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert run.returncode == 0, run.stderr
     assert "500 handlers" in run.stdout
     sizes = [row.split("|")[2] for row in run.stdout.splitlines()[4:]]
@@ -95,7 +95,7 @@ def test_tasks() -> None:
         pytest.skip("the benchmarks are for Linux")
     command = [sys.executable, str(BENCHMARKS / "tasks.py")]
     command += ["--count", "2000", "--rounds", "1"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=180)
     # Whether so short a measurement meets the bars is luck.
     assert run.returncode == ("MISSED" in run.stdout), run.stderr
     _, *sections = run.stdout.split("\n## ")
@@ -138,7 +138,7 @@ def test_files() -> None:
     # That of this checkout, wherever another one is installed.
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
     run = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=environment
+        command, capture_output=True, text=True, timeout=180, env=environment
     )
     # Whether so short a measurement meets the bars is luck.
     assert run.returncode == ("MISSED" in run.stdout), run.stderr
