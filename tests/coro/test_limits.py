@@ -1,4 +1,4 @@
-"""The limits of servers that are on by default: how they bite, and whom they spare."""
+"""What exceeds the limits that servers have by default, and what does not."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ class TaskGroup(Scope):
         # Not bool, from which checkers would conclude that it may hide any error.
         self._in_block = False
         if isinstance(error, GeneratorExit):
-            # Nobody can resume this any more, nor the tasks of the group.
+            # Nothing can resume this coroutine any more, nor the tasks of the group.
             self._exit()
             return False
         own = isinstance(error, Cancelled) and error._scope is self

@@ -191,9 +191,9 @@ class Stream:
         self._ended = False
         # Why there is no connection any more.
         self._lost: Exception | None = None
-        # Who waits for room, for the end of all output, of everything, for the TLS
-        # handshake.
         self.full = False
+        # Operations that wait for room, for the end of all output, for the end of the
+        # connection, and for the TLS handshake.
         self._drained = _NO_OPERATIONS
         self._wrote_eof: _Operations | None = None
         self._output_finished = False
