@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import site
@@ -133,9 +134,9 @@ def shell(folder: Path, tmp_path: Path) -> Iterator[Shell]:
     python = programs / "python3"
     here = site.getsitepackages()[0]
     python.write_text(
-        f'#!/bin/sh\n{sys.executable} "$@" &&\n'
+        f'#!/bin/sh\n{shlex.quote(sys.executable)} "$@" &&\n'
         "for each in .venv/lib/python3*/site-packages; do\n"
-        f"    echo {here} >$each/installed.pth\n"
+        f'    echo {shlex.quote(here)} >"$each/installed.pth"\n'
         "done\n"
     )
     python.chmod(0o755)

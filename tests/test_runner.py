@@ -354,7 +354,8 @@ def test_the_status_that_a_shell_sees(start: Start, number: int) -> None:
 
         run(main)
     """
-    program = start(code, "sh", "-c", f"{sys.executable} program.py; echo status $?")
+    script = '"$0" program.py; echo status $?'
+    program = start(code, "sh", "-c", script, sys.executable)
     os.kill(int(program.line()), number)
     # The shell goes on only because it was not interrupted itself.
     assert f"status {128 + number}" in program.end()[1]
