@@ -14,8 +14,14 @@ from typing import cast
 
 import pytest
 
+import twisted
 from tests import libkqueue
 from tests.twisted_suite import Outcomes
+
+pytestmark = pytest.mark.skipif(
+    not twisted.__file__.isascii(),
+    reason=f"Twisted's tests are imported from ASCII paths only: {twisted.__file__}",
+)
 
 LINUX = sys.platform.startswith("linux")
 # What ours are held to, and whatever else passes there.
@@ -92,7 +98,12 @@ def outcomes_by_reactor() -> dict[str, Outcomes]:
             for reactor, cannot in REACTORS.items()
         },
     }
-    return {reactor: outcomes_of(suite) for reactor, suite in suites.items()}
+    try:
+        return {reactor: outcomes_of(suite) for reactor, suite in suites.items()}
+    finally:
+        for suite in suites.values():
+            suite.kill()
+            suite.communicate()
 
 
 def failed(outcomes: Outcomes) -> set[str]:
