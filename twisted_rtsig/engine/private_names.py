@@ -49,13 +49,31 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "twisted.internet.abstract._LogOwner": ("_getLogPrefix",),
     "twisted.internet.base.BaseConnector": ("reactor",),
+    "twisted.internet.base.DelayedCall": (
+        "_repr",
+        "args",
+        "called",
+        "cancelled",
+        "canceller",
+        "creator",
+        "debug",
+        "delayed_time",
+        "func",
+        "kw",
+        "resetter",
+        "seconds",
+        "time",
+    ),
     "twisted.internet.base.ReactorBase": (
         "_addInternalReader",
+        "_cancelCallLater",
+        "_cancellations",
         "_eventTriggers",
+        "_insertNewDelayedCalls",
         "_internalReaders",
         "_justStopped",
+        "_moveCallLaterSooner",
         "_newTimedCalls",
-        "_pendingTimedCalls",
         "_removeInternalReader",
         "_started",
         "_stopThreadPool",
@@ -125,6 +143,8 @@ _STREAM = "twisted_rtsig.engine.streams.Stream"
 _UNIX_STREAM = "twisted_rtsig.engine.streams.UNIXStream"
 _STREAM_REACTOR = "twisted_rtsig.engine.streams.StreamReactor"
 _DATAGRAM_REACTOR = "twisted_rtsig.engine.datagrams.DatagramReactor"
+_TIMERS = "twisted_rtsig.engine.timers"
+_TIMER_REACTOR = f"{_TIMERS}.TimerReactor"
 _PROCESSES = "twisted_rtsig.engine.processes"
 _REACTOR = "twisted_rtsig.engine.reactor.EngineReactor"
 
@@ -209,13 +229,25 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
     "twisted.internet.udp.Port.write": (
         "twisted_rtsig.engine.datagrams.UDPPort.write",
     ),
-    # The loop: mainLoop leaves out what these would find nothing to do in.
+    # Timers
+    "twisted.internet.base.DelayedCall.__init__": (f"{_TIMERS}.Timer.__init__",),
+    "twisted.internet.base.DelayedCall.cancel": (f"{_TIMERS}.Timer.cancel",),
     "twisted.internet.base.ReactorBase._insertNewDelayedCalls": (
-        f"{_REACTOR}._run_passes",
+        f"{_TIMER_REACTOR}._insertNewDelayedCalls",
     ),
+    "twisted.internet.base.ReactorBase._moveCallLaterSooner": (
+        f"{_TIMER_REACTOR}._moveCallLaterSooner",
+    ),
+    "twisted.internet.base.ReactorBase.callLater": (f"{_TIMER_REACTOR}.callLater",),
+    "twisted.internet.base.ReactorBase.getDelayedCalls": (
+        f"{_TIMER_REACTOR}.getDelayedCalls",
+    ),
+    "twisted.internet.base.ReactorBase.runUntilCurrent": (
+        f"{_TIMER_REACTOR}.runUntilCurrent",
+    ),
+    "twisted.internet.base.ReactorBase.timeout": (f"{_TIMER_REACTOR}.timeout",),
+    # The loop
     "twisted.internet.base.ReactorBase.mainLoop": (f"{_REACTOR}._run_passes",),
-    "twisted.internet.base.ReactorBase.runUntilCurrent": (f"{_REACTOR}._run_passes",),
-    "twisted.internet.base.ReactorBase.timeout": (f"{_REACTOR}._run_passes",),
     "twisted.internet.base.ReactorBase.startRunning": (f"{_REACTOR}.startRunning",),
     "twisted.internet.posixbase._PollLikeMixin._doReadOrWrite": (
         f"{_REACTOR}._read_or_write",

@@ -30,6 +30,7 @@ from twisted_rtsig.engine.streams import (
     Stream,
     StreamReactor,
 )
+from twisted_rtsig.engine.timers import TimerReactor
 from twisted_rtsig.notifiers import (
     GONE,
     HANGUP,
@@ -69,7 +70,9 @@ def _reads_errors(reader: Any) -> bool:
 
 
 @implementer(IReactorFDSet, IReactorDaemonize)
-class EngineReactor(StreamReactor, DatagramReactor, ProcessReactor, StandardIOReactor):
+class EngineReactor(
+    StreamReactor, DatagramReactor, ProcessReactor, StandardIOReactor, TimerReactor
+):
     """
     A reactor over any notifier.
 
@@ -360,7 +363,7 @@ class EngineReactor(StreamReactor, DatagramReactor, ProcessReactor, StandardIORe
                 while self._started:
                     if (
                         self._newTimedCalls
-                        or self._pendingTimedCalls
+                        or self._near
                         or self.threadCallQueue
                         or self._justStopped
                     ):

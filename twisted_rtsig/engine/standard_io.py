@@ -41,9 +41,7 @@ class StandardIOReactor(PosixReactorBase):
     def __init__(self) -> None:
         # By the writer: the reader that has met the end, and how it ended.
         self._held_ends: dict[Any, tuple[Any, Any]] = {}
-        # Not super(): a reactor may also inherit from one of Twisted's, which would
-        # prepare to poll by itself.
-        PosixReactorBase.__init__(self)
+        super().__init__()
 
     def _disconnectSelectable(
         self, selectable: Any, why: Any, isRead: Any, *rest: Any

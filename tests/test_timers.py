@@ -1,0 +1,363 @@
+"""The engine's timers, beside Twisted's own: what differs is a bug."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import math
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet.base import DelayedCall
+from twisted.internet.error import AlreadyCalled, AlreadyCancelled
+from twisted.internet.selectreactor import SelectReactor
+from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
+
+from tests.scripted_notifier import EdgeNotifier
+from tests.support import dispose
+from twisted_rtsig.engine.reactor import EngineReactor
+
+# Seconds.  Sums of these are exact, so that both reactors get the same.
+TIMES = st.integers(0, 4000).map(lambda each: each / 16)
+
+
+@contextmanager
+def logged() -> Iterator[list[LogEvent]]:
+    events: list[LogEvent] = []
+    observer = cast(ILogObserver, events.append)
+    globalLogPublisher.addObserver(observer)
+    yield events
+    globalLogPublisher.removeObserver(observer)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("set"), TIMES),
+        st.tuples(st.just("set from a call"), TIMES),
+        st.tuples(st.just("cancel"), st.integers(0, 30)),
+        st.tuples(st.just("reset"), st.integers(0, 30), TIMES),
+        st.tuples(st.just("delay"), st.integers(0, 30), TIMES),
+        st.tuples(st.just("advance"), TIMES),
+        st.tuples(st.just("advance"), st.just(0.0)),
+        st.tuples(st.just("cancel all"), st.booleans()),
+        st.tuples(st.just("set many"), TIMES),
+    ),
+    max_size=60,
+)
+
+
+class World:
+    """A reactor with a clock of its own, and what its calls have done."""
+
+    def __init__(self, reactor: Any) -> None:
+        self.reactor = reactor
+        self.now = 1000.0
+        self.reactor.seconds = lambda: self.now
+        # By their names: one that a call sets has the name of that call and a dash.
+        # Calls of the same time may be made in another order than Twisted's.
+        self.calls: dict[str, Any] = {}
+        self.made: list[tuple[float, str]] = []
+
+    def set(self, delay: float, inner: float | None = None, name: str = "") -> None:
+        name = name or f"{len(self.calls):04}"
+
+        def call() -> None:
+            self.made.append((self.calls[name].getTime(), name))
+            if inner is not None:
+                self.set(inner, name=f"{name}-")
+
+        self.calls[name] = self.reactor.callLater(delay, call)
+
+    def ordered(self) -> list[Any]:
+        return [call for _, call in sorted(self.calls.items())]
+
+    def do(self, step: tuple[Any, ...]) -> Any:
+        kind, *arguments = step
+        if kind == "set":
+            self.set(arguments[0])
+        elif kind == "set from a call":
+            self.set(arguments[0], arguments[0])
+        elif kind == "set many":
+            for each in range(60):
+                self.set(arguments[0] + each)
+        elif kind == "cancel all":
+            for each, call in enumerate(self.ordered()):
+                if call.active() and (each % 2 or arguments[0]):
+                    call.cancel()
+        elif kind == "advance":
+            self.now += arguments[0]
+            self.reactor.runUntilCurrent()
+            # In Twisted's heap calls of the same time are in no order.
+            made, self.made = sorted(self.made), []
+            return made, self.reactor.timeout()
+        elif self.calls:
+            call = self.ordered()[arguments[0] % len(self.calls)]
+            try:
+                if kind == "cancel":
+                    call.cancel()
+                elif kind == "reset":
+                    call.reset(arguments[1])
+                else:
+                    # To an earlier time, too.
+                    call.delay(arguments[1] - 100)
+            except (AlreadyCalled, AlreadyCancelled) as error:
+                return type(error)
+        return sorted(each.getTime() for each in self.reactor.getDelayedCalls())
+
+    def state(self) -> list[Any]:
+        return [(call.active(), call.getTime()) for call in self.ordered()]
+
+
+@pytest.fixture
+def engine() -> Iterator[EngineReactor]:
+    """A reactor of the engine without a kernel."""
+    reactor = EngineReactor(EdgeNotifier())
+    yield reactor
+    dispose(reactor)
+
+
+@settings(deadline=None, max_examples=300)
+@given(STEPS)
+def test_they_are_those_of_twisted(steps: list[tuple[Any, ...]]) -> None:
+    ours, twisteds = EngineReactor(EdgeNotifier()), SelectReactor()
+    try:
+        worlds = World(ours), World(twisteds)
+        # At the end, all that is left.
+        for step in [*steps, ("advance", 1e6)]:
+            result, expected = (world.do(step) for world in worlds)
+            if step[0] == "advance":
+                (made, timeout), (made_by_twisted, timeout_of_twisted) = (
+                    result,
+                    expected,
+                )
+                assert made == made_by_twisted, step
+                # Twisted wakes up for calls that are cancelled or delayed as well.
+                if timeout is not None:
+                    assert timeout_of_twisted is not None
+                    assert timeout >= timeout_of_twisted
+            else:
+                assert result == expected, step
+            assert worlds[0].state() == worlds[1].state()
+    finally:
+        dispose(ours)
+        twisteds.removeAll()
+
+
+def test_calls_of_the_same_time_are_made_in_order(engine: EngineReactor) -> None:
+    world = World(engine)
+    for _ in range(2):
+        for each in range(200):
+            world.set(3.5 if each % 2 else 7.25)
+    world.now += 10
+    engine.runUntilCurrent()
+    assert world.made == sorted(world.made)
+    assert len(world.made) == 400
+
+
+@pytest.mark.parametrize("inserted", [False, True])
+def test_a_call_moved_sooner_by_another(engine: EngineReactor, inserted: bool) -> None:
+    """It is made in the same pass if it was there when that began."""
+    world = World(engine)
+    world.set(50)
+    if inserted:
+        engine.runUntilCurrent()
+    moved = world.ordered()[0]
+    engine.callLater(0, lambda: None if inserted else world.set(60))
+    engine.callLater(0, lambda: (moved if inserted else world.ordered()[-1]).delay(-70))
+    engine.runUntilCurrent()
+    assert len(world.made) == inserted
+    engine.runUntilCurrent()
+    assert len(world.made) == 1
+
+
+def test_calls_that_are_made_by_the_program(engine: EngineReactor) -> None:
+    """Some programs make the L{DelayedCall} themselves, to add what Twisted lacks."""
+    world = World(engine)
+
+    def later(delay: float) -> DelayedCall:
+        call = DelayedCall(
+            world.now + delay,
+            world.made.append,
+            ((delay, ""),),
+            {},
+            engine._cancelCallLater,
+            engine._moveCallLaterSooner,
+            engine.seconds,
+        )
+        engine._newTimedCalls.append(call)
+        return call
+
+    calls = [later(delay) for delay in (1, 2, 300, 400)]
+    engine.runUntilCurrent()
+    assert engine.getDelayedCalls() == calls
+    calls[1].cancel()
+    calls[3].reset(3)
+    assert set(engine.getDelayedCalls()) == {calls[0], calls[3], calls[2]}
+    world.now += 500
+    engine.runUntilCurrent()
+    assert world.made == [(1, ""), (400, ""), (300, "")]
+
+
+def test_never(engine: EngineReactor) -> None:
+    world = World(engine)
+    never = [engine.callLater(math.inf, world.made.append, (0, "")) for _ in range(2)]
+    engine.runUntilCurrent()
+    assert engine.timeout() == 2147483
+    world.set(5)
+    assert engine.timeout() == 5
+    world.now += 1e12
+    engine.runUntilCurrent()
+    assert len(world.made) == 1
+    assert engine.getDelayedCalls() == never
+    never[0].reset(1)
+    assert engine.timeout() == 1
+
+
+@pytest.mark.parametrize("delay", [-1, -0.001, math.nan])
+def test_delays_that_cannot_be(engine: EngineReactor, delay: float) -> None:
+    with pytest.raises(AssertionError, match="not greater than or equal to 0"):
+        engine.callLater(delay, print)
+
+
+def test_arguments(engine: EngineReactor) -> None:
+    calls: list[Any] = []
+
+    def call(*args: Any, **named: Any) -> None:
+        calls.append((args, named))
+
+    engine.callLater(0, call)
+    engine.callLater(0, call, 1, 2)
+    engine.callLater(0, call, 1, key=2)
+    # The names of callLater's own arguments are not taken.
+    with pytest.raises(TypeError, match="multiple values"):
+        engine.callLater(0, call, delay=1)  # type: ignore[misc]
+    engine.runUntilCurrent()
+    engine.runUntilCurrent()
+    assert calls == [((), {}), ((1, 2), {}), ((1,), {"key": 2})]
+
+
+def test_keywords_of_calls_are_not_shared(engine: EngineReactor) -> None:
+    first, second = engine.callLater(1, print), engine.callLater(1, print)
+    with pytest.raises(TypeError):
+        first.kw["end"] = ""
+    assert not second.kw
+
+
+def test_it_looks_like_twisteds(engine: EngineReactor) -> None:
+    def shown(reactor: Any, debug: bool) -> list[str]:
+        World(reactor)
+        DelayedCall.debug = debug
+        try:
+            calls = [
+                reactor.callLater(1.5, math.sqrt),
+                reactor.callLater(300, math.sqrt, 1, key=2),
+                reactor.callLater(300, math.sqrt, key=2),
+                reactor.callLater(2, math.sqrt, 5),
+            ]
+        finally:
+            DelayedCall.debug = False
+        calls[3].cancel()
+        assert all(isinstance(call, DelayedCall) for call in calls)
+        return [repr(call).replace(f"{id(call):x}", "") for call in calls]
+
+    twisteds = SelectReactor()
+    try:
+        for debug in (False, True):
+            assert shown(engine, debug) == shown(twisteds, debug)
+    finally:
+        twisteds.removeAll()
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_failure_is_logged_with_where_the_call_was_set(
+    engine: EngineReactor, monkeypatch: pytest.MonkeyPatch, debug: bool
+) -> None:
+    monkeypatch.setattr(DelayedCall, "debug", debug)
+    made: list[str] = []
+    engine.callLater(0, lambda: 1 / 0)
+    line = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]
+    engine.callLater(0, made.append, "the next one")
+    with logged() as events:
+        engine.runUntilCurrent()
+    (event,) = events
+    assert event["log_failure"].check(ZeroDivisionError)
+    assert event["log_format"].startswith("while handling timed call")
+    assert (f'test_timers.py", line {line}' in event.get("previous", "")) == debug
+    assert made == ["the next one"]
+
+
+def test_calls_from_threads(engine: EngineReactor) -> None:
+    made: list[Any] = []
+
+    def iterates() -> None:
+        made.append("iterates")
+        engine.callFromThread(made.append, "brought by a call")
+        engine.iterate()
+
+    def ask() -> None:
+        engine.callFromThread(made.append, "first")
+        engine.callFromThread(lambda: 1 / 0)
+        engine.callFromThread(iterates)
+        engine.callFromThread(made.append, "last")
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    with logged() as events:
+        engine.runUntilCurrent()
+    assert made == ["first", "iterates", "brought by a call", "last"]
+    assert [event["log_format"] for event in events] == ["while calling from thread"]
+
+
+def test_what_is_cancelled_is_forgotten(engine: EngineReactor) -> None:
+    """Neither calls nor their arguments add up: near, distant, moved or new."""
+    world = World(engine)
+
+    class Argument:
+        pass
+
+    def turn(delay: float, change: Callable[[Any], object]) -> Any:
+        argument = Argument()
+        call = engine.callLater(delay, print, argument)
+        world.now += 1 / 1024
+        engine.runUntilCurrent()
+        change(call)
+        engine.runUntilCurrent()
+        return weakref.ref(argument), weakref.ref(call)
+
+    changes: list[tuple[float, Callable[[Any], object]]] = [
+        (0.5, lambda call: call.cancel()),
+        (1000.0, lambda call: call.cancel()),
+        (1000.0, lambda call: (call.reset(900), call.cancel())),
+        (1e5, lambda call: (call.reset(1e6), call.cancel())),
+    ]
+    gc.disable()
+    try:
+        left = [turn(*each) for each in changes * 300]
+        assert sum(argument() is not None for argument, _ in left) == 0
+        # As Twisted does, it keeps the empty calls of some that were cancelled.
+        assert sum(call() is not None for _, call in left) < 120
+    finally:
+        gc.enable()
+
+
+def test_a_call_that_is_moved_sooner_and_sooner(engine: EngineReactor) -> None:
+    world = World(engine)
+    call = engine.callLater(1e6, world.made.append, (0, ""))
+    for each in range(5000):
+        engine.runUntilCurrent()
+        call.reset(1e6 - each)
+    # What refers to it: its places, which are looked through now and then.
+    assert sys.getrefcount(call) < 150
+    assert engine.getDelayedCalls() == [call]
+    world.now += 1e6
+    engine.runUntilCurrent()
+    assert world.made == [(0, "")]
+    assert engine.timeout() is None

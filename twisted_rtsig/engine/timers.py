@@ -1,0 +1,296 @@
+"""
+The engine's timers: ``callLater`` at the price of what is set and cancelled again.
+
+Most timers are limits that are never reached: each request sets one, or moves
+it, and cancels it.  So a call is put into a heap no sooner than its turn is
+near.  Until then it lies with the other calls of the same second, in no order,
+and if it is cancelled meanwhile it has cost one C{append}.  The heap holds
+tuples, which are compared in C; Twisted's compares L{DelayedCall}s in Python.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from heapq import heapify, heappop, heappush
+from itertools import count
+from traceback import format_stack
+from types import MappingProxyType
+from typing import Any, Final
+
+from twisted.internet.base import DelayedCall
+from twisted.internet.error import AlreadyCalled, AlreadyCancelled
+from twisted.internet.posixbase import PosixReactorBase
+from twisted.logger import Logger
+
+# What Twisted logs a timer's and a thread's failures to.
+_log = Logger(namespace="twisted.internet.base")
+
+# One for all calls: a dictionary for each costs as much as the rest of the call.
+_NO_KEYWORDS: Final[Mapping[str, Any]] = MappingProxyType({})
+
+# The longest sleep in seconds: epoll_wait(2) takes an int of milliseconds.
+_LONGEST_SLEEP: Final = 2147483
+
+# So few cancelled calls may stay; Twisted's number.
+_CANCELLED_THAT_MAY_STAY: Final = 50
+
+
+# The place of a call that is in the heap.
+_IN_HEAP: Final[dict[DelayedCall, None]] = {}
+
+
+class Timer(DelayedCall):
+    """
+    What C{callLater} returns: a L{DelayedCall} that is cheap to make and to cancel.
+
+    :ivar place: the calls of its second, C{_IN_HEAP}, or None until it is put
+        into either.
+    """
+
+    __slots__ = (
+        "args",
+        "called",
+        "cancelled",
+        "delayed_time",
+        "func",
+        "kw",
+        "place",
+        "reactor",
+        "time",
+    )
+
+    def __init__(
+        self,
+        reactor: TimerReactor,
+        time: float,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kw: Mapping[str, Any],
+    ) -> None:
+        self.reactor = reactor
+        self.time = time
+        self.func = func
+        self.args = args
+        self.kw = kw  # type: ignore[assignment]
+        self.cancelled = self.called = 0
+        self.delayed_time = 0.0
+        self.place: dict[DelayedCall, None] | None = None
+        if self.debug:
+            self.creator = format_stack()[:-2]
+
+    def cancel(self) -> None:
+        """As ``IDelayedCall.cancel``."""
+        if self.cancelled:
+            raise AlreadyCancelled
+        if self.called:
+            raise AlreadyCalled
+        place = self.place
+        if place is _IN_HEAP:
+            self.reactor._cancellations += 1
+        elif place is not None:
+            del place[self]
+        self.cancelled = 1
+        if self.debug:
+            self._repr = repr(self)
+        del self.func, self.args, self.kw
+
+    # What Twisted's DelayedCall gets when it is made.
+
+    def canceller(self, call: DelayedCall) -> None:
+        self.reactor._cancelCallLater(call)
+
+    def resetter(self, call: DelayedCall) -> None:
+        self.reactor._moveCallLaterSooner(call)
+
+    def seconds(self) -> float:
+        return self.reactor.seconds()
+
+
+class TimerReactor(PosixReactorBase):
+    """
+    A reactor with timers of its own.
+
+    A call is in one of three places: in C{_newTimedCalls} until the next pass
+    (calls that a pass sets are made in a later one); then in C{_distant}, by the
+    second; and in the heap C{_near} at last.  What is cancelled or moved to an
+    earlier time while it is in the heap stays there until it is on top, or until
+    half of the heap is of that kind.
+    """
+
+    def __init__(self) -> None:
+        # By time, and calls of the same time in the order in which they were set.
+        self._near: list[tuple[float, int, DelayedCall]] = []
+        self._numbers = count()
+        # By the second.
+        self._distant: dict[float, dict[DelayedCall, None]] = {}
+        self._distant_seconds: list[float] = []
+        # The last second whose calls are put into the heap at once.
+        self._near_until = -math.inf
+        # Not super(): a reactor may also inherit from one of Twisted's, which would
+        # prepare to poll by itself.
+        PosixReactorBase.__init__(self)
+
+    # IReactorTime
+
+    def callLater(
+        self, delay: float, callable: Callable[..., Any], *args: object, **kw: object
+    ) -> DelayedCall:
+        """As ``IReactorTime.callLater``."""
+        assert delay >= 0, f"{delay} is not greater than or equal to 0 seconds"
+        call = Timer(self, self.seconds() + delay, callable, args, kw or _NO_KEYWORDS)
+        self._newTimedCalls.append(call)
+        return call
+
+    def getDelayedCalls(self) -> list[Any]:
+        """As ``IReactorTime.getDelayedCalls``."""
+        calls = [call for _, _, call in self._near]
+        for each in self._distant.values():
+            calls += each
+        calls += self._newTimedCalls
+        return [call for call in dict.fromkeys(calls) if call.active()]
+
+    def _cancelCallLater(self, delayedCall: DelayedCall) -> None:
+        place = getattr(delayedCall, "place", None)
+        if place is _IN_HEAP:
+            self._cancellations += 1
+        elif place is not None:
+            del place[delayedCall]
+
+    def _moveCallLaterSooner(self, delayedCall: DelayedCall) -> None:
+        if getattr(delayedCall, "place", None) is not None:
+            self._cancelCallLater(delayedCall)
+            self._insert([delayedCall])
+
+    # Where calls are
+
+    def _insertNewDelayedCalls(self) -> None:
+        # Programs put calls that they have made themselves into this list, too.
+        calls = self._newTimedCalls
+        if calls:
+            self._newTimedCalls = []
+            self._insert(calls)
+
+    def _insert(self, calls: Iterable[DelayedCall]) -> None:
+        distant, near_until = self._distant, self._near_until
+        of_second = distant.get
+        call: Any
+        for call in calls:
+            if call.cancelled:
+                continue
+            if call.delayed_time:
+                call.activate_delay()
+            time = call.time
+            second = time // 1
+            place = of_second(second)
+            if place is None:
+                if second <= near_until:
+                    self._insert_near([call])
+                    continue
+                if time == math.inf:
+                    second = time  # Its quotient is no number.
+                if second not in distant:
+                    distant[second] = {}
+                    heappush(self._distant_seconds, second)
+                place = distant[second]
+            place[call] = None
+            call.place = place
+
+    def _insert_near(self, calls: Iterable[DelayedCall]) -> None:
+        call: Any
+        for call in calls:
+            if call.delayed_time:
+                # Perhaps into a later second.
+                self._insert([call])
+            else:
+                call.place = _IN_HEAP
+                heappush(self._near, (call.time, next(self._numbers), call))
+
+    def _next_time(self) -> float | None:
+        """When the next call is due; it is the first of the heap then."""
+        near, seconds = self._near, self._distant_seconds
+        while True:
+            time = None
+            while near:
+                time, _, call = near[0]
+                if not call.cancelled and not call.called and call.time == time:
+                    break
+                heappop(near)
+                self._cancellations -= 1
+                time = None
+            if not seconds or (time is not None and time < seconds[0]):
+                return time
+            self._insert_near(self._distant.pop(heappop(seconds)))
+
+    def _forget_cancelled_calls(self) -> None:
+        near = self._near
+        near[:] = [
+            each for each in near if each[2].active() and each[2].time == each[0]
+        ]
+        heapify(near)
+        self._cancellations = 0
+
+    # The loop
+
+    def timeout(self) -> float | None:
+        """The longest time in seconds that the reactor may sleep (None: for ever)."""
+        self._insertNewDelayedCalls()
+        time = self._next_time()
+        if time is None:
+            return None
+        return max(0, min(_LONGEST_SLEEP, time - self.seconds()))
+
+    def runUntilCurrent(self) -> None:
+        """Do what threads have asked for, and make the calls that are due."""
+        if self.threadCallQueue:
+            self._make_thread_calls()
+        self._insertNewDelayedCalls()
+        self._make_due_calls()
+        if self._cancellations > max(_CANCELLED_THAT_MAY_STAY, len(self._near) >> 1):
+            self._forget_cancelled_calls()
+        if self._justStopped:
+            self._justStopped = False
+            self.fireSystemEvent("shutdown")
+
+    def _make_thread_calls(self) -> None:
+        # Only those that there are now: each may bring another.  They leave the
+        # queue first, since one that iterates the reactor comes here again.
+        queue = self.threadCallQueue
+        calls = queue[:]
+        del queue[: len(calls)]
+        for function, args, kw in calls:
+            try:
+                function(*args, **kw)
+            except BaseException:
+                _log.failure("while calling from thread")
+        if queue:
+            self.wakeUp()
+
+    def _make_due_calls(self) -> None:
+        now = self.seconds()
+        while True:
+            time = self._next_time()
+            if time is None or time > now:
+                break
+            call = heappop(self._near)[2]
+            if call.delayed_time > 0.0:
+                self._insert([call])
+                continue
+            call.called = 1
+            try:
+                if call.kw:
+                    call.func(*call.args, **call.kw)
+                else:
+                    call.func(*call.args)
+            except BaseException:
+                _log_failure(call)
+        self._near_until = now // 1
+
+
+def _log_failure(call: DelayedCall) -> None:
+    if call.creator is None:
+        _log.failure("while handling timed call")
+    else:
+        creator = "".join(call.creator).rstrip().replace("\n", "\n C:")
+        previous = f"\n C: from a DelayedCall created here:\n C:{creator}\n"
+        _log.failure("while handling timed call {previous}", previous=previous)
