@@ -374,6 +374,19 @@ def test_write_limit(our_link: Link) -> None:
     assert max(map(len, counted.sent)) == 1000
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows gets smaller pieces")
+def test_much_is_sent_at_once(our_link: Link) -> None:
+    """The kernel takes what it has room for, and its peer is woken up less often."""
+    our_link.transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+    counted = our_link.count()
+    data = b"a" * 400_000
+    our_link.transport.write(data)
+    settle(our_link.reactor)
+    assert len(counted.sent[0]) > tcp.Connection.SEND_LIMIT
+    our_link.transport.write(b"z")
+    assert our_link.receive(len(data) + 1) == data + b"z"
+
+
 def test_what_cannot_be_written(link: Link) -> None:
     with pytest.raises(TypeError):
         link.transport.write("text")

@@ -562,7 +562,12 @@ class EngineReactor(
                         stream.dataBuffer = b""
                         stream.write_state = NOT_WRITING
                         continue
-                    stream.offset = sent
+                    if sent:
+                        # There is no room for more.
+                        stream.offset = sent
+                        stream.write_state = NOT_WRITING
+                        self.addWriter(stream)
+                        continue
                 elif stream.write_state != QUEUED:
                     # An earlier one has disconnected it, say.
                     continue

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,9 +41,14 @@ _LATER = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.ENOBUFS})
 # The descriptor was closed; Windows says that it is no socket.
 _CLOSED = frozenset({errno.EBADF, errno.ENOTSOCK})
 
-# How often a stream that has much to send may do so before others get their turn:
-# 512 KiB, with Twisted's SEND_LIMIT.
-_SENDS_IN_A_ROW = 4
+# The most bytes that one send(2) is given, and that a connection sends before others
+# get their turn.  The kernel takes what it has room for, and fewer calls wake up the
+# peer less often.  Windows locks the memory of what it is given, so that it gets no
+# more than from Twisted.
+_SEND_LIMIT = 2 * 1024 * 1024 if sys.platform != "win32" else tcp.Connection.SEND_LIMIT
+
+# The most bytes that are copied together with what is written after them.
+_COPIED_AT_MOST = tcp.Connection.SEND_LIMIT
 
 # What a stream is to the reactor as a writer.
 NOT_WRITING = 0
@@ -90,7 +96,7 @@ class Stream(tcp.Connection):
     reactor: EngineReactor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.SEND_LIMIT = tcp.Connection.SEND_LIMIT
+        self.SEND_LIMIT = _SEND_LIMIT
         self.TLS = False
         self._writeDisconnected = False
         self._writeDisconnecting = False
@@ -239,23 +245,18 @@ class Stream(tcp.Connection):
         return self._wrote_all()
 
     def _write_part(self) -> Any:
-        limit = self.SEND_LIMIT
         data, start = self.dataBuffer, self.offset
-        if len(data) - start < limit:
+        if self._tempDataLen and len(data) - start < _COPIED_AT_MOST:
             data = b"".join([memoryview(data)[start:], *self._tempDataBuffer])
             start = 0
             self._tempDataBuffer.clear()
             self._tempDataLen = 0
-        view = memoryview(data)
-        for _ in range(_SENDS_IN_A_ROW):
-            end = min(len(data), start + limit)
-            try:
-                start += self.socket.send(view[start:end])
-            except OSError as error:
-                if error.errno not in _LATER:
-                    return self._send_failed(self.why_lost(error))
-            if start < end or end == len(data):
-                break
+        end = min(len(data), start + self.SEND_LIMIT)
+        try:
+            start += self.socket.send(memoryview(data)[start:end])
+        except OSError as error:
+            if error.errno not in _LATER:
+                return self._send_failed(self.why_lost(error))
         if start < len(data) or self._tempDataLen:
             self.dataBuffer = data
             self.offset = start
