@@ -292,6 +292,39 @@ def test_one_send_at_the_end_of_the_pass(our_link: Link) -> None:
     assert not our_link.is_writer()
 
 
+@pytest.mark.parametrize("size", [1, 4_000, 9_000, 40_000])
+@pytest.mark.parametrize("producer", [False, True])
+def test_pieces_are_sent_as_one(our_link: Link, size: int, producer: bool) -> None:
+    """Whatever their sizes, and in order."""
+    if producer:
+        our_link.transport.registerProducer(Producer(), True)
+    counted = our_link.count()
+    pieces = [bytes([65 + each]) * size for each in range(6)]
+    transport = our_link.transport
+    transport.writeSequence(pieces[:2])
+    transport.write(pieces[2])
+    transport.writeSequence(each for each in pieces[3:5])
+    transport.writeSequence([])
+    transport.write(pieces[5])
+    assert our_link.receive(6 * size) == b"".join(pieces)
+    assert counted.sent[0] == b"".join(pieces)[: len(counted.sent[0])]
+    if size < 10_000:
+        assert len(counted.sent) == 1
+    assert transport.writeSequence([b""]) is None
+    settle(our_link.reactor)
+    assert not our_link.is_writer()
+
+
+def test_a_sequence_that_cannot_be_written(link: Link) -> None:
+    with pytest.raises(TypeError):
+        link.transport.writeSequence([b"bytes", "text"])
+    assert not link.is_writer()
+    link.transport.loseWriteConnection()
+    settle(link.reactor)
+    link.transport.writeSequence([b"after", b"the end"])
+    assert link.peer.recv(10) == b""
+
+
 def test_no_look_after_a_short_read(reactor: EngineReactor, tmp_path: Any) -> None:
     """One request is one read, and no level check."""
     link = Link(reactor, "TCP server", tmp_path)

@@ -163,6 +163,9 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
         f"{_STREAM}.write",
     ),
     "twisted.internet.abstract.FileDescriptor.write": (f"{_STREAM}.write",),
+    "twisted.internet.abstract.FileDescriptor.writeSequence": (
+        f"{_STREAM}.writeSequence",
+    ),
     # When a callback returns an operation, its callbacks are made.
     "twisted.internet.defer.Deferred._runCallbacks": (
         "twisted_rtsig.coro.operations.Operation",

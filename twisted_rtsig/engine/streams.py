@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from twisted.internet import tcp
@@ -49,6 +49,10 @@ _SEND_LIMIT = 2 * 1024 * 1024 if sys.platform != "win32" else tcp.Connection.SEN
 
 # The most bytes that are copied together with what is written after them.
 _COPIED_AT_MOST = tcp.Connection.SEND_LIMIT
+
+# So many bytes that are written in pieces are still one chunk: to copy them costs less
+# than to keep them apart.
+_ONE_CHUNK_AT_MOST = 16 * 1024
 
 # What a stream is to the reactor as a writer.
 NOT_WRITING = 0
@@ -174,6 +178,12 @@ class Stream(tcp.Connection):
         elif data and self.connected and not self._writeDisconnected:
             producer: Any = self.producer
             if (
+                self.write_state == ONE_CHUNK
+                and producer is None
+                and len(self.dataBuffer) + len(data) <= _ONE_CHUNK_AT_MOST
+            ):
+                self.dataBuffer += data
+            elif (
                 self.write_state
                 or self.dataBuffer
                 or self._tempDataLen
@@ -201,6 +211,13 @@ class Stream(tcp.Connection):
                 reactor._queued.append(self)
                 if reactor._waiting:
                     reactor.wakeUp()
+
+    def writeSequence(self, iovec: Iterable[bytes]) -> None:
+        """As ``ITransport.writeSequence``."""
+        if self.TLS:
+            super().writeSequence(iovec)
+        else:
+            self.write(b"".join(iovec))
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """As ``IConsumer.registerProducer``."""
