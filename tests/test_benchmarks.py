@@ -71,6 +71,16 @@ def test_draw(measured: Measured, tmp_path: Path) -> None:
         assert "rtsig reactor" in (tmp_path / name).read_text()
 
 
+def test_steps() -> None:
+    """A request takes no more instructions than it took."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the benchmarks are for Linux")
+    command = [sys.executable, str(BENCHMARKS / "steps.py")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("echo, rtsig") == 2
+
+
 def test_handlers() -> None:
     if not sys.platform.startswith("linux"):
         pytest.skip("the benchmarks are for Linux")
