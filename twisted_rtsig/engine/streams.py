@@ -320,7 +320,17 @@ class TCPClient(Stream, tcp.Client):
         return bool(self.connected)
 
 
-class TCPPort(tcp.Port):
+class StreamPort(tcp.Port):
+    """A listening port; goes before the class of Twisted's that it changes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # As an attribute of the class it is made anew by each look at it, and each
+        # pass that accepts looks at it twice.
+        self._logger = self._logger
+
+
+class TCPPort(StreamPort):
     """A listening TCP port."""
 
     transport = TCPServer
@@ -412,7 +422,7 @@ if unixEnabled:
             """While it connects, C{doRead} is another."""
             return bool(self.connected)
 
-    class UNIXPort(unix.Port):
+    class UNIXPort(StreamPort, unix.Port):
         """A listening UNIX port."""
 
         transport = UNIXServer
