@@ -7,6 +7,7 @@ import gc
 import re
 import socket
 import sys
+import time
 import weakref
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -41,13 +42,16 @@ from tests.coro.support import (
     connected,
     listen,
     run,
+    run_for_real,
     spin,
     tls_endpoint,
 )
+from tests.coro.test_tls import Peer, client_context, socket_to, until
 from tests.support import DEADLINE
 from twisted_rtsig.coro import (
     Cancelled,
     CoroutineFactory,
+    DelimiterNotFound,
     Event,
     IncompleteRead,
     Server,
@@ -58,6 +62,7 @@ from twisted_rtsig.coro import (
     UnreadPlaintext,
     connect,
     coroutine,
+    open_process,
     select,
     serve,
     shield,
@@ -65,6 +70,7 @@ from twisted_rtsig.coro import (
     spawn,
     timeout,
 )
+from twisted_rtsig.coro.output import unread_input
 from twisted_rtsig.coro.testing import SansIO, stream_pair
 from twisted_rtsig.coro.tracebacks import causes
 
@@ -759,6 +765,189 @@ def test_what_was_sent_before_the_stop_is_answered(reactor: Any, greeted: bool) 
             return client.makefile("rb").read()
 
     assert run(reactor, main) == b"hello\nonetwobye\n"
+
+
+# More than a reactor reads in two turns, and less than kernels hold.
+_MANY_LINES = [b"%07d" % number for number in range(24 * 1024)]
+_MANY_BYTES = b"".join(line + b"\n" for line in _MANY_LINES)
+
+
+def _counting(got: list[bytes]) -> Any:
+    async def handler(stream: Stream) -> None:
+        await stream.write(b"hello\n")
+        async for line in stream.lines(until=stream.stopping):
+            got.append(line)
+
+    return handler
+
+
+def _wait_until_received(transport: Any, size: int) -> None:
+    """The kernel delivers without a turn of the reactor."""
+    end = time.monotonic() + DEADLINE
+    while (unread_input(transport) or 0) < size:
+        assert time.monotonic() < end, "it was not received"
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_much_that_was_sent_before_the_stop_is_answered(
+    reactor: Any, certificate: PrivateCertificate, tls: bool
+) -> None:
+    got: list[bytes] = []
+
+    async def main() -> None:
+        if tls:
+            endpoint = tls_endpoint(reactor, certificate)
+            server = await serve(endpoint, _counting(got), reactor=reactor)
+        else:
+            server = await listen(reactor, _counting(got))
+        port: Any = server.port
+        port.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        with socket_to(server) as plain:
+            peer = Peer(plain, client_context(), server_side=False) if tls else None
+            if peer is not None:
+                await peer.handshake()
+                assert await peer.read() == b"hello\n"
+            else:
+                await until(lambda: server.factory.connections)
+            [connection] = server.factory.connections
+            # No turn of the reactor from here on.
+            if peer is not None:
+                for start in range(0, len(_MANY_BYTES), 1 << 14):
+                    await peer.write(_MANY_BYTES[start : start + (1 << 14)])
+                await peer.write(b"half a l")
+            else:
+                plain.sendall(_MANY_BYTES + b"half a l")
+            _wait_until_received(connection.stream.transport, len(_MANY_BYTES) + 8)
+            stopped = server.stop(3600)
+            if peer is not None:
+                assert await peer.read() == b""
+                await peer.close_notify()
+            await stopped
+
+    run(reactor, main)
+    assert got == _MANY_LINES
+
+
+def test_much_that_a_process_has_written_before_an_event(reactor: Any) -> None:
+    """A pipe holds 64 KiB, of which Twisted reads 8 KiB in a turn."""
+    got: list[bytes] = []
+    lines = _MANY_LINES[:7000]
+    program = (
+        f"import sys; sys.stdout.write({chr(10).join(line.decode() for line in lines)!r}"
+        ' + "\\n" + "half a l"); sys.stdout.flush(); sys.stdin.read()'
+    )
+
+    async def main() -> None:
+        over = Event()
+        over.set()
+        process = open_process([sys.executable, "-c", program], reactor=reactor)
+        async with process:
+            stream = process.stream
+            _wait_until_received(stream.transport, 8 * len(lines) + 8)
+            got.extend([line async for line in stream.lines(until=over)])
+            assert await stream.read() == b"half a l"
+
+    run_for_real(reactor, main)
+    assert got == lines
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_peer_that_goes_on_sending_does_not_hold_up_a_stop(
+    reactor: Any, certificate: PrivateCertificate, tls: bool
+) -> None:
+    got: list[bytes] = []
+
+    async def main() -> None:
+        if tls:
+            endpoint = tls_endpoint(reactor, certificate)
+            server = await serve(endpoint, _counting(got), reactor=reactor)
+            client = await connect(
+                wrapClientTLS(
+                    optionsForClientTLS("127.0.0.1", certificate),
+                    client_endpoint(reactor, server),
+                )
+            )
+        else:
+            server = await listen(reactor, _counting(got))
+            client = await call(reactor, server)
+
+        async def go_on_sending() -> None:
+            with contextlib.suppress(ConnectionClosed):
+                while True:
+                    await client.write(b"a line\n" * 1000)
+                    await sleep(0)
+
+        sending = spawn(go_on_sending)
+        await until(lambda: len(got) > 1000)
+        stopped = server.stop(3600)
+        await sending
+        await stopped
+
+    run(reactor, main)
+    assert set(got) == {b"a line"}
+
+
+def test_a_transport_that_is_paused_does_not_hold_up_a_stop(reactor: Any) -> None:
+    """As a protocol between it and the stream may do, to limit the rate."""
+    got: list[bytes] = []
+
+    async def main() -> None:
+        server = await listen(reactor, _counting(got))
+        with socket_to(server) as peer:
+            await until(lambda: server.factory.connections)
+            [connection] = server.factory.connections
+            connection.stream.transport.pauseProducing()
+            peer.sendall(b"a line\n")
+            await server.stop(3600)
+
+    run(reactor, main)
+    assert got == []
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_lines_until_an_event_have_the_same_limit(end: bytes) -> None:
+    """A line of just so many bytes, whatever ends it; and one byte more."""
+    got: list[bytes] = []
+    over = Event()
+
+    async def handler(stream: Stream) -> None:
+        async for line in stream.lines(5, until=over):
+            got.append(line)
+            over.set()
+
+    conversation = SansIO(handler)
+    conversation.feed(b"one" + end + b"12345" + end + b"two" + end)
+    conversation.result()
+    assert got == [b"one", b"12345", b"two"]
+    over = Event()
+    conversation = SansIO(handler)
+    conversation.feed(b"three" + end + b"123456" + end + b"two" + end)
+    with pytest.raises(DelimiterNotFound):
+        conversation.result()
+    assert got[3:] == [b"three"]
+
+
+def test_a_line_that_is_not_whole_at_the_stop_can_be_read(reactor: Any) -> None:
+    """Also if the peer has sent its end behind it."""
+    got: list[bytes] = []
+
+    async def handler(stream: Stream) -> None:
+        async for line in stream.lines(until=stream.stopping):
+            got.append(line)
+        got.append(await stream.read())
+        assert await stream.read() == b""
+
+    async def main() -> None:
+        server = await listen(reactor, handler)
+        with socket_to(server) as client:
+            await until(lambda: server.factory.connections)
+            client.sendall(b"one\ntwo\nhalf a l")
+            client.shutdown(socket.SHUT_WR)
+            await server.stop(3600)
+
+    run(reactor, main)
+    assert got == [b"one", b"two", b"half a l"]
 
 
 def test_lines_that_are_cancelled_leave_no_read_behind() -> None:

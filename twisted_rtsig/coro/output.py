@@ -1,5 +1,6 @@
 """
-The output of a transport below its stream: what the peer has not taken yet, and TLS.
+What lies below a stream: the output that the peer has not taken yet, the input that
+was not read yet, and TLS.
 """
 
 from __future__ import annotations
@@ -50,8 +51,29 @@ def pending_output(transport: Any) -> tuple[int, int] | None:
     return len(buffer) - lowest.offset + lowest._tempDataLen, queue or 0
 
 
+def unread_input(transport: Any) -> int | None:
+    """
+    How many bytes the kernel has received for C{transport} that were not read yet, the
+    encryption of TLS included.
+
+    :return: None if the kernel does not tell: there is no socket or pipe, for example.
+    """
+    number = descriptor(transport)
+    if number is None or number < 0:
+        return None
+    if sys.platform == "win32":
+        from twisted_rtsig.notifiers.windows_calls import bytes_to_read
+
+        return bytes_to_read(number)
+    try:
+        answer = fcntl.ioctl(number, termios.FIONREAD, bytes(_SIZE.size))
+    except OSError:
+        return None
+    return int(_SIZE.unpack(answer)[0])
+
+
 def descriptor(transport: Any) -> int | None:
-    """The descriptor of the socket of a transport, if it has one."""
+    """The descriptor of a transport's socket, or of the pipe that it reads."""
     try:
         number: int = _lowest(transport).fileno()
     except (AttributeError, OSError, ValueError):

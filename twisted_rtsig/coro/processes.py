@@ -77,6 +77,11 @@ class _Pipes:
         self.loseWriteConnection()
         self._process.closeChildFD(self._reads)
 
+    def fileno(self) -> int:
+        """The descriptor of the pipe that is read; -1 without one."""
+        pipe = self._pipe(self._reads)
+        return -1 if pipe is None else pipe.fileno()  # type: ignore[no-any-return]
+
     def getPeer(self) -> str:
         return f"process {self._process.pid}"
 

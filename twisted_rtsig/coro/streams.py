@@ -55,6 +55,7 @@ from twisted_rtsig.coro.output import (
     handshake_is_done,
     tls_is_over,
     tls_layer,
+    unread_input,
 )
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.selection import select
@@ -93,6 +94,10 @@ DEFAULT_TLS_LIMITS: Final = TLSLimits(handshake=30.0, close=30.0)
 
 # Within so many turns the reactor looks once at each socket.
 _TURNS_TO_RECEIVE: Final = 2
+
+# In so many turns in a row nothing arrives of what the kernel holds: a protocol below the
+# stream, which limits the rate for example, has paused the transport.
+_MOST_TURNS_TO_RECEIVE: Final = 100
 
 # Every so many seconds a handshake that is not reported is looked for.
 _LOOK_FOR_HANDSHAKE = 0.02
@@ -421,7 +426,8 @@ class Stream:
             async for line in stream.lines():
 
         :param until: end also when this happens, for example :attr:`stopping`, after
-            the lines that have arrived whole by then; the rest stays in the stream.
+            the lines that this system has received whole by then; the rest stays in
+            the stream.
         :raises IncompleteRead: if it ends in the middle of a line.
         """
         while until is None or not until.is_set:
@@ -435,14 +441,52 @@ class Stream:
                     raise
                 return
             yield line
-        # What the system has received by now, the peer sent before it could know.
+        # The peer could not know of the event when it sent what the kernel holds now.
+        # Encryption makes that more than the text in it.
+        held = unread_input(self.transport) or 0
+        left = self._buffer.size + held
         for _ in range(_TURNS_TO_RECEIVE):
             await sleep(0, self._scheduler.reactor)
-        left = self._buffer.size
-        while left > 0 and self._buffer.find(b"\n", max_bytes) >= 0:
-            line = await self.read_line(max_bytes)
+        # Not all kernels tell, and a reactor may have taken something from it already.
+        left = max(left, self._buffer.size)
+        while left > 0:
+            reading = self.read_line(max_bytes)
+            if not await self._is_received(reading):
+                return
+            try:
+                line = await reading
+            except IncompleteRead as end:
+                self._buffer.append(end.partial)
+                return
             left -= len(line) + 1
             yield line
+
+    async def _is_received(self, reading: Operation[bytes]) -> bool:
+        """
+        Whether a read is done when the transport has delivered what the kernel holds;
+        if not, it is cancelled.
+        """
+        turns, arrived = 0, self._arrived
+        try:
+            while not reading.called:
+                if self._arrived != arrived:
+                    turns, arrived = 0, self._arrived
+                if (
+                    self._closing
+                    or turns >= _MOST_TURNS_TO_RECEIVE
+                    or (turns >= _TURNS_TO_RECEIVE and not unread_input(self.transport))
+                ):
+                    reading.cancel()
+                    return False
+                turns += 1
+                await sleep(0, self._scheduler.reactor)
+        except GeneratorExit:
+            # Nothing can be resumed any more, and to cancel the read would try to.
+            raise
+        except BaseException:
+            reading.cancel()
+            raise
+        return True
 
     def _read(self, take: _Take, what: Any, limit: int) -> Operation[bytes]:
         if limit < 1:

@@ -51,6 +51,9 @@ SIO_BASE_HANDLE = 0x48000022
 SIO_BSP_HANDLE_SELECT = 0x4800001C
 SIO_BSP_HANDLE_POLL = 0x4800001D
 
+# ioctlsocket: how many bytes can be read.
+FIONREAD = 0x4004667F
+
 # NtCreateFile
 SYNCHRONIZE = 0x00100000
 FILE_SHARE_READ = 1
@@ -308,6 +311,10 @@ get_socket_option = _declare(
 )
 """Socket, level, name, value (out), its length (in and out)."""
 
+_ioctlsocket = _declare(
+    "ws2_32", "ioctlsocket", *(c_int32, c_uint64, c_int32, c_void_p)
+)
+"""Socket, code, argument (in and out)."""
 
 # CPython's own calls, written for asyncio and without stubs: what they have begun
 # keeps its buffers by itself.
@@ -324,6 +331,14 @@ def last_error() -> int:
     if sys.platform == "win32":
         return ctypes.get_last_error()
     raise NotImplementedError("Windows errors exist on Windows only")
+
+
+def bytes_to_read(socket: int) -> int | None:
+    """How many bytes a socket has received; None if it is no socket."""
+    size = c_uint32()
+    if _ioctlsocket(socket, FIONREAD, ctypes.byref(size)):
+        return None
+    return size.value
 
 
 def error(code: int) -> OSError:
