@@ -834,8 +834,8 @@ def test_much_that_a_process_has_written_before_an_event(reactor: Any) -> None:
     got: list[bytes] = []
     lines = _MANY_LINES[:7000]
     program = (
-        f"import sys; sys.stdout.write({chr(10).join(line.decode() for line in lines)!r}"
-        ' + "\\n" + "half a l"); sys.stdout.flush(); sys.stdin.read()'
+        f"import sys; sys.stdout.write({_MANY_BYTES[: 8 * len(lines)].decode()!r} + "
+        "'half a l'); sys.stdout.flush(); sys.stdin.read()"
     )
 
     async def main() -> None:

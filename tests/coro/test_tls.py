@@ -43,6 +43,7 @@ from tests.coro.support import (
 )
 from twisted_rtsig.coro import (
     CoroutineFactory,
+    Deadline,
     Event,
     Server,
     Stream,
@@ -50,6 +51,7 @@ from twisted_rtsig.coro import (
     TLSError,
     connect,
     format_tasks,
+    select,
     serve,
     sleep,
     spawn,
@@ -377,6 +379,104 @@ def test_close_during_a_handshake_that_does_not_come(
             clock.advance(1)
             await closed
         assert not clock.getDelayedCalls()
+
+    run(reactor, main)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_limit_of_the_answer_begins_after_the_handshake(
+    reactor: Any, certificate: PrivateCertificate, wrapped: bool
+) -> None:
+    """Of a server, whose handler has returned; also if nothing reports the handshake."""
+    clock = Clock()
+
+    async def handler(stream: Stream) -> None:
+        stream.write(b"hello")
+
+    async def main() -> None:
+        factory: Any = CoroutineFactory(
+            handler,
+            handshake_timeout=3 * LIMIT,
+            close_timeout=LIMIT,
+            reactor=clock,
+        )
+        outer = WrappingFactory(factory) if wrapped else factory
+        listening = tls_endpoint(reactor, certificate).listen(outer)
+        server = Server(await listening, factory)
+        with socket_to(server) as plain:
+            await until(lambda: factory.connections)
+            clock.advance(2 * LIMIT)
+            await sleep(0.01)
+            assert factory.connections
+            peer = Peer(plain, client_context(), server_side=False)
+            await peer.handshake()
+            assert [await peer.read(), await peer.read()] == [b"hello", b""]
+            # Now it is looked for the handshake.
+            clock.advance(0.1)
+            clock.advance(LIMIT - 1)
+            await sleep(0.01)
+            assert factory.connections
+            clock.advance(1)
+            await until(lambda: not factory.connections)
+            assert await peer.end() == b""
+        await server.stop()
+        assert not clock.getDelayedCalls()
+
+    run(reactor, main)
+
+
+def test_a_client_that_closes_waits_for_a_late_handshake(
+    reactor: Any, certificate: PrivateCertificate, server_context: ssl.SSLContext
+) -> None:
+    clock = Clock()
+
+    async def main() -> None:
+        async with accepted(reactor) as (endpoint, accept):
+            stream = await connect(
+                tls_client(endpoint, certificate),
+                clock,
+                handshake_timeout=3 * LIMIT,
+                close_timeout=LIMIT,
+            )
+            stream.write(b"hello")
+            closed = stream.close()
+            clock.advance(2 * LIMIT)
+            await sleep(0.01)
+            assert not closed.called
+            peer = Peer(await accept(), server_context, server_side=True)
+            await peer.handshake()
+            assert [await peer.read(), await peer.read()] == [b"hello", b""]
+            clock.advance(LIMIT - 1)
+            await sleep(0.01)
+            assert not closed.called
+            clock.advance(1)
+            await closed
+        assert not clock.getDelayedCalls()
+
+    run(reactor, main)
+
+
+def test_delayed_calls_that_something_else_has_cancelled(
+    reactor: Any, serve_tls: Any
+) -> None:
+    """As trial does at the end of a test, before connections are lost."""
+    clock = Clock()
+
+    async def main() -> None:
+        server = await serve_tls(say_hello, reactor=clock)
+        with socket_to(server) as plain:
+            peer = Peer(plain, client_context(), server_side=False)
+            await peer.handshake()
+            assert [await peer.read(), await peer.read()] == [b"hello", b""]
+            deadline = Deadline(1, clock)
+            choosing = select(deadline, Event())
+            # The limits of the handshake and of the end, the watchdog, the deadline.
+            for each in clock.getDelayedCalls():
+                each.cancel()
+            choosing.cancel()
+            await peer.close_notify()
+            await until(lambda: not server.factory.connections)
+        await server.stop()
 
     run(reactor, main)
 

@@ -28,7 +28,7 @@ from twisted.python.failure import Failure
 from twisted_rtsig.coro.census import Registry
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Finished, Operation
-from twisted_rtsig.coro.scheduler import Scheduler
+from twisted_rtsig.coro.scheduler import Scheduler, cancel_call
 
 if TYPE_CHECKING:
     from twisted_rtsig.engine.processes import ChildOptions
@@ -399,8 +399,7 @@ class Child:
 
     def _cancel_kill_call(self) -> None:
         call, self._kill_call = self._kill_call, None
-        if call is not None and call.active():
-            call.cancel()
+        cancel_call(call)
 
     async def _end(self, grace: float) -> None:
         """

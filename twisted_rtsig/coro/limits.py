@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from twisted.internet.error import ConnectionAborted
 
 from twisted_rtsig.coro.output import descriptor, handshake_is_done, pending_output
+from twisted_rtsig.coro.scheduler import cancel_call
 
 if TYPE_CHECKING:
     from twisted_rtsig.coro.streams import Stream
@@ -160,8 +161,7 @@ class Watchdog:
         self._stopped = True
         self._left.clear()
         call, self._call = self._call, None
-        if call is not None:
-            call.cancel()
+        cancel_call(call)
 
     def _look(self, reactor: Any) -> None:
         self._look_number += 1

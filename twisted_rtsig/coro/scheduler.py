@@ -388,6 +388,15 @@ def _start_steps() -> _Run:
     return steps.send
 
 
+def cancel_call(call: Any) -> None:
+    """
+    Cancel a delayed call, if there is one that has not happened and that nothing else
+    has cancelled: trial cancels all delayed calls at the end of a test.
+    """
+    if call is not None and call.active():
+        call.cancel()
+
+
 # The code that calls every task's function.
 RUN: Final[CodeType] = _steps.__code__
 

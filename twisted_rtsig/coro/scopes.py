@@ -7,13 +7,13 @@ See ``docs/coroutines.md``.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted.internet.error import AlreadyCancelled
 
 from twisted_rtsig.coro.errors import Cancelled
+from twisted_rtsig.coro.scheduler import cancel_call
 from twisted_rtsig.coro.tasks import Task, held_open, scheduler_for, task_of_caller
 
 if TYPE_CHECKING:
@@ -134,10 +134,8 @@ class _Limit(Scope):
             self._call = reactor.callLater(left, self._expire)
 
     def _forget_call(self) -> None:
-        if self._call is not None:
-            with contextlib.suppress(AlreadyCancelled):
-                self._call.cancel()
-            self._call = None
+        cancel_call(self._call)
+        self._call = None
 
     def _expire(self) -> None:
         why = self._why_expired()

@@ -26,6 +26,7 @@ from twisted_rtsig.coro.operations import (
     failed,
     ignore,
 )
+from twisted_rtsig.coro.scheduler import cancel_call
 from twisted_rtsig.coro.tasks import Task, scheduler_for, spawn
 from twisted_rtsig.coro.tracebacks import drop_machinery_above, log_failure
 from twisted_rtsig.coro.waiting import Entry, Waiters
@@ -287,7 +288,7 @@ class Deadline:
         self._waiters.forget(entry)
         # Not one that is told of it just now.
         if not self._waiters.entries and self._call is not None:
-            self._call.cancel()
+            cancel_call(self._call)
             self._call = None
 
     def _pass(self) -> None:

@@ -341,7 +341,8 @@ class CoroutineFactory(Factory):
         ``start_tls`` included; None for no limit.
     :param close_timeout: how many seconds a TLS peer may take to answer the
         C{close_notify} alert with which a connection ends, and which follows what
-        was written; None for no limit.
+        was written; None for no limit.  After C{close} during a handshake that has a
+        limit, the time begins when the handshake is done.
     :param cancel_on_loss: cancel the handler when the connection is lost, at the
         latest when the peer closes its side.  Then there is no half close.
     :param reactor: an ``IReactorTime`` provider; by default the installed one.

@@ -57,7 +57,7 @@ from twisted_rtsig.coro.output import (
     tls_layer,
     unread_input,
 )
-from twisted_rtsig.coro.scheduler import Scheduler
+from twisted_rtsig.coro.scheduler import Scheduler, cancel_call
 from twisted_rtsig.coro.selection import select
 from twisted_rtsig.coro.sending import Sending
 from twisted_rtsig.coro.tasks import sleep
@@ -95,8 +95,8 @@ DEFAULT_TLS_LIMITS: Final = TLSLimits(handshake=30.0, close=30.0)
 # Within so many turns the reactor looks once at each socket.
 _TURNS_TO_RECEIVE: Final = 2
 
-# In so many turns in a row nothing arrives of what the kernel holds: a protocol below the
-# stream, which limits the rate for example, has paused the transport.
+# In so many turns in a row nothing arrives of what the kernel holds: a protocol below
+# the stream, which limits the rate for example, has paused the transport.
 _MOST_TURNS_TO_RECEIVE: Final = 100
 
 # Every so many seconds a handshake that is not reported is looked for.
@@ -991,7 +991,17 @@ class Stream:
         self.time_out(TLSError(f"no handshake within {limit} s (handshake_timeout)"))
 
     def _limit_tls_close(self) -> None:
-        """close_notify was written: limit the wait for the peer's answer."""
+        """
+        Limit the wait for the peer's answer to close_notify, which is written when the
+        handshake is done and all output with it.
+        """
+        if self._handshake is not None and not handshake_is_done(self.transport):
+            # The handshake has a limit of its own.
+            self._until_secured().addCallbacks(
+                lambda _: self._limit_tls_close(), ignore
+            )
+            self._look_for_handshake()
+            return
         limit = self._tls_limits.close
         if limit is not None:
             reactor = self._scheduler.reactor
@@ -1006,8 +1016,7 @@ class Stream:
 
     def _handshake_done(self) -> None:
         handshake, self._handshake = self._handshake, None
-        if handshake is not None:
-            handshake.cancel()
+        cancel_call(handshake)
 
     # From the protocol
 
@@ -1047,8 +1056,7 @@ class Stream:
         """The connection is gone."""
         self._handshake_done()
         tls_close, self._tls_close = self._tls_close, None
-        if tls_close is not None:
-            tls_close.cancel()
+        cancel_call(tls_close)
         watchdog, self._watchdog = self._watchdog, None
         if watchdog is not None:
             watchdog.stop()

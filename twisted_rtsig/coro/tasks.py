@@ -36,7 +36,14 @@ from twisted.python.failure import Failure
 from twisted_rtsig.coro.errors import Cancelled, NoTaskError, TransferError
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation, Wait, error_of
-from twisted_rtsig.coro.scheduler import HANDOVER, RUN, Scheduler, running, scheduler_of
+from twisted_rtsig.coro.scheduler import (
+    HANDOVER,
+    RUN,
+    Scheduler,
+    cancel_call,
+    running,
+    scheduler_of,
+)
 from twisted_rtsig.coro.tracebacks import (
     WholeFailure,
     log_failure,
@@ -873,9 +880,7 @@ class _Alarm:
         self._scheduler = scheduler
 
     def forget(self, operation: Operation[None]) -> None:
-        # trial cancels all delayed calls at the end of a test.
-        if self._call.active():
-            self._call.cancel()
+        cancel_call(self._call)
 
     def waits_for(self, operation: Operation[None]) -> str:
         left = self._call.getTime() - self._scheduler.reactor.seconds()

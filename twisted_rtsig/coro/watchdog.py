@@ -11,7 +11,7 @@ from typing import Any
 from twisted.logger import Logger
 
 from twisted_rtsig.coro.inspection import in_words, stack_of_running
-from twisted_rtsig.coro.scheduler import running
+from twisted_rtsig.coro.scheduler import cancel_call, running
 from twisted_rtsig.coro.tasks import scheduler_for
 
 _log = Logger()
@@ -50,9 +50,8 @@ class watch_for_blocking:
     def stop(self) -> None:
         """Watch no more."""
         self._over.set()
-        if self._call is not None:
-            self._call.cancel()
-            self._call = None
+        cancel_call(self._call)
+        self._call = None
 
     def _turn(self) -> None:
         self._last_turn = time.monotonic()
