@@ -21,6 +21,7 @@ from twisted.application.service import IService, MultiService
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.endpoints import TCP4ServerEndpoint
 from twisted.internet.error import CannotListenError
+from twisted.internet.task import Clock
 from zope.interface.verify import verifyObject
 
 from tests.coro.support import call, run
@@ -32,6 +33,10 @@ from twisted_rtsig.coro import (
     Stopped,
     Stream,
     serve,
+    shield,
+    sleep,
+    spawn,
+    timeout,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -250,6 +255,211 @@ def test_it_is_stopped_before_it_listens(logged: list[Any]) -> None:
     endpoint.listening.addBoth(got.append)
     assert not [each for each in logged if each.get("log_failure")]
     assert got == [None]
+
+
+async def _late(reactor: Any, endpoint: Any, factory: Any, go_on: Event) -> Any:
+    """Cannot be cancelled."""
+    with shield():
+        await go_on.wait()
+        return await endpoint.listen(factory)
+
+
+async def _early(reactor: Any, endpoint: Any, factory: Any, go_on: Event) -> Any:
+    """Cannot be cancelled, and listens before it says so."""
+    port = await endpoint.listen(factory)
+    with shield():
+        await go_on.wait()
+    return port
+
+
+def _deferred(reactor: Any, endpoint: Any, factory: Any, go_on: Event) -> Any:
+    """Drops the port if it is cancelled."""
+    listening: Deferred[Any] = Deferred()
+
+    def listen(ignored: None) -> None:
+        endpoint.listen(factory).chainDeferred(listening)
+
+    go_on.wait().addCallback(listen)
+    return listening
+
+
+def _deferred_early(reactor: Any, endpoint: Any, factory: Any, go_on: Event) -> Any:
+    listening: Deferred[Any] = Deferred()
+
+    def listens(port: Any) -> None:
+        go_on.wait().addCallback(lambda _: listening.callback(port))
+
+    endpoint.listen(factory).addCallback(listens)
+    return listening
+
+
+# Twisted leaves the socket of a port whose factory raises to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("way", [_late, _early, _deferred, _deferred_early])
+def test_it_does_not_listen_after_it_was_stopped(
+    reactor: Any, logged: list[Any], way: Any
+) -> None:
+    ports: list[Any] = []
+    go_on = Event()
+    real = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
+
+    class Endpoint:
+        def listen(self, factory: Any) -> Any:
+            def keep(port: Any) -> Any:
+                ports.append(port)
+                return port
+
+            return real.listen(factory).addCallback(keep)
+
+    class Unwilling:
+        def listen(self, factory: Any) -> Any:
+            waiting = way(reactor, Endpoint(), factory, go_on)
+            if isinstance(waiting, Deferred):
+                return waiting
+            return spawn(waiting, reactor=reactor).as_deferred()
+
+    service = CoroutineService(Unwilling(), shout, reactor=reactor, cancel_timeout=0.05)
+
+    async def main() -> None:
+        service.startService()
+        await sleep(0)
+        assert service.server is None
+        await service.stopService()
+        go_on.set()
+        for _ in range(10):
+            await sleep(0)
+        assert not any(each.connected for each in ports)
+        # It can start again, and does not mix up the two starts.
+        service.startService()
+        await sleep(0)
+        assert service.server is not None
+        async with await call(reactor, service.server) as stream:
+            await stream.write(b"hello\n")
+            assert await stream.read_line() == b"HELLO"
+        await service.stopService()
+        assert not any(each.connected for each in ports)
+
+    run(reactor, main)
+    gc.collect()
+    failures = [each["log_failure"].value for each in logged if each.get("log_failure")]
+    assert failures == []
+
+
+def test_the_endpoint_does_not_end(reactor: Any, logged: list[Any]) -> None:
+    never = Event()
+
+    class Endpoint:
+        async def _listen(self) -> None:
+            with shield():
+                await never.wait()
+
+        def listen(self, factory: Any) -> Any:
+            return spawn(self._listen, reactor=reactor).as_deferred()
+
+    service = CoroutineService(Endpoint(), shout, reactor=reactor, cancel_timeout=0.01)
+
+    async def main() -> None:
+        service.startService()
+        await sleep(0)
+        await service.stopService()
+        never.set()
+
+    run(reactor, main)
+    [event] = [each for each in logged if "service" in each]
+    assert "has stopped before its endpoint listens" in event["log_format"]
+
+
+def test_the_canceller_of_the_endpoint_fails(logged: list[Any]) -> None:
+    def fail(deferred: Any) -> None:
+        raise ZeroDivisionError
+
+    endpoint = _Slow()
+    endpoint.listening = Deferred(fail)
+    clock = Clock()
+    service = CoroutineService(endpoint, shout, reactor=clock, cancel_timeout=1)
+    service.startService()
+    stopping = service.stopService()
+    clock.advance(1)
+    assert stopping.called
+    [event] = [each for each in logged if each.get("log_failure")]
+    assert "The canceller of" in event["log_format"]
+
+
+def test_an_endpoint_that_raises() -> None:
+    class Endpoint:
+        def listen(self, factory: Any) -> Any:
+            raise OSError("no such interface")
+
+    service = CoroutineService(Endpoint(), shout)
+    for _ in range(2):
+        with pytest.raises(OSError, match="no such interface"):
+            service.startService()
+        assert service.stopService().called
+
+
+def test_each_stop_waits_for_those_before(reactor: Any, logged: list[Any]) -> None:
+    """Also if the service was started again in between."""
+    leave = Event()
+
+    async def handler(stream: Stream) -> None:
+        await stream.write(await stream.read_line() + b"\n")
+        await leave.wait()
+
+    service = made(reactor, handler, grace=DEADLINE)
+    parent = MultiService()
+    service.setServiceParent(parent)
+
+    async def main() -> None:
+        stops = []
+        streams = []
+        for _ in range(2):
+            parent.startService()
+            assert service.server is not None
+            streams.append(await call(reactor, service.server))
+            await streams[-1].write(b"hello\n")
+            assert await streams[-1].read_line() == b"hello"
+            stops += [parent.stopService(), parent.stopService()]
+        for _ in range(10):
+            await sleep(0)
+        assert not any(each.called for each in stops)
+        leave.set()
+        for each in stops:
+            await each
+        assert parent.stopService().called
+        for stream in streams:
+            await stream.abort()
+
+    run(reactor, main)
+    assert len(messages(logged)) == 2
+
+
+def test_to_cancel_a_stop_ends_the_grace(reactor: Any, logged: list[Any]) -> None:
+    clean = Event()
+
+    async def handler(stream: Stream) -> None:
+        await stream.write(await stream.read_line() + b"\n")
+        try:
+            await Event().wait()
+        finally:
+            await sleep(0.01)
+            clean.set()
+
+    service = made(reactor, handler, grace=3600)
+
+    async def main() -> None:
+        service.startService()
+        assert service.server is not None
+        async with await call(reactor, service.server) as stream:
+            await stream.write(b"hello\n")
+            await stream.read_line()
+            with pytest.raises(TimeoutError), timeout(0.01):
+                await service.stopService()
+            assert clean.is_set
+
+    run(reactor, main)
+    # How the handlers have ended is not told to what does not wait for it.
+    assert not messages(logged)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from typing import Any
 
 import pytest
@@ -58,6 +58,7 @@ from twisted_rtsig.coro import (
     Stopped,
     Stream,
     StreamError,
+    Task,
     TaskGroup,
     UnreadPlaintext,
     connect,
@@ -1587,6 +1588,187 @@ def test_serve_forever(reactor: Any) -> None:
         await server.serve_forever()
 
     run(reactor, main)
+
+
+def test_serve_forever_until_another_stop_has_ended(reactor: Any) -> None:
+    """A program that returns then does not end the handlers within their grace."""
+    leave = Event()
+
+    async def handler(stream: Stream) -> None:
+        await stream.write(b"here")
+        await leave.wait()
+
+    async def main() -> None:
+        server = await listen(reactor, handler)
+        async with await call(reactor, server) as stream:
+            await stream.read_exactly(4)
+            serving = spawn(server.serve_forever)
+            await sleep(0)
+            stopped = server.stop(3600)
+            for _ in range(5):
+                await sleep(0)
+            assert not serving.done
+            leave.set()
+            assert await stream.read() == b""
+            await serving
+            assert await stopped == Stopped(1, 0, 0)
+
+    run(reactor, main)
+
+
+class _Cleans:
+    """A handler that takes its time when it is cancelled, and tells."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.go_on = Event()
+
+    async def handler(self, stream: Stream) -> None:
+        await stream.write(b"here")
+        try:
+            await Event().wait()
+        finally:
+            self.told.append("cleans up")
+            await self.go_on.wait()
+            self.told.append("is clean")
+
+    def generator(self, stream: Stream) -> Generator[Any, Any, None]:
+        yield stream.write(b"here")
+        try:
+            yield Event().wait()
+        finally:
+            self.told.append("cleans up")
+            yield self.go_on.wait()
+            self.told.append("is clean")
+
+
+@contextlib.asynccontextmanager
+async def _stopping(
+    reactor: Any, handler: Any, how: str
+) -> AsyncIterator[tuple[Stream, Task[Any]]]:
+    """A server that stops with much time; and the task that waits for it."""
+    server = await listen(reactor, handler)
+    stream = await call(reactor, server)
+    await stream.read_exactly(4)
+    stopping: Task[Any]
+    if how == "stop":
+        stopping = spawn(lambda: server.stop(3600, 3600))
+    else:
+        stopping = spawn(lambda: server.serve_forever(3600, 3600))
+        await sleep(0)
+        stopping.cancel()
+    await sleep(0)
+    assert server.stopping.is_set
+    yield stream, stopping
+    await stream.abort()
+    await until(lambda: not server.factory.connections)
+
+
+@pytest.mark.parametrize("how", ["stop", "serve_forever"])
+@pytest.mark.parametrize("style", ["handler", "generator"])
+def test_to_cancel_a_stop_ends_the_grace(reactor: Any, how: str, style: str) -> None:
+    """The handlers are cancelled, and waited for."""
+    cleans = _Cleans()
+
+    async def main() -> None:
+        handler = getattr(cleans, style)
+        async with _stopping(reactor, handler, how) as (stream, stopping):
+            assert cleans.told == []
+            stopping.cancel()
+            for _ in range(5):
+                await sleep(0)
+            assert cleans.told == ["cleans up"]
+            assert not stopping.done
+            cleans.go_on.set()
+            with pytest.raises(CancelledError):
+                await stopping
+            assert cleans.told == ["cleans up", "is clean"]
+            with pytest.raises(ConnectionClosed):
+                await stream.read()
+
+    run(reactor, main)
+
+
+@pytest.mark.parametrize("how", ["stop", "serve_forever"])
+def test_to_cancel_a_stop_again_aborts_the_connections(
+    reactor: Any, logged: Logged, how: str
+) -> None:
+    cleans = _Cleans()
+
+    async def main() -> None:
+        async with _stopping(reactor, cleans.handler, how) as (stream, stopping):
+            stopping.cancel()
+            await sleep(0)
+            assert not stopping.done
+            stopping.cancel()
+            # It is too late to hurry.
+            stopping.cancel()
+            with pytest.raises(CancelledError):
+                await stopping
+            with pytest.raises(ConnectionClosed):
+                await stream.read()
+            assert cleans.told == ["cleans up"]
+            cleans.go_on.set()
+
+    run(reactor, main)
+    [event] = [each for each in logged if "handlers" in each]
+    assert event["count"] == 1
+
+
+def test_a_stop_that_takes_too_long(reactor: Any) -> None:
+    cleans = _Cleans()
+    cleans.go_on.set()
+
+    async def main() -> None:
+        server = await listen(reactor, cleans.handler)
+        async with await call(reactor, server) as stream:
+            await stream.read_exactly(4)
+            with pytest.raises(TimeoutError), timeout(0.01):
+                await server.stop(3600)
+            assert cleans.told == ["cleans up", "is clean"]
+
+    run(reactor, main)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_stop_waits_for_the_port(fails: bool, logged: Logged) -> None:
+    closing: Deferred[None] = Deferred()
+
+    class Port:
+        def stopListening(self) -> Deferred[None]:
+            return closing
+
+    clock = Clock()
+    server = Server(Port(), CoroutineFactory(_echo, reactor=clock))
+    stops = [server.stop(), server.stop(), server.stop()]
+    clock.advance(0)
+    assert not any(each.called for each in stops)
+    # Each wait is one of its own.
+    stops[1].cancel()
+    clock.advance(0)
+    assert [each.called for each in stops] == [False, True, False]
+    if fails:
+        closing.errback(OSError("it stays open"))
+    else:
+        closing.callback(None)
+    clock.advance(0)
+    results: list[Any] = []
+    for each in stops:
+        each.addBoth(results.append)
+    assert results[1].check(CancelledError)
+    for each in (results[0], results[2]):
+        if fails:
+            assert each.check(OSError)
+        else:
+            assert each == Stopped(0, 0, 0)
+    assert failures(logged) == []
+
+
+def test_a_factory_that_has_stopped_does_not_listen(reactor: Any) -> None:
+    factory = CoroutineFactory(_echo, reactor=reactor)
+    run(reactor, lambda: factory.stop(0))
+    with pytest.raises(RuntimeError, match="make a new CoroutineFactory"):
+        factory.doStart()
 
 
 def test_a_write_in_the_turn_of_a_time_limit_is_no_failure_of_the_handler(

@@ -387,7 +387,7 @@ def test_close_during_a_handshake_that_does_not_come(
 def test_the_limit_of_the_answer_begins_after_the_handshake(
     reactor: Any, certificate: PrivateCertificate, wrapped: bool
 ) -> None:
-    """Of a server, whose handler has returned; also if nothing reports the handshake."""
+    """Of a server whose handler has returned; also if nothing reports the handshake."""
     clock = Clock()
 
     async def handler(stream: Stream) -> None:

@@ -80,7 +80,8 @@ class _Pipes:
     def fileno(self) -> int:
         """The descriptor of the pipe that is read; -1 without one."""
         pipe = self._pipe(self._reads)
-        return -1 if pipe is None else pipe.fileno()  # type: ignore[no-any-return]
+        number: int = -1 if pipe is None else pipe.fileno()
+        return number
 
     def getPeer(self) -> str:
         return f"process {self._process.pid}"

@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from twisted.application.service import Service
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from twisted_rtsig.coro.locks import Event
+from twisted_rtsig.coro.scopes import move_on_after
 from twisted_rtsig.coro.serving import (
     CANCEL_TIMEOUT,
     GRACE,
@@ -25,6 +27,8 @@ from twisted_rtsig.coro.serving import (
     check_stop_times,
     server_endpoint,
 )
+from twisted_rtsig.coro.tasks import spawn
+from twisted_rtsig.coro.tracebacks import log_failure
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -63,8 +67,9 @@ class CoroutineService(Service):
         self._grace = grace
         self._cancel_timeout = cancel_timeout
         self.server: Server | None = None
-        # Under way to listen.
-        self._listening: Deferred[Any] | None = None
+        self._start: _Start | None = None
+        # Each happens when a stop has ended that is under way.
+        self._stops: list[Event] = []
         # So that wrong options are an error here.
         self._new_factory()
 
@@ -80,26 +85,40 @@ class CoroutineService(Service):
             C{twistd} does not start.  If it says so only later, that is logged.
         """
         super().privilegedStartService()  # type: ignore[no-untyped-call]
-        factory = self._new_factory()
+        start = self._start = _Start(self._new_factory())
         failures: list[Failure] = []
         starting = True
 
-        def listens(port: Any) -> None:
-            self._listening = None
-            self.server = Server(port, factory)
+        def listens(port: Any) -> Any:
+            server = Server(port, start.factory)
+            if self._start is not start:
+                # The service was stopped, and the endpoint did not let itself be
+                # cancelled.
+                return server.stop(self._grace, self._cancel_timeout)
+            self.server = server
+            return None
 
         def fails(failure: Failure) -> None:
-            self._listening = None
+            if self._start is not start:
+                # The service was stopped before.
+                return
+            self._start = None
             if starting:
                 failures.append(failure)
-            elif not failure.check(CancelledError):
+            else:
                 _log.failure(
                     "{service} cannot listen, and serves nothing", failure, service=self
                 )
 
-        listening: Deferred[Any] = self._endpoint.listen(factory)
-        self._listening = listening
+        listening = maybeDeferred(self._endpoint.listen, start.factory)
+        start.listening = listening
         listening.addCallbacks(listens, fails)
+        listening.addErrback(
+            lambda failure: _log.failure(
+                "{service} cannot stop listening", failure, service=self
+            )
+        )
+        listening.addBoth(lambda _: start.over.set())
         starting = False
         if failures:
             failures[0].raiseException()
@@ -109,7 +128,7 @@ class CoroutineService(Service):
         Listen, if C{privilegedStartService} was not called before.  Raises what that
         does.
         """
-        if self.server is None and self._listening is None:
+        if self._start is None:
             self.privilegedStartService()
         super().startService()  # type: ignore[no-untyped-call]
 
@@ -119,15 +138,56 @@ class CoroutineService(Service):
         within the grace.  Then cancel them, as :meth:`Server.stop` does, and log how
         many ended in which way.
 
+        If it is called again, it waits for the same.  To cancel the wait ends the
+        grace, as of :meth:`Server.stop`.
+
         :return: fires when all handlers have ended, and at the latest after both times.
         """
         super().stopService()  # type: ignore[no-untyped-call]
-        if self._listening is not None:
-            self._listening.cancel()
+        start, self._start = self._start, None
         server, self.server = self.server, None
-        if server is None:
-            return succeed(None)
-        return server.stop(self._grace, self._cancel_timeout).addCallback(self._tell)
+        earlier = list(self._stops)
+        if start is None:
+            if not earlier:
+                return succeed(None)
+            stopping: Deferred[Any] = succeed(None)
+        elif server is None:
+            stopping = start.give_up(self._grace, self._cancel_timeout)
+        else:
+            stopping = server.stop(self._grace, self._cancel_timeout)
+            stopping.addCallback(self._tell)
+        over = Event()
+        self._stops.append(over)
+        return spawn(
+            self._finish_stop,
+            *(start, stopping, earlier, over),
+            name=f"{self!r}, stopping",
+            reactor=self._options.get("reactor"),
+        ).as_deferred()
+
+    async def _finish_stop(
+        self,
+        start: _Start | None,
+        stopping: Deferred[Any],
+        earlier: list[Event],
+        over: Event,
+    ) -> None:
+        try:
+            await stopping
+            if start is not None:
+                with move_on_after(self._cancel_timeout):
+                    await start.over.wait()
+                if not start.over.is_set:
+                    _log.warn(
+                        "{service} has stopped before its endpoint listens, which did "
+                        "not end when it was cancelled: its port will be closed then",
+                        service=self,
+                    )
+            for each in earlier:
+                await each.wait()
+        finally:
+            self._stops.remove(over)
+            over.set()
 
     def _tell(self, stopped: Stopped) -> None:
         _log.info(
@@ -142,6 +202,35 @@ class CoroutineService(Service):
     def __repr__(self) -> str:
         handler = getattr(self._handler, "__qualname__", repr(self._handler))
         return f"<CoroutineService of {handler}>"
+
+
+class _Start:
+    """
+    A start of a service.
+
+    :ivar factory: for the connections, until the service stops.
+    :ivar listening: what the endpoint has returned.
+    :ivar over: happens when the endpoint listens, or cannot; or when its port is closed
+        again, because the service was stopped before.
+    """
+
+    def __init__(self, factory: CoroutineFactory) -> None:
+        self.factory = factory
+        self.listening: Deferred[Any] = Deferred()
+        self.over = Event()
+
+    def give_up(self, grace: float, cancel_timeout: float) -> Deferred[Stopped]:
+        """Stop before the endpoint says that it listens."""
+        # From here on the factory refuses to listen.
+        stopping = self.factory.stop(grace, cancel_timeout)
+        if not self.factory.numPorts:
+            # Otherwise it listens, and only what it is about to return can be closed.
+            try:
+                self.listening.cancel()
+            except Exception as error:
+                message = "The canceller of {deferred} has failed"
+                log_failure(_log, message, error, deferred=self.listening)
+        return stopping
 
 
 __all__ = ["CoroutineService"]

@@ -21,7 +21,7 @@ from typing import (
 )
 from typing import Protocol as StructuralType
 
-from twisted.internet.defer import Deferred, maybeDeferred, succeed
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.endpoints import clientFromString, serverFromString
 from twisted.internet.error import ConnectionClosed
 from twisted.internet.interfaces import (
@@ -65,8 +65,9 @@ from twisted_rtsig.coro.limits import (
     scarce_descriptors,
 )
 from twisted_rtsig.coro.locks import Event
+from twisted_rtsig.coro.operations import error_of
 from twisted_rtsig.coro.scheduler import Scheduler
-from twisted_rtsig.coro.scopes import timeout
+from twisted_rtsig.coro.scopes import shield, timeout
 from twisted_rtsig.coro.streams import DEFAULT_TLS_LIMITS, Stream, TLSLimits
 from twisted_rtsig.coro.tasks import (
     Task,
@@ -353,6 +354,7 @@ class CoroutineFactory(Factory):
     :ivar connections: what there is at the moment, with an item for each.
     :ivar stopping: an :class:`Event` that happens when :meth:`stop` is called; the
         C{stopping} of each handler's stream.
+    :ivar stopped: an :class:`Event` that happens when such a stop has ended.
     :ivar limits: how often each limit has refused or aborted a connection, by the name
         of its option; C{"stopping"} for connections that came when this had stopped.
     """
@@ -399,6 +401,7 @@ class CoroutineFactory(Factory):
         self.limits: Counter[str] = Counter()
         servers.add(self)
         self._last_ends = Event()
+        self.stopped = Event()
         self._max_per_address = max_connections_per_address
         # The number of connections of each address, as network_of counts them.
         self._per_address: dict[Hashable, int] = {}
@@ -409,6 +412,20 @@ class CoroutineFactory(Factory):
         self._watchdog: Watchdog | None = None
         # By the name of the limit, or "stopping".
         self._notices: dict[str, Notice] = {}
+
+    def doStart(self) -> None:
+        """
+        See ``IProtocolFactory.doStart``: a port is about to listen.
+
+        :raises RuntimeError: if :meth:`stop` was called, since all connections would be
+            refused.
+        """
+        if self.stopping.is_set:
+            raise RuntimeError(
+                f"{self.display_name} cannot listen, since its factory was stopped: "
+                "make a new CoroutineFactory"
+            )
+        super().doStart()  # type: ignore[no-untyped-call]
 
     def buildProtocol(self, addr: Any) -> Protocol:
         """See ``IProtocolFactory.buildProtocol``."""
@@ -492,6 +509,9 @@ class CoroutineFactory(Factory):
         abort the connections that are left, and log the handlers that have not ended
         even then; nothing waits for these any more.
 
+        To cancel the wait ends the grace: the handlers are cancelled now, and waited
+        for.  To cancel it again aborts the connections.
+
         :return: fires with a :class:`Stopped` when all handlers and connections have
             ended, and at the latest after both times.
         :raises ValueError: if one of the times is less than 0.
@@ -500,17 +520,36 @@ class CoroutineFactory(Factory):
         running = len(self._unended_handlers())
         self.stopping.set()
         stop = self._stop(running, grace, cancel_timeout)
-        return spawn(stop, reactor=self._reactor).as_deferred()
+        name = f"{self.display_name}, stopping"
+        return spawn(stop, name=name, reactor=self._reactor).as_deferred()
 
     async def _stop(self, running: int, grace: float, cancel_timeout: float) -> Stopped:
-        if await self._all_gone_within(grace):
-            return Stopped(running, 0, 0)
-        late = len(self._unended_handlers())
-        for protocol in list(self.connections):
-            protocol.cancel(f"the server stops, and its grace of {grace} s is over")
-        abandoned = 0
-        if not await self._all_gone_within(cancel_timeout):
-            abandoned = await self._abort_connections()
+        why = f"the server stops, and its grace of {grace} s is over"
+        cancelled: Cancelled | None = None
+        late = abandoned = 0
+        try:
+            try:
+                gone = await self._all_gone_within(grace)
+            except Cancelled as error:
+                gone, cancelled = not self.connections, error
+                why = "the server stops, and does not wait any longer"
+            if not gone:
+                late = len(self._unended_handlers())
+                for protocol in list(self.connections):
+                    protocol.cancel(why)
+                try:
+                    gone = await self._all_gone_within(cancel_timeout)
+                except Cancelled as error:
+                    cancelled = cancelled or error
+                if not gone:
+                    with shield():
+                        abandoned = await self._abort_connections()
+            if cancelled is not None:
+                raise cancelled
+        finally:
+            self.stopped.set()
+            # Its traceback holds this frame.
+            del cancelled
         return Stopped(running - late, late - abandoned, abandoned)
 
     def _unended_handlers(self) -> list[Task[Any]]:
@@ -635,7 +674,10 @@ class Server:
     def __init__(self, port: Any, factory: CoroutineFactory) -> None:
         self.port: ListeningPort = port
         self.factory = factory
-        self._listening = True
+        # Happens when the port listens no more; None as long as stop() was not called.
+        self._port_closed: Event | None = None
+        # Why it could not be closed.
+        self._failure: Failure | None = None
 
     @property
     def stopping(self) -> Event:
@@ -648,13 +690,15 @@ class Server:
     ) -> Deferred[None]:
         """
         Wait until this is cancelled, and then stop, as :meth:`stop` does; or until
-        something else stops the server::
+        something else has stopped the server::
 
             async def main() -> None:
                 server = await serve("tcp:8000", handler)
                 await server.serve_forever()
 
             twisted_rtsig.run(main)
+
+        To cancel it again ends the grace, as of :meth:`stop`.
 
         :param grace: how many seconds handlers have to finish then.
         :param cancel_timeout: how many seconds cancelled handlers have to end.
@@ -672,7 +716,7 @@ class Server:
 
     async def _serve_until_cancelled(self, grace: float, cancel_timeout: float) -> None:
         try:
-            await self.stopping.wait()
+            await self.factory.stopped.wait()
         except Cancelled:
             await self.stop(grace, cancel_timeout)
             raise
@@ -686,18 +730,45 @@ class Server:
         connections, as :meth:`CoroutineFactory.stop` does.  Can be called again, with
         less to wait for; no handler is cancelled twice.
 
-        :return: fires with a :class:`Stopped` when all handlers and connections have
-            ended, and at the latest after both times.
+        To cancel the wait ends the grace: the handlers are cancelled now, and waited
+        for.  To cancel it again aborts the connections.
+
+        :return: fires with a :class:`Stopped` when the port is closed and all handlers
+            and connections have ended: these at the latest after both times.
         :raises ValueError: if one of the times is less than 0.
         """
-        if self._listening:
+        check_stop_times(grace, cancel_timeout)
+        if self._port_closed is None:
             _accept_backlog(self.port)
         finished = self.factory.stop(grace, cancel_timeout)
-        stopped: Deferred[Any] = succeed(None)
-        if self._listening:
-            self._listening = False
-            stopped = maybeDeferred(getattr(self.port, "stopListening", lambda: None))
-        return stopped.addCallback(lambda _: finished)
+        port_closed = self._port_closed
+        if port_closed is None:
+            port_closed = self._port_closed = Event()
+            close = getattr(self.port, "stopListening", lambda: None)
+            maybeDeferred(close).addCallbacks(
+                lambda _: port_closed.set(), self._cannot_close
+            )
+        return spawn(
+            self._finish_stop,
+            finished,
+            port_closed,
+            name=f"{self.factory.display_name}, stopping",
+            reactor=self.factory._reactor,
+        ).as_deferred()
+
+    def _cannot_close(self, failure: Failure) -> None:
+        assert self._port_closed is not None
+        self._failure = failure
+        self._port_closed.set()
+
+    async def _finish_stop(
+        self, finished: Deferred[Stopped], port_closed: Event
+    ) -> Stopped:
+        stopped = await finished
+        await port_closed.wait()
+        if self._failure is not None:
+            raise error_of(self._failure)
+        return stopped
 
 
 def _accept_backlog(port: Any) -> None:
