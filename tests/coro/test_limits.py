@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -34,7 +35,15 @@ from tests.coro.test_serving import (
     write_and_end,
     write_and_wait,
 )
-from tests.coro.test_tls import Peer, client_context, socket_to, until
+from tests.coro.test_tls import (
+    Peer,
+    accepted,
+    client_context,
+    socket_to,
+    tls_client,
+    until,
+)
+from tests.coro.test_tls import server_context as server_context
 from twisted_rtsig.coro import (
     CoroutineFactory,
     Event,
@@ -46,7 +55,7 @@ from twisted_rtsig.coro import (
     sleep,
     spawn,
 )
-from twisted_rtsig.coro.limits import network_of
+from twisted_rtsig.coro.limits import network_of, pending_of
 from twisted_rtsig.files import open_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -407,6 +416,137 @@ def test_a_peer_of_tls_that_does_not_read(
     run(reactor, main)
     assert len(lines(logged, "write_timeout")) == 1
     assert failures(logged) == []
+
+
+@pytest.mark.parametrize("returns", [False, True])
+def test_a_peer_of_tls_whose_handshake_is_late_does_not_read(
+    reactor: Any, certificate: PrivateCertificate, logged: Logged, returns: bool
+) -> None:
+    """What was written before the handshake is pending neither here nor there."""
+    clock = Clock()
+
+    async def handler(stream: Stream) -> None:
+        layer: Any = stream.transport
+        layer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        written = stream.write(bytes(1 << 22))
+        if not returns:
+            await written
+
+    async def main() -> None:
+        server = await serve(
+            tls_endpoint(reactor, certificate),
+            handler,
+            idle_timeout=None,
+            handshake_timeout=10 * WRITE,
+            close_timeout=None,
+            reactor=clock,
+        )
+        with socket_to(server, receive_buffer=1 << 13) as plain:
+            await until(lambda: server.factory.connections)
+            pass_turns = 2 * WRITE // LOOK
+            for _ in range(pass_turns):
+                clock.advance(LOOK)
+                await sleep(0)
+            assert server.factory.connections
+            peer = Peer(plain, client_context(), server_side=False)
+            await peer.handshake()
+            for _ in range(100):
+                await sleep(0)
+            for _ in range(WRITE // LOOK - 1):
+                clock.advance(LOOK)
+                await sleep(0)
+            assert server.factory.connections
+            clock.pump([LOOK] * 3)
+            await until(lambda: not server.factory.connections)
+        await server.stop()
+        assert not clock.getDelayedCalls()
+
+    run(reactor, main)
+    assert len(lines(logged, "write_timeout")) == 1
+    assert failures(logged) == []
+
+
+def test_a_server_of_tls_whose_handshake_is_late_does_not_read_after_close(
+    reactor: Any, certificate: PrivateCertificate, server_context: ssl.SSLContext
+) -> None:
+    clock = Clock()
+
+    async def main() -> None:
+        async with accepted(reactor) as (endpoint, accept):
+            stream = await connect(
+                tls_client(endpoint, certificate),
+                clock,
+                handshake_timeout=10 * WRITE,
+                close_timeout=None,
+            )
+            # The kernel of the peer has acknowledged the beginning of the handshake.
+            await until(lambda: not any(pending_of(stream)))
+            # Much more than all buffers hold.
+            stream.write(bytes(1 << 24))
+            closed = stream.close()
+            for _ in range(2 * WRITE // LOOK):
+                clock.advance(LOOK)
+                await sleep(0)
+            assert not closed.called
+            peer = Peer(await accept(), server_context, server_side=True)
+            await peer.handshake()
+            for _ in range(100):
+                await sleep(0)
+            for _ in range(WRITE // LOOK - 1):
+                clock.advance(LOOK)
+                await sleep(0)
+            assert not closed.called
+            clock.pump([LOOK] * 3)
+            await closed
+        assert not clock.getDelayedCalls()
+
+    run(reactor, main)
+
+
+def test_a_connection_that_ends_at_once_does_not_end_the_limits(
+    logged: Logged,
+) -> None:
+    """In the first step of its handler, before the limits begin."""
+    clock = Clock()
+    streams: list[Stream] = []
+
+    async def handler(stream: Stream) -> None:
+        streams.append(stream)
+        if len(streams) == 1:
+            await stream.abort()
+        await stream.read()
+
+    factory = CoroutineFactory(handler, reactor=clock)
+    _, transport = _made(factory)
+    assert transport.aborting
+    clock.advance(FIRST_BYTE)
+    _, transport = _made(factory)
+    assert FIRST_BYTE <= age(clock, transport) <= FIRST_BYTE + LOOK
+    assert not clock.getDelayedCalls()
+
+
+def test_a_transport_that_raises_does_not_end_the_limits_of_others(
+    logged: Logged,
+) -> None:
+    clock = Clock()
+
+    async def handler(stream: Stream) -> None:
+        await stream.read()
+
+    factory = CoroutineFactory(handler, reactor=clock)
+    protocols = [_made(factory) for _ in range(3)]
+    broken: Any = protocols[1][1]
+    # As if there were more to it.
+    broken.dataBuffer = b""
+    clock.pump([LOOK] * (FIRST_BYTE // LOOK + 2))
+    assert [each.aborting for _, each in protocols] == [True, False, True]
+    assert len(lines(logged, "first_byte_timeout")) == 1
+    events = [each for each in logged if each.get("log_failure")]
+    assert all("the limits cannot be applied" in each["log_format"] for each in events)
+    # At most once a minute.
+    assert len(events) == 2
+    protocols[1][0].connectionLost()
+    assert not clock.getDelayedCalls()
 
 
 def test_a_transport_without_a_socket_that_has_no_room(logged: Logged) -> None:

@@ -1085,6 +1085,47 @@ async def _echo(stream: Stream) -> None:
         await stream.write(line)
 
 
+class _Fragile(_Transport):
+    """It is lost by what it is told to do."""
+
+    def write(self, data: bytes) -> None:
+        self.protocol.stream.pauseProducing()
+        self.abortConnection()
+
+    def startTLS(self, context: object) -> None:
+        self.abortConnection()
+
+
+def _start_tls(stream: Stream) -> Any:
+    return stream.start_tls(None)
+
+
+def _write_something(stream: Stream) -> Any:
+    return stream.write(b"something")
+
+
+@pytest.mark.parametrize("method", [_write_something, _start_tls])
+def test_a_connection_that_is_lost_at_once(method: Any) -> None:
+    """The operation that has lost it fails, and leaves no limit behind."""
+    clock = Clock()
+    got: list[Exception] = []
+
+    async def handler(stream: Stream) -> None:
+        try:
+            await method(stream)
+        except ConnectionAborted as error:
+            got.append(error)
+
+    factory = CoroutineFactory(handler, reactor=clock)
+    protocol: Any = factory.buildProtocol(None)
+    transport = _Fragile()
+    transport.protocol = protocol
+    protocol.makeConnection(transport)
+    assert len(got) == 1
+    assert not factory.connections
+    assert not clock.getDelayedCalls()
+
+
 def test_idle_timeout(logged: Logged) -> None:
     clock = Clock()
     factory = CoroutineFactory(

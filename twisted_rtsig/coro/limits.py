@@ -14,12 +14,16 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from twisted.internet.error import ConnectionAborted
+from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.output import descriptor, handshake_is_done, pending_output
 from twisted_rtsig.coro.scheduler import cancel_call
 
 if TYPE_CHECKING:
     from twisted_rtsig.coro.streams import Stream
+
+_log = Logger()
 
 if sys.platform != "win32":
     import resource
@@ -147,6 +151,7 @@ class Watchdog:
         )
         self._look_number = 0
         self._stopped = False
+        self._failures = Notice(_log.error, "{stream}: the limits cannot be applied")
         # Of this look.
         self._left: list[Stream] = []
         self._call: Any = None
@@ -174,7 +179,13 @@ class Watchdog:
         del self._left[-_BATCH:]
         for stream in batch:
             if not stream.lost and stream.timed_out is None:
-                self._look_at(stream)
+                try:
+                    self._look_at(stream)
+                except Exception:
+                    # Of a transport, or a protocol between it and the stream.
+                    self._failures.tell(
+                        reactor.seconds(), stream=stream, log_failure=Failure()
+                    )
         if self._stopped:
             # All were ended.
             return

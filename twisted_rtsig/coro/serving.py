@@ -595,8 +595,8 @@ class CoroutineFactory(Factory):
         return len(tasks)
 
     def watch(self) -> None:
-        """There is a connection."""
-        if self._watchdog is None:
+        """A connection was made; it may have ended already."""
+        if self._watchdog is None and self.connections:
             self._watchdog = Watchdog(
                 self._time_limits,
                 lambda: [each.stream for each in self.connections],

@@ -821,6 +821,9 @@ class Stream:
         return done
 
     def _until_resumed(self) -> Operation[None]:
+        if self._output_lost is not None:
+            # By what was just written.
+            return failed(_again(self._output_lost), quietly=True)
         operation = self._operation()
         self._drained = self._drained or {}
         self._drained[operation] = None
@@ -979,7 +982,7 @@ class Stream:
     def limit_handshake(self) -> None:
         """A TLS handshake has begun: lose the connection if it takes too long."""
         limit = self._tls_limits.handshake
-        if limit is not None:
+        if limit is not None and self._lost is None:
             reactor = self._scheduler.reactor
             self._handshake = reactor.callLater(limit, self._handshake_overdue, limit)
 
