@@ -881,20 +881,31 @@ def test_tls_that_fails_is_worth_one_line(
     assert all("TLS has failed" in each["error"] for each in lines)
 
 
+@pytest.mark.parametrize("wait", ["read", "handshake", "start_tls"])
 def test_a_certificate_for_another_name(
-    reactor: Any, certificate: PrivateCertificate, logged: Logged
+    reactor: Any, certificate: PrivateCertificate, logged: Logged, wait: str
 ) -> None:
     """service_identity finds that out, and not OpenSSL."""
 
+    async def secure_and_say_hello(stream: Stream) -> None:
+        await stream.start_tls(certificate.options())
+        await say_hello(stream)
+
     async def main() -> None:
-        server = await serve(
-            tls_endpoint(reactor, certificate), say_hello, reactor=reactor
-        )
         options = optionsForClientTLS("example.com", certificate)
-        endpoint = wrapClientTLS(options, client_endpoint(reactor, server))
-        stream = await connect(endpoint)
+        if wait == "start_tls":
+            server = await listen(reactor, secure_and_say_hello)
+            stream = await call(reactor, server)
+            waiting: Any = stream.start_tls(options)
+        else:
+            endpoint = tls_endpoint(reactor, certificate)
+            server = await serve(endpoint, say_hello, reactor=reactor)
+            to = wrapClientTLS(options, client_endpoint(reactor, server))
+            stream = await connect(to)
+            waiting = getattr(stream, wait)()
         with pytest.raises(TLSError, match=r"example\.com"):
-            await stream.read()
+            await waiting
+        assert stream.tls is None
         await until(lambda: not server.factory.connections)
         await server.stop()
 

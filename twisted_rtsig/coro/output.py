@@ -126,9 +126,16 @@ def tls_is_over(transport: Any) -> bool:
 
 
 def handshake_is_done(transport: Any) -> bool | None:
-    """Whether the TLS handshake is done; None if there is no TLS."""
+    """
+    Whether the TLS handshake is done, and the certificate of the peer accepted; None if
+    there is no TLS.
+    """
     layer = tls_layer(transport)
-    return None if layer is None else bool(layer._handshakeDone)
+    if layer is None:
+        return None
+    # Twisted 23.10 verifies the name that the certificate is for at the end of the
+    # handshake, which it reports nevertheless; and aborts the connection.
+    return bool(layer._handshakeDone and not layer._aborted)
 
 
 def tls_layer(transport: Any) -> Any:

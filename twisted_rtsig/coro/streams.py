@@ -1119,6 +1119,10 @@ class Stream:
 
     def secure(self) -> None:
         """The TLS handshake is done."""
+        if handshake_is_done(self.transport) is False:
+            # Twisted reports it though it has refused the certificate, as its error
+            # will tell when the connection is lost.
+            return
         self._handshake_done()
         secured, self._secured = self._secured, _NO_OPERATIONS
         _succeed(secured)
