@@ -633,6 +633,26 @@ def test_a_task_that_does_not_end_is_named(start: Start) -> None:
     assert "in stubborn: await Event().wait()" in errors
 
 
+def test_an_end_that_fails_is_logged(start: Start) -> None:
+    """And the program ends all the same, with the result of main."""
+    program = start("""
+        from twisted_rtsig import runner
+
+        def fail(reactor):
+            raise ZeroDivisionError
+
+        async def main():
+            runner.tasks_of = fail
+            return "done"
+
+        print(run(main))
+    """)
+    status, output, errors = program.end()
+    assert (status, output) == (0, "done\n")
+    assert "The end of run() has failed" in errors
+    assert "ZeroDivisionError" in errors
+
+
 @every_reactor
 def test_services_stop_before_tasks_are_cancelled(start: Start, name: str) -> None:
     """A trigger that stops a server has its time."""

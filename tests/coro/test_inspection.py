@@ -92,6 +92,29 @@ def test_the_tree(clock: Clock) -> None:
     assert format_tasks(clock) == "There are no tasks."
 
 
+def test_what_cannot_describe_itself() -> None:
+    """An error of a __repr__ does not keep the others from being described."""
+
+    class Mute(Deferred[None]):
+        def __repr__(self) -> str:
+            raise ZeroDivisionError("says nothing")
+
+    clock = Clock()
+    waiting: list[Deferred[Any]] = [Mute(), Deferred()]
+
+    async def wait(deferred: Deferred[Any]) -> None:
+        await deferred
+
+    tasks = [spawn(wait, each, reactor=clock) for each in waiting]
+    text = format_tasks(clock)
+    assert "waits for what cannot be described (ZeroDivisionError: says" in text
+    assert f"waits for {waiting[1]!r}" in text
+    assert text.count("in wait: await deferred") == 2
+    for each in waiting:
+        each.callback(None)
+    assert all(task.done for task in tasks)
+
+
 def test_what_they_wait_for(reactor: Any) -> None:
     channel: Channel[int] = Channel(0)
     never: Deferred[None] = Deferred()

@@ -19,6 +19,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from tests.coro.support import listen, run_for_real
 from tests.support import DEADLINE
 from twisted_rtsig.coro import (
+    TASK_STATUS_IGNORED,
     Event,
     Portal,
     Stream,
@@ -31,6 +32,7 @@ from twisted_rtsig.coro import (
     sleep,
     spawn,
 )
+from twisted_rtsig.coro.portals import calls_of
 
 
 class Gone(Exception):
@@ -308,6 +310,48 @@ def test_the_tasks_of_a_portal_are_cancelled(reactor: Any, by: str) -> None:
             await running
         assert cleaned_up.is_set
         assert futures[0].cancelled()
+
+    run_for_real(reactor, main)
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+@pytest.mark.parametrize("method", ["spawn", "call", "start"])
+def test_an_interrupt_while_a_task_is_handed_over(
+    reactor: Any, monkeypatch: pytest.MonkeyPatch, handed_over: bool, method: str
+) -> None:
+    """The task is not begun, or cancelled, and the portal waits for its end."""
+    told: list[str] = []
+    begun = threading.Event()
+    call_from_thread = reactor.callFromThread
+
+    async def wait(*, task_status: Any = TASK_STATUS_IGNORED) -> None:
+        told.append("begun")
+        begun.set()
+        try:
+            await Event().wait()
+        finally:
+            await sleep(0.01)
+            told.append("has ended")
+
+    def interrupted(*args: Any) -> None:
+        monkeypatch.undo()
+        if handed_over:
+            call_from_thread(*args)
+            begun.wait(DEADLINE)
+        raise KeyboardInterrupt
+
+    async def main() -> None:
+        portal = Portal()
+
+        def use() -> None:
+            monkeypatch.setattr(reactor, "callFromThread", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                getattr(portal, method)(wait)
+
+        await in_other_thread(use)
+        await portal.stop()
+        assert told == (["begun", "has ended"] if handed_over else [])
+        assert not calls_of(reactor)._tasks
 
     run_for_real(reactor, main)
 

@@ -22,6 +22,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.endpoints import TCP4ServerEndpoint
 from twisted.internet.error import CannotListenError
 from twisted.internet.task import Clock
+from twisted.internet.testing import MemoryReactorClock, StringTransport
 from zope.interface.verify import verifyObject
 
 from tests.coro.support import call, run
@@ -396,6 +397,37 @@ def test_an_endpoint_that_raises() -> None:
         with pytest.raises(OSError, match="no such interface"):
             service.startService()
         assert service.stopService().called
+
+
+def test_the_reactor_of_the_service() -> None:
+    """It listens on it, and its time is that of the handlers and of the grace."""
+    reactor: Any = MemoryReactorClock()
+    told: list[str] = []
+
+    async def handler(stream: Stream) -> None:
+        await sleep(5)
+        told.append("it was 5 s later")
+        await Event().wait()
+
+    service = CoroutineService("tcp:1234", handler, reactor=reactor, grace=60)
+    service.startService()
+    [(port, factory, *_)] = reactor.tcpServers
+    assert port == 1234
+    protocol = factory.buildProtocol(None)
+    transport = StringTransport()
+    protocol.makeConnection(transport)
+    reactor.advance(5)
+    assert told
+    stopping = service.stopService()
+    reactor.advance(59)
+    assert not factory.connections.keys() - {protocol}
+    assert protocol.unended_handler is not None
+    reactor.advance(1)
+    assert protocol.unended_handler is None
+    protocol.connectionLost()
+    reactor.advance(0)
+    assert stopping.called
+    assert not reactor.getDelayedCalls()
 
 
 def test_each_stop_waits_for_those_before(reactor: Any, logged: list[Any]) -> None:

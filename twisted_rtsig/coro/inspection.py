@@ -101,7 +101,11 @@ def describe(task: Task[Any], now: float | None = None) -> Iterator[str]:
     :param now: the time of C{time.monotonic}.
     """
     now = time.monotonic() if now is None else now
-    waits_for = task.waits_for()
+    try:
+        waits_for = task.waits_for()
+    except Exception as error:
+        # A __repr__ of the program's.
+        waits_for = f"what cannot be described ({type(error).__name__}: {error})"
     if waits_for is not None:
         state = f"waits for {waits_for}"
     else:

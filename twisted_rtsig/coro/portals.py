@@ -196,19 +196,19 @@ class Portal:
     ) -> Future[Any]:
         self._calls.check_thread("a portal")
         future: _TaskFuture[Any] = _TaskFuture()
-        with self._lock:
-            if self._stopped:
-                raise RuntimeError(
-                    "the portal is stopped: it runs no more tasks, so stop it after "
-                    "the threads that use it"
-                )
-            self._futures[future] = None
         try:
+            with self._lock:
+                if self._stopped:
+                    raise RuntimeError(
+                        "the portal is stopped: it runs no more tasks, so stop it "
+                        "after the threads that use it"
+                    )
+                self._futures[future] = None
             self._calls.submit(future, function, args, name, self._ended)
         except BaseException:
-            # It may be under way already, if this is a KeyboardInterrupt.
+            # After a KeyboardInterrupt the task may be under way, or not.
             future.cancel()
-            self._reactor.callFromThread(self._ended, future)
+            self._reactor.callFromThread(self._calls.forget, future, self._ended)
             raise
         return future
 
@@ -521,6 +521,18 @@ class Calls:
             task.cancel()
         elif future in self._tasks:
             future.cancel()
+
+    def forget(
+        self, future: Future[Any], ended: Callable[[Future[Any]], object]
+    ) -> None:
+        """
+        A thread did not come to the end of C{submit}.  If the task was handed over, it
+        tells of its end itself.
+        """
+        if self._tasks.get(future) is None:
+            if self._take(future):
+                future.set_running_or_notify_cancel()
+            ended(future)
 
     def stop(self) -> None:
         """The reactor stops: it will run no more tasks, and waits for its threads."""
