@@ -40,7 +40,7 @@ from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.coro.selection import Deadline, select
 from twisted_rtsig.coro.serving import connect
 from twisted_rtsig.coro.streams import DEFAULT_TLS_LIMITS, Stream
-from twisted_rtsig.coro.tasks import scheduler_for, spawn
+from twisted_rtsig.coro.tasks import raise_if_cancelled, scheduler_for, spawn
 
 HAPPY_EYEBALLS_DELAY: Final = 0.25
 """Seconds between two attempts: the value that RFC 8305, section 8, recommends."""
@@ -149,12 +149,13 @@ def open_tcp(
         stream = await race.run(addresses, attempt, happy_eyeballs_delay)
         if stream is None:
             raise ConnectFailed(host, port, race.reasons(), race.errors)
-        if options is not None:
-            try:
+        try:
+            if options is not None:
                 await stream.handshake()
-            except BaseException:
-                stream.abort()
-                raise
+            raise_if_cancelled()
+        except BaseException:
+            stream.abort()
+            raise
         return stream
 
     return spawn(
@@ -404,10 +405,16 @@ def open_unix(
     async def open_stream() -> Stream:
         endpoint = UNIXClientEndpoint(reactor, where, connect_timeout)
         try:
-            return await connect(endpoint, reactor)
+            stream = await connect(endpoint, reactor)
         except ConnectError as error:
             reason = str(error).rstrip(".")
             raise ConnectFailed(where, None, [reason], [error]) from None
+        try:
+            raise_if_cancelled()
+        except BaseException:
+            stream.abort()
+            raise
+        return stream
 
     return spawn(
         open_stream, name=f"open_unix({where!r})", reactor=reactor

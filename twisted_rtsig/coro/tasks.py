@@ -318,6 +318,12 @@ class Task(Generic[T]):
         """
         self._cancel_for(None, reason)
 
+    def _is_told_to_end(self) -> bool:
+        """Whether it was cancelled, and has not ended yet."""
+        return self._state == _ACTIVE and (
+            bool(self._cancels) or isinstance(self._error, Cancelled)
+        )
+
     def _cancel_for(self, scope: Scope | None, reason: str | None) -> None:
         if self._to_be_cancelled_for(scope, reason):
             self._interrupt()
@@ -834,6 +840,16 @@ def task_of_caller(what: str) -> Task[Any]:
                 return running.task
             frame = frame.f_back
     raise NoTaskError(what)
+
+
+def raise_if_cancelled() -> None:
+    """
+    Raise the cancellation of the task that runs, if it was not told of one: what waited
+    for the task may be gone, and with it what would use the result.
+    """
+    cancelled = None if running.task is None else running.task._next_cancel()
+    if cancelled is not None:
+        raise cancelled
 
 
 # Time

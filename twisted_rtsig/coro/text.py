@@ -16,10 +16,16 @@ from twisted_rtsig.coro.errors import (
     IncompleteText,
 )
 from twisted_rtsig.coro.forgotten import must_be_awaited
+from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.operations import Finished, failed
 from twisted_rtsig.coro.stream_protocols import ByteStream
 from twisted_rtsig.coro.streams import MAX_BYTES
-from twisted_rtsig.coro.tasks import Task, scheduler_for, spawn
+from twisted_rtsig.coro.tasks import (
+    Task,
+    raise_if_cancelled,
+    scheduler_for,
+    spawn,
+)
 
 MAX_CHARS: Final = 1 << 16
 """How many characters a read returns at most, or a line may have, by default."""
@@ -126,7 +132,8 @@ class TextStream:
             yield line
 
     def _get(self, take: Any, limit: int) -> Deferred[str]:
-        if self._reading is not None:
+        before = self._reading
+        if before is not None and not before._is_told_to_end():
             raise BusyResourceError(
                 f"another task reads from {self!r} already: let one task read, and "
                 "pass on what it has read"
@@ -144,6 +151,7 @@ class TextStream:
             self._read_until_taken,
             take,
             limit,
+            before,
             name="read text",
             reactor=self._reactor,
         )
@@ -151,12 +159,25 @@ class TextStream:
         return reading.as_deferred()
 
     def _end_reading(self, task: Task[str]) -> None:
-        self._reading = None
+        if self._reading is task:
+            self._reading = None
 
-    async def _read_until_taken(self, take: Any, limit: int) -> str:
+    async def _read_until_taken(
+        self, take: Any, limit: int, before: Task[str] | None
+    ) -> str:
+        """:param before: a read that was cancelled, and may not have ended yet."""
+        if before is not None:
+            ended = Event()
+            before._when_done(lambda _: ended.set())
+            await ended.wait()
+            taken: str | None = take(limit)
+            if taken is not None:
+                return taken
         while True:
             self._feed(await self.stream.read(MAX_BYTES))
-            taken: str | None = take(limit)
+            # Nothing would get what is taken.
+            raise_if_cancelled()
+            taken = take(limit)
             if taken is not None:
                 return taken
 
