@@ -291,6 +291,38 @@ def test_a_command_that_writes_too_much_is_stopped(
     run_for_real(reactor, main)
 
 
+def test_a_command_that_ends_before_it_is_waited_for(
+    reactor: Any, tmp_path: Path
+) -> None:
+    """So many tasks are ready that the reactor has its turn before they have run."""
+    written = tmp_path / "written"
+
+    async def wait_until_written() -> None:
+        while not written.exists():
+            os.sched_yield()
+
+    async def nothing() -> None:
+        pass
+
+    async def main() -> None:
+        for script, limit in (
+            (f"echo 123456; : > '{written}'; exec sleep 100", 5),
+            (f"echo 123456; : > '{written}'", 7),
+        ):
+            written.unlink(missing_ok=True)
+            spawn(wait_until_written)
+            for _ in range(2000):
+                spawn(nothing)
+            running = run_process(shell(script), max_bytes=limit)
+            if limit == 5:
+                with pytest.raises(OutputLimitExceeded):
+                    await running
+            else:
+                assert (await running).stdout == b"123456\n"
+
+    run_for_real(reactor, main)
+
+
 def test_a_grandchild_that_keeps_the_output_open(reactor: Any, tmp_path: Path) -> None:
     """It has to end as well, as for subprocess; but a cancellation does not wait."""
 

@@ -203,10 +203,11 @@ def run_process(
         raise ValueError("stdin=PIPE: give run_process what to write as input")
     what = Command(command, stdin, stdout, stderr, **options)
     scheduler = scheduler_for(reactor)
-    run = _Run(scheduler, what, max_bytes, data)
+    closed: Operation[None] = Wait()
+    run = _Run(scheduler, what, closed, max_bytes, data)
     what.start(scheduler.reactor, run)
     running = spawn(
-        run.finish(grace, check, codec),
+        run.finish(closed, grace, check, codec),
         name=f"run_process({os.fsdecode(command[0])!r})",
         reactor=scheduler.reactor,
     )
@@ -222,6 +223,7 @@ class _Run(ProcessProtocol):
         self,
         scheduler: Scheduler,
         command: Command,
+        closed: Operation[None],
         limit: int | None,
         data: bytes | None,
     ) -> None:
@@ -237,17 +239,28 @@ class _Run(ProcessProtocol):
         # Finished when the program has ended and its outputs are closed, or with an
         # error when it has written too much; None from then on, since the traceback of
         # the error holds the frames that hold this.
-        self._closed: Operation[None] | None = Wait()
-        self._closed.owner = self
+        self._closed: Operation[None] | None = closed
+        closed.owner = self
 
     async def finish(
-        self, grace: float, check: bool, codec: _Codec | None
+        self,
+        closed: Operation[None],
+        grace: float,
+        check: bool,
+        codec: _Codec | None,
     ) -> CompletedProcess[Any]:
-        """Wait for all of it; stop the program if anything goes wrong."""
+        """
+        Wait for all of it; stop the program if anything goes wrong.
+
+        :param closed: the operation.  This may begin when it is finished already.
+        """
         child = self._child
         try:
-            if self._closed is not None:
-                await self._closed
+            try:
+                await closed
+            finally:
+                # The traceback of its error holds this frame.
+                del closed
         except BaseException as error:
             self._collects = False
             try:
