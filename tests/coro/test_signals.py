@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -74,6 +75,74 @@ def test_in_each_style(reactor: Any, seen: list[int], style: str) -> None:
         assert seen == [ONE]
 
     run_for_real(reactor, main)
+
+
+class _Calls:
+    """The part of a reactor that a receiver needs."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def callWhenRunning(self, function: Any) -> None:
+        """It never runs."""
+
+    def callFromThread(self, function: Any) -> None:
+        self.calls.append(function)
+
+
+def _interrupted(point: int, function: Any) -> bool:
+    """
+    Call a function, and let a second signal come before one of the instructions of the
+    receiver; return whether it has so many.
+    """
+    left = point
+
+    def trace(frame: Any, event: str, argument: object) -> Any:
+        nonlocal left
+        if frame.f_globals["__name__"] != SignalReceiver.__module__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if not left:
+                signal.raise_signal(TWO)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return left <= 0
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_signal_at_each_point_of_the_receiver(seen: list[int], waits: bool) -> None:
+    """Handlers interrupt the receiver between any two instructions."""
+    for point in itertools.count(1):
+        reactor = _Calls()
+        got: list[int] = []
+        with open_signal_receiver(ONE, TWO, reactor=reactor) as receiver:
+            if waits:
+                receiver.receive().addCallback(got.append)
+            signal.raise_signal(ONE)
+
+            def receive() -> None:
+                if waits:
+                    reactor.calls.pop(0)()
+                else:
+                    receiver.receive().addCallback(got.append)
+
+            reached = _interrupted(point, receive)
+            receiver.receive().addCallback(got.append)
+            while reactor.calls:
+                reactor.calls.pop(0)()
+            assert got == ([ONE, TWO] if reached else [ONE])
+        if not reached:
+            break
+    assert point > 20
+    assert seen == []
 
 
 def test_a_signal_that_comes_several_times(reactor: Any, seen: list[int]) -> None:

@@ -121,7 +121,8 @@ class SignalReceiver:
             receiving.succeed(self._next())
 
     def _next(self) -> int:
-        number = next(iter(self._pending))
+        # A further signal may come at any step, but not while the list is made.
+        number = list(self._pending)[0]  # noqa: RUF015
         del self._pending[number]
         return _named(number)
 
