@@ -109,6 +109,8 @@ def _interrupted(point: int, function: Any) -> bool:
         return trace
 
     before = sys.gettrace()
+    # CPython 3.12 traces no instructions if no frame has asked for it by now.
+    sys._getframe().f_trace_opcodes = True
     sys.settrace(trace)
     try:
         function()
