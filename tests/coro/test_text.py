@@ -119,6 +119,8 @@ def test_other_newlines() -> None:
             TextStream(one, "no-such-encoding")
         with pytest.raises(LookupError):
             TextStream(one, errors="no-such-way")
+        with pytest.raises(LookupError, match="not a text encoding"):
+            TextStream(one, "hex")
 
     in_memory(main)
 
@@ -163,6 +165,21 @@ def test_bytes_that_are_no_text() -> None:
         with pytest.raises(UnicodeEncodeError):
             text.write("\ud800")
         assert await one.read_exactly(0) == b""
+
+    in_memory(main)
+
+
+def test_no_byte_order_mark_where_there_must_be_one() -> None:
+    """The codec raises another error, and knows nothing of where it is."""
+
+    async def main(one: Stream, other: Stream) -> None:
+        text = TextStream(other, "utf-16")
+        await one.write("line\n".encode("utf-16-le"))
+        for _ in range(2):
+            with pytest.raises(UnicodeDecodeError):
+                await text.read_line()
+            with pytest.raises(UnicodeDecodeError):
+                await text.read()
 
     in_memory(main)
 

@@ -68,6 +68,8 @@ class TextStream:
                 f"newline={newline!r}: it is None, '\\n', '\\r' or '\\r\\n'"
             )
         codecs.lookup_error(errors)
+        # Not all codecs are of text: hex, for example.
+        "".encode(encoding)
         self.stream = stream
         self.encoding = encoding
         self.newline = newline
@@ -195,6 +197,12 @@ class TextStream:
             size = len(undecoded) + len(data) - len(error.object) + error.start
             decoder.setstate(before)
             text = decoder.decode(data[: max(0, size - len(undecoded))])
+        except UnicodeError as error:
+            # Of utf-16 without a byte order mark: it tells no more.
+            self._error = UnicodeDecodeError(
+                self.encoding, data, 0, len(data), str(error)
+            )
+            text = ""
         self._rest = self._rest[self._start :] + text
         self._start = 0
 
