@@ -633,6 +633,30 @@ def test_a_task_that_does_not_end_is_named(start: Start) -> None:
     assert "in stubborn: await Event().wait()" in errors
 
 
+def test_tasks_that_spawn_others_without_end(start: Start) -> None:
+    """Each of them ends when it is cancelled, and the program ends after its grace."""
+    program = start("""
+        never = Event()
+
+        async def works():
+            try:
+                await never.wait()
+            finally:
+                spawn(works)
+
+        async def main():
+            spawn(works)
+            await sleep(0)
+            return "done"
+
+        print(run(main, grace=0.05))
+    """)
+    status, output, errors = program.end()
+    assert (status, output) == (0, "done\n")
+    assert "1 tasks were cancelled because the program ends" in errors
+    assert "works" in errors
+
+
 def test_an_end_that_fails_is_logged(start: Start) -> None:
     """And the program ends all the same, with the result of main."""
     program = start("""

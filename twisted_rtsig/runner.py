@@ -395,7 +395,7 @@ class _Program:
             return None
         self._stopped_early = True
         task.cancel()
-        return self._spawn_ending(self._wait_for, {task})
+        return self._spawn_ending(self._wait_for, task)
 
     def _spawn_ending(self, function: Callable[..., Any], *args: Any) -> Deferred[Any]:
         task = spawn(function, *args, name="the end of run()", reactor=self._reactor)
@@ -404,41 +404,44 @@ class _Program:
 
     async def _cancel_rest(self) -> None:
         own = current_task()
-        cancelled: set[Task[Any]] = set()
-        for _ in range(_TURNS):
-            while rest := tasks_of(self._reactor) - {own}:
-                for task in rest - cancelled:
-                    if not closes_generator(task):
-                        task.cancel()
-                cancelled |= rest
-                if not await self._wait_for(rest):
-                    return
-                del rest
-            # Asynchronous generators of theirs end in tasks, which begin later.
-            await sleep(0)
-
-    async def _wait_for(self, tasks: set[Task[Any]]) -> bool:
-        """Whether tasks have ended within the grace; log those that have not."""
-        ended = _all_ended(tasks)
-        # After a signal, the thread looks after that.
-        limit = self._grace if self._signal is None else None
         try:
-            with contextlib.nullcontext() if limit is None else timeout(limit):
-                await ended.wait()
+            with self._within_grace():
+                for _ in range(_TURNS):
+                    # Tasks may spawn others when they are cancelled, again and again.
+                    while rest := tasks_of(self._reactor) - {own}:
+                        for task in rest:
+                            if not closes_generator(task):
+                                task.cancel()
+                        await _all_ended(rest).wait()
+                    # Asynchronous generators of theirs end in tasks, which begin later.
+                    await sleep(0)
         except TimeoutError:
-            left = [each for each in tasks if not each.done]
-            lines = [line for each in left[:_MOST_IN_LOG] for line in describe(each)]
-            if len(left) > _MOST_IN_LOG:
-                lines.append(f"and {len(left) - _MOST_IN_LOG} more")
-            _log.critical(
-                "{count} tasks were cancelled because the program ends, and have not "
-                "ended within {seconds:g} s; they are dropped:\n{tasks}",
-                count=len(left),
-                seconds=limit,
-                tasks="\n".join(lines),
-            )
-            return False
-        return True
+            self._tell_of(tasks_of(self._reactor) - {own})
+
+    async def _wait_for(self, task: Task[Any]) -> None:
+        try:
+            with self._within_grace():
+                await _all_ended({task}).wait()
+        except TimeoutError:
+            self._tell_of({task})
+
+    def _within_grace(self) -> contextlib.AbstractContextManager[object]:
+        # After a signal, the thread looks after that.
+        return timeout(self._grace if self._signal is None else None)
+
+    def _tell_of(self, left: set[Task[Any]]) -> None:
+        """The grace is over, and these have not ended."""
+        first = list(left)[:_MOST_IN_LOG]
+        lines = [line for each in first for line in describe(each)]
+        if len(left) > _MOST_IN_LOG:
+            lines.append(f"and {len(left) - _MOST_IN_LOG} more")
+        _log.critical(
+            "{count} tasks were cancelled because the program ends, and have not "
+            "ended within {seconds:g} s; they are dropped:\n{tasks}",
+            count=len(left),
+            seconds=self._grace,
+            tasks="\n".join(lines),
+        )
 
 
 def _all_ended(tasks: set[Task[Any]]) -> Event:
