@@ -314,6 +314,47 @@ def test_the_tasks_of_a_portal_are_cancelled(reactor: Any, by: str) -> None:
     run_for_real(reactor, main)
 
 
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_block_that_is_cancelled_again_waits_for_the_tasks(
+    reactor: Any, raises: bool
+) -> None:
+    """Which are cancelled once, and can clean up."""
+    begun, go_on = Event(), Event()
+    told: list[str] = []
+
+    async def wait() -> None:
+        begun.set()
+        try:
+            await Event().wait()
+        finally:
+            told.append("cleans up")
+            await go_on.wait()
+            told.append("is clean")
+
+    async def block() -> None:
+        async with Portal() as portal:
+            await in_other_thread(portal.spawn, wait)
+            await begun.wait()
+            if raises:
+                raise Gone
+
+    async def main() -> None:
+        running = spawn(block)
+        await begun.wait()
+        await sleep(0.01)
+        for _ in range(3):
+            running.cancel()
+            await sleep(0.01)
+        assert told == ["cleans up"]
+        assert not running.done
+        go_on.set()
+        with pytest.raises(CancelledError):
+            await running
+        assert told == ["cleans up", "is clean"]
+
+    run_for_real(reactor, main)
+
+
 @pytest.mark.parametrize("handed_over", [False, True])
 @pytest.mark.parametrize("method", ["spawn", "call", "start"])
 def test_an_interrupt_while_a_task_is_handed_over(

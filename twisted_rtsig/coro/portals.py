@@ -20,6 +20,7 @@ from twisted.internet.error import ReactorNotRunning
 from twisted_rtsig.coro.groups import TaskStatus
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.operations import ignore
+from twisted_rtsig.coro.scopes import shield
 from twisted_rtsig.coro.tasks import Runnable, Task, name_of, scheduler_for, spawn
 from twisted_rtsig.coro.tracebacks import drop_machinery_above
 
@@ -257,9 +258,15 @@ class Portal:
             return
         try:
             await stopped
+        except GeneratorExit:
+            raise
         except BaseException:
-            # This is cancelled once, and may wait then.
-            await self.stop(cancel=True)
+            if error is None:
+                # The tasks are cancelled once, so that they can clean up.
+                self.stop(cancel=True).addErrback(ignore)
+            # As the block of a task group, this ends when they have ended.
+            with shield():
+                await self.stop()
             raise
 
     def __repr__(self) -> str:
