@@ -466,6 +466,41 @@ def test_each_stop_waits_for_those_before(reactor: Any, logged: list[Any]) -> No
     assert len(messages(logged)) == 2
 
 
+def test_a_stop_within_a_stop_waits_for_it(reactor: Any) -> None:
+    """As of what learns from the first one that the server stops."""
+    leave = Event()
+
+    async def handler(stream: Stream) -> None:
+        await stream.write(b"here")
+        await leave.wait()
+
+    service = made(reactor, handler, grace=DEADLINE)
+
+    async def main() -> None:
+        service.startService()
+        assert service.server is not None
+        within: list[Deferred[Any]] = []
+        server = service.server
+
+        def stop_again(ignored: None) -> None:
+            within.append(service.stopService())
+            within.append(server.stop(DEADLINE))
+
+        server.stopping.wait().addCallback(stop_again)
+        async with await call(reactor, server) as stream:
+            await stream.read_exactly(4)
+            stopping = service.stopService()
+            assert len(within) == 2
+            for _ in range(5):
+                await sleep(0)
+            assert not any(each.called for each in (stopping, *within))
+            leave.set()
+            for each in (stopping, *within):
+                await each
+
+    run(reactor, main)
+
+
 def test_to_cancel_a_stop_ends_the_grace(reactor: Any, logged: list[Any]) -> None:
     clean = Event()
 

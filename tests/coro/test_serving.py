@@ -1438,6 +1438,74 @@ def test_a_connect_that_takes_too_long(reactor: Any) -> None:
     spin(reactor, lambda: not reactor.getDelayedCalls())
 
 
+def _unwilling(endpoint: Any, name: str, go_on: Event) -> Any:
+    """An endpoint that goes on although it was cancelled."""
+
+    class Endpoint:
+        def method(self, factory: Any) -> Deferred[Any]:
+            result: Deferred[Any] = Deferred()
+
+            def begin(ignored: None) -> None:
+                begun = getattr(endpoint, name)(factory)
+                begun.chainDeferred(result)
+
+            go_on.wait().addCallback(begin)
+            return result
+
+    setattr(Endpoint, name, Endpoint.method)
+    return Endpoint()
+
+
+def test_a_connect_that_is_cancelled_leaves_no_connection(reactor: Any) -> None:
+    made: list[Stream] = []
+
+    async def handler(stream: Stream) -> None:
+        made.append(stream)
+        assert await stream.read() == b""
+
+    async def main() -> None:
+        server = await listen(reactor, handler)
+        go_on = Event()
+        endpoint = _unwilling(client_endpoint(reactor, server), "connect", go_on)
+        connecting = connect(endpoint)
+        connecting.cancel()
+        with pytest.raises(CancelledError):
+            await connecting
+        go_on.set()
+        await until(lambda: made)
+        await until(lambda: not server.factory.connections)
+        await server.stop()
+
+    run(reactor, main)
+
+
+# Twisted leaves the socket of a port whose factory raises to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_serve_that_is_cancelled_does_not_listen(reactor: Any) -> None:
+    ports: list[Any] = []
+    listen_tcp = reactor.listenTCP
+
+    def listening(*args: Any, **options: Any) -> Any:
+        ports.append(listen_tcp(*args, **options))
+        return ports[-1]
+
+    async def main() -> None:
+        go_on = Event()
+        real = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
+        serving = serve(_unwilling(real, "listen", go_on), _echo, reactor=reactor)
+        serving.cancel()
+        with pytest.raises(CancelledError):
+            await serving
+        go_on.set()
+        await sleep(0)
+        assert not any(each.connected for each in ports)
+
+    reactor.listenTCP = listening
+    run(reactor, main)
+    gc.collect()
+
+
 def test_unix_sockets(reactor: Any, tmp_path: Any) -> None:
     address = str(tmp_path / "socket")
 

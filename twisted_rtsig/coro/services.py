@@ -147,17 +147,18 @@ class CoroutineService(Service):
         start, self._start = self._start, None
         server, self.server = self.server, None
         earlier = list(self._stops)
+        if start is None and not earlier:
+            return succeed(None)
+        # What learns of the stop may call this again.
+        over = Event()
+        self._stops.append(over)
         if start is None:
-            if not earlier:
-                return succeed(None)
             stopping: Deferred[Any] = succeed(None)
         elif server is None:
             stopping = start.give_up(self._grace, self._cancel_timeout)
         else:
             stopping = server.stop(self._grace, self._cancel_timeout)
             stopping.addCallback(self._tell)
-        over = Event()
-        self._stops.append(over)
         return spawn(
             self._finish_stop,
             *(start, stopping, earlier, over),

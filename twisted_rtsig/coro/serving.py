@@ -847,7 +847,13 @@ def serve(
         reactor=reactor,
     )
     listening: Deferred[Any] = server_endpoint(endpoint, reactor).listen(factory)
-    return listening.addCallback(Server, factory)
+
+    def give_up(failure: Failure) -> Failure:
+        # An endpoint that goes on, though this was cancelled, gets an error.
+        factory.stopping.set()
+        return failure
+
+    return listening.addCallbacks(Server, give_up, callbackArgs=(factory,))
 
 
 # Clients
@@ -867,7 +873,10 @@ class ClientProtocol(_HalfCloseable, StreamProtocol):
 
 
 class _ClientFactory(Factory):
+    """:ivar given_up: whether nothing waits for the connection any more."""
+
     noisy = False
+    given_up = False
 
     def __init__(
         self,
@@ -879,7 +888,9 @@ class _ClientFactory(Factory):
         self._tls_limits = tls_limits
         self._write_timeout = write_timeout
 
-    def buildProtocol(self, addr: Any) -> Protocol:
+    def buildProtocol(self, addr: Any) -> Protocol | None:
+        if self.given_up:
+            return None
         return ClientProtocol(
             self._scheduler, self._tls_limits, write_timeout=self._write_timeout
         )
@@ -919,5 +930,11 @@ def connect(
     if isinstance(endpoint, str):
         described: Any = clientFromString(scheduler_for(reactor).reactor, endpoint)
         endpoint = cast(ClientEndpoint, described)
+
+    def give_up(failure: Failure) -> Failure:
+        # An endpoint that goes on, though this was cancelled, gets no connection.
+        factory.given_up = True
+        return failure
+
     connecting: Deferred[Any] = endpoint.connect(factory)
-    return connecting.addCallback(lambda protocol: protocol.stream)
+    return connecting.addCallbacks(lambda protocol: protocol.stream, give_up)
