@@ -1839,6 +1839,49 @@ def test_a_stop_that_takes_too_long(reactor: Any) -> None:
     run(reactor, main)
 
 
+@pytest.mark.parametrize("hurried", [False, True])
+def test_a_handler_that_waits_for_the_stop_of_its_server(
+    reactor: Any, logged: Logged, hurried: bool
+) -> None:
+    """It is cancelled as the others, which have their time nevertheless."""
+    cleans = _Cleans()
+
+    async def main() -> None:
+        async def handler(stream: Stream) -> None:
+            if streams:
+                try:
+                    await server.stop(3600 if hurried else 0.01, 3600)
+                finally:
+                    cleans.told.append("has waited")
+            else:
+                await cleans.handler(stream)
+
+        streams: list[Stream] = []
+        server = await listen(reactor, handler)
+        other = await call(reactor, server)
+        await other.read_exactly(4)
+        streams.append(other)
+        streams.append(await call(reactor, server))
+        await until(lambda: server.stopping.is_set)
+        stopped = server.stop(0, 3600) if hurried else server.stop(3600)
+        await until(lambda: "has waited" in cleans.told)
+        assert sorted(cleans.told) == ["cleans up", "has waited"]
+        assert not server.factory.stopped.is_set
+        for _ in range(20):
+            await sleep(0)
+        assert not stopped.called
+        cleans.go_on.set()
+        await stopped
+        await until(lambda: server.factory.stopped.is_set)
+        assert cleans.told[-1] == "is clean"
+        for each in streams:
+            await each.abort()
+
+    run(reactor, main)
+    assert failures(logged) == []
+    assert not [each for each in logged if "handlers" in each]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_each_stop_waits_for_the_port(fails: bool, logged: Logged) -> None:
     closing: Deferred[None] = Deferred()

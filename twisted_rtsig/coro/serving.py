@@ -70,7 +70,9 @@ from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.scopes import shield, timeout
 from twisted_rtsig.coro.streams import DEFAULT_TLS_LIMITS, Stream, TLSLimits
 from twisted_rtsig.coro.tasks import (
+    OfTask,
     Task,
+    current_task,
     name_of,
     scheduler_for,
     sleep,
@@ -537,20 +539,50 @@ class CoroutineFactory(Factory):
                 late = len(self._unended_handlers())
                 for protocol in list(self.connections):
                     protocol.cancel(why)
-                try:
-                    gone = await self._all_gone_within(cancel_timeout)
-                except Cancelled as error:
-                    cancelled = cancelled or error
-                if not gone:
-                    with shield():
-                        abandoned = await self._abort_connections()
+                ending = self._end_cancelled(cancel_timeout)
+                cancelled = cancelled or current_task()._next_cancel()
+                if cancelled is not None and self._is_awaited_by_handler():
+                    # That handler ends when this has ended, and the others after it.
+                    spawn(ending, name=current_task().name, reactor=self._reactor)
+                    raise cancelled
+                abandoned = await ending
+            self.stopped.set()
             if cancelled is not None:
                 raise cancelled
         finally:
-            self.stopped.set()
             # Its traceback holds this frame.
             del cancelled
         return Stopped(running - late, late - abandoned, abandoned)
+
+    async def _end_cancelled(self, cancel_timeout: float) -> int:
+        """The handlers were cancelled; how many have not ended even so."""
+        try:
+            gone = await self._all_gone_within(cancel_timeout)
+        except Cancelled:
+            with shield():
+                await self._abort_connections()
+            raise
+        else:
+            if gone:
+                return 0
+            with shield():
+                return await self._abort_connections()
+        finally:
+            self.stopped.set()
+
+    def _is_awaited_by_handler(self) -> bool:
+        """Whether a handler waits for the task that runs."""
+        this = current_task()
+        seen: set[Task[Any]] = set()
+        for handler in self._unended_handlers():
+            task: Task[Any] | None = handler
+            while task is not None and task not in seen:
+                if task is this:
+                    return True
+                seen.add(task)
+                awaited = task._waiting_on
+                task = awaited.awaited_task() if isinstance(awaited, OfTask) else None
+        return False
 
     def _unended_handlers(self) -> list[Task[Any]]:
         unended = [each.unended_handler for each in self.connections]
