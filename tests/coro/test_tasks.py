@@ -36,6 +36,7 @@ from twisted_rtsig.coro import (
     spawn,
     timeout,
 )
+from twisted_rtsig.coro.scheduler import scheduler_of
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
@@ -1286,3 +1287,25 @@ def test_a_canceller_that_fails(clock: Clock, logged: list[Any]) -> None:
     assert task.result() == "ended"
     kinds = [event["log_failure"].type for event in logged if "log_failure" in event]
     assert kinds == [KeyError] * 3
+
+
+def test_an_interrupt_in_the_turn_of_many(clock: Clock) -> None:
+    """The others that have waited for this turn have theirs nevertheless."""
+    woken: list[int] = []
+
+    async def wait(number: int) -> None:
+        await sleep(0)
+        woken.append(number)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    tasks = [spawn(wait, 1, reactor=clock)]
+    # As Ctrl-C does at any point, if Python's own handler of the signal is there.
+    scheduler_of(clock).next_turn(interrupt)
+    tasks += [spawn(wait, number, reactor=clock) for number in (2, 3)]
+    with pytest.raises(KeyboardInterrupt):
+        clock.advance(0)
+    clock.advance(0)
+    assert woken == [1, 2, 3]
+    assert all(each.done for each in tasks)

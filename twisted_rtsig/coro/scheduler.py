@@ -201,12 +201,17 @@ class Scheduler:
             self.run()
 
     def _turn(self) -> None:
-        functions, self._next_turn = self._next_turn, []
-        # Each of them resumes tasks, which come after who is ready already.
+        functions, self._next_turn = iter(self._next_turn), []
+        # Each of them resumes tasks, which come after those that are ready already.
         self._busy = True
         try:
             for function in functions:
                 function()
+        except BaseException:
+            # A KeyboardInterrupt, which must not drop the others.
+            for function in functions:
+                self.next_turn(function)
+            raise
         finally:
             # Unless a task has called the reactor.
             if not self._running:
