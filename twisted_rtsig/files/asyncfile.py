@@ -12,19 +12,17 @@ import errno
 import io
 import operator
 import os
-import warnings
-from collections import deque
 from collections.abc import AsyncIterator
 from time import perf_counter_ns
-from types import TracebackType
 from typing import Any, Final, Literal, TypeVar, overload
 
 from twisted_rtsig.coro.errors import DelimiterNotFound
 from twisted_rtsig.coro.forgotten import must_be_awaited
-from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
+from twisted_rtsig.coro.operations import Finished, Operation
 from twisted_rtsig.files.descriptors import FURTHEST, MOST_LINES, Descriptor
 from twisted_rtsig.files.opening import open_cached, open_descriptor
 from twisted_rtsig.files.textfile import AsyncTextFile, open_text
+from twisted_rtsig.files.turns import OpenFile, Turn
 from twisted_rtsig.files.workers import AT_ONCE, Job, Workers, finish, workers_of
 
 T = TypeVar("T")
@@ -48,7 +46,7 @@ _FLAGS: Final = {
 }
 
 
-class AsyncFile:
+class AsyncFile(OpenFile):
     """
     An open file.  Made by :func:`open_file`.
 
@@ -72,30 +70,17 @@ class AsyncFile:
         opened: os.stat_result,
         workers: Workers,
     ) -> None:
-        self.name = name
-        self.mode = mode
         self._descriptor = descriptor
+        super().__init__(name, mode, workers)
         if workers.port is not None:
             descriptor.report_to(workers.port)
         # What it was then.
         self._opened = opened
-        self._workers = workers
         self._position = opened.st_size if "a" in mode else 0
-        # What is done in turn.  The first one may be under way.
-        self._turns: deque[_Access[Any]] = deque()
-        self._under_way = False
-        self._taking_turns = False
-        # How many are under way at offsets of their own.
+        # The number of operations under way at offsets of their own.
         self._elsewhere = 0
         # How often it was written or truncated.
         self._changes = 0
-        self._closing: _Close | None = None
-        self._closers: dict[Operation[None], None] = {}
-
-    @property
-    def closed(self) -> bool:
-        """Whether C{close} was called."""
-        return self._closing is not None
 
     def fileno(self) -> int:
         """The descriptor; -1 once it is closed."""
@@ -318,98 +303,15 @@ class AsyncFile:
         self._check_open()
         return self._in_turn(_Size("the size of", self))
 
-    def close(self) -> Operation[None]:
-        """
-        Close it, when all that is under way is done.
+    def _is_idle(self) -> bool:
+        return super()._is_idle() and not self._elsewhere
 
-        :raises OSError: (when awaited) if what was written is lost.  The file is
-            closed then, too.
-        """
-        if self._closing is not None and self._closing.ended:
-            closed: Operation[None] = Done()
-            return closed
-        closing: Operation[None] = Wait()
-        closing.owner = self
-        self._closers[closing] = None
-        if self._closing is None:
-            self._closing = _Close(self)
-            self._close_if_idle()
-        return closing
+    def _closes_at_once(self) -> bool:
+        reads = "r" in self.mode and "+" not in self.mode
+        return reads and self._descriptor.closes_at_once()
 
-    def _close_if_idle(self) -> None:
-        closing = self._closing
-        if closing is not None and not self._turns and not self._elsewhere:
-            closing.begin()
-
-    def forget(self, operation: Operation[Any]) -> None:
-        """See ``Owner.forget``: it is closed all the same."""
-        # When they are told, they are no longer here.
-        self._closers.pop(operation, None)
-
-    def waits_for(self, operation: Operation[Any]) -> str:
-        """See ``Owner.waits_for``."""
-        return f"the end of {self!r}"
-
-    async def __aenter__(self) -> AsyncFile:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        closing = self.close()
-        # If nothing can resume this any more, it is closed all the same.
-        if not isinstance(error, GeneratorExit):
-            await closing
-
-    def __del__(self) -> None:
-        if self._descriptor.number >= 0:
-            self._descriptor.close()
-            warnings.warn(
-                f"{self!r} was not closed", ResourceWarning, stacklevel=2, source=self
-            )
-
-    def __repr__(self) -> str:
-        return f"<AsyncFile {os.fspath(self.name)!r}, {self.mode}>"
-
-    def _check_open(self) -> None:
-        if self._closing is not None:
-            raise ValueError(f"{self!r} is closed")
-
-    def _check_readable(self) -> None:
-        self._check_open()
-        if "r" not in self.mode and "+" not in self.mode:
-            raise io.UnsupportedOperation(f"{self!r} is not open for reading")
-
-    def _check_writable(self) -> None:
-        self._check_open()
-        if "r" in self.mode and "+" not in self.mode:
-            raise io.UnsupportedOperation(f"{self!r} is not open for writing")
-
-    # Turns
-
-    def _in_turn(self, access: _Access[T]) -> Operation[T]:
-        self._turns.append(access)
-        self._take_turns()
-        return access.operation
-
-    def _take_turns(self) -> None:
-        if self._taking_turns:
-            # What is done at once calls this again, however many there are.
-            return
-        self._taking_turns = True
-        turns = self._turns
-        while turns and not self._under_way:
-            if turns[0].operation.called:
-                # It was given up before its turn.
-                turns.popleft()
-            else:
-                self._under_way = True
-                turns[0].begin()
-        self._taking_turns = False
-        self._close_if_idle()
+    def _close_file(self) -> None:
+        self._descriptor.close()
 
     def _elsewhere_at(self, access: _Access[T]) -> Operation[T]:
         self._elsewhere += 1
@@ -417,22 +319,22 @@ class AsyncFile:
         return access.operation
 
 
-class _Access(Job[T]):
+class _Access(Turn[T]):
     """
     Something that is done with an open file: in turn, or at an offset of its own.
 
-    :cvar writes: whether the position is behind it even if nobody waits for it.
+    :cvar writes: whether the position is behind it even if it was cancelled.
     :cvar changes: whether what was read of the file before may be untrue after it.
     """
 
-    __slots__ = ("_file", "_offset")
+    __slots__ = ("_offset",)
 
+    _file: AsyncFile
     writes = False
     changes = False
 
     def __init__(self, what: str, file: AsyncFile, offset: int | None = None) -> None:
-        super().__init__(f"{what} {file!r}")
-        self._file = file
+        super().__init__(what, file)
         self._offset = offset
 
     @property
@@ -460,19 +362,11 @@ class _Access(Job[T]):
         if self._offset is None and (self.writes or not self.operation.called):
             file._position = position
         file._changes += self.changes
-        self._leave()
-        finish(self.operation, value, error)
-        file._take_turns()
-
-    def drop(self) -> None:
-        """See ``Job.drop``."""
-        self._leave()
-        self._file._take_turns()
+        self._finish(value, error)
 
     def _leave(self) -> None:
         if self._offset is None:
-            self._file._turns.popleft()
-            self._file._under_way = False
+            super()._leave()
         else:
             self._file._elsewhere -= 1
 
@@ -665,44 +559,6 @@ class _Seek(_Access[int]):
         elif position > FURTHEST:
             error = OSError(errno.EINVAL, f"Position {position} is behind all files")
         return (position, position), error
-
-
-class _Close(Job[None]):
-    """
-    Closes a file, once.
-
-    :ivar ended: whether that is over.
-    """
-
-    __slots__ = ("_begun", "_file", "ended")
-
-    def __init__(self, file: AsyncFile) -> None:
-        super().__init__(f"the end of {file!r}")
-        self._file = file
-        self._begun = False
-        self.ended = False
-
-    def begin(self) -> None:
-        if self._begun:
-            return
-        self._begun = True
-        file = self._file
-        reads = "r" in file.mode and "+" not in file.mode
-        if reads and file._descriptor.closes_at_once():
-            file._descriptor.close()
-            self.end(None, None)
-        else:
-            file._workers.run(self, file._descriptor.close)
-
-    def end(self, result: Any, error: BaseException | None) -> None:
-        self.ended = True
-        # The file holds this.
-        file = self._file
-        del self._file
-        self.operation.owner = None
-        closers, file._closers = file._closers, {}
-        for operation in closers:
-            finish(operation, None, error)
 
 
 def copy_of(data: Data) -> bytes:

@@ -15,16 +15,15 @@ import os
 import re
 import stat
 import sys
-import warnings
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from types import TracebackType
 from typing import Any, Final, TypeVar
 
 from twisted_rtsig.coro.errors import DelimiterNotFound
 from twisted_rtsig.coro.forgotten import must_be_awaited
-from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
-from twisted_rtsig.files.workers import Job, Workers, finish
+from twisted_rtsig.coro.operations import Finished, Operation
+from twisted_rtsig.files.turns import OpenFile, Turn
+from twisted_rtsig.files.workers import Workers
 
 T = TypeVar("T")
 
@@ -46,7 +45,7 @@ _LINE_ENDS: Final = {
 _Position = tuple[int, int]
 
 
-class AsyncTextFile:
+class AsyncTextFile(OpenFile):
     """
     An open text file.  Made by :func:`open_file`, with a mode that has no C{b}.
 
@@ -66,10 +65,8 @@ class AsyncTextFile:
         newline: str | None,
         workers: Workers,
     ) -> None:
-        self.name = name
-        self.mode = mode
         self._file = file
-        self._workers = workers
+        super().__init__(name, mode, workers)
         self._line_end = _LINE_ENDS[newline]
         # Whether each \r ends a line and is part of the text.
         self._universal = newline == ""
@@ -80,13 +77,6 @@ class AsyncTextFile:
         # many characters came; and how many of the first are no longer in the above.
         self._pieces: deque[tuple[int, int]] = deque()
         self._passed = 0
-        # What is done in turn.  The first one may be under way.
-        self._turns: deque[_Turn[Any]] = deque()
-        self._under_way = False
-        self._taking_turns = False
-        self._closing = False
-        self._close_ended = False
-        self._closers: dict[Operation[None], None] = {}
 
     @property
     def encoding(self) -> str:
@@ -104,14 +94,9 @@ class AsyncTextFile:
         found: str | tuple[str, ...] | None = self._file.newlines
         return found
 
-    @property
-    def closed(self) -> bool:
-        """Whether C{close} was called."""
-        return self._closing
-
     def fileno(self) -> int:
         """The descriptor; -1 once it is closed."""
-        return -1 if self._close_ended else self._file.fileno()
+        return -1 if self._file.closed else self._file.fileno()
 
     # Reading
 
@@ -259,92 +244,8 @@ class AsyncTextFile:
         position = operator.index(position)
         return self._in_turn(_Settled("to seek in", self, _seek, position, whence))
 
-    def close(self) -> Operation[None]:
-        """
-        Close it, when all that is under way is done.
-
-        :raises OSError: (when awaited) if what was written is lost.  The file is
-            closed then, too.
-        """
-        if self._close_ended:
-            closed: Operation[None] = Done()
-            return closed
-        closing: Operation[None] = Wait()
-        closing.owner = self
-        self._closers[closing] = None
-        if not self._closing:
-            self._closing = True
-            self._in_turn(_Close(self))
-        return closing
-
-    def forget(self, operation: Operation[Any]) -> None:
-        """See ``Owner.forget``: it is closed all the same."""
-        self._closers.pop(operation, None)
-
-    def waits_for(self, operation: Operation[Any]) -> str:
-        """See ``Owner.waits_for``."""
-        return f"the end of {self!r}"
-
-    async def __aenter__(self) -> AsyncTextFile:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        closing = self.close()
-        # If nothing can resume this any more, it is closed all the same.
-        if not isinstance(error, GeneratorExit):
-            await closing
-
-    def __del__(self) -> None:
-        if not self._close_ended:
-            self._file.close()
-            warnings.warn(
-                f"{self!r} was not closed", ResourceWarning, stacklevel=2, source=self
-            )
-
-    def __repr__(self) -> str:
-        name = self.name if isinstance(self.name, int) else os.fspath(self.name)
-        return f"<AsyncTextFile {name!r}, {self.mode}>"
-
-    def _check_open(self) -> None:
-        if self._closing:
-            raise ValueError(f"{self!r} is closed")
-
-    def _check_readable(self) -> None:
-        self._check_open()
-        if "r" not in self.mode and "+" not in self.mode:
-            raise io.UnsupportedOperation(f"{self!r} is not open for reading")
-
-    def _check_writable(self) -> None:
-        self._check_open()
-        if "r" in self.mode and "+" not in self.mode:
-            raise io.UnsupportedOperation(f"{self!r} is not open for writing")
-
-    # Turns
-
-    def _in_turn(self, turn: _Turn[T]) -> Operation[T]:
-        self._turns.append(turn)
-        self._take_turns()
-        return turn.operation
-
-    def _take_turns(self) -> None:
-        if self._taking_turns:
-            # What is done at once calls this again, however many there are.
-            return
-        self._taking_turns = True
-        turns = self._turns
-        while turns and not self._under_way:
-            if turns[0].operation.called:
-                # It was given up before its turn.
-                turns.popleft()
-            else:
-                self._under_way = True
-                turns[0].begin()
-        self._taking_turns = False
+    def _close_file(self) -> None:
+        self._file.close()
 
 
 def _finished(text: str) -> Operation[str]:
@@ -353,38 +254,12 @@ def _finished(text: str) -> Operation[str]:
     return finished
 
 
-class _Turn(Job[T]):
-    """Something that is done with an open text file, when it is its turn."""
-
-    __slots__ = ("_text_file",)
-
-    def __init__(self, what: str, file: AsyncTextFile) -> None:
-        super().__init__(f"{what} {file!r}")
-        self._text_file = file
-
-    def begin(self) -> None:
-        """It is its turn."""
-        raise NotImplementedError
-
-    def drop(self) -> None:
-        """See ``Job.drop``."""
-        self._leave()
-        self._text_file._take_turns()
-
-    def _leave(self) -> None:
-        self._text_file._turns.popleft()
-        self._text_file._under_way = False
-
-    def _finish(self, result: Any, error: BaseException | None) -> None:
-        self._leave()
-        finish(self.operation, result, error)
-        self._text_file._take_turns()
-
-
-class _Reading(_Turn[str]):
+class _Reading(Turn[str]):
     """A read, for which more may have to be read ahead."""
 
     __slots__ = ("_limit",)
+
+    _file: AsyncTextFile
 
     def __init__(self, what: str, file: AsyncTextFile, limit: int) -> None:
         super().__init__(what, file)
@@ -394,7 +269,7 @@ class _Reading(_Turn[str]):
         self._go_on(ended=False)
 
     def _go_on(self, ended: bool) -> None:
-        file = self._text_file
+        file = self._file
         if self.operation.called:
             # It was cancelled, and what was read for it stays there.
             self._finish(None, None)
@@ -418,7 +293,7 @@ class _Reading(_Turn[str]):
             return
         begins, text = result
         if text:
-            self._text_file._read_ahead(begins, text)
+            self._file._read_ahead(begins, text)
         self._go_on(ended=not text)
 
     def size(self, ended: bool) -> int | None:
@@ -444,7 +319,7 @@ class _Read(_Reading):
         return None if self.least() > 0 and not ended else self._limit
 
     def least(self) -> int:
-        file = self._text_file
+        file = self._file
         return self._limit - (len(file._ahead) - file._start)
 
 
@@ -455,7 +330,7 @@ class _ReadLine(_Reading):
         super().__init__("to read a line from", file, limit)
 
     def size(self, ended: bool) -> int | None:
-        file = self._text_file
+        file = self._file
         end = file._end_of_line(self._limit)
         if end is not None:
             return end - file._start
@@ -472,17 +347,19 @@ class _ReadLine(_Reading):
     def _checked(self, size: int, end: int) -> int:
         """A size with that of the line's end, unless it is more than allowed."""
         if size > self._limit + end:
-            raise DelimiterNotFound(f"a line of {self._text_file!r}", self._limit)
+            raise DelimiterNotFound(f"a line of {self._file!r}", self._limit)
         return size
 
 
-class _Settled(_Turn[Any]):
+class _Settled(Turn[Any]):
     """
     Something for which the file must be where the reader is, and not where it has read
     ahead to.
     """
 
     __slots__ = ("_args", "_function")
+
+    _file: AsyncTextFile
 
     def __init__(
         self,
@@ -496,7 +373,7 @@ class _Settled(_Turn[Any]):
         self._args = args
 
     def begin(self) -> None:
-        file = self._text_file
+        file = self._file
         file._workers.run(
             *(self, _settle_and_call, file._file, file._position()),
             *(self._function, self._args),
@@ -504,29 +381,8 @@ class _Settled(_Turn[Any]):
 
     def end(self, result: Any, error: BaseException | None) -> None:
         """See ``Job.end``."""
-        self._text_file._forget_ahead()
+        self._file._forget_ahead()
         self._finish(result, error)
-
-
-class _Close(_Turn[None]):
-    __slots__ = ()
-
-    def __init__(self, file: AsyncTextFile) -> None:
-        super().__init__("the end of", file)
-
-    def begin(self) -> None:
-        file = self._text_file
-        file._workers.run(self, file._file.close)
-
-    def end(self, result: Any, error: BaseException | None) -> None:
-        """See ``Job.end``."""
-        file = self._text_file
-        file._close_ended = True
-        self._leave()
-        self.operation.owner = None
-        closers, file._closers = file._closers, {}
-        for operation in closers:
-            finish(operation, None, error)
 
 
 # In threads

@@ -1,0 +1,233 @@
+"""
+What open files have in common, of bytes and of text: operations at the position are
+done one after the other, and C{close} waits for all of them.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections import deque
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from twisted_rtsig.coro.operations import Done, Operation, Wait
+from twisted_rtsig.files.workers import Job, Workers, finish
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T")
+
+
+class ClosedAtExit:
+    """An object that is closed, or removed, at the end of an C{async with} block."""
+
+    def _close_at_exit(self) -> Operation[None]:
+        """Begin to close it.  That ends even if its operation is cancelled."""
+        raise NotImplementedError
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        closing = self._close_at_exit()
+        # A coroutine that is garbage cannot wait; it is closed all the same.
+        if not isinstance(error, GeneratorExit):
+            await closing
+
+
+class OpenFile(ClosedAtExit):
+    """
+    The base class of open files.
+
+    :ivar name: the path it was opened with.
+    :ivar mode: the mode it was opened with.
+    """
+
+    def __init__(self, name: Any, mode: str, workers: Workers) -> None:
+        self.name = name
+        self.mode = mode
+        self._workers = workers
+        # The operations at the position.  The first one may be under way.
+        self._turns: deque[Turn[Any]] = deque()
+        self._under_way = False
+        self._taking_turns = False
+        self._closing: _Close | None = None
+        self._closers: dict[Operation[None], None] = {}
+
+    @property
+    def closed(self) -> bool:
+        """Whether C{close} was called."""
+        return self._closing is not None
+
+    def fileno(self) -> int:
+        """The descriptor; -1 once it is closed."""
+        raise NotImplementedError
+
+    def close(self) -> Operation[None]:
+        """
+        Close it, when all that is under way is done.
+
+        :raises OSError: (when awaited) if what was written is lost.  The file is
+            closed then, too.
+        """
+        if self._closing is not None and self._closing.ended:
+            closed: Operation[None] = Done()
+            return closed
+        closing: Operation[None] = Wait()
+        closing.owner = self
+        self._closers[closing] = None
+        if self._closing is None:
+            self._closing = _Close(self)
+            self._close_if_idle()
+        return closing
+
+    def _close_if_idle(self) -> None:
+        closing = self._closing
+        if closing is not None and self._is_idle():
+            closing.begin()
+
+    def _is_idle(self) -> bool:
+        """Whether nothing is under way, or waits for its turn."""
+        return not self._turns
+
+    def _close_at_exit(self) -> Operation[None]:
+        return self.close()
+
+    def _closes_at_once(self) -> bool:
+        """Whether to close it cannot block."""
+        return False
+
+    def _close_file(self) -> None:
+        """Close what the system has open: in a thread, if that can block."""
+        raise NotImplementedError
+
+    def forget(self, operation: Operation[Any]) -> None:
+        """See ``Owner.forget``: it is closed all the same."""
+        # When an operation is told that the file is closed, it is no longer here.
+        self._closers.pop(operation, None)
+
+    def waits_for(self, operation: Operation[Any]) -> str:
+        """See ``Owner.waits_for``."""
+        return f"the end of {self!r}"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    def __del__(self) -> None:
+        if self.fileno() >= 0:
+            self._close_file()
+            warnings.warn(
+                f"{self!r} was not closed", ResourceWarning, stacklevel=2, source=self
+            )
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {os.fspath(self.name)!r}, {self.mode}>"
+
+    def _check_open(self) -> None:
+        if self._closing is not None:
+            raise ValueError(f"{self!r} is closed")
+
+    def _check_readable(self) -> None:
+        self._check_open()
+        if "r" not in self.mode and "+" not in self.mode:
+            raise io.UnsupportedOperation(f"{self!r} is not open for reading")
+
+    def _check_writable(self) -> None:
+        self._check_open()
+        if "r" in self.mode and "+" not in self.mode:
+            raise io.UnsupportedOperation(f"{self!r} is not open for writing")
+
+    # Turns
+
+    def _in_turn(self, turn: Turn[T]) -> Operation[T]:
+        self._turns.append(turn)
+        self._take_turns()
+        return turn.operation
+
+    def _take_turns(self) -> None:
+        if self._taking_turns:
+            # An operation that ends at once calls this again, and many may do so.
+            return
+        self._taking_turns = True
+        turns = self._turns
+        while turns and not self._under_way:
+            if turns[0].operation.called:
+                # It was cancelled before its turn.
+                turns.popleft()
+            else:
+                self._under_way = True
+                turns[0].begin()
+        self._taking_turns = False
+        self._close_if_idle()
+
+
+class Turn(Job[T]):
+    """An operation of an open file that is done when its turn comes."""
+
+    __slots__ = ("_file",)
+
+    def __init__(self, what: str, file: OpenFile) -> None:
+        super().__init__(f"{what} {file!r}")
+        self._file = file
+
+    def begin(self) -> None:
+        """Its turn has come."""
+        raise NotImplementedError
+
+    def drop(self) -> None:
+        """See ``Job.drop``."""
+        self._leave()
+        self._file._take_turns()
+
+    def _leave(self) -> None:
+        self._file._turns.popleft()
+        self._file._under_way = False
+
+    def _finish(self, result: Any, error: BaseException | None) -> None:
+        self._leave()
+        finish(self.operation, result, error)
+        self._file._take_turns()
+
+
+class _Close(Job[None]):
+    """
+    Closes a file, once.
+
+    :ivar ended: whether that is over.
+    """
+
+    __slots__ = ("_begun", "_file", "ended")
+
+    def __init__(self, file: OpenFile) -> None:
+        super().__init__(f"the end of {file!r}")
+        self._file = file
+        self._begun = False
+        self.ended = False
+
+    def begin(self) -> None:
+        """Nothing else is under way."""
+        if self._begun:
+            return
+        self._begun = True
+        file = self._file
+        if file._closes_at_once():
+            file._close_file()
+            self.end(None, None)
+        else:
+            file._workers.run(self, file._close_file)
+
+    def end(self, result: Any, error: BaseException | None) -> None:
+        """See ``Job.end``."""
+        self.ended = True
+        # The file refers to this.
+        file = self._file
+        del self._file
+        self.operation.owner = None
+        closers, file._closers = file._closers, {}
+        for operation in closers:
+            finish(operation, None, error)
