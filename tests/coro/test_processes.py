@@ -12,7 +12,7 @@ import sys
 from collections.abc import Awaitable
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT, CalledProcessError
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from twisted.internet.defer import CancelledError
@@ -30,6 +30,7 @@ from twisted_rtsig.coro import (
     spawn,
     timeout,
 )
+from twisted_rtsig.coro.children import ProcessOptions
 from twisted_rtsig.engine.processes import ChildProcess
 
 if sys.platform == "win32":
@@ -726,3 +727,16 @@ def test_the_mask_of_this_thread_stays_as_it_is(reactor: Any) -> None:
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
     run_for_real(reactor, main)
+
+
+# What both functions take
+
+
+def test_the_options_that_run_process_passes_on_are_those_of_open_process() -> None:
+    options = get_type_hints(open_process)
+    del options["command"], options["return"]
+    passed_on = get_type_hints(ProcessOptions)
+    by_name = set(inspect.signature(run_process).parameters)
+    assert passed_on.keys() | by_name >= options.keys()
+    for name, type_of_option in passed_on.items():
+        assert options[name] == type_of_option, name

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from twisted.application.service import IService, MultiService
@@ -29,6 +29,7 @@ from tests.coro.support import call, run
 from tests.support import DEADLINE
 from twisted_rtsig.coro import (
     Cancelled,
+    CoroutineFactory,
     CoroutineService,
     Event,
     Stopped,
@@ -39,6 +40,7 @@ from twisted_rtsig.coro import (
     spawn,
     timeout,
 )
+from twisted_rtsig.coro.serving import ServerOptions
 
 ROOT = Path(__file__).parents[2]
 TAC = ROOT / "examples" / "echo_service.tac"
@@ -542,6 +544,16 @@ def test_to_cancel_a_stop_ends_the_grace(reactor: Any, logged: list[Any]) -> Non
 def test_wrong_options(options: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         CoroutineService(_Slow(), shout, **options)
+
+
+def test_the_options_that_are_passed_on_are_all_of_a_factory() -> None:
+    """A type checker knows them by this list, and a reader by the docstring."""
+    options = get_type_hints(CoroutineFactory.__init__)
+    del options["handler"], options["return"]
+    assert get_type_hints(ServerOptions) == options
+    for name in options:
+        assert f"C{{{name}}}" in str(serve.__doc__)
+        assert f":param {name}: " in str(CoroutineFactory.__doc__)
 
 
 def test_not_a_handler() -> None:

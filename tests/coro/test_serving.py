@@ -112,17 +112,28 @@ def test_a_handler_that_returns(reactor: Any, logged: Logged) -> None:
     assert failures(logged) == []
 
 
-def test_a_handler_that_raises(reactor: Any, logged: Logged) -> None:
+def failure_of(
+    reactor: Any, logged: Logged, handler: Any, line: bytes, **options: Any
+) -> BaseException:
+    """What is logged of a handler that fails when it has read a line."""
+
     async def main() -> None:
-        server = await listen(reactor, _until_told, name="Frederick")
+        server = await listen(reactor, handler, **options)
         async with await call(reactor, server) as stream:
-            await stream.write(b"raise\n")
+            with contextlib.suppress(ConnectionClosed):
+                await stream.write(line)
             with pytest.raises(ConnectionClosed):
                 await stream.read()
-        await server.stop()
+        await server.stop(60)
 
     run(reactor, main)
     [error] = failures(logged)
+    assert isinstance(error, BaseException)
+    return error
+
+
+def test_a_handler_that_raises(reactor: Any, logged: Logged) -> None:
+    error = failure_of(reactor, logged, _until_told, b"raise\n", name="Frederick")
     assert isinstance(error, KeyError)
     [event] = [each for each in logged if each.get("log_failure")]
     assert event["name"] == "Frederick"
@@ -132,35 +143,21 @@ def test_a_handler_that_raises(reactor: Any, logged: Logged) -> None:
 def test_a_group_is_logged_once_with_all_its_errors(
     reactor: Any, logged: Logged
 ) -> None:
-    async def main() -> None:
-        server = await listen(reactor, _in_a_group)
-        async with await call(reactor, server) as stream:
-            await stream.write(b"raise\n")
-            with pytest.raises(ConnectionClosed):
-                await stream.read()
-        await server.stop()
-
-    run(reactor, main)
-    [error] = failures(logged)
+    error = failure_of(reactor, logged, _in_a_group, b"raise\n")
     assert [type(each) for each in causes(error)] == [KeyError]
 
 
 def test_a_generator_that_raises(reactor: Any, logged: Logged) -> None:
-    def handler(stream: Stream) -> Generator[Any, Any, None]:
-        yield stream.read_line()
-        raise KeyError("told so")
-
-    async def main() -> None:
-        server = await listen(reactor, handler)
-        async with await call(reactor, server) as stream:
-            await stream.write(b"\n")
-            with pytest.raises(ConnectionClosed):
-                await stream.read()
-        await server.stop()
-
-    run(reactor, main)
-    [error] = failures(logged)
+    error = failure_of(reactor, logged, _asks_as_generator, b"\n")
     assert isinstance(error, KeyError)
+
+
+def test_a_handler_that_takes_no_stream(reactor: Any, logged: Logged) -> None:
+    async def handler() -> None:
+        """It forgets the argument."""
+
+    error = failure_of(reactor, logged, handler, b"\n")
+    assert "takes 0 positional arguments" in str(error)
 
 
 async def _asks(stream: Stream) -> None:
@@ -231,22 +228,6 @@ def test_the_stack_of_a_handler_that_fails(
 async def _in_a_group(stream: Stream) -> None:
     async with TaskGroup() as group:
         group.spawn(_until_told, stream)
-
-
-def test_a_handler_that_takes_no_stream(reactor: Any, logged: Logged) -> None:
-    async def handler() -> None:
-        """It forgets the argument."""
-
-    async def main() -> None:
-        server = await listen(reactor, handler)
-        async with await call(reactor, server) as stream:
-            with pytest.raises(ConnectionClosed):
-                await stream.read()
-        await server.stop(60)
-
-    run(reactor, main)
-    [error] = failures(logged)
-    assert "takes 0 positional arguments" in str(error)
 
 
 @pytest.mark.parametrize("handler", [_until_told, _in_a_group])

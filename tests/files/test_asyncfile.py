@@ -954,25 +954,6 @@ def test_a_write_that_is_cancelled_later_is_done_all_the_same(
     assert path.read_bytes() == b"first second"
 
 
-def test_a_file_whose_opening_was_cancelled_is_closed(
-    reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    path.touch()
-    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
-    disk = SlowDisk(monkeypatch, "open")
-
-    async def main() -> None:
-        opening = open_file(path)
-        assert disk.gate.reached.wait(DEADLINE)
-        opening.addErrback(lambda _: None).cancel()
-        assert open_in(tmp_path) == [str(path)]
-        disk.gate.open()
-
-    run(reactor, main)
-    spin(reactor, lambda: open_in(tmp_path) == [])
-
-
 # The end
 
 
@@ -1062,24 +1043,6 @@ def test_nothing_is_done_with_a_closed_file(reactor: Any, tmp_path: Path) -> Non
                 call()
 
     run(reactor, main)
-
-
-def test_a_file_that_nobody_has_closed(reactor: Any, tmp_path: Path) -> None:
-    async def main() -> None:
-        file = await open_file(tmp_path / "file", "wb")
-        file.write(b"all of it")
-
-    def gone() -> bool:
-        gc.collect()
-        return open_in(tmp_path) == []
-
-    def forget() -> None:
-        run(reactor, main)
-        spin(reactor, gone)
-
-    with pytest.warns(ResourceWarning, match="was not closed"):
-        forget()
-    assert (tmp_path / "file").read_bytes() == b"all of it"
 
 
 def test_a_reactor_without_threads(tmp_path: Path) -> None:

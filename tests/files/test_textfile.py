@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 import sys
@@ -14,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.coro.support import STYLES, run, spin
-from tests.files.support import Gate, SlowDisk, open_in
+from tests.files.support import Gate, open_in
 from tests.files.support import busy_threads as busy_threads
 from tests.support import DEADLINE
-from twisted_rtsig.coro import DelimiterNotFound, sleep
+from twisted_rtsig.coro import DelimiterNotFound
 from twisted_rtsig.files import AsyncTextFile, open_file
 
 NEWLINES = [None, "", "\n", "\r", "\r\n"]
@@ -375,55 +374,5 @@ def test_a_read_that_is_cancelled_in_the_thread_loses_nothing(
         assert await closing == "one\n"
         assert await file.tell() == 4
         await file.close()
-
-    run(reactor, main)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="it opens in another way there")
-def test_an_open_that_is_cancelled_leaves_nothing_open(
-    reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    path.touch()
-    disk = SlowDisk(monkeypatch, "open")
-
-    async def main() -> None:
-        opening = open_file(path, "r")
-        assert disk.gate.reached.wait(DEADLINE)
-        opening.cancel()
-        disk.gate.open()
-        while open_in(tmp_path):
-            await sleep(0.001)
-        # By then the reactor has been told of the end of what came before.
-        await (await open_file(path, "r")).close()
-
-    run(reactor, main)
-
-
-def test_a_forgotten_file_is_told(reactor: Any, tmp_path: Path) -> None:
-    async def main() -> None:
-        file = await open_file(tmp_path / "file", "w")
-        file.write("all of it")
-
-    def gone() -> bool:
-        gc.collect()
-        return open_in(tmp_path) == []
-
-    def forget() -> None:
-        run(reactor, main)
-        spin(reactor, gone)
-
-    with pytest.warns(ResourceWarning, match="was not closed"):
-        forget()
-    assert (tmp_path / "file").read_text() == "all of it"
-
-
-def test_closing_is_done_although_it_is_cancelled(reactor: Any, tmp_path: Path) -> None:
-    async def main() -> None:
-        file = await open_file(tmp_path / "file", "w")
-        file.close().cancel()
-        assert file.closed
-        await file.close()
-        assert open_in(tmp_path) == []
 
     run(reactor, main)

@@ -13,7 +13,7 @@ from subprocess import (
     CompletedProcess,
     SubprocessError,
 )
-from typing import TYPE_CHECKING, Any, Final, Literal, overload
+from typing import Any, Final, Literal, overload
 
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol
@@ -33,7 +33,9 @@ from twisted_rtsig.coro.operations import Operation, Wait
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.tasks import scheduler_for, spawn
 
-if TYPE_CHECKING:
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
     from typing_extensions import Unpack
 
 MAX_OUTPUT: Final = 1 << 26

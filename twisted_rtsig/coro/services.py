@@ -6,7 +6,8 @@ See ``docs/running.md``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import Any
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, maybeDeferred, succeed
@@ -30,7 +31,9 @@ from twisted_rtsig.coro.serving import (
 from twisted_rtsig.coro.tasks import spawn
 from twisted_rtsig.coro.tracebacks import log_failure
 
-if TYPE_CHECKING:
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
     from typing_extensions import Unpack
 
 _log = Logger()
@@ -45,7 +48,7 @@ class CoroutineService(Service):
     :param grace: how many seconds handlers have to finish when the service stops; then
         they are cancelled.
     :param cancel_timeout: how many seconds cancelled handlers have to end.
-    :param options: those of :class:`CoroutineFactory`.
+    :param options: those of :class:`CoroutineFactory`, as for :func:`serve`.
     :raises TypeError: if the handler cannot be called, or an option is unknown.
     :raises ValueError: if an option has a value that it cannot have.
     :ivar server: the :class:`Server`, while the service listens; else None.

@@ -80,6 +80,11 @@ from twisted_rtsig.coro.tasks import (
 )
 from twisted_rtsig.coro.tracebacks import causes, log_failure
 
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack
+
 _log = Logger()
 
 Handler: TypeAlias = Callable[[Stream], Awaitable[object] | Generator[Any, Any, object]]
@@ -680,7 +685,10 @@ def check_stop_times(grace: float, cancel_timeout: float) -> None:
 
 
 class ServerOptions(TypedDict, total=False):
-    """The options of :class:`CoroutineFactory` that can be passed on."""
+    """
+    The options of :class:`CoroutineFactory`, for functions that pass them on.  Its
+    signature has the defaults.
+    """
 
     name: str | None
     max_connections: int | Literal["auto"] | None
@@ -692,7 +700,7 @@ class ServerOptions(TypedDict, total=False):
     handshake_timeout: float | None
     close_timeout: float | None
     cancel_on_loss: bool
-    reactor: object
+    reactor: Any | None
 
 
 class Server:
@@ -842,42 +850,25 @@ def server_endpoint(endpoint: ServerEndpoint | str, reactor: object) -> ServerEn
 def serve(
     endpoint: ServerEndpoint | str,
     handler: Handler,
-    *,
-    name: str | None = None,
-    max_connections: int | Literal["auto"] | None = "auto",
-    max_connections_per_address: int | None = None,
-    first_byte_timeout: float | None = FIRST_BYTE_TIMEOUT,
-    idle_timeout: float | None = IDLE_TIMEOUT,
-    read_timeout: float | None = None,
-    write_timeout: float | None = WRITE_TIMEOUT,
-    handshake_timeout: float | None = DEFAULT_TLS_LIMITS.handshake,
-    close_timeout: float | None = DEFAULT_TLS_LIMITS.close,
-    cancel_on_loss: bool = False,
-    reactor: Any | None = None,
+    **options: Unpack[ServerOptions],
 ) -> Deferred[Server]:
     """
     Listen, and run C{handler} for each connection.
 
     :param endpoint: an ``IStreamServerEndpoint`` provider; or its description, as
         ``serverFromString`` takes it: ``"tcp:8000"``.
-    :param handler: as for :class:`CoroutineFactory`; and so are all others.
+    :param handler: called with a :class:`Stream`; in a task of its own.
+    :param options: those of :class:`CoroutineFactory`: C{name}, C{max_connections},
+        C{max_connections_per_address}, C{first_byte_timeout}, C{idle_timeout},
+        C{read_timeout}, C{write_timeout}, C{handshake_timeout}, C{close_timeout},
+        C{cancel_on_loss}, C{reactor}.
     :return: a :class:`Server`.
-    :raises ValueError: if the description is wrong, or a limit is.
+    :raises TypeError: if the handler cannot be called, or an option is unknown.
+    :raises ValueError: if the description is wrong, or an option has a value that it
+        cannot have.
     """
-    factory = CoroutineFactory(
-        handler,
-        name=name,
-        max_connections=max_connections,
-        max_connections_per_address=max_connections_per_address,
-        first_byte_timeout=first_byte_timeout,
-        idle_timeout=idle_timeout,
-        read_timeout=read_timeout,
-        write_timeout=write_timeout,
-        handshake_timeout=handshake_timeout,
-        close_timeout=close_timeout,
-        cancel_on_loss=cancel_on_loss,
-        reactor=reactor,
-    )
+    factory = CoroutineFactory(handler, **options)
+    reactor = options.get("reactor")
     listening: Deferred[Any] = server_endpoint(endpoint, reactor).listen(factory)
 
     def give_up(failure: Failure) -> Failure:

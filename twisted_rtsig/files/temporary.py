@@ -11,10 +11,10 @@ import contextlib
 import functools
 import io
 import os
+import sys
 import tempfile
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import Any, Generic, TypedDict, TypeVar, cast, overload
 
 from twisted.python.failure import Failure
 
@@ -28,7 +28,13 @@ from twisted_rtsig.files.asyncfile import (
 )
 from twisted_rtsig.files.descriptors import Descriptor, SeekingDescriptor
 from twisted_rtsig.files.textfile import AsyncTextFile
+from twisted_rtsig.files.turns import ClosedAtExit
 from twisted_rtsig.files.workers import Job, Workers, finish, workers_of
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack
 
 T = TypeVar("T")
 F = TypeVar("F", AsyncFile, AsyncTextFile)
@@ -81,19 +87,37 @@ class _Certain(Job[None]):
 # Files
 
 
-class _Temporary(Generic[F]):
+class TemporaryOptions(TypedDict, total=False):
+    """Where a temporary file is made, and by the threads of which reactor."""
+
+    suffix: str | None
+    prefix: str | None
+    dir: str | os.PathLike[str] | None
+    reactor: object
+
+
+class TemporaryTextOptions(TemporaryOptions, total=False):
+    """The same for a file of text, and how text is encoded."""
+
+    encoding: str | None
+    errors: str | None
+    newline: str | None
+
+
+class _Temporary(ClosedAtExit, Generic[F]):
     """A temporary file, before, while and after it is open."""
 
     def __init__(
         self,
         mode: str,
-        encoding: str | None,
-        errors: str | None,
-        newline: str | None,
-        suffix: str | None,
-        prefix: str | None,
-        dir: Any,
-        reactor: Any | None,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        suffix: str | None = None,
+        prefix: str | None = None,
+        dir: str | os.PathLike[str] | None = None,
+        reactor: object = None,
     ) -> None:
         self._binary = check_mode(mode, encoding, errors, newline)
         self._mode = mode
@@ -127,16 +151,8 @@ class _Temporary(Generic[F]):
     async def __aenter__(self) -> F:
         return await self.open()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        closing = self.close()
-        # If nothing can resume this any more, it goes on all the same.
-        if not isinstance(error, GeneratorExit):
-            await closing
+    def _close_at_exit(self) -> Operation[None]:
+        return self.close()
 
     def _opened(self, made: tuple[Any, Any]) -> F:
         made_file, name = made
@@ -195,42 +211,22 @@ class TemporaryFile(_Temporary[F]):
     def __init__(
         self: TemporaryFile[AsyncFile],
         mode: BytesMode = "w+b",
-        *,
-        suffix: str | None = None,
-        prefix: str | None = None,
-        dir: str | os.PathLike[str] | None = None,
-        reactor: Any | None = None,
+        **options: Unpack[TemporaryOptions],
     ) -> None: ...
 
     @overload
     def __init__(
         self: TemporaryFile[AsyncTextFile],
         mode: TextMode,
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
-        suffix: str | None = None,
-        prefix: str | None = None,
-        dir: str | os.PathLike[str] | None = None,
-        reactor: Any | None = None,
+        **options: Unpack[TemporaryTextOptions],
     ) -> None: ...
 
     def __init__(
         self,
         mode: str = "w+b",
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
-        suffix: str | None = None,
-        prefix: str | None = None,
-        dir: str | os.PathLike[str] | None = None,
-        reactor: Any | None = None,
+        **options: Unpack[TemporaryTextOptions],
     ) -> None:
-        super().__init__(
-            *(mode, encoding, errors, newline, suffix, prefix, dir, reactor)
-        )
+        super().__init__(mode, **options)
 
     def _make(self) -> tuple[Any, Any]:
         suffix, prefix, dir = self._names
@@ -267,11 +263,8 @@ class NamedTemporaryFile(_Temporary[F]):
         self: NamedTemporaryFile[AsyncFile],
         mode: BytesMode = "w+b",
         *,
-        suffix: str | None = None,
-        prefix: str | None = None,
-        dir: str | os.PathLike[str] | None = None,
         delete: bool = True,
-        reactor: Any | None = None,
+        **options: Unpack[TemporaryOptions],
     ) -> None: ...
 
     @overload
@@ -279,32 +272,18 @@ class NamedTemporaryFile(_Temporary[F]):
         self: NamedTemporaryFile[AsyncTextFile],
         mode: TextMode,
         *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
-        suffix: str | None = None,
-        prefix: str | None = None,
-        dir: str | os.PathLike[str] | None = None,
         delete: bool = True,
-        reactor: Any | None = None,
+        **options: Unpack[TemporaryTextOptions],
     ) -> None: ...
 
     def __init__(
         self,
         mode: str = "w+b",
         *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
-        suffix: str | None = None,
-        prefix: str | None = None,
-        dir: str | os.PathLike[str] | None = None,
         delete: bool = True,
-        reactor: Any | None = None,
+        **options: Unpack[TemporaryTextOptions],
     ) -> None:
-        super().__init__(
-            *(mode, encoding, errors, newline, suffix, prefix, dir, reactor)
-        )
+        super().__init__(mode, **options)
         self._delete = delete
 
     def close(self) -> Operation[None]:
@@ -347,7 +326,7 @@ def _remove(path: Any, error: BaseException | None) -> None:
 # Directories
 
 
-class TemporaryDirectory:
+class TemporaryDirectory(ClosedAtExit):
     """
     A directory that is removed at the end of the block, with all that is in it::
 
@@ -415,16 +394,8 @@ class TemporaryDirectory:
     async def __aenter__(self) -> str:
         return await self.create()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        removing = self.cleanup()
-        # If nothing can resume this any more, it goes on all the same.
-        if not isinstance(error, GeneratorExit):
-            await removing
+    def _close_at_exit(self) -> Operation[None]:
+        return self.cleanup()
 
 
 # Functions
