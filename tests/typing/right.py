@@ -19,11 +19,13 @@ from twisted.internet.interfaces import IStreamClientEndpoint, IStreamServerEndp
 from twisted.internet.task import Clock
 from typing_extensions import assert_type
 
+from twisted_rtsig import run
 from twisted_rtsig.coro import (
     Channel,
     ChannelStatistics,
     Condition,
     CoroutineFactory,
+    CoroutineService,
     Deadline,
     Event,
     Lock,
@@ -42,7 +44,10 @@ from twisted_rtsig.coro import (
     in_thread,
     open_datagrams,
     open_process,
+    open_tcp,
+    open_unix,
     run_group,
+    run_process,
     select,
     serve,
     shield,
@@ -53,7 +58,15 @@ from twisted_rtsig.coro import (
     transfer,
 )
 from twisted_rtsig.coro.testing import SansIO, in_task, stream_pair
-from twisted_rtsig.files import AsyncFile, open_file, stat, write_file
+from twisted_rtsig.files import (
+    AsyncFile,
+    AsyncTextFile,
+    NamedTemporaryFile,
+    TemporaryFile,
+    open_file,
+    stat,
+    write_file,
+)
 
 # Functions of each style
 
@@ -260,6 +273,33 @@ async def serving(
     plain = TCP4ClientEndpoint(reactor, "localhost", 80)
     await connect(plain, reactor, handshake_timeout=3)
     CoroutineFactory(streams, idle_timeout=None)
+    described = await serve(
+        "tcp:80",
+        streams,
+        name="echo",
+        max_connections="auto",
+        max_connections_per_address=None,
+        first_byte_timeout=3,
+        idle_timeout=None,
+        read_timeout=0.5,
+        write_timeout=None,
+        handshake_timeout=3,
+        close_timeout=None,
+        cancel_on_loss=False,
+        reactor=None,
+    )
+    assert_type(await described.serve_forever(grace=3), None)
+    service = CoroutineService("tcp:80", streams, grace=3, max_connections=None)
+    assert_type(service.server, Server | None)
+    assert_type(await open_tcp("localhost", 80, tls=True, close_timeout=3), Stream)
+    assert_type(await open_unix("/run/socket"), Stream)
+
+
+def programs() -> None:
+    assert_type(run(count, "a"), bytes)
+    assert_type(run(count, "a", 3, reactor="rtsig", grace=None, debug=True), bytes)
+    assert_type(run(count_generator, "a", name="counts"), int)
+    assert_type(run(count_deferred, "a"), float)
 
 
 # What tasks share
@@ -316,6 +356,10 @@ async def outside() -> None:
         assert_type(process.stream, Stream)
         assert_type(process.errors, Stream)
         assert_type(await process.wait(), int)
+    done = await run_process(["true"], env=None, pass_fds=[3], grace=3)
+    assert_type(done.stdout, bytes)
+    read = await run_process(["true"], text=True, input="words", check=False)
+    assert_type(read.stderr, str)
     async with open_datagrams(0) as datagrams:
         assert_type(datagrams.host, IPv4Address | IPv6Address)
         data, address = await datagrams.receive_from()
@@ -330,6 +374,15 @@ async def outside() -> None:
         assert_type(await file.seek(0), int)
         async for line in file:
             assert_type(line, bytes)
+    async with await open_file("data", "w", encoding="utf-8") as text:
+        assert_type(text, AsyncTextFile)
+        assert_type(await text.read(3), str)
+    async with TemporaryFile(dir="folder", suffix=None) as file:
+        assert_type(file, AsyncFile)
+    async with TemporaryFile("w+", encoding="utf-8") as text:
+        assert_type(text, AsyncTextFile)
+    async with NamedTemporaryFile("w+", newline="", delete=False) as text:
+        assert_type(text, AsyncTextFile)
     assert_type((await stat("data")).st_size, int)
     assert_type(await write_file("data", b""), None)
 

@@ -14,14 +14,17 @@ from typing import Any
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.endpoints import TCP4ClientEndpoint, TCP4ServerEndpoint
 
+from twisted_rtsig import run
 from twisted_rtsig.coro import (
     Channel,
     Condition,
     CoroutineFactory,
+    CoroutineService,
     Deadline,
     Event,
     Lock,
     Semaphore,
+    Server,
     Stream,
     Task,
     TaskGroup,
@@ -31,7 +34,10 @@ from twisted_rtsig.coro import (
     in_thread,
     open_datagrams,
     open_process,
+    open_tcp,
+    open_unix,
     run_group,
+    run_process,
     select,
     serve,
     sleep,
@@ -40,7 +46,14 @@ from twisted_rtsig.coro import (
     timeout,
     transfer,
 )
-from twisted_rtsig.files import open_file, stat
+from twisted_rtsig.files import (
+    AsyncFile,
+    AsyncTextFile,
+    NamedTemporaryFile,
+    TemporaryFile,
+    open_file,
+    stat,
+)
 
 
 async def count(name: str, most: int = 10) -> bytes:
@@ -175,6 +188,100 @@ async def serving(reactor: Any) -> None:
     await connect(client, handshake_timeout="a")  # mypy: arg-type; pyright: reportArgumentType
     CoroutineFactory(without_stream)  # mypy: arg-type; pyright: reportArgumentType
     CoroutineFactory(streams, idle_time=3)  # mypy: call-arg; pyright: reportCallIssue
+
+
+async def options_of_servers(server: Server) -> None:
+    await serve("tcp:80", streams, idle_time=3)  # mypy: call-arg; pyright: reportCallIssue
+    await serve("tcp:80", streams, 3)  # mypy: arg-type, call-arg; pyright: reportCallIssue
+    await serve(80, streams)  # mypy: arg-type; pyright: reportArgumentType
+    await serve("tcp:80", streams, name=3)  # mypy: arg-type; pyright: reportArgumentType
+    await serve("tcp:80", streams, max_connections="all")  # mypy: arg-type; pyright: reportArgumentType
+    await serve("tcp:80", streams, max_connections=0.5)  # mypy: arg-type; pyright: reportArgumentType
+    await serve("tcp:80", streams, max_connections_per_address="auto")  # mypy: arg-type; pyright: reportArgumentType
+    await serve("tcp:80", streams, first_byte_timeout="3")  # mypy: arg-type; pyright: reportArgumentType
+    await serve("tcp:80", streams, idle_timeout="3")  # mypy: arg-type; pyright: reportArgumentType
+    await serve("tcp:80", streams, read_timeout="3")  # mypy: arg-type; pyright: reportArgumentType
+    await serve("tcp:80", streams, write_timeout="3")  # mypy: arg-type; pyright: reportArgumentType
+    await serve("tcp:80", streams, handshake_timeout="3")  # mypy: arg-type; pyright: reportArgumentType
+    await serve("tcp:80", streams, close_timeout="3")  # mypy: arg-type; pyright: reportArgumentType
+    await serve("tcp:80", streams, cancel_on_loss="no")  # mypy: arg-type; pyright: reportArgumentType
+    await serve("tcp:80", streams, grace=3)  # mypy: call-arg; pyright: reportCallIssue
+    CoroutineFactory(streams, max_connections="all")  # mypy: arg-type; pyright: reportArgumentType
+    CoroutineFactory(streams, cancel_on_loss=None)  # mypy: arg-type; pyright: reportArgumentType
+    CoroutineService("tcp:80", streams, 3)  # mypy: call-arg; pyright: reportCallIssue
+    CoroutineService("tcp:80", count)  # mypy: arg-type; pyright: reportArgumentType
+    CoroutineService("tcp:80", streams, grace="3")  # mypy: arg-type; pyright: reportArgumentType
+    CoroutineService("tcp:80", streams, cancel_timeout=None)  # mypy: arg-type; pyright: reportArgumentType
+    CoroutineService("tcp:80", streams, idle_time=3)  # mypy: call-arg; pyright: reportCallIssue
+    CoroutineService("tcp:80", streams, max_connections="all")  # mypy: arg-type; pyright: reportArgumentType
+    CoroutineService("tcp:80", streams, idle_timeout="3")  # mypy: arg-type; pyright: reportArgumentType
+    await server.stop("3")  # mypy: arg-type; pyright: reportArgumentType
+    await server.serve_forever(grace=None)  # mypy: arg-type; pyright: reportArgumentType
+
+
+async def options_of_clients() -> None:
+    await connect("tcp:localhost:80", write_timeout="3")  # mypy: arg-type; pyright: reportArgumentType
+    await connect("tcp:localhost:80", handshake_timeout="3")  # mypy: arg-type; pyright: reportArgumentType
+    await connect("tcp:localhost:80", close_timeout="3")  # mypy: arg-type; pyright: reportArgumentType
+    await connect("tcp:localhost:80", idle_timeout=3)  # mypy: call-arg; pyright: reportCallIssue
+    await connect(80)  # mypy: arg-type; pyright: reportArgumentType
+    await open_tcp("localhost")  # mypy: call-arg; pyright: reportCallIssue
+    await open_tcp("localhost", "80")  # mypy: arg-type; pyright: reportArgumentType
+    await open_tcp("localhost", 80, True)  # mypy: call-arg; pyright: reportCallIssue
+    await open_tcp("localhost", 80, tls="yes")  # mypy: arg-type; pyright: reportArgumentType
+    await open_tcp("localhost", 80, server_hostname=b"localhost")  # mypy: arg-type; pyright: reportArgumentType
+    await open_tcp("localhost", 80, local_address=("localhost", "80"))  # mypy: arg-type; pyright: reportArgumentType
+    await open_tcp("localhost", 80, happy_eyeballs_delay="3")  # mypy: arg-type; pyright: reportArgumentType
+    await open_tcp("localhost", 80, connect_timeout="3")  # mypy: arg-type; pyright: reportArgumentType
+    await open_tcp("localhost", 80, handshake_timeout="3")  # mypy: arg-type; pyright: reportArgumentType
+    await open_tcp("localhost", 80, close_timeout="3")  # mypy: arg-type; pyright: reportArgumentType
+    await open_tcp("localhost", 80, timeout=3)  # mypy: call-arg; pyright: reportCallIssue
+    await open_unix(80)  # mypy: arg-type; pyright: reportArgumentType
+
+
+def options_of_programs() -> None:
+    number: int
+    run(count)  # mypy: arg-type, call-arg; pyright: reportArgumentType, reportCallIssue
+    run(count, 3)  # mypy: arg-type; pyright: reportArgumentType, reportCallIssue
+    run(count("a"))  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
+    run(count_plain, "a")  # mypy: arg-type; pyright: reportArgumentType, reportCallIssue
+    run(count, "a", grace="3")  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
+    run(count, "a", name=3)  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
+    run(count, "a", debug="yes")  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
+    run(count, "a", nam="b")  # mypy: call-overload; pyright: reportCallIssue
+    number = run(count, "a")  # mypy: assignment; pyright: reportAssignmentType
+    print(number)
+
+
+async def options_of_processes() -> None:
+    await run_process(["true"], input="text")  # mypy: call-overload; pyright: reportArgumentType
+    await run_process(["true"], text=True, input=b"bytes")  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
+    await run_process(["true"], max_bytes="3")  # mypy: call-overload; pyright: reportArgumentType
+    await run_process(["true"], grace="3")  # mypy: call-overload; pyright: reportArgumentType
+    await run_process(["true"], pass_fds=3)  # mypy: call-overload; pyright: reportArgumentType
+    await run_process(["true"], shell=True)  # mypy: call-overload; pyright: reportCallIssue
+    open_process(["true"], stdin="yes")  # mypy: arg-type; pyright: reportArgumentType
+    open_process(["true"], grace="3")  # mypy: arg-type; pyright: reportArgumentType
+    open_process(["true"], shell=True)  # mypy: call-arg; pyright: reportCallIssue
+    text: str = (await run_process(["true"])).stdout  # mypy: assignment; pyright: reportAssignmentType
+    print(text)
+
+
+# Files
+
+
+async def options_of_files(data: AsyncFile, words: AsyncTextFile) -> None:
+    await open_file("data", permissions="rw")  # mypy: call-overload; pyright: reportArgumentType
+    await data.write("text")  # mypy: arg-type; pyright: reportArgumentType
+    await words.write(b"bytes")  # mypy: arg-type; pyright: reportArgumentType
+    TemporaryFile("w+b", encoding="utf-8")  # mypy: call-overload; pyright: reportArgumentType
+    TemporaryFile("w+", dir=3)  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
+    TemporaryFile(delete=True)  # mypy: call-overload; pyright: reportCallIssue
+    NamedTemporaryFile("w+b", encoding="utf-8")  # mypy: call-overload; pyright: reportArgumentType
+    NamedTemporaryFile(delete="no")  # mypy: call-overload; pyright: reportArgumentType
+    NamedTemporaryFile(name="data")  # mypy: call-overload; pyright: reportCallIssue
+    async with NamedTemporaryFile() as file:
+        await file.write("text")  # mypy: arg-type; pyright: reportArgumentType
 
 
 # What tasks share

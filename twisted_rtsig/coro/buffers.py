@@ -24,7 +24,7 @@ class ReadBuffer:
 
     def __init__(self) -> None:
         self.data: bytes | bytearray = b""
-        self.start = 0
+        self.start: int = 0
         # Up to where nothing begins that was searched for last.
         self._searched = 0
         self._searched_for = b""

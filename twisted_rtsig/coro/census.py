@@ -65,9 +65,9 @@ class Totals:
     __slots__ = ("__weakref__", "collected", "connections_made", "streams", "tasks")
 
     def __init__(self) -> None:
-        self.tasks = [0, 0, 0, 0]
-        self.collected = 0
-        self.connections_made = 0
+        self.tasks: list[int] = [0, 0, 0, 0]
+        self.collected: int = 0
+        self.connections_made: int = 0
         self.streams: Registry[Stream] = Registry()
 
 

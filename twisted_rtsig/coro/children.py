@@ -125,16 +125,16 @@ class Command:
                 f"signal_group together with process_group={self.process_group}: that "
                 "group has other members; only a new one (0) is signalled as a whole"
             )
-        self.arguments = [_native(each) for each in self.command]
-        self.variables = None
+        self.arguments: list[Any] = [_native(each) for each in self.command]
+        self.variables: dict[Any, Any] | None = None
         if self.env is not None:
             self.variables = {
                 _native(name): _native(value) for name, value in self.env.items()
             }
-        self.folder = None if self.cwd is None else _native(self.cwd)
+        self.folder: Any | None = None if self.cwd is None else _native(self.cwd)
         if self.folder is not None:
             _check(self.folder, os.fsdecode(self.folder), stat.S_ISDIR, errno.ENOTDIR)
-        self.program = _find_program(
+        self.program: str = _find_program(
             os.fsdecode(self.arguments[0]), self.variables, self.folder
         )
 

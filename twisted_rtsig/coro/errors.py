@@ -137,12 +137,12 @@ class ConnectFailed(ConnectError, OSError):
         where = repr(host) if port is None else f"{host!r}, port {port}"
         # That of ConnectError has no annotations.
         OSError.__init__(self, f"cannot connect to {where}: {'; '.join(reasons)}")
-        self.osError = None
+        self.osError: int | None = None
         self.host = host
         self.port = port
-        self.errors = list(errors)
+        self.errors: list[Exception] = list(errors)
         if len(self.errors) == 1:
-            self.__cause__ = self.errors[0]
+            self.__cause__: BaseException | None = self.errors[0]
         elif self.errors:
             self.__cause__ = ExceptionGroup("all attempts have failed", self.errors)
 

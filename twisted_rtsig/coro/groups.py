@@ -60,7 +60,7 @@ class TaskGroup(Scope):
         # Each with the start() that has spawned it; None for spawn().
         self._tasks: dict[Task[Any], _Starting | None] = {}
         self._errors: list[BaseException] = []
-        self.cancelled = False
+        self.cancelled: bool = False
         self._reason: str | None = None
         self._in_block = False
         self._last_ends: Operation[None] | None = None

@@ -258,10 +258,15 @@ class Signs:
     )
 
     def __init__(self, stream: Stream, now: int) -> None:
-        self.activity = stream.activity
-        self.pending = pending_of(stream)
-        self.sent, self.received = self._progress(stream)
-        self.alive = self.taken_at = self.reading_since = self.silent_since = now
+        self.activity: int = stream.activity
+        self.pending: tuple[int, int] = pending_of(stream)
+        sent, received = self._progress(stream)
+        self.sent: int = sent
+        self.received: int = received
+        self.alive: int = now
+        self.taken_at: int = now
+        self.reading_since: int = now
+        self.silent_since: int = now
         self.reading: object = None
 
     def update(self, stream: Stream, now: int) -> bool:

@@ -213,7 +213,7 @@ class Condition(_Queued):
 
     def __init__(self, lock: Lock | None = None) -> None:
         super().__init__()
-        self.lock = Lock() if lock is None else lock
+        self.lock: Lock = Lock() if lock is None else lock
 
     @must_be_awaited
     def wait(self) -> Deferred[None]:

@@ -35,7 +35,7 @@ class Histogram:
     __slots__ = ("_nanoseconds", "counts")
 
     def __init__(self) -> None:
-        self.counts = [0] * (len(_BOUNDS) + 1)
+        self.counts: list[int] = [0] * (len(_BOUNDS) + 1)
         self._nanoseconds = 0
 
     def add(self, nanoseconds: int) -> None:
@@ -110,8 +110,8 @@ class LoopMonitor(Instrument):
     """
 
     def __init__(self) -> None:
-        self.steps = Histogram()
-        self.passes = Histogram()
+        self.steps: Histogram = Histogram()
+        self.passes: Histogram = Histogram()
         self._slowest: SlowStep | None = None
         self._slowest_nanoseconds = -1
         # When the step and the pass have begun that are under way.

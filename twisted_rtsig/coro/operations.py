@@ -99,12 +99,19 @@ class Operation(Deferred[T]):
     owner: Owner | None = None
     value: Any = NOTHING
 
-    # What they are called from Twisted 25.5 on, and before.
-    _callbacks = _OnDemand()
-    if "callbacks" not in vars(Deferred):
+    # The names from Twisted 25.5 on, and before.
+    _callbacks: Any = _OnDemand()
+    if not TYPE_CHECKING and "callbacks" not in vars(Deferred):
         callbacks = _OnDemand()
 
-    __init__ = object.__init__
+    called: bool
+
+    if TYPE_CHECKING:
+
+        def __init__(self) -> None: ...
+
+    else:
+        __init__ = object.__init__
 
     def succeed(self, value: T) -> None:
         """Finish with a value."""
@@ -202,7 +209,12 @@ class Operation(Deferred[T]):
             del self
             raise
 
-    __iter__ = __await__
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Generator[Deferred[T], Any, T]: ...
+
+    else:
+        __iter__ = __await__
 
     def _become_deferred(self) -> None:
         if type(self) is not _UsedAsDeferred:
@@ -241,7 +253,8 @@ class Wait(Operation[None]):
         # An iterator that comes to nothing, which no frame is needed for.
         return repeat(self, 1)
 
-    __iter__ = __await__
+    if not TYPE_CHECKING:
+        __iter__ = __await__
 
 
 OVER: Final = object()
@@ -252,7 +265,7 @@ OVER: Final = object()
 class Finished(Operation[T]):
     """An operation that was done at once, with the result None or what is set."""
 
-    called = True
+    called: bool = True
     waiter = OVER
     result: Any = None
 
@@ -260,7 +273,8 @@ class Finished(Operation[T]):
         return self.result  # type: ignore[no-any-return]
         yield self
 
-    __iter__ = __await__
+    if not TYPE_CHECKING:
+        __iter__ = __await__
 
     def _become_deferred(self) -> None:
         self.called = True
@@ -271,8 +285,9 @@ class Finished(Operation[T]):
 class Done(Finished[None]):
     """One without a value: to await it is to iterate over nothing, in no time."""
 
-    # An iterator is its own iterator, and one that is exhausted serves all.
-    __await__ = MethodType(iter, iter(()))
+    if not TYPE_CHECKING:
+        # An iterator is its own iterator, and one that is exhausted serves all.
+        __await__ = MethodType(iter, iter(()))
 
 
 class _UsedAsDeferred(Operation[T]):

@@ -25,6 +25,7 @@ from twisted_rtsig.coro.errors import NoTaskError
 from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
 
 if TYPE_CHECKING:
+    from twisted_rtsig.coro.census import Totals
     from twisted_rtsig.coro.instruments import Instruments
     from twisted_rtsig.coro.streams import Stream
     from twisted_rtsig.coro.tasks import Task
@@ -128,12 +129,13 @@ class Scheduler:
     )
 
     def __init__(self, reactor: Any) -> None:
-        self.reactor = reactor
+        self.reactor: Any = reactor
         self.references: list[ref[Task[Any]]] = []
-        self.burst = -inf
-        self.most_references = self._room = _FEW_REFERENCES
-        self.totals = totals_of(reactor)
-        self.task_counts = self.totals.tasks
+        self.burst: float = -inf
+        self.most_references: int = _FEW_REFERENCES
+        self._room = _FEW_REFERENCES
+        self.totals: Totals = totals_of(reactor)
+        self.task_counts: list[int] = self.totals.tasks
         self.instruments: Instruments | None = None
         # The value or error for each is kept in the task: the garbage collector would
         # see a tuple for each.

@@ -33,8 +33,8 @@ class Scope:
 
     # What it is called in errors.
     _name: str
-    shields = False
-    cancelled = False
+    shields: bool = False
+    cancelled: bool = False
 
     # The task, within the block: a task may end with an error that leads here.
     _task: Task[Any] | None = None
@@ -70,7 +70,7 @@ class _Limit(Scope):
     """
 
     # Set where it is not the default, since there may be one for each wait.
-    expired = False
+    expired: bool = False
     # None once the deadline is known, or was set.
     _seconds: float | None = None
     _deadline = math.inf
@@ -248,6 +248,8 @@ class CancelScope(_Limit):
     :ivar cancelled: whether :meth:`cancel` was called before the block had come to its
         end, and before its deadline.
     """
+
+    cancelled: bool
 
     _name = "CancelScope"
     _reason: str | None = None

@@ -127,6 +127,11 @@ class StreamProtocol(Protocol):
 
     stream: Stream
 
+    if TYPE_CHECKING:
+
+        def dataReceived(self, data: bytes) -> None:
+            """See ``IProtocol.dataReceived``."""
+
     def __init__(
         self,
         scheduler: Scheduler,
@@ -404,7 +409,7 @@ class CoroutineFactory(Factory):
         self.cancel_on_loss = cancel_on_loss
         self.connections: dict[_ServerProtocol, None] = {}
         self._reactor = reactor
-        self.stopping = Event()
+        self.stopping: Event = Event()
         self.limits: Counter[str] = Counter()
         servers.add(self)
         self._last_ends = Event()
@@ -886,6 +891,7 @@ class ClientProtocol(_HalfCloseable, StreamProtocol):
     """Feeds the stream of a client."""
 
     def connectionMade(self) -> None:
+        """See ``IProtocol.connectionMade``."""
         transport: Any = self.transport
         if "protocol" in getattr(transport, "__dict__", ()):
             # The wrapper that endpoints put around each protocol has done its

@@ -196,7 +196,7 @@ class Stream:
         self._ended = False
         # Why there is no connection any more.
         self._lost: Exception | None = None
-        self.full = False
+        self.full: bool = False
         # Operations that wait for room, for the end of all output, for the end of the
         # connection, and for the TLS handshake.
         self._drained = _NO_OPERATIONS
@@ -218,8 +218,8 @@ class Stream:
         self._cut_short: Operation[int] | None = None
         # In how many pieces something has arrived.
         self._arrived = 0
-        self.written = 0
-        self.resumed = 0
+        self.written: int = 0
+        self.resumed: int = 0
 
     @property
     def peer(self) -> Address:

@@ -149,7 +149,7 @@ class Task(Generic[T]):
     def __init__(
         self, runnable: Runnable[T] | Beginning, name: str, scheduler: Scheduler
     ) -> None:
-        self.name = name
+        self.name: str = name
         self._scheduler = scheduler
         self._context: contextvars.Context | None = contextvars.copy_context()
         # The timeouts, groups and shields that it is in, the outermost first.
@@ -621,6 +621,7 @@ class OfTask(Deferred[T]):
         return f"the end of {self._task!r}"
 
     def finish(self, task: Task[T]) -> None:
+        """Fire with the result or the error of the task, which has ended."""
         self._task = None
         if task._state == _SUCCEEDED:
             self.callback(task._result)
@@ -652,6 +653,7 @@ def _not_awaitable(what: object) -> TypeError:
 
 
 def held_open(scope: object) -> RuntimeError:
+    """The error of a block that an asynchronous generator has not left in time."""
     return RuntimeError(
         f"{scope!r} was still open when its task had left it: an asynchronous "
         "generator has yielded inside of it, and was not finished; take the "
@@ -660,6 +662,7 @@ def held_open(scope: object) -> RuntimeError:
 
 
 def name_of(function: object) -> str:
+    """The name of a function; of any other callable, its C{repr}."""
     return getattr(function, "__qualname__", None) or repr(function)
 
 

@@ -48,7 +48,7 @@ class Waiters:
 
     def __init__(self) -> None:
         self.entries: deque[Any] = deque()
-        self.given_up = 0
+        self.given_up: int = 0
 
     @property
     def waiting(self) -> int:

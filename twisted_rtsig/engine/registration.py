@@ -62,14 +62,14 @@ class Registration:
         origin: Origin = Origin.SHARED,
         tells_drained: bool = False,
     ) -> None:
-        self.descriptor = descriptor
-        self.origin = origin
-        self.tells_drained = tells_drained
+        self.descriptor: int = descriptor
+        self.origin: Origin = origin
+        self.tells_drained: bool = tells_drained
         self.reader: Any = None
         self.writer: Any = None
-        self.interest = 0
-        self.edges = 0
-        self.generation = 0
+        self.interest: int = 0
+        self.edges: int = 0
+        self.generation: int = 0
 
     def __repr__(self) -> str:
         directions = ("nothing", "read", "write", "read and write")[self.interest]

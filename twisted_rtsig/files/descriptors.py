@@ -44,8 +44,8 @@ class Descriptor:
     __slots__ = ("__weakref__", "_has_read_cached", "number", "reads_cached")
 
     def __init__(self, number: int) -> None:
-        self.number = number
-        self.reads_cached = hasattr(os, "RWF_NOWAIT")
+        self.number: int = number
+        self.reads_cached: bool = hasattr(os, "RWF_NOWAIT")
         self._has_read_cached = False
 
     # What does not block

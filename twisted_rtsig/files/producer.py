@@ -43,7 +43,7 @@ class FileProducer:
         self._offset = offset
         self._count = count
         self._parts: Sequence[Part] | None = None
-        self.produced = 0
+        self.produced: int = 0
         self._consumer: IConsumer | None = None
         self._task: Task[int] | None = None
         self._paused = False

@@ -48,7 +48,7 @@ class Job(Generic[T]):
     def __init__(self, what: str) -> None:
         self.operation: Operation[T] = Operation()
         self.operation.owner = self
-        self.what = what
+        self.what: str = what
         # Whoever takes it decides whether the function runs: a thread, or the
         # reactor's when it is given up.  The interpreter lets only one have it.
         self._claims: list[None] = []
@@ -111,8 +111,8 @@ class Workers:
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
         self._has_threads = IReactorInThreads.providedBy(reactor)
-        self.port = _port_of(reactor)
-        self.left = _IN_A_TURN
+        self.port: CompletionPortNotifier | None = _port_of(reactor)
+        self.left: int = _IN_A_TURN
         self._waiting: list[Callable[[], object]] = []
         # What is read outside of threads comes here first, whoever reads it.
         self._memory: memoryview | None = None

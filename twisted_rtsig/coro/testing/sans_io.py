@@ -9,6 +9,8 @@ from twisted.internet.task import Clock
 
 from twisted_rtsig.coro.scheduler import Scheduler, scheduler_of
 from twisted_rtsig.coro.serving import Handler
+from twisted_rtsig.coro.streams import Stream
+from twisted_rtsig.coro.tasks import Task
 from twisted_rtsig.coro.testing.running import converse
 from twisted_rtsig.coro.testing.transports import BUFFER_SIZE, Transport
 
@@ -33,12 +35,12 @@ class SansIO:
     """
 
     def __init__(self, handler: Handler, buffer_size: int = BUFFER_SIZE) -> None:
-        self.clock = Clock()
+        self.clock: Clock = Clock()
         # Kept here, or it would be another one for each task.
         self._scheduler = scheduler_of(self.clock)
         self._transport = _Recorder(self._scheduler, buffer_size)
-        self.stream = self._transport.protocol.stream
-        self.task = converse(handler, self.stream, self.clock)
+        self.stream: Stream = self._transport.protocol.stream
+        self.task: Task[Any] = converse(handler, self.stream, self.clock)
         self._settle()
 
     def feed(self, data: bytes) -> None:

@@ -24,6 +24,8 @@ class Transport(StringTransport):
     :ivar ended: how it has come to its end, in a word.
     """
 
+    disconnecting: bool
+
     def __init__(self, scheduler: Scheduler, buffer_size: int) -> None:
         super().__init__()
         self._reactor = scheduler.reactor
@@ -33,9 +35,9 @@ class Transport(StringTransport):
         self._full = False
         # What comes while the stream takes nothing; None is the end.
         self._arrived: deque[bytes | None] = deque()
-        self.half_closed = False
+        self.half_closed: bool = False
         self.ended: str | None = None
-        self.protocol = ClientProtocol(scheduler)
+        self.protocol: ClientProtocol = ClientProtocol(scheduler)
         self.protocol.makeConnection(self)
 
     # What differs
@@ -61,6 +63,7 @@ class Transport(StringTransport):
     # Input
 
     def arrive(self, data: bytes | None) -> None:
+        """Data has come from the other side; None is the end of it."""
         self._arrived.append(data)
         self._deliver()
 
@@ -76,12 +79,14 @@ class Transport(StringTransport):
                 self.received(len(data))
 
     def resumeProducing(self) -> None:
+        """See ``IPushProducer.resumeProducing``."""
         super().resumeProducing()
         self._reactor.callLater(0, self._deliver)
 
     # Output
 
     def write(self, data: bytes) -> None:
+        """See ``ITransport.write``."""
         if self.ended is None and not self.disconnecting and not self.half_closed:
             self._unsent += len(data)
             self.send(data)
@@ -90,6 +95,7 @@ class Transport(StringTransport):
                 self.protocol.stream.pauseProducing()
 
     def sent(self, size: int) -> None:
+        """As many of the bytes that were written have been sent."""
         self._unsent -= size
         if self._full and not self._unsent:
             self._full = False
@@ -98,19 +104,27 @@ class Transport(StringTransport):
     # The end
 
     def loseWriteConnection(self) -> None:
+        """See ``ITCPTransport.loseWriteConnection``."""
         self.half_closed = True
         self.send_eof()
         self._reactor.callLater(0, self.protocol.writeConnectionLost)
 
     def loseConnection(self) -> None:
+        """See ``ITransport.loseConnection``."""
         self.disconnecting = True
         self._reactor.callLater(0, self.close)
 
     def abortConnection(self) -> None:
+        """See ``ITCPTransport.abortConnection``."""
         self.disconnecting = True
         self._reactor.callLater(0, self.abort)
 
     def lose(self, reason: Exception, how: str) -> None:
+        """
+        The connection has ended.
+
+        :param how: in a word; it becomes :attr:`ended`.
+        """
         if self.ended is None:
             self.ended = how
             self.protocol.connectionLost(Failure(reason))
