@@ -74,7 +74,7 @@ def test_a_file_with_a_name(reactor: Any, tmp_path: Path) -> None:
         assert contents(tmp_path) == []
         async with NamedTemporaryFile("w", encoding="ascii", dir=tmp_path) as text:
             await text.write("one\n")
-            path = Path(text.name)
+            path = Path(str(text.name))
             await text.close()
             assert path.read_text() == "one\n"
         assert contents(tmp_path) == []

@@ -7,6 +7,7 @@ Programs that type checkers accept, and the types that they find.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator
+from os import DirEntry, PathLike
 from typing import Any
 
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
@@ -63,8 +64,11 @@ from twisted_rtsig.files import (
     AsyncTextFile,
     NamedTemporaryFile,
     TemporaryFile,
+    listdir,
     open_file,
+    scandir,
     stat,
+    walk,
     write_file,
 )
 
@@ -383,7 +387,17 @@ async def outside() -> None:
         assert_type(text, AsyncTextFile)
     async with NamedTemporaryFile("w+", newline="", delete=False) as text:
         assert_type(text, AsyncTextFile)
+    assert_type(text.name, str | bytes | PathLike[str] | PathLike[bytes])
     assert_type((await stat("data")).st_size, int)
+    assert_type(await listdir(), list[str])
+    assert_type(await listdir(b"folder"), list[bytes])
+    async for entry in scandir():
+        assert_type(entry, DirEntry[str])
+    async for entry_in_bytes in scandir(b"folder"):
+        assert_type(entry_in_bytes, DirEntry[bytes])
+    async for folder, _, names in walk("folder"):
+        assert_type(folder, str)
+        assert_type(names, list[str])
     assert_type(await write_file("data", b""), None)
 
 

@@ -22,12 +22,11 @@ from twisted_rtsig.coro.operations import Finished, Operation
 from twisted_rtsig.files.descriptors import FURTHEST, MOST_LINES, Descriptor
 from twisted_rtsig.files.opening import open_cached, open_descriptor
 from twisted_rtsig.files.textfile import AsyncTextFile, open_text
-from twisted_rtsig.files.turns import OpenFile, Turn
+from twisted_rtsig.files.turns import OpenFile, Path, Turn
 from twisted_rtsig.files.workers import AT_ONCE, Job, Workers, finish, workers_of
 
 T = TypeVar("T")
 
-Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Data = bytes | bytearray | memoryview
 
 MAX_BYTES: Final = 1 << 16

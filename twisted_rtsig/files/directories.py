@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import islice
 from time import perf_counter
-from typing import Any, AnyStr, Final, Generic, TypeVar
+from typing import Any, AnyStr, Final, Generic, TypeVar, overload
 
 from twisted_rtsig.coro.errors import BusyResourceError
 from twisted_rtsig.coro.forgotten import must_be_awaited
@@ -185,9 +185,19 @@ class _Batch(Job[None]):
             entries._has_found([], True, error)
 
 
+@overload
 def scandir(
-    path: AnyStr | os.PathLike[AnyStr] | None = None, *, reactor: Any | None = None
-) -> Entries[os.DirEntry[AnyStr]]:
+    path: None = None, *, reactor: Any | None = None
+) -> Entries[os.DirEntry[str]]: ...
+
+
+@overload
+def scandir(
+    path: AnyStr | os.PathLike[AnyStr], *, reactor: Any | None = None
+) -> Entries[os.DirEntry[AnyStr]]: ...
+
+
+def scandir(path: Any = None, *, reactor: Any | None = None) -> Entries[Any]:
     """
     The entries of a directory, in no particular order, as C{os.scandir}::
 

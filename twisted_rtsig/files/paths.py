@@ -7,11 +7,12 @@ import errno
 import os
 import secrets
 import stat as modes
-from typing import Any
+from typing import Any, overload
 
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation
-from twisted_rtsig.files.asyncfile import Data, Path, copy_of
+from twisted_rtsig.files.asyncfile import Data, copy_of
+from twisted_rtsig.files.turns import Path
 from twisted_rtsig.files.workers import workers_of
 
 
@@ -32,10 +33,22 @@ def _stat(path: Path, follow_symlinks: bool) -> os.stat_result:
     return os.stat(path, follow_symlinks=follow_symlinks)
 
 
+@overload
+def listdir(
+    path: str | os.PathLike[str] = ".", *, reactor: object = None
+) -> Operation[list[str]]: ...
+
+
+@overload
+def listdir(
+    path: bytes | os.PathLike[bytes], *, reactor: object = None
+) -> Operation[list[bytes]]: ...
+
+
 @must_be_awaited
-def listdir(path: Path = ".", *, reactor: object = None) -> Operation[list[Any]]:
+def listdir(path: Path = ".", *, reactor: object = None) -> Operation[Any]:
     """
-    The names in a directory, sorted.
+    The names in a directory, sorted, in the type of the path.
 
     :param reactor: whose threads do it; by default that of the task.
     :raises OSError: (when awaited) if it cannot be read.

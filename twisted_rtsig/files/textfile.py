@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar
 from twisted_rtsig.coro.errors import DelimiterNotFound
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Finished, Operation
-from twisted_rtsig.files.turns import OpenFile, Turn
+from twisted_rtsig.files.turns import OpenFile, Path, Turn
 from twisted_rtsig.files.workers import Workers
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class AsyncTextFile(OpenFile):
     def __init__(
         self,
         file: io.TextIOWrapper,
-        name: Any,
+        name: Path,
         mode: str,
         newline: str | None,
         workers: Workers,

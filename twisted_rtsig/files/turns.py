@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
 
 class ClosedAtExit:
     """An object that is closed, or removed, at the end of an C{async with} block."""
@@ -48,9 +50,9 @@ class OpenFile(ClosedAtExit):
     :ivar mode: the mode it was opened with.
     """
 
-    def __init__(self, name: Any, mode: str, workers: Workers) -> None:
-        self.name = name
-        self.mode = mode
+    def __init__(self, name: Path, mode: str, workers: Workers) -> None:
+        self.name: Path = name
+        self.mode: str = mode
         self._workers = workers
         # The operations at the position.  The first one may be under way.
         self._turns: deque[Turn[Any]] = deque()
