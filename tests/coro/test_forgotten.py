@@ -60,7 +60,8 @@ MAY_BE_LEFT = {
     # One after the other, in the order of their calls.
     *("AsyncFile.seek", "AsyncFile.truncate"),
     *("AsyncTextFile.write", "AsyncTextFile.seek", "AsyncTextFile.truncate"),
-    *("AsyncTextFile.close", "NamedTemporaryFile.close", "TemporaryDirectory.cleanup"),
+    *("AsyncTextFile.close", "TemporaryFile.close", "NamedTemporaryFile.close"),
+    *("TemporaryDirectory.cleanup", "Process.stop"),
     *("StapledStream.close", "StapledStream.abort", "Portal.stop"),
     # A server or a connection is there without a wait for it.
     *("serve", "connect", "Server.stop", "CoroutineFactory.stop"),
@@ -451,6 +452,39 @@ def test_what_is_used_in_each_style(reactor: Any, style: str) -> None:
     assert got[5:] == [None, 3]
 
 
+@pytest.mark.parametrize("late", ["cancel", "succeed", "fail", "addBoth"])
+def test_a_method_that_was_looked_up_before_the_operation_was_used(
+    clock: Clock, late: str
+) -> None:
+    """As a timer does, which is given C{operation.cancel}."""
+    arguments: dict[str, list[Any]] = {
+        "cancel": [],
+        "succeed": [3],
+        "fail": [KeyError("late")],
+        "addBoth": [lambda result: result],
+    }
+
+    async def main(method: list[Any]) -> Any:
+        reading: Any = Channel[int](0).receive()
+        method.append(getattr(reading, late))
+        return await reading
+
+    def runs() -> None:
+        method: list[Any] = []
+        task = spawn(main, method, reactor=clock)
+        assert method[0](*arguments[late]) is not NotImplemented
+        ended = {"cancel": CancelledError, "fail": KeyError}.get(late)
+        if ended is not None:
+            with pytest.raises(ended):
+                task.result()
+        elif late == "addBoth":
+            task.cancel()
+        else:
+            assert task.result() == 3
+
+    assert warned(runs) == []
+
+
 def test_a_transfer_outside_of_a_task(clock: Clock) -> None:
     other = symmetric(lambda value: None, reactor=clock)
     errors: list[Any] = []
@@ -493,8 +527,13 @@ def _functions() -> Iterator[tuple[str, types.FunctionType]]:
             if inspect.isfunction(value):
                 yield name, value
             elif inspect.isclass(value):
-                for own, function in vars(value).items():
-                    if inspect.isfunction(function) and not own.startswith("_"):
+                for own in dir(value):
+                    function = inspect.getattr_static(value, own)
+                    if (
+                        inspect.isfunction(function)
+                        and not own.startswith("_")
+                        and function.__module__.startswith("twisted_rtsig.")
+                    ):
                         yield f"{name}.{own}", function
 
 

@@ -235,11 +235,17 @@ class _Watched:
         self._call.warn()
 
 
+# A bound method may be called late, as by a timer, when the operation is used by then
+# and has its own class.
+
+
 def _uses(name: str) -> Callable[..., Any]:
     """A method that uses the operation."""
 
-    def method(self: _Watched, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._be_used(), name)(*args, **kwargs)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, _Watched):
+            self._be_used()
+        return getattr(type(self), name)(self, *args, **kwargs)
 
     return method
 
@@ -247,10 +253,13 @@ def _uses(name: str) -> Callable[..., Any]:
 def _does_not_use(name: str) -> Callable[..., Any]:
     """A method that finishes the operation, which may become one of another class."""
 
-    def method(self: _Watched, *args: Any, **kwargs: Any) -> None:
-        call = self._call
-        getattr(self._be_used(), name)(*args, **kwargs)
-        _be_watched(self, call)
+    def method(self: Any, *args: Any, **kwargs: Any) -> None:
+        call = self._call if isinstance(self, _Watched) else None
+        if call is not None:
+            self._be_used()
+        getattr(type(self), name)(self, *args, **kwargs)
+        if call is not None:
+            _be_watched(self, call)
 
     return method
 

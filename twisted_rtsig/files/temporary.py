@@ -126,6 +126,7 @@ class _Temporary(ClosedAtExit, Generic[F]):
         self._workers = workers_of(reactor)
         self._file: F | None = None
 
+    @must_be_awaited
     def open(self) -> Operation[F]:
         """
         Make the file, for what has no C{async with}.  It is removed by :meth:`close`.
