@@ -1,5 +1,5 @@
 """
-Compare the contenders, side by side: what a request costs the server.
+Compare what a request costs a server on each event loop, side by side.
 
     python benchmarks/compare.py [--work NAME,...] [--contenders NAME,...]
         [--rounds N] [--seconds N] [--json FILE]

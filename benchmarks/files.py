@@ -1,6 +1,6 @@
 """
-What files cost: to read what is cached, to send them, to serve them; and how long
-everybody else has to wait meanwhile.
+Measure what files cost: cached reads, sending and serving, and how long the reactor is
+held up meanwhile.
 
     python benchmarks/files.py [--work NAME,...] [--rounds N] [--size BYTES]
 

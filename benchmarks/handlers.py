@@ -1,5 +1,5 @@
 """
-What a handler costs in memory: many at once, each in the middle of a conversation.
+Measure the memory of a handler: many run at once, each in the middle of a conversation.
 
     python benchmarks/handlers.py [--handlers N] [--rounds N]
 

@@ -1,5 +1,6 @@
 """
-What the samples say: one table for each work, and whether the bars are met.
+Tables of what compare.py has measured, one for each workload, and whether the targets
+are met.
 
     python benchmarks/report.py [RESULTS]
 

@@ -1,5 +1,5 @@
 """
-The contenders: every server that is measured, on every event loop.
+The servers that compare.py measures: each service on every event loop.
 
     python benchmarks/servers.py CONTENDER SERVICE [--folder FOLDER]
 

@@ -1,5 +1,5 @@
 """
-What tasks cost: to hand a value over, to be there and wait, and to transfer.
+Measure what tasks cost: passing a value, waiting, and transferring control.
 
     python benchmarks/tasks.py [--work NAME,...] [--rounds N] [--count N]
 

@@ -1,6 +1,6 @@
 """
-Compare the reactors for Windows, under Wine: what a request takes, and how many
-system calls.
+Compare the reactors for Windows, under Wine: the time and the system calls of a
+request.
 
     python benchmarks/windows.py [--rounds N] [--seconds N]
 

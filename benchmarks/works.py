@@ -1,6 +1,6 @@
 """
-The works that the contenders do, and how one of them is put to work: its
-server's process on one core, and on another core the process that keeps it busy.
+The workloads that compare.py measures, and how one is run: the server's process on one
+core, and its clients on another.
 """
 
 from __future__ import annotations

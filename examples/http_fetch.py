@@ -1,5 +1,5 @@
 """
-Fetch a page over HTTP/1.1 through a proxy, in so many seconds and no more.
+Fetch a page over HTTP/1.1 through a proxy, within a time limit.
 
     python examples/http_fetch.py PROXY_HOST:PORT URL [SECONDS]
 

@@ -1,5 +1,5 @@
 """
-Serve a folder over HTTP, and never wait for its disk.
+Serve a folder over HTTP, without blocking on its disk.
 
     FOLDER=. PORT=8080 twistd --reactor=rtsig-epoll -ny examples/static_server.py
 """

@@ -1,7 +1,6 @@
 """
-What tests/test_private_names.py knows of two source texts: which of Twisted's
-private names the package leans on, and how Twisted's functions read in each
-release.
+Source text, as tests/test_private_names.py compares it: which of Twisted's private
+names the package uses, and the functions of Twisted in each release.
 
     python -m tests.private_names [FOLDER...]
 

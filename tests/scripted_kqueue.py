@@ -1,5 +1,5 @@
 """
-A kqueue whose kernel is a script, with the numbers and the ways of NetBSD.
+A kqueue whose kernel is a script that behaves as NetBSD does.
 
 A test says what happens to which descriptor.  Whether the reactor is told depends
 on what it has asked for, as in the kernel: a closed descriptor takes its knotes

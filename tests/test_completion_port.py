@@ -1,6 +1,4 @@
-"""
-The completion-port reactor, against a real Windows or what Wine makes of one.
-"""
+"""The completion-port reactor, on a real Windows or on Wine."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """
-The engine and the realtime-signals notifier together, in the corners: what is
-interrupted, replaced, nested, closed behind their back or inherited.
+Corner cases of the engine with the realtime-signals notifier: interrupted calls, nested
+loops, descriptors that are replaced, closed or inherited.
 """
 
 from __future__ import annotations

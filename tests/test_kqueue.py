@@ -1,6 +1,6 @@
 """
-The kqueue reactor: what it makes of what NetBSD's kernel has been seen to do, by
-a script, and what it costs, on a real kqueue or libkqueue's.
+The kqueue reactor: how it handles what NetBSD's kernel does, by a script, and how many
+calls it makes, on a real kqueue or on libkqueue.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """
-What every reactor of this package must do with the readiness that the kernel
-tells of, each against the real kernel: what would be lost, wrong or endless if
-the reactor believed each event as it came.
+How every reactor of this package handles readiness events, against the real kernel:
+cases in which a reactor that trusted each event would lose data, report the wrong
+descriptor, or spin.
 """
 
 from __future__ import annotations

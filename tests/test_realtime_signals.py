@@ -1,6 +1,6 @@
 """
-The traps of realtime-signal I/O, each against the real kernel: what would be
-lost, wrong or endless if the reactor believed the signals.
+The traps of realtime-signal I/O, each against the real kernel: cases in which a reactor
+that trusted each signal would lose data, report the wrong descriptor, or spin.
 """
 
 from __future__ import annotations

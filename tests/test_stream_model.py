@@ -1,6 +1,6 @@
 """
-A model of the stream transports on a notifier whose kernel is a script: what
-they read and send, whatever order everything happens in.
+A model of the stream transports on a scripted notifier: what they read and send, in any
+order of events.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """
-The stream transports: what is written and read, in whatever role a stream is,
-and whatever happens to it meanwhile.
+The stream transports: reading, writing and closing, in each role.
 
 Every test of behaviour runs on Twisted's epoll reactor as well, which says what
 the behaviour has to be.

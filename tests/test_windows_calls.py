@@ -1,4 +1,4 @@
-"""What is declared of Windows, where there is no Windows."""
+"""The declarations of Windows calls, tested without a Windows."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """
-The completion-port reactor, with clients that are not of Windows: C{twistd} serves
-them under Wine.  Not among the other tests of Linux: C{./dev test-windows} runs it.
+The completion-port reactor under Wine: C{twistd} serves clients that run on Linux.
+C{./dev test-windows} runs it.
 """
 
 from __future__ import annotations

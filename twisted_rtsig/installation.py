@@ -1,5 +1,5 @@
 """
-To find a reactor by its short name, and to make it the one of this process.
+Finding a reactor by its short name, and installing it.
 
 This imports no plugins but Twisted's own and this package's, as long as one of these
 has the name.  To list all plugins imports those of other packages, and some of these

@@ -1,5 +1,5 @@
 """
-Children of Windows whose pipes and whose end are told of by the completion port.
+Child processes on Windows, whose pipes and whose end the completion port reports.
 
 Twisted's own look at the pipes again and again, up to ten times a second while
 nothing happens, and need pywin32.

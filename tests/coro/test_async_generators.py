@@ -1,4 +1,4 @@
-"""Asynchronous generators that are left early wait in their C{finally}."""
+"""Asynchronous generators that are left early run the awaits of their C{finally}."""
 
 from __future__ import annotations
 

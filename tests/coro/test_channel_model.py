@@ -1,5 +1,5 @@
 """
-Random programs that share channels, locks and events, beside a model of those.
+Random programs that share channels, locks and events, compared with a model.
 
 Some actors run a program each: they send and receive, try to, select, take locks,
 wait for a while, cancel each other.  Somebody outside of all tasks lets time pass

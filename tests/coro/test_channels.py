@@ -1,4 +1,4 @@
-"""Channels: who gets what, who waits, and what is left of it."""
+"""Channels: the order of values and waiters, cancellation, and closing."""
 
 from __future__ import annotations
 

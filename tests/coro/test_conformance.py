@@ -1,6 +1,6 @@
 """
-The rules for streams: that this package's own keep them, whatever carries them, and
-that what breaks one is noticed.
+The conformance kit: this package's streams keep its rules over every transport, and a
+stream that breaks a rule is reported.
 """
 
 from __future__ import annotations

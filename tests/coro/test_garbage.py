@@ -1,7 +1,7 @@
 """
-What tasks leave to the garbage collector: nothing, whatever they wait for and
-however that ends.  So the failure of a task that no code awaits is logged when the
-last reference to the task goes, and not some time later.
+Tasks leave nothing to the garbage collector, whatever they wait for and however they
+end. So the failure of a task that no code awaits is logged when the last reference to
+the task goes, and not some time later.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""To see the tasks: what they are called, where they are, and what they wait for."""
+"""The list of tasks: their names, where each one is, and what it waits for."""
 
 from __future__ import annotations
 

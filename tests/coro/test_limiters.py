@@ -1,4 +1,4 @@
-"""Limiters: so many borrowers at a time, first come first served."""
+"""Limiters: a number of borrowers at a time, first come first served."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What exceeds the limits that servers have by default, and what does not."""
+"""The default limits of servers: what exceeds them, and what does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Events, semaphores, locks and conditions: who goes on, and who has what."""
+"""Events, semaphores, locks and conditions: the order of waiters, and the holders."""
 
 from __future__ import annotations
 

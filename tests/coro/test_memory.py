@@ -1,4 +1,4 @@
-"""What streams hold in memory, and that it is little, whatever the peer does."""
+"""Streams hold little in memory, whatever the peer does."""
 
 from __future__ import annotations
 

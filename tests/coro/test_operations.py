@@ -1,4 +1,4 @@
-"""What functions that wait return: to be awaited, and to be used as Deferreds."""
+"""Operations, which functions that wait return: awaited, and used as Deferreds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Portals: tasks for threads."""
+"""Portals: tasks that other threads start."""
 
 from __future__ import annotations
 

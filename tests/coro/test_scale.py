@@ -1,5 +1,5 @@
 """
-What happens to many things at once takes time in proportion to their number.
+What is done with many objects at once takes time in proportion to their number.
 
 The numbers are such that it takes some tenths of a second, and would take most of a
 minute, or several, if it grew with the square.

@@ -1,4 +1,4 @@
-"""Select: exactly one of several things happens, and the others are left alone."""
+"""Select: exactly one case happens, and the other cases are left alone."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """
-A model of streams: what their readers get and their writers wait for, however the
-data is cut into pieces, whatever is cancelled, and in whichever style.
+A model of streams: what readers get and writers wait for, however the data is cut into
+pieces, whatever is cancelled, and in each style.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Symmetric coroutines: who has the control, and what is handed over."""
+"""Symmetric coroutines: which one runs, and which value it gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What helps to test protocols that are coroutines."""
+"""The kit for tests of protocols that are coroutines."""
 
 from __future__ import annotations
 

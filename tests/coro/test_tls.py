@@ -1,4 +1,4 @@
-"""What happens to streams when TLS fails, or when a TLS peer does not answer."""
+"""Streams when TLS fails, or when a TLS peer does not answer."""
 
 from __future__ import annotations
 

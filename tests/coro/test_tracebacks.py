@@ -1,4 +1,4 @@
-"""What is printed and logged of an error: all that Python itself prints of it."""
+"""Errors that are printed or logged show all that Python itself prints of them."""
 
 from __future__ import annotations
 

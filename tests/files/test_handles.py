@@ -1,4 +1,4 @@
-"""Files of Windows, and the completion port that tells what became of them."""
+"""Files on Windows, by overlapped I/O and the completion port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done with the names of files, on each reactor."""
+"""Functions that take the name of a file, on each reactor."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """
-A soak: mixed load on one server for as long as one likes, by peers that behave and
-peers that do not.
+A soak test: mixed load on one server for a given time, by peers that behave and peers
+that do not.
 
 ``python -m tests.soak --help`` tells how to run it.  The server (``server.py``) is a
 process of its own, on the reactor that is tested; the peers (``peers.py``) are threads

@@ -1,5 +1,5 @@
 """
-What a stream has received and nobody has read yet.
+The read buffer of a stream: data that was received and not read yet.
 
 Searching is linear in the data, however it was cut into pieces, and what is kept
 is not copied: a single piece stays the C{bytes} that the transport has made, and

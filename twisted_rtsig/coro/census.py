@@ -1,5 +1,5 @@
 """
-What there is of each reactor's tasks and connections, for statistics.
+Counts of each reactor's tasks and connections, for statistics.
 
 Everything here is held weakly: to be counted keeps nothing alive.
 """

@@ -1,5 +1,5 @@
 """
-Channels: values that pass from one task to another, and hold up who is too fast.
+Channels: values that pass from one task to another. A sender that is too fast waits.
 
 See ``docs/channels.md``.
 """

@@ -1,4 +1,4 @@
-"""What can go wrong in a conversation, and what a task is told."""
+"""The exceptions of this package: those of conversations, and those of tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""To see which tasks there are, where each one is, and what it waits for."""
+"""The list of tasks: where each one is, and what it waits for."""
 
 from __future__ import annotations
 

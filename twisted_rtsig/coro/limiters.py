@@ -1,5 +1,5 @@
 """
-Limiters: so many borrowers at a time, of which each is known.
+Limiters: a number of borrowers at a time, each of which is known.
 
 See ``docs/channels.md``.
 """

@@ -1,5 +1,5 @@
 """
-Locks and the like, for tasks that share something.
+Events, semaphores, locks and conditions, for tasks that share something.
 
 First come, first served.  Nobody who is cancelled takes anything with him: a lock
 that is granted to a task is its own, and it is cancelled where it waits next.

@@ -1,5 +1,5 @@
 """
-To connect by the name of a host, or by the path of a UNIX socket.
+Connecting by the name of a host, or by the path of a UNIX socket.
 
 Twisted's ``HostnameEndpoint`` connects to all addresses of a name as well.  It is not
 used here, because after an attempt that has failed it waits for the rest of the delay,

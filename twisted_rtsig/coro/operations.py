@@ -3,9 +3,9 @@ Operations: what this package's functions return.
 
 An operation is a Deferred, so that it can be awaited by any coroutine, yielded
 from ``inlineCallbacks`` and given callbacks.  A task of this package does not
-need that machinery: it puts itself down as the one who waits, and is resumed
-with the result.  An operation that is finished when it is awaited does not
-reach the driver at all.
+need that machinery: it registers itself as the waiter, and is resumed with the
+result.  An operation that is finished when it is awaited does not reach the
+driver at all.
 
 An operation starts when its function is called, whether it is awaited or not.
 """

@@ -1,9 +1,9 @@
 """
-The scheduler: who is resumed next, and in which turn of the reactor.
+The scheduler: which task is resumed next, and in which turn of the reactor.
 
 A task that is resumed from outside (by data that has arrived, say) runs at once.
-One that is resumed by another task waits in a queue until that one waits itself,
-so that nothing recurses however long a chain of tasks is.
+A task that is resumed by another task is queued until that task waits, so that a long
+chain of tasks does not recurse.
 """
 
 from __future__ import annotations

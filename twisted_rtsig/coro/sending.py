@@ -1,5 +1,5 @@
 """
-To send a file over a stream, without blocking.
+Sending a file over a stream, without blocking.
 
 On a plain socket sendfile(2) does it, and nothing of the file comes to this process.
 But it waits for the disk where the file is not cached.  So a thread calls it, with a

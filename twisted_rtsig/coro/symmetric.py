@@ -1,5 +1,5 @@
 """
-Symmetric coroutines: those that hand over to each other, and not back to a caller.
+Symmetric coroutines, which hand over to each other, and not back to a caller.
 
 See ``docs/symmetric.md``.
 """

@@ -1,4 +1,4 @@
-"""Those who wait for the same thing, first come first served."""
+"""A queue of waiters, first come first served."""
 
 from __future__ import annotations
 

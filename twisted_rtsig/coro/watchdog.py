@@ -1,4 +1,4 @@
-"""To be told which task holds up all others."""
+"""Reporting the task that holds up all others."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """
-The UDP ports of the engine's reactors: Twisted's own, which look at each
-address to send to only once.
+The UDP ports of the engine's reactors: Twisted's own, which check each destination
+address only once.
 """
 
 from __future__ import annotations

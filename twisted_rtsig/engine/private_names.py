@@ -1,6 +1,6 @@
 """
-All of Twisted that this package leans on though Twisted promises it to nobody:
-its private names, and the functions that the engine writes out anew.
+What this package uses of Twisted that Twisted does not promise: its private names, and
+the functions that the engine writes anew.
 
 The engine is faster than Twisted's own reactors because it reaches into
 Twisted's transports and goes around some of their functions.  A new release of

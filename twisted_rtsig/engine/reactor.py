@@ -1,6 +1,6 @@
 """
-The engine: a reactor that keeps who reads and who writes, and lets a notifier
-find out when they can.
+The engine: a reactor that records which descriptors are read and written, and lets a
+notifier find out when they are ready.
 
 The subclasses are a few lines each: they choose the notifier.
 """

@@ -1,4 +1,4 @@
-"""The token by which the engine and a notifier speak of one watched descriptor."""
+"""The token by which the engine and a notifier refer to one watched descriptor."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """
-Opening files: what blocks, and the one way that does not.
+Opening files: the calls that block, and the one that does not.
 
 Linux opens a file without waiting for a disk if all of its path is cached:
 openat2(2) with RESOLVE_CACHED.

@@ -1,4 +1,4 @@
-"""What is done with the names of files.  All of it runs in threads."""
+"""Functions that take the name of a file. All of them run in threads."""
 
 from __future__ import annotations
 

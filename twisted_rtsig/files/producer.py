@@ -1,4 +1,4 @@
-"""A file for whatever in Twisted consumes data: requests, transports, protocols."""
+"""A file for Twisted's consumers: requests, transports, protocols."""
 
 from __future__ import annotations
 

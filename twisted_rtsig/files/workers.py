@@ -1,6 +1,6 @@
 """
-Who reads and writes files for a reactor: its threads, and its completion port if it
-has one; and how much is read outside of them before the reactor gets a turn.
+The threads and the completion port that read and write files for a reactor, and how
+much is read without them before the reactor gets a turn.
 
 A job is a function that blocks, together with the operation that it finishes.  It
 runs in the reactor's thread pool.  A reactor that has no threads, as

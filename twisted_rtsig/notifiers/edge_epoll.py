@@ -1,6 +1,6 @@
 """
-Linux epoll, edge-triggered: the kernel keeps a list of the descriptors that
-have changed, and each change is told once.
+Linux epoll, edge-triggered: the kernel keeps a list of the descriptors that have
+changed, and reports each change once.
 
 References: epoll(7), epoll_ctl(2), and ``fs/eventpoll.c`` of the kernel.
 """

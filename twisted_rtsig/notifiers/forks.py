@@ -1,5 +1,5 @@
 """
-How often this process came out of a fork(2).
+The number of forks that this process came out of.
 
 What a notifier holds in the kernel, a forked child shares with its parent, who
 may go on with it.  Whoever remembers the count notices that it is in the child.

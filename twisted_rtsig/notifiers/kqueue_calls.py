@@ -1,5 +1,5 @@
 """
-Where the kqueue notifier gets kqueue(2) and kevent(2) from.
+Finding kqueue(2) and kevent(2) for the kqueue notifier.
 
 They are those of C{select}, which exist on BSD and macOS only.  Nothing else of
 this package touches them, so that a test can hand over others.

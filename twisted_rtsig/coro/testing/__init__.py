@@ -1,5 +1,5 @@
 """
-To test protocols that are coroutines: without sockets, and without a reactor.
+A kit to test protocols that are coroutines, without sockets and without a reactor.
 
 See ``docs/testing.md``.
 """

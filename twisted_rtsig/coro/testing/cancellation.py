@@ -1,4 +1,6 @@
-"""To cancel a handler wherever it waits, and see that it leaves nothing behind."""
+"""
+Cancelling a handler at each of its waits, and checking that it leaves nothing behind.
+"""
 
 from __future__ import annotations
 

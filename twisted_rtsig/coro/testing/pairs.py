@@ -1,4 +1,4 @@
-"""Two streams in memory, each of which is the other side of the other."""
+"""Two streams in memory that are connected to each other."""
 
 from __future__ import annotations
 

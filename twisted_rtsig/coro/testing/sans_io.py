@@ -1,4 +1,4 @@
-"""A handler without input and output: who tests it says what comes."""
+"""A handler without input and output: the test says what comes."""
 
 from __future__ import annotations
 
