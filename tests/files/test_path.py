@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import pathlib
 import pickle
@@ -86,6 +87,17 @@ if sys.version_info >= (3, 12):
     CALLS |= {
         "is_junction": lambda path: path.is_junction(),
         "exists without following": lambda path: path.exists(follow_symlinks=False),
+    }
+if sys.version_info >= (3, 14):
+    CALLS |= {
+        "copy": lambda path: path.copy("copied"),
+        "copy onto a file": lambda path: path.copy("c.py"),
+        "copy into its own": lambda path: path.copy(path / "below"),
+        "copy links": lambda path: path.copy("copied", follow_symlinks=False),
+        "copy_into": lambda path: path.copy_into("a"),
+        "move": lambda path: path.move("moved"),
+        "move onto a file": lambda path: path.move("c.py"),
+        "move_into": lambda path: path.move_into("a"),
     }
 NAMES = ["a", "c.py", "nothing", "a/b/file.txt", "link", "dangling", "loop", "fifo/x"]
 
@@ -180,13 +192,130 @@ def test_what_only_computes_is_that_of_pathlib(tmp_path: pathlib.Path) -> None:
 
 def test_it_has_all_that_pathlib_has() -> None:
     """Apart from what is deprecated, or too new."""
-    left_out = {"copy", "copy_into", "info", "is_reserved", "link_to", "move"}
-    left_out |= {"move_into"}
+    left_out = {"info", "is_reserved", "link_to"}
     names = {each for each in vars(pathlib.Path) if not each.startswith("_")}
     assert names - left_out - set(vars(Path)) <= set(dir(pathlib.PurePath))
     # What looks at the disk and was forgotten would block.
     for name in ("expanduser", "resolve", "exists", "glob", "walk", "open"):
         assert name in vars(Path)
+
+
+def test_copies(reactor: Any, tmp_path: pathlib.Path) -> None:
+    """On each Python, as pathlib does it from 3.14 on."""
+    folder = make_tree(tmp_path / "tree")
+    a, c = Path(folder) / "a", Path(folder) / "c.py"
+
+    async def main() -> None:
+        copied = await c.copy(folder / "copied")
+        assert type(copied) is Path
+        assert copied == Path(folder / "copied")
+        assert await copied.read_bytes() == await c.read_bytes()
+        # A file that is there is replaced.
+        await (a / "other.txt").copy(copied)
+        assert await copied.read_bytes() == b"in a/other.txt\n"
+        assert await c.copy_into(a) == a / "c.py"
+        assert await a.copy_into(tmp_path) == Path(tmp_path / "a")
+        assert seen(tmp_path / "a") == seen(pathlib.Path(a))
+        for target in (a, a / "b" / "below", str(a)):
+            with pytest.raises(OSError, match="Source and target"):
+                await a.copy(target)
+        with pytest.raises(FileExistsError):
+            await a.copy(tmp_path / "a")
+        with pytest.raises(FileNotFoundError):
+            await (a / "nothing").copy(copied)
+        with pytest.raises(ValueError, match="has no name"):
+            await Path("/").copy_into(folder)
+        assert not await (a / "b" / "below").exists()
+
+    run(reactor, main)
+
+
+@posix_only
+def test_copies_of_links_and_of_what_no_copy_can_be_made(
+    reactor: Any, tmp_path: pathlib.Path
+) -> None:
+    folder = make_tree(tmp_path / "tree")
+    link = Path(folder) / "link"
+
+    async def main() -> None:
+        copied = await link.copy(tmp_path / "link", follow_symlinks=False)
+        assert await copied.readlink() == Path("a/b")
+        copied = await link.copy(tmp_path / "directory")
+        assert await copied.is_dir()
+        assert not await copied.is_symlink()
+        # To open it would wait for a writer.
+        with pytest.raises(OSError, match="fifo"):
+            await (Path(folder) / "fifo").copy(tmp_path / "fifo")
+        (folder / "hard").hardlink_to(folder / "c.py")
+        with pytest.raises(OSError, match="are the same file"):
+            await Path(folder / "hard").copy(folder / "c.py")
+        assert (folder / "c.py").read_bytes() == b"in c.py\n"
+
+    run(reactor, main)
+
+
+@posix_only
+def test_copies_with_what_is_known_of_a_file(
+    reactor: Any, tmp_path: pathlib.Path
+) -> None:
+    folder = make_tree(tmp_path / "tree")
+    for each in (folder / "a", folder / "a" / "other.txt"):
+        each.chmod(0o750)
+        os.utime(each, ns=(10**18, 10**18))
+
+    async def main() -> None:
+        kept = await (Path(folder) / "a").copy(
+            tmp_path / "kept", preserve_metadata=True
+        )
+        for each in (kept, kept / "other.txt"):
+            found = await each.stat()
+            assert (found.st_mode & 0o777, found.st_mtime_ns) == (0o750, 10**18)
+        plain = await (Path(folder) / "a").copy(tmp_path / "plain")
+        assert (await (plain / "other.txt").stat()).st_mtime_ns != 10**18
+
+    run(reactor, main)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_moves(
+    reactor: Any,
+    tmp_path: pathlib.Path,
+    across: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Within a file system, and as to another one, where it is copied."""
+    folder = make_tree(tmp_path / "tree")
+    expected = seen(folder / "a")
+    if across:
+
+        def replace(source: Any, target: Any) -> None:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        monkeypatch.setattr(os, "replace", replace)
+
+    async def main() -> None:
+        moved = await (Path(folder) / "a").move(tmp_path / "moved")
+        assert type(moved) is Path
+        assert seen(pathlib.Path(moved)) == expected
+        assert not (folder / "a").exists()
+        moved = await (Path(folder) / "c.py").move_into(tmp_path)
+        assert moved == Path(tmp_path / "c.py")
+        assert await moved.read_bytes() == b"in c.py\n"
+        # A file that is there is replaced.
+        await (Path(tmp_path) / "moved" / "other.txt").move(moved)
+        assert await moved.read_bytes() == b"in a/other.txt\n"
+        with pytest.raises(OSError, match="are the same file"):
+            await moved.move(str(moved))
+        if sys.platform != "win32":
+            await (Path(folder) / "link").move(tmp_path / "link")
+            assert os.readlink(tmp_path / "link") == "a/b"
+            assert not os.path.lexists(folder / "link")
+        with pytest.raises(FileNotFoundError):
+            await (Path(folder) / "nothing").move(tmp_path / "x")
+        with pytest.raises(ValueError, match="has no name"):
+            await Path("/").move_into(folder)
+
+    run(reactor, main)
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -4,9 +4,12 @@ C{pathlib.Path} for tasks: what looks at the disk is done in a thread, and is aw
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
@@ -98,6 +101,70 @@ class Path(_PurePath):
     def replace(self, target: Name) -> Operation[Path]:
         """As :meth:`rename`; a file that has the name is replaced on each platform."""
         return self._path("to rename", "replace", os.fspath(target))
+
+    # Copies
+
+    @must_be_awaited
+    def copy(
+        self,
+        target: Name,
+        *,
+        follow_symlinks: bool = True,
+        preserve_metadata: bool = False,
+    ) -> Operation[Path]:
+        """
+        Copy this file, or this directory with all that is in it; return the target.
+
+        A file replaces a file that has the name of the target.  A directory replaces
+        nothing.  As C{pathlib.Path.copy} of Python 3.14, on each Python.
+
+        :param follow_symlinks: copy what a link leads to; or make a link that leads to
+            the same.
+        :param preserve_metadata: copy times, permissions and the like as well.
+        :raises OSError: (when awaited) if it cannot be copied: the target is this file,
+            or is within this directory, for example.
+        """
+        return self._to(
+            "copy", self._copied, type(self)(target), follow_symlinks, preserve_metadata
+        )
+
+    @must_be_awaited
+    def copy_into(
+        self,
+        target_dir: Name,
+        *,
+        follow_symlinks: bool = True,
+        preserve_metadata: bool = False,
+    ) -> Operation[Path]:
+        """
+        As :meth:`copy`, under the same name in another directory.
+
+        :raises ValueError: if this path has no name.
+        """
+        target = self._within(target_dir)
+        return self._to(
+            "copy", self._copied, target, follow_symlinks, preserve_metadata
+        )
+
+    @must_be_awaited
+    def move(self, target: Name) -> Operation[Path]:
+        """
+        Move this file, or this directory with all that is in it; return the target.
+
+        As :meth:`replace`; to another file system it is copied, and then removed.
+
+        :raises OSError: (when awaited) if it cannot be moved.
+        """
+        return self._to("move", self._moved, type(self)(target))
+
+    @must_be_awaited
+    def move_into(self, target_dir: Name) -> Operation[Path]:
+        """
+        As :meth:`move`, under the same name in another directory.
+
+        :raises ValueError: if this path has no name.
+        """
+        return self._to("move", self._moved, self._within(target_dir))
 
     # What there is
 
@@ -360,6 +427,81 @@ class Path(_PurePath):
         """The same for one that returns a path."""
         method = getattr(pathlib.Path(self), name)
         return _call(f"{what} {str(self)!r}", lambda: type(self)(method(*args)))
+
+    def _within(self, target_dir: Name) -> Path:
+        if not self.name:
+            raise ValueError(f"{str(self)!r} has no name")
+        return type(self)(target_dir, self.name)
+
+    def _to(
+        self, what: str, function: Callable[..., None], target: Path, *args: Any
+    ) -> Operation[Path]:
+        """Call a function of this path and a target in a thread."""
+
+        def call() -> Path:
+            function(target, *args)
+            return target
+
+        return _call(f"to {what} {str(self)!r}", call)
+
+    def _copied(
+        self, target: Path, follow_symlinks: bool, preserve_metadata: bool
+    ) -> None:
+        source, whole_target = os.path.abspath(self), os.path.abspath(target)
+        if whole_target == source:
+            raise _refusal("are the same path", str(self), str(target))
+        if whole_target.startswith(os.path.join(source, "")):
+            raise _refusal("cannot be within one another", str(self), str(target))
+        _copy(str(self), str(target), follow_symlinks, preserve_metadata)
+
+    def _moved(self, target: Path) -> None:
+        _refuse_same(str(self), str(target))
+        try:
+            os.replace(self, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+        else:
+            return
+        self._copied(target, False, True)
+        if os.path.isdir(self) and not os.path.islink(self):
+            shutil.rmtree(self)
+        else:
+            os.remove(self)
+
+
+def _copy(
+    source: str, target: str, follow_symlinks: bool, preserve_metadata: bool
+) -> None:
+    if os.path.islink(source) and not follow_symlinks:
+        os.symlink(os.readlink(source), target, os.path.isdir(source))
+    elif os.path.isdir(source):
+        names = os.listdir(source)
+        os.mkdir(target)
+        for name in names:
+            _copy(
+                *(os.path.join(source, name), os.path.join(target, name)),
+                *(follow_symlinks, preserve_metadata),
+            )
+    else:
+        _refuse_same(source, target)
+        shutil.copyfile(source, target)
+    if preserve_metadata:
+        shutil.copystat(source, target, follow_symlinks=follow_symlinks)
+
+
+def _refuse_same(source: str, target: str) -> None:
+    same = False
+    # Most targets do not exist yet.
+    with contextlib.suppress(OSError):
+        same = os.path.samefile(source, target)
+    if same:
+        raise _refusal("are the same file", source, target)
+
+
+def _refusal(why: str, source: str, target: str) -> OSError:
+    message = f"Source and target {why}"
+    return OSError(errno.EINVAL, message, source, None, target)
 
 
 def _call(what: str, function: Callable[..., T], *args: Any) -> Operation[T]:
