@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from typing import Any
 
+import pytest
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.endpoints import (
     SSL4ServerEndpoint,
@@ -29,6 +30,11 @@ from twisted_rtsig.coro import (
     coroutine,
     serve,
     spawn,
+)
+
+# Tests that leave out an await on purpose can run in debug mode as well.
+forgets_awaits = pytest.mark.filterwarnings(
+    "ignore::twisted_rtsig.coro.UnawaitedWarning"
 )
 
 

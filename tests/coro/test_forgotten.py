@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import os
@@ -25,6 +26,7 @@ from twisted.internet.task import Clock
 from tests.coro.support import STYLES, connected, run_for_real
 from twisted_rtsig import coro, files
 from twisted_rtsig.coro import (
+    CapacityLimiter,
     Channel,
     Condition,
     Deadline,
@@ -439,6 +441,9 @@ def test_what_is_used_in_each_style(reactor: Any, style: str) -> None:
                 lambda: select(channel, event),
                 lambda: sleep(0.001),
                 lambda: in_thread(len, "abc"),
+                # Each of them waits for another operation within this package.
+                lambda: CapacityLimiter(1).in_thread(len, "abc"),
+                lambda: spawn(_leave_a_process).as_deferred(),
             ]
             STYLES[style](reactor, steps, got)
             await sleep(0.01)
@@ -449,7 +454,13 @@ def test_what_is_used_in_each_style(reactor: Any, style: str) -> None:
 
     assert warned(lambda: run_for_real(reactor, main)) == []
     assert got[:4] == [b"one", b"two", None, 7]
-    assert got[5:] == [None, 3]
+    assert got[5:] == [None, 3, 3, None]
+
+
+async def _leave_a_process() -> None:
+    with contextlib.suppress(KeyError):
+        async with open_process(["cat"]):
+            raise KeyError
 
 
 @pytest.mark.parametrize("late", ["cancel", "succeed", "fail", "addBoth"])

@@ -23,7 +23,7 @@ from twisted.internet.endpoints import TCP4ClientEndpoint
 from twisted.internet.error import ConnectError, ConnectionLost
 from twisted.internet.task import Clock
 
-from tests.coro.support import STYLES, connected, listen, run_for_real
+from tests.coro.support import STYLES, connected, forgets_awaits, listen, run_for_real
 from twisted_rtsig.coro import (
     CancelScope,
     CapacityLimiter,
@@ -798,6 +798,7 @@ async def datagrams(reactor: Any) -> None:
         await port.receive_from()
 
 
+@forgets_awaits
 @pytest.mark.parametrize(
     "waits",
     [

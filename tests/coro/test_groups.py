@@ -11,7 +11,7 @@ import pytest
 from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
 from twisted.internet.task import Clock
 
-from tests.coro.support import call, listen, run
+from tests.coro.support import call, forgets_awaits, listen, run
 from twisted_rtsig.coro import (
     TASK_STATUS_IGNORED,
     Cancelled,
@@ -433,6 +433,7 @@ def test_a_deferred_of_a_start_is_cancelled(clock: Clock) -> None:
     assert not clock.getDelayedCalls()
 
 
+@forgets_awaits
 def test_the_group_waits_for_one_that_is_not_ready(clock: Clock) -> None:
     async def main() -> None:
         async with TaskGroup() as group:

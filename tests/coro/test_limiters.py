@@ -15,7 +15,7 @@ import pytest
 from twisted.internet.defer import CancelledError
 from twisted.internet.task import Clock
 
-from tests.coro.support import run_for_real
+from tests.coro.support import forgets_awaits, run_for_real
 from twisted_rtsig.coro import (
     CapacityLimiter,
     Event,
@@ -99,6 +99,7 @@ def test_what_it_tells(clock: Clock) -> None:
     assert limiter.total_tokens == 2
 
 
+@forgets_awaits
 def test_on_behalf_of(clock: Clock) -> None:
     limiter = CapacityLimiter(1)
     got: list[str] = []
@@ -140,6 +141,7 @@ def test_a_callback_does_not_overtake_what_waits() -> None:
     assert order == ["a", "b", "c"]
 
 
+@forgets_awaits
 def test_a_task_and_what_it_borrows(clock: Clock) -> None:
     limiter = CapacityLimiter(2)
 
@@ -343,6 +345,7 @@ def test_what_is_borrowed_never_exceeds_the_total(clock: Clock, seed: int) -> No
     assert limiter.statistics() == (0, 5, (), 0)
 
 
+@forgets_awaits
 def test_many_that_release_in_a_callback() -> None:
     """Each gets its token from the one before it, and the stack does not grow."""
     limiter = CapacityLimiter(1)

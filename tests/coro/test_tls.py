@@ -37,6 +37,7 @@ from tests.coro.support import (
     STYLES,
     call,
     client_endpoint,
+    forgets_awaits,
     listen,
     run,
     tls_endpoint,
@@ -718,6 +719,7 @@ def test_the_name_and_the_certificate_of_a_client(
     run(reactor, main)
 
 
+@forgets_awaits
 def test_a_handshake_to_wait_for(
     reactor: Any, certificate: PrivateCertificate, logged: Logged
 ) -> None:

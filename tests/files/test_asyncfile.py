@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from tests.coro.support import STYLES, run, spin
+from tests.coro.support import STYLES, forgets_awaits, run, spin
 from tests.files.support import Gate, SlowDisk, forget_cached, open_in, small_disk
 from tests.files.support import busy_threads as busy_threads
 from tests.support import DEADLINE
@@ -154,6 +154,7 @@ def test_bad_arguments(reactor: Any, tmp_path: Path) -> None:
     run(reactor, main)
 
 
+@forgets_awaits
 @pytest.mark.usefixtures("back_end")
 @pytest.mark.parametrize("queued", [False, True])
 def test_a_bad_argument_does_no_harm_to_what_follows(
@@ -693,6 +694,7 @@ def test_a_file_whose_name_is_cached_is_opened_and_closed_at_once(
     run(reactor, main)
 
 
+@forgets_awaits
 def test_what_is_not_cached_is_read_by_a_thread(reactor: Any, cached: Path) -> None:
     path = cached / "file"
     data = os.urandom(64 * CHUNK)
@@ -791,6 +793,7 @@ def test_who_reads_what_is_cached_lets_the_others_have_their_turn(
     run(reactor, main)
 
 
+@forgets_awaits
 def test_what_is_cached_but_takes_long_gives_them_a_turn_at_once(
     reactor: Any, cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

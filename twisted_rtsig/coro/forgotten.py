@@ -170,9 +170,11 @@ def _call_and_watch(
     original: types.FunctionType, /, *args: Any, **kwargs: Any
 ) -> Deferred[Any]:
     operation: Any = original(*args, **kwargs)
-    frame: Any = sys._getframe(1)
-    while frame.f_back is not None and _is_of_package(frame):
-        frame = frame.f_back
+    # The frame above is that of the replacement.
+    frame: Any = sys._getframe(2)
+    if _is_of_package(frame):
+        # This package knows what it does; what it returns is watched as its own.
+        return operation  # type: ignore[no-any-return]
     name = original.__qualname__
     if "." in name:
         # A subclass has inherited it, perhaps.
