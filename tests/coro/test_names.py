@@ -76,8 +76,9 @@ def names_of(library: str) -> Iterator[str]:
             cells = [each.strip() for each in row.strip("|").split(" | ")]
             assert len(cells) == len(LIBRARIES), row
             cell = cells[LIBRARIES.index(library)]
-            if cell == "the same":
-                cell = cells[0]
+            if cell.startswith("the same"):
+                since = cell.removeprefix("the same")
+                cell = re.sub("(`[^`]+`)", rf"\1{since}", cells[0])
             owner = ""
             for span, major, minor in re.findall(
                 r"`([^`]+)`(?:, from Python (\d+)\.(\d+) on)?", cell

@@ -24,6 +24,7 @@ from twisted_rtsig.files import (
     TemporaryDirectory,
     TemporaryFile,
     gettempdir,
+    gettempdirb,
     mkdtemp,
     mkstemp,
 )
@@ -171,11 +172,12 @@ def test_in_every_style(reactor: Any, tmp_path: Path, style: str) -> None:
             lambda: mkstemp(dir=tmp_path, reactor=reactor),
             lambda: mkdtemp(dir=tmp_path, reactor=reactor),
             lambda: gettempdir(reactor=reactor),
+            lambda: gettempdirb(reactor=reactor),
             lambda: mkdtemp(dir=tmp_path / "nothing", reactor=reactor),
         ],
         got,
     )
-    spin(reactor, lambda: len(got) == 13)
+    spin(reactor, lambda: len(got) == 14)
     assert got[2:7] == [None] * 5
     assert os.path.dirname(got[7]) == str(tmp_path)
     assert got[8] is None
@@ -183,7 +185,8 @@ def test_in_every_style(reactor: Any, tmp_path: Path, style: str) -> None:
     assert contents(tmp_path) == sorted(
         os.path.basename(each) for each in (got[9][1], got[10])
     )
-    assert got[11:] == [tempfile.gettempdir(), FileNotFoundError]
+    assert got[11:13] == [tempfile.gettempdir(), tempfile.gettempdirb()]
+    assert got[13] is FileNotFoundError
 
 
 def test_names_in_bytes(reactor: Any, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from twisted_rtsig.files.temporary import (
     TemporaryDirectory,
     TemporaryFile,
     gettempdir,
+    gettempdirb,
     mkdtemp,
     mkstemp,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "TemporaryDirectory",
     "TemporaryFile",
     "gettempdir",
+    "gettempdirb",
     "listdir",
     "mkdtemp",
     "mkstemp",

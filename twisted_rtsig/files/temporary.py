@@ -515,3 +515,9 @@ def gettempdir(*, reactor: Any | None = None) -> Operation[str]:
     :raises FileNotFoundError: (when awaited) if there is none.
     """
     return workers_of(reactor).call("to find a directory", tempfile.gettempdir)
+
+
+@must_be_awaited
+def gettempdirb(*, reactor: Any | None = None) -> Operation[bytes]:
+    """As :func:`gettempdir`, in bytes."""
+    return workers_of(reactor).call("to find a directory", tempfile.gettempdirb)
