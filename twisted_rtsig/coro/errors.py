@@ -29,6 +29,9 @@ class Cancelled(BaseException):
         None without a reason.
     """
 
+    # Whether what the task waits for was cancelled for this one: see tasks.py.
+    _requested = 0
+
     def __init__(self, reason: str | None = None, scope: Scope | None = None) -> None:
         super().__init__(*() if reason is None else (reason,))
         self.reason = reason

@@ -22,7 +22,7 @@ from twisted.internet.defer import Deferred
 
 from twisted_rtsig.coro.errors import UnawaitedWarning
 from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
-from twisted_rtsig.coro.scheduler import HANDOVER, Handover
+from twisted_rtsig.coro.scheduler import HANDOVER, WAITS, Handover
 
 if TYPE_CHECKING:
     from twisted_rtsig.coro.tasks import Task
@@ -346,24 +346,23 @@ class _Saved:
 _saved: Final = _Saved()
 
 
-def _wait_for(task: Task[Any], awaited: Any) -> tuple[Any, BaseException | None] | None:
+def _wait_for(task: Task[Any], awaited: Any) -> Any:
     """C{Task._wait_for}, of what a generator yields before it is used otherwise."""
     if isinstance(awaited, _WatchedTransfer):
-        error = task._transfer(awaited.target, awaited.value)
+        value = task._transfer(awaited.target, awaited.value)
         awaited.begin()
         HANDOVER.target = HANDOVER.value = None
-        return None if error is None else (None, error)
+        return value
     if isinstance(awaited, _Watched):
         # As in the scheduler, which knows its operations by their class.
         used = awaited._be_used()
         kind = type(used)
         if kind in (Finished, Done):
-            return used.result, None
+            return used.result
         if kind in (Operation, Wait) and used.waiter is None:
             used.waiter = task
             task._waiting_on = used
             if task._cancels:
                 task._interrupt()
-            return None
-    waits: tuple[Any, BaseException | None] | None = _saved.wait_for(task, awaited)
-    return waits
+            return WAITS
+    return _saved.wait_for(task, awaited)

@@ -44,8 +44,9 @@ def format_tasks(reactor: Any | None = None) -> str:
     known = set(tasks)
     below: dict[Task[Any] | None, list[Task[Any]]] = {}
     # The order of those that have the same time is kept.
-    for task in sorted(tasks, key=lambda task: task._since):
-        spawner = None if task._spawner is None else task._spawner()
+    for task in sorted(tasks, key=lambda task: task._origin.since):
+        reference = task._origin.spawner
+        spawner = None if reference is None else reference()
         # The tasks of one that has ended are nobody's.
         below.setdefault(spawner if spawner in known else None, []).append(task)
     lines = []
@@ -112,7 +113,7 @@ def describe(task: Task[Any], now: float | None = None) -> Iterator[str]:
         state = "runs" if task is running.task else "is about to run"
     reasons = [each.reason for each in task._cancels if each.reason is not None]
     cancelled = f", to be cancelled: {', '.join(reasons)}" if reasons else ""
-    yield f"{task.name}: {now - task._since:.1f} s, {state}{cancelled}"
+    yield f"{task.name}: {now - task._origin.since:.1f} s, {state}{cancelled}"
     frames = (
         stack_of_running(_innermost_of_running())
         if state == "runs"

@@ -12,7 +12,6 @@ import contextlib
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from math import inf
 from types import CodeType
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakValueDictionary, ref
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from twisted_rtsig.coro.census import Totals
     from twisted_rtsig.coro.instruments import Instruments
     from twisted_rtsig.coro.streams import Stream
-    from twisted_rtsig.coro.tasks import Task
+    from twisted_rtsig.coro.tasks import Origin, Task
 
 # How many tasks run in a row before the reactor gets a turn, and how often each of
 # them transfers to another one.
@@ -87,6 +86,23 @@ class Handover(Deferred[Any]):
 HANDOVER: Final = Handover()
 
 
+class Raised:
+    """
+    What a task is resumed with, for an error to be raised there.
+
+    Made for each error, so that a value needs no check but that of its class.
+    """
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+WAITS: Final = object()
+"""What C{Task._wait_for} returns if the task waits now."""
+
+
 _Run = Callable[["Scheduler"], None]
 
 # All generators that run tasks, which are never closed, and those of schedulers that
@@ -104,7 +120,7 @@ class Scheduler:
         to some that have ended.  To drop each one when its task ends would take longer,
         and a set more memory.
     :ivar most_references: with more of them, C{task_added} is called for each new task.
-    :ivar burst: when the first of the tasks was spawned that share this time.
+    :ivar origin: that of the task which was spawned last.
     :ivar totals: the counts of the reactor.
     :ivar task_counts: the C{tasks} of these.
     :ivar instruments: None without any.
@@ -119,9 +135,9 @@ class Scheduler:
         "_room",
         "_run",
         "_running",
-        "burst",
         "instruments",
         "most_references",
+        "origin",
         "reactor",
         "references",
         "task_counts",
@@ -131,7 +147,7 @@ class Scheduler:
     def __init__(self, reactor: Any) -> None:
         self.reactor: Any = reactor
         self.references: list[ref[Task[Any]]] = []
-        self.burst: float = -inf
+        self.origin: Origin | None = None
         self.most_references: int = _FEW_REFERENCES
         self._room = _FEW_REFERENCES
         self.totals: Totals = totals_of(reactor)
@@ -157,8 +173,7 @@ class Scheduler:
         self, task: Task[Any], value: Any, error: BaseException | None = None
     ) -> None:
         """Run a task until it waits again: now, or after those that are ready."""
-        task._value = value
-        task._error = error
+        task._value = value if error is None else Raised(error)
         self._ready.append(task)
         if not self._busy:
             self.run()
@@ -281,6 +296,8 @@ def _steps() -> Generator[None, Scheduler, None]:
     closes it.
     """
     handover = HANDOVER
+    waits = WAITS
+    raised_type = Raised
     get_hooks = sys.get_asyncgen_hooks
     # Tasks in `ready` are active, so all that is used here is set.
     task: Any
@@ -307,17 +324,17 @@ def _steps() -> Generator[None, Scheduler, None]:
                 task = ready.popleft()
                 running.task = task
                 value = task._value
-                error = task._error
                 task._value = None
                 # Until it waits.
                 while True:
                     try:
-                        if error is None:
-                            awaited = task._context.run(task._send, task._body, value)
+                        if type(value) is not raised_type:
+                            awaited = task._context.run(
+                                task._origin.send, task._body, value
+                            )
                         else:
-                            task._error = None
-                            awaited = task._context.run(task._body.throw, error)
-                            error = None
+                            awaited = task._context.run(task._body.throw, value.error)
+                            value = None
                         if awaited is handover:
                             for _ in _TRANSFERS_IN_A_STEP:
                                 target = handover.target
@@ -332,7 +349,7 @@ def _steps() -> Generator[None, Scheduler, None]:
                                 target._waiting_on = None
                                 running.task = task = target
                                 awaited = task._context.run(
-                                    task._send, task._body, handover.value
+                                    task._origin.send, task._body, handover.value
                                 )
                                 if awaited is not handover:
                                     break
@@ -352,14 +369,13 @@ def _steps() -> Generator[None, Scheduler, None]:
                     if kind is Finished or kind is Done:
                         value = awaited.result
                     elif awaited is handover:
-                        error = task._transfer(handover.target, handover.value)
-                        if error is None:
+                        value = task._transfer(handover.target, handover.value)
+                        if value is waits:
                             break
                     else:
-                        result = task._wait_for(awaited)
-                        if result is None:
+                        value = task._wait_for(awaited)
+                        if value is waits:
                             break
-                        value, error = result
         finally:
             scheduler._running = False
             running.task = before
@@ -367,7 +383,7 @@ def _steps() -> Generator[None, Scheduler, None]:
             # They keep nothing alive.  What is dropped here may resume a task: it logs
             # a failure, for example, of which an observer tells a task.
             handover.target = handover.value = None
-            task = target = awaited = value = error = result = before = None
+            task = target = awaited = value = before = None
             try:
                 if others[1] is not hooks[1]:
                     restore(others, nested)

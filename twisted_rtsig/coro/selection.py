@@ -450,7 +450,7 @@ class _Hook:
             if task.failed or task.cancelled:
                 waiter.fail(task._see_error())
             else:
-                waiter.succeed(task._result)
+                waiter.succeed(task._value)
 
     def settle(self, value: Any) -> None:
         """The operation was settled: it is too late to choose anything else."""

@@ -12,7 +12,13 @@ from typing import Any, TypeVar, overload
 
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.scheduler import HANDOVER
-from twisted_rtsig.coro.tasks import Beginning, Task, name_of, scheduler_for
+from twisted_rtsig.coro.tasks import (
+    Beginning,
+    SymmetricTask,
+    Task,
+    name_of,
+    scheduler_for,
+)
 
 if sys.version_info >= (3, 11):
     from typing import TypeVarTuple, Unpack
@@ -79,7 +85,7 @@ def symmetric(  # type: ignore[misc]
             f"{function!r} is none"
         )
     beginning = Beginning(function, args)
-    return Task(beginning, name or name_of(function), scheduler_for(reactor))
+    return SymmetricTask(beginning, name or name_of(function), scheduler_for(reactor))
 
 
 @must_be_awaited

@@ -12,10 +12,18 @@ import contextvars
 import functools
 import inspect
 import sys
-import time
 import types
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterator,
+    Sequence,
+)
+from contextvars import copy_context
+from time import monotonic
 from types import CodeType, FrameType
 from typing import (
     TYPE_CHECKING,
@@ -27,6 +35,7 @@ from typing import (
     cast,
     overload,
 )
+from weakref import ref
 
 from twisted.internet import defer
 from twisted.internet.defer import CancelledError, Deferred
@@ -39,6 +48,8 @@ from twisted_rtsig.coro.operations import Operation, Wait, error_of
 from twisted_rtsig.coro.scheduler import (
     HANDOVER,
     RUN,
+    WAITS,
+    Raised,
     Scheduler,
     cancel_call,
     running,
@@ -72,13 +83,13 @@ _SUCCEEDED = 1
 _FAILED = 2
 _CANCELLED = 3
 
-# Whether it has cancelled what it waits for: see Task._interrupted.
+# Whether what the task waits for was cancelled for a cancellation: see
+# Cancelled._requested.
 _NOT = 0
 _NOW = 1
 _EARLIER = 2
 
-# Tasks that are spawned within so many seconds share the time of the first one: a
-# number for each would take more memory.
+# Tasks that are spawned within so many seconds share the time of the first one.
 _BURST = 0.01
 
 
@@ -112,105 +123,139 @@ class _Failed:
             log_failure(_log, message, self.see(), name=self._name)
 
 
+class Origin:
+    """
+    What tasks have in common that are spawned at once, by the same task or by none,
+    and with the same name: it takes less memory than these attributes in each task.
+
+    :ivar name: of the tasks.
+    :ivar kind: the class of their coroutines or generators; C{Beginning} of tasks that
+        have not begun.
+    :ivar send: the method of that class which resumes one.  A bound method would be
+        one more object for each task.
+    :ivar spawner: the task that has spawned them; None if there was none.
+    :ivar since: when the first of them was spawned, in the time of C{time.monotonic}.
+    """
+
+    __slots__ = ("kind", "name", "send", "since", "spawner")
+
+    def __init__(
+        self,
+        name: str,
+        kind: type,
+        spawner: weakref.ref[Task[Any]] | None,
+        since: float,
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.send: Callable[[Any, Any], Any] | None = getattr(kind, "send", None)
+        self.spawner = spawner
+        self.since = since
+
+
 class Task(Generic[T]):
     """
     A coroutine that runs by itself.  It can be awaited.
 
     Made by :func:`spawn`.
-
-    :ivar name: what it is called in logs.
     """
 
+    # Each attribute takes 8 bytes of every task that waits.
     __slots__ = (
         "__weakref__",
         "_body",
         "_cancels",
         "_context",
         "_done",
-        "_error",
-        "_interrupted",
-        "_result",
+        "_origin",
         "_scheduler",
         "_scopes",
-        "_send",
-        "_since",
-        "_spawner",
-        "_starter",
-        "_state",
         "_value",
         "_waiting_on",
-        "name",
     )
 
-    # With what it is to be resumed; there from when it is ready for the first time.
+    # Of a task that is ready: what it is resumed with, a Raised for an error.  Of one
+    # that has ended: the result; if it has failed, a _Failed; if it was cancelled, the
+    # reason.  Unset until it is ready for the first time.
     _value: Any
-    _error: BaseException | None
+
+    # The task that was the first to transfer to this one: see SymmetricTask.
+    _starter: Task[Any] | None = None
 
     def __init__(
         self, runnable: Runnable[T] | Beginning, name: str, scheduler: Scheduler
     ) -> None:
-        self.name: str = name
         self._scheduler = scheduler
-        self._context: contextvars.Context | None = contextvars.copy_context()
+        self._context: contextvars.Context | None = copy_context()
         # The timeouts, groups and shields that it is in, the outermost first.
         self._scopes: tuple[Scope, ...] = ()
         # Cancellations that were requested and not yet delivered.
         self._cancels: tuple[Cancelled, ...] = ()
-        # The coroutine or generator, and the method of its class that runs it; one
-        # of its own would be one more object for each task.
-        self._body: Runnable[T] | None = None
-        self._send: Callable[[Any, Any], Any] | None = None
+        # The coroutine or generator, or how it begins; the state once it has ended.
+        self._body: Runnable[T] | Beginning | int = runnable
         # What it waits for; None while it runs, or is about to.
         self._waiting_on: Deferred[Any] | Beginning | None = None
-        if isinstance(runnable, Beginning):
-            self._waiting_on = runnable
-        else:
-            self._body = runnable
-            self._send = type(runnable).send
-        # Who was the first to transfer to it.
-        self._starter: Task[Any] | None = None
-        # Who has made it, and when.
-        spawner = running.task
-        self._spawner = None if spawner is None else weakref.ref(spawner)
-        since = time.monotonic()
-        if since - scheduler.burst < _BURST:
-            since = scheduler.burst
-        else:
-            scheduler.burst = since
-        self._since = since
-        self._interrupted = _NOT
-        self._state = _ACTIVE
-        # The value; of a failed task, a _Failed; of a cancelled one, the reason.
-        self._result: Any = None
         # Functions to call with this task when it ends; None without any.
-        self._done: list[Callable[[Task[T]], object]] | None = None
+        self._done: Sequence[Callable[[Task[T]], object]] | None = None
+        kind = type(runnable)
+        if kind is Beginning:
+            self._waiting_on = cast(Beginning, runnable)
+        spawner = running.task
+        now = monotonic()
+        origin: Any = scheduler.origin
+        if (
+            origin is None
+            or origin.name is not name
+            or origin.kind is not kind
+            or now - origin.since >= _BURST
+            or (origin.spawner and origin.spawner()) is not spawner
+        ):
+            reference = None if spawner is None else ref(spawner)
+            origin = scheduler.origin = Origin(name, kind, reference, now)
+        self._origin: Origin = origin
         # An instrument may look at it, so that all of it has to be there.
         scheduler.task_counts[_ACTIVE] += 1
-        scheduler.references.append(weakref.ref(self))
-        if len(scheduler.references) > scheduler.most_references:
+        references = scheduler.references
+        references.append(ref(self))
+        if len(references) > scheduler.most_references:
             scheduler.task_added(self)
+
+    @property
+    def name(self) -> str:
+        """What it is called in logs."""
+        return self._origin.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        origin = self._origin
+        self._origin = Origin(name, origin.kind, origin.spawner, origin.since)
 
     @property
     def reactor(self) -> Any:
         """The reactor that it runs on."""
         return self._scheduler.reactor
 
+    @property
+    def _state(self) -> int:
+        body = self._body
+        return body if type(body) is int else _ACTIVE
+
     # The end
 
     @property
     def done(self) -> bool:
         """Whether it has ended, in whatever way."""
-        return self._state != _ACTIVE
+        return type(self._body) is int
 
     @property
     def cancelled(self) -> bool:
         """Whether it has ended because it was cancelled."""
-        return self._state == _CANCELLED
+        return self._body == _CANCELLED
 
     @property
     def failed(self) -> bool:
         """Whether it has ended because its function has raised something."""
-        return self._state == _FAILED
+        return self._body == _FAILED
 
     def result(self) -> T:
         """
@@ -220,10 +265,11 @@ class Task(Generic[T]):
         :raises CancelledError: if the task was cancelled.
         :raises BaseException: whatever its function has raised.
         """
-        if self._state == _ACTIVE:
+        state = self._state
+        if state == _ACTIVE:
             raise RuntimeError(f"{self!r} has not ended yet: await it before")
-        if self._state == _SUCCEEDED:
-            return cast(T, self._result)
+        if state == _SUCCEEDED:
+            return cast(T, self._value)
         error = self._see_error()
         try:
             raise error
@@ -240,9 +286,10 @@ class Task(Generic[T]):
         return deferred
 
     def __await__(self) -> Generator[Deferred[T], Any, T]:
-        if self._state == _SUCCEEDED:
-            return cast(T, self._result)
-        if self._state == _ACTIVE:
+        state = self._state
+        if state == _SUCCEEDED:
+            return cast(T, self._value)
+        if state == _ACTIVE:
             ending = self.as_deferred()
             # As in result().
             del self
@@ -255,19 +302,20 @@ class Task(Generic[T]):
 
     def _when_done(self, function: Callable[[Task[T]], object]) -> None:
         """Call C{function} with this task when it has ended."""
-        if self._state != _ACTIVE:
+        done = self._done
+        if type(self._body) is int:
             function(self)
-        elif self._done is None:
-            self._done = [function]
+        elif type(done) is list:
+            done.append(function)
         else:
-            self._done.append(function)
+            self._done = [*(done or ()), function]
 
     def _see_error(self) -> BaseException:
         """Why it has not succeeded: not to be logged, since the caller handles it."""
-        if self._state == _CANCELLED:
-            reason = "" if self._result is None else f": {self._result}"
+        if self._body == _CANCELLED:
+            reason = "" if self._value is None else f": {self._value}"
             return CancelledError(f"{self.name} was cancelled{reason}")
-        failed: _Failed = self._result
+        failed: _Failed = self._value
         return failed.see()
 
     def _see_failure(self) -> Failure:
@@ -275,31 +323,17 @@ class Task(Generic[T]):
         return WholeFailure(self._see_error())
 
     def _end(self, state: int, result: Any) -> None:
-        self._state = state
+        self._body = state
         self._scheduler.task_counts[state] += 1
-        self._result = result
-        self._body = None
+        self._value = result
         self._context = None
         self._scopes = ()
         self._cancels = ()
-        done, self._done = self._done, None
+        done = self._done
         if done is not None:
+            self._done = None
             for function in done:
                 function(self)
-        # Kept for those whom this one has started, and not what has ended before.
-        starter = self._starter = self._nearest_starter()
-        if starter is not None and starter._waiting_on is HANDOVER:
-            if state == _SUCCEEDED:
-                starter._resume(result)
-            else:
-                starter._resume(None, self._see_error())
-
-    def _nearest_starter(self) -> Task[Any] | None:
-        """Who gets the control when this one ends."""
-        starter = self._starter
-        while starter is not None and starter._state != _ACTIVE:
-            starter = starter._starter
-        return starter
 
     def _fail(self, error: BaseException) -> None:
         self._end(_FAILED, _Failed(self.name, without_machinery(error)))
@@ -330,10 +364,10 @@ class Task(Generic[T]):
 
     def _to_be_cancelled_for(self, scope: Scope | None, reason: str | None) -> bool:
         """Note a cancellation; return whether the task waits, and has not ended."""
-        if self._state != _ACTIVE:
+        if type(self._body) is int:
             return False
-        if self._waiting_on is None:
-            about_to_raise = self._error
+        if self._waiting_on is None and type(self._value) is Raised:
+            about_to_raise = self._value.error
             if isinstance(about_to_raise, Cancelled) and about_to_raise._scope is scope:
                 return False
         if not any(each._scope is scope for each in self._cancels):
@@ -377,8 +411,13 @@ class Task(Generic[T]):
                     task = told.pop()
         finally:
             for each in chain:
-                if each._interrupted == _NOW:
-                    each._interrupted = _EARLIER
+                each._note_requested(_EARLIER)
+
+    def _note_requested(self, requested: int) -> None:
+        """Note in all cancellations whether what it waits for was cancelled for them."""
+        for each in self._cancels:
+            if requested != _EARLIER or each._requested == _NOW:
+                each._requested = requested
 
     def _interrupt_one(
         self, chain: dict[Task[Any], None], told: list[Task[Any]]
@@ -412,7 +451,7 @@ class Task(Generic[T]):
             return None
         chain[self] = None
         self._cancels = before
-        self._interrupted = _NOW
+        self._note_requested(_NOW)
         if task is None:
             try:
                 with _collecting(told, cancelled.reason):
@@ -422,8 +461,9 @@ class Task(Generic[T]):
                 log_failure(_log, message, error, deferred=awaited)
                 if self._waiting_on is awaited:
                     # It may never fire.
-                    self._interrupted = _NOT
-                    self._resume(None, self._next_cancel())
+                    cancelled = self._next_cancel()
+                    self._note_requested(_NOT)
+                    self._resume(None, cancelled)
         elif task._to_be_cancelled_for(None, cancelled.reason):
             return task
         return None
@@ -453,69 +493,64 @@ class Task(Generic[T]):
         else:
             self._fail(held_open(error._scope))
 
-    def _wait_for(self, awaited: Any) -> tuple[Any, BaseException | None] | None:
+    def _wait_for(self, awaited: Any) -> Any:
         """
-        Wait for whatever it is; or return the value or error of what is there.
+        Wait for whatever it is, and return C{WAITS}; or return what to resume it with:
+        the value, or a C{Raised}, if that is there.
         """
         if isinstance(awaited, Deferred):
             if type(awaited) in (Operation, Wait) and awaited.called:
                 result = awaited.result
                 if isinstance(result, Failure):
-                    return None, error_of(result)
-                return result, None
+                    return Raised(error_of(result))
+                return result
         elif isinstance(awaited, Task):
             # Yielded by a generator.
-            if awaited._state == _SUCCEEDED:
-                return awaited._result, None
-            if awaited._state != _ACTIVE:
-                return None, awaited._see_error()
+            state = awaited._state
+            if state == _SUCCEEDED:
+                return awaited._value
+            if state != _ACTIVE:
+                return Raised(awaited._see_error())
             awaited = awaited.as_deferred()
         else:
-            return None, _not_awaitable(awaited)
+            return Raised(_not_awaitable(awaited))
         self._waiting_on = awaited
         awaited.addBoth(self._fired, awaited)
         if self._cancels:
             self._interrupt()
-        return None
+        return WAITS
 
-    def _transfer(self, target: Any, value: Any) -> BaseException | None:
+    def _transfer(self, target: Any, value: Any) -> Any:
         """
-        Let another one take over when it is its turn; or return the error that
-        this one gets instead.
+        Let another task take over when it is its turn, and return C{WAITS}; or return
+        what to resume this one with.
         """
         cancelled = self._next_cancel()
         if cancelled is not None:
-            return cancelled
+            return Raised(cancelled)
         if not isinstance(target, Task):
-            return TypeError(
-                f"cannot transfer to {target!r}: give it what symmetric() returns, or "
-                "a task that waits in a transfer itself"
+            return Raised(
+                TypeError(
+                    f"cannot transfer to {target!r}: give it what symmetric() returns, "
+                    "or a task that waits in a transfer itself"
+                )
             )
         awaited = target._waiting_on
-        if isinstance(awaited, Beginning):
+        if isinstance(target, SymmetricTask) and isinstance(awaited, Beginning):
             self._waiting_on = HANDOVER
-            target._begin(awaited, self, value)
+            target.begin(awaited, self, value)
         elif awaited is HANDOVER:
             self._waiting_on = HANDOVER
             target._resume(value)
         else:
-            return TransferError(
-                f"cannot transfer to {target!r}, which {target._state_in_words()}: "
-                "only one that was not started yet, or has transferred itself, can "
-                "take over"
+            return Raised(
+                TransferError(
+                    f"cannot transfer to {target!r}, which {target._state_in_words()}: "
+                    "only one that was not started yet, or has transferred itself, can "
+                    "take over"
+                )
             )
-        return None
-
-    def _begin(self, beginning: Beginning, starter: Task[Any], value: Any) -> None:
-        """Somebody was the first to transfer to this one."""
-        self._starter = starter
-        try:
-            self._body = beginning.begin(value)
-            self._send = type(self._body).send
-        except Exception as error:
-            self._fail(error)
-        else:
-            self._resume(None)
+        return WAITS
 
     def _state_in_words(self) -> str:
         if self._state != _ACTIVE:
@@ -542,14 +577,17 @@ class Task(Generic[T]):
         if self._waiting_on is not deferred:
             # Abandoned.
             return None if isinstance(result, Failure) else result
-        interrupted, self._interrupted = self._interrupted, _NOT
+        requested = _NOT
+        if self._cancels:
+            requested = max(each._requested for each in self._cancels)
+            self._note_requested(_NOT)
         if not isinstance(result, Failure):
             self._resume(result)
             # It may be awaited by another task as well.
             return result
         error: BaseException | None = error_of(result)
         # What fails at once fails because of it, whatever it calls that.
-        if interrupted == _NOW or (interrupted and isinstance(error, CancelledError)):
+        if requested == _NOW or (requested and isinstance(error, CancelledError)):
             cancelled = self._next_cancel()
             if cancelled is not None:
                 cancelled.__cause__, error = error, cancelled
@@ -559,6 +597,44 @@ class Task(Generic[T]):
     def __repr__(self) -> str:
         state = ("active", "succeeded", "failed", "cancelled")[self._state]
         return f"<Task {self.name}: {state}>"
+
+
+class SymmetricTask(Task[T]):
+    """A task that begins with the first transfer to it: see symmetric.py."""
+
+    __slots__ = ("_starter",)
+
+    def __init__(self, beginning: Beginning, name: str, scheduler: Scheduler) -> None:
+        self._starter: Task[Any] | None = None
+        super().__init__(beginning, name, scheduler)
+
+    def begin(self, beginning: Beginning, starter: Task[Any], value: Any) -> None:
+        """C{starter} was the first task to transfer to this one."""
+        self._starter = starter
+        try:
+            body = beginning.begin(value)
+        except Exception as error:
+            self._fail(error)
+        else:
+            self._body = body
+            origin = self._origin
+            self._origin = Origin(
+                origin.name, type(body), origin.spawner, origin.since
+            )
+            self._resume(None)
+
+    def _end(self, state: int, result: Any) -> None:
+        super()._end(state, result)
+        # Kept for the tasks that this one has started.  Those that have ended are not.
+        starter = self._starter
+        while starter is not None and starter.done:
+            starter = starter._starter
+        self._starter = starter
+        if starter is not None and starter._waiting_on is HANDOVER:
+            if state == _SUCCEEDED:
+                starter._resume(result)
+            else:
+                starter._resume(None, self._see_error())
 
 
 class _Collected:
@@ -623,8 +699,8 @@ class OfTask(Deferred[T]):
     def finish(self, task: Task[T]) -> None:
         """Fire with the result or the error of the task, which has ended."""
         self._task = None
-        if task._state == _SUCCEEDED:
-            self.callback(task._result)
+        if task._body == _SUCCEEDED:
+            self.callback(task._value)
         else:
             self.errback(task._see_failure())
 
