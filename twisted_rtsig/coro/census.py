@@ -56,6 +56,7 @@ class Totals:
 
     :ivar tasks: how many tasks were spawned, have succeeded, have failed, and were
         cancelled: by the states of tasks.py, where the state 0 stands for all tasks.
+        The scheduler counts the spawned ones when it is asked to.
     :ivar collected: how many tasks were garbage collected before they had ended, as
         far as it was noticed.
     :ivar connections_made: how many streams were made for connections.
@@ -81,7 +82,10 @@ def totals_of(reactor: Any) -> Totals:
     Its scheduler exists only while there are tasks.
     """
     try:
-        return _totals.setdefault(reactor, Totals())
+        totals = _totals.get(reactor)
+        if totals is None:
+            totals = _totals[reactor] = Totals()
     except TypeError:
         # It has no weak references: its totals last as long as its scheduler.
-        return Totals()
+        totals = Totals()
+    return totals

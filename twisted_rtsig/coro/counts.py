@@ -173,8 +173,9 @@ def _installed() -> Any:
 
 
 def _task_counts(scheduler: Scheduler) -> TaskCounts:
-    if len(scheduler.references) <= _FEW:
+    if scheduler.count_references() <= _FEW:
         scheduler.sweep()
+    scheduler.count_spawned()
     spawned, succeeded, failed, cancelled = scheduler.totals.tasks
     collected = scheduler.totals.collected
     active = spawned - succeeded - failed - cancelled - collected

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import islice
 from types import CodeType
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakValueDictionary, ref
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 _STEPS_IN_A_TURN = range(500)
 _TRANSFERS_IN_A_STEP = range(100)
 
-# How many references to tasks are kept at least before those to ended ones are dropped.
-_FEW_REFERENCES = 500
+# How many references to new tasks are kept before those to ended tasks are dropped.
+_NEW_REFERENCES = 500
 
 
 class _Running:
@@ -116,23 +117,26 @@ class Scheduler:
     Resumes the tasks of one reactor.
 
     :ivar reactor: an ``IReactorTime`` provider, for what lies in the future.
-    :ivar references: to the active tasks, in the order in which they were spawned, and
-        to some that have ended.  To drop each one when its task ends would take longer,
-        and a set more memory.
+    :ivar references: to the newest tasks, in the order in which they were spawned,
+        those that have ended among them.  They are weak, since a task that nothing can
+        resume is garbage.  To drop each one when its task ends would take longer, and a
+        set more memory.
     :ivar most_references: with more of them, C{task_added} is called for each new task.
     :ivar origin: that of the task which was spawned last.
     :ivar totals: the counts of the reactor.
-    :ivar task_counts: the C{tasks} of these.
+    :ivar task_counts: the C{tasks} of these; see C{count_spawned}.
     :ivar instruments: None without any.
     """
 
     __slots__ = (
         "__weakref__",
         "_busy",
+        "_counted",
         "_hooks",
+        "_most_older",
         "_next_turn",
+        "_older",
         "_ready",
-        "_room",
         "_run",
         "_running",
         "instruments",
@@ -147,9 +151,14 @@ class Scheduler:
     def __init__(self, reactor: Any) -> None:
         self.reactor: Any = reactor
         self.references: list[ref[Task[Any]]] = []
+        # How many of them the totals count as spawned.
+        self._counted = 0
         self.origin: Origin | None = None
-        self.most_references: int = _FEW_REFERENCES
-        self._room = _FEW_REFERENCES
+        # The references to tasks that were spawned earlier, in the same order, and how
+        # many of these lists there may be before they are swept.
+        self._older: list[list[ref[Task[Any]]]] = []
+        self._most_older = 10
+        self.most_references: int = _NEW_REFERENCES
         self.totals: Totals = totals_of(reactor)
         self.task_counts: list[int] = self.totals.tasks
         self.instruments: Instruments | None = None
@@ -168,6 +177,7 @@ class Scheduler:
     # Bound here, since at the end of the process the global may be gone.
     def __del__(self, idle: list[_Run] = _idle) -> None:
         idle.append(self._run)
+        self.count_spawned()
 
     def resume(
         self, task: Task[Any], value: Any, error: BaseException | None = None
@@ -254,33 +264,86 @@ class Scheduler:
 
     def active_tasks(self) -> list[Task[Any]]:
         """The tasks that have not ended, in the order in which they were spawned."""
-        tasks = [reference() for reference in self.references[:]]
+        tasks = [
+            reference()
+            for references in (*self._older, self.references)
+            for reference in references[:]
+        ]
         return [each for each in tasks if each is not None and not each.done]
+
+    def count_references(self) -> int:
+        """How many references there are, to active tasks and others."""
+        return sum(map(len, self._older)) + len(self.references)
 
     def task_added(self, task: Task[Any]) -> None:
         """There are many references, or instruments that observe each new task."""
-        if len(self.references) > self._room:
-            self.sweep()
+        if len(self.references) > _NEW_REFERENCES:
+            self._sweep_new()
+            if len(self._older) > self._most_older:
+                self.sweep()
         if self.instruments is not None:
             self.instruments.observe(task)
             self.instruments.call("task_spawned", task)
 
-    def sweep(self) -> None:
-        """Drop the references to tasks that are not active."""
+    def _sweep_new(self) -> None:
+        """
+        Drop the new references to tasks that are not active.  If most of the tasks are
+        active, the references are not new any more.
+        """
+        self.count_spawned()
         references = self.references
         before = len(references)
-        spawned, *ended = self.task_counts
         # What is collected meanwhile may spawn tasks; they come after these.
         self.most_references = sys.maxsize
-        active = self.active_tasks()
-        self.totals.collected = spawned - sum(ended) - len(active)
-        references[:before] = [ref(each) for each in active]
-        self._room = max(_FEW_REFERENCES, 2 * len(active))
+        active = _to_active(islice(references, before))
+        if len(active) > _NEW_REFERENCES // 2:
+            self._older.append(active)
+            active = []
+        references[:before] = active
+        self._counted -= before - len(active)
         self.observe_spawning()
+
+    def sweep(self) -> None:
+        """Drop the references to tasks that are not active."""
+        self._sweep_new()
+        self.count_spawned()
+        spawned, *ended = self.task_counts
+        # Lists that are full, so that few are copied at a time.
+        older: list[list[ref[Task[Any]]]] = []
+        for references in self._older[:]:
+            active = _to_active(references)
+            if len(active) == len(references):
+                # A copy of each list would double their memory.
+                active = references
+            if older and len(older[-1]) + len(active) <= _NEW_REFERENCES:
+                older[-1] += active
+            elif active:
+                older.append(active)
+        self._older = older
+        self._most_older = max(10, 2 * len(older))
+        self.totals.collected = spawned - sum(ended) - self.count_references()
+
+    def count_spawned(self) -> None:
+        """
+        Add the tasks that were spawned since the last time to the totals: each one is
+        among the references.
+        """
+        self.task_counts[0] += len(self.references) - self._counted
+        self._counted = len(self.references)
 
     def observe_spawning(self) -> None:
         """Instruments have come or gone."""
-        self.most_references = self._room if self.instruments is None else -1
+        self.most_references = _NEW_REFERENCES if self.instruments is None else -1
+
+
+def _to_active(references: Iterable[ref[Task[Any]]]) -> list[ref[Task[Any]]]:
+    """The references to tasks that have not ended."""
+    return [
+        reference
+        for reference in references
+        # As Task.done, without a call for each.
+        if not ((task := reference()) is None or type(task._body) is int)
+    ]
 
 
 def _steps() -> Generator[None, Scheduler, None]:

@@ -214,7 +214,6 @@ class Task(Generic[T]):
             origin = scheduler.origin = Origin(name, kind, reference, now)
         self._origin: Origin = origin
         # An instrument may look at it, so that all of it has to be there.
-        scheduler.task_counts[_ACTIVE] += 1
         references = scheduler.references
         references.append(ref(self))
         if len(references) > scheduler.most_references:
@@ -286,10 +285,9 @@ class Task(Generic[T]):
         return deferred
 
     def __await__(self) -> Generator[Deferred[T], Any, T]:
-        state = self._state
-        if state == _SUCCEEDED:
+        if self._body is _SUCCEEDED:
             return cast(T, self._value)
-        if state == _ACTIVE:
+        if not self.done:
             ending = self.as_deferred()
             # As in result().
             del self
@@ -618,9 +616,7 @@ class SymmetricTask(Task[T]):
         else:
             self._body = body
             origin = self._origin
-            self._origin = Origin(
-                origin.name, type(body), origin.spawner, origin.since
-            )
+            self._origin = Origin(origin.name, type(body), origin.spawner, origin.since)
             self._resume(None)
 
     def _end(self, state: int, result: Any) -> None:
@@ -807,9 +803,18 @@ def spawn(  # type: ignore[misc]
         default that of the task that calls this, or the installed one.
     :raises TypeError: if there is nothing to run.
     """
-    scheduler = scheduler_for(reactor)
-    runnable = _runnable(function, args)
-    task: Task[Any] = Task(runnable, name or name_of(runnable), scheduler)
+    if reactor is None and running.task is not None:
+        scheduler = running.task._scheduler
+    else:
+        scheduler = scheduler_of(reactor)
+    called: Any = function
+    code = getattr(called, "__code__", None)
+    # Nearly always it is an async def, or a generator function.
+    if code is not None and code.co_flags & _RUNNABLE_CODE:
+        runnable = called(*args)
+    else:
+        runnable = _runnable(function, args)
+    task: Task[Any] = Task(runnable, name or runnable.__qualname__, scheduler)
     scheduler.resume(task, None)
     return task
 
