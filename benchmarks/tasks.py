@@ -5,6 +5,7 @@ Measure what tasks cost: passing a value, waiting, and transferring control.
 
 ping-pong  two coroutines and two queues for one value: a round trip
 parked     100,000 tasks that wait for an event: the memory and the CPU time of each
+group      100,000 tasks of a task group that wait for an event: as parked
 million    a million of them, of this package: the resident set
 transfer   two symmetric coroutines: a transfer, beside a bare C{send}
 
@@ -326,6 +327,55 @@ def parked_in_gevent(count: int, meter: Meter) -> None:
     gevent.spawn(main).get()
 
 
+# Tasks of a group, in the same way
+
+
+def parked_in_group(count: int, meter: Meter) -> None:
+    from twisted_rtsig.coro import Event, TaskGroup, sleep
+
+    async def main() -> None:
+        event = Event()
+
+        async def park() -> None:
+            await event.wait()
+
+        async with TaskGroup() as group:
+            meter.begin()
+            for _ in range(count):
+                group.spawn(park)
+            await sleep(0)
+            assert repr(event).endswith(f" {count} wait>")
+            meter.end()
+
+    in_task(main)
+
+
+def parked_in_asyncio_group(
+    count: int, meter: Meter, loop: asyncio.AbstractEventLoop | None = None
+) -> None:
+    async def main() -> None:
+        event = asyncio.Event()
+
+        async def park() -> None:
+            await event.wait()
+
+        async with asyncio.TaskGroup() as group:
+            meter.begin()
+            for _ in range(count):
+                group.create_task(park())
+            await asyncio.sleep(0)
+            assert repr(event).endswith(f"waiters:{count}]>")
+            meter.end()
+
+    (loop or asyncio.new_event_loop()).run_until_complete(main())
+
+
+def parked_in_uvloop_group(count: int, meter: Meter) -> None:
+    import uvloop
+
+    parked_in_asyncio_group(count, meter, uvloop.new_event_loop())
+
+
 # Symmetric transfer
 
 
@@ -533,6 +583,8 @@ CHANNEL = "Channel(1)"
 DEFERRED_QUEUE = "Twisted's DeferredQueue(1)"
 UVLOOP_QUEUE = "asyncio.Queue(1) on uvloop"
 TASK = "task"
+GROUP = "TaskGroup"
+ASYNCIO_GROUP = "asyncio's TaskGroup"
 ASYNCIO_TASK = "asyncio's task"
 TRANSFER = "transfer, generators"
 COROUTINE_TRANSFER = "transfer, async def"
@@ -568,6 +620,21 @@ WORKS = {
         ASYNCIO_TASK,
         Sample.memory_of_each,
     ),
+    "group": Work(
+        "tasks of a task group that wait for an event",
+        "task",
+        100_000,
+        {
+            GROUP: Contender(parked_in_group),
+            ASYNCIO_GROUP: Contender(parked_in_asyncio_group),
+            "asyncio's TaskGroup on uvloop": Contender(
+                parked_in_uvloop_group, "uvloop"
+            ),
+            "trio's nursery": Contender(parked_in_trio, "trio"),
+        },
+        ASYNCIO_GROUP,
+        Sample.memory_of_each,
+    ),
     "million": Work(
         "tasks that wait for an event, in all",
         "task",
@@ -592,6 +659,10 @@ WORKS = {
     ),
 }
 
+if sys.version_info < (3, 11):
+    # asyncio has no groups.
+    del WORKS["group"]
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -609,6 +680,8 @@ BARS = [
     Bar("ping-pong", CHANNEL, Sample.cpu, 0.25, UVLOOP_QUEUE),
     Bar("parked", TASK, Sample.memory_of_each, 0.7, ASYNCIO_TASK),
     Bar("parked", TASK, Sample.cpu, 0.5, ASYNCIO_TASK),
+    Bar("group", GROUP, Sample.memory_of_each, 0.6, ASYNCIO_GROUP),
+    Bar("group", GROUP, Sample.cpu, 0.6, ASYNCIO_GROUP),
     Bar("million", TASK, Sample.memory_of_all, 1000 * MB),
     Bar("transfer", TRANSFER, Sample.cpu, 3, SEND),
     Bar("transfer", TRANSFER, Sample.growth, 1 * MB),

@@ -17,6 +17,7 @@ from twisted.python.failure import Failure
 from twisted_rtsig.coro.errors import Cancelled
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation, Wait
+from twisted_rtsig.coro.scheduler import running
 from twisted_rtsig.coro.scopes import Scope
 from twisted_rtsig.coro.tasks import (
     OfTask,
@@ -64,6 +65,9 @@ class TaskGroup(Scope):
         self._reason: str | None = None
         self._in_block = False
         self._last_ends: Operation[None] | None = None
+        # What each task calls at its end: the same object for all of them.  It refers
+        # to this one, and so it is there within the block only.
+        self._when_task_ends: tuple[Callable[[Task[Any]], None], ...] = ()
 
     @overload
     def spawn(
@@ -102,15 +106,23 @@ class TaskGroup(Scope):
     ) -> Task[T]: ...
 
     def spawn(  # type: ignore[misc]
-        self, function: Callable[..., Any] | Runnable[Any], *args: Any, **named: Any
+        self,
+        function: Callable[..., Any] | Runnable[Any],
+        *args: Any,
+        name: str | None = None,
+        reactor: object = None,
     ) -> Task[Any]:
         """
         As :func:`spawn`, for a task of this group.
 
         :raises RuntimeError: before or after the block.
         """
-        named.setdefault("reactor", self._owner("spawn()").reactor)
-        task: Task[Any] = spawn(function, *args, **named)
+        owner = self._owner("spawn()")
+        if reactor is None:
+            caller = running.task
+            if caller is None or caller._scheduler is not owner._scheduler:
+                reactor = owner.reactor
+        task: Task[Any] = spawn(function, *args, name=name, reactor=reactor)
         self._adopt(task, None)
         return task
 
@@ -159,7 +171,10 @@ class TaskGroup(Scope):
 
     def _adopt(self, task: Task[Any], starting: _Starting | None) -> None:
         self._tasks[task] = starting
-        task._when_done(self._ended)
+        if task._done is None and not task.done:
+            task._done = self._when_task_ends
+        else:
+            task._when_done(self._ended)
         if self.cancelled:
             task.cancel(self._reason)
 
@@ -202,6 +217,7 @@ class TaskGroup(Scope):
 
     async def __aenter__(self) -> TaskGroup:
         task = self._enter()
+        self._when_task_ends = (self._ended,)
         self._in_block = True
         if self.cancelled:
             task._cancel_for(self, self._reason)
@@ -252,6 +268,10 @@ class TaskGroup(Scope):
         if outer is not None and outer is not error:
             raise outer
         return own
+
+    def _exit(self) -> None:
+        self._when_task_ends = ()
+        super()._exit()
 
     def __repr__(self) -> str:
         return f"<TaskGroup of {len(self._tasks)} tasks>"

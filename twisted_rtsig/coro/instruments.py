@@ -125,7 +125,7 @@ class Instruments:
         if isinstance(context, _ObservedContext):
             task._context = context.context
         if task._done is not None and self._exited in task._done:
-            task._done.remove(self._exited)
+            task._done = [each for each in task._done if each != self._exited]
 
     def _exited(self, task: Task[Any]) -> None:
         self.call("task_exited", task)

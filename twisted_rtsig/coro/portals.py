@@ -347,7 +347,7 @@ class _TaskFuture(Future[T]):
     _unseen: Any = None
 
     def _fail(self, task: Task[Any]) -> None:
-        self._unseen = task._result
+        self._unseen = task._value
         self.set_exception(self._unseen.error())
 
     def result(self, timeout: float | None = None) -> T:

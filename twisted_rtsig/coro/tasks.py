@@ -412,7 +412,7 @@ class Task(Generic[T]):
                 each._note_requested(_EARLIER)
 
     def _note_requested(self, requested: int) -> None:
-        """Note in all cancellations whether what it waits for was cancelled for them."""
+        """Note in each cancellation whether what it waits for was cancelled for it."""
         for each in self._cancels:
             if requested != _EARLIER or each._requested == _NOW:
                 each._requested = requested
