@@ -101,6 +101,29 @@ def test_how_tasks_have_ended(clock: Clock) -> None:
     assert statistics(Clock()).tasks.spawned == 0
 
 
+@pytest.mark.parametrize("ends", ["none", "most", "all"])
+def test_many_tasks_and_how_they_have_ended(clock: Clock, ends: str) -> None:
+    """All that were spawned are counted, though few references to them are kept."""
+    never, stop = Event(), Event()
+    count = 4_000
+    for number in range(count):
+        waits = ends == "none" or (ends == "most" and number % 10 == 0)
+        spawn((never if waits else stop).wait, reactor=clock)
+    stop.set()
+    # It exists only as long as there are tasks, and the totals as long as the reactor.
+    for _ in range(2):
+        spawn(sleep, 0, reactor=clock)
+        clock.advance(0)
+    waiting = {"none": count, "most": count // 10, "all": 0}[ends]
+    tasks = statistics(clock).tasks
+    assert (tasks.waiting, tasks.spawned) == (waiting, count + 2)
+    assert (tasks.succeeded, tasks.collected) == (count + 2 - waiting, 0)
+    del never
+    gc.collect()
+    tasks = statistics(clock).tasks
+    assert (tasks.waiting, tasks.collected) == (0, waiting)
+
+
 # Connections
 
 

@@ -27,10 +27,12 @@ from twisted_rtsig.coro import (
     log_tasks_on_signal,
     sleep,
     spawn,
+    statistics,
     symmetric,
     transfer,
     watch_for_blocking,
 )
+from twisted_rtsig.coro.inspection import tasks_of
 
 
 @pytest.fixture(autouse=True)
@@ -381,6 +383,150 @@ def test_some_of_many_tasks(clock: Clock) -> None:
     names = [line.split(": ")[0] for line in format_tasks(clock).splitlines()]
     expected = [f"task {number}" for number in range(0, 5000, 1000)]
     assert [each for each in names if each.startswith("task ")] == expected
+    stop.set()
+
+
+@pytest.mark.parametrize("reference_cycles", ["are collected", "are not collected"])
+def test_many_tasks_that_wait_for_anything(clock: Clock, reference_cycles: str) -> None:
+    """All are found, in order, however many of them have ended meanwhile."""
+    stop, other_stop, deferreds = Event(), Event(), []
+    channel: Channel[int] = Channel(0)
+
+    async def wait_for_deferred() -> None:
+        deferreds.append(Deferred[None]())
+        await deferreds[-1]
+
+    async def wait_for_task() -> None:
+        await spawned[0]
+
+    def generator() -> Generator[Any, Any, None]:
+        yield stop.wait()
+
+    async def transfers(value: Any) -> None:
+        await transfer(one)
+
+    waits: list[Callable[[str], Task[Any]]] = [
+        lambda name: spawn(stop.wait, name=name, reactor=clock),
+        lambda name: spawn(other_stop.wait, name=name, reactor=clock),
+        lambda name: spawn(other_stop.wait, name=name, reactor=clock),
+        lambda name: spawn(sleep, 1, name=name, reactor=clock),
+        lambda name: spawn(channel.receive, name=name, reactor=clock),
+        lambda name: spawn(generator, name=name, reactor=clock),
+        lambda name: spawn(wait_for_deferred, name=name, reactor=clock),
+        lambda name: spawn(wait_for_task, name=name, reactor=clock),
+        lambda name: symmetric(transfers, name=name, reactor=clock),
+    ]
+    spawned: list[Task[Any]] = []
+    if reference_cycles == "are not collected":
+        gc.disable()
+    try:
+        for number in range(9_000):
+            spawned.append(waits[number % len(waits)](f"task {number}"))
+        one = symmetric(transfers, name="one", reactor=clock)
+        assert set(tasks_of(clock)) == {*spawned, one}
+        # Some end, and are still referred to; others are gone.
+        other_stop.set()
+        assert sum(not each.done for each in spawned) == 7_000
+        del spawned[1:2_000]
+        expected = [each.name for each in spawned if not each.done]
+        assert tasks_of(clock) >= {each for each in spawned if not each.done}
+        # More of them, so that the lists are looked through again.
+        for number in range(9_000, 15_000):
+            spawned.append(waits[0](f"task {number}"))
+        text = format_tasks(clock)
+        names = re.findall(r"^(task \d+): ", text, re.MULTILINE)
+        expected += [f"task {number}" for number in range(9_000, 15_000)]
+        found = iter(names)
+        assert all(each in found for each in expected)
+        assert len(names) == len({*names}) == statistics(clock).tasks.active - 1
+    finally:
+        gc.enable()
+        stop.set()
+        channel.close()
+        for deferred in deferreds:
+            deferred.callback(None)
+        clock.advance(1)
+        for each in [*spawned, one]:
+            each.cancel()
+            each.as_deferred().addErrback(lambda failure: None)
+
+
+@pytest.mark.parametrize("name", ["a name", None])
+def test_a_task_that_is_renamed(clock: Clock, name: str | None) -> None:
+    """Tasks of one name that are spawned at once share it."""
+    stop = Event()
+    first, second = (spawn(stop.wait, name=name, reactor=clock) for _ in range(2))
+    before = second.name
+    first.name = "another name"
+    names = [line.split(": ")[0] for line in format_tasks(clock).splitlines()]
+    assert [each for each in names if not each.startswith("    ")] == [
+        "another name",
+        before,
+    ]
+    stop.set()
+
+
+def test_tasks_of_one_name_below_those_that_spawned_them(clock: Clock) -> None:
+    """They are spawned in turns by two tasks, and by none, at the same time."""
+    stop, go = Event(), Event()
+
+    async def spawner() -> None:
+        for _ in range(3):
+            await go.wait()
+            spawn(stop.wait, name="child")
+            await sleep(0)
+        await stop.wait()
+
+    spawn(spawner, name="first", reactor=clock)
+    spawn(spawner, name="second", reactor=clock)
+    go.set()
+    for _ in range(3):
+        clock.advance(0)
+        spawn(stop.wait, name="child", reactor=clock)
+    lines = format_tasks(clock).splitlines()
+    tree = [line.split(":")[0] for line in lines if not line.lstrip().startswith("at ")]
+    children = ["    child"] * 3
+    expected = ["first", *children, "second", *children, "child", "child", "child"]
+    assert tree == expected
+    stop.set()
+
+
+def test_a_task_that_waits_takes_little_memory(clock: Clock) -> None:
+    """In all, and in a group, whose tasks are found without an object for each."""
+    count = 1_000
+    stop = Event()
+
+    async def wait() -> None:
+        await stop.wait()
+
+    async def alone() -> None:
+        for _ in range(count):
+            spawn(wait)
+        await sleep(0)
+
+    async def grouped() -> None:
+        async with TaskGroup() as group:
+            for _ in range(count):
+                group.spawn(wait)
+
+    def memory_of_each(main: Any) -> float:
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        spawn(main, reactor=clock)
+        clock.advance(0)
+        clock.advance(0)
+        return (tracemalloc.get_traced_memory()[0] - before) / count
+
+    tracemalloc.start()
+    try:
+        memory = memory_of_each(alone)
+        in_group = memory_of_each(grouped)
+    finally:
+        tracemalloc.stop()
+    task = spawn(stop.wait, reactor=clock)
+    assert sys.getsizeof(task) <= 128
+    # The entry of a dictionary, which takes up to 100 bytes in small ones.
+    assert in_group - memory < 110
     stop.set()
 
 
