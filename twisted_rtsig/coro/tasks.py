@@ -352,8 +352,13 @@ class Task(Generic[T]):
 
     def _is_told_to_end(self) -> bool:
         """Whether it was cancelled, and has not ended yet."""
-        return self._state == _ACTIVE and (
-            bool(self._cancels) or isinstance(self._error, Cancelled)
+        if type(self._body) is int:
+            return False
+        value = self._value
+        return bool(self._cancels) or (
+            self._waiting_on is None
+            and type(value) is Raised
+            and isinstance(value.error, Cancelled)
         )
 
     def _cancel_for(self, scope: Scope | None, reason: str | None) -> None:
