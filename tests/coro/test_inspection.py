@@ -287,15 +287,15 @@ def test_what_is_no_task_may_hold_up_the_others(
     told: list[str] = []
 
     def hold_up() -> None:
+        # On a busy machine it tells of others as well.
         while not told:
-            told[:] = [each for each in messages(logged) if "let nobody else" in each]
+            told[:] = [each for each in messages(logged) if " in hold_up: " in each]
 
     watch = watch_for_blocking(0.05, reactor)
     reactor.callLater(0.01, hold_up)
     spin(reactor, lambda: told)
     watch.stop()
     assert told[0].startswith("Something that is no task has let nobody else")
-    assert " in hold_up: " in told[0]
 
 
 def threads() -> list[threading.Thread]:

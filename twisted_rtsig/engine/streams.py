@@ -217,7 +217,11 @@ class Stream(tcp.Connection):
         if self.TLS:
             super().writeSequence(iovec)
         else:
-            self.write(b"".join(iovec))
+            pieces = tuple(iovec)
+            for each in pieces:
+                if not isinstance(each, bytes):
+                    raise TypeError("Data must be bytes")
+            self.write(b"".join(pieces))
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """As ``IConsumer.registerProducer``."""
