@@ -262,7 +262,8 @@ def test_from_a_manhole(clock: Clock) -> None:
 
 def test_who_holds_up_the_others_is_named(reactor: Any, logged: list[Any]) -> None:
     def told() -> list[str]:
-        return [each for each in messages(logged) if "let nobody else" in each]
+        # On a busy machine it tells of others as well.
+        return [each for each in messages(logged) if " in hold_up: " in each]
 
     async def hold_up() -> None:
         while not told():
@@ -277,7 +278,6 @@ def test_who_holds_up_the_others_is_named(reactor: Any, logged: list[Any]) -> No
 
     run(reactor, main)
     assert told()[0].startswith("Task the culprit has let nobody else have a turn for")
-    assert " in hold_up: " in told()[0]
     spin(reactor, lambda: all(each.name != "blocking tasks" for each in threads()))
 
 
