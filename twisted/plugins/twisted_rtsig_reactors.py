@@ -52,6 +52,12 @@ rtsig_iocp: Reactor | _NotHere = Reactor(
     "Windows completion port, for sockets of any kind and number (twisted-rtsig).",
 )
 
+rtsig_asyncio: Reactor | _NotHere = Reactor(
+    "rtsig-asyncio",
+    "twisted_rtsig.asyncioreactor",
+    "One loop for Twisted and asyncio, at the speed of the engine (twisted-rtsig).",
+)
+
 rtsig_auto = Reactor(
     "rtsig-auto",
     "twisted_rtsig.autoreactor",
@@ -63,7 +69,16 @@ if not sys.platform.startswith("linux"):
     rtsig_epoll = _NotHere(rtsig_epoll, "Linux")
 if not hasattr(select, "kqueue"):
     rtsig_kqueue = _NotHere(rtsig_kqueue, "BSD or macOS")
-if sys.platform != "win32":
+if sys.platform == "win32":
+    rtsig_asyncio = _NotHere(rtsig_asyncio, "Linux, BSD or macOS")
+else:
     rtsig_iocp = _NotHere(rtsig_iocp, "Windows")
 
-__all__ = ["rtsig", "rtsig_auto", "rtsig_epoll", "rtsig_iocp", "rtsig_kqueue"]
+__all__ = [
+    "rtsig",
+    "rtsig_asyncio",
+    "rtsig_auto",
+    "rtsig_epoll",
+    "rtsig_iocp",
+    "rtsig_kqueue",
+]

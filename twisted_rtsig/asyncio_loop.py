@@ -1,0 +1,194 @@
+"""
+The event loop of the reactor that is asyncio's loop as well.
+
+It is asyncio's own ``SelectorEventLoop``, with its transports, servers, TLS,
+subprocesses and debug mode, apart from four things:
+
+- It waits in the engine: see ``asyncio_selector.py``.
+- It reads at most 64 KiB at a time.
+- Signals: there is one wakeup descriptor in a process, which is the loop's, and the
+  loop tells the reactor of SIGCHLD.  Removing a handler brings back the one of the
+  reactor, if that runs.
+- ``close()`` first stops the reactor in order.
+
+An existing loop becomes one of these, also while it runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from asyncio import events, selector_events
+from typing import TYPE_CHECKING, Any, Final
+
+from twisted.internet.posixbase import unixEnabled
+
+from twisted_rtsig.asyncio_selector import EngineSelector
+from twisted_rtsig.engine.reactor import LogContext
+from twisted_rtsig.notifiers import UnsupportedReactorError
+
+if unixEnabled:
+    from twisted.internet import process
+
+if TYPE_CHECKING:
+    from twisted_rtsig.asyncioreactor import AsyncioEngineReactor
+
+# In bytes: the most that a transport reads at once.  asyncio asks for 256 KiB, which is
+# more than the C library allocates from its heap (mallopt(3), M_MMAP_THRESHOLD): each
+# read, however small, then maps memory, faults it in and unmaps it.
+_MOST_AT_ONCE: Final = 65536
+
+_INTERNET: Final = (socket.AF_INET, socket.AF_INET6)
+
+
+class EngineEventLoop(asyncio.SelectorEventLoop):
+    """
+    An event loop that runs a reactor while it waits.
+
+    :ivar reactor: the reactor.
+    """
+
+    reactor: AsyncioEngineReactor
+    # Of asyncio.
+    _selector: Any
+    _transports: Any
+
+    def run_forever(self) -> None:
+        """As C{BaseEventLoop.run_forever}, in the log context of a main loop."""
+        self._check_closed()  # type: ignore[attr-defined]
+        self._check_running()  # type: ignore[attr-defined]
+        self.reactor._in_log_context(self._run_forever)
+
+    def _run_forever(self, fields: LogContext) -> None:
+        selector = self._selector
+        selector.fields = fields
+        try:
+            super().run_forever()
+        finally:
+            selector.fields = None
+
+    def close(self) -> None:
+        """
+        As C{BaseEventLoop.close}.  If the reactor runs, it is stopped first, and its
+        shutdown events are waited for.
+        """
+        if self.is_running() or self.is_closed():
+            super().close()
+            return
+        try:
+            self.reactor.loop_closes()
+        finally:
+            super().close()
+            self.reactor.loop_closed()
+
+    # Signals
+
+    def _handle_signal(self, sig: int) -> None:
+        if sig == signal.SIGCHLD:
+            # Before a child watcher, which may wait for any child.
+            process.reapAllProcesses()
+        super()._handle_signal(sig)  # type: ignore[misc]
+
+    def remove_signal_handler(self, sig: int) -> bool:
+        """As C{AbstractEventLoop.remove_signal_handler}."""
+        removed = super().remove_signal_handler(sig)
+        if removed and not self.is_closed():
+            self.reactor.signal_handler_removed(sig)
+        return removed
+
+    # Transports
+
+    def _make_socket_transport(self, sock: Any, *args: Any, **kwargs: Any) -> Any:
+        transport = super()._make_socket_transport(  # type: ignore[misc]
+            sock, *args, **kwargs
+        )
+        transport.max_size = _MOST_AT_ONCE
+        return transport
+
+    def _make_ssl_transport(self, rawsock: Any, *args: Any, **kwargs: Any) -> Any:
+        transport = super()._make_ssl_transport(  # type: ignore[misc]
+            rawsock, *args, **kwargs
+        )
+        self._transports[rawsock.fileno()].max_size = _MOST_AT_ONCE
+        return transport
+
+    def _make_datagram_transport(self, sock: Any, *args: Any, **kwargs: Any) -> Any:
+        transport = super()._make_datagram_transport(  # type: ignore[misc]
+            sock, *args, **kwargs
+        )
+        # Datagrams of other families may be larger.
+        if sock.family in _INTERNET:
+            transport.max_size = _MOST_AT_ONCE
+        return transport
+
+    def _make_read_pipe_transport(self, *args: Any, **kwargs: Any) -> Any:
+        transport = super()._make_read_pipe_transport(  # type: ignore[misc]
+            *args, **kwargs
+        )
+        transport.max_size = _MOST_AT_ONCE
+        return transport
+
+
+def check_loop(loop: Any) -> None:
+    """
+    Refuse a loop that cannot become the one of a reactor.
+
+    :raises UnsupportedReactorError: if it cannot; the message says why.
+    """
+    name = f"{type(loop).__module__}.{type(loop).__qualname__}"
+    advice = "pass an asyncio.SelectorEventLoop(), or None for a new one"
+    if not isinstance(loop, asyncio.SelectorEventLoop):
+        why = "does not wait in a selector, which the reactor could be"
+        if name.startswith("uvloop."):
+            why = "waits in libuv, and no reactor can take part in that"
+        elif "Proactor" in name:
+            why = "waits in a completion port, and no reactor can take part in that"
+        raise UnsupportedReactorError(f"{name} {why}: {advice}")
+    if isinstance(loop, EngineEventLoop) and hasattr(loop, "reactor"):
+        raise UnsupportedReactorError(
+            f"{loop!r} has a reactor already: install it with install(loop)"
+        )
+    for method in ("run_forever", "_run_once"):
+        if not isinstance(loop, EngineEventLoop) and (
+            getattr(type(loop), method) is not getattr(asyncio.BaseEventLoop, method)
+        ):
+            raise UnsupportedReactorError(
+                f"{name} has a {method}() of its own, and may not wait in its "
+                f"selector: {advice}"
+            )
+    if loop.is_closed():
+        raise UnsupportedReactorError(f"{loop!r} is closed: {advice}")
+    if loop.is_running() and events._get_running_loop() is not loop:
+        raise UnsupportedReactorError(
+            f"{loop!r} runs in another thread: install the reactor in that one, "
+            "or pass a loop that does not run"
+        )
+
+
+def adopt(loop: Any, reactor: AsyncioEngineReactor) -> EngineEventLoop:
+    """
+    Make C{loop} an L{EngineEventLoop}, with all that it watches and has scheduled.
+
+    :param loop: what L{check_loop} has not refused.
+    """
+    former = loop._selector
+    selector = EngineSelector(reactor, loop)
+    for key in former.get_map().values():
+        selector.register(key.fileobj, key.events, key.data)
+    loop._selector = selector
+    former.close()
+    cls = type(loop)
+    if cls is asyncio.SelectorEventLoop:
+        loop.__class__ = EngineEventLoop
+    elif not isinstance(loop, EngineEventLoop):
+        loop.__class__ = type(cls.__name__, (EngineEventLoop, cls), {})
+    loop.reactor = reactor
+    for transport in loop._transports.values():
+        if isinstance(transport, selector_events._SelectorSocketTransport):  # type: ignore[attr-defined]
+            transport.max_size = _MOST_AT_ONCE
+    adopted: EngineEventLoop = loop
+    return adopted
+
+
+__all__ = ["EngineEventLoop", "adopt", "check_loop"]

@@ -1,0 +1,338 @@
+"""
+The engine as a selector: what an asyncio event loop waits in, so that it and a
+reactor wait for the same events, in the same thread.
+
+asyncio's loop calls ``select()`` to sleep.  This one makes passes of the reactor
+meanwhile, and returns only when asyncio has something to do: a descriptor of its own is
+ready, a timer is due, a callback was scheduled, or the loop is to stop.  So a process
+in which only Twisted is busy stays in the engine, and asyncio costs it a few tests of
+attributes in each pass.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import selectors
+import stat
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from twisted.internet.interfaces import IReadDescriptor, IWriteDescriptor
+from twisted.logger import Logger
+from zope.interface import implementer
+
+from twisted_rtsig.engine.reactor import LogContext
+from twisted_rtsig.engine.registration import READ, WRITE
+
+if TYPE_CHECKING:
+    from twisted_rtsig.asyncioreactor import AsyncioEngineReactor
+
+# The directions of the engine are those of the standard library.
+assert (READ, WRITE) == (selectors.EVENT_READ, selectors.EVENT_WRITE)
+
+# In seconds: as long as asyncio itself sleeps at most.
+_LONGEST_SLEEP: Final = 24 * 3600.0
+
+# What Twisted's main loop logs to.
+_log = Logger(namespace="twisted.internet.base")
+
+
+@implementer(IReadDescriptor, IWriteDescriptor)
+class Watched:
+    """
+    One descriptor that asyncio watches, as the engine sees it.
+
+    :ivar key: what asyncio knows it by.
+    :ivar pending: the directions that are ready and that C{select()} has not returned.
+    """
+
+    __slots__ = ("_reported", "key", "pending")
+
+    def __init__(self, key: selectors.SelectorKey, reported: list[Watched]) -> None:
+        self.key = key
+        self.pending = 0
+        self._reported = reported
+
+    def report(self, directions: int) -> None:
+        """They are ready: C{select()} returns it."""
+        if not self.pending:
+            self._reported.append(self)
+        self.pending |= directions
+
+    # IReadDescriptor and IWriteDescriptor.  The engine calls these only if a selectable
+    # of Twisted's has the other direction of the descriptor.
+
+    def fileno(self) -> int:
+        return self.key.fd
+
+    def logPrefix(self) -> str:
+        return "asyncio"
+
+    def doRead(self) -> None:
+        self.report(READ)
+
+    def doWrite(self) -> None:
+        self.report(WRITE)
+
+    def connectionLost(self, reason: object) -> None:
+        # asyncio finds out by itself.
+        pass
+
+
+class EngineSelector(selectors.BaseSelector):
+    """
+    A selector that runs a reactor while it waits.
+
+    :param reactor: the reactor.
+    :param loop: the event loop that selects.
+    """
+
+    def __init__(self, reactor: AsyncioEngineReactor, loop: Any) -> None:
+        self._reactor = reactor
+        self._loop = loop
+        self._watched: dict[int, Watched] = {}
+        # Those with something pending.
+        self._reported: list[Watched] = []
+        self._map = _Map(self._watched)
+        self.fields: LogContext | None = None
+        """The fields of the log context that the loop runs in; None if in any."""
+
+    # Registrations
+
+    def register(
+        self, fileobj: Any, events: int, data: Any = None
+    ) -> selectors.SelectorKey:
+        """
+        As C{BaseSelector.register}.
+
+        :raises OSError: if the descriptor cannot be watched, C{PermissionError} for a
+            file on Linux.
+        """
+        _check(events)
+        descriptor = _descriptor_of(fileobj)
+        if descriptor in self._watched:
+            raise KeyError(f"{fileobj!r} (FD {descriptor}) is already registered")
+        _refuse_files(descriptor)
+        key = selectors.SelectorKey(fileobj, descriptor, events, data)
+        watched = Watched(key, self._reported)
+        self._watch(watched, events)
+        self._watched[descriptor] = watched
+        return key
+
+    def modify(
+        self, fileobj: Any, events: int, data: Any = None
+    ) -> selectors.SelectorKey:
+        """
+        As C{BaseSelector.modify}.
+
+        :raises OSError: if the descriptor was closed; it is not registered any more.
+        """
+        _check(events)
+        watched = self._map.find(fileobj)
+        former = watched.key
+        watched.key = former._replace(events=events, data=data)
+        if events != former.events:
+            # First what begins: otherwise the registration might end in between.
+            try:
+                self._watch(watched, events & ~former.events)
+            except BaseException:
+                self.unregister(fileobj)
+                raise
+            self._unwatch(watched, former.events & ~events)
+        return watched.key
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        """As C{BaseSelector.unregister}."""
+        watched = self._map.find(fileobj)
+        del self._watched[watched.key.fd]
+        self._unwatch(watched, READ | WRITE)
+        return watched.key
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        """As C{BaseSelector.get_map}."""
+        return self._map
+
+    def close(self) -> None:
+        """Watch nothing any more."""
+        for watched in list(self._watched.values()):
+            self._unwatch(watched, READ | WRITE)
+        self._watched.clear()
+
+    def _watch(self, watched: Watched, directions: int) -> None:
+        if directions & READ:
+            self._reactor.addReader(watched)
+        if directions & WRITE:
+            try:
+                self._reactor.addWriter(watched)
+            except BaseException:
+                if directions & READ:
+                    self._reactor.removeReader(watched)
+                raise
+
+    def _unwatch(self, watched: Watched, directions: int) -> None:
+        # What is pending was found out for the interest that ends.
+        watched.pending &= ~directions
+        if not watched.pending and watched in self._reported:
+            self._reported.remove(watched)
+        if directions & READ:
+            self._reactor.removeReader(watched)
+        if directions & WRITE:
+            self._reactor.removeWriter(watched)
+
+    # Waiting
+
+    def select(
+        self, timeout: float | None = None
+    ) -> list[tuple[selectors.SelectorKey, int]]:
+        """
+        Make passes of the reactor until asyncio has something to do.
+
+        :param timeout: seconds; None for no limit.  What is scheduled meanwhile ends
+            the wait earlier.
+        """
+        if self.fields is None:
+            self._reactor._in_log_context(self._run_passes, timeout)
+        else:
+            self._run_passes(self.fields, timeout)
+        events = []
+        for watched in self._reported:
+            # Each was registered when it became ready, and still is.
+            events.append((watched.key, watched.pending))
+            watched.pending = 0
+        self._reported.clear()
+        return events
+
+    def _run_passes(self, fields: LogContext, timeout: float | None) -> None:
+        reactor, loop, reported = self._reactor, self._loop, self._reported
+        deadline = None if timeout is None else loop.time() + timeout
+        reactor.loop_selects()
+        while True:
+            try:
+                if (
+                    reactor._newTimedCalls
+                    or reactor._pendingTimedCalls
+                    or reactor.threadCallQueue
+                    or reactor._justStopped
+                ):
+                    reactor.runUntilCurrent()
+                    delay = reactor.timeout()
+                else:
+                    delay = None
+                # Only now: these calls may have given asyncio something to do.
+                if reported or loop._ready or loop._stopping:
+                    delay = 0
+                elif loop._scheduled or deadline is not None:
+                    delay = self._sleep(delay, deadline)
+                reactor._fields = fields
+                reactor.doIteration(delay)
+            except Exception:
+                _log.failure("Unexpected error in main loop.")
+            if reported or loop._ready or loop._stopping:
+                return
+            if loop._scheduled or deadline is not None:
+                now = loop.time() + loop._clock_resolution
+                if deadline is not None and deadline < now:
+                    return
+                if loop._scheduled and loop._scheduled[0]._when < now:
+                    return
+
+    def _sleep(self, delay: float | None, deadline: float | None) -> float:
+        """How long nothing is due: for Twisted, for asyncio and for the caller."""
+        loop = self._loop
+        end = _LONGEST_SLEEP + (now := loop.time())
+        if deadline is not None and deadline < end:
+            end = deadline
+        if loop._scheduled and loop._scheduled[0]._when < end:
+            end = loop._scheduled[0]._when
+        sleep: float = max(0.0, end - now)
+        return sleep if delay is None else min(delay, sleep)
+
+
+class _Map(Mapping[Any, selectors.SelectorKey]):
+    """The keys of a selector by file object or descriptor."""
+
+    def __init__(self, watched: dict[int, Watched]) -> None:
+        self._watched = watched
+
+    def find(self, fileobj: Any) -> Watched:
+        """
+        :raises KeyError: if it is not registered.
+        """
+        if type(fileobj) is int and fileobj in self._watched:
+            return self._watched[fileobj]
+        try:
+            found = self._watched.get(_descriptor_of(fileobj))
+        except ValueError:
+            # It was closed, and is known by what it was.
+            found = next(
+                (
+                    each
+                    for each in self._watched.values()
+                    if each.key.fileobj is fileobj
+                ),
+                None,
+            )
+            if found is None:
+                raise
+        if found is None:
+            raise KeyError(f"{fileobj!r} is not registered")
+        return found
+
+    def __getitem__(self, fileobj: Any) -> selectors.SelectorKey:
+        return self.find(fileobj).key
+
+    def get(self, fileobj: Any, default: Any = None) -> Any:
+        found = self._watched.get(fileobj)
+        if found is not None:
+            return found.key
+        return default if type(fileobj) is int else super().get(fileobj, default)
+
+    def __len__(self) -> int:
+        return len(self._watched)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._watched)
+
+
+def _check(events: int) -> None:
+    if not events or events & ~(READ | WRITE):
+        raise ValueError(f"Invalid events: {events!r}")
+
+
+def _descriptor_of(fileobj: Any) -> int:
+    """
+    :raises ValueError: if it has none.
+    """
+    if isinstance(fileobj, int):
+        descriptor = fileobj
+    else:
+        try:
+            descriptor = int(fileobj.fileno())
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(f"Invalid file object: {fileobj!r}") from None
+    if descriptor < 0:
+        raise ValueError(f"Invalid file descriptor: {descriptor}")
+    return descriptor
+
+
+def _refuse_files(descriptor: int) -> None:
+    """
+    Refuse what epoll refuses, as the selector does that asyncio has on Linux: programs
+    find out by it that standard input is a file, say.  The engine would hold it to be
+    always ready, as poll(2) does.
+
+    :raises PermissionError: if it is a file, a directory, or a device like /dev/null.
+    :raises OSError: EBADF
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode):
+        return
+    with select.epoll() as epoll:
+        epoll.register(descriptor, 0)
+
+
+__all__ = ["EngineSelector", "Watched"]

@@ -1,0 +1,492 @@
+"""
+One loop for Twisted and asyncio: a reactor of this package, and an asyncio event loop
+that waits in it.
+
+Twisted's part runs as fast as on the reactor of this package for the system, and any
+library for asyncio runs unchanged in the same thread.  Install it before anything
+imports ``twisted.internet.reactor``::
+
+    from twisted_rtsig import asyncioreactor
+    asyncioreactor.install()
+
+or by its short name: ``twistd --reactor=rtsig-asyncio web``.  A program of asyncio's
+has the reactor with its loop::
+
+    asyncio.Runner(loop_factory=asyncioreactor.new_event_loop)
+
+See docs/asyncio.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import select
+import signal
+import sys
+import threading
+from asyncio import events
+from collections.abc import Iterator
+from typing import Any, Final
+
+from twisted.internet import asyncioreactor as twisteds
+from twisted.internet.base import ReactorBase
+from twisted.internet.error import (
+    ReactorAlreadyInstalledError,
+    ReactorAlreadyRunning,
+)
+from twisted.internet.main import installReactor
+from twisted.internet.posixbase import unixEnabled
+from twisted.python.failure import Failure
+
+from twisted_rtsig.asyncio_loop import EngineEventLoop, adopt, check_loop
+from twisted_rtsig.asyncio_selector import Watched
+from twisted_rtsig.engine.reactor import EngineReactor, LogContext
+from twisted_rtsig.engine.registration import READ, WRITE, Registration
+from twisted_rtsig.notifiers import GONE, HANGUP, UnsupportedReactorError
+from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
+
+if sys.platform.startswith("linux"):
+    from twisted_rtsig.epollreactor import EdgeEPollReactor as SystemReactor
+elif hasattr(select, "kqueue"):
+    from twisted_rtsig.kqreactor import KQueueReactor as SystemReactor
+else:
+    # The reactor refuses to be made.
+    SystemReactor = EngineReactor
+
+if unixEnabled:
+    from twisted.internet import process
+
+# Before anything replaces it.
+_TwistedsReactor = twisteds.AsyncioSelectorReactor
+
+
+def _ignore(number: int, frame: object) -> None:
+    """The handler of a signal that only has to be written to the wakeup descriptor."""
+
+
+class _Signals:
+    """
+    The signal handlers of a reactor: those of Twisted's, and one for SIGCHLD, for which
+    the loop has the wakeup descriptor.
+
+    :param inner: what handles SIGINT and SIGTERM.
+    """
+
+    def __init__(self, loop: EngineEventLoop, inner: Any) -> None:
+        self._loop: Any = loop
+        self._inner = inner
+
+    def install(self) -> None:
+        """Set the handlers."""
+        self._inner.install()
+        self.hear_of_children()
+        # Those that have ended before.
+        process.reapAllProcesses()
+
+    def hear_of_children(self) -> None:
+        """Set what asyncio takes away with its last signal handler."""
+        if not callable(signal.getsignal(signal.SIGCHLD)):
+            signal.signal(signal.SIGCHLD, _ignore)
+            signal.siginterrupt(signal.SIGCHLD, False)
+        signal.set_wakeup_fd(self._loop._csock.fileno())
+
+    def uninstall(self) -> None:
+        """Take back the handler for SIGCHLD."""
+        self._inner.uninstall()
+        if signal.getsignal(signal.SIGCHLD) is _ignore:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if self._loop.is_closed() or self._loop._signal_handlers:
+            return
+        wakeup = signal.set_wakeup_fd(-1)
+        if wakeup != self._loop._csock.fileno():
+            signal.set_wakeup_fd(wakeup)
+
+
+def _check_system() -> None:
+    """
+    :raises UnsupportedReactorError: if the system has no notifier for the reactor.
+    """
+    if sys.platform.startswith("linux") or hasattr(select, "kqueue"):
+        return
+    advice = "use --reactor=asyncio, which is Twisted's"
+    if sys.platform == "win32":
+        advice = (
+            "use --reactor=rtsig-iocp without asyncio, or --reactor=asyncio after "
+            "asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())"
+        )
+    raise UnsupportedReactorError(
+        "this package has one loop for Twisted and asyncio on Linux, BSD and macOS "
+        f"only, and this is {sys.platform}: {advice}"
+    )
+
+
+class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
+    """
+    What reactors with an asyncio event loop share, whatever notifier they have.
+
+    It is a subclass of Twisted's C{AsyncioSelectorReactor} for code that asks for the
+    class.  Nothing of that is used, apart from the name of C{_asyncioEventloop}.
+
+    :param loop: the event loop.  None takes the one that runs in this thread, or else a
+        new one, which becomes the current one (C{asyncio.set_event_loop}).
+    """
+
+    _asyncioEventloop: Any
+
+    def __init__(self, loop: Any = None, *args: Any) -> None:
+        _check_system()
+        current = loop is None
+        if loop is None:
+            loop = events._get_running_loop()
+        if loop is not None:
+            check_loop(loop)
+        # Whether the loop starts the reactor, since nothing calls run().
+        self._starts_with_loop = False
+        self._was_started_by_loop = False
+        # Whether crash() ends the run of the loop.
+        self._runs_loop = False
+        # In iterate(): the most seconds to sleep, until that is done.
+        self._iterates = False
+        super().__init__(*args)
+        if loop is None:
+            loop = asyncio.SelectorEventLoop()
+        if current:
+            asyncio.set_event_loop(loop)
+        self._asyncioEventloop = adopt(loop, self)
+
+    # Not those of Twisted's reactor, which come before these.
+    callFromThread = ReactorBase.callFromThread  # type: ignore[assignment]
+    callLater = ReactorBase.callLater
+    stop = ReactorBase.stop
+    _moveCallLaterSooner = ReactorBase._moveCallLaterSooner
+
+    # IReactorFDSet: asyncio's descriptors are not the reactor's to list or to remove.
+
+    def getReaders(self) -> list[Any]:
+        """All readers of Twisted's, the reactor's own included."""
+        return [each for each in super().getReaders() if type(each) is not Watched]
+
+    def getWriters(self) -> list[Any]:
+        """All writers of Twisted's, as L{EngineReactor.getWriters} lists them."""
+        return [each for each in super().getWriters() if type(each) is not Watched]
+
+    def _dispatch(
+        self, fields: LogContext, registration: Registration, ready: int, disarmed: int
+    ) -> None:
+        watched = registration.reader or registration.writer
+        if (
+            type(watched) is not Watched
+            or (registration.writer or watched) is not watched
+        ):
+            super()._dispatch(fields, registration, ready, disarmed)
+            return
+        if ready & GONE:
+            # Some kernels would tell it again and again.  asyncio's selectors on
+            # others tell nothing.
+            self.removeReader(watched)
+            self.removeWriter(watched)
+            return
+        if ready & HANGUP:
+            ready = READ | WRITE
+        elif not registration.interest & ready:
+            ready = 0
+        # A call of this pass may have ended the interest and begun it anew.
+        ready &= registration.interest & ~self._unchecked.get(registration, 0)
+        if ready:
+            watched.report(ready)
+        self._mark_unchecked(registration, (ready | disarmed) & registration.interest)
+
+    # Running
+
+    def run(self, installSignalHandlers: bool = True) -> None:
+        """
+        See C{IReactorCore.run}.  An end of the loop ends it as well: C{loop.stop()}, or
+        a C{SystemExit} or C{KeyboardInterrupt} that a callback of asyncio's raises.
+
+        :raises ReactorAlreadyRunning: if the loop runs.
+        :raises RuntimeError: if the loop is closed.
+        """
+        loop = self._asyncioEventloop
+        loop._check_closed()
+        if loop.is_running():
+            raise ReactorAlreadyRunning(
+                "the event loop of the reactor runs already, and with it the reactor"
+            )
+        loop._check_running()
+        self.startRunning(installSignalHandlers)
+        try:
+            self.mainLoop()
+        finally:
+            self._signals.uninstall()
+
+    def startRunning(self, installSignalHandlers: bool = True) -> None:
+        """
+        Fire the startup events, in the event loop.  The loop does this by itself if it
+        came from L{new_event_loop}, or ran when the reactor was installed; then a call
+        only installs the signal handlers.
+        """
+        if self._started and self._was_started_by_loop:
+            self._was_started_by_loop = False
+            if installSignalHandlers:
+                self._installSignalHandlers = True
+                self._signals = self._makeSignalHandling(True)
+                self._signals.install()
+            return
+        with self._loop_current():
+            super().startRunning(installSignalHandlers)
+
+    @contextlib.contextmanager
+    def _loop_current(self) -> Iterator[None]:
+        """What is called finds the loop, as if that ran."""
+        if events._get_running_loop() is not None:
+            yield
+            return
+        events._set_running_loop(self._asyncioEventloop)
+        try:
+            yield
+        finally:
+            events._set_running_loop(None)
+
+    def mainLoop(self) -> None:
+        """Run until stopped, by the reactor or by the loop."""
+        loop = self._asyncioEventloop
+        error = None
+        self._runs_loop = True
+        try:
+            while self._started:
+                try:
+                    loop.run_forever()
+                except BaseException as raised:
+                    if error is not None:
+                        # A second time: it is in a hurry.
+                        self.crash()
+                        raise
+                    error = raised
+                if self._started and not self._stopped:
+                    self.stop()
+            if error is not None:
+                raise error
+        finally:
+            self._runs_loop = False
+            # The traceback holds this frame.
+            del error
+            self._notifier.close()
+
+    def crash(self) -> None:
+        """See C{IReactorCore.crash}."""
+        ReactorBase.crash(self)
+        if self._runs_loop:
+            self._asyncioEventloop.stop()
+
+    def iterate(self, delay: float = 0.0) -> None:
+        """
+        See C{IReactorCore.iterate}.  It runs the callbacks of asyncio as well, unless
+        an event loop runs in this thread already.
+        """
+        loop = self._asyncioEventloop
+        if events._get_running_loop() is not None or loop.is_closed():
+            ReactorBase.iterate(self, delay)
+            return
+        self._iterates = True
+        timer = loop.call_later(delay, _nothing)
+        try:
+            loop.run_forever()
+        finally:
+            self._iterates = False
+            timer.cancel()
+
+    # For the event loop
+
+    def loop_selects(self) -> None:
+        """The loop begins to wait."""
+        if self._iterates:
+            # After one turn.
+            self._asyncioEventloop.stop()
+        if self._starts_with_loop:
+            self._starts_with_loop = False
+            if not (self._started or self._startedBefore):
+                self.start_by_loop()
+
+    def start_by_loop(self) -> None:
+        """Nothing else starts the reactor."""
+        self.startRunning(installSignalHandlers=False)
+        self._was_started_by_loop = True
+
+    def signal_handler_removed(self, number: int) -> None:
+        """asyncio has removed its handler of a signal, and left the default one."""
+        if not isinstance(self._signals, _Signals):
+            return
+        self._signals.hear_of_children()
+        if number == signal.SIGINT:
+            signal.signal(number, self.sigInt)
+        elif number == signal.SIGTERM:
+            signal.signal(number, self.sigTerm)
+
+    def loop_closes(self) -> None:
+        """The loop is about to close: stop in order, if that is still to be done."""
+        if self._started:
+            if events._get_running_loop() is not None:
+                # Another loop, in which this one cannot run.
+                self.crash()
+            else:
+                if not self._stopped:
+                    self.stop()
+                self.mainLoop()
+        if unixEnabled and threading.current_thread() is threading.main_thread():
+            self._signals.uninstall()
+
+    def loop_closed(self) -> None:
+        """Nothing runs the reactor any more: give the kernel everything back."""
+        self._notifier.close()
+        waker, self.waker = self.waker, None
+        if waker is not None and waker in self._internalReaders:
+            self._removeInternalReader(waker)
+            waker.connectionLost(Failure(RuntimeError("the event loop was closed")))
+
+    def _signalsFactory(self) -> Any:
+        return _Signals(self._asyncioEventloop, ReactorBase._signalsFactory(self))
+
+
+def _nothing() -> None:
+    pass
+
+
+class AsyncioReactor(AsyncioEngineReactor, SystemReactor):
+    """
+    The reactor of this package for this system, and an asyncio event loop: epoll on
+    Linux, kqueue on BSD and macOS.
+
+    :param loop: the event loop, an C{asyncio.SelectorEventLoop}.  None takes the one
+        that runs in this thread, or else a new one, which becomes the current one
+        (C{asyncio.set_event_loop}).
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: if the reactor cannot run
+        here, or not in that loop; the message says why.
+    """
+
+    def __init__(self, loop: Any = None) -> None:
+        super().__init__(loop)
+
+
+class RealtimeSignalAsyncioReactor(AsyncioEngineReactor, RealtimeSignalReactor):
+    """
+    The realtime-signals reactor, and an asyncio event loop.
+
+    :param loop: as of L{AsyncioReactor}.
+    :param signal_number: as of L{RealtimeSignalReactor}.
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: if the reactor cannot run
+        here, or not in that loop; the message says why.
+    """
+
+    def __init__(self, loop: Any = None, signal_number: int | None = None) -> None:
+        super().__init__(loop, signal_number)
+
+
+_INSTALLED: Final = "twisted.internet.reactor"
+
+
+def install(
+    loop: asyncio.AbstractEventLoop | None = None, *, realtime_signals: bool = False
+) -> None:
+    """
+    Make a reactor with an asyncio event loop the one of this process.
+
+    In a loop that runs, the reactor is started at once, and stopped when the loop is
+    closed.  Otherwise C{reactor.run()} starts it, which runs the loop as well.
+
+    :param loop: the event loop, as of L{AsyncioReactor}.  If it has a reactor already,
+        that one is installed.
+    :param realtime_signals: use realtime signals in place of epoll, on Linux.
+    :raises ReactorAlreadyInstalledError: if there is a reactor already.
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: as L{AsyncioReactor}.
+    """
+    if _INSTALLED in sys.modules:
+        raise ReactorAlreadyInstalledError("reactor already installed")
+    if loop is None:
+        loop = events._get_running_loop()
+    reactor: AsyncioEngineReactor
+    if isinstance(loop, EngineEventLoop) and not loop.is_closed():
+        reactor = loop.reactor
+    elif realtime_signals:
+        reactor = RealtimeSignalAsyncioReactor(loop)
+    else:
+        reactor = AsyncioReactor(loop)
+    installReactor(reactor)
+    if reactor._asyncioEventloop.is_running():
+        reactor.start_by_loop()
+
+
+def new_event_loop() -> asyncio.SelectorEventLoop:
+    """
+    An event loop that runs a reactor while it waits, for C{asyncio.Runner}::
+
+        asyncio.Runner(loop_factory=asyncioreactor.new_event_loop)
+
+    In the main thread it is the loop of the installed reactor, if that is of this
+    module and was not handed out before; if no reactor is installed, that of the new
+    loop is.  This reactor starts with the loop, and stops when the loop is closed.  All
+    other loops have a reactor that is not installed: C{loop.reactor}.
+
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: if the reactor cannot run
+        here; the message says why.
+    """
+    installed: Any = sys.modules.get(_INSTALLED)
+    if threading.current_thread() is not threading.main_thread() or not (
+        installed is None or _can_be_handed_out(installed)
+    ):
+        loop: EngineEventLoop = _reactor_with_new_loop()._asyncioEventloop
+        return loop
+    if installed is None:
+        installed = _reactor_with_new_loop()
+        installReactor(installed)
+    installed._starts_with_loop = True
+    loop = installed._asyncioEventloop
+    return loop
+
+
+def _can_be_handed_out(reactor: Any) -> bool:
+    return (
+        isinstance(reactor, AsyncioEngineReactor)
+        and not reactor._starts_with_loop
+        and not (reactor._started or reactor._startedBefore)
+        and not reactor._asyncioEventloop.is_closed()
+        and not reactor._asyncioEventloop.is_running()
+    )
+
+
+def _reactor_with_new_loop() -> AsyncioReactor:
+    _check_system()
+    loop = asyncio.SelectorEventLoop()
+    try:
+        return AsyncioReactor(loop)
+    except BaseException:
+        loop.close()
+        raise
+
+
+def replace() -> None:
+    """
+    Put the reactor of this module in the place of Twisted's, for code that names
+    Twisted's: C{AsyncioSelectorReactor} and C{install} of
+    C{twisted.internet.asyncioreactor} are then those of this module, and so is
+    C{--reactor=asyncio}.
+
+    Call it before anything installs a reactor.
+    """
+    names: Any = twisteds
+    names.AsyncioSelectorReactor = AsyncioReactor
+    names.install = _install_for_twisted
+
+
+def _install_for_twisted(eventloop: asyncio.AbstractEventLoop | None = None) -> None:
+    """As C{twisted.internet.asyncioreactor.install}."""
+    install(eventloop)
+
+
+__all__ = [
+    "AsyncioReactor",
+    "RealtimeSignalAsyncioReactor",
+    "install",
+    "new_event_loop",
+    "replace",
+]
