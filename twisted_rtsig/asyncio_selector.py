@@ -207,7 +207,8 @@ class EngineSelector(selectors.BaseSelector):
     def _run_passes(self, fields: LogContext, timeout: float | None) -> None:
         reactor, loop, reported = self._reactor, self._loop, self._reported
         deadline = None if timeout is None else loop.time() + timeout
-        reactor.loop_selects()
+        if reactor.starts_with_loop:
+            reactor.start_by_loop()
         while True:
             try:
                 if (
@@ -229,6 +230,8 @@ class EngineSelector(selectors.BaseSelector):
                 reactor.doIteration(delay)
             except Exception:
                 _log.failure("Unexpected error in main loop.")
+            if reactor.makes_one_pass:
+                loop.stop()
             if reported or loop._ready or loop._stopping:
                 return
             if loop._scheduled or deadline is not None:

@@ -141,13 +141,13 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
             loop = events._get_running_loop()
         if loop is not None:
             check_loop(loop)
-        # Whether the loop starts the reactor, since nothing calls run().
-        self._starts_with_loop = False
+        self.starts_with_loop = False
+        """Whether the loop starts the reactor when it runs: nothing calls run()."""
+        self.makes_one_pass = False
+        """Whether the loop is run by iterate()."""
         self._was_started_by_loop = False
         # Whether crash() ends the run of the loop.
         self._runs_loop = False
-        # In iterate(): the most seconds to sleep, until that is done.
-        self._iterates = False
         super().__init__(*args)
         if loop is None:
             loop = asyncio.SelectorEventLoop()
@@ -208,12 +208,13 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
         :raises RuntimeError: if the loop is closed.
         """
         loop = self._asyncioEventloop
-        loop._check_closed()
-        if loop.is_running():
+        if loop.is_running() or (self._started and not self._was_started_by_loop):
             raise ReactorAlreadyRunning(
-                "the event loop of the reactor runs already, and with it the reactor"
+                "the reactor runs already, in its asyncio event loop"
             )
-        loop._check_running()
+        if not self._startedBefore:
+            loop._check_closed()
+            loop._check_running()
         self.startRunning(installSignalHandlers)
         try:
             self.mainLoop()
@@ -288,30 +289,22 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
         if events._get_running_loop() is not None or loop.is_closed():
             ReactorBase.iterate(self, delay)
             return
-        self._iterates = True
+        self.makes_one_pass = True
         timer = loop.call_later(delay, _nothing)
         try:
             loop.run_forever()
         finally:
-            self._iterates = False
+            self.makes_one_pass = False
             timer.cancel()
 
     # For the event loop
 
-    def loop_selects(self) -> None:
-        """The loop begins to wait."""
-        if self._iterates:
-            # After one turn.
-            self._asyncioEventloop.stop()
-        if self._starts_with_loop:
-            self._starts_with_loop = False
-            if not (self._started or self._startedBefore):
-                self.start_by_loop()
-
     def start_by_loop(self) -> None:
-        """Nothing else starts the reactor."""
-        self.startRunning(installSignalHandlers=False)
-        self._was_started_by_loop = True
+        """The loop runs, and nothing else starts the reactor."""
+        self.starts_with_loop = False
+        if not (self._started or self._startedBefore):
+            self.startRunning(installSignalHandlers=False)
+            self._was_started_by_loop = True
 
     def signal_handler_removed(self, number: int) -> None:
         """asyncio has removed its handler of a signal, and left the default one."""
@@ -439,7 +432,7 @@ def new_event_loop() -> asyncio.SelectorEventLoop:
     if installed is None:
         installed = _reactor_with_new_loop()
         installReactor(installed)
-    installed._starts_with_loop = True
+    installed.starts_with_loop = True
     loop = installed._asyncioEventloop
     return loop
 
@@ -447,7 +440,7 @@ def new_event_loop() -> asyncio.SelectorEventLoop:
 def _can_be_handed_out(reactor: Any) -> bool:
     return (
         isinstance(reactor, AsyncioEngineReactor)
-        and not reactor._starts_with_loop
+        and not reactor.starts_with_loop
         and not (reactor._started or reactor._startedBefore)
         and not reactor._asyncioEventloop.is_closed()
         and not reactor._asyncioEventloop.is_running()
