@@ -126,16 +126,24 @@ def echo_port(reactor: Any) -> int:
 async def asyncio_echo() -> AsyncIterator[int]:
     """The port of a server of asyncio's, until it is closed."""
 
+    connections = 0
+
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
         while data := await reader.read(1000):
             writer.write(data)
         writer.close()
+        await writer.wait_closed()
+        connections -= 1
 
     server = await asyncio.start_server(echo, "127.0.0.1", 0)
     try:
         yield server.sockets[0].getsockname()[1]
     finally:
         server.close()
+        while connections:
+            await asyncio.sleep(0.001)
 
 
 def talk(port: int) -> str:
@@ -1342,7 +1350,11 @@ def test_children_of_both(watcher: str) -> None:
                 chosen.close()
             reactor.stop()
 
-        reactor.callWhenRunning(lambda: setattr(loop, "t", asyncio.ensure_future(main())))
+        def start():
+            global task
+            task = asyncio.ensure_future(main())
+
+        reactor.callWhenRunning(start)
         reactor.run()
         loop.close()
         """,

@@ -17,6 +17,7 @@ An existing loop becomes one of these, also while it runs.
 from __future__ import annotations
 
 import asyncio
+import functools
 import signal
 import socket
 from asyncio import events, selector_events
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.posixbase import unixEnabled
 
+from twisted_rtsig.asyncio_children import fast_watcher, reap_for
 from twisted_rtsig.asyncio_selector import EngineSelector
 from twisted_rtsig.engine.reactor import LogContext
 from twisted_rtsig.notifiers import UnsupportedReactorError
@@ -84,9 +86,14 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
 
     # Signals
 
+    def add_signal_handler(self, sig: Any, callback: Any, *args: Any) -> None:
+        """As C{AbstractEventLoop.add_signal_handler}."""
+        if sig == signal.SIGCHLD and (watcher := fast_watcher(callback)) is not None:
+            callback = functools.partial(reap_for, watcher)
+        super().add_signal_handler(sig, callback, *args)
+
     def _handle_signal(self, sig: int) -> None:
         if sig == signal.SIGCHLD:
-            # Before a child watcher, which may wait for any child.
             process.reapAllProcesses()
         super()._handle_signal(sig)  # type: ignore[misc]
 
@@ -184,6 +191,9 @@ def adopt(loop: Any, reactor: AsyncioEngineReactor) -> EngineEventLoop:
     elif not isinstance(loop, EngineEventLoop):
         loop.__class__ = type(cls.__name__, (EngineEventLoop, cls), {})
     loop.reactor = reactor
+    handle = loop._signal_handlers.get(signal.SIGCHLD)
+    if handle is not None and fast_watcher(handle._callback) is not None:
+        loop.add_signal_handler(signal.SIGCHLD, handle._callback)
     for transport in loop._transports.values():
         if isinstance(transport, selector_events._SelectorSocketTransport):  # type: ignore[attr-defined]
             transport.max_size = _MOST_AT_ONCE
