@@ -46,19 +46,20 @@ class Watched:
 
     :ivar key: what asyncio knows it by.
     :ivar pending: the directions that are ready and that C{select()} has not returned.
+    :ivar reported: what C{select()} returns next, in order.
     """
 
-    __slots__ = ("_reported", "key", "pending")
+    __slots__ = ("key", "pending", "reported")
 
     def __init__(self, key: selectors.SelectorKey, reported: list[Watched]) -> None:
         self.key = key
         self.pending = 0
-        self._reported = reported
+        self.reported = reported
 
     def report(self, directions: int) -> None:
         """They are ready: C{select()} returns it."""
         if not self.pending:
-            self._reported.append(self)
+            self.reported.append(self)
         self.pending |= directions
 
     # IReadDescriptor and IWriteDescriptor.  The engine calls these only if a selectable
@@ -226,8 +227,7 @@ class EngineSelector(selectors.BaseSelector):
                     delay = 0
                 elif loop._scheduled or deadline is not None:
                     delay = self._sleep(delay, deadline)
-                reactor._fields = fields
-                reactor.doIteration(delay)
+                reactor._pass(fields, delay)
             except Exception:
                 _log.failure("Unexpected error in main loop.")
             if reactor.makes_one_pass:

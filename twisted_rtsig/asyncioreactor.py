@@ -174,7 +174,20 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
     def _dispatch(
         self, fields: LogContext, registration: Registration, ready: int, disarmed: int
     ) -> None:
-        watched = registration.reader or registration.writer
+        watched = registration.reader
+        if ready == READ and type(watched) is Watched:
+            # Nearly all of asyncio's events.
+            unchecked = self._unchecked
+            known = unchecked.get(registration, 0)
+            if not known & READ:
+                unchecked[registration] = known | READ
+                if not watched.pending:
+                    watched.reported.append(watched)
+                watched.pending |= READ
+            if disarmed:
+                self._mark_unchecked(registration, disarmed & registration.interest)
+            return
+        watched = watched or registration.writer
         if (
             type(watched) is not Watched
             or (registration.writer or watched) is not watched
@@ -189,8 +202,6 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
             return
         if ready & HANGUP:
             ready = READ | WRITE
-        elif not registration.interest & ready:
-            ready = 0
         # A call of this pass may have ended the interest and begun it anew.
         ready &= registration.interest & ~self._unchecked.get(registration, 0)
         if ready:
