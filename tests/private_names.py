@@ -30,7 +30,7 @@ from zope.interface import implementedBy
 
 import twisted
 import twisted_rtsig
-from twisted_rtsig.engine.private_names import MIRRORED, NAMES
+from twisted_rtsig.engine.private_names import MIRRORED, NAMES, OF_ASYNCIO
 
 RECORD = Path(__file__).with_suffix(".json")
 PACKAGE = Path(twisted_rtsig.__file__).parent
@@ -300,6 +300,10 @@ def files_of_the_package() -> dict[str, ast.Module]:
 
 def in_manifest() -> set[str]:
     return {name for names in NAMES.values() for name in names}
+
+
+def of_asyncio() -> set[str]:
+    return {name for names in OF_ASYNCIO.values() for name in names}
 
 
 # How Twisted's functions read

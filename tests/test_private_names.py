@@ -7,9 +7,11 @@ were last compared with the code that follows them, and that no name is missing.
 from __future__ import annotations
 
 import ast
+import inspect
 import pkgutil
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,8 +29,9 @@ from tests.private_names import (
     installed,
     leaned_on,
     main,
+    of_asyncio,
 )
-from twisted_rtsig.engine.private_names import MIRRORED, NAMES
+from twisted_rtsig.engine.private_names import MIRRORED, NAMES, OF_ASYNCIO
 
 CONNECTION = "twisted.internet.tcp.Connection"
 DO_READ = f"{CONNECTION}.doRead"
@@ -101,7 +104,7 @@ def test_every_name_that_the_package_uses_is_listed() -> None:
     missing = {
         name: place
         for name, place in leaned_on(files_of_the_package()).items()
-        if name not in in_manifest()
+        if name not in in_manifest() | of_asyncio()
     }
     assert not missing
 
@@ -109,6 +112,26 @@ def test_every_name_that_the_package_uses_is_listed() -> None:
 def test_every_name_that_is_listed_is_used() -> None:
     unused = in_manifest() - leaned_on(files_of_the_package()).keys()
     assert not unused
+    text = "".join(ast.unparse(each) for each in files_of_the_package().values())
+    assert not {name for name in of_asyncio() if not re.search(rf"\b{name}\b", text)}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="asyncio has other loops there")
+@pytest.mark.parametrize("owner", OF_ASYNCIO)
+def test_asyncio_has_the_names(owner: str) -> None:
+    try:
+        found = pkgutil.resolve_name(owner)
+    except AttributeError:
+        # Child watchers have gone.
+        assert owner.endswith("ChildWatcher")
+        return
+    text = inspect.getsource(found)
+    gone = [
+        name
+        for name in OF_ASYNCIO[owner]
+        if not hasattr(found, name) and f"self.{name} = " not in text
+    ]
+    assert not gone
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,9 @@ ON_LINUX = {
         ".test_lostFileDescriptor",
     },
 }
+ON_LINUX["twisted_rtsig.asyncioreactor.AsyncioReactor"] = ON_LINUX[
+    "twisted_rtsig.epollreactor.EdgeEPollReactor"
+]
 REACTORS: dict[str, set[str]] = {}
 if LINUX:
     REACTORS.update(ON_LINUX)

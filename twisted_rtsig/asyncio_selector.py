@@ -133,7 +133,7 @@ class EngineSelector(selectors.BaseSelector):
         _check(events)
         watched = self._map.find(fileobj)
         former = watched.key
-        watched.key = former._replace(events=events, data=data)
+        watched.key = selectors.SelectorKey(former.fileobj, former.fd, events, data)
         if events != former.events:
             # First what begins: otherwise the registration might end in between.
             try:

@@ -49,6 +49,7 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "twisted.internet.abstract._LogOwner": ("_getLogPrefix",),
     "twisted.internet.base.BaseConnector": ("reactor",),
+    "twisted.internet.asyncioreactor.AsyncioSelectorReactor": ("_asyncioEventloop",),
     "twisted.internet.base.DelayedCall": (
         "_repr",
         "args",
@@ -70,14 +71,21 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "_cancellations",
         "_eventTriggers",
         "_insertNewDelayedCalls",
+        "_installSignalHandlers",
         "_internalReaders",
         "_justStopped",
+        "_makeSignalHandling",
         "_moveCallLaterSooner",
         "_newTimedCalls",
         "_removeInternalReader",
+        "_signals",
+        "_signalsFactory",
         "_started",
+        "_startedBefore",
         "_stopThreadPool",
+        "_stopped",
         "threadCallQueue",
+        "waker",
     ),
     "twisted.internet.base._ThreePhaseEvent": ("_continueFiring",),
     # Public, but its module's __all__ has it not.
@@ -143,6 +151,43 @@ By the class or module of Twisted that defines them: private names, and
 attributes that no interface of Twisted's has.
 """
 
+OF_ASYNCIO: Final[Mapping[str, tuple[str, ...]]] = {
+    "asyncio.base_events.BaseEventLoop": (
+        "_check_closed",
+        "_check_running",
+        "_clock_resolution",
+        "_ready",
+        "_run_once",
+        "_scheduled",
+        "_stopping",
+    ),
+    "asyncio.events": ("_get_running_loop", "_set_running_loop"),
+    "asyncio.events.Handle": ("_callback",),
+    "asyncio.events.TimerHandle": ("_when",),
+    "asyncio.selector_events": ("_SelectorSocketTransport",),
+    "asyncio.selector_events.BaseSelectorEventLoop": (
+        "_csock",
+        "_make_datagram_transport",
+        "_make_socket_transport",
+        "_make_ssl_transport",
+        "_selector",
+        "_transports",
+    ),
+    # Not on Windows
+    "asyncio.unix_events.BaseChildWatcher": ("_callbacks",),
+    "asyncio.unix_events.FastChildWatcher": ("_forks", "_lock", "_zombies"),
+    "asyncio.unix_events._UnixSelectorEventLoop": (
+        "_handle_signal",
+        "_make_read_pipe_transport",
+        "_signal_handlers",
+    ),
+}
+"""
+By the class or module of asyncio that defines them: private names that the event loop
+of this package leans on.  CPython's own tests are run on it: see
+C{tests/test_asyncio_suite.py}.
+"""
+
 _STREAM = "twisted_rtsig.engine.streams.Stream"
 _UNIX_STREAM = "twisted_rtsig.engine.streams.UNIXStream"
 _STREAM_REACTOR = "twisted_rtsig.engine.streams.StreamReactor"
@@ -151,6 +196,8 @@ _TIMERS = "twisted_rtsig.engine.timers"
 _TIMER_REACTOR = f"{_TIMERS}.TimerReactor"
 _PROCESSES = "twisted_rtsig.engine.processes"
 _REACTOR = "twisted_rtsig.engine.reactor.EngineReactor"
+_ASYNCIO_REACTOR = "twisted_rtsig.asyncioreactor.AsyncioEngineReactor"
+_SELECTOR = "twisted_rtsig.asyncio_selector.EngineSelector"
 
 MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
     # Streams
@@ -254,8 +301,19 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "twisted.internet.base.ReactorBase.timeout": (f"{_TIMER_REACTOR}.timeout",),
     # The loop
-    "twisted.internet.base.ReactorBase.mainLoop": (f"{_REACTOR}._run_passes",),
-    "twisted.internet.base.ReactorBase.startRunning": (f"{_REACTOR}.startRunning",),
+    "twisted.internet.base.ReactorBase.crash": (f"{_ASYNCIO_REACTOR}.crash",),
+    "twisted.internet.base.ReactorBase.iterate": (f"{_ASYNCIO_REACTOR}.iterate",),
+    "twisted.internet.base.ReactorBase.mainLoop": (
+        f"{_REACTOR}._run_passes",
+        f"{_ASYNCIO_REACTOR}.mainLoop",
+        f"{_SELECTOR}._run_passes",
+    ),
+    "twisted.internet.base.ReactorBase.run": (f"{_ASYNCIO_REACTOR}.run",),
+    "twisted.internet.base.ReactorBase.startRunning": (
+        f"{_REACTOR}.startRunning",
+        f"{_ASYNCIO_REACTOR}.run",
+        f"{_ASYNCIO_REACTOR}.startRunning",
+    ),
     "twisted.internet.posixbase._PollLikeMixin._doReadOrWrite": (
         f"{_REACTOR}._read_or_write",
         f"{_REACTOR}._abandon",
