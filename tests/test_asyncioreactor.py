@@ -689,58 +689,65 @@ def test_iterate_within_a_callback(reactor: AsyncioEngineReactor) -> None:
 # What asyncio's users know
 
 
+class Taken(asyncio.Protocol):
+    """Keeps its transport, and tells of its end."""
+
+    def __init__(self) -> None:
+        self.lost = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.lost.set_result(None)
+
+
 @pytest.mark.parametrize("kind", ["plain", "tls", "pipe", "datagrams", "adopted"])
 def test_the_size_of_reads(make: MakeReactor, tmp_path: Path, kind: str) -> None:
     loop: Any = asyncio.SelectorEventLoop()
-    reactor = None if kind == "adopted" else make(loop)
-    transports: list[Any] = []
+    if kind != "adopted":
+        make(loop)
+    protocols: list[Taken] = []
 
-    class Taken(asyncio.Protocol):
-        def connection_made(self, transport: Any) -> None:
-            transports.append(transport)
+    def take() -> Taken:
+        protocols.append(Taken())
+        return protocols[-1]
 
-        datagram_received = lambda self, data, address: None  # noqa: E731
-
-    async def main() -> None:
-        if kind == "pipe":
-            reader, writer = os.pipe()
-            os.close(writer)
-            await loop.connect_read_pipe(Taken, os.fdopen(reader, "rb"))
-            return
-        if kind == "datagrams":
-            await loop.create_datagram_endpoint(Taken, ("127.0.0.1", 0))
-            return
-        options = {}
+    async def connect() -> None:
+        server_tls = client_tls = None
         if kind == "tls":
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(*make_certificate(tmp_path))
-            options["ssl"] = context
-        server = await loop.create_server(Taken, "127.0.0.1", 0, **options)
+            server_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            server_tls.load_cert_chain(*make_certificate(tmp_path))
+            client_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            client_tls.check_hostname = False
+            client_tls.verify_mode = ssl.CERT_NONE
+        server = await loop.create_server(take, "127.0.0.1", 0, ssl=server_tls)
         port = server.sockets[0].getsockname()[1]
-        client = None
-        if kind == "tls":
-            client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            client.check_hostname = False
-            client.verify_mode = ssl.CERT_NONE
-        transport, _ = await loop.create_connection(
-            Taken, "127.0.0.1", port, ssl=client
-        )
-        while len(transports) < 2:
+        await loop.create_connection(take, "127.0.0.1", port, ssl=client_tls)
+        while not all(hasattr(each, "transport") for each in protocols):
             await asyncio.sleep(0.001)
-        if kind == "tls":
-            transports[:] = list(loop._transports.values())
-        if kind == "adopted":
-            make(loop)
-        transport.close()
         server.close()
 
-    loop.run_until_complete(main())
-    assert transports
-    assert {each.max_size for each in transports} == {65536}
-    for each in transports:
-        each.close()
-    loop.run_until_complete(asyncio.sleep(0.01))
-    assert reactor is None or reactor._asyncioEventloop is loop
+    async def main() -> set[int]:
+        if kind == "pipe":
+            reader, writer = os.pipe()
+            await loop.connect_read_pipe(take, os.fdopen(reader, "rb"))
+            os.close(writer)
+        elif kind == "datagrams":
+            await loop.create_datagram_endpoint(take, ("127.0.0.1", 0))
+        else:
+            await connect()
+        if kind == "adopted":
+            make(loop)
+        # Of TLS: those below the ones that the protocols have.
+        transports = [*loop._transports.values()] or [protocols[0].transport]
+        sizes = {each.max_size for each in transports}
+        for each in protocols:
+            each.transport.close()
+            await each.lost
+        return sizes
+
+    assert loop.run_until_complete(main()) == {65536}
 
 
 def test_debug_mode_warns_of_slow_callbacks(

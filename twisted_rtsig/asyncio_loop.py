@@ -186,10 +186,12 @@ def adopt(loop: Any, reactor: AsyncioEngineReactor) -> EngineEventLoop:
     loop._selector = selector
     former.close()
     cls = type(loop)
-    if cls is asyncio.SelectorEventLoop:
-        loop.__class__ = EngineEventLoop
-    elif not isinstance(loop, EngineEventLoop):
-        loop.__class__ = type(cls.__name__, (EngineEventLoop, cls), {})
+    if not isinstance(loop, EngineEventLoop):
+        loop.__class__ = (
+            EngineEventLoop
+            if cls is asyncio.SelectorEventLoop
+            else type(cls.__name__, (EngineEventLoop, cls), {})
+        )
     loop.reactor = reactor
     handle = loop._signal_handlers.get(signal.SIGCHLD)
     if handle is not None and fast_watcher(handle._callback) is not None:
