@@ -19,7 +19,7 @@ from tests.asyncio_suite import Outcomes, is_installed
 
 pytestmark = [
     pytest.mark.skipif(
-        "TEST_ASYNCIO" not in os.environ, reason="TEST_ASYNCIO=1 runs asyncio's suite"
+        not os.environ.get("TEST_ASYNCIO"), reason="TEST_ASYNCIO=1 runs asyncio's suite"
     ),
     pytest.mark.skipif(
         sys.platform == "win32", reason="the loop is for Linux, BSD and macOS"

@@ -130,8 +130,8 @@ def run(
     waits for its threads.
 
     :param main: an ``async def`` or generator function, or one that returns a Deferred.
-    :param reactor: the one to install: a short name (``"rtsig"``, ``"asyncio"``), a
-        class, or an instance.  By default that of this package for this system.  If it
+    :param reactor: the one to install: a short name (``"rtsig"``,
+        ``"rtsig-asyncio"``), a class, or an instance.  By default that of this package for this system.  If it
         is installed already, it is used.
     :param grace: how many seconds everything has to end after the first signal; then
         what still runs is logged, and the process ends by the signal.  Without a
