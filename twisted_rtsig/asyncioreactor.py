@@ -219,11 +219,13 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
         :raises RuntimeError: if the loop is closed.
         """
         loop = self._asyncioEventloop
-        if loop.is_running() or (self._started and not self._was_started_by_loop):
-            raise ReactorAlreadyRunning(
-                "the reactor runs already, in its asyncio event loop"
-            )
+        if self._started and not self._was_started_by_loop:
+            raise ReactorAlreadyRunning()
         if not self._startedBefore:
+            if loop.is_running():
+                raise ReactorAlreadyRunning(
+                    "the event loop of the reactor runs already, and runs the reactor"
+                )
             loop._check_closed()
             loop._check_running()
         self.startRunning(installSignalHandlers)

@@ -131,8 +131,8 @@ def run(
 
     :param main: an ``async def`` or generator function, or one that returns a Deferred.
     :param reactor: the one to install: a short name (``"rtsig"``,
-        ``"rtsig-asyncio"``), a class, or an instance.  By default that of this package for this system.  If it
-        is installed already, it is used.
+        ``"rtsig-asyncio"``), a class, or an instance.  By default that of this package
+        for this system.  If it is installed already, it is used.
     :param grace: how many seconds everything has to end after the first signal; then
         what still runs is logged, and the process ends by the signal.  Without a
         signal: how long tasks that are left are waited for after C{main} has ended.
