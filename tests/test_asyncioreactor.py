@@ -330,7 +330,12 @@ def test_asyncio_run_in_another_thread(reactor: AsyncioEngineReactor) -> None:
         done = deferToThreadPool(
             reactor, reactor.getThreadPool(), lambda: asyncio.run(child())
         )
-        done.addBoth(lambda result: outputs.append(result) or reactor.stop())
+
+        def finish(result: Any) -> None:
+            outputs.append(result)
+            reactor.stop()
+
+        done.addBoth(finish)
 
     run(reactor, start)
     assert outputs == [b"7\n", None]
@@ -389,7 +394,12 @@ def test_descriptors_of_asyncio_are_not_the_reactors_to_remove(
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
-        loop.add_reader(ours, lambda: got.append(ours.recv(10)) or loop.stop())
+
+        def read() -> None:
+            got.append(ours.recv(10))
+            loop.stop()
+
+        loop.add_reader(ours, read)
         loop.add_writer(ours, lambda: loop.remove_writer(ours))
         watcher = Watcher(reactor, theirs.fileno())
         reactor.addWriter(watcher)
@@ -460,12 +470,16 @@ def test_a_descriptor_number_that_is_used_again_in_the_same_pass(
     number = first.fileno()
     watcher = Watcher(reactor, watched.fileno())
 
+    def read_new() -> None:
+        got.append(first.recv(10))
+        loop.stop()
+
     def exchange() -> None:
         # The first one was reported already, in this pass.
         watched.recv(10)
         loop.remove_reader(number)
         os.dup2(second.fileno(), number)
-        loop.add_reader(number, lambda: got.append(first.recv(10)) or loop.stop())
+        loop.add_reader(number, read_new)
         other_far.send(b"new")
 
     watcher.on_read = exchange
@@ -1128,24 +1142,93 @@ def test_the_short_name() -> None:
 
 
 def test_as_the_reactor_of_a_program() -> None:
+    """What asyncio has left is ended as by asyncio.run, before connections are lost."""
     output = program(
         COMMON
         + """if 1:
         import twisted_rtsig
         from twisted_rtsig.coro import sleep
 
+        async def numbers():
+            try:
+                yield 1
+            finally:
+                print("generator ended")
+
+        async def left(started):
+            try:
+                async for _ in generator:
+                    started.set_result(None)
+                    await asyncio.sleep(60)
+            finally:
+                from twisted.internet import reactor
+                print("cancelled", reactor.running)
+                await asyncio.sleep(0.01)
+                print("cleaned up")
+
         async def main(number):
+            global generator, task
             from twisted.internet import reactor
-            future = asyncio.ensure_future(asyncio.sleep(0.01, number))
-            while not future.done():
-                await sleep(0.01)
-            return type(reactor).__name__, future.result()
+            generator = numbers()
+            started = asyncio.get_running_loop().create_future()
+            task = asyncio.ensure_future(left(started))
+            while not started.done():
+                await sleep(0.001)
+            return type(reactor).__name__, number
 
         print(twisted_rtsig.run(main, 7, reactor="rtsig-asyncio"))
-        sys.modules["twisted.internet.reactor"]._asyncioEventloop.close()
+        print(sys.modules["twisted.internet.reactor"]._asyncioEventloop.is_closed())
         """
     )
-    assert output == "('AsyncioReactor', 7)\n"
+    assert output.splitlines() == [
+        *("cancelled True", "cleaned up", "generator ended"),
+        *("('AsyncioReactor', 7)", "True"),
+    ]
+
+
+def test_a_task_of_asyncios_that_does_not_end_with_the_program() -> None:
+    output = program(
+        COMMON
+        + """if 1:
+        import twisted_rtsig
+        from twisted.logger import globalLogBeginner, formatEvent
+        from twisted_rtsig.coro import sleep
+
+        def tell(event):
+            if event["log_level"].name == "critical":
+                print(formatEvent(event).splitlines()[0])
+
+        globalLogBeginner.beginLoggingTo(
+            [tell], redirectStandardIO=False, discardBuffer=True)
+
+        async def stubborn():
+            while not stop:
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    pass
+
+        stop = []
+
+        async def main():
+            global task
+            task = asyncio.ensure_future(stubborn())
+            await sleep(0.01)
+            # So that nothing is left for the interpreter to complain of.
+            from twisted.internet import reactor
+            reactor.addSystemEventTrigger("during", "shutdown", stop.append, True)
+            reactor.addSystemEventTrigger("during", "shutdown", task.cancel)
+            return "returned"
+
+        print(twisted_rtsig.run(main, reactor="rtsig-asyncio", grace=0.05))
+        """
+    )
+    told, returned = output.splitlines()
+    assert told == (
+        "1 tasks of asyncio's were cancelled because the program ends, and have not "
+        "ended within 0.05 s; they are dropped:"
+    )
+    assert returned == "returned"
 
 
 # Signals and children

@@ -86,7 +86,9 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
 
     # Signals
 
-    def add_signal_handler(self, sig: Any, callback: Any, *args: Any) -> None:
+    def add_signal_handler(  # type: ignore[override]
+        self, sig: Any, callback: Any, *args: Any
+    ) -> None:
         """As C{AbstractEventLoop.add_signal_handler}."""
         if sig == signal.SIGCHLD and (watcher := fast_watcher(callback)) is not None:
             callback = functools.partial(reap_for, watcher)

@@ -31,12 +31,14 @@ from typing import Any, Final
 
 from twisted.internet import asyncioreactor as twisteds
 from twisted.internet.base import ReactorBase
+from twisted.internet.defer import Deferred
 from twisted.internet.error import (
     ReactorAlreadyInstalledError,
     ReactorAlreadyRunning,
 )
 from twisted.internet.main import installReactor
 from twisted.internet.posixbase import unixEnabled
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from twisted_rtsig.asyncio_loop import EngineEventLoop, adopt, check_loop
@@ -56,6 +58,8 @@ else:
 
 if unixEnabled:
     from twisted.internet import process
+
+_log = Logger()
 
 # Before anything replaces it.
 _TwistedsReactor = twisteds.AsyncioSelectorReactor
@@ -149,6 +153,7 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
         # Whether crash() ends the run of the loop.
         self._runs_loop = False
         super().__init__(*args)
+        self._made_loop = loop is None
         if loop is None:
             loop = asyncio.SelectorEventLoop()
         if current:
@@ -349,6 +354,52 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
         if waker is not None and waker in self._internalReaders:
             self._removeInternalReader(waker)
             waker.connectionLost(Failure(RuntimeError("the event loop was closed")))
+
+    # For run(), which is a whole program
+
+    def end_asyncio(self, limit: float | None) -> Deferred[None]:
+        """
+        Cancel the tasks of asyncio, and end its asynchronous generators and its
+        threads, as C{asyncio.run} does at the end.
+
+        :param limit: how many seconds tasks are waited for; None for no limit.
+        """
+        loop = self._asyncioEventloop
+        return Deferred.fromFuture(loop.create_task(self._end_asyncio(limit)))
+
+    async def _end_asyncio(self, limit: float | None) -> None:
+        loop = self._asyncioEventloop
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            ended, left = await asyncio.wait(tasks, timeout=limit)
+            for task in ended:
+                if not task.cancelled() and task.exception() is not None:
+                    message = "a task of asyncio's has failed when the program ended"
+                    loop.call_exception_handler(
+                        {
+                            "message": message,
+                            "exception": task.exception(),
+                            "task": task,
+                        }
+                    )
+            if left:
+                _log.critical(
+                    "{count} tasks of asyncio's were cancelled because the program "
+                    "ends, and have not ended within {limit:g} s; they are dropped:\n"
+                    "{tasks}",
+                    count=len(left),
+                    limit=limit,
+                    tasks="\n".join(map(repr, left)),
+                )
+        await loop.shutdown_asyncgens()
+        await loop.shutdown_default_executor()
+
+    def close_own_loop(self) -> None:
+        """Close the loop, if the reactor has made it."""
+        if self._made_loop:
+            self._asyncioEventloop.close()
 
     def _signalsFactory(self) -> Any:
         return _Signals(self._asyncioEventloop, ReactorBase._signalsFactory(self))

@@ -232,6 +232,8 @@ class _Program:
             ) from None
         finally:
             self._over.release()
+            if (close_loop := getattr(reactor, "close_own_loop", None)) is not None:
+                close_loop()
 
     def error(self) -> BaseException | None:
         """What C{run} is to raise, if it does not return a result."""
@@ -387,6 +389,10 @@ class _Program:
             ending.addErrback(
                 lambda failure: _log.failure("The end of run() has failed", failure)
             )
+            if (end_asyncio := getattr(self._reactor, "end_asyncio", None)) is not None:
+                # After a signal, the thread looks after the grace.
+                limit = self._grace if self._signal is None else None
+                ending.addCallback(lambda ignored: end_asyncio(limit))
             ending.addBoth(go_on)
 
         vars(event)["_continueFiring"] = end_others
