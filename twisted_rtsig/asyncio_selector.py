@@ -214,7 +214,7 @@ class EngineSelector(selectors.BaseSelector):
             try:
                 if (
                     reactor._newTimedCalls
-                    or reactor._pendingTimedCalls
+                    or reactor._near
                     or reactor.threadCallQueue
                     or reactor._justStopped
                 ):

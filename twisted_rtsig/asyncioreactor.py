@@ -162,9 +162,7 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
 
     # Not those of Twisted's reactor, which come before these.
     callFromThread = ReactorBase.callFromThread  # type: ignore[assignment]
-    callLater = ReactorBase.callLater
     stop = ReactorBase.stop
-    _moveCallLaterSooner = ReactorBase._moveCallLaterSooner
 
     # IReactorFDSet: asyncio's descriptors are not the reactor's to list or to remove.
 
