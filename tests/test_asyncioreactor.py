@@ -235,18 +235,21 @@ def test_an_asyncio_callback_can_wake_twisted(reactor: AsyncioEngineReactor) -> 
     )
 
 
-def test_timers_of_both_are_in_order(reactor: AsyncioEngineReactor) -> None:
-    order: list[int] = []
+def test_timers_of_both_in_turns(reactor: AsyncioEngineReactor) -> None:
+    """Each is set in a call of the other world, and wakes the loop."""
     loop = loop_of(reactor)
+    turns: list[int] = []
 
-    def start() -> None:
-        for each in range(6):
-            later = loop.call_later if each % 2 else reactor.callLater
-            later(0.02 * (each + 1), order.append, each)
-        reactor.callLater(0.2, reactor.stop)
+    def turn(number: int) -> None:
+        turns.append(number)
+        if number == 5:
+            reactor.stop()
+            return
+        later = loop.call_later if number % 2 else reactor.callLater
+        later(0.002, turn, number + 1)
 
-    run(reactor, start)
-    assert order == [0, 1, 2, 3, 4, 5]
+    run(reactor, lambda: turn(0))
+    assert turns == [0, 1, 2, 3, 4, 5]
 
 
 def test_work_without_end_in_one_world_does_not_starve_the_other(
