@@ -219,13 +219,20 @@ def test_what_twisted_calls_can_wake_asyncio(
         else:
             loop.stop()
 
+    late: list[bool] = []
+
+    def give_up() -> None:
+        late.append(True)
+        loop.stop()
+
     loop.call_soon(reactor.callLater, 0.01, act)
-    late = loop.call_later(DEADLINE, future.cancel)
+    timer = loop.call_later(DEADLINE, give_up)
     if how == "stop":
         loop.run_forever()
     else:
         loop.run_until_complete(future)
-    late.cancel()
+    timer.cancel()
+    assert not late
 
 
 def test_an_asyncio_callback_can_wake_twisted(reactor: AsyncioEngineReactor) -> None:
@@ -977,6 +984,15 @@ class Child(ProcessProtocol):
     def processEnded(self, reason):
         self.done(reason.value.exitCode)
 
+# It closes its pipes first, so that these do not tell of its end.
+ENDS_SILENTLY = '''if 1:
+    import os, time
+    for descriptor in range(3):
+        os.close(descriptor)
+    time.sleep(0.2)
+    os._exit(3)
+'''
+
 def spawn(reactor, code, done, **options):
     reactor.spawnProcess(
         Child(done), sys.executable, [sys.executable, "-S", "-c", code], **options)
@@ -1388,7 +1404,7 @@ def test_children_of_twisted_end_whatever_asyncio_does_with_signals(
                 loop.add_signal_handler(number, int)
             if "removed" in sys.argv[1]:
                 loop.remove_signal_handler(number)
-            spawn(reactor, "raise SystemExit(3)", ended)
+            spawn(reactor, ENDS_SILENTLY, ended)
 
         reactor.callWhenRunning(start)
         reactor.run()
@@ -1454,3 +1470,42 @@ def test_children_of_both(watcher: str) -> None:
         watcher,
     )
     assert output == "[1, 1, 2, 2, 3, 3, 4, 4, 5]\n"
+
+
+@pytest.mark.skipif(
+    sys.version_info >= (3, 14) or not hasattr(os, "waitid"),
+    reason="asyncio has no child watchers, or the system no waitid(2)",
+)
+@pytest.mark.parametrize("adopted", ["", "adopted"])
+def test_a_watcher_that_waits_for_any_child_leaves_twisteds(adopted: str) -> None:
+    """Also those that end while it does."""
+    output = program(
+        COMMON
+        + BY_SIGNAL
+        + """if 1:
+        import warnings
+        from twisted.internet import process
+        warnings.simplefilter("ignore", DeprecationWarning)
+        # As if the child had ended just after this was called.
+        process.reapAllProcesses = lambda: None
+        loop = asyncio.SelectorEventLoop()
+        watcher = asyncio.FastChildWatcher()
+        if sys.argv[1]:
+            watcher.attach_loop(loop)
+        asyncioreactor.install(loop)
+        from twisted.internet import reactor
+        if not sys.argv[1]:
+            watcher.attach_loop(loop)
+
+        def ended(code):
+            print("ended", code)
+            reactor.callLater(0, reactor.stop)
+
+        reactor.callWhenRunning(spawn, reactor, ENDS_SILENTLY, ended)
+        reactor.run()
+        watcher.close()
+        loop.close()
+        """,
+        adopted,
+    )
+    assert output == "ended 3\n"

@@ -240,6 +240,24 @@ def datagrams(peer: Peer) -> None:
             expect(handle.recv(100), b"%d" % turn)
 
 
+def asyncios(peer: Peer) -> None:
+    """Children, threads, signals and cancellations, where asyncio has a part in it."""
+    size = peer.random.randrange(1, 100_000)
+    digest = hashlib.sha256(pattern(0, size)).hexdigest().encode()
+    with peer.connect("asyncio") as handle:
+        connection = Connection(handle)
+        for command, answer in (
+            (b"TAKE %d\n" % size + pattern(0, size), digest),
+            (b"CHILD %d\n" % size, digest),
+            (b"SPAWN %d\n" % (size % 100), b"%d" % (size % 100)),
+            (b"THREAD %d\n" % size, digest),
+            (b"SIGNAL %d\n" % size, b"%d" % size),
+            (b"CANCEL 3\n", b"3"),
+        ):
+            connection.send(command)
+            expect(connection.line(), answer)
+
+
 # Peers that do not
 
 
@@ -337,6 +355,14 @@ TALKS: dict[Talk, int] = {
 }
 """What the peers do, and how many do it at once."""
 
+ASYNCIO_TALKS: dict[Talk, int] = {asyncios: 3}
+"""The same, where the reactor has an asyncio event loop."""
+
+
+def talks_with(addresses: dict[str, Any]) -> dict[Talk, int]:
+    """Those that a server with these services can hold."""
+    return TALKS | (ASYNCIO_TALKS if "asyncio" in addresses else {})
+
 
 class Crowd:
     """All peers at once."""
@@ -344,7 +370,7 @@ class Crowd:
     def __init__(self, addresses: dict[str, Any]) -> None:
         self._peers = [
             Peer(talk, addresses, each)
-            for talk, number in TALKS.items()
+            for talk, number in talks_with(addresses).items()
             for each in range(number)
         ]
 

@@ -8,9 +8,11 @@ state, and ends with the standard input.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import hashlib
 import json
+import logging
 import os
 import socket
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from twisted.application.reactors import installReactor
+from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import (
     SSL4ServerEndpoint,
     TCP4ServerEndpoint,
@@ -45,7 +48,9 @@ from twisted.web.server import Site
 from zope.interface import implementer
 
 from tests.soak import CHUNK, FILE_NAME, FILE_SIZE, pattern
+from tests.soak.asyncio_half import Half
 from tests.support import make_certificate
+from twisted_rtsig.asyncioreactor import AsyncioEngineReactor
 from twisted_rtsig.coro import (
     Channel,
     Server,
@@ -84,6 +89,17 @@ class Logged:
             if failure is not None:
                 text += "\n" + failure.getTraceback()
             self.errors.append(text)
+
+
+class AsyncioLog(logging.Handler):
+    """Keeps the warnings and errors of asyncio among the others."""
+
+    def __init__(self, logged: Logged) -> None:
+        super().__init__(logging.WARNING)
+        self._logged = logged
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._logged.errors.append(self.format(record))
 
 
 class Session:
@@ -313,6 +329,10 @@ class Soaked:
         port = reactor.listenUDP(0, Datagrams(), **local)
         addresses["udp"] = port.socket.getsockname()
         spawn(self._refusals.run)
+        if isinstance(reactor, AsyncioEngineReactor):
+            logging.getLogger("asyncio").addHandler(AsyncioLog(self._logged))
+            listening = asyncio.ensure_future(Half(reactor).listen())
+            addresses["asyncio"] = await Deferred.fromFuture(listening)
         return addresses
 
     def _report(self) -> dict[str, Any]:
