@@ -11,11 +11,8 @@ attributes in each pass.
 
 from __future__ import annotations
 
-import os
-import select
+import errno
 import selectors
-import stat
-import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -115,10 +112,14 @@ class EngineSelector(selectors.BaseSelector):
         descriptor = _descriptor_of(fileobj)
         if descriptor in self._watched:
             raise KeyError(f"{fileobj!r} (FD {descriptor}) is already registered")
-        _refuse_files(descriptor)
         key = selectors.SelectorKey(fileobj, descriptor, events, data)
         watched = Watched(key, self._reported)
         self._watch(watched, events)
+        if self._reactor.is_file(watched):
+            self._unwatch(watched, events)
+            raise PermissionError(
+                errno.EPERM, f"{fileobj!r} is a file, which is always ready"
+            )
         self._watched[descriptor] = watched
         return key
 
@@ -150,6 +151,10 @@ class EngineSelector(selectors.BaseSelector):
         del self._watched[watched.key.fd]
         self._unwatch(watched, READ | WRITE)
         return watched.key
+
+    def get_key(self, fileobj: Any) -> selectors.SelectorKey:
+        """As C{BaseSelector.get_key}."""
+        return self._map.find(fileobj).key
 
     def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
         """As C{BaseSelector.get_map}."""
@@ -193,23 +198,30 @@ class EngineSelector(selectors.BaseSelector):
         :param timeout: seconds; None for no limit.  What is scheduled meanwhile ends
             the wait earlier.
         """
-        if self.fields is None:
+        fields = self.fields
+        if fields is None:
             self._reactor._in_log_context(self._run_passes, timeout)
         else:
-            self._run_passes(self.fields, timeout)
+            self._run_passes(fields, timeout)
+        reported = self._reported
+        if not reported:
+            return []
         events = []
-        for watched in self._reported:
+        for watched in reported:
             # Each was registered when it became ready, and still is.
             events.append((watched.key, watched.pending))
             watched.pending = 0
-        self._reported.clear()
+        reported.clear()
         return events
 
     def _run_passes(self, fields: LogContext, timeout: float | None) -> None:
         reactor, loop, reported = self._reactor, self._loop, self._reported
-        deadline = None if timeout is None else loop.time() + timeout
         if reactor.starts_with_loop:
             reactor.start_by_loop()
+        once = timeout == 0 or reactor.makes_one_pass
+        deadline = None
+        if timeout:
+            deadline = loop.time() + timeout
         while True:
             try:
                 if (
@@ -223,15 +235,15 @@ class EngineSelector(selectors.BaseSelector):
                 else:
                     delay = None
                 # Only now: these calls may have given asyncio something to do.
-                if reported or loop._ready or loop._stopping:
+                if timeout == 0 or reported or loop._ready or loop._stopping:
                     delay = 0
                 elif loop._scheduled or deadline is not None:
                     delay = self._sleep(delay, deadline)
                 reactor._pass(fields, delay)
             except Exception:
                 _log.failure("Unexpected error in main loop.")
-            if reactor.makes_one_pass:
-                loop.stop()
+            if once:
+                break
             if reported or loop._ready or loop._stopping:
                 return
             if loop._scheduled or deadline is not None:
@@ -240,6 +252,8 @@ class EngineSelector(selectors.BaseSelector):
                     return
                 if loop._scheduled and loop._scheduled[0]._when < now:
                     return
+        if reactor.makes_one_pass:
+            loop.stop()
 
     def _sleep(self, delay: float | None, deadline: float | None) -> float:
         """How long nothing is due: for Twisted, for asyncio and for the caller."""
@@ -263,7 +277,7 @@ class _Map(Mapping[Any, selectors.SelectorKey]):
         """
         :raises KeyError: if it is not registered.
         """
-        if type(fileobj) is int and fileobj in self._watched:
+        if type(fileobj) is int and fileobj >= 0:
             return self._watched[fileobj]
         try:
             found = self._watched.get(_descriptor_of(fileobj))
@@ -318,24 +332,6 @@ def _descriptor_of(fileobj: Any) -> int:
     if descriptor < 0:
         raise ValueError(f"Invalid file descriptor: {descriptor}")
     return descriptor
-
-
-def _refuse_files(descriptor: int) -> None:
-    """
-    Refuse what epoll refuses, as the selector does that asyncio has on Linux: programs
-    find out by it that standard input is a file, say.  The engine would hold it to be
-    always ready, as poll(2) does.
-
-    :raises PermissionError: if it is a file, a directory, or a device like /dev/null.
-    :raises OSError: EBADF
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode):
-        return
-    with select.epoll() as epoll:
-        epoll.register(descriptor, 0)
 
 
 __all__ = ["EngineSelector", "Watched"]

@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import select
 import signal
+import stat
 import sys
 import threading
 from asyncio import events
@@ -123,6 +125,19 @@ def _check_system() -> None:
         "this package has one loop for Twisted and asyncio on Linux, BSD and macOS "
         f"only, and this is {sys.platform}: {advice}"
     )
+
+
+def _is_refused(descriptor: int) -> bool:
+    """Whether it is a file, a directory, or a device like /dev/null."""
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode):
+        return False
+    with select.epoll() as epoll:
+        try:
+            epoll.register(descriptor, 0)
+        except PermissionError:
+            return True
+    return False
 
 
 class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
@@ -314,6 +329,21 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
             timer.cancel()
 
     # For the event loop
+
+    def is_file(self, watched: Watched) -> bool:
+        """
+        Whether epoll refuses it, and with that asyncio's own selector on Linux.
+        Programs find out by it that standard input is a file, for example.  The engine
+        takes files, and reports them as ready at all times, as poll(2) does.
+
+        :raises OSError: EBADF
+        """
+        if not sys.platform.startswith("linux"):
+            return False
+        # Asked already, if epoll is the notifier.
+        known = getattr(self._notifier, "has_refused", None)
+        refused = None if known is None else known(watched.key.fd)
+        return _is_refused(watched.key.fd) if refused is None else refused
 
     def start_by_loop(self) -> None:
         """The loop runs, and nothing else starts the reactor."""

@@ -241,6 +241,16 @@ class EdgeEPollNotifier:
         assert self._epoll is not None
         return self._epoll.poll(timeout)
 
+    def has_refused(self, descriptor: int) -> bool | None:
+        """
+        Whether epoll has refused a descriptor that is watched, which is a file then;
+        None if it was not asked yet.
+        """
+        if self._epoll is None:
+            return None
+        refused = self._always_ready
+        return bool(refused) and self._registrations[descriptor] in refused
+
     # The set
 
     def _own_set(self) -> select.epoll | None:
