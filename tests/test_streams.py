@@ -316,7 +316,7 @@ def test_pieces_are_sent_as_one(our_link: Link, size: int, producer: bool) -> No
 
 def test_a_sequence_that_cannot_be_written(link: Link) -> None:
     for wrong in ("text", bytearray(b"bytes"), None):
-        with pytest.raises(TypeError, match="^Data must be bytes$"):
+        with pytest.raises(TypeError, match=r"^Data must be bytes$"):
             link.transport.writeSequence([b"bytes", wrong])
     assert not link.is_writer()
     link.transport.loseWriteConnection()
