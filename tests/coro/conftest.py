@@ -46,7 +46,15 @@ def _reactors() -> dict[str, Callable[[], Any]]:
     return reactors
 
 
-@pytest.fixture(params=_reactors())
+@pytest.fixture(
+    params=[
+        pytest.param(
+            name,
+            marks=[pytest.mark.plain_reactor] if name in ("select", "epoll") else [],
+        )
+        for name in _reactors()
+    ]
+)
 def reactor(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """
     Each reactor, as the installed one; the adapter needs none of this package's.
