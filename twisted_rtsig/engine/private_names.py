@@ -115,11 +115,7 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "socket",
     ),
     "twisted.internet.tcp.Connector": ("_makeTransport", "bindAddress", "host", "port"),
-    "twisted.internet.tcp.Port": (
-        "_fromListeningDescriptor",
-        "_logger",
-        "transport",
-    ),
+    "twisted.internet.tcp.Port": ("_fromListeningDescriptor", "transport"),
     "twisted.internet.tcp.Server": ("_fromConnectedSocket",),
     "twisted.internet.udp.Port": (
         "_connectedAddr",

@@ -324,17 +324,7 @@ class TCPClient(Stream, tcp.Client):
         return bool(self.connected)
 
 
-class StreamPort(tcp.Port):
-    """A listening port; goes before the class of Twisted's that it changes."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # As an attribute of the class it is made anew by each look at it, and each
-        # pass that accepts looks at it twice.
-        self._logger = self._logger
-
-
-class TCPPort(StreamPort):
+class TCPPort(tcp.Port):
     """A listening TCP port."""
 
     transport = TCPServer
@@ -426,7 +416,7 @@ if unixEnabled:
             """While it connects, C{doRead} is another."""
             return bool(self.connected)
 
-    class UNIXPort(StreamPort, unix.Port):
+    class UNIXPort(unix.Port):
         """A listening UNIX port."""
 
         transport = UNIXServer
