@@ -546,6 +546,18 @@ def test_a_hurried_stop_ends_the_one_before(reactor: Any, logged: Logged) -> Non
     assert failures(logged) == []
 
 
+def test_each_stop_tells_what_another_one_has_cancelled(reactor: Any) -> None:
+    async def main() -> list[Stopped]:
+        server = await listen(reactor, _echo)
+        async with await call(reactor, server) as stream:
+            await stream.write(b"x\n")
+            await stream.read()
+            slow = server.stop(3600)
+            return [await server.stop(0), await slow]
+
+    assert run(reactor, main) == [Stopped(0, 1, 0)] * 2
+
+
 @pytest.mark.parametrize("again", ["stop", "loss"])
 def test_a_handler_is_cancelled_once(again: str) -> None:
     clock = Clock()

@@ -190,7 +190,11 @@ class _HalfCloseable:
 
 
 class _ServerProtocol(StreamProtocol):
-    """Runs a handler as long as the connection lasts."""
+    """
+    Runs a handler as long as the connection lasts.
+
+    :ivar stopped: whether a stop of the server has cancelled the handler.
+    """
 
     factory: CoroutineFactory
     network: Hashable | None = None
@@ -198,6 +202,7 @@ class _ServerProtocol(StreamProtocol):
     _task: Task[Any] | None = None
     _cancelled_early: str | None = None
     _handler_cancelled = False
+    stopped = False
     _refused = False
 
     def connectionMade(self) -> None:
@@ -239,6 +244,7 @@ class _ServerProtocol(StreamProtocol):
         if self._task is not None and self._task.done:
             self.stream.abort()
         else:
+            self.stopped = True
             self._cancel_handler(reason)
 
     def _cancel_handler(self, reason: str) -> None:
@@ -529,16 +535,17 @@ class CoroutineFactory(Factory):
         :raises ValueError: if one of the times is less than 0.
         """
         check_stop_times(grace, cancel_timeout)
-        running = len(self._unended_handlers())
+        running = [each for each in self.connections if each.unended_handler]
         self.stopping.set()
         stop = self._stop(running, grace, cancel_timeout)
         name = f"{self.display_name}, stopping"
         return spawn(stop, name=name, reactor=self._reactor).as_deferred()
 
-    async def _stop(self, running: int, grace: float, cancel_timeout: float) -> Stopped:
+    async def _stop(
+        self, running: list[_ServerProtocol], grace: float, cancel_timeout: float
+    ) -> Stopped:
         why = f"the server stops, and its grace of {grace} s is over"
         cancelled: Cancelled | None = None
-        late = abandoned = 0
         try:
             try:
                 gone = await self._all_gone_within(grace)
@@ -546,7 +553,6 @@ class CoroutineFactory(Factory):
                 gone, cancelled = not self.connections, error
                 why = "the server stops, and does not wait any longer"
             if not gone:
-                late = len(self._unended_handlers())
                 for protocol in list(self.connections):
                     protocol.cancel(why)
                 ending = self._end_cancelled(cancel_timeout)
@@ -555,17 +561,19 @@ class CoroutineFactory(Factory):
                     # That handler ends when this has ended, and the others after it.
                     spawn(ending, name=current_task().name, reactor=self._reactor)
                     raise cancelled
-                abandoned = await ending
+                await ending
             self.stopped.set()
             if cancelled is not None:
                 raise cancelled
         finally:
             # Its traceback holds this frame.
             del cancelled
-        return Stopped(running - late, late - abandoned, abandoned)
+        abandoned = sum(each.unended_handler is not None for each in running)
+        late = sum(each.stopped for each in running)
+        return Stopped(len(running) - late, late - abandoned, abandoned)
 
-    async def _end_cancelled(self, cancel_timeout: float) -> int:
-        """The handlers were cancelled; how many have not ended even so."""
+    async def _end_cancelled(self, cancel_timeout: float) -> None:
+        """The handlers were cancelled: wait for them, and log those that are left."""
         try:
             gone = await self._all_gone_within(cancel_timeout)
         except Cancelled:
@@ -573,10 +581,9 @@ class CoroutineFactory(Factory):
                 await self._abort_connections()
             raise
         else:
-            if gone:
-                return 0
-            with shield():
-                return await self._abort_connections()
+            if not gone:
+                with shield():
+                    await self._abort_connections()
         finally:
             self.stopped.set()
 
@@ -598,15 +605,15 @@ class CoroutineFactory(Factory):
         unended = [each.unended_handler for each in self.connections]
         return [each for each in unended if each is not None]
 
-    async def _abort_connections(self) -> int:
-        """Of those that are left; how many handlers have not ended even then."""
+    async def _abort_connections(self) -> None:
+        """Of those that are left."""
         for protocol in list(self.connections):
             protocol.stream.abort()
         for _ in range(_LAST_TURNS):
             await sleep(0)
             if not self.connections:
-                return 0
-        return self._give_up()
+                return
+        self._give_up()
 
     async def _all_gone_within(self, seconds: float) -> bool:
         try:
@@ -619,8 +626,8 @@ class CoroutineFactory(Factory):
             return not self.connections
         return True
 
-    def _give_up(self) -> int:
-        """Log the handlers that are left, wait for them no more, and count them."""
+    def _give_up(self) -> None:
+        """Log the handlers that are left, and wait for them no more."""
         tasks = self._unended_handlers()
         for protocol in list(self.connections):
             self.forget(protocol)
@@ -634,7 +641,6 @@ class CoroutineFactory(Factory):
                 count=len(tasks),
                 handlers="\n".join(lines),
             )
-        return len(tasks)
 
     def watch(self) -> None:
         """A connection was made; it may have ended already."""
