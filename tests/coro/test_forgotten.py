@@ -63,7 +63,7 @@ MAY_BE_LEFT = {
     *("AsyncFile.seek", "AsyncFile.truncate"),
     *("AsyncTextFile.write", "AsyncTextFile.seek", "AsyncTextFile.truncate"),
     *("AsyncTextFile.close", "TemporaryFile.close", "NamedTemporaryFile.close"),
-    *("TemporaryDirectory.cleanup", "Process.stop"),
+    *("SpooledTemporaryFile.close", "TemporaryDirectory.cleanup", "Process.stop"),
     *("StapledStream.close", "StapledStream.abort", "Portal.stop"),
     # A server or a connection is there without a wait for it.
     *("serve", "connect", "Server.stop", "CoroutineFactory.stop"),

@@ -63,6 +63,7 @@ from twisted_rtsig.files import (
     AsyncFile,
     AsyncTextFile,
     NamedTemporaryFile,
+    SpooledTemporaryFile,
     TemporaryFile,
     listdir,
     open_file,
@@ -384,6 +385,10 @@ async def outside() -> None:
     async with TemporaryFile(dir="folder", suffix=None) as file:
         assert_type(file, AsyncFile)
     async with TemporaryFile("w+", encoding="utf-8") as text:
+        assert_type(text, AsyncTextFile)
+    async with SpooledTemporaryFile(1 << 20, dir="folder") as file:
+        assert_type(file, AsyncFile)
+    async with SpooledTemporaryFile(mode="w+") as text:
         assert_type(text, AsyncTextFile)
     async with NamedTemporaryFile("w+", newline="", delete=False) as text:
         assert_type(text, AsyncTextFile)

@@ -50,6 +50,7 @@ from twisted_rtsig.files import (
     AsyncFile,
     AsyncTextFile,
     NamedTemporaryFile,
+    SpooledTemporaryFile,
     TemporaryFile,
     open_file,
     stat,
@@ -280,6 +281,8 @@ async def options_of_files(data: AsyncFile, words: AsyncTextFile) -> None:
     NamedTemporaryFile("w+b", encoding="utf-8")  # mypy: call-overload; pyright: reportArgumentType
     NamedTemporaryFile(delete="no")  # mypy: call-overload; pyright: reportArgumentType
     NamedTemporaryFile(name="data")  # mypy: call-overload; pyright: reportCallIssue
+    SpooledTemporaryFile("1")  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
+    SpooledTemporaryFile(delete=True)  # mypy: call-overload; pyright: reportCallIssue
     async with NamedTemporaryFile() as file:
         await file.write("text")  # mypy: arg-type; pyright: reportArgumentType
 

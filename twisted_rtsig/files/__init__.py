@@ -12,6 +12,7 @@ from twisted_rtsig.files.paths import listdir, remove, rename, stat, write_file
 from twisted_rtsig.files.producer import FileProducer
 from twisted_rtsig.files.temporary import (
     NamedTemporaryFile,
+    SpooledTemporaryFile,
     TemporaryDirectory,
     TemporaryFile,
     gettempdir,
@@ -28,6 +29,7 @@ __all__ = [
     "FileProducer",
     "NamedTemporaryFile",
     "Path",
+    "SpooledTemporaryFile",
     "TemporaryDirectory",
     "TemporaryFile",
     "gettempdir",

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import io
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,8 +28,9 @@ from twisted_rtsig.files.asyncfile import (
     check_mode,
 )
 from twisted_rtsig.files.descriptors import Descriptor, SeekingDescriptor
+from twisted_rtsig.files.spooled import SpooledDescriptor, SpooledRaw
 from twisted_rtsig.files.textfile import AsyncTextFile
-from twisted_rtsig.files.turns import ClosedAtExit
+from twisted_rtsig.files.turns import Call, ClosedAtExit
 from twisted_rtsig.files.workers import Job, Workers, finish, workers_of
 
 if sys.version_info >= (3, 11):
@@ -163,7 +165,7 @@ class _Temporary(ClosedAtExit, Generic[F]):
                 *(made_file, name, self._mode, newline, self._workers)
             )
         else:
-            found = os.fstat(made_file.number)
+            found = self._found(made_file)
             opened = AsyncFile(made_file, name, self._mode, found, self._workers)
         file = self._file = cast(F, opened)
         return file
@@ -177,11 +179,13 @@ class _Temporary(ClosedAtExit, Generic[F]):
     def _undo(self, made: tuple[Any, Any]) -> None:
         made[0].close()
 
+    def _found(self, made: Descriptor) -> os.stat_result:
+        return os.fstat(made.number)
+
     def _wrap(self, number: int) -> io.TextIOWrapper | Descriptor:
         """What reads and writes an open file."""
         if self._binary:
-            kind = Descriptor if hasattr(os, "pread") else SeekingDescriptor
-            return kind(number)
+            return _descriptor_of(number)
         encoding, errors, newline = self._text_options
         # It closes the descriptor if there is no such encoding.
         file = open(  # noqa: SIM115
@@ -189,6 +193,10 @@ class _Temporary(ClosedAtExit, Generic[F]):
         )
         assert isinstance(file, io.TextIOWrapper)
         return file
+
+
+def _descriptor_of(number: int) -> Descriptor:
+    return (Descriptor if hasattr(os, "pread") else SeekingDescriptor)(number)
 
 
 class TemporaryFile(_Temporary[F]):
@@ -230,13 +238,92 @@ class TemporaryFile(_Temporary[F]):
         super().__init__(mode, **options)
 
     def _make(self) -> tuple[Any, Any]:
-        suffix, prefix, dir = self._names
-        with tempfile.TemporaryFile(
-            buffering=0, suffix=suffix, prefix=prefix, dir=dir
-        ) as file:
-            # It is gone when the last descriptor is closed, on Windows as well.
-            number = os.dup(file.fileno())
-        return self._wrap(number), "(temporary file)"
+        return self._wrap(_open_nameless(*self._names)), "(temporary file)"
+
+
+def _open_nameless(
+    suffix: str | None, prefix: str | None, dir: str | os.PathLike[str] | None
+) -> int:
+    with tempfile.TemporaryFile(
+        buffering=0, suffix=suffix, prefix=prefix, dir=dir
+    ) as file:
+        # It is gone when the last descriptor is closed, on Windows as well.
+        return os.dup(file.fileno())
+
+
+class SpooledTemporaryFile(_Temporary[F]):
+    """
+    As :class:`TemporaryFile`, but kept in memory until it has more than C{max_size}
+    bytes: reads and writes of bytes are done at once until then::
+
+        async with SpooledTemporaryFile(1 << 20) as file:
+            await file.write(data)
+
+    :param max_size: how many bytes are kept in memory; 0 for any number, so that only
+        :meth:`rollover` makes a file.
+    :param mode: as for :class:`TemporaryFile`, and so are all others.
+    :raises ValueError: if the size is negative, or the mode is none of C{open_file}.
+    """
+
+    @overload
+    def __init__(
+        self: SpooledTemporaryFile[AsyncFile],
+        max_size: int = 0,
+        mode: BytesMode = "w+b",
+        **options: Unpack[TemporaryOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: SpooledTemporaryFile[AsyncTextFile],
+        max_size: int = 0,
+        mode: TextMode = ...,
+        **options: Unpack[TemporaryTextOptions],
+    ) -> None: ...
+
+    def __init__(
+        self,
+        max_size: int = 0,
+        mode: str = "w+b",
+        **options: Unpack[TemporaryTextOptions],
+    ) -> None:
+        super().__init__(mode, **options)
+        if max_size < 0:
+            raise ValueError(f"max_size={max_size}: 0 is the least")
+        self._max_size = max_size or sys.maxsize
+
+    @must_be_awaited
+    def rollover(self) -> Operation[None]:
+        """
+        Move the content from memory to a file, if it is not in one.
+
+        :raises RuntimeError: if it was not opened.
+        :raises ValueError: if it is closed.
+        :raises OSError: (when awaited) if that cannot be made; the content stays in
+            memory then.
+        """
+        file: Any = self._file
+        if file is None:
+            raise RuntimeError("SpooledTemporaryFile was not opened: await open()")
+        file._check_open()
+        rolling: Operation[None] = file._in_turn(
+            Call("to make a file of", file, self._descriptor.roll_over)
+        )
+        return rolling
+
+    def _make(self) -> tuple[Any, Any]:
+        self._descriptor = descriptor = SpooledDescriptor(
+            self._max_size, lambda: _descriptor_of(_open_nameless(*self._names))
+        )
+        if self._binary:
+            return descriptor, "(spooled file)"
+        encoding, errors, newline = self._text_options
+        buffered = io.BufferedRandom(SpooledRaw(descriptor))
+        return io.TextIOWrapper(buffered, encoding, errors, newline), "(spooled file)"
+
+    def _found(self, made: Descriptor) -> os.stat_result:
+        # There is no file yet.
+        return os.stat_result((stat.S_IFREG | 0o600, *[0] * 9))
 
 
 class NamedTemporaryFile(_Temporary[F]):

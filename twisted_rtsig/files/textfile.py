@@ -459,7 +459,9 @@ def _truncate(file: io.TextIOWrapper, size: int | None) -> int:
 
 def _sync(file: io.TextIOWrapper) -> None:
     file.flush()
-    os.fsync(file.fileno())
+    # A spooled file is in memory perhaps.
+    if file.fileno() >= 0:
+        os.fsync(file.fileno())
 
 
 def _tell(file: io.TextIOWrapper) -> int:

@@ -9,6 +9,7 @@ import io
 import os
 import warnings
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -194,6 +195,24 @@ class Turn(Job[T]):
         self._leave()
         finish(self.operation, result, error)
         self._file._take_turns()
+
+
+class Call(Turn[T]):
+    """A function that is called in a thread when its turn comes."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, what: str, file: OpenFile, function: Callable[[], T]) -> None:
+        super().__init__(what, file)
+        self._function = function
+
+    def begin(self) -> None:
+        """See ``Turn.begin``."""
+        self._file._workers.run(self, self._function)
+
+    def end(self, result: Any, error: BaseException | None) -> None:
+        """See ``Job.end``."""
+        self._finish(result, error)
 
 
 class _Close(Job[None]):
