@@ -419,7 +419,7 @@ class CoroutineFactory(Factory):
         self.limits: Counter[str] = Counter()
         servers.add(self)
         self._last_ends = Event()
-        self.stopped = Event()
+        self.stopped: Event = Event()
         self._max_per_address = max_connections_per_address
         # The number of connections of each address, as network_of counts them.
         self._per_address: dict[Hashable, int] = {}

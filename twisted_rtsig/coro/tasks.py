@@ -146,11 +146,11 @@ class Origin:
         spawner: weakref.ref[Task[Any]] | None,
         since: float,
     ) -> None:
-        self.name = name
-        self.kind = kind
+        self.name: str = name
+        self.kind: type = kind
         self.send: Callable[[Any, Any], Any] | None = getattr(kind, "send", None)
-        self.spawner = spawner
-        self.since = since
+        self.spawner: weakref.ref[Task[Any]] | None = spawner
+        self.since: float = since
 
 
 class Task(Generic[T]):

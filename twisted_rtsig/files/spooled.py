@@ -55,7 +55,10 @@ class SpooledDescriptor(Descriptor):
         except BaseException:
             file.close()
             raise
-        self._file, self.number, self._memory = file, file.number, None
+        self._file = file
+        self.number: int = file.number
+        # From here on other threads use the file.
+        self._memory = None
 
     # What does not block
 
