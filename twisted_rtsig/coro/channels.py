@@ -94,10 +94,11 @@ class Channel(Generic[T]):
         """
         done: Operation[None]
         receivers = self._receivers
-        if receivers.entries and self._at_once:
+        entries = receivers.entries
+        if entries and self._at_once:
             # There is no value then, no sender and no end.  Not counted, since that
             # one has to have its turn.
-            receiver = receivers.entries.popleft()
+            receiver = entries.popleft()
             if receivers.given_up:
                 receivers.strip()
             if type(receiver) is Operation and (waiter := receiver.waiter) is not None:

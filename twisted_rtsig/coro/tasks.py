@@ -464,9 +464,7 @@ class Task(Generic[T]):
                 log_failure(_log, message, error, deferred=awaited)
                 if self._waiting_on is awaited:
                     # It may never fire.
-                    cancelled = self._next_cancel()
-                    self._note_requested(_NOT)
-                    self._resume(None, cancelled)
+                    self._resume(None, self._next_cancel())
         elif task._to_be_cancelled_for(None, cancelled.reason):
             return task
         return None
@@ -583,7 +581,6 @@ class Task(Generic[T]):
         requested = _NOT
         if self._cancels:
             requested = max(each._requested for each in self._cancels)
-            self._note_requested(_NOT)
         if not isinstance(result, Failure):
             self._resume(result)
             # It may be awaited by another task as well.
