@@ -28,6 +28,7 @@ from twisted_rtsig.coro import DelimiterNotFound, IncompleteRead, Stream, serve,
 MAX_COMMAND = 1 << 24
 MAX_ITEMS = 1 << 20
 MAX_INTEGER = (1 << 63) - 1
+MAX_DIGITS = 20
 # What Redis takes; int() and float() take signs, spaces, underscores and "inf" as well.
 INTEGER = re.compile(rb"0|-?[1-9][0-9]{0,18}")
 SECONDS = re.compile(rb"[0-9]{1,8}(\.[0-9]{0,17})?")
@@ -71,9 +72,12 @@ def in_64_bits(value: int) -> int:
 
 
 def size_of(line: bytes, kind: bytes, limit: int) -> int:
-    digits = line.removeprefix(kind)
-    if line[:1] == kind and INTEGER.fullmatch(digits) and 0 <= int(digits) <= limit:
-        return int(digits)
+    digits = line[1:]
+    # As INTEGER, in a third of the time: each command has several.
+    if line[:1] == kind and digits.isdigit() and len(digits) < MAX_DIGITS:
+        size = int(digits)
+        if size <= limit and (digits == b"0" or not digits.startswith(b"0")):
+            return size
     raise ProtocolError(f"expected {kind.decode()} and a size, not too large")
 
 
