@@ -6,6 +6,7 @@ Programs that type checkers accept, and the types that they find.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Generator
 from os import DirEntry, PathLike
 from typing import Any
@@ -41,6 +42,7 @@ from twisted_rtsig.coro import (
     connect,
     coroutine,
     current_task,
+    from_asyncio,
     from_thread,
     in_thread,
     open_datagrams,
@@ -404,6 +406,46 @@ async def outside() -> None:
         assert_type(folder, str)
         assert_type(names, list[str])
     assert_type(await write_file("data", b""), None)
+
+
+# asyncio
+
+
+async def awaits_asyncio(future: asyncio.Future[int], task: asyncio.Task[str]) -> int:
+    assert_type(await asyncio.sleep(1, "slept"), str)
+    assert_type(await task, str)
+    assert_type(await asyncio.wait_for(task, 1), str)
+    assert_type(await asyncio.gather(future, task), tuple[int, str])
+    assert_type(from_asyncio(future), Deferred[int])
+    assert_type(await from_asyncio(asyncio.sleep(1, "slept")), str)
+    return await future
+
+
+async def waits_for_asyncio() -> int:
+    return await asyncio.sleep(1, 3)
+
+
+async def awaited_by_asyncio(channel: Channel[int], deferred: Deferred[str]) -> bytes:
+    assert_type(await channel.receive(), int)
+    assert_type(await deferred, str)
+    assert_type(await spawn(waits_for_asyncio), int)
+    assert_type(await asyncio.wait_for(channel.receive(), 1), int)
+    assert_type(await asyncio.gather(deferred, channel.receive()), tuple[str, int])
+    return b""
+
+
+@inlineCallbacks
+def yields_asyncio() -> Generator[Deferred[Any], Any, int]:
+    yield from_asyncio(awaited_by_asyncio(Channel(0), Deferred()))
+    return 3
+
+
+def of_asyncio() -> None:
+    assert_type(
+        spawn(awaited_by_asyncio, Channel[int](0), Deferred[str]()), Task[bytes]
+    )
+    assert_type(spawn(asyncio.sleep, 1), Task[None])
+    assert_type(yields_asyncio(), Deferred[int])
 
 
 # Testing

@@ -30,6 +30,7 @@ from twisted_rtsig.coro import (
     TaskGroup,
     connect,
     coroutine,
+    from_asyncio,
     from_thread,
     in_thread,
     open_datagrams,
@@ -338,6 +339,8 @@ async def forgotten(stream: Stream, channel: Channel[int], lock: Lock) -> None:
     in_thread(count_plain, "a")  # mypy: unused-awaitable; pyright: -
     count_decorated("a")  # mypy: unused-awaitable; pyright: -
     stat("data")  # mypy: unused-awaitable; pyright: -
+    from_asyncio(count("a"))  # mypy: unused-awaitable; pyright: -
+    await from_asyncio(3)  # mypy: arg-type; pyright: reportArgumentType
     line = stream.read_line()
     line.upper()  # mypy: attr-defined; pyright: reportAttributeAccessIssue, reportUnknownMemberType
     stream.write(channel.receive())  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType

@@ -5,6 +5,7 @@ on every reactor.
 See ``docs/coroutines.md``.  Importing this imports no reactor.
 """
 
+from twisted_rtsig.awaited_by_asyncio import install as _let_asyncio_await_deferreds
 from twisted_rtsig.coro.channel_ends import ChannelReceiver, ChannelSender
 from twisted_rtsig.coro.channels import Channel, ChannelStatistics
 from twisted_rtsig.coro.commands import OutputLimitExceeded, run_process
@@ -37,6 +38,7 @@ from twisted_rtsig.coro.errors import (
     WouldBlock,
 )
 from twisted_rtsig.coro.forgotten import get_debug, set_debug, wanted_by_environment
+from twisted_rtsig.coro.futures import from_asyncio
 from twisted_rtsig.coro.groups import (
     TASK_STATUS_IGNORED,
     TaskGroup,
@@ -159,6 +161,7 @@ __all__ = [
     "current_task",
     "current_time",
     "format_tasks",
+    "from_asyncio",
     "from_thread",
     "get_debug",
     "in_thread",
@@ -187,5 +190,6 @@ __all__ = [
     "watch_for_blocking",
 ]
 
+_let_asyncio_await_deferreds()
 if wanted_by_environment():
     set_debug(True)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import sys
+from asyncio import CancelledError
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from twisted.internet.error import ConnectError, ConnectionLost
 
 if sys.version_info < (3, 11):
-    from exceptiongroup import ExceptionGroup
+    from exceptiongroup import BaseExceptionGroup, ExceptionGroup
 
 
 if TYPE_CHECKING:
     from twisted_rtsig.coro.scopes import Scope
 
 
-class Cancelled(BaseException):
+class Cancelled(CancelledError):
     """
     Raised where a task waits when the task, or the C{timeout} or C{TaskGroup}
     around what it does, is cancelled.
@@ -24,6 +25,8 @@ class Cancelled(BaseException):
     Not an C{Exception}, so that C{except Exception} does not swallow it.  Clean
     up in C{finally}, or raise it again.  It never leaves its task: to the
     outside, a cancelled task is Twisted's ``CancelledError``.
+
+    To code for asyncio that runs in the task it is asyncio's ``CancelledError``.
 
     :ivar reason: what C{cancel} was given, or what its caller in this package says;
         None without a reason.
@@ -37,6 +40,31 @@ class Cancelled(BaseException):
         self.reason = reason
         # What has cancelled: a timeout or group, or None for Task.cancel.
         self._scope = scope
+
+    def _raised(self) -> CancelledError:
+        """What the task gets."""
+        return self
+
+
+def cancellation_in(error: BaseException | None) -> CancelledError | None:
+    """
+    The cancellation that C{error} is, of this package or of asyncio; or one of those
+    that a group consists of.
+
+    asyncio's TaskGroup of Python 3.11 and 3.12 takes C{Cancelled} for an error.
+    """
+    while isinstance(error, BaseExceptionGroup):
+        if not all(cancellation_in(each) for each in error.exceptions):
+            return None
+        error = error.exceptions[0]
+    return error if isinstance(error, CancelledError) else None
+
+
+def reason_of(cancelled: CancelledError) -> str | None:
+    """Why a task was cancelled: by this package, or by asyncio."""
+    if isinstance(cancelled, Cancelled):
+        return cancelled.reason
+    return str(cancelled.args[0]) if cancelled.args else None
 
 
 class BusyResourceError(RuntimeError):

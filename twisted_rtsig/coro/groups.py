@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import sys
+from asyncio import CancelledError
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, Final, Generic, Protocol, TypeVar, overload
 
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from twisted_rtsig.coro.errors import Cancelled
+from twisted_rtsig.coro.awaiting_asyncio import again
+from twisted_rtsig.coro.errors import cancellation_in, reason_of
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation, Wait
 from twisted_rtsig.coro.scheduler import running
@@ -232,36 +234,37 @@ class TaskGroup(Scope):
             # Nothing can resume this coroutine any more, nor the tasks of the group.
             self._exit()
             return False
-        own = isinstance(error, Cancelled) and error._scope is self
-        if isinstance(error, Cancelled):
-            self.cancel(error.reason)
+        error = cancellation_in(error) or error
+        own = error is not None and self._has_caused(error)
+        if isinstance(error, CancelledError):
+            self.cancel(reason_of(error))
         elif error is not None:
             self.cancel(
                 f"the block of the group has failed with {type(error).__name__}"
             )
-        outer: Cancelled | None = None
+        outer: CancelledError | None = None
         while self._tasks:
             self._last_ends = Wait()
             try:
                 await self._last_ends
-            except Cancelled as cancelled:
-                if cancelled._scope is not self:
+            except CancelledError as cancelled:
+                if not self._has_caused(cancelled):
                     outer = cancelled
-                self.cancel(cancelled.reason)
+                self.cancel(reason_of(cancelled))
         self._last_ends = None
         task = self._task
         assert task is not None
         self._exit()
-        if isinstance(error, Cancelled) and not own:
+        if isinstance(error, CancelledError) and not own:
             outer = error
         # Tasks of the group may refer to it, and the errors to their frames.
         errors, self._errors = self._errors, []
-        if error is not None and not isinstance(error, Cancelled):
+        if error is not None and not isinstance(error, CancelledError):
             errors.insert(0, error)
         if errors:
             if outer is not None:
                 # Where it waits next.
-                task._cancels += (Cancelled(outer.reason, outer._scope),)
+                task._cancels += (again(outer),)
             raise BaseExceptionGroup(
                 f"{len(errors)} of a group of tasks have failed", errors
             ) from None

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
+from twisted_rtsig.awaited_by_asyncio import delivered
 from twisted_rtsig.coro.tracebacks import WholeFailure
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ class Operation(Deferred[T]):
     waiter: Any = None
     owner: Owner | None = None
     value: Any = NOTHING
+    # Of what drives the coroutine that awaits it: see awaited_by_asyncio.
+    takes_value = True
 
     # The names from Twisted 25.5 on, and before.
     _callbacks: Any = _OnDemand()
@@ -204,7 +207,10 @@ class Operation(Deferred[T]):
         try:
             # The driver sends the result; a task's at once if it is there.
             return (yield self)  # type: ignore[no-any-return]
-        except BaseException:
+        except BaseException as error:
+            value = delivered(self, error)
+            if value is not None:
+                return value[0]  # type: ignore[no-any-return]
             # The traceback holds this frame, and the result the error.
             del self
             raise
@@ -248,6 +254,8 @@ class Operation(Deferred[T]):
 @_with_room_for("owner", "waiter", "called", "result", "value")
 class Wait(Operation[None]):
     """One that has no value: to await it takes less time and memory."""
+
+    takes_value = False
 
     def __await__(self) -> Any:
         # An iterator that comes to nothing, which no frame is needed for.

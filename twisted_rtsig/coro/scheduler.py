@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary, ref
 from twisted.internet.defer import Deferred, fail
 
 from twisted_rtsig.coro.async_generators import GeneratorHooks, restore
+from twisted_rtsig.coro.awaiting_asyncio import Asyncio, of_reactor
 from twisted_rtsig.coro.census import totals_of
 from twisted_rtsig.coro.errors import NoTaskError
 from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
@@ -126,6 +127,7 @@ class Scheduler:
     :ivar totals: the counts of the reactor.
     :ivar task_counts: the C{tasks} of these; see C{count_spawned}.
     :ivar instruments: None without any.
+    :ivar asyncio: what asyncio sees of the tasks; None where it does not run.
     """
 
     __slots__ = (
@@ -139,6 +141,7 @@ class Scheduler:
         "_ready",
         "_run",
         "_running",
+        "asyncio",
         "instruments",
         "most_references",
         "origin",
@@ -162,6 +165,8 @@ class Scheduler:
         self.totals: Totals = totals_of(reactor)
         self.task_counts: list[int] = self.totals.tasks
         self.instruments: Instruments | None = None
+        self.asyncio: Asyncio | None = of_reactor(reactor)
+        self.observe_spawning()
         # The value or error for each is kept in the task: the garbage collector would
         # see a tuple for each.
         self._ready: deque[Task[Any]] = deque()
@@ -276,11 +281,13 @@ class Scheduler:
         return sum(map(len, self._older)) + len(self.references)
 
     def task_added(self, task: Task[Any]) -> None:
-        """There are many references, or instruments that observe each new task."""
+        """There are many references, or something that has to see each new task."""
         if len(self.references) > _NEW_REFERENCES:
             self._sweep_new()
             if len(self._older) > self._most_older:
                 self.sweep()
+        if self.asyncio is not None:
+            self.asyncio.adopt(task)
         if self.instruments is not None:
             self.instruments.observe(task)
             self.instruments.call("task_spawned", task)
@@ -299,6 +306,9 @@ class Scheduler:
         if len(active) > _NEW_REFERENCES // 2:
             self._older.append(active)
             active = []
+        if self.asyncio is not None:
+            for reference in references[before:]:
+                self.asyncio.adopt_active(reference())
         references[:before] = active
         self._counted -= before - len(active)
         self.observe_spawning()
@@ -332,8 +342,16 @@ class Scheduler:
         self._counted = len(self.references)
 
     def observe_spawning(self) -> None:
-        """Instruments have come or gone."""
-        self.most_references = _NEW_REFERENCES if self.instruments is None else -1
+        """Instruments have come or gone, or asyncio has come."""
+        observed = self.instruments is not None or self.asyncio is not None
+        self.most_references = -1 if observed else _NEW_REFERENCES
+
+    def use_asyncio(self, asyncio: Asyncio) -> None:
+        """From now on asyncio sees the tasks, and those that there are already."""
+        self.asyncio = asyncio
+        for task in self.active_tasks():
+            asyncio.adopt_active(task)
+        self.observe_spawning()
 
 
 def _to_active(references: Iterable[ref[Task[Any]]]) -> list[ref[Task[Any]]]:

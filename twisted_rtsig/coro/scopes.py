@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted.internet.error import AlreadyCancelled
 
-from twisted_rtsig.coro.errors import Cancelled
+from twisted_rtsig.coro.awaiting_asyncio import enter_shield, exit_shield
+from twisted_rtsig.coro.errors import Cancelled, cancellation_in
 from twisted_rtsig.coro.scheduler import cancel_call
 from twisted_rtsig.coro.tasks import Task, held_open, scheduler_for, task_of_caller
 
@@ -61,6 +62,24 @@ class Scope:
         """When it cancels what is inside, in the time of the reactor."""
         return -math.inf if self.cancelled else math.inf
 
+    def _has_cancelled(self) -> bool:
+        """Whether it has cancelled what is inside."""
+        return self.cancelled
+
+    def _has_caused(self, error: BaseException) -> bool:
+        """Whether the block ends because of its own cancellation."""
+        cancelled = cancellation_in(error)
+        if isinstance(cancelled, Cancelled):
+            return cancelled._scope is self
+        # Code for asyncio may raise another one in the place of what was raised there:
+        # asyncio.Condition does, for example.
+        return cancelled is not None and self._was_delivered()
+
+    def _was_delivered(self) -> bool:
+        """Whether what is inside was cancelled by this block, and was told."""
+        pending = () if self._task is None else self._task._cancels
+        return self._has_cancelled() and all(e._scope is not self for e in pending)
+
 
 class _Limit(Scope):
     """
@@ -71,6 +90,8 @@ class _Limit(Scope):
 
     # Set where it is not the default, since there may be one for each wait.
     expired: bool = False
+    # Why it has expired.
+    _why: str | None = None
     # None once the deadline is known, or was set.
     _seconds: float | None = None
     _deadline = math.inf
@@ -107,6 +128,9 @@ class _Limit(Scope):
     def _cancels_at(self) -> float:
         return -math.inf if self.cancelled else self.deadline
 
+    def _has_cancelled(self) -> bool:
+        return self.cancelled or self.expired
+
     def _begin(self) -> None:
         task = self._enter()
         seconds = self._seconds
@@ -138,7 +162,7 @@ class _Limit(Scope):
         self._call = None
 
     def _expire(self) -> None:
-        why = self._why_expired()
+        why = self._why = self._why_expired()
         self._deadline = self.deadline
         # The call refers to this scope.
         self._seconds = self._call = None
@@ -151,7 +175,7 @@ class _Limit(Scope):
             return "the deadline has passed"
         return f"it took more than {self._seconds} s"
 
-    def _finish(self, error: object) -> bool:
+    def _finish(self, error: BaseException | None) -> bool:
         """The block ends; return whether it does because of its own cancellation."""
         if self._call is not None:
             try:
@@ -159,12 +183,12 @@ class _Limit(Scope):
             except AlreadyCancelled:
                 # trial cancels all delayed calls at the end of a test.
                 self._call = None
+        own = error is not None and self._has_caused(error)
         self._exit()
         if error is None:
             # It came to its end all the same.
             self.expired = False
-            return False
-        return isinstance(error, Cancelled) and error._scope is self
+        return own
 
     def _what(self) -> str:
         if self._seconds is not None:
@@ -206,10 +230,11 @@ class timeout(_Limit):
         self._begin()
         return self
 
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+    def __exit__(
+        self, kind: object, error: BaseException | None, traceback: object
+    ) -> None:
         if self._finish(error):
-            assert isinstance(error, Cancelled)
-            raise TimeoutError(error.reason) from error
+            raise TimeoutError(self._why) from error
 
 
 class timeout_at(timeout):
@@ -282,7 +307,9 @@ class CancelScope(_Limit):
             self._begin()
         return self
 
-    def __exit__(self, kind: object, error: object, traceback: object) -> bool:
+    def __exit__(
+        self, kind: object, error: BaseException | None, traceback: object
+    ) -> bool:
         if error is None:
             self.cancelled = False
         return self._finish(error)
@@ -361,11 +388,16 @@ class shield(Scope):
     shields = True
 
     def __enter__(self) -> shield:
-        self._enter()
+        task = self._enter()
+        if task._scheduler.asyncio is not None:
+            enter_shield(task, self)
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        task = self._task
         self._exit()
+        if task is not None and task._scheduler.asyncio is not None:
+            exit_shield(task, self)
 
     def __repr__(self) -> str:
         return "<shield>"

@@ -42,7 +42,15 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from twisted_rtsig.coro.errors import Cancelled, NoTaskError, TransferError
+from twisted_rtsig.awaited_by_asyncio import Delivery
+from twisted_rtsig.coro.awaiting_asyncio import FutureWait, runs, wait_for
+from twisted_rtsig.coro.errors import (
+    Cancelled,
+    NoTaskError,
+    TransferError,
+    cancellation_in,
+    reason_of,
+)
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation, Wait, error_of
 from twisted_rtsig.coro.scheduler import (
@@ -194,7 +202,7 @@ class Task(Generic[T]):
         # The coroutine or generator, or how it begins; the state once it has ended.
         self._body: Runnable[T] | Beginning | int = runnable
         # What it waits for; None while it runs, or is about to.
-        self._waiting_on: Deferred[Any] | Beginning | None = None
+        self._waiting_on: Deferred[Any] | Beginning | FutureWait | None = None
         # Functions to call with this task when it ends; None without any.
         self._done: Sequence[Callable[[Task[T]], object]] | None = None
         kind = type(runnable)
@@ -288,10 +296,14 @@ class Task(Generic[T]):
         if self._body is _SUCCEEDED:
             return cast(T, self._value)
         if not self.done:
-            ending = self.as_deferred()
+            ending: _Awaited[T] = _Awaited(self)
+            self._when_done(ending.finish)
             # As in result().
             del self
-            return cast(T, (yield ending))
+            try:
+                return cast(T, (yield ending))
+            except Delivery as delivery:
+                return cast(T, delivery.value)
         error = self._see_error()
         try:
             raise error
@@ -373,7 +385,10 @@ class Task(Generic[T]):
             about_to_raise = self._value.error
             if isinstance(about_to_raise, Cancelled) and about_to_raise._scope is scope:
                 return False
-        if not any(each._scope is scope for each in self._cancels):
+        asyncio = self._scheduler.asyncio
+        if asyncio is not None:
+            asyncio.note(self, reason, scope)
+        elif not any(each._scope is scope for each in self._cancels):
             self._cancels += (Cancelled(reason, scope),)
         return self._waiting_on is not None
 
@@ -440,17 +455,21 @@ class Task(Generic[T]):
         if cancelled is None or awaited is None:
             return None
         if awaited is HANDOVER:
-            self._resume(None, cancelled)
+            self._resume(None, cancelled._raised())
             return None
         if isinstance(awaited, Operation) and awaited.waiter is self:
             awaited.abandon()
-            self._resume(None, cancelled)
+            self._resume(None, cancelled._raised())
+            return None
+        if isinstance(awaited, FutureWait):
+            self._cancels = before
+            awaited.cancel(cancelled)
             return None
         # That it ends may take a while, or succeed all the same.
         task = awaited.awaited_task() if isinstance(awaited, OfTask) else None
         if self in chain or task is self or task in chain:
             # A circle, in which nobody would ever be told.
-            self._resume(None, cancelled)
+            self._resume(None, cancelled._raised())
             return None
         chain[self] = None
         self._cancels = before
@@ -464,7 +483,8 @@ class Task(Generic[T]):
                 log_failure(_log, message, error, deferred=awaited)
                 if self._waiting_on is awaited:
                     # It may never fire.
-                    self._resume(None, self._next_cancel())
+                    self._next_cancel()
+                    self._resume(None, cancelled._raised())
         elif task._to_be_cancelled_for(None, cancelled.reason):
             return task
         return None
@@ -485,14 +505,15 @@ class Task(Generic[T]):
 
     def _raise(self, error: BaseException) -> None:
         """The function has raised something."""
-        if not isinstance(error, Cancelled):
+        cancelled = cancellation_in(error)
+        if cancelled is None:
             self._fail(error)
-        elif error._scope is None:
-            # The frames there hold it, in their turn.
-            error.__traceback__ = None
-            self._end(_CANCELLED, error.reason)
+        elif isinstance(cancelled, Cancelled) and cancelled._scope is not None:
+            self._fail(held_open(cancelled._scope))
         else:
-            self._fail(held_open(error._scope))
+            # The frames there hold it, in their turn.
+            error.__traceback__ = cancelled.__traceback__ = None
+            self._end(_CANCELLED, reason_of(cancelled))
 
     def _wait_for(self, awaited: Any) -> Any:
         """
@@ -513,10 +534,27 @@ class Task(Generic[T]):
             if state != _ACTIVE:
                 return Raised(awaited._see_error())
             awaited = awaited.as_deferred()
+        elif inspect.iscoroutine(awaited) or inspect.isgenerator(awaited):
+            # As under inlineCallbacks of Twisted.
+            awaited = spawn(awaited, reactor=self.reactor).as_deferred()
         else:
-            return Raised(_not_awaitable(awaited))
+            return self._wait_for_asyncio(awaited)
         self._waiting_on = awaited
         awaited.addBoth(self._fired, awaited)
+        if self._cancels:
+            self._interrupt()
+        return WAITS
+
+    def _wait_for_asyncio(self, awaited: Any) -> Any:
+        try:
+            wait = wait_for(self, awaited)
+        except Exception as error:
+            return Raised(error)
+        if wait is None:
+            return Raised(_not_awaitable(awaited))
+        if isinstance(wait, Wait):
+            wait.waiter = self
+        self._waiting_on = wait
         if self._cancels:
             self._interrupt()
         return WAITS
@@ -528,7 +566,7 @@ class Task(Generic[T]):
         """
         cancelled = self._next_cancel()
         if cancelled is not None:
-            return Raised(cancelled)
+            return Raised(cancelled._raised())
         if not isinstance(target, Task):
             return Raised(
                 TypeError(
@@ -590,7 +628,8 @@ class Task(Generic[T]):
         if requested == _NOW or (requested and isinstance(error, CancelledError)):
             cancelled = self._next_cancel()
             if cancelled is not None:
-                cancelled.__cause__, error = error, cancelled
+                cancelled.__cause__ = error
+                error = cancelled._raised()
         self._resume(None, error)
         return None
 
@@ -717,6 +756,12 @@ class OfTask(Deferred[T]):
             # To cancel it here would recurse as often as tasks and Deferreds take
             # turns in a chain.
             _collected.told.append(task)
+
+
+class _Awaited(OfTask[T]):
+    """What a coroutine yields that awaits a task: see C{Operation.takes_value}."""
+
+    takes_value = True
 
 
 def _not_awaitable(what: object) -> TypeError:
@@ -923,7 +968,10 @@ def task_of_caller(what: str) -> Task[Any]:
         frame: FrameType | None = inspect.currentframe()
         while frame is not None and frame.f_globals is not vars(defer):
             if frame.f_code is RUN:
-                return running.task
+                task = running.task
+                if task._scheduler.asyncio is None or runs(task):
+                    return task
+                break
             frame = frame.f_back
     raise NoTaskError(what)
 

@@ -4,6 +4,7 @@ Cancelling a handler at each of its waits, and checking that it leaves nothing b
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Callable, Generator
 from typing import Any, Final
@@ -11,6 +12,7 @@ from typing import Any, Final
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
+from twisted_rtsig.coro.awaiting_asyncio import FutureWait
 from twisted_rtsig.coro.errors import Cancelled
 from twisted_rtsig.coro.inspection import (
     format_tasks,
@@ -23,11 +25,15 @@ from twisted_rtsig.coro.scheduler import scheduler_of
 from twisted_rtsig.coro.serving import Handler
 from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.tasks import Task, current_task
+from twisted_rtsig.coro.testing.event_loops import ClockLoop, outside_of_loops
 from twisted_rtsig.coro.testing.pairs import stream_pair
 from twisted_rtsig.coro.testing.running import converse
 
 _TURNS: Final = 10_000
 """How many turns of the clock a conversation may take."""
+
+_PATIENCE: Final = 5.0
+"""How many seconds asyncio may wait for a thread, a socket or a child."""
 
 
 async def _only_listen(stream: Stream) -> None:
@@ -57,6 +63,8 @@ def cancel_everywhere(
 
     Each time there is another conversation, in memory, with a clock of its own, which
     passes as soon as nothing else happens.  Every write waits until it was received.
+    Both sides may await what belongs to asyncio: its time is that of the clock, and its
+    threads, sockets and children are real.
 
     :param handler: an C{async def} or generator function, of a :class:`Stream`.
     :param peer: another one, the other side; by default one that says that nothing
@@ -65,16 +73,17 @@ def cancel_everywhere(
         not left everything as it should.
     :return: at how many points it was cancelled.
     :raises AssertionError: if the handler goes on, or raises something else, when it
-        was cancelled; if it leaves tasks or delayed calls behind; if one side waits
-        for what does not come.
+        was cancelled; if it leaves tasks or delayed calls behind, of asyncio as well;
+        if one side waits for what does not come.
     :raises TypeError: if the handler returns a Deferred.
     """
-    whole = _Conversation(handler, peer)
-    whole.run()
-    check()
-    for point in range(1, whole.waits + 1):
-        _Conversation(handler, peer, point).run()
+    with outside_of_loops():
+        whole = _Conversation(handler, peer)
+        whole.run()
         check()
+        for point in range(1, whole.waits + 1):
+            _Conversation(handler, peer, point).run()
+            check()
     return whole.waits
 
 
@@ -92,6 +101,7 @@ class _Conversation:
         self.where: str | None = None
         self._told = False
         self._clock = Clock()
+        self._loop = ClockLoop(self._clock)
         # Kept here, or it would be another one for each task.
         self._scheduler = scheduler_of(self._clock)
         ours, theirs = stream_pair(buffer_size=0, reactor=self._clock)
@@ -140,6 +150,7 @@ class _Conversation:
             for task in (self._task, self._peer):
                 if task.failed:
                     task._see_failure()
+            self._loop.close()
 
     def _run(self) -> None:
         self._finish(self._task, "the handler")
@@ -156,10 +167,22 @@ class _Conversation:
         for _ in range(_TURNS):
             if task.done:
                 return
-            if not self._clock.getDelayedCalls():
+            if not self._something_happens():
                 raise self._wrong(f"{who} waits for what does not come", tasks=True)
-            self._next_turn()
         raise self._wrong(f"{who} has not ended after {_TURNS} turns", tasks=True)
+
+    def _something_happens(self) -> bool:
+        """Let it; return whether anything could."""
+        if self._loop.has_work:
+            self._loop.turn()
+        elif self._clock.getDelayedCalls():
+            self._next_turn()
+        else:
+            waits = [task._waiting_on for task in tasks_of(self._clock)]
+            if any(isinstance(each, FutureWait) for each in waits):
+                self._loop.wait(_PATIENCE)
+            return self._loop.has_work
+        return True
 
     def _next_turn(self) -> None:
         due = min(each.getTime() for each in self._clock.getDelayedCalls())
@@ -177,13 +200,19 @@ class _Conversation:
     def _nothing_is_left(self) -> None:
         # The connection needs some turns to end.
         now = self._clock.seconds()
-        while any(each.getTime() <= now for each in self._clock.getDelayedCalls()):
+        while self._loop.has_work or any(
+            each.getTime() <= now for each in self._clock.getDelayedCalls()
+        ):
+            self._loop.turn()
             self._clock.advance(0)
         left = self._clock.getDelayedCalls()
         if left:
             raise self._wrong(f"the handler has left behind {left}")
         if tasks_of(self._clock):
             raise self._wrong("the handler has left tasks behind", tasks=True)
+        of_asyncio = asyncio.all_tasks(self._loop)
+        if of_asyncio:
+            raise self._wrong(f"the handler has left behind {of_asyncio}")
 
     def _wrong(self, what: str, tasks: bool = False) -> AssertionError:
         where = "" if self.where is None else f"cancelled at {self.where}: "
