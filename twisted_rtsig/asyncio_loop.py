@@ -19,14 +19,18 @@ from __future__ import annotations
 import asyncio
 import functools
 import signal
-import socket
 from asyncio import events, selector_events
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.posixbase import unixEnabled
 
 from twisted_rtsig.asyncio_children import fast_watcher, reap_for
-from twisted_rtsig.asyncio_selector import EngineSelector
+from twisted_rtsig.asyncio_selector import (
+    INTERNET,
+    MOST_AT_ONCE,
+    EngineSelector,
+    SocketTransport,
+)
 from twisted_rtsig.engine.reactor import LogContext
 from twisted_rtsig.notifiers import UnsupportedReactorError
 
@@ -35,13 +39,6 @@ if unixEnabled:
 
 if TYPE_CHECKING:
     from twisted_rtsig.asyncioreactor import AsyncioEngineReactor
-
-# In bytes: the most that a transport reads at once.  asyncio asks for 256 KiB, which is
-# more than the C library allocates from its heap (mallopt(3), M_MMAP_THRESHOLD): each
-# read, however small, then maps memory, faults it in and unmaps it.
-_MOST_AT_ONCE: Final = 65536
-
-_INTERNET: Final = (socket.AF_INET, socket.AF_INET6)
 
 
 class EngineEventLoop(asyncio.SelectorEventLoop):
@@ -108,18 +105,23 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
 
     # Transports
 
-    def _make_socket_transport(self, sock: Any, *args: Any, **kwargs: Any) -> Any:
-        transport = super()._make_socket_transport(  # type: ignore[misc]
-            sock, *args, **kwargs
-        )
-        transport.max_size = _MOST_AT_ONCE
-        return transport
+    def _make_socket_transport(
+        self,
+        sock: Any,
+        protocol: Any,
+        waiter: Any = None,
+        *,
+        extra: Any = None,
+        server: Any = None,
+        **further: Any,
+    ) -> Any:
+        return SocketTransport(self, sock, protocol, waiter, extra, server, **further)
 
     def _make_ssl_transport(self, rawsock: Any, *args: Any, **kwargs: Any) -> Any:
         transport = super()._make_ssl_transport(  # type: ignore[misc]
             rawsock, *args, **kwargs
         )
-        self._transports[rawsock.fileno()].max_size = _MOST_AT_ONCE
+        self._transports[rawsock.fileno()].max_size = MOST_AT_ONCE
         return transport
 
     def _make_datagram_transport(self, sock: Any, *args: Any, **kwargs: Any) -> Any:
@@ -127,15 +129,15 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
             sock, *args, **kwargs
         )
         # Datagrams of other families may be larger.
-        if sock.family in _INTERNET:
-            transport.max_size = _MOST_AT_ONCE
+        if sock.family in INTERNET:
+            transport.max_size = MOST_AT_ONCE
         return transport
 
     def _make_read_pipe_transport(self, *args: Any, **kwargs: Any) -> Any:
         transport = super()._make_read_pipe_transport(  # type: ignore[misc]
             *args, **kwargs
         )
-        transport.max_size = _MOST_AT_ONCE
+        transport.max_size = MOST_AT_ONCE
         return transport
 
 
@@ -181,6 +183,9 @@ def adopt(loop: Any, reactor: AsyncioEngineReactor) -> EngineEventLoop:
 
     :param loop: what L{check_loop} has not refused.
     """
+    for transport in loop._transports.values():
+        if isinstance(transport, selector_events._SelectorSocketTransport):  # type: ignore[attr-defined]
+            transport.max_size = MOST_AT_ONCE
     former = loop._selector
     selector = EngineSelector(reactor, loop)
     for key in former.get_map().values():
@@ -198,9 +203,6 @@ def adopt(loop: Any, reactor: AsyncioEngineReactor) -> EngineEventLoop:
     handle = loop._signal_handlers.get(signal.SIGCHLD)
     if handle is not None and fast_watcher(handle._callback) is not None:
         loop.add_signal_handler(signal.SIGCHLD, handle._callback)
-    for transport in loop._transports.values():
-        if isinstance(transport, selector_events._SelectorSocketTransport):  # type: ignore[attr-defined]
-            transport.max_size = _MOST_AT_ONCE
     adopted: EngineEventLoop = loop
     return adopted
 

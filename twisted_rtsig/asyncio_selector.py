@@ -11,8 +11,10 @@ attributes in each pass.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import selectors
+import socket
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,11 +31,36 @@ if TYPE_CHECKING:
 # The directions of the engine are those of the standard library.
 assert (READ, WRITE) == (selectors.EVENT_READ, selectors.EVENT_WRITE)
 
+# In bytes: the most that a transport reads at once.  asyncio asks for 256 KiB, which is
+# more than the C library allocates from its heap (mallopt(3), M_MMAP_THRESHOLD): each
+# read, however small, then maps memory, faults it in and unmaps it.
+MOST_AT_ONCE: Final = 65536
+
 # In seconds: as long as asyncio itself sleeps at most.
 _LONGEST_SLEEP: Final = 24 * 3600.0
 
+INTERNET: Final = (socket.AF_INET, socket.AF_INET6)
+
 # What Twisted's main loop logs to.
 _log = Logger(namespace="twisted.internet.base")
+
+
+class SocketTransport(asyncio.selector_events._SelectorSocketTransport):  # type: ignore[name-defined,misc]
+    """asyncio's transport for stream sockets, which the engine may read for."""
+
+    max_size = MOST_AT_ONCE
+
+    def reads_plainly(self) -> bool:
+        """Whether it is of TCP, and gives what it reads to C{data_received}."""
+        if type(self._sock) is not socket.socket:
+            return False
+        # The attributes of socket.socket make members of enumerations.
+        handle: Any = super(socket.socket, self._sock)
+        return (
+            handle.family in INTERNET
+            and handle.type == socket.SOCK_STREAM
+            and self._read_ready_cb == self._read_ready__data_received
+        )
 
 
 @implementer(IReadDescriptor, IWriteDescriptor)
@@ -79,6 +106,84 @@ class Watched:
         pass
 
 
+class WatchedTransport(Watched):
+    """
+    The descriptor of a transport that the engine reads from, as from its own streams:
+    the transport's data goes to its protocol within the pass.
+
+    The engine asks the kernel only for changes (C{tells_drained}), which is what makes
+    it cheap, and right for TCP alone: there a read that returns less than it asked for
+    has emptied the socket.
+    """
+
+    __slots__ = ("_loop", "_mode", "_transport")
+
+    # Of the engine's streams.
+    tells_drained = True
+    reads_by_recv = False
+    logstr = "-"
+
+    def __init__(
+        self,
+        key: selectors.SelectorKey,
+        reported: list[Watched],
+        transport: Any,
+        loop: Any,
+    ) -> None:
+        super().__init__(key, reported)
+        self._transport = transport
+        self._loop = loop
+        # Changes with the protocol.
+        self._mode = transport._read_ready_cb
+
+    def doRead(self) -> None:
+        try:
+            self._read()
+        except BaseException as error:
+            # The engine would log it, and lose the connection.
+            self._loop.reactor.raised = error
+
+    def _read(self) -> None:
+        """
+        What C{_read_ready__data_received} of the transport does.
+
+        :raises SystemExit: if the protocol does; and C{KeyboardInterrupt}.
+        """
+        transport, loop = self._transport, self._loop
+        if loop._debug or transport._read_ready_cb is not self._mode:
+            # The loop measures the callback, or does not call data_received().
+            loop.reactor.look_again(self)
+            self.report(READ)
+            return
+        if transport._conn_lost:
+            return
+        run = self.key.data[0]._context.run
+        try:
+            data = transport._sock.recv(MOST_AT_ONCE)
+        except (BlockingIOError, InterruptedError):
+            return
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            run(transport._fatal_error, error, "Fatal read error on socket transport")
+            return
+        if not data:
+            run(transport._read_ready__on_eof)
+            return
+        if len(data) == MOST_AT_ONCE:
+            loop.reactor.look_again(self)
+        try:
+            run(transport._protocol.data_received, data)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            run(
+                transport._fatal_error,
+                error,
+                "Fatal error: protocol.data_received() call failed.",
+            )
+
+
 class EngineSelector(selectors.BaseSelector):
     """
     A selector that runs a reactor while it waits.
@@ -113,15 +218,22 @@ class EngineSelector(selectors.BaseSelector):
         if descriptor in self._watched:
             raise KeyError(f"{fileobj!r} (FD {descriptor}) is already registered")
         key = selectors.SelectorKey(fileobj, descriptor, events, data)
-        watched = Watched(key, self._reported)
+        watched = self._make(key)
         self._watch(watched, events)
-        if self._reactor.is_file(watched):
+        if type(watched) is Watched and self._reactor.is_file(watched):
             self._unwatch(watched, events)
             raise PermissionError(
                 errno.EPERM, f"{fileobj!r} is a file, which is always ready"
             )
         self._watched[descriptor] = watched
         return key
+
+    def _make(self, key: selectors.SelectorKey) -> Watched:
+        if key.events & READ and isinstance(key.data, tuple):
+            transport = getattr(key.data[0]._callback, "__self__", None)
+            if type(transport) is SocketTransport and transport.reads_plainly():
+                return WatchedTransport(key, self._reported, transport, self._loop)
+        return Watched(key, self._reported)
 
     def modify(
         self, fileobj: Any, events: int, data: Any = None
@@ -148,9 +260,10 @@ class EngineSelector(selectors.BaseSelector):
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
         """As C{BaseSelector.unregister}."""
         watched = self._map.find(fileobj)
-        del self._watched[watched.key.fd]
-        self._unwatch(watched, READ | WRITE)
-        return watched.key
+        key = watched.key
+        del self._watched[key.fd]
+        self._unwatch(watched, key.events)
+        return key
 
     def get_key(self, fileobj: Any) -> selectors.SelectorKey:
         """As C{BaseSelector.get_key}."""
@@ -179,9 +292,10 @@ class EngineSelector(selectors.BaseSelector):
 
     def _unwatch(self, watched: Watched, directions: int) -> None:
         # What is pending was found out for the interest that ends.
-        watched.pending &= ~directions
-        if not watched.pending and watched in self._reported:
-            self._reported.remove(watched)
+        if watched.pending:
+            watched.pending &= ~directions
+            if not watched.pending:
+                self._reported.remove(watched)
         if directions & READ:
             self._reactor.removeReader(watched)
         if directions & WRITE:
@@ -242,6 +356,11 @@ class EngineSelector(selectors.BaseSelector):
                 reactor._pass(fields, delay)
             except Exception:
                 _log.failure("Unexpected error in main loop.")
+            if reactor.raised is not None:
+                try:
+                    raise reactor.raised
+                finally:
+                    reactor.raised = None
             if once:
                 break
             if reported or loop._ready or loop._stopping:
@@ -334,4 +453,11 @@ def _descriptor_of(fileobj: Any) -> int:
     return descriptor
 
 
-__all__ = ["EngineSelector", "Watched"]
+__all__ = [
+    "INTERNET",
+    "MOST_AT_ONCE",
+    "EngineSelector",
+    "SocketTransport",
+    "Watched",
+    "WatchedTransport",
+]

@@ -44,7 +44,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from twisted_rtsig.asyncio_loop import EngineEventLoop, adopt, check_loop
-from twisted_rtsig.asyncio_selector import Watched
+from twisted_rtsig.asyncio_selector import Watched, WatchedTransport
 from twisted_rtsig.engine.reactor import EngineReactor, LogContext
 from twisted_rtsig.engine.registration import READ, WRITE, Registration
 from twisted_rtsig.notifiers import GONE, HANGUP, UnsupportedReactorError
@@ -164,6 +164,8 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
         """Whether the loop starts the reactor when it runs: nothing calls run()."""
         self.makes_one_pass = False
         """Whether the loop is run by iterate()."""
+        self.raised: BaseException | None = None
+        """What a protocol of asyncio has raised in a pass, and ends the loop."""
         self._was_started_by_loop = False
         # Whether crash() ends the run of the loop.
         self._runs_loop = False
@@ -183,11 +185,11 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
 
     def getReaders(self) -> list[Any]:
         """All readers of Twisted's, the reactor's own included."""
-        return [each for each in super().getReaders() if type(each) is not Watched]
+        return [each for each in super().getReaders() if not isinstance(each, Watched)]
 
     def getWriters(self) -> list[Any]:
         """All writers of Twisted's, as L{EngineReactor.getWriters} lists them."""
-        return [each for each in super().getWriters() if type(each) is not Watched]
+        return [each for each in super().getWriters() if not isinstance(each, Watched)]
 
     def _dispatch(
         self, fields: LogContext, registration: Registration, ready: int, disarmed: int
@@ -207,10 +209,18 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
             return
         watched = watched or registration.writer
         if (
-            type(watched) is not Watched
+            not isinstance(watched, Watched)
             or (registration.writer or watched) is not watched
         ):
             super()._dispatch(fields, registration, ready, disarmed)
+            return
+        if ready == READ and type(watched) is WatchedTransport:
+            if registration.reader is not None and not (
+                self._unchecked.get(registration, 0) & READ
+            ):
+                # The end of the stream, say, after which there is no more to read.
+                self._mark_unchecked(registration, READ | disarmed)
+                watched.doRead()
             return
         if ready & GONE:
             # Some kernels would tell it again and again.  asyncio's selectors on

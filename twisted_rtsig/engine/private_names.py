@@ -152,13 +152,14 @@ OF_ASYNCIO: Final[Mapping[str, tuple[str, ...]]] = {
         "_check_closed",
         "_check_running",
         "_clock_resolution",
+        "_debug",
         "_ready",
         "_run_once",
         "_scheduled",
         "_stopping",
     ),
     "asyncio.events": ("_get_running_loop", "_set_running_loop"),
-    "asyncio.events.Handle": ("_callback",),
+    "asyncio.events.Handle": ("_callback", "_context"),
     "asyncio.events.TimerHandle": ("_when",),
     "asyncio.selector_events": ("_SelectorSocketTransport",),
     "asyncio.selector_events.BaseSelectorEventLoop": (
@@ -168,6 +169,17 @@ OF_ASYNCIO: Final[Mapping[str, tuple[str, ...]]] = {
         "_make_ssl_transport",
         "_selector",
         "_transports",
+    ),
+    "asyncio.selector_events._SelectorSocketTransport": (
+        "_read_ready__data_received",
+        "_read_ready__on_eof",
+        "_read_ready_cb",
+    ),
+    "asyncio.selector_events._SelectorTransport": (
+        "_conn_lost",
+        "_fatal_error",
+        "_protocol",
+        "_sock",
     ),
     # Not on Windows
     "asyncio.unix_events.BaseChildWatcher": ("_callbacks",),

@@ -234,7 +234,8 @@ class EngineReactor(
                 descriptor, newcomer.origin, newcomer.tells_drained
             )
         else:
-            registration = Registration(descriptor)
+            tells_drained = not others and getattr(newcomer, "tells_drained", False)
+            registration = Registration(descriptor, tells_drained=tells_drained)
         registration.interest = interest
         self._notifier.watch(registration)
         self._registrations[descriptor] = registration
