@@ -371,6 +371,9 @@ class EngineSelector(selectors.BaseSelector):
                     return
                 if loop._scheduled and loop._scheduled[0]._when < now:
                     return
+                if loop._timer_cancelled_count > len(loop._scheduled) // 2 + 100:
+                    # Only the loop itself throws cancelled timers away.
+                    return
         if reactor.makes_one_pass:
             loop.stop()
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from tests.soak.peers import Crowd, talks_with
+from tests.soak.peers import Crowd, talks_of
 
 REST = 60.0
 """Seconds that the server may take to come to rest."""
@@ -69,9 +69,9 @@ class Soak:
                 self._print(self.report())
         times = crowd.leave()
         self.wrong += [each for each in crowd.failures() if each not in self.wrong]
-        names = [each.__name__ for each in talks_with(self.addresses)]
-        print(", ".join(f"{times[each]} {each}" for each in names))
-        self.wrong += [f"{each}: not once" for each in names if not times[each]]
+        talks = [each.__name__ for each in talks_of(self.addresses)]
+        print(", ".join(f"{times[each]} {each}" for each in talks))
+        self.wrong += [f"{each}: not once" for each in talks if not times[each]]
         report = self._at_rest()
         self._print(report)
         return report

@@ -112,7 +112,7 @@ class Peer:
             handle.connect(address)
         else:
             handle = socket.create_connection(tuple(address), PATIENCE)
-        if service == "tls":
+        if service in ("tls", "asyncio tls"):
             handle = self.secure(handle)
         return contextlib.closing(handle)
 
@@ -240,22 +240,69 @@ def datagrams(peer: Peer) -> None:
             expect(handle.recv(100), b"%d" % turn)
 
 
-def asyncios(peer: Peer) -> None:
-    """Children, threads, signals and cancellations, where asyncio has a part in it."""
-    size = peer.random.randrange(1, 100_000)
-    digest = hashlib.sha256(pattern(0, size)).hexdigest().encode()
-    with peer.connect("asyncio") as handle:
+# Peers of asyncio's servers
+
+ASYNCIO_VERBS = (
+    *(b"EXIT", b"SPAWN", b"SIGNAL", b"HANDLER"),
+    *(b"CANCEL", b"KILL", b"TWISTED"),
+)
+"""Commands that answer with their argument."""
+
+
+def asyncio_lines(peer: Peer) -> None:
+    """A conversation line by line, some lines at a time, and much in between."""
+    with peer.connect("asyncio", "asyncio tls") as handle:
         connection = Connection(handle)
-        for command, answer in (
-            (b"TAKE %d\n" % size + pattern(0, size), digest),
-            (b"CHILD %d\n" % size, digest),
-            (b"SPAWN %d\n" % (size % 100), b"%d" % (size % 100)),
-            (b"THREAD %d\n" % size, digest),
-            (b"SIGNAL %d\n" % size, b"%d" % size),
-            (b"CANCEL 3\n", b"3"),
-        ):
-            connection.send(command)
-            expect(connection.line(), answer)
+        for turn in range(peer.random.randint(1, 30)):
+            several = [b"ECHO %d.%d" % (turn, each) for each in range(turn % 4 + 1)]
+            connection.send(b"".join(line + b"\n" for line in several))
+            for line in several:
+                expect(connection.line(), line)
+        size = peer.random.choice([1, 1000, 1_000_000])
+        connection.send(b"TAKE %d\n" % size + pattern(0, size))
+        expect(connection.line(), digest(size))
+        connection.send(b"SEND %d\nECHO next\n" % size)
+        expect(connection.exactly(size) == pattern(0, size), True)
+        expect(connection.line(), b"ECHO next")
+
+
+def asyncio_work(peer: Peer) -> None:
+    """Children, threads, signals and cancellations, and what Twisted does for it."""
+    with peer.connect("asyncio", "asyncio tls") as handle:
+        connection = Connection(handle)
+        for _ in range(5):
+            size = peer.random.choice([1, 1000, 300_000])
+            for verb in (b"CHILD", b"THREAD"):
+                connection.send(b"%s %d\n" % (verb, size))
+                expect(connection.line(), digest(size))
+            for verb in ASYNCIO_VERBS:
+                number = peer.random.randrange(200)
+                connection.send(b"%s %d\n" % (verb, number))
+                expect(connection.line(), b"%d" % number)
+
+
+def asyncio_leavers(peer: Peer) -> None:
+    """Reset at every moment of what asyncio does."""
+    with peer.connect("asyncio", "asyncio tls") as handle:
+        connection = Connection(handle)
+        what = peer.random.choice(
+            [
+                b"",
+                b"half a li",
+                b"ECHO x\n" * 1000,
+                b"SEND 3000000\n",
+                b"TAKE 100000\n" + bytes(50_000),
+                b"CHILD 300000\n",
+                b"THREAD 1000\n",
+                b"SIGNAL 1\nHANDLER 1\nCANCEL 1\n",
+            ]
+        )
+        with contextlib.suppress(OSError, EOFError):
+            connection.send(what)
+            if peer.random.random() < 0.5:
+                connection.handle.settimeout(0.05)
+                connection.exactly(peer.random.choice([1, 1000, 100_000]))
+        connection.reset()
 
 
 # Peers that do not
@@ -355,13 +402,17 @@ TALKS: dict[Talk, int] = {
 }
 """What the peers do, and how many do it at once."""
 
-ASYNCIO_TALKS: dict[Talk, int] = {asyncios: 3}
-"""The same, where the reactor has an asyncio event loop."""
+ASYNCIO_TALKS: dict[Talk, int] = {
+    asyncio_lines: 2,
+    asyncio_work: 2,
+    asyncio_leavers: 1,
+}
+"""The same, where asyncio serves as well."""
 
 
-def talks_with(addresses: dict[str, Any]) -> dict[Talk, int]:
-    """Those that a server with these services can hold."""
-    return TALKS | (ASYNCIO_TALKS if "asyncio" in addresses else {})
+def talks_of(addresses: dict[str, Any]) -> dict[Talk, int]:
+    """What the peers of a server with these addresses do."""
+    return {**TALKS, **ASYNCIO_TALKS} if "asyncio" in addresses else TALKS
 
 
 class Crowd:
@@ -370,7 +421,7 @@ class Crowd:
     def __init__(self, addresses: dict[str, Any]) -> None:
         self._peers = [
             Peer(talk, addresses, each)
-            for talk, number in talks_with(addresses).items()
+            for talk, number in talks_of(addresses).items()
             for each in range(number)
         ]
 

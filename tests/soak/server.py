@@ -12,7 +12,6 @@ import asyncio
 import gc
 import hashlib
 import json
-import logging
 import os
 import socket
 import sys
@@ -48,9 +47,8 @@ from twisted.web.server import Site
 from zope.interface import implementer
 
 from tests.soak import CHUNK, FILE_NAME, FILE_SIZE, pattern
-from tests.soak.asyncio_half import Half
+from tests.soak.asyncio_side import AsyncioSide
 from tests.support import make_certificate
-from twisted_rtsig.asyncioreactor import AsyncioEngineReactor
 from twisted_rtsig.coro import (
     Channel,
     Server,
@@ -89,17 +87,6 @@ class Logged:
             if failure is not None:
                 text += "\n" + failure.getTraceback()
             self.errors.append(text)
-
-
-class AsyncioLog(logging.Handler):
-    """Keeps the warnings and errors of asyncio among the others."""
-
-    def __init__(self, logged: Logged) -> None:
-        super().__init__(logging.WARNING)
-        self._logged = logged
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._logged.errors.append(self.format(record))
 
 
 class Session:
@@ -291,6 +278,10 @@ class Soaked:
         self._site: Any = Site(StaticResource(str(folder)))
         self._refusals = Refusals()
         self._logged = Logged()
+        # On a reactor that is an asyncio event loop as well.
+        self._asyncio: AsyncioSide | None = None
+        if hasattr(reactor, "_asyncioEventloop"):
+            self._asyncio = AsyncioSide(reactor, self._logged.errors.append)
 
     async def run(self) -> None:
         """Listen, then answer the lines of the standard input with reports."""
@@ -329,10 +320,11 @@ class Soaked:
         port = reactor.listenUDP(0, Datagrams(), **local)
         addresses["udp"] = port.socket.getsockname()
         spawn(self._refusals.run)
-        if isinstance(reactor, AsyncioEngineReactor):
-            logging.getLogger("asyncio").addHandler(AsyncioLog(self._logged))
-            listening = asyncio.ensure_future(Half(reactor).listen())
-            addresses["asyncio"] = await Deferred.fromFuture(listening)
+        if self._asyncio is not None:
+            starting: asyncio.Future[dict[str, Any]] = asyncio.ensure_future(
+                self._asyncio.start(certificate, key)
+            )
+            addresses.update(await Deferred.fromFuture(starting))
         return addresses
 
     def _report(self) -> dict[str, Any]:
@@ -343,13 +335,16 @@ class Soaked:
         timers = self._reactor.getDelayedCalls()
         with open("/proc/self/statm") as file:
             resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        errors, self._logged.errors = self._logged.errors, []
+        errors = list(self._logged.errors)
+        self._logged.errors.clear()
+        side = self._asyncio
         return {
             "connections": lines.connections
+            + (side.connections if side else 0)
             + sum(len(server.factory.connections) for server in self._servers),
             "descriptors": len(os.listdir("/proc/self/fd")),
-            "tasks": len(tasks),
-            "timers": len(timers),
+            "tasks": len(tasks) + (side.tasks() if side else 0),
+            "timers": len(timers) + (side.timers() if side else 0),
             "watched": sum(
                 self._reactor.statistics()[each] for each in ("readers", "writers")
             ),

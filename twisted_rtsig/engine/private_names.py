@@ -157,6 +157,7 @@ OF_ASYNCIO: Final[Mapping[str, tuple[str, ...]]] = {
         "_run_once",
         "_scheduled",
         "_stopping",
+        "_timer_cancelled_count",
     ),
     "asyncio.events": ("_get_running_loop", "_set_running_loop"),
     "asyncio.events.Handle": ("_callback", "_context"),
