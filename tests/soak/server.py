@@ -324,7 +324,8 @@ class Soaked:
             starting: asyncio.Future[dict[str, Any]] = asyncio.ensure_future(
                 self._asyncio.start(certificate, key)
             )
-            addresses.update(await Deferred.fromFuture(starting))
+            further: dict[str, Any] = await Deferred.fromFuture(starting)
+            addresses.update(further)
         return addresses
 
     def _report(self) -> dict[str, Any]:

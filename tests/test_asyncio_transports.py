@@ -1,0 +1,307 @@
+"""
+Transports of asyncio that the engine reads for: what their protocols are promised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.support import DEADLINE, RESET, dispose, reactor_classes
+
+if sys.platform == "win32" or not reactor_classes():
+    pytest.skip("it is for Linux, BSD and macOS", allow_module_level=True)
+
+from tests.test_asyncioreactor import CLASSES
+from twisted_rtsig.asyncio_selector import WatchedTransport
+from twisted_rtsig.asyncioreactor import AsyncioEngineReactor
+
+Event = Any
+
+
+@pytest.fixture(params=CLASSES, ids=lambda each: each.__name__)
+def loop(request: Any) -> Iterator[Any]:
+    """The event loop of each of the reactors."""
+    reactor: AsyncioEngineReactor = request.param(asyncio.SelectorEventLoop())
+    yield reactor._asyncioEventloop
+    dispose(reactor)
+    reactor._asyncioEventloop.close()
+
+
+class Recorder(asyncio.Protocol):
+    """Records what happens to a connection, and lets C{on_data} do the rest."""
+
+    def __init__(self, on_data: Callable[[Recorder, bytes], object]) -> None:
+        self.events: list[Event] = []
+        self.data = b""
+        self.lost = asyncio.Event()
+        self._on_data = on_data
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.data += data
+        self._on_data(self, data)
+
+    def eof_received(self) -> None:
+        self.events.append("eof")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.events.append(error)
+        self.lost.set()
+
+
+class Pair:
+    """A transport with its protocol, and a plain socket at the other end."""
+
+    def __init__(self, protocol: Any, handle: socket.socket) -> None:
+        self.protocol = protocol
+        self.handle = handle
+
+
+async def connected(
+    on_data: Callable[[Recorder, bytes], object] = lambda protocol, data: None,
+) -> Pair:
+    loop: Any = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        handle = socket.create_connection(listening.getsockname(), DEADLINE)
+        ours, _ = listening.accept()
+    ours.setblocking(False)
+    _, protocol = await loop.create_connection(lambda: Recorder(on_data), sock=ours)
+    watched = loop._selector._watched[ours.fileno()]
+    assert type(watched) is WatchedTransport
+    return Pair(protocol, handle)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async def wait() -> None:
+        while not condition():
+            await asyncio.sleep(0)
+
+    await asyncio.wait_for(wait(), DEADLINE)
+
+
+def run(loop: Any, main: Any) -> Any:
+    return loop.run_until_complete(asyncio.wait_for(main, DEADLINE))
+
+
+def test_everything_arrives(loop: Any) -> None:
+    """More than one read takes, exactly one read, and the end behind it."""
+
+    async def main() -> None:
+        for size in (1, 65_535, 65_536, 65_537, 3_000_000):
+            pair = await connected()
+            sent = bytes(range(256)) * (size // 256) + bytes(size % 256)
+            await asyncio.get_running_loop().run_in_executor(
+                None, pair.handle.sendall, sent
+            )
+            await until(lambda: len(pair.protocol.data) >= size)
+            assert pair.protocol.data == sent
+            pair.handle.close()
+            await pair.protocol.lost.wait()
+            assert pair.protocol.events == ["eof", None]
+
+    run(loop, main())
+
+
+def test_the_end_together_with_data(loop: Any) -> None:
+    async def main() -> None:
+        for size in (1, 65_536, 100_000):
+            pair = await connected()
+            pair.handle.sendall(bytes(size))
+            pair.handle.close()
+            await pair.protocol.lost.wait()
+            assert len(pair.protocol.data) == size
+            assert pair.protocol.events == ["eof", None]
+
+    run(loop, main())
+
+
+def test_a_reset(loop: Any) -> None:
+    async def main() -> None:
+        pair = await connected()
+        pair.handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        pair.handle.close()
+        await pair.protocol.lost.wait()
+        (error,) = pair.protocol.events
+        assert isinstance(error, ConnectionResetError)
+
+    run(loop, main())
+
+
+def test_a_pause_while_there_is_more(loop: Any) -> None:
+    async def main() -> None:
+        pair = await connected(
+            lambda protocol, data: protocol.transport.pause_reading()
+        )
+        pair.handle.sendall(bytes(150_000))
+        for end in (65_536, 131_072, 150_000):
+            await until(lambda: len(pair.protocol.data) >= end)
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert len(pair.protocol.data) == end
+            pair.protocol.transport.resume_reading()
+        pair.protocol.transport.abort()
+        pair.handle.close()
+
+    run(loop, main())
+
+
+def test_the_context_of_a_connection(loop: Any) -> None:
+    """What data_received() sets is there the next time, and nowhere else."""
+    variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
+    seen = []
+
+    def count(protocol: Recorder, data: bytes) -> None:
+        seen.append(variable.get())
+        variable.set(variable.get() + 1)
+
+    async def main() -> None:
+        variable.set(10)
+        first = await connected(count)
+        variable.set(20)
+        second = await connected(count)
+        for pair in (first, second, first, second):
+            done = len(seen)
+            pair.handle.sendall(b"x")
+            await until(lambda: len(seen) > done)
+        assert seen == [10, 20, 11, 21]
+        assert variable.get() == 20
+        for pair in (first, second):
+            pair.protocol.transport.abort()
+            pair.handle.close()
+
+    run(loop, main())
+
+
+def test_an_error_of_the_protocol(loop: Any) -> None:
+    """It ends the connection and goes to the exception handler, as on any loop."""
+    told: list[dict[str, Any]] = []
+
+    def fail(protocol: Recorder, data: bytes) -> None:
+        raise ZeroDivisionError("of the test")
+
+    async def main() -> None:
+        loop.set_exception_handler(lambda loop, context: told.append(context))
+        pair = await connected(fail)
+        pair.handle.sendall(b"x")
+        await pair.protocol.lost.wait()
+        assert isinstance(pair.protocol.events[0], ZeroDivisionError)
+        (context,) = told
+        assert context["message"] == (
+            "Fatal error: protocol.data_received() call failed."
+        )
+        assert context["protocol"] is pair.protocol
+        pair.handle.close()
+
+    run(loop, main())
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_an_exit_of_the_protocol(loop: Any, error: type[BaseException]) -> None:
+    """It leaves the loop, which goes on with the connection when it runs again."""
+    fails = [True]
+
+    def leave(protocol: Recorder, data: bytes) -> None:
+        if fails:
+            del fails[0]
+            raise error
+
+    async def go_on() -> None:
+        pair.handle.sendall(b"second")
+        await until(lambda: pair.protocol.data == b"firstsecond")
+        pair.protocol.transport.abort()
+        pair.handle.close()
+
+    pair: Pair = run(loop, connected(leave))
+    pair.handle.sendall(b"first")
+    with pytest.raises(error):
+        loop.run_forever()
+    run(loop, go_on())
+
+
+def test_another_protocol(loop: Any) -> None:
+    """Also one that reads into a buffer of its own."""
+
+    class Buffered(asyncio.BufferedProtocol):
+        def __init__(self) -> None:
+            self.buffer, self.data = bytearray(1000), b""
+
+        def get_buffer(self, sizehint: int) -> bytearray:
+            return self.buffer
+
+        def buffer_updated(self, size: int) -> None:
+            self.data += self.buffer[:size]
+
+    async def main() -> None:
+        pair = await connected()
+        transport = pair.protocol.transport
+        pair.handle.sendall(b"first")
+        await until(lambda: pair.protocol.data == b"first")
+        buffered = Buffered()
+        transport.set_protocol(buffered)
+        pair.handle.sendall(bytes(50_000))
+        await until(lambda: len(buffered.data) == 50_000)
+        again = Recorder(lambda protocol, data: None)
+        transport.set_protocol(again)
+        pair.handle.sendall(b"last")
+        await until(lambda: again.data == b"last")
+        assert pair.protocol.data == b"first"
+        transport.abort()
+        pair.handle.close()
+
+    run(loop, main())
+
+
+def test_debug_mode_measures_the_protocol(
+    loop: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        pair = await connected()
+        loop.set_debug(True)
+        # In which everything is slow.
+        loop.slow_callback_duration = 0
+        pair.handle.sendall(bytes(100_000))
+        await until(lambda: len(pair.protocol.data) == 100_000)
+        loop.set_debug(False)
+        pair.handle.sendall(b"x")
+        await until(lambda: len(pair.protocol.data) == 100_001)
+        pair.protocol.transport.abort()
+        pair.handle.close()
+
+    run(loop, main())
+    assert "_SelectorSocketTransport._read_ready" in caplog.text
+
+
+def test_cancelled_timers_do_not_pile_up(loop: Any) -> None:
+    """Though the loop has nothing to do but what the engine does for it."""
+    most = [0]
+
+    def set_and_cancel(protocol: Recorder, data: bytes) -> None:
+        for _ in range(50):
+            loop.call_later(1000, print).cancel()
+        most[0] = max(most[0], len(loop._scheduled))
+        if len(protocol.data) < 100:
+            pair.handle.sendall(b"x")
+        else:
+            loop.stop()
+
+    pair: Pair = run(loop, connected(set_and_cancel))
+    pair.handle.sendall(b"x")
+    late = loop.call_later(DEADLINE, loop.stop)
+    loop.run_forever()
+    assert not late.cancelled()
+    assert len(pair.protocol.data) == 100
+    # Of 5,000.
+    assert most[0] < 1000
+    pair.protocol.transport.abort()
+    pair.handle.close()
+    loop.call_soon(loop.stop)
+    loop.run_forever()
