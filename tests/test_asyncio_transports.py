@@ -222,8 +222,10 @@ def test_an_exit_of_the_protocol(loop: Any, error: type[BaseException]) -> None:
 
     pair: Pair = run(loop, connected(leave))
     pair.handle.sendall(b"first")
+    late = loop.call_later(DEADLINE, loop.stop)
     with pytest.raises(error):
         loop.run_forever()
+    late.cancel()
     run(loop, go_on())
 
 
