@@ -13,6 +13,9 @@ every contender has a fresh server with a client of its own.  They are all there
 together, and take short turns, while the others sleep: so whatever else the
 machine does meets all alike, and the ratios hold even where the figures do not.
 
+What a server has when it is ready is kept from the garbage collector (gc.freeze):
+otherwise those that import more would be charged for it with each collection.
+
 The exit status is 1 if one of the bars is missed (report.py).
 """
 

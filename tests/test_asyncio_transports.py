@@ -181,6 +181,27 @@ def test_the_context_of_a_connection(loop: Any) -> None:
     run(loop, main())
 
 
+def test_the_context_in_which_reading_was_resumed(loop: Any) -> None:
+    variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
+    seen = []
+
+    async def main() -> None:
+        variable.set(1)
+        pair = await connected(lambda protocol, data: seen.append(variable.get()))
+        # So much that the descriptor stays watched for writing.
+        pair.protocol.transport.write(bytes(20_000_000))
+        pair.protocol.transport.pause_reading()
+        variable.set(2)
+        pair.protocol.transport.resume_reading()
+        pair.handle.sendall(b"x")
+        await until(lambda: seen)
+        assert seen == [2]
+        pair.protocol.transport.abort()
+        pair.handle.close()
+
+    run(loop, main())
+
+
 def test_an_error_of_the_protocol(loop: Any) -> None:
     """It ends the connection and goes to the exception handler, as on any loop."""
     told: list[dict[str, Any]] = []

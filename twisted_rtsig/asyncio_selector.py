@@ -116,7 +116,7 @@ class WatchedTransport(Watched):
     has emptied the socket.
     """
 
-    __slots__ = ("_loop", "_mode", "_transport")
+    __slots__ = ("_loop", "_mode", "_transport", "run")
 
     # Of the engine's streams.
     tells_drained = True
@@ -135,53 +135,43 @@ class WatchedTransport(Watched):
         self._loop = loop
         # Changes with the protocol.
         self._mode = transport._read_ready_cb
+        self.run = key.data[0]._context.run
+        """Calls functions in the context in which reading began."""
 
     def doRead(self) -> None:
+        """What C{_read_ready__data_received} of the transport does."""
+        transport, run = self._transport, self.run
         try:
-            self._read()
+            if self._loop._debug or transport._read_ready_cb is not self._mode:
+                # The loop measures the callback, or does not call data_received().
+                self._loop.reactor.look_again(self)
+                self.report(READ)
+                return
+            if transport._conn_lost:
+                return
+            try:
+                data = transport._sock.recv(MOST_AT_ONCE)
+            except (BlockingIOError, InterruptedError):
+                return
+            except Exception as error:
+                message = "Fatal read error on socket transport"
+                run(transport._fatal_error, error, message)
+                return
+            if not data:
+                run(transport._read_ready__on_eof)
+                return
+            if len(data) == MOST_AT_ONCE:
+                self._loop.reactor.look_again(self)
+            try:
+                run(transport._protocol.data_received, data)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                message = "Fatal error: protocol.data_received() call failed."
+                run(transport._fatal_error, error, message)
         except BaseException as error:
             # The engine would log it, and lose the connection.
             self._loop.reactor.raised = error
-
-    def _read(self) -> None:
-        """
-        What C{_read_ready__data_received} of the transport does.
-
-        :raises SystemExit: if the protocol does; and C{KeyboardInterrupt}.
-        """
-        transport, loop = self._transport, self._loop
-        if loop._debug or transport._read_ready_cb is not self._mode:
-            # The loop measures the callback, or does not call data_received().
-            loop.reactor.look_again(self)
-            self.report(READ)
-            return
-        if transport._conn_lost:
-            return
-        run = self.key.data[0]._context.run
-        try:
-            data = transport._sock.recv(MOST_AT_ONCE)
-        except (BlockingIOError, InterruptedError):
-            return
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            run(transport._fatal_error, error, "Fatal read error on socket transport")
-            return
-        if not data:
-            run(transport._read_ready__on_eof)
-            return
-        if len(data) == MOST_AT_ONCE:
-            loop.reactor.look_again(self)
-        try:
-            run(transport._protocol.data_received, data)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            run(
-                transport._fatal_error,
-                error,
-                "Fatal error: protocol.data_received() call failed.",
-            )
 
 
 class EngineSelector(selectors.BaseSelector):
@@ -247,6 +237,8 @@ class EngineSelector(selectors.BaseSelector):
         watched = self._map.find(fileobj)
         former = watched.key
         watched.key = selectors.SelectorKey(former.fileobj, former.fd, events, data)
+        if type(watched) is WatchedTransport and data[0] is not None:
+            watched.run = data[0]._context.run
         if events != former.events:
             # First what begins: otherwise the registration might end in between.
             try:
