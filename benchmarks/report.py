@@ -85,6 +85,15 @@ BARS = [
     Bar("echo-100", "streams-uvloop", 1.0, contender="coro"),
     Bar("lines-100", "streams-uvloop", 1.0, contender="coro"),
     Bar("redis", "streams", 2.0, contender="coro"),
+    # At most so many times the other's.
+    Bar("echo-100", "rtsig-epoll", 1 / 1.05, contender="rtsig-asyncio"),
+    Bar("echo-100", "asyncio", 3.0, contender="rtsig-asyncio"),
+    Bar("echo-100", "protocol", 1 / 0.35, contender="protocol-rtsig"),
+    Bar("echo-100", "protocol-uvloop", 1 / 1.15, contender="protocol-rtsig"),
+    Bar("echo-100", "streams", 1 / 0.45, contender="streams-rtsig"),
+    Bar("echo-100", "streams-uvloop", 1 / 1.15, contender="streams-rtsig"),
+    Bar("connect", "protocol", 1 / 1.1, contender="protocol-rtsig"),
+    Bar("connect", "streams", 1 / 1.1, contender="streams-rtsig"),
 ]
 
 MEASURES = {

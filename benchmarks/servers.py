@@ -254,6 +254,15 @@ def new_loop(module: str) -> asyncio.AbstractEventLoop:
     return loop
 
 
+def reading_64k(
+    serve: Callable[[str, str, Path], None], service: str, folder: Path
+) -> None:
+    """The standard library's loop, whose transports read at most 64 KiB at a time."""
+    transport: Any = asyncio.selector_events._SelectorTransport  # type: ignore[attr-defined]
+    transport.max_size = READ
+    serve("asyncio", service, folder)
+
+
 def asyncio_protocol(loop_module: str, service: str, folder: Path) -> None:
     class Echo(asyncio.Protocol):
         def connection_made(self, transport: Any) -> None:
@@ -482,11 +491,24 @@ CONTENDERS = {
     "asyncio-uvloop": Contender(
         "Twisted's asyncio reactor on uvloop", twisted_on_uvloop, CALLBACKS, "uvloop"
     ),
+    "rtsig-asyncio": reactor("rtsig-asyncio reactor", "twisted_rtsig.asyncioreactor"),
     "protocol": Contender(
         "asyncio.Protocol",
         partial(asyncio_protocol, "asyncio"),
         SERVICES - {"web", "lines", "redis"},
         "asyncio",
+    ),
+    "protocol-64k": Contender(
+        "asyncio.Protocol, reads of at most 64 KiB",
+        partial(reading_64k, asyncio_protocol),
+        SERVICES - {"web", "lines", "redis"},
+        "asyncio",
+    ),
+    "protocol-rtsig": Contender(
+        "asyncio.Protocol on the loop of rtsig-asyncio",
+        partial(asyncio_protocol, "twisted_rtsig.asyncioreactor"),
+        SERVICES - {"web", "lines", "redis"},
+        "twisted_rtsig",
     ),
     "protocol-uvloop": Contender(
         "asyncio.Protocol on uvloop",
@@ -499,6 +521,18 @@ CONTENDERS = {
         partial(asyncio_streams, "asyncio"),
         TCP | {"lines", "redis", "tls"},
         "asyncio",
+    ),
+    "streams-64k": Contender(
+        "asyncio streams, reads of at most 64 KiB",
+        partial(reading_64k, asyncio_streams),
+        TCP | {"lines", "redis", "tls"},
+        "asyncio",
+    ),
+    "streams-rtsig": Contender(
+        "asyncio streams on the loop of rtsig-asyncio",
+        partial(asyncio_streams, "twisted_rtsig.asyncioreactor"),
+        TCP | {"lines", "redis", "tls"},
+        "twisted_rtsig",
     ),
     "streams-uvloop": Contender(
         "asyncio streams on uvloop",
