@@ -45,16 +45,15 @@ _set_running_loop: Final = asyncio._set_running_loop
 _enter_task: Final[Callable[[Any, Any], None]] = asyncio.tasks._enter_task
 _leave_task: Final[Callable[[Any, Any], None]] = asyncio.tasks._leave_task
 
-if sys.version_info >= (3, 12):
-    swap_current_task = asyncio.tasks._swap_current_task
-else:
-    from asyncio.tasks import _current_tasks  # type: ignore[attr-defined]
 
-    def swap_current_task(loop: AbstractEventLoop, task: Any) -> Any:
-        before = _current_tasks.pop(loop, None)
-        if task is not None:
-            _current_tasks[loop] = task
-        return before
+def swap_current_task(loop: AbstractEventLoop, task: Any) -> Any:
+    """Let C{task} be the current one of a loop that runs; return the one before."""
+    before = asyncio.current_task(loop)
+    if before is not None:
+        _leave_task(loop, before)
+    if task is not None:
+        _enter_task(loop, task)
+    return before
 
 
 # The event loop

@@ -159,6 +159,7 @@ OF_ASYNCIO: Final[Mapping[str, tuple[str, ...]]] = {
         "_stopping",
         "_timer_cancelled_count",
     ),
+    "asyncio.base_tasks": ("_task_get_stack", "_task_print_stack"),
     "asyncio.events": ("_get_running_loop", "_set_running_loop"),
     "asyncio.events.Handle": ("_callback", "_context"),
     "asyncio.events.TimerHandle": ("_when",),
@@ -168,6 +169,7 @@ OF_ASYNCIO: Final[Mapping[str, tuple[str, ...]]] = {
         "_make_datagram_transport",
         "_make_socket_transport",
         "_make_ssl_transport",
+        "_process_events",
         "_selector",
         "_transports",
     ),
@@ -182,6 +184,7 @@ OF_ASYNCIO: Final[Mapping[str, tuple[str, ...]]] = {
         "_protocol",
         "_sock",
     ),
+    "asyncio.tasks": ("_enter_task", "_leave_task"),
     # Not on Windows
     "asyncio.unix_events.BaseChildWatcher": ("_callbacks",),
     "asyncio.unix_events.FastChildWatcher": ("_forks", "_lock", "_zombies"),
@@ -193,8 +196,8 @@ OF_ASYNCIO: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """
 By the class or module of asyncio that defines them: private names that the event loop
-of this package leans on.  CPython's own tests are run on it: see
-C{tests/test_asyncio_suite.py}.
+of this package, and tasks that await asyncio, lean on.  CPython's own tests are run on
+the loop: see C{tests/test_asyncio_suite.py}.
 """
 
 _STREAM = "twisted_rtsig.engine.streams.Stream"
