@@ -964,6 +964,24 @@ def program(code: str, *arguments: str) -> str:
     return result.stdout
 
 
+def test_tasks_of_asyncio_await_deferreds() -> None:
+    """In a program that uses nothing else of this package."""
+    code = """
+        import asyncio, sys
+        from twisted_rtsig import asyncioreactor
+
+        async def main():
+            from twisted.internet import reactor, task
+            assert "twisted_rtsig.coro" not in sys.modules
+            print(await task.deferLater(reactor, 0, lambda: "a result"))
+
+        asyncioreactor.install()
+        from twisted.internet import reactor
+        reactor._asyncioEventloop.run_until_complete(main())
+    """
+    assert program(code) == "a result\n"
+
+
 # To end with: what the program has done, and what is left of it.
 COMMON = """
 import asyncio, os, signal, sys, threading

@@ -45,6 +45,7 @@ from twisted.python.failure import Failure
 
 from twisted_rtsig.asyncio_loop import EngineEventLoop, adopt, check_loop
 from twisted_rtsig.asyncio_selector import Watched, WatchedTransport
+from twisted_rtsig.awaited_by_asyncio import install as let_asyncio_await_deferreds
 from twisted_rtsig.engine.reactor import EngineReactor, LogContext
 from twisted_rtsig.engine.registration import READ, WRITE, Registration
 from twisted_rtsig.notifiers import GONE, HANGUP, UnsupportedReactorError
@@ -155,6 +156,7 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
 
     def __init__(self, loop: Any = None, *args: Any) -> None:
         _check_system()
+        let_asyncio_await_deferreds()
         current = loop is None
         if loop is None:
             loop = events._get_running_loop()
