@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.support import Served, dispose, reactor_classes
@@ -16,6 +17,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell has started the tests in the background, and the programs that they start
     # would ignore Ctrl-C as well.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Its plugin imports it at the end of a run, and then trio's, if that is installed,
+# looks for an object that refers to another one, and finds none that is frozen.
+assert hypothesis
 
 
 def pytest_collection_finish() -> None:
