@@ -70,7 +70,7 @@ class Asyncio:
     __slots__ = ("loop",)
 
     def __init__(self, loop: AbstractEventLoop | None) -> None:
-        self.loop = loop
+        self.loop: AbstractEventLoop | None = loop
 
     def adopt(self, task: Task[Any]) -> None:
         """Let each step of a new task have a current task of asyncio."""
@@ -203,7 +203,7 @@ class FutureWait:
 
     def __init__(self, task: Task[Any], future: Future[Any]) -> None:
         self._task = task
-        self.future = future
+        self.future: Future[Any] = future
         self._cancelling = self._was_cancelled = False
         # What awaits it asks the future; a generator that has yielded it does not.
         self._sends = not future._asyncio_future_blocking
@@ -379,8 +379,8 @@ class CurrentTask:
     ) -> None:
         # The task leads here.
         self._ref = weakref.ref(task)
-        self.context = context
-        self.loop = loop
+        self.context: contextvars.Context = context
+        self.loop: AbstractEventLoop | None = loop
         self.inner: _WithinShield | None = None
         # Set when it is needed, since one of these is made for each task.
         self._more: _More | None = None
@@ -691,8 +691,8 @@ class _WithinShield(CurrentTask):
 
     def __init__(self, current: CurrentTask, task: Task[Any], shield: Scope) -> None:
         super().__init__(task, current.context, current.loop)
-        self.outer = current.inner
-        self.root = shield
+        self.outer: _WithinShield | None = current.inner
+        self.root: Scope | None = shield
 
 
 class _More:
@@ -709,7 +709,7 @@ class _More:
     __slots__ = ("callbacks", "counted", "ended", "requests")
 
     def __init__(self) -> None:
-        self.requests = 0
+        self.requests: int = 0
         self.counted: tuple[Scope, ...] = ()
         self.callbacks: list[tuple[Callable[[Any], object], Any]] | None = None
         self.ended: Task[Any] | None = None

@@ -202,7 +202,7 @@ class _ServerProtocol(StreamProtocol):
     _task: Task[Any] | None = None
     _cancelled_early: str | None = None
     _handler_cancelled = False
-    stopped = False
+    stopped: bool = False
     _refused = False
 
     def connectionMade(self) -> None:
