@@ -1067,7 +1067,9 @@ def test_deferreds_for_asyncio(reactor: Any) -> None:
 def test_asyncio_takes_no_deferred_for_a_future() -> None:
     """So that it puts a task around it."""
     assert not asyncio.isfuture(Deferred())
-    assert not asyncio.isfuture(sleep(0, Clock()))
+    operation = sleep(0, Clock())
+    assert not asyncio.isfuture(operation)
+    operation.cancel()
 
 
 def test_a_deferred_is_cancelled_by_twisted_as_ever(reactor: Any) -> None:
