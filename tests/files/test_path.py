@@ -26,7 +26,7 @@ def make_tree(folder: pathlib.Path) -> pathlib.Path:
     folder.mkdir()
     for name in ("a/b/file.txt", "a/other.txt", "c.py", "a/b/d/deep.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"in {name}\n", encoding="ascii")
+        (folder / name).write_bytes(f"in {name}\n".encode("ascii"))
     if sys.platform != "win32":
         (folder / "link").symlink_to("a/b")
         (folder / "dangling").symlink_to("nowhere")
