@@ -220,6 +220,73 @@ def test_never(engine: EngineReactor) -> None:
     assert engine.timeout() == 1
 
 
+def test_infinity_is_moved_to_infinity(engine: EngineReactor) -> None:
+    """The difference of these times is no number."""
+    world = World(engine)
+    new = engine.callLater(math.inf, world.made.append, (1, ""))
+    known = engine.callLater(5, world.made.append, (2, ""))
+    for _ in range(3):
+        new.reset(math.inf)
+        engine.runUntilCurrent()
+        known.reset(math.inf)
+        world.now += 6
+    engine.runUntilCurrent()
+    assert set(engine.getDelayedCalls()) == {new, known}
+    new.reset(1)
+    known.reset(2)
+    world.now += 3
+    engine.runUntilCurrent()
+    engine.runUntilCurrent()
+    assert world.made == [(1, ""), (2, "")]
+
+
+def test_a_call_is_cancelled_while_others_are_moved(engine: EngineReactor) -> None:
+    """By a finalizer: the collector may begin wherever memory is needed."""
+    world = World(engine)
+    calls = [
+        engine.callLater(5 + each / 128, world.made.append, (each, ""))
+        for each in range(100)
+    ]
+
+    class Time(float):
+        """Compared when its call comes into the heap, as a collection would begin."""
+
+        def __eq__(self, other: object) -> bool:
+            for call in (calls[10], calls[60], calls[99]):
+                if call.active():
+                    call.cancel()
+            return float(self) == other
+
+        __hash__ = float.__hash__
+
+    engine.callLater(1, world.made.append, (-1, ""))
+    engine.runUntilCurrent()
+    assert engine.timeout() == 1
+    calls[30].time = Time(calls[30].time)
+    world.now += 10
+    engine.runUntilCurrent()
+    engine.runUntilCurrent()
+    made = [number for number, _ in world.made]
+    assert made == [-1, *(each for each in range(100) if each not in (10, 60, 99))]
+    assert engine.getDelayedCalls() == []
+
+
+def test_a_program_activates_the_delay_itself(engine: EngineReactor) -> None:
+    world = World(engine)
+    calls = [
+        engine.callLater(delay, world.made.append, (delay, "")) for delay in (0.25, 50)
+    ]
+    engine.runUntilCurrent()
+    engine.timeout()
+    for call in calls:
+        call.delay(100)
+        call.activate_delay()
+    for made in ([], [(0.25, "")], [(0.25, ""), (50, "")]):
+        world.now += 60
+        engine.runUntilCurrent()
+        assert world.made == made
+
+
 @pytest.mark.parametrize("delay", [-1, -0.001, math.nan])
 def test_delays_that_cannot_be(engine: EngineReactor, delay: float) -> None:
     with pytest.raises(AssertionError, match="not greater than or equal to 0"):

@@ -2,10 +2,10 @@
 The engine's timers: ``callLater`` at the price of what is set and cancelled again.
 
 Most timers are limits that are never reached: each request sets one, or moves
-it, and cancels it.  So a call is put into a heap no sooner than its turn is
-near.  Until then it lies with the other calls of the same second, in no order,
-and if it is cancelled meanwhile it has cost one C{append}.  The heap holds
-tuples, which are compared in C; Twisted's compares L{DelayedCall}s in Python.
+it, and cancels it.  So a call is put into a heap only when its second is near.
+Until then it is in a dictionary of the calls of that second, in no order, and is
+taken out when it is cancelled.  The heap holds tuples, which are compared in C;
+Twisted's compares L{DelayedCall}s in Python.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _NO_KEYWORDS: Final[Mapping[str, Any]] = MappingProxyType({})
 # The longest sleep in seconds: epoll_wait(2) takes an int of milliseconds.
 _LONGEST_SLEEP: Final = 2147483
 
-# So few cancelled calls may stay; Twisted's number.
+# The heap may hold so many cancelled calls; Twisted's number.
 _CANCELLED_THAT_MAY_STAY: Final = 50
 
 
-# The place of a call that is in the heap.
+# The C{Timer.place} of a call that is in the heap.
 _IN_HEAP: Final[dict[DelayedCall, None]] = {}
 
 
@@ -44,8 +44,8 @@ class Timer(DelayedCall):
     """
     What C{callLater} returns: a L{DelayedCall} that is cheap to make and to cancel.
 
-    :ivar place: the calls of its second, C{_IN_HEAP}, or None until it is put
-        into either.
+    :ivar place: the calls of its second, C{_IN_HEAP}, or None while it is in
+        C{_newTimedCalls}.
     """
 
     __slots__ = (
@@ -145,7 +145,7 @@ class TimerReactor(PosixReactorBase):
     def getDelayedCalls(self) -> list[Any]:
         """As ``IReactorTime.getDelayedCalls``."""
         calls = [call for _, _, call in self._near]
-        for each in self._distant.values():
+        for each in list(self._distant.values()):
             calls += each
         calls += self._newTimedCalls
         return [call for call in dict.fromkeys(calls) if call.active()]
@@ -187,8 +187,10 @@ class TimerReactor(PosixReactorBase):
                 if second <= near_until:
                     self._insert_near([call])
                     continue
-                if time == math.inf:
-                    second = time  # Its quotient is no number.
+                if second != second:
+                    # The quotient of infinity is no number, nor is what reset()
+                    # makes of two infinite times.
+                    second = call.time = math.inf if time != time else time
                 if second not in distant:
                     distant[second] = {}
                     heappush(self._distant_seconds, second)
@@ -199,6 +201,8 @@ class TimerReactor(PosixReactorBase):
     def _insert_near(self, calls: Iterable[DelayedCall]) -> None:
         call: Any
         for call in calls:
+            if call.cancelled:
+                continue
             if call.delayed_time:
                 # Perhaps into a later second.
                 self._insert([call])
@@ -213,19 +217,25 @@ class TimerReactor(PosixReactorBase):
             time = None
             while near:
                 time, _, call = near[0]
-                if not call.cancelled and not call.called and call.time == time:
+                active = not call.cancelled and not call.called
+                if active and call.time == time:
                     break
                 heappop(near)
-                self._cancellations -= 1
+                if active and call.time > time:
+                    # The program itself has called activate_delay().
+                    self._insert([call])
+                else:
+                    self._cancellations -= 1
                 time = None
             if not seconds or (time is not None and time < seconds[0]):
                 return time
-            self._insert_near(self._distant.pop(heappop(seconds)))
+            # A list: a finalizer or a signal handler may cancel one of them meanwhile.
+            self._insert_near(list(self._distant.pop(heappop(seconds))))
 
     def _forget_cancelled_calls(self) -> None:
         near = self._near
         near[:] = [
-            each for each in near if each[2].active() and each[2].time == each[0]
+            each for each in near if each[2].active() and each[2].time >= each[0]
         ]
         heapify(near)
         self._cancellations = 0
