@@ -328,3 +328,25 @@ def test_cancelled_timers_do_not_pile_up(loop: Any) -> None:
     pair.handle.close()
     loop.call_soon(loop.stop)
     loop.run_forever()
+
+
+def test_a_protocol_iterates_the_reactor(loop: Any) -> None:
+    """What arrives meanwhile is not lost."""
+
+    async def main() -> None:
+        def iterate(protocol: Recorder, data: bytes) -> None:
+            if data == b"one":
+                pair.handle.sendall(b"two")
+                for _ in range(3):
+                    loop.reactor.iterate(0.001)
+
+        pair = await connected(iterate)
+        pair.handle.sendall(b"one")
+        await until(lambda: pair.protocol.data == b"onetwo")
+        pair.handle.sendall(b"three")
+        await until(lambda: pair.protocol.data == b"onetwothree")
+        pair.handle.close()
+        await pair.protocol.lost.wait()
+        assert pair.protocol.events == ["eof", None]
+
+    run(loop, main())

@@ -142,8 +142,13 @@ class WatchedTransport(Watched):
         """What C{_read_ready__data_received} of the transport does."""
         transport, run = self._transport, self.run
         try:
-            if self._loop._debug or transport._read_ready_cb is not self._mode:
-                # The loop measures the callback, or does not call data_received().
+            if (
+                self._loop._debug
+                or transport._read_ready_cb is not self._mode
+                or self._loop.reactor.iterates_inside
+            ):
+                # The loop measures the callback, or does not call data_received(), or
+                # data_received() iterates the reactor: a context is entered once.
                 self._loop.reactor.look_again(self)
                 self.report(READ)
                 return
@@ -333,6 +338,7 @@ class EngineSelector(selectors.BaseSelector):
                 if (
                     reactor._newTimedCalls
                     or reactor._near
+                    or reactor._distant_seconds
                     or reactor.threadCallQueue
                     or reactor._justStopped
                 ):

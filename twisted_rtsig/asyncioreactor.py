@@ -166,6 +166,8 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
         """Whether the loop starts the reactor when it runs: nothing calls run()."""
         self.makes_one_pass = False
         """Whether the loop is run by iterate()."""
+        self.iterates_inside = 0
+        """How many calls of iterate() are under way in the loop that runs."""
         self.raised: BaseException | None = None
         """What a protocol of asyncio has raised in a pass, and ends the loop."""
         self._was_started_by_loop = False
@@ -330,7 +332,11 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
         """
         loop = self._asyncioEventloop
         if events._get_running_loop() is not None or loop.is_closed():
-            ReactorBase.iterate(self, delay)
+            self.iterates_inside += 1
+            try:
+                ReactorBase.iterate(self, delay)
+            finally:
+                self.iterates_inside -= 1
             return
         self.makes_one_pass = True
         timer = loop.call_later(delay, _nothing)
