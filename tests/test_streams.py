@@ -517,6 +517,52 @@ def test_a_push_producer_is_paused_by_more_than_a_buffer(
     link.transport.unregisterProducer()
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("unregister", [False, True])
+def test_a_producer_that_writes_once_more_before_the_end(
+    link: Link, half: bool, unregister: bool
+) -> None:
+    """What was asked for before it was resumed happens when all is written."""
+    transport = link.transport
+
+    def resume() -> None:
+        if producer.calls.count("resume") == 1:
+            transport.write(b"the last")
+            if unregister:
+                transport.unregisterProducer()
+
+    producer = Producer(resume)
+    transport.registerProducer(producer, True)
+    data = link.fill()
+    assert producer.calls == ["pause"]
+    if half:
+        transport.loseWriteConnection()
+    else:
+        transport.loseConnection()
+    if half or unregister:
+        assert link.receive_rest() == data + b"the last"
+    else:
+        # As with Twisted: not before its producer is unregistered.
+        assert link.receive(len(data) + 8) == data + b"the last"
+        transport.unregisterProducer()
+        assert link.receive_rest() == b""
+
+
+def test_a_producer_in_the_place_of_one_that_was_paused(link: Link) -> None:
+    """It is resumed when there is room, as the former one would have been."""
+    first, second = Producer(), Producer()
+    link.transport.registerProducer(first, True)
+    data = link.fill()
+    link.transport.unregisterProducer()
+    link.receive(len(data))
+    settle(link.reactor)
+    link.transport.registerProducer(second, True)
+    link.transport.write(b"x")
+    assert link.receive(1) == b"x"
+    spin(link.reactor, lambda: second.calls == ["resume"])
+    link.transport.unregisterProducer()
+
+
 def test_producer_registered_after_a_write(link: Link) -> None:
     producer = Producer()
     link.transport.write(b"x")

@@ -365,6 +365,7 @@ class EngineReactor(
                     if (
                         self._newTimedCalls
                         or self._near
+                        or self._distant_seconds
                         or self.threadCallQueue
                         or self._justStopped
                     ):

@@ -187,9 +187,17 @@ class Stream(tcp.Connection):
                 self.write_state
                 or self.dataBuffer
                 or self._tempDataLen
+                # When all is sent there is more to do: to close.
+                or self.disconnecting
+                or self._writeDisconnecting
                 or (
                     producer is not None
-                    and (not self.streamingProducer or len(data) > self.bufferSize)
+                    and (
+                        not self.streamingProducer
+                        # A former one was paused: this is what resumes this one.
+                        or self.producerPaused
+                        or len(data) > self.bufferSize
+                    )
                 )
             ):
                 self._tempDataBuffer.append(data)
