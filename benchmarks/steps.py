@@ -15,7 +15,8 @@ reactor of REACTORS, with a client in another thread.  What the
 start costs is taken off: a long run is compared with a short one.  Time in the kernel
 and in C does not count, so that this shows what the package does more than before, and
 nothing about other servers.  Each is counted three times: the most is recorded, and the
-least is compared.  The exit status is 1 if that is more than 3% above what is recorded.
+least is compared.  The exit status is 1 if that is more than 3% above what is recorded,
+or 25% for a connection.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
 RECORD = Path(__file__).parent / "results" / "steps.json"
 
 WORSE: Final = 1.03
+
+CONNECT_IS_WORSE: Final = 1.25
+"""How quick the client's thread is decides how many passes a connection takes."""
 
 FEW, MANY = 100, 300
 """Requests of the two runs."""
@@ -249,14 +253,15 @@ def main() -> None:
                 print(f"{row:24}{now:8,}")
             else:
                 print(f"{row:24}{now:8,}   recorded: {before:,} ({now / before:.3f})")
-                if now > before * WORSE:
+                limit = CONNECT_IS_WORSE if work == "connect" else WORSE
+                if now > before * limit:
                     worse.append(row)
     if options.record:
         record[key()] = counted
         RECORD.write_text(json.dumps(dict(sorted(record.items())), indent=4) + "\n")
         print(f"\nrecorded in {RECORD}")
     elif worse:
-        sys.exit(f"\nmore than 3% more than recorded: {'; '.join(worse)}")
+        sys.exit(f"\nmore than recorded: {'; '.join(worse)}")
     elif not recorded:
         print("\nnothing is recorded for them: --record does so")
 
