@@ -293,6 +293,28 @@ def test_datagrams(reactor: Any) -> None:
     run(reactor, main)
 
 
+def test_a_block_of_datagrams_that_is_garbage(reactor: Any) -> None:
+    """It cannot wait until the port is closed."""
+    opened: list[Any] = []
+
+    async def body() -> None:
+        async with open_datagrams(interface="127.0.0.1") as socket:
+            opened.append(socket)
+            await socket.receive_from()
+
+    async def main() -> None:
+        abandoned = body()
+        task = spawn(abandoned)
+        await sleep(0)
+        # As the garbage collector does.
+        abandoned.close()
+        with pytest.raises(RuntimeError, match="already awaited"):
+            await task
+        assert opened[0].transport not in reactor.getReaders()
+
+    run(reactor, main)
+
+
 def test_datagrams_that_wait(reactor: Any) -> None:
     """A few wait here, some more in the kernel, and none for ever."""
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncIterator
-from types import TracebackType
 from typing import Any, cast
 
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.error import MessageLengthError
 from twisted.internet.protocol import DatagramProtocol
 
+from twisted_rtsig.coro.closing import ClosedAtExit
 from twisted_rtsig.coro.errors import BusyResourceError, StreamError
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.interfaces import IPAddress
@@ -24,7 +24,7 @@ Address = tuple[Any, ...]
 _MOST_WAITING = 64
 
 
-class DatagramSocket:
+class DatagramSocket(ClosedAtExit):
     """
     A UDP port.  Made by :func:`open_datagrams`.
 
@@ -104,13 +104,8 @@ class DatagramSocket:
     async def __aenter__(self) -> DatagramSocket:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()
+    def _close_at_exit(self) -> Deferred[None]:
+        return self.close()
 
     async def __aiter__(self) -> AsyncIterator[tuple[bytes, Address]]:
         while True:

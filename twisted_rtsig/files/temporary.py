@@ -19,6 +19,7 @@ from typing import Any, Generic, TypedDict, TypeVar, cast, overload
 
 from twisted.python.failure import Failure
 
+from twisted_rtsig.coro.closing import ClosedAtExit
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.files.asyncfile import (
@@ -30,7 +31,7 @@ from twisted_rtsig.files.asyncfile import (
 from twisted_rtsig.files.descriptors import Descriptor, SeekingDescriptor
 from twisted_rtsig.files.spooled import SpooledDescriptor, SpooledRaw
 from twisted_rtsig.files.textfile import AsyncTextFile
-from twisted_rtsig.files.turns import Call, ClosedAtExit
+from twisted_rtsig.files.turns import Call
 from twisted_rtsig.files.workers import Job, Workers, finish, workers_of
 
 if sys.version_info >= (3, 11):

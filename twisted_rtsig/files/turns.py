@@ -10,9 +10,9 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from twisted_rtsig.coro.closing import ClosedAtExit
 from twisted_rtsig.coro.operations import Done, Operation, Wait
 from twisted_rtsig.files.workers import Job, Workers, finish
 
@@ -22,25 +22,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-
-
-class ClosedAtExit:
-    """An object that is closed, or removed, at the end of an C{async with} block."""
-
-    def _close_at_exit(self) -> Operation[None]:
-        """Begin to close it.  That ends even if its operation is cancelled."""
-        raise NotImplementedError
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        closing = self._close_at_exit()
-        # A coroutine that is garbage cannot wait; it is closed all the same.
-        if not isinstance(error, GeneratorExit):
-            await closing
 
 
 class OpenFile(ClosedAtExit):
