@@ -335,17 +335,7 @@ class EngineSelector(selectors.BaseSelector):
             deadline = loop.time() + timeout
         while True:
             try:
-                if (
-                    reactor._newTimedCalls
-                    or reactor._near
-                    or reactor._distant_seconds
-                    or reactor.threadCallQueue
-                    or reactor._justStopped
-                ):
-                    reactor.runUntilCurrent()
-                    delay = reactor.timeout()
-                else:
-                    delay = None
+                delay = reactor._make_calls()
                 # Only now: these calls may have given asyncio something to do.
                 if timeout == 0 or reported or loop._ready or loop._stopping:
                     delay = 0

@@ -362,17 +362,7 @@ class EngineReactor(
         while self._started:
             try:
                 while self._started:
-                    if (
-                        self._newTimedCalls
-                        or self._near
-                        or self._distant_seconds
-                        or self.threadCallQueue
-                        or self._justStopped
-                    ):
-                        self.runUntilCurrent()
-                        delay = self.timeout()
-                    else:
-                        delay = None
+                    delay = self._make_calls()
                     self._fields = fields
                     self.doIteration(self.running and delay)
             except BaseException:

@@ -242,6 +242,23 @@ class TimerReactor(PosixReactorBase):
 
     # The loop
 
+    def _make_calls(self) -> float | None:
+        """
+        Make the calls of threads and timers, with which each pass begins.
+
+        :return: how many seconds the reactor may sleep then; None for no limit.
+        """
+        if (
+            self._newTimedCalls
+            or self._near
+            or self._distant_seconds
+            or self.threadCallQueue
+            or self._justStopped
+        ):
+            self.runUntilCurrent()
+            return self.timeout()
+        return None
+
     def timeout(self) -> float | None:
         """The longest time in seconds that the reactor may sleep (None: for ever)."""
         self._insertNewDelayedCalls()
