@@ -7,15 +7,14 @@ It takes minutes, so that it is left out unless ``TEST_ASYNCIO`` is set, as by .
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from typing import cast
 
 import pytest
 
 from tests.asyncio_suite import Outcomes, is_installed
+from tests.suites import end_of, start_suite
 
 pytestmark = [
     pytest.mark.skipif(
@@ -31,29 +30,14 @@ pytestmark = [
 FEWEST_TESTS = 2000
 
 
-def start_suite(loop: str, *options: str) -> subprocess.Popen[str]:
-    """Run asyncio's tests in a process of their own; see tests/asyncio_suite.py."""
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-W", "ignore"),
-            *("-m", "tests.asyncio_suite", loop, *options),
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(loop: str, *options: str) -> subprocess.Popen[str]:
+    """Run asyncio's tests; see tests/asyncio_suite.py."""
+    return start_suite("tests.asyncio_suite", loop, *options)
 
 
 def outcomes_of(suite: subprocess.Popen[str]) -> tuple[Outcomes, str]:
     """The outcomes, and what the suite has printed about failures."""
-    with suite:
-        try:
-            output, errors = suite.communicate(timeout=1200)
-        finally:
-            suite.kill()
-    assert suite.returncode == 0, errors
-    return cast(Outcomes, json.loads(output)), errors
+    return end_of(suite, 1200)
 
 
 def passed(outcomes: Outcomes) -> set[str]:
@@ -65,7 +49,7 @@ def test_as_good_as_asyncios() -> None:
     A test counts against the loop if it passes on asyncio's and does not here, three
     times of three: some of these tests depend on time.
     """
-    suites = [start_suite("stock"), start_suite("engine")]
+    suites = [start("stock"), start("engine")]
     (theirs, _), (ours, errors) = map(outcomes_of, suites)
     assert set(ours) == set(theirs)
     assert len(passed(ours)) >= FEWEST_TESTS
@@ -73,8 +57,6 @@ def test_as_good_as_asyncios() -> None:
     suspects = passed(theirs) - passed(ours)
     for _ in range(2):
         if suspects:
-            again, errors = outcomes_of(
-                start_suite("engine", "--only", *sorted(suspects))
-            )
+            again, errors = outcomes_of(start("engine", "--only", *sorted(suspects)))
             suspects -= passed(again)
     assert suspects == set(), errors

@@ -1049,7 +1049,7 @@ def test_a_runner_has_the_reactor_with_its_loop() -> None:
             from twisted.internet.threads import deferToThread
             assert reactor is asyncio.get_running_loop().reactor
             assert reactor.running
-            # Those who follow Twisted's documentation do this.
+            # Twisted's documentation asks for this call.
             reactor.startRunning(installSignalHandlers=False)
             reactor.callWhenRunning(print, "running")
             reactor.addSystemEventTrigger("after", "shutdown", print, "stopped")

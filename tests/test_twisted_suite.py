@@ -6,16 +6,15 @@ on its select reactor where there is no epoll.
 
 from __future__ import annotations
 
-import json
 import select
 import subprocess
 import sys
-from typing import cast
 
 import pytest
 
 import twisted
 from tests import libkqueue
+from tests.suites import end_of, start_suite
 from tests.twisted_suite import Outcomes
 
 pytestmark = pytest.mark.skipif(
@@ -66,38 +65,25 @@ elif sys.platform == "win32":
 FEWEST_TESTS = 200 if sys.platform != "win32" else 190
 
 
-def start_suite(reactor: str, *options: str) -> subprocess.Popen[str]:
-    """Run Twisted's tests in a process of their own; see tests/twisted_suite.py."""
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-W", "ignore"),
-            *("-m", "tests.twisted_suite", reactor, *options),
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(reactor: str, *options: str) -> subprocess.Popen[str]:
+    """Run Twisted's tests; see tests/twisted_suite.py."""
+    return start_suite("tests.twisted_suite", reactor, *options)
 
 
 def outcomes_of(suite: subprocess.Popen[str]) -> Outcomes:
-    with suite:
-        try:
-            output, errors = suite.communicate(timeout=600)
-        finally:
-            suite.kill()
-    assert suite.returncode == 0, errors
-    (outcomes,) = json.loads(output).values()
-    return cast(Outcomes, outcomes)
+    by_reactor: dict[str, Outcomes]
+    by_reactor, _ = end_of(suite, 600)
+    (outcomes,) = by_reactor.values()
+    return outcomes
 
 
 @pytest.fixture(scope="module")
 def outcomes_by_reactor() -> dict[str, Outcomes]:
     """Of all reactors; their suites wait most of the time, so all run at once."""
     suites = {
-        **{reactor: start_suite(reactor) for reactor in YARDSTICKS},
+        **{reactor: start(reactor) for reactor in YARDSTICKS},
         **{
-            reactor: start_suite(reactor, "--skip", *cannot)
+            reactor: start(reactor, "--skip", *cannot)
             for reactor, cannot in REACTORS.items()
         },
     }
@@ -138,6 +124,6 @@ def test_as_good_as_twisteds(
     suspects = failed(ours) - (failed(first) - passed)
     for _ in range(2):
         if suspects:
-            again = start_suite(reactor, "--only", *sorted(suspects))
+            again = start(reactor, "--only", *sorted(suspects))
             suspects &= failed(outcomes_of(again))
     assert suspects == set()

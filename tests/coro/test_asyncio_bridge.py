@@ -231,11 +231,7 @@ def test_error_with_its_stack(reactor: Any, style: str, kind: str) -> None:
 
     with pytest.raises((Gone, BaseExceptionGroup)) as caught:
         run(reactor, main)
-    error: Any = caught.value
-    names = stack(error)
-    while isinstance(error, BaseExceptionGroup):
-        [error] = error.exceptions
-        names += stack(error)
+    names = stack_through_groups(caught.value)
     assert names[-2:] == ["body", "innermost"]
     assert "main" in names
     expected = {"async def": "awaits", "generator": "yields", "@coroutine": "yields"}
@@ -245,6 +241,15 @@ def test_error_with_its_stack(reactor: Any, style: str, kind: str) -> None:
 
 def stack(error: BaseException) -> list[str]:
     return [line.name for line in traceback.extract_tb(error.__traceback__)]
+
+
+def stack_through_groups(error: Any) -> list[str]:
+    """The same, of the one error in a group, behind that of the group."""
+    names = stack(error)
+    while isinstance(error, BaseExceptionGroup):
+        [error] = error.exceptions
+        names += stack(error)
+    return names
 
 
 @each_style
@@ -892,11 +897,7 @@ def test_error_for_asyncio_with_its_stack(reactor: Any, kind: str) -> None:
 
     with pytest.raises((Gone, BaseExceptionGroup)) as caught:
         run(reactor, main)
-    error: Any = caught.value
-    names = stack(error)
-    while isinstance(error, BaseExceptionGroup):
-        [error] = error.exceptions
-        names += stack(error)
+    names = stack_through_groups(caught.value)
     assert names[-2:] == ["body", "innermost"]
     assert "of_asyncio" in names
     assert "main" in names

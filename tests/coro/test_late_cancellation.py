@@ -16,6 +16,7 @@ from tests.coro.support import connected, listen, run
 from tests.coro.test_tls import until
 from twisted_rtsig.coro import (
     Event,
+    Server,
     Stream,
     Task,
     TextStream,
@@ -91,22 +92,29 @@ async def _wait(stream: Stream) -> None:
     await stream.read()
 
 
+async def close_all(
+    late: Late, server: Server, open_stream: Callable[[], Awaitable[Stream]]
+) -> None:
+    """Cancel at each point what opens and aborts a stream; no connection is left."""
+
+    async def body() -> None:
+        _, stream = await select(open_stream, Event())
+        assert stream is not None
+        await stream.abort()
+
+    await late.everywhere(body)
+    await sleep(0.01)
+    await until(lambda: not server.factory.connections)
+    await server.stop()
+
+
 def test_a_connection_that_nothing_waits_for_is_closed(
     reactor: Any, late: Late
 ) -> None:
     async def main() -> None:
         server = await listen(reactor, _wait)
         port = server.port.getHost().port
-
-        async def body() -> None:
-            _, stream = await select(lambda: open_tcp("127.0.0.1", port), Event())
-            assert stream is not None
-            await stream.abort()
-
-        await late.everywhere(body)
-        await sleep(0.01)
-        await until(lambda: not server.factory.connections)
-        await server.stop()
+        await close_all(late, server, lambda: open_tcp("127.0.0.1", port))
 
     run(reactor, main)
 
@@ -119,16 +127,7 @@ def test_a_unix_connection_that_nothing_waits_for_is_closed(
 
     async def main() -> None:
         server = await serve(UNIXServerEndpoint(reactor, path), _wait)
-
-        async def body() -> None:
-            _, stream = await select(lambda: open_unix(path), Event())
-            assert stream is not None
-            await stream.abort()
-
-        await late.everywhere(body)
-        await sleep(0.01)
-        await until(lambda: not server.factory.connections)
-        await server.stop()
+        await close_all(late, server, lambda: open_unix(path))
 
     run(reactor, main)
 

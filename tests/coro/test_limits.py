@@ -382,6 +382,27 @@ def test_the_write_limit_can_be_turned_off(reactor: Any, logged: Logged) -> None
     assert not lines(logged, "timeout")
 
 
+async def look(clock: Clock, times: int) -> None:
+    """Let the watchdog look so many times."""
+    for _ in range(times):
+        clock.advance(LOOK)
+        await sleep(0)
+
+
+async def secure_and_do_not_read(
+    plain: socket.socket, server: Server, clock: Clock
+) -> None:
+    """Do the handshake as a client; the connection lasts for the limit from then on."""
+    peer = Peer(plain, client_context(), server_side=False)
+    await peer.handshake()
+    for _ in range(100):
+        await sleep(0)
+    await look(clock, WRITE // LOOK - 1)
+    assert server.factory.connections
+    clock.pump([LOOK] * 3)
+    await until(lambda: not server.factory.connections)
+
+
 @pytest.mark.parametrize("returns", [False, True])
 def test_a_peer_of_tls_that_does_not_read(
     reactor: Any, certificate: PrivateCertificate, logged: Logged, returns: bool
@@ -400,16 +421,7 @@ def test_a_peer_of_tls_that_does_not_read(
         endpoint = tls_endpoint(reactor, certificate)
         server = await serve(endpoint, handler, idle_timeout=None, reactor=clock)
         with socket_to(server, receive_buffer=1 << 13) as plain:
-            peer = Peer(plain, client_context(), server_side=False)
-            await peer.handshake()
-            for _ in range(100):
-                await sleep(0)
-            for _ in range(WRITE // LOOK - 1):
-                clock.advance(LOOK)
-                await sleep(0)
-            assert server.factory.connections
-            clock.pump([LOOK] * 3)
-            await until(lambda: not server.factory.connections)
+            await secure_and_do_not_read(plain, server, clock)
         await server.stop()
         assert not clock.getDelayedCalls()
 
@@ -443,21 +455,9 @@ def test_a_peer_of_tls_whose_handshake_is_late_does_not_read(
         )
         with socket_to(server, receive_buffer=1 << 13) as plain:
             await until(lambda: server.factory.connections)
-            pass_turns = 2 * WRITE // LOOK
-            for _ in range(pass_turns):
-                clock.advance(LOOK)
-                await sleep(0)
+            await look(clock, 2 * WRITE // LOOK)
             assert server.factory.connections
-            peer = Peer(plain, client_context(), server_side=False)
-            await peer.handshake()
-            for _ in range(100):
-                await sleep(0)
-            for _ in range(WRITE // LOOK - 1):
-                clock.advance(LOOK)
-                await sleep(0)
-            assert server.factory.connections
-            clock.pump([LOOK] * 3)
-            await until(lambda: not server.factory.connections)
+            await secure_and_do_not_read(plain, server, clock)
         await server.stop()
         assert not clock.getDelayedCalls()
 
@@ -484,17 +484,13 @@ def test_a_server_of_tls_whose_handshake_is_late_does_not_read_after_close(
             # Much more than all buffers hold.
             stream.write(bytes(1 << 24))
             closed = stream.close()
-            for _ in range(2 * WRITE // LOOK):
-                clock.advance(LOOK)
-                await sleep(0)
+            await look(clock, 2 * WRITE // LOOK)
             assert not closed.called
             peer = Peer(await accept(), server_context, server_side=True)
             await peer.handshake()
             for _ in range(100):
                 await sleep(0)
-            for _ in range(WRITE // LOOK - 1):
-                clock.advance(LOOK)
-                await sleep(0)
+            await look(clock, WRITE // LOOK - 1)
             assert not closed.called
             clock.pump([LOOK] * 3)
             await closed
@@ -599,13 +595,9 @@ def test_a_server_that_does_not_read_after_close(
             closed = stream.close()
             for _ in range(200):
                 await sleep(0)
-            for _ in range(WRITE // LOOK - 1):
-                clock.advance(LOOK)
-                await sleep(0)
+            await look(clock, WRITE // LOOK - 1)
             assert not closed.called
-            for _ in range(3):
-                clock.advance(LOOK)
-                await sleep(0)
+            await look(clock, 3)
             await closed
         assert stream.lost
         left.set()
