@@ -33,7 +33,7 @@ from twisted_rtsig.coro import (
     spawn,
 )
 from twisted_rtsig.coro.async_generators import closes_generator
-from twisted_rtsig.coro.inspection import describe, in_words, tasks_of
+from twisted_rtsig.coro.inspection import describe_first, in_words, tasks_of
 from twisted_rtsig.coro.scheduler import running
 from twisted_rtsig.coro.scopes import timeout
 from twisted_rtsig.coro.tracebacks import drop_machinery_above
@@ -78,8 +78,6 @@ _TO_TELL: Final = 1.0
 
 # How many turns of the reactor asynchronous generators have to begin their end.
 _TURNS: Final = 3
-
-_MOST_IN_LOG: Final = 20
 
 
 @overload
@@ -437,16 +435,12 @@ class _Program:
 
     def _tell_of(self, left: set[Task[Any]]) -> None:
         """The grace is over, and these have not ended."""
-        first = list(left)[:_MOST_IN_LOG]
-        lines = [line for each in first for line in describe(each)]
-        if len(left) > _MOST_IN_LOG:
-            lines.append(f"and {len(left) - _MOST_IN_LOG} more")
         _log.critical(
             "{count} tasks were cancelled because the program ends, and have not "
             "ended within {seconds:g} s; they are dropped:\n{tasks}",
             count=len(left),
             seconds=self._grace,
-            tasks="\n".join(lines),
+            tasks=describe_first(list(left)),
         )
 
 

@@ -6,9 +6,9 @@ import linecache
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 from twisted.logger import Logger
 
@@ -19,6 +19,9 @@ from twisted_rtsig.coro.tracebacks import is_machinery
 _log = Logger()
 
 _INDENT = "    "
+
+# So many tasks are described in one message of the log.
+_MOST_IN_LOG: Final = 20
 
 
 def format_tasks(reactor: Any | None = None) -> str:
@@ -93,6 +96,14 @@ def log_tasks_on_signal(number: int | None = None) -> None:
         _log.info("Tasks:\n{tasks}", tasks=format_tasks())
 
     signal.signal(number, log_tasks)
+
+
+def describe_first(tasks: Sequence[Task[Any]]) -> str:
+    """Some of the tasks, as in C{format_tasks}, and how many more there are."""
+    lines = [line for each in tasks[:_MOST_IN_LOG] for line in describe(each)]
+    if len(tasks) > _MOST_IN_LOG:
+        lines.append(f"and {len(tasks) - _MOST_IN_LOG} more")
+    return "\n".join(lines)
 
 
 def describe(task: Task[Any], now: float | None = None) -> Iterator[str]:

@@ -51,7 +51,7 @@ from twisted_rtsig.coro.errors import (
     UnreadPlaintext,
 )
 from twisted_rtsig.coro.forgotten import must_be_awaited
-from twisted_rtsig.coro.inspection import describe
+from twisted_rtsig.coro.inspection import describe_first
 from twisted_rtsig.coro.interfaces import ListeningPort
 from twisted_rtsig.coro.limits import (
     FIRST_BYTE_TIMEOUT,
@@ -116,9 +116,6 @@ _LAST_TURNS: Final = 10
 # How often a port accepts what has come before it is closed: clients may come faster
 # than it accepts.
 _LAST_ACCEPTS: Final = 100
-
-# How many of the handlers that have not ended are described in the log.
-_MOST_IN_LOG: Final = 20
 
 
 @implementer(IHandshakeListener)
@@ -632,14 +629,11 @@ class CoroutineFactory(Factory):
         for protocol in list(self.connections):
             self.forget(protocol)
         if tasks:
-            lines = [line for each in tasks[:_MOST_IN_LOG] for line in describe(each)]
-            if len(tasks) > _MOST_IN_LOG:
-                lines.append(f"and {len(tasks) - _MOST_IN_LOG} more")
             _log.warn(
                 "{count} handlers have not ended though they were cancelled and their "
                 "connections aborted; the server has stopped without them:\n{handlers}",
                 count=len(tasks),
-                handlers="\n".join(lines),
+                handlers=describe_first(tasks),
             )
 
     def watch(self) -> None:
