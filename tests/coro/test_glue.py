@@ -104,7 +104,10 @@ from twisted.internet import reactor
 from twisted.internet.error import ReactorNotRunning
 from twisted_rtsig.coro import Event, from_thread, in_thread, sleep, spawn
 
+begun = Event()
+
 async def never():
+    begun.set()
     try:
         await Event().wait()
     finally:
@@ -129,7 +132,7 @@ def grace():
 async def main():
     {pool}
     waiting = spawn(in_thread, wait)
-    await sleep(0.01)
+    await begun.wait()
     {abandon}
     reactor.addSystemEventTrigger("before", "shutdown", grace)
     reactor.stop()

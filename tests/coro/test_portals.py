@@ -405,7 +405,10 @@ from twisted.internet import reactor
 from twisted.internet.error import ReactorNotRunning
 from twisted_rtsig.coro import Event, Portal, sleep, spawn
 
+begun = Event()
+
 async def never():
+    begun.set()
     try:
         await Event().wait()
     finally:
@@ -422,7 +425,7 @@ async def main():
     portal = Portal()
     threads.append(threading.Thread(target=wait, args=(portal,)))
     threads[0].start()
-    await sleep(0.01)
+    await begun.wait()
     reactor.stop()
 
 threads = []
