@@ -10,7 +10,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests.support import Served, dispose, reactor_classes
+from tests.support import Served, dispose, each_of, reactor_classes
 from twisted_rtsig.engine.reactor import EngineReactor
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -30,7 +30,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(params=reactor_classes(), ids=lambda each: each.__name__)
+@pytest.fixture(params=each_of(reactor_classes()), ids=lambda each: each.__name__)
 def reactor_class(request: Any) -> Callable[[], EngineReactor]:
     """Each of this package's reactors; a file about one of them has its own."""
     chosen: Callable[[], EngineReactor] = request.param

@@ -15,10 +15,12 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pytest
+from _pytest.mark import ParameterSet
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -37,6 +39,8 @@ from tests import libkqueue
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.kqreactor import KQueueReactor
 from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
+
+T = TypeVar("T")
 
 DEADLINE = 20.0
 """Seconds after which a test gives up on an event that should come at once."""
@@ -63,8 +67,29 @@ def reactor_classes() -> list[type[EngineReactor]]:
     classes: list[type[EngineReactor]] = [RealtimeSignalReactor, EdgeEPollReactor]
     # Where it is missing, test_kqueue.py skips and says so, once for all.
     if libkqueue.path() is not None:
-        classes.append(libkqueue.KQueueReactor)
+        classes.insert(0, libkqueue.KQueueReactor)
     return classes
+
+
+def each_of(reactors: Iterable[T], plain: Container[T] = ()) -> list[ParameterSet]:
+    """
+    Reactors, or their names, as the parameters of a fixture.
+
+    A quick run takes the last one alone, which is to be the reactor that
+    C{rtsig-auto} chooses.
+
+    :param plain: which of them only call C{doRead} and C{doWrite}.
+    """
+    each = list(reactors)
+    further = each[:-1]
+    return [
+        pytest.param(
+            one,
+            marks=[pytest.mark.further_reactor] * (one in further)
+            + [pytest.mark.plain_reactor] * (one in plain),
+        )
+        for one in each
+    ]
 
 
 def dispose(reactor: EngineReactor) -> None:

@@ -26,6 +26,8 @@ import pytest
 
 from tests.support import reactor_classes
 
+pytestmark = pytest.mark.processes
+
 if sys.platform == "win32" or not reactor_classes():
     pytest.skip("it is for Linux, BSD and macOS", allow_module_level=True)
 

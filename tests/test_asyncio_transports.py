@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import DEADLINE, RESET, dispose, reactor_classes
+from tests.support import DEADLINE, RESET, dispose, each_of, reactor_classes
 
 if sys.platform == "win32" or not reactor_classes():
     pytest.skip("it is for Linux, BSD and macOS", allow_module_level=True)
@@ -25,7 +25,7 @@ from twisted_rtsig.asyncioreactor import AsyncioEngineReactor
 Event = Any
 
 
-@pytest.fixture(params=CLASSES, ids=lambda each: each.__name__)
+@pytest.fixture(params=each_of(CLASSES), ids=lambda each: each.__name__)
 def loop(request: Any) -> Iterator[Any]:
     """The event loop of each of the reactors."""
     reactor: AsyncioEngineReactor = request.param(asyncio.SelectorEventLoop())

@@ -41,6 +41,7 @@ from tests.support import (
     DEADLINE,
     Watcher,
     dispose,
+    each_of,
     make_certificate,
     reactor_classes,
 )
@@ -59,7 +60,7 @@ from twisted_rtsig.asyncioreactor import (
     RealtimeSignalAsyncioReactor,
 )
 
-CLASSES: list[type[AsyncioEngineReactor]] = [AsyncioReactor]
+CLASSES: list[type[AsyncioEngineReactor]] = []
 if sys.platform.startswith("linux"):
     CLASSES.append(RealtimeSignalAsyncioReactor)
     if libkqueue.path() is not None:
@@ -68,11 +69,12 @@ if sys.platform.startswith("linux"):
             """On kqueue, as on BSD and macOS."""
 
         CLASSES.append(KQueueAsyncioReactor)
+CLASSES.append(AsyncioReactor)
 
 MakeReactor = Callable[..., AsyncioEngineReactor]
 
 
-@pytest.fixture(params=CLASSES, ids=lambda each: each.__name__)
+@pytest.fixture(params=each_of(CLASSES), ids=lambda each: each.__name__)
 def make(request: Any) -> Iterator[MakeReactor]:
     """Makes reactors, by default with a new loop each, and disposes of them."""
     made: list[AsyncioEngineReactor] = []
@@ -1400,6 +1402,7 @@ if hasattr(os, "pidfd_open"):
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("handlers", ["none", "removed", "sigchld", "removed sigchld"])
 def test_children_of_twisted_end_whatever_asyncio_does_with_signals(
     handlers: str,
@@ -1441,6 +1444,7 @@ if sys.version_info < (3, 14):
         WATCHERS.append("PidfdChildWatcher")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("watcher", WATCHERS)
 def test_children_of_both(watcher: str) -> None:
     """Each side learns how its own have ended."""
@@ -1490,6 +1494,7 @@ def test_children_of_both(watcher: str) -> None:
     assert output == "[1, 1, 2, 2, 3, 3, 4, 4, 5]\n"
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(
     sys.version_info >= (3, 14) or not hasattr(os, "waitid"),
     reason="asyncio has no child watchers, or the system no waitid(2)",

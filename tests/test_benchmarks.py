@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 WORKS = ["echo-1", "connect", "timers"]

@@ -42,6 +42,7 @@ PARTS = re.compile(
 )
 
 pytestmark = [
+    pytest.mark.processes,
     pytest.mark.slow,
     pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl"),
     pytest.mark.skipif(sys.platform == "win32", reason="the page has a POSIX shell"),

@@ -19,6 +19,8 @@ from pathlib import Path, PurePath
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 PLUGIN = "twisted/plugins/twisted_rtsig_reactors.py"

@@ -201,6 +201,7 @@ def test_a_child_has_only_the_blocked_signals_of_the_application(
 # That their end is noticed
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "options",
     [

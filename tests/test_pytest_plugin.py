@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 # With the class that each is to be.
 REACTORS = {"select": "SelectReactor", "asyncio": "AsyncioSelectorReactor"}
 if sys.platform == "linux":

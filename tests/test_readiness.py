@@ -704,6 +704,7 @@ def test_idle_connections_cost_no_check(served: Served) -> None:
     assert served.reactor.statistics()["checks"] - before <= 101
 
 
+@pytest.mark.processes
 def test_worker_processes_share_a_port(reactor_class: Any) -> None:
     """Three forked workers all accept from one listening socket."""
     output = run_program(
@@ -835,6 +836,7 @@ def test_too_many_open_files(served: Served) -> None:
     served.connect()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "child",
     [
@@ -870,6 +872,7 @@ print("heard")
     assert output == "heard\n"
 
 
+@pytest.mark.processes
 def test_forked_child_runs_the_reactor(reactor_class: Any) -> None:
     """Both with what the child has inherited, and with what it opens."""
     output = run_program(
@@ -894,6 +897,7 @@ print("heard")
     assert output == "heard\n"
 
 
+@pytest.mark.processes
 def test_fork_from_another_thread(reactor_class: Any) -> None:
     """The child has only the thread that forked, and its reactor works there."""
     output = run_program(

@@ -20,6 +20,8 @@ import pytest
 import twisted_rtsig
 from tests.support import DEADLINE
 
+pytestmark = pytest.mark.processes
+
 if sys.platform == "win32":
     pytest.skip("Windows has no kill(2)", allow_module_level=True)
 

@@ -34,6 +34,8 @@ if not sys.platform.startswith("linux"):
 from tests.programs import hostile_client, line_server
 from tests.support import DEADLINE, make_certificate
 
+pytestmark = pytest.mark.processes
+
 TWISTD = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
 OURS = {
     "rtsig": "twisted_rtsig.rtsigreactor.RealtimeSignalReactor",

@@ -26,6 +26,8 @@ from zope.interface import implementer
 from tests.support import DEADLINE, Recorder, settle, spin, spin_with_timers
 from twisted_rtsig.engine.reactor import EngineReactor
 
+pytestmark = pytest.mark.processes
+
 # Far more than a pipe holds.
 MUCH = b"x" * 1_000_000
 

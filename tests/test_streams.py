@@ -47,6 +47,7 @@ from tests.support import (
     Recorder,
     RecorderFactory,
     dispose,
+    each_of,
     make_certificate,
     reactor_classes,
     reset,
@@ -54,7 +55,7 @@ from tests.support import (
 )
 from twisted_rtsig.engine.reactor import EngineReactor
 
-REACTORS = [*reactor_classes(), EPollReactor]
+REACTORS = [EPollReactor, *reactor_classes()]
 KINDS = [
     "TCP server",
     "TCP client",
@@ -234,7 +235,7 @@ class Link:
         settle(self.reactor)
 
 
-@pytest.fixture(params=REACTORS, ids=lambda each: each.__name__)
+@pytest.fixture(params=each_of(REACTORS), ids=lambda each: each.__name__)
 def any_reactor(request: Any) -> Iterator[Any]:
     reactor = request.param()
     yield reactor

@@ -17,10 +17,14 @@ from tests import libkqueue
 from tests.suites import end_of, start_suite
 from tests.twisted_suite import Outcomes
 
-pytestmark = pytest.mark.skipif(
-    not twisted.__file__.isascii(),
-    reason=f"Twisted's tests are imported from ASCII paths only: {twisted.__file__}",
-)
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(
+        not twisted.__file__.isascii(),
+        reason="Twisted's tests are imported from ASCII paths only: "
+        + str(twisted.__file__),
+    ),
+]
 
 LINUX = sys.platform.startswith("linux")
 # What ours are held to, and whatever else passes there.

@@ -23,7 +23,7 @@ import pytest
 from tests.coro.test_docs import BLOCKS, CHAT, Block
 from tests.test_first_server import PAGE, PARTS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ROOT / "tests" / "typing"

@@ -12,7 +12,7 @@ import pytest
 from twisted.internet.ssl import PrivateCertificate
 from twisted.logger import ILogObserver, globalLogPublisher
 
-from tests.support import dispose, make_certificate
+from tests.support import dispose, each_of, make_certificate
 from twisted_rtsig.coro import get_debug, set_debug
 
 
@@ -37,8 +37,8 @@ def _reactors() -> dict[str, Callable[[], Any]]:
         from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
 
         reactors["epoll"] = EPollReactor
-        reactors["rtsig-epoll"] = EdgeEPollReactor
         reactors["rtsig"] = RealtimeSignalReactor
+        reactors["rtsig-epoll"] = EdgeEPollReactor
     if sys.platform == "win32":
         from twisted_rtsig.iocpreactor import CompletionPortReactor
 
@@ -46,15 +46,7 @@ def _reactors() -> dict[str, Callable[[], Any]]:
     return reactors
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(
-            name,
-            marks=[pytest.mark.plain_reactor] if name in ("select", "epoll") else [],
-        )
-        for name in _reactors()
-    ]
-)
+@pytest.fixture(params=each_of(_reactors(), plain=("select", "epoll")))
 def reactor(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """
     Each reactor, as the installed one; the adapter needs none of this package's.

@@ -23,7 +23,7 @@ from twisted.python.failure import Failure
 from tests.coro import conftest
 from tests.coro.support import call, connected, listen, run, run_for_real
 from tests.coro.test_garbage import garbage, without_collector
-from tests.support import DEADLINE, dispose
+from tests.support import DEADLINE, dispose, each_of
 from twisted_rtsig.coro import (
     Cancelled,
     CancelScope,
@@ -75,7 +75,7 @@ if sys.platform.startswith("linux"):
     _REACTORS["rtsig-asyncio"] = _ours
 
 
-@pytest.fixture(params=_REACTORS)
+@pytest.fixture(params=each_of(_REACTORS))
 def reactor(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     made = _REACTORS[request.param]()
     monkeypatch.setitem(sys.modules, "twisted.internet.reactor", made)

@@ -335,6 +335,7 @@ while ways:
 """
 
 
+@pytest.mark.processes
 @every_check
 @pytest.mark.skipif(sys.platform == "win32", reason="poll and pipes of POSIX")
 def test_the_stream_of_a_process(reactor: Any, check: StreamCheck) -> None:

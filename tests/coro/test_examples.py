@@ -1125,6 +1125,7 @@ def test_http_fetch_keeps_the_fragment_to_itself(reactor: Any) -> None:
 # As programs
 
 
+@pytest.mark.processes
 def test_the_servers_are_programs(tmp_path: Path) -> None:
     certificate, key = make_certificate(tmp_path)
     pem = tmp_path / "both.pem"
@@ -1167,6 +1168,7 @@ def test_the_servers_are_programs(tmp_path: Path) -> None:
             each.communicate(timeout=DEADLINE)
 
 
+@pytest.mark.processes
 def test_http_fetch_is_a_program(reactor: Any) -> None:
     program = [sys.executable, str(EXAMPLES / "http_fetch.py")]
     program += [f"127.0.0.1:{serving(reactor, proxy)}"]
@@ -1180,6 +1182,7 @@ def test_http_fetch_is_a_program(reactor: Any) -> None:
     assert b"TimeoutError" in done.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -618,6 +618,7 @@ print(get_debug())
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("value", "options", "on"),
     [

@@ -150,6 +150,7 @@ INSTALLS = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("name", "pool", "abandon"),
     [
@@ -605,6 +606,7 @@ def _found_programs(folder: Path) -> dict[str, tuple[list[Any], dict[str, Any]]]
     }
 
 
+@pytest.mark.processes
 def test_programs_are_found_as_subprocess_finds_them(
     reactor: Any, programs: Path
 ) -> None:

@@ -452,6 +452,7 @@ def program(text: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", INSTALLS)
 def test_a_reactor_that_stops_tells_the_threads(name: str) -> None:
     if name == "rtsig-epoll" and not sys.platform.startswith("linux"):
@@ -605,6 +606,7 @@ thread.join()
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize("name", INSTALLS)
 def test_a_reactor_in_the_background(name: str) -> None:

@@ -33,6 +33,8 @@ from twisted_rtsig.coro import (
 from twisted_rtsig.coro.children import ProcessOptions
 from twisted_rtsig.engine.processes import ChildProcess
 
+pytestmark = pytest.mark.processes
+
 if sys.platform == "win32":
     pytest.skip("test_windows_processes.py is for Windows", allow_module_level=True)
 

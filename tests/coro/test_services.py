@@ -636,6 +636,7 @@ def twistd(tmp_path: Path) -> Iterator[Any]:
         each.kill()
 
 
+@pytest.mark.processes
 @needs_twistd
 @pytest.mark.parametrize("name", REACTORS)
 def test_the_example_of_an_application(twistd: Any, name: str) -> None:
@@ -663,6 +664,7 @@ def plugin(folder: Path) -> None:
     )
 
 
+@pytest.mark.processes
 @needs_twistd
 @pytest.mark.parametrize("name", REACTORS)
 def test_the_example_of_a_plugin_under_load(

@@ -334,6 +334,7 @@ STARTS = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("name", INSTALLS)
 def test_a_reactor_does_not_stop_while_sigterm_is_received(

@@ -72,6 +72,7 @@ def test_it_is_a_program() -> None:
     assert output.splitlines()[-1] == "6 * 7 = 42"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("text", "says"),
     [

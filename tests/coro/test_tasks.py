@@ -149,6 +149,7 @@ print(sorted(errors), seen)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("how", ["event", "channel", "spawn", "turn"])
 def test_tasks_run_on_after_the_stack_was_full(how: str) -> None:
     """In a process of its own: what is dropped there complains on standard error."""

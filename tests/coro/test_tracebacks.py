@@ -151,6 +151,7 @@ react(lambda reactor: spawn({style}, reactor=reactor).as_deferred())
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("style", STYLES)
 def test_react_prints_a_task_whole(style: Callable[[], Any]) -> None:
     done = subprocess.run(
