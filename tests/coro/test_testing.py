@@ -405,6 +405,24 @@ def test_what_a_handler_does_wrong(handler: Any, wrong: str) -> None:
         cancel_everywhere(handler)
 
 
+def test_a_handler_may_be_collected_before_what_steps_through_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bodies = []
+
+    def handler(stream: Stream) -> Any:
+        bodies.append(_waits_for_ever(stream))
+        return bodies[-1]
+
+    with pytest.raises(AssertionError, match="waits for what does not come"):
+        cancel_everywhere(handler)
+    ignored: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    bodies.pop().close()
+    gc.collect()
+    assert ignored == []
+
+
 def test_a_peer_that_is_left_alone_is_not_logged(logged: list[Any]) -> None:
     async def fails(stream: Stream) -> None:
         raise KeyError("no good")

@@ -138,6 +138,11 @@ class _Conversation:
                     current_task().cancel("by cancel_everywhere()")
             try:
                 step, value = body.send, (yield awaited)
+            except GeneratorExit:
+                # This is collected.  The handler may have been before, which throw()
+                # would not take.
+                body.close()
+                raise
             except BaseException as error:
                 self._told = self._told or isinstance(error, Cancelled)
                 step, value = body.throw, error
