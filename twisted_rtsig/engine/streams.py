@@ -437,13 +437,21 @@ if unixEnabled:
 
 
 class StreamReactor(PosixReactorBase):
-    """Gives out the streams of this module wherever Twisted gives out its own."""
+    """
+    Gives out the streams of this module wherever Twisted gives out its own.
+
+    :cvar tcp_port: the class of listening TCP ports.  In a worker process
+        (``twisted_rtsig.workers``) an instance has another one.
+    :cvar unix_port: likewise, of listening UNIX ports.
+    """
+
+    tcp_port: type[TCPPort] = TCPPort
 
     def listenTCP(
         self, port: Any, factory: Any, backlog: int = 50, interface: str = ""
     ) -> TCPPort:
         """See ``IReactorTCP.listenTCP``."""
-        listening = TCPPort(port, factory, backlog, interface, self)
+        listening = self.tcp_port(port, factory, backlog, interface, self)
         listening.startListening()
         return listening
 
@@ -488,6 +496,7 @@ class StreamReactor(PosixReactorBase):
         )
 
     if unixEnabled:
+        unix_port: type[UNIXPort] = UNIXPort
 
         def listenUNIX(
             self,
@@ -498,7 +507,7 @@ class StreamReactor(PosixReactorBase):
             wantPID: Any = 0,
         ) -> UNIXPort:
             """See ``IReactorUNIX.listenUNIX``."""
-            listening = UNIXPort(address, factory, backlog, mode, self, wantPID)
+            listening = self.unix_port(address, factory, backlog, mode, self, wantPID)
             listening.startListening()
             return listening
 

@@ -1,0 +1,355 @@
+"""
+The listening sockets of all workers, which the supervisor holds.
+
+There is one socket for each slot and TCP address, with SO_REUSEPORT: the kernel gives
+each new connection to one of them, and its worker accepts it.  To close such a socket
+resets the connections that wait in its queue, so that it stays open as long as the
+address is used.  A worker's successor in the slot gets the same socket.  While the slot
+has no worker, another worker accepts from it as well.
+
+Where the kernel cannot do that (it is Linux and FreeBSD that can), and for UNIX paths,
+all workers accept from one socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from twisted.logger import Logger
+from twisted.python.lockfile import FilesystemLock
+
+from twisted_rtsig.workers.channel import Message
+
+_log = Logger()
+
+if sys.platform.startswith("linux"):
+    _REUSEPORT: int | None = socket.SO_REUSEPORT
+elif sys.platform.startswith("freebsd"):
+    # Python has a name for it since 3.14 only.
+    _REUSEPORT = 0x00010000
+else:
+    # Where the option exists, it does not spread connections.
+    _REUSEPORT = None
+
+# With it, FreeBSD must know before bind(2); see _bind_all.
+_AFTERWARDS: Final = sys.platform.startswith("linux")
+
+SHARED: Final = "shared"
+"""The identity of a socket that all workers accept from."""
+
+Listener = Any
+"""A worker: its C{number}, and whether it C{accepts}."""
+
+
+@dataclass(eq=False)
+class Address:
+    """
+    An address on which the application listens.
+
+    :ivar key: the kind, the address, and which of several requests for port 0 it is.
+    :ivar sockets: by slot; one for all with the key None.
+    :ivar listening: the slots whose sockets listen, in the order in which they began.
+        A socket that is bound and does not listen gets no connections.
+    :ivar listeners: the workers that have asked for it, the latest last.
+    :ivar borrowers: by slot, the worker of another slot that accepts from its socket.
+    :ivar owned: whether this process has made the sockets, and the file of a UNIX path.
+    """
+
+    key: tuple[Any, ...]
+    sockets: dict[int | None, socket.socket]
+    listening: list[int] = field(default_factory=list)
+    listeners: list[Listener] = field(default_factory=list)
+    borrowers: dict[int, Listener] = field(default_factory=dict)
+    lock: FilesystemLock | None = None
+    owned: bool = True
+
+    @property
+    def shared(self) -> bool:
+        """Whether all workers accept from the same socket."""
+        return None in self.sockets
+
+    def accepting(self) -> dict[int, Listener]:
+        """By slot, the workers that accept connections."""
+        return {each.number: each for each in self.listeners if each.accepts}
+
+    def of(self, worker: Listener) -> list[tuple[str, socket.socket]]:
+        """The sockets that C{worker} is to accept from, its own first."""
+        if self.shared:
+            return [(SHARED, self.sockets[None])]
+        slots = [self.own_slot(worker)]
+        slots += [slot for slot, by in self.borrowers.items() if by is worker]
+        return [(str(slot), self.sockets[slot]) for slot in slots]
+
+    def own_slot(self, worker: Listener) -> int:
+        """Its number, or if that has no socket, one that it shares."""
+        number: int = worker.number
+        if number in self.sockets:
+            return number
+        slots = sorted(slot for slot in self.sockets if slot is not None)
+        return slots[number % len(slots)]
+
+    def lend(self) -> set[Listener]:
+        """
+        See that each socket has a worker that accepts from it.
+
+        :return: the workers for which something has changed.
+        """
+        if self.shared:
+            return set()
+        accepting = self.accepting()
+        served = {self.own_slot(each) for each in accepting.values()}
+        before = dict(self.borrowers)
+        for slot in self.listening:
+            borrower = self.borrowers.get(slot)
+            if slot in served or not accepting:
+                self.borrowers.pop(slot, None)
+            elif borrower is None or accepting.get(borrower.number) is not borrower:
+                taken = [id(each) for each in self.borrowers.values()]
+                self.borrowers[slot] = min(
+                    accepting.values(), key=lambda each: taken.count(id(each))
+                )
+        changed = {
+            worker
+            for slot in before.keys() | self.borrowers.keys()
+            for worker in (before.get(slot), self.borrowers.get(slot))
+            if before.get(slot) is not self.borrowers.get(slot)
+            if worker is not None and worker.accepts
+        }
+        return changed
+
+    def close(self) -> None:
+        """Close the sockets, which resets what waits in their queues."""
+        for each in self.sockets.values():
+            each.close()
+        kind, path = self.key[:2]
+        if kind == "unix" and self.owned:
+            if not path.startswith("\0"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+            if self.lock is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    self.lock.unlock()
+
+
+class Listening:
+    """
+    The sockets of all addresses.
+
+    :param slots: the numbers of the slots for which sockets are made at once.  Later,
+        this process may lack the privileges.
+    :param shared: whether to have one socket for each address instead.
+    :param inherited: listening sockets that systemd has passed.
+    """
+
+    def __init__(
+        self, slots: Iterable[int], shared: bool, inherited: Iterable[socket.socket]
+    ) -> None:
+        self._slots = list(slots)
+        self._shared = shared or _REUSEPORT is None
+        self._inherited = list(inherited)
+        self._addresses: dict[tuple[Any, ...], Address] = {}
+
+    def listen(
+        self, worker: Listener, request: Message
+    ) -> list[tuple[str, socket.socket]]:
+        """
+        The sockets from which C{worker} is to accept, its own first.
+
+        :raises OSError: if they cannot be made.
+        """
+        address = self._addresses.get(_key(request))
+        if address is None:
+            address = self._make(request)
+            self._addresses[address.key] = address
+        if not address.shared and worker.number not in address.sockets:
+            self._add_slot(address, worker.number)
+        if worker not in address.listeners:
+            address.listeners.append(worker)
+        if address.owned:
+            # To listen again sets another backlog.
+            own = None if address.shared else address.own_slot(worker)
+            address.sockets[own].listen(request["backlog"])
+            if own is not None and own not in address.listening:
+                address.listening.append(own)
+        return address.of(worker)
+
+    def stop_listening(self, worker: Listener, request: Message) -> None:
+        """The application in C{worker} has closed its port."""
+        address = self._addresses.get(_key(request))
+        if address is None or worker not in address.listeners:
+            return
+        address.listeners.remove(worker)
+        if worker.accepts and not address.accepting():
+            # As Twisted closes a port: connections are refused from now on.
+            self._remove(address)
+
+    def ended(self, worker: Listener) -> None:
+        """C{worker} has ended.  Its sockets stay, for its successor."""
+        for address in self._addresses.values():
+            if worker in address.listeners:
+                address.listeners.remove(worker)
+
+    def lend(self) -> set[Listener]:
+        """
+        See that each socket has a worker that accepts from it.
+
+        :return: the workers that have to ask for their sockets again.
+        """
+        changed: set[Listener] = set()
+        for address in self._addresses.values():
+            changed |= address.lend()
+        return changed
+
+    def close_unused(self) -> None:
+        """Close the addresses that no worker listens on, since the application has
+        changed."""
+        for address in list(self._addresses.values()):
+            if not address.listeners:
+                self._remove(address)
+
+    def close(self) -> None:
+        """Close everything."""
+        for address in list(self._addresses.values()):
+            self._remove(address)
+
+    def addresses(self) -> Iterator[Address]:
+        """All addresses."""
+        yield from self._addresses.values()
+
+    def _remove(self, address: Address) -> None:
+        del self._addresses[address.key]
+        address.close()
+
+    def _make(self, request: Message) -> Address:
+        key = _key(request)
+        if request["kind"] == "unix":
+            return self._make_unix(key, request)
+        family = socket.AF_INET6 if request["kind"] == "tcp6" else socket.AF_INET
+        name = _name(family, request["interface"], request["port"])
+        if request["port"]:
+            for each in self._inherited:
+                if each.family == family and _same(each.getsockname(), name):
+                    return Address(key, {None: each}, owned=False)
+        if self._shared:
+            return Address(key, {None: _bound(family, name)})
+        return Address(key, _bind_all(family, name, self._slots))
+
+    def _make_unix(self, key: tuple[Any, ...], request: Message) -> Address:
+        path: str = request["path"]
+        for each in self._inherited:
+            if each.family == socket.AF_UNIX:
+                name = each.getsockname()
+                if (os.fsdecode(name) if isinstance(name, bytes) else name) == path:
+                    return Address(key, {None: each}, owned=False)
+        lock = None
+        if request["lock"]:
+            lock = FilesystemLock(path + ".lock")
+            if not lock.lock():
+                raise OSError(errno.EADDRINUSE, "Cannot acquire lock")
+            if not lock.clean:
+                # What a process has left behind that was killed.
+                with contextlib.suppress(OSError):
+                    if stat.S_ISSOCK(os.stat(path).st_mode):
+                        os.unlink(path)
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listening.setblocking(False)
+            listening.bind(os.fsencode(path))
+            if not path.startswith("\0"):
+                os.chmod(path, request["mode"])
+        except OSError:
+            listening.close()
+            if lock is not None:
+                lock.unlock()
+            raise
+        return Address(key, {None: listening}, lock=lock)
+
+    def _add_slot(self, address: Address, number: int) -> None:
+        first = next(iter(address.sockets.values()))
+        try:
+            added = _bound(first.family, first.getsockname(), _REUSEPORT)
+        except OSError as error:
+            _log.warn(
+                "Worker {number} shares the socket of another one for {address}: it "
+                "cannot have its own ({error})",
+                number=number,
+                address=first.getsockname()[:2],
+                error=error,
+            )
+        else:
+            address.sockets[number] = added
+
+
+def _key(request: Message) -> tuple[Any, ...]:
+    if request["kind"] == "unix":
+        return ("unix", request["path"])
+    return tuple(request[each] for each in ("kind", "interface", "port", "index"))
+
+
+def _name(family: int, interface: str, port: int) -> tuple[Any, ...]:
+    if family == socket.AF_INET6:
+        # As Twisted resolves it; the scope may be the name of a network interface.
+        flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+        name: tuple[Any, ...] = socket.getaddrinfo(interface, port, flags=flags)[0][4]
+        return name
+    return (interface, port)
+
+
+def _same(bound: tuple[Any, ...], name: tuple[Any, ...]) -> bool:
+    if bound[1] != name[1]:
+        return False
+    if len(name) == 2:
+        return bool(bound[0] == (socket.gethostbyname(name[0]) if name[0] else _ANY))
+    return bound == name
+
+
+_ANY: Final = "0.0.0.0"
+
+
+def _bound(
+    family: int, name: tuple[Any, ...], reuseport: int | None = None
+) -> socket.socket:
+    """A socket as Twisted binds it, which does not listen yet."""
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setblocking(False)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuseport is not None:
+            made.setsockopt(socket.SOL_SOCKET, reuseport, 1)
+        made.bind(name)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def _bind_all(
+    family: int, name: tuple[Any, ...], slots: Iterable[int]
+) -> dict[int | None, socket.socket]:
+    first, *others = slots
+    assert _REUSEPORT is not None
+    # On Linux the first one is bound without the option.  Otherwise another server of
+    # the same user that has it would silently get a part of the connections.
+    made = _bound(family, name, None if _AFTERWARDS else _REUSEPORT)
+    sockets: dict[int | None, socket.socket] = {first: made}
+    try:
+        if _AFTERWARDS:
+            made.setsockopt(socket.SOL_SOCKET, _REUSEPORT, 1)
+        for slot in others:
+            sockets[slot] = _bound(family, made.getsockname(), _REUSEPORT)
+    except OSError:
+        for each in sockets.values():
+            each.close()
+        raise
+    return sockets
+
+
+__all__ = ["SHARED", "Address", "Listening"]

@@ -1,0 +1,191 @@
+"""
+The log of all workers in that of the supervisor.
+
+A worker writes whole lines to a pipe, and the supervisor alone writes to the log file
+of C{twistd}: so rotation and SIGUSR1 work as ever.  The pipe is read a few times a
+second while much comes, so that a line costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable
+from typing import Any, Final
+
+from twisted.internet.interfaces import IReadDescriptor
+from twisted.logger import (
+    FileLogObserver,
+    Logger,
+    formatEventAsClassicLogText,
+    globalLogPublisher,
+)
+from zope.interface import implementer
+
+# Seconds between two reads of a pipe.
+_PAUSE: Final = 0.05
+
+_READ: Final = 1024 * 1024
+
+# The longest piece of a line that is waited for.
+_LINE: Final = 1024 * 1024
+
+# F_SETPIPE_SZ of Linux; Python has a name for it since 3.10.
+_CAPACITY: Final = 1024 * 1024
+
+
+def make_pipe() -> tuple[int, int]:
+    """A pipe with room for what a worker writes while it is not read."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    if hasattr(fcntl, "F_SETPIPE_SZ"):
+        # Users may have a limit.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _CAPACITY)
+    return reading, writing
+
+
+def text_output() -> Callable[[bytes], None] | None:
+    """
+    What writes text to where C{twistd} logs to: a file or standard output.  None if it
+    logs elsewhere (C{--syslog}, C{--logger}).
+    """
+    for observer in globalLogPublisher._observers:
+        if isinstance(observer, FileLogObserver):
+            file: Any = observer._outFile
+            break
+    else:
+        return None
+    encoding = observer._encoding
+
+    def write(data: bytes) -> None:
+        with contextlib.suppress(OSError):
+            file.write(data if encoding else data.decode("utf-8", "replace"))
+            file.flush()
+
+    return write
+
+
+@implementer(IReadDescriptor)
+class LogPipe:
+    """
+    Reads what one worker writes.
+
+    :param descriptor: the end of the pipe to read from, which belongs to this.
+    :param write: called with whole lines.
+    """
+
+    def __init__(
+        self, reactor: Any, descriptor: int, write: Callable[[bytes], None]
+    ) -> None:
+        self._reactor = reactor
+        self._descriptor = descriptor
+        self._write = write
+        self._rest = b""
+        self._pause: Any = None
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._reactor.addReader(self)
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+        return self._descriptor
+
+    def logPrefix(self) -> str:
+        """What log entries are marked with."""
+        return "workers"
+
+    def doRead(self) -> None:
+        """Read what is there, and then not for a while."""
+        self._reactor.removeReader(self)
+        if self.read():
+            self._pause = self._reactor.callLater(_PAUSE, self._go_on)
+
+    def read(self) -> bool:
+        """
+        Read once.
+
+        :return: whether there may be more later.
+        """
+        try:
+            data = os.read(self._descriptor, _READ)
+        except BlockingIOError:
+            return True
+        if not data:
+            return False
+        whole, newline, rest = data.rpartition(b"\n")
+        if newline:
+            self._write(self._rest + whole + newline)
+            self._rest = rest
+        elif len(self._rest) + len(rest) > _LINE:
+            self._write(self._rest + rest + b"\n")
+            self._rest = b""
+        else:
+            self._rest += rest
+        return True
+
+    def connectionLost(self, reason: object) -> None:
+        """The reactor disconnects everything."""
+        self.close()
+
+    def close(self) -> None:
+        """Read what is left, and end."""
+        if self._descriptor < 0:
+            return
+        if self._pause is not None and self._pause.active():
+            self._pause.cancel()
+        self._reactor.removeReader(self)
+        os.set_blocking(self._descriptor, False)
+        while True:
+            try:
+                data = os.read(self._descriptor, _READ)
+            except BlockingIOError:
+                # A child of the worker holds the pipe as well.
+                break
+            if not data:
+                break
+            self._rest += data
+        if self._rest:
+            self._write(self._rest + (b"" if self._rest.endswith(b"\n") else b"\n"))
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _go_on(self) -> None:
+        self._reactor.addReader(self)
+
+
+def worker_observer(number: int) -> Any:
+    """The log observer of a worker: text lines with its number, to standard output."""
+    mark = f" [worker {number}: "
+
+    def emit(event: dict[str, Any]) -> None:
+        text = formatEventAsClassicLogText(event)
+        if text is not None:
+            # The time, and then what Twisted calls the system.
+            data = text.replace(" [", mark, 1).encode("utf-8", "backslashreplace")
+            with contextlib.suppress(OSError):
+                while data:
+                    data = data[os.write(1, data) :]
+
+    return emit
+
+
+class LineLog:
+    """Logs what workers print, where the log is no text."""
+
+    _log = Logger()
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __call__(self, data: bytes) -> None:
+        """Log lines."""
+        for line in data.decode("utf-8", "replace").splitlines():
+            self._log.info(
+                "worker {number} has printed: {line}", number=self._number, line=line
+            )
+
+
+__all__ = ["LineLog", "LogPipe", "make_pipe", "text_output", "worker_observer"]

@@ -1,0 +1,335 @@
+"""One worker process, as the supervisor sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from twisted.internet.error import ProcessExitedAlready
+from twisted.internet.interfaces import IReadDescriptor
+from twisted.internet.protocol import ProcessProtocol
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from twisted_rtsig.engine.processes import reap
+from twisted_rtsig.workers.boot import CONTROL, INHERITED, LIFELINE, SOCKETS, Boot
+from twisted_rtsig.workers.channel import Channel, Message
+from twisted_rtsig.workers.logs import LogPipe, make_pipe
+
+_log = Logger()
+
+# The most bytes of a request for sockets.
+_REQUEST: Final = 64 * 1024
+
+# How many seconds more than the grace a worker has to end by itself.
+_MARGIN: Final = 2.0
+
+
+class Events:
+    """What a worker process tells the supervisor of; its methods do nothing."""
+
+    def ready(self, worker: WorkerProcess) -> None:
+        """It has started, and listens."""
+
+    def ended(self, worker: WorkerProcess) -> None:
+        """It has ended; C{worker.reason} says how."""
+
+    def message(self, worker: WorkerProcess, message: Message) -> None:
+        """It has sent a message of another type."""
+
+    def listen(
+        self, worker: WorkerProcess, request: Message
+    ) -> list[tuple[str, socket.socket]]:
+        """
+        It asks for listening sockets.
+
+        :raises OSError: if it cannot have them.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Start:
+    """
+    How worker processes are started.
+
+    :ivar reactor: the supervisor's.
+    :ivar lifeline: the descriptor of the pipe that ends when the supervisor does.
+    :ivar inherited: the sockets that systemd has passed.
+    :ivar path: the folder in which they start, or None for that of the supervisor.
+    :ivar write_log: what a worker's log lines are given to, by its number.
+    """
+
+    reactor: Any
+    lifeline: int
+    inherited: list[socket.socket]
+    path: str | None
+    write_log: Callable[[int], Callable[[bytes], None]]
+
+
+class WorkerProcess(ProcessProtocol):
+    """
+    A worker process.
+
+    :ivar number: that of its slot.
+    :ivar pid: its process id.
+    :ivar started: when it was started, by the reactor's clock.
+    :ivar ready: whether it has started and listens.
+    :ivar stopping: whether it was asked to stop.
+    :ivar ended: whether it has ended.
+    :ivar reason: how it has ended, in words.
+    """
+
+    def __init__(self, start: Start, boot: Boot, events: Events) -> None:
+        self.number = boot.number
+        self.started: float = start.reactor.seconds()
+        self.ready = False
+        self.stopping = False
+        self.ended = False
+        self.reason = ""
+        self._reactor = start.reactor
+        self._events = events
+        self._kill_later: Any = None
+        with contextlib.ExitStack() as theirs:
+            control, their_control = socket.socketpair()
+            theirs.callback(their_control.close)
+            asking, their_asking = socket.socketpair()
+            theirs.callback(their_asking.close)
+            reading, writing = make_pipe()
+            theirs.callback(os.close, writing)
+            self.control = Channel(start.reactor, control, self._received, lambda: None)
+            self._requests = _Requests(start.reactor, asking, self._listen)
+            self._log_pipe = LogPipe(
+                start.reactor, reading, start.write_log(boot.number)
+            )
+            descriptors = {0: os.open(os.devnull, os.O_RDONLY), 1: writing, 2: writing}
+            theirs.callback(os.close, descriptors[0])
+            descriptors[CONTROL] = their_control.fileno()
+            descriptors[SOCKETS] = their_asking.fileno()
+            descriptors[LIFELINE] = start.lifeline
+            for number, inherited in enumerate(start.inherited, INHERITED):
+                descriptors[number] = inherited.fileno()
+            try:
+                self._process: Any = start.reactor.spawnProcess(
+                    self,
+                    sys.executable,
+                    [sys.executable, *_flags(), *_entry(boot)],
+                    env=None,
+                    path=start.path,
+                    childFDs=descriptors,
+                )
+            except BaseException:
+                self._close()
+                raise
+        self.pid: int = self._process.pid
+        for each in (self.control, self._requests, self._log_pipe):
+            each.start()
+        self.control.send(boot.to_message())
+
+    @property
+    def accepts(self) -> bool:
+        """Whether it accepts connections, or will as soon as it runs."""
+        return not (self.stopping or self.ended)
+
+    def send(self, message: Message) -> bool:
+        """Send it a message; return whether that goes out."""
+        return self.control.send(message)
+
+    def stop(self, grace: float) -> None:
+        """Ask it to stop, and kill it if it has not ended after the grace."""
+        if self.ended or self.stopping:
+            return
+        self.stopping = True
+        self.send({"type": "stop", "grace": grace})
+        self._kill_later = self._reactor.callLater(grace + _MARGIN, self._overdue)
+
+    def kill(self) -> None:
+        """End it now."""
+        if not self.ended:
+            with contextlib.suppress(ProcessExitedAlready):
+                self._process.signalProcess(signal.SIGKILL)
+
+    def wait(self, seconds: float) -> None:
+        """
+        Without the reactor: handle what comes until it is ready or has ended.
+
+        :param seconds: at most so many.
+        """
+        import select
+
+        end = self._reactor.seconds() + seconds
+        poll = select.poll()
+        readers = {
+            each.fileno(): each
+            for each in (self.control, self._requests, self._log_pipe)
+        }
+        for descriptor in readers:
+            poll.register(descriptor, select.POLLIN)
+        while not (self.ready or self.ended) and self._reactor.seconds() < end:
+            for descriptor, _ in poll.poll(100):
+                reader = readers[descriptor]
+                if isinstance(reader, LogPipe):
+                    more = reader.read()
+                else:
+                    reader.doRead()
+                    more = not reader.closed
+                if not more:
+                    poll.unregister(descriptor)
+            reap(self._process)
+
+    def processExited(self, reason: Failure) -> None:
+        """See ``IProcessProtocol``."""
+        self._end(reason)
+
+    def processEnded(self, reason: Failure) -> None:
+        """See ``IProcessProtocol``."""
+        self._end(reason)
+
+    def _end(self, reason: Failure) -> None:
+        if self.ended:
+            return
+        self.ended = True
+        number = getattr(reason.value, "signal", None)
+        if number is None:
+            self.reason = f"with status {getattr(reason.value, 'exitCode', '?')}"
+        else:
+            name = signal.Signals(number).name if number in _SIGNALS else str(number)
+            self.reason = f"by {name}"
+        if self._kill_later is not None and self._kill_later.active():
+            self._kill_later.cancel()
+        # Its last messages, and what it has printed.
+        self.control.read_all()
+        self._close()
+        self._events.ended(self)
+
+    def _close(self) -> None:
+        self.control.close()
+        self._requests.close()
+        self._log_pipe.close()
+
+    def _overdue(self) -> None:
+        _log.warn(
+            "Worker {number} (process {pid}) has not ended within the grace: it is "
+            "killed",
+            number=self.number,
+            pid=self.pid,
+        )
+        self.kill()
+
+    def _received(self, message: Message) -> None:
+        if message["type"] == "ready":
+            self.ready = True
+            # What it has logged until now, in order.
+            self._log_pipe.read()
+            self._events.ready(self)
+        else:
+            self._events.message(self, message)
+
+    def _listen(self, request: Message) -> list[tuple[str, socket.socket]]:
+        return self._events.listen(self, request)
+
+
+_SIGNALS: Final = signal.valid_signals()
+
+
+def _flags() -> list[str]:
+    """The options of this interpreter."""
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    if sys.version_info >= (3, 11) and "-P" not in flags:
+        # The worker gets the path of this process, and nothing of the folder it
+        # starts in before.
+        flags.append("-P")
+    return flags
+
+
+def _entry(boot: Boot) -> list[str]:
+    """What it runs.  The rest is for the list of processes."""
+    return ["-m", "twisted_rtsig.workers.worker", str(boot.number), *boot.arguments]
+
+
+@implementer(IReadDescriptor)
+class _Requests:
+    """
+    Answers a worker that asks for listening sockets.
+
+    :param listen: returns them, and raises C{OSError} if it cannot.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        connection: socket.socket,
+        listen: Callable[[Message], list[tuple[str, socket.socket]]],
+    ) -> None:
+        connection.setblocking(False)
+        self._reactor = reactor
+        self._socket = connection
+        self._listen = listen
+        self._input = b""
+        self.closed = False
+
+    def start(self) -> None:
+        self._reactor.addReader(self)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def logPrefix(self) -> str:
+        return "workers"
+
+    def doRead(self) -> None:
+        try:
+            data = self._socket.recv(_REQUEST)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._input += data
+        if not data or len(self._input) > _REQUEST:
+            self.close()
+            return
+        *requests, self._input = self._input.split(b"\n")
+        for each in requests:
+            self._answer(each)
+
+    def connectionLost(self, reason: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._reactor.removeReader(self)
+            self._socket.close()
+
+    def _answer(self, request: bytes) -> None:
+        sockets: list[tuple[str, socket.socket]] = []
+        try:
+            sockets = self._listen(json.loads(request))
+        except OSError as error:
+            message: Message = {
+                "errno": error.errno,
+                "error": error.strerror or str(error),
+            }
+        except Exception:
+            _log.failure("The request for a socket {request!r} failed", request=request)
+            message = {"errno": 0, "error": "the supervisor has failed: see its log"}
+        else:
+            message = {"sockets": [identity for identity, _ in sockets]}
+        data = json.dumps(message).encode() + b"\n"
+        # There is always room: a worker waits for one answer before it asks again.
+        with contextlib.suppress(OSError):
+            socket.send_fds(
+                self._socket, [data], [each.fileno() for _, each in sockets]
+            )
+
+
+__all__ = ["Events", "Start", "WorkerProcess"]

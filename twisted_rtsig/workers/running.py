@@ -1,0 +1,178 @@
+"""Runs the application in a worker, with C{twistd}'s own machinery."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from twisted.application import app
+from twisted.logger import Logger
+from twisted.python import usage
+from twisted.scripts._twistd_unix import (
+    ServerOptions,
+    UnixApplicationRunner,
+    UnixAppLogger,
+)
+
+from twisted_rtsig.workers import current
+from twisted_rtsig.workers.boot import Boot
+from twisted_rtsig.workers.channel import Channel, Message
+from twisted_rtsig.workers.logs import worker_observer
+from twisted_rtsig.workers.sockets import HeldSockets, use
+
+_log = Logger()
+
+
+def run(
+    boot: Boot,
+    connection: socket.socket,
+    rest: bytes,
+    sockets: socket.socket,
+    lifeline: int,
+) -> None:
+    """
+    Run the application until it ends.
+
+    :param connection: the control channel, and C{rest} what was read of it.
+    :param sockets: the channel on which to ask for listening sockets.
+    :param lifeline: a pipe that ends when the supervisor does.
+    """
+    options = ServerOptions()
+    try:
+        options.parseOptions(
+            [
+                f"--reactor={boot.reactor}",
+                *("--nodaemon", "--originalname", "--pidfile="),
+                *boot.arguments,
+            ]
+        )
+    except usage.UsageError as error:
+        print(f"{options}\n{error}", file=sys.stderr)
+        sys.exit(1)
+    from twisted.internet import reactor
+
+    side = WorkerSide(reactor, boot, connection, rest, sockets)
+    threading.Thread(
+        target=_watch, args=(lifeline, side), name="lifeline", daemon=True
+    ).start()
+    runner = _Runner(options, boot, side)
+    runner.run()
+    if runner._exitSignal is not None:
+        app._exitWithSignal(runner._exitSignal)
+
+
+class WorkerSide:
+    """
+    The worker's end of what connects it to the supervisor.
+
+    :ivar held: the listening sockets.
+    :ivar handlers: called with a message of the supervisor, by its type.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        boot: Boot,
+        connection: socket.socket,
+        rest: bytes,
+        sockets: socket.socket,
+    ) -> None:
+        self.reactor = reactor
+        self.boot = boot
+        self.control = Channel(
+            reactor, connection, self._received, self.supervisor_lost, rest
+        )
+        self.held = HeldSockets(sockets, self.control.send)
+        use(reactor, self.held)
+        self.handlers: dict[str, Callable[[Message], None]] = {
+            "sockets": lambda message: self.held.renew(),
+            "stop": self._stop,
+        }
+
+    def start(self) -> None:
+        """The reactor is about to run."""
+        self.control.start()
+        # After all that the application does when the reactor runs.
+        self.reactor.callWhenRunning(self._ready)
+
+    def supervisor_lost(self) -> NoReturn:
+        """
+        End at once, since the supervisor has: without it nothing looks after this
+        process.  Called in any thread.
+        """
+        try:
+            self._clean_up()
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(1)
+
+    def _ready(self) -> None:
+        self.control.send({"type": "ready"})
+
+    def _stop(self, message: Message) -> None:
+        self.reactor.stop()
+
+    def _received(self, message: Message) -> None:
+        handler = self.handlers.get(message["type"])
+        if handler is None:
+            _log.error("The supervisor has sent {received!r}", received=message)
+        else:
+            handler(message)
+
+    def _clean_up(self) -> None:
+        """Remove the files that the supervisor would have removed."""
+        supervisor = str(self.boot.supervisor)
+        if self.boot.pidfile:
+            with contextlib.suppress(OSError), open(self.boot.pidfile) as file:
+                if file.read().strip() == supervisor:
+                    os.unlink(self.boot.pidfile)
+        for path, file_id, locked in self.held.files():
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                # Not that of another supervisor, which may have started already.
+                if (status.st_dev, status.st_ino) == file_id:
+                    os.unlink(path)
+            if locked:
+                with contextlib.suppress(OSError):
+                    if os.readlink(path + ".lock") == supervisor:
+                        os.unlink(path + ".lock")
+
+
+def _watch(lifeline: int, side: WorkerSide) -> None:
+    """In a thread: wait for the supervisor's end, also while the worker computes."""
+    while os.read(lifeline, 1):
+        pass
+    side.supervisor_lost()
+
+
+class WorkerLogger(UnixAppLogger):
+    """Logs to where the supervisor logs."""
+
+    def _getLogObserver(self) -> Any:
+        worker = current()
+        assert worker is not None
+        return worker_observer(worker.number)
+
+
+class _Runner(UnixApplicationRunner):
+    """Runs an application as C{twistd} does."""
+
+    def __init__(self, options: Any, boot: Boot, side: WorkerSide) -> None:
+        self._side = side
+        if boot.text_log:
+            self.loggerFactory = WorkerLogger
+        super().__init__(options)
+
+    def startReactor(self, *args: Any, **kwargs: Any) -> None:
+        """As C{twistd} does, and tell the supervisor when it runs."""
+        self._side.start()
+        super().startReactor(*args, **kwargs)
+
+
+__all__ = ["WorkerSide", "run"]
