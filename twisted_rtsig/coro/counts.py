@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -157,7 +156,7 @@ def statistics(reactor: Any | None = None) -> Statistics:
         servers=tuple(
             ServerCounts(each.display_name, len(each.connections), dict(each.limits))
             for each in servers
-            if of is (_installed() if each._reactor is None else each._reactor)
+            if each.is_on(of)
         ),
         channels=_channel_counts(),
         threads=_thread_counts(getattr(of, "threadpool", None)),
@@ -165,11 +164,6 @@ def statistics(reactor: Any | None = None) -> Statistics:
             each._scheduler is scheduler and each._status is None for each in processes
         ),
     )
-
-
-def _installed() -> Any:
-    """The reactor that is installed; None if none is."""
-    return sys.modules.get("twisted.internet.reactor")
 
 
 def _task_counts(scheduler: Scheduler) -> TaskCounts:

@@ -456,6 +456,14 @@ class CoroutineFactory(Factory):
         """What the handlers are called in logs."""
         return self.name or name_of(self.handler)
 
+    def is_on(self, reactor: object) -> bool:
+        """Whether the handlers run on C{reactor}."""
+        own = self._reactor
+        if own is None:
+            # The one that is installed; to import it would install one.
+            own = sys.modules.get("twisted.internet.reactor")
+        return own is reactor
+
     def admit(self, protocol: _ServerProtocol) -> bool:
         """Whether a new connection is within the limits; if it is, count it."""
         transport: Any = protocol.transport
@@ -784,7 +792,7 @@ class Server:
         """
         check_stop_times(grace, cancel_timeout)
         if self._port_closed is None:
-            _accept_backlog(self.port)
+            accept_backlog(self.port)
         finished = self.factory.stop(grace, cancel_timeout)
         port_closed = self._port_closed
         if port_closed is None:
@@ -816,7 +824,7 @@ class Server:
         return stopped
 
 
-def _accept_backlog(port: Any) -> None:
+def accept_backlog(port: Any) -> None:
     """
     Accept the connections that the kernel has made and that wait in its queue: it
     resets them when the port is closed, though clients may have sent requests already.
@@ -827,12 +835,13 @@ def _accept_backlog(port: Any) -> None:
     for _ in range(_LAST_ACCEPTS):
         number = port.fileno()
         # A port that was closed has none.
-        if number < 0 or not _is_readable(number):
+        if number < 0 or not is_readable(number):
             break
         accept()
 
 
-def _is_readable(descriptor: int) -> bool:
+def is_readable(descriptor: int) -> bool:
+    """Whether a read of the descriptor would return at once."""
     if sys.platform == "win32":
         return bool(select.select([descriptor], [], [], 0)[0])
     poll = select.poll()

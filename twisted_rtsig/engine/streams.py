@@ -313,7 +313,24 @@ class Stream(tcp.Connection):
         return None
 
 
-class TCPServer(Stream, tcp.Server):
+class ServerStream(Stream):
+    """A connection to a server, which its reactor lists until it is lost."""
+
+    __slots__ = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reactor.server_connections[self] = None
+
+    def connectionLost(self, reason: Any) -> None:
+        """As ``tcp.Connection.connectionLost``."""
+        try:
+            super().connectionLost(reason)
+        finally:
+            self.reactor._server_connection_lost(self)
+
+
+class TCPServer(ServerStream, tcp.Server):
     """A TCP connection that the reactor accepted."""
 
 
@@ -408,7 +425,7 @@ if unixEnabled:
                 self.reactor.addWriter(self)
             return None
 
-    class UNIXServer(UNIXStream, unix.Server):
+    class UNIXServer(ServerStream, UNIXStream, unix.Server):
         """A UNIX connection that the reactor accepted."""
 
     class AdoptedUNIXServer(UNIXServer):
@@ -443,9 +460,23 @@ class StreamReactor(PosixReactorBase):
     :cvar tcp_port: the class of listening TCP ports.  In a worker process
         (``twisted_rtsig.workers``) an instance has another one.
     :cvar unix_port: likewise, of listening UNIX ports.
+    :ivar server_connections: those that were accepted or adopted, and are not lost, in
+        that order; paused ones as well, which are neither readers nor writers.
+    :ivar when_servers_idle: called when the last of them was lost.
     """
 
     tcp_port: type[TCPPort] = TCPPort
+
+    def __init__(self) -> None:
+        self.server_connections: dict[ServerStream, None] = {}
+        self.when_servers_idle: Callable[[], None] | None = None
+        super().__init__()
+
+    def _server_connection_lost(self, connection: ServerStream) -> None:
+        connections = self.server_connections
+        connections.pop(connection, None)
+        if not connections and self.when_servers_idle is not None:
+            self.when_servers_idle()
 
     def listenTCP(
         self, port: Any, factory: Any, backlog: int = 50, interface: str = ""

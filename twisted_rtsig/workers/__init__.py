@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from twisted_rtsig.workers.draining import Drained, IDrainable, drain
 
 @dataclass(frozen=True)
 class Worker:
@@ -40,4 +41,4 @@ def current() -> Worker | None:
     return _current
 
 
-__all__ = ["Worker", "current"]
+__all__ = ["Drained", "IDrainable", "Worker", "current", "drain"]
