@@ -139,8 +139,6 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "_handshakeDone",
         "_lostTLSConnection",
     ),
-    "twisted.protocols.basic.LineReceiver": ("_buffer",),
-    "twisted.web._http2.H2Connection": ("_requestDone",),
     "twisted.web.http": ("_GenericHTTPChannelProtocol",),
     "twisted.web.http.HTTPChannel": ("_dataBuffer",),
     "twisted.web.http._GenericHTTPChannelProtocol": ("_channel",),
