@@ -31,7 +31,7 @@ _log = Logger()
 KEEP_ALIVE: Final = 1.0
 """How many seconds an idle HTTP connection has for a last request, by default."""
 
-CANCEL_TIMEOUT: Final = 2.0
+CANCEL_TIMEOUT: Final = 1.0
 """How many seconds cancelled coroutine handlers have to end after the grace."""
 
 
@@ -98,7 +98,7 @@ def drain(
     :param grace: how many seconds there are.
     :param keep_alive: see above.
     :return: a :class:`Drained`, when the last server connection is lost and all
-        coroutine handlers have ended: at the latest two seconds after the grace.
+        coroutine handlers have ended: at the latest a second after the grace.
     :raises TypeError: if the reactor is not one of this package's.
     :raises ValueError: if one of the times is less than 0.
     """
