@@ -35,6 +35,8 @@ class Boot:
     :ivar supervisor: the process id of the supervisor.
     :ivar pidfile: that of the supervisor; empty if there is none.
     :ivar inherited: the names of sockets passed by systemd.
+    :ivar grace: how many seconds the worker has to finish if something else than the
+        supervisor stops it.
     """
 
     number: int
@@ -50,6 +52,7 @@ class Boot:
     supervisor: int
     pidfile: str
     inherited: list[str]
+    grace: float
 
     def to_message(self) -> dict[str, Any]:
         """As a message of the control channel."""

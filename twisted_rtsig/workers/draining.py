@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from typing import Any, Final, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import Deferred
+from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.tcp import Port
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 from zope.interface import Interface
 
 from twisted_rtsig.coro.scheduler import cancel_call
@@ -177,9 +179,13 @@ class _Drainage:
     def _stop_listening(self, port: Any) -> None:
         self._keep_logging(port.factory)
         accept_backlog(port)
-        maybeDeferred(port.stopListening).addErrback(
-            lambda failure: _log.failure("cannot close {port!r}", failure, port=port)
-        )
+        port.stopReading()
+        # Its service may close it now, too, and Twisted's ports take that only once.
+        self._reactor.callLater(0, self._close, port)
+
+    def _close(self, port: Any) -> None:
+        if port.connected and not port.disconnecting:
+            port.connectionLost(Failure(CONNECTION_DONE))
 
     def _keep_logging(self, factory: Any) -> None:
         """A factory closes its access log when the last port is closed that uses it."""

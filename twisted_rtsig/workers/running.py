@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from twisted.application import app
+from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python import usage
 from twisted.scripts._twistd_unix import (
@@ -23,6 +24,7 @@ from twisted.scripts._twistd_unix import (
 from twisted_rtsig.workers import current
 from twisted_rtsig.workers.boot import Boot
 from twisted_rtsig.workers.channel import Channel, Message
+from twisted_rtsig.workers.draining import Drained, drain
 from twisted_rtsig.workers.logs import worker_observer
 from twisted_rtsig.workers.sockets import HeldSockets, use
 
@@ -94,6 +96,11 @@ class WorkerSide:
             "sockets": lambda message: self.held.renew(),
             "stop": self._stop,
         }
+        self._grace = boot.grace
+        self._stopping = False
+        # Before the application has triggers: the ports accept what waits in their
+        # backlogs, and the connections are told, before its services stop.
+        reactor.addSystemEventTrigger("before", "shutdown", self._drain)
 
     def start(self) -> None:
         """The reactor is about to run."""
@@ -116,7 +123,17 @@ class WorkerSide:
         self.control.send({"type": "ready"})
 
     def _stop(self, message: Message) -> None:
-        self.reactor.stop()
+        self._grace = message["grace"]
+        if self._stopping:
+            drain(self.reactor, self._grace)
+        else:
+            self.reactor.stop()
+
+    def _drain(self) -> Deferred[Drained]:
+        """The reactor stops, for whatever reason."""
+        self._stopping = True
+        self.control.send({"type": "stopping"})
+        return drain(self.reactor, self._grace)
 
     def _received(self, message: Message) -> None:
         handler = self.handlers.get(message["type"])

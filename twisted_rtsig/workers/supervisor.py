@@ -132,7 +132,8 @@ class Supervisor(Service, Events):
         self.slots: dict[int, Slot] = {}
         self.retired: set[WorkerProcess] = set()
         self.handlers: dict[str, Callable[[WorkerProcess, Message], None]] = {
-            "not listening": self._not_listening
+            "not listening": self._not_listening,
+            "stopping": self._stops_by_itself,
         }
         self._passed = passed
         self._passed_names = passed_names
@@ -380,6 +381,7 @@ class Supervisor(Service, Events):
             supervisor=os.getpid(),
             pidfile=settings.pidfile,
             inherited=self._passed_names,
+            grace=settings.grace,
         )
         assert self._start is not None
         worker = WorkerProcess(self._start, boot, self)
@@ -449,6 +451,22 @@ class Supervisor(Service, Events):
             worker.stopping = True
             worker.kill()
         self._lend()
+
+    def _stops_by_itself(self, worker: WorkerProcess, message: Message) -> None:
+        """It is stopping; if this has not asked for it, start its successor."""
+        slot = self.slots.get(worker.number)
+        if worker.stopping or slot is None or worker is not slot.worker:
+            return
+        _log.info(
+            "Worker {number} is stopping by itself (process {pid})",
+            number=worker.number,
+            pid=worker.pid,
+        )
+        self._count_failure(slot, worker)
+        slot.worker, slot.replacement = slot.replacement, None
+        if slot.worker is None:
+            self._fill_later(slot)
+        self._retire(worker)
 
     def _check_stopped(self) -> None:
         if self._stopped is None or self.workers():
