@@ -27,6 +27,7 @@ from twisted.logger import Logger
 from twisted.python.lockfile import FilesystemLock
 
 from twisted_rtsig.workers.channel import Message
+from twisted_rtsig.workers.spreading import RoundRobin
 
 _log = Logger()
 
@@ -61,6 +62,7 @@ class Address:
     :ivar listeners: the workers that have asked for it, the latest last.
     :ivar borrowers: by slot, the worker of another slot that accepts from its socket.
     :ivar owned: whether this process has made the sockets, and the file of a UNIX path.
+    :ivar turns: what gives each socket its turn, where the system can do that.
     """
 
     key: tuple[Any, ...]
@@ -70,6 +72,7 @@ class Address:
     borrowers: dict[int, Listener] = field(default_factory=dict)
     lock: FilesystemLock | None = None
     owned: bool = True
+    turns: RoundRobin | None = None
 
     @property
     def shared(self) -> bool:
@@ -96,6 +99,26 @@ class Address:
         slots = sorted(slot for slot in self.sockets if slot is not None)
         return slots[number % len(slots)]
 
+    def listen(self, worker: Listener, backlog: int) -> None:
+        """
+        Have the socket of C{worker} listen.
+
+        :param backlog: also of a socket that listens already.
+        """
+        if not self.owned:
+            return
+        if self.shared:
+            self.sockets[None].listen(backlog)
+            return
+        slot = self.own_slot(worker)
+        self.sockets[slot].listen(backlog)
+        if slot not in self.listening:
+            self.listening.append(slot)
+            if len(self.listening) == 1:
+                # Most systems allow that to root only.
+                with contextlib.suppress(OSError):
+                    self.turns = RoundRobin(self.sockets[slot])
+
     def lend(self) -> set[Listener]:
         """
         See that each socket has a worker that accepts from it.
@@ -106,6 +129,12 @@ class Address:
             return set()
         accepting = self.accepting()
         served = {self.own_slot(each) for each in accepting.values()}
+        if self.turns is not None:
+            # The others get no new connections, and only have to get rid of those that
+            # wait.
+            self.turns.choose(
+                [place for place, slot in enumerate(self.listening) if slot in served]
+            )
         before = dict(self.borrowers)
         for slot in self.listening:
             borrower = self.borrowers.get(slot)
@@ -127,10 +156,14 @@ class Address:
 
     def close(self) -> None:
         """Close the sockets, which resets what waits in their queues."""
+        if not self.owned:
+            return
         for each in self.sockets.values():
             each.close()
+        if self.turns is not None:
+            self.turns.close()
         kind, path = self.key[:2]
-        if kind == "unix" and self.owned:
+        if kind == "unix":
             if not path.startswith("\0"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
@@ -154,7 +187,9 @@ class Listening:
     ) -> None:
         self._slots = list(slots)
         self._shared = shared or _REUSEPORT is None
-        self._inherited = list(inherited)
+        self._inherited = [
+            each for each in inherited if each.type == socket.SOCK_STREAM
+        ]
         self._addresses: dict[tuple[Any, ...], Address] = {}
 
     def listen(
@@ -173,12 +208,7 @@ class Listening:
             self._add_slot(address, worker.number)
         if worker not in address.listeners:
             address.listeners.append(worker)
-        if address.owned:
-            # To listen again sets another backlog.
-            own = None if address.shared else address.own_slot(worker)
-            address.sockets[own].listen(request["backlog"])
-            if own is not None and own not in address.listening:
-                address.listening.append(own)
+        address.listen(worker, request["backlog"])
         return address.of(worker)
 
     def stop_listening(self, worker: Listener, request: Message) -> None:
@@ -209,10 +239,12 @@ class Listening:
         return changed
 
     def close_unused(self) -> None:
-        """Close the addresses that no worker listens on, since the application has
-        changed."""
+        """
+        Close the addresses on which no worker listens any more, since the application
+        has changed.
+        """
         for address in list(self._addresses.values()):
-            if not address.listeners:
+            if not address.accepting():
                 self._remove(address)
 
     def close(self) -> None:

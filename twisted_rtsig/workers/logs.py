@@ -21,6 +21,7 @@ from twisted.logger import (
     formatEventAsClassicLogText,
     globalLogPublisher,
 )
+from twisted.python.logfile import BaseLogFile
 from zope.interface import implementer
 
 # Seconds between two reads of a pipe.
@@ -53,15 +54,21 @@ def text_output() -> Callable[[bytes], None] | None:
     """
     for observer in globalLogPublisher._observers:
         if isinstance(observer, FileLogObserver):
-            file: Any = observer._outFile
             break
     else:
         return None
-    encoding = observer._encoding
+    file: Any = observer._outFile
+    takes_bytes = bool(observer._encoding) or isinstance(file, BaseLogFile)
+    encoding = getattr(file, "encoding", None) or "utf-8"
 
     def write(data: bytes) -> None:
         with contextlib.suppress(OSError):
-            file.write(data if encoding else data.decode("utf-8", "replace"))
+            if takes_bytes:
+                file.write(data)
+            else:
+                # A terminal may lack some characters.
+                text = data.decode("utf-8", "replace")
+                file.write(text.encode(encoding, "backslashreplace").decode(encoding))
             file.flush()
 
     return write

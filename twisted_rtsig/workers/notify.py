@@ -47,10 +47,6 @@ class Notifier:
         """The service is alive."""
         self._send("WATCHDOG=1")
 
-    def status(self, text: str) -> None:
-        """What C{systemctl status} prints."""
-        self._send(f"STATUS={text}")
-
     def _send(self, *lines: str) -> None:
         if not self._address:
             return

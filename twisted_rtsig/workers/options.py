@@ -148,6 +148,8 @@ class Options(usage.Options):
                 raise usage.UsageError(f"there is no file {self['python']}")
         twistd: Any = self.parent
         self["reactor-name"] = _reactor_name(twistd)
+        # Until twistd has imported it.
+        self["logger-name"] = twistd["logger"]
         chroot = twistd["chroot"]
         if chroot is not None and not os.path.exists(chroot + sys.executable):
             raise usage.UsageError(
@@ -208,8 +210,8 @@ def makeService(options: Options) -> Any:
     log_arguments: list[str] = []
     if twistd["syslog"]:
         log_arguments += ["--syslog", "--prefix", twistd["prefix"]]
-    if twistd["logger"] is not None:
-        log_arguments += ["--logger", twistd["logger"]]
+    if options["logger-name"] is not None:
+        log_arguments += ["--logger", options["logger-name"]]
     arguments = ["--rundir", os.path.abspath(twistd["rundir"])]
     if twistd["chroot"] is not None:
         arguments = []

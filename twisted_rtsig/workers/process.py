@@ -148,8 +148,12 @@ class WorkerProcess(ProcessProtocol):
         """Ask it to stop, and kill it if it has not ended after the grace."""
         if self.ended or self.stopping:
             return
-        self.stopping = True
         self.send({"type": "stop", "grace": grace})
+        self.stops_by_itself(grace)
+
+    def stops_by_itself(self, grace: float) -> None:
+        """It has said so: kill it if it has not ended after the grace."""
+        self.stopping = True
         self._kill_later = self._reactor.callLater(grace + _MARGIN, self._overdue)
 
     def kill(self) -> None:

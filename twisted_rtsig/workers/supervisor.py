@@ -151,6 +151,8 @@ class Supervisor(Service, Events):
         self._start_limits: dict[WorkerProcess, Any] = {}
         self._watchdog: Any = None
         self._signals: dict[int, Any] = {}
+        self._asked_to_end = False
+        self._had_terminal = _has_terminal()
 
     # As a service
 
@@ -400,9 +402,21 @@ class Supervisor(Service, Events):
         except OSError:
             _log.failure("Worker {number} cannot be started", number=slot.number)
             slot.failures += 1
+            if slot is self._replacing:
+                self._replacing = None
+                self._reload_failed(None)
             self._fill_later(slot)
         else:
             self._limit(slot.worker)
+
+    def _refill(self, slot: Slot) -> None:
+        """Start a worker at once in a slot that has none, or one that starts."""
+        if slot.pause is not None:
+            slot.pause.cancel()
+        if slot.worker is not None:
+            self._retire(slot.worker)
+            slot.worker = None
+        self._fill(slot)
 
     def _fill_later(self, slot: Slot) -> None:
         seconds = pause_before_restart(slot.failures)
@@ -415,6 +429,28 @@ class Supervisor(Service, Events):
                 seconds=seconds,
             )
         slot.pause = self.reactor.callLater(seconds, self._fill, slot)
+
+    def _stops_by_itself(self, worker: WorkerProcess, message: Message) -> None:
+        """The application has stopped the reactor, or a signal to this process has."""
+        if worker.stopping:
+            return
+        _log.info(
+            "Worker {number} stops by itself (process {pid})",
+            number=worker.number,
+            pid=worker.pid,
+        )
+        worker.stops_by_itself(self.settings.grace)
+        self._lend()
+        slot = self.slots.get(worker.number)
+        if slot is None or worker is not slot.worker or not worker.ready:
+            return
+        self.retired.add(worker)
+        slot.worker = None
+        self._count_failure(slot, worker)
+        if slot.replacement is not None:
+            slot.worker, slot.replacement = slot.replacement, None
+        else:
+            self._fill_later(slot)
 
     def _count_failure(self, slot: Slot, worker: WorkerProcess) -> None:
         if worker.ready and self.reactor.seconds() - worker.started >= _LIVED:
@@ -490,21 +526,20 @@ class Supervisor(Service, Events):
         if self._replacing is not None:
             return
         while self._to_replace:
-            slot = self.slots[min(self._to_replace)]
+            slot = self._replacing = self.slots[min(self._to_replace)]
             self._to_replace.discard(slot.number)
-            if slot.worker is None:
-                # In a pause: its next worker is a new one.
-                continue
-            if not slot.worker.ready:
-                # It may have loaded the old code.
-                slot.worker.kill()
+            if slot.worker is None or not slot.worker.ready:
+                # In a pause, or it may have loaded the old code.
+                slot.failures = 0
+                self._refill(slot)
+                return
             try:
                 slot.replacement = self._spawn(slot)
             except OSError:
                 _log.failure("Worker {number} cannot be started", number=slot.number)
+                self._replacing = None
                 self._reload_failed(None)
                 return
-            self._replacing = slot
             self._limit(slot.replacement)
             return
         self.listening.close_unused()
@@ -564,7 +599,8 @@ class Supervisor(Service, Events):
         self.reactor.callFromThread(function)
 
     def _end_by_signal(self, former: Any, number: int, frame: object) -> None:
-        if self._stopped is None and callable(former):
+        if not self._asked_to_end and self._stopped is None and callable(former):
+            self._asked_to_end = True
             # That of the reactor, which stops it, and the services with it.
             former(number, frame)
         else:
@@ -575,7 +611,20 @@ class Supervisor(Service, Events):
         self.kill_all()
 
     def _hang_up(self) -> None:
-        self.reload()
+        if self._had_terminal and not _has_terminal():
+            _log.info("The terminal is gone")
+            self.reactor.stop()
+        else:
+            self.reload()
+
+
+def _has_terminal() -> bool:
+    """Whether a terminal controls this process: a shell runs it in the foreground."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 __all__ = [
