@@ -1,1 +1,1 @@
-"""Tests of twisted_rtsig.workers."""
+"""Tests of twisted_rtsig.workers: real processes, real sockets."""

@@ -1,0 +1,219 @@
+"""``twistd workers`` as a user starts it, and applications to run in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+DEADLINE = 60.0
+"""Seconds after which a test gives up: twistd and each worker import all of Twisted."""
+
+WHO = """
+import os
+from twisted.application import service, strports
+from twisted.internet.protocol import Factory, Protocol
+from twisted_rtsig.workers import current
+
+VERSION = 1
+
+class Who(Protocol):
+    def connectionMade(self):
+        worker = current()
+        self.transport.write(b"%d %d %d\\n" % (worker.number, os.getpid(), VERSION))
+        self.transport.loseConnection()
+
+    def dataReceived(self, data):
+        pass
+
+factory = Factory.forProtocol(Who)
+application = service.Application("who")
+
+def listen(description):
+    strports.service(description, factory).setServiceParent(application)
+"""
+"""
+An application that answers each connection with the worker's number, its process and
+the version.
+"""
+
+ON_PORT_0 = WHO + 'listen("tcp:0:interface=127.0.0.1")\n'
+
+
+class Twistd:
+    """
+    A C{twistd} in the foreground, with its output.  It and its workers are killed in
+    the end, whatever has happened.
+
+    :param folder: where it starts.
+    :param arguments: those of the command.
+    :param options: those of C{twistd}.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        options: tuple[str, ...] = (),
+        reactor: str | None = "rtsig-auto",
+        command: str = "workers",
+        env: dict[str, str] | None = None,
+        **more: Any,
+    ) -> None:
+        self.folder = folder
+        self.pidfile = folder / "twistd.pid"
+        chosen = [] if reactor is None else [f"--reactor={reactor}"]
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-c", "from twisted.scripts.twistd import run; run()"),
+                *("-n", *chosen, *options, command, *arguments),
+            ],
+            cwd=folder,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            **more,
+        )
+        self._changed = threading.Condition()
+        self._output = ""
+        self._ended = False
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Twistd:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Its session has all its processes.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(DEADLINE)
+        self._reader.join(DEADLINE)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        if error is not None:
+            print(self.output)
+
+    @property
+    def output(self) -> str:
+        """All that was printed until now."""
+        with self._changed:
+            return self._output
+
+    def wait_for(self, pattern: str, times: int = 1) -> list[str]:
+        """
+        Wait until something was logged so often.
+
+        :param pattern: a regular expression.
+        :return: all that has matched: its first group, or all of it.
+        """
+        end = time.monotonic() + DEADLINE
+        with self._changed:
+            while True:
+                found: list[str] = re.findall(pattern, self._output, re.MULTILINE)
+                if len(found) >= times:
+                    return found
+                left = end - time.monotonic()
+                assert not self._ended and left > 0, (
+                    f"{pattern!r} was logged {len(found)} times:\n{self._output}"
+                )
+                self._changed.wait(left)
+
+    def wait_until_ready(self, workers: int, number: int | str = r"\d+") -> list[int]:
+        """Wait until so many workers were ready; return their processes."""
+        pattern = rf"Worker {number} is ready \(process (\d+)\)"
+        return [int(each) for each in self.wait_for(pattern, workers)]
+
+    def port(self) -> int:
+        """The first port on which a worker listens."""
+        return int(self.wait_for(r"starting on (\d+)$")[0])
+
+    def send(self, number: int) -> None:
+        """Send the supervisor a signal."""
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """Wait until it ends; return its status."""
+        status = self.process.wait(DEADLINE)
+        self._reader.join(DEADLINE)
+        return status
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                self._output += line.decode()
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+
+def write_tac(folder: Path, code: str, name: str = "app.tac") -> str:
+    """An application file; returns its name."""
+    (folder / name).write_text(textwrap.dedent(code))
+    return name
+
+
+def ask(address: Any, family: int = socket.AF_INET) -> tuple[int, int, int]:
+    """Connect to L{WHO}: the worker's number, its process, and the version."""
+    with socket.socket(family) as client:
+        client.settimeout(DEADLINE)
+        client.connect(address)
+        return read_answer(client)
+
+
+def read_answer(client: socket.socket) -> tuple[int, int, int]:
+    """What L{WHO} says on a connection."""
+    data = b""
+    while chunk := client.recv(100):
+        data += chunk
+    number, process, version = map(int, data.split())
+    return number, process, version
+
+
+def is_running(process: int) -> bool:
+    """Whether a process has not ended."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Any) -> None:
+    """Wait for what nothing tells of."""
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def waiting_connections(port: int, count: int) -> Iterator[list[socket.socket]]:
+    """Connections that are open, and of which nothing was read yet."""
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for _ in range(count):
+            client = socket.create_connection(("127.0.0.1", port), DEADLINE)
+            stack.callback(client.close)
+            clients.append(client)
+        yield clients
