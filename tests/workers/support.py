@@ -76,7 +76,11 @@ class Twistd:
         chosen = [] if reactor is None else [f"--reactor={reactor}"]
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-c", "from twisted.scripts.twistd import run; run()"),
+                *(
+                    sys.executable,
+                    "-c",
+                    "from twisted.scripts.twistd import run; run()",
+                ),
                 *("-n", *chosen, *options, command, *arguments),
             ],
             cwd=folder,
@@ -132,9 +136,10 @@ class Twistd:
                 if len(found) >= times:
                     return found
                 left = end - time.monotonic()
-                assert not self._ended and left > 0, (
-                    f"{pattern!r} was logged {len(found)} times:\n{self._output}"
-                )
+                if self._ended or left <= 0:
+                    raise AssertionError(
+                        f"{pattern!r} was logged {len(found)} times:\n{self._output}"
+                    )
                 self._changed.wait(left)
 
     def wait_until_ready(self, workers: int, number: int | str = r"\d+") -> list[int]:

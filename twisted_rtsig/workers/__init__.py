@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from twisted_rtsig.workers.draining import Drained, IDrainable, drain
 
+
 @dataclass(frozen=True)
 class Worker:
     """

@@ -92,9 +92,6 @@ class WorkerSide:
         )
         self.held = HeldSockets(sockets, self.control.send)
         use(reactor, self.held)
-        # Before the application's, so that another worker takes the connections while
-        # the services of this one stop.
-        reactor.addSystemEventTrigger("before", "shutdown", self._stopping)
         self.handlers: dict[str, Callable[[Message], None]] = {
             "sockets": lambda message: self.held.renew(),
             "stop": self._stop,
@@ -124,9 +121,6 @@ class WorkerSide:
 
     def _ready(self) -> None:
         self.control.send({"type": "ready"})
-
-    def _stopping(self) -> None:
-        self.control.send({"type": "stopping"})
 
     def _stop(self, message: Message) -> None:
         self._grace = message["grace"]

@@ -430,28 +430,6 @@ class Supervisor(Service, Events):
             )
         slot.pause = self.reactor.callLater(seconds, self._fill, slot)
 
-    def _stops_by_itself(self, worker: WorkerProcess, message: Message) -> None:
-        """The application has stopped the reactor, or a signal to this process has."""
-        if worker.stopping:
-            return
-        _log.info(
-            "Worker {number} stops by itself (process {pid})",
-            number=worker.number,
-            pid=worker.pid,
-        )
-        worker.stops_by_itself(self.settings.grace)
-        self._lend()
-        slot = self.slots.get(worker.number)
-        if slot is None or worker is not slot.worker or not worker.ready:
-            return
-        self.retired.add(worker)
-        slot.worker = None
-        self._count_failure(slot, worker)
-        if slot.replacement is not None:
-            slot.worker, slot.replacement = slot.replacement, None
-        else:
-            self._fill_later(slot)
-
     def _count_failure(self, slot: Slot, worker: WorkerProcess) -> None:
         if worker.ready and self.reactor.seconds() - worker.started >= _LIVED:
             slot.failures = 0
@@ -492,6 +470,9 @@ class Supervisor(Service, Events):
         """It is stopping; if this has not asked for it, start its successor."""
         slot = self.slots.get(worker.number)
         if worker.stopping or slot is None or worker is not slot.worker:
+            return
+        if not worker.ready:
+            # It has failed to start; its end tells why.
             return
         _log.info(
             "Worker {number} is stopping by itself (process {pid})",
