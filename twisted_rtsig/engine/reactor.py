@@ -60,6 +60,23 @@ LogContext = dict[Any, Any]
 _log = Logger(namespace="twisted.internet.base")
 
 
+def _observed(
+    wait: Callable[[float | None, Any], Any],
+    begins: Callable[[], None],
+    ends: Callable[[], None],
+) -> Callable[[float | None, Any], Any]:
+    """C{Notifier.wait} between two passes that are observed."""
+
+    def observed_wait(delay: float | None, unchecked: Any) -> Any:
+        ends()
+        try:
+            return wait(delay, unchecked)
+        finally:
+            begins()
+
+    return observed_wait
+
+
 def _reads_errors(reader: Any) -> bool:
     """
     Whether C{reader} takes each error away and tells its protocol, which may cause the
@@ -109,6 +126,10 @@ class EngineReactor(
         self._dispatched: Registration | None = None
         # In how many passes in a row nothing but a hang-up was reported, and stayed.
         self._hung_up: dict[Registration, int] = {}
+        # By observer, what is called when a pass begins and when it ends.
+        self._pass_observers: dict[
+            object, tuple[Callable[[], None], Callable[[], None]]
+        ] = {}
         self._waiting = False
         self._dispatching = False
         # Of the main loop, while it calls doIteration.
@@ -728,7 +749,10 @@ class EngineReactor(
     # Observation
 
     def observe_passes(
-        self, begins: Callable[[], None] | None, ends: Callable[[], None] | None
+        self,
+        begins: Callable[[], None] | None,
+        ends: Callable[[], None] | None,
+        observer: object = None,
     ) -> None:
         """
         Call C{begins} whenever the reactor has waited for events, and C{ends} whenever
@@ -736,23 +760,19 @@ class EngineReactor(
         raise errors.
 
         A pass begins with the events, and calls what is due by time as well.
+
+        :param observer: each has functions of its own.
         """
+        observers = self._pass_observers
+        observers.pop(observer, None)
+        if begins is not None and ends is not None:
+            observers[observer] = (begins, ends)
         notifier: Any = self._notifier
         # An attribute of the notifier hides the method of its class, so that a pass
         # that is not observed has nothing to look for.
         vars(notifier).pop("wait", None)
-        if begins is None or ends is None:
-            return
-        wait = notifier.wait
-
-        def observed_wait(delay: float | None, unchecked: Any) -> Any:
-            ends()
-            try:
-                return wait(delay, unchecked)
-            finally:
-                begins()
-
-        notifier.wait = observed_wait
+        for begins, ends in observers.values():
+            notifier.wait = _observed(notifier.wait, begins, ends)
 
     def statistics(self) -> Mapping[str, int]:
         """

@@ -26,7 +26,9 @@ from twisted_rtsig.workers.boot import Boot
 from twisted_rtsig.workers.channel import Channel, Message
 from twisted_rtsig.workers.draining import Drained, drain
 from twisted_rtsig.workers.logs import worker_observer
+from twisted_rtsig.workers.snapshot import Observer
 from twisted_rtsig.workers.sockets import HeldSockets, use
+from twisted_rtsig.workers.status import socket_path
 
 _log = Logger()
 
@@ -95,12 +97,16 @@ class WorkerSide:
         self.handlers: dict[str, Callable[[Message], None]] = {
             "sockets": lambda message: self.held.renew(),
             "stop": self._stop,
+            "status": self._tell_status,
         }
+        self._observer = Observer(reactor)
         self._grace = boot.grace
         self._stopping = False
         # Before the application has triggers: the ports accept what waits in their
         # backlogs, and the connections are told, before its services stop.
         reactor.addSystemEventTrigger("before", "shutdown", self._drain)
+        # What it has counted until its end.
+        reactor.addSystemEventTrigger("during", "shutdown", self._tell_status, {})
 
     def start(self) -> None:
         """The reactor is about to run."""
@@ -120,6 +126,7 @@ class WorkerSide:
             os._exit(1)
 
     def _ready(self) -> None:
+        self._observer.count_requests()
         self.control.send({"type": "ready"})
 
     def _stop(self, message: Message) -> None:
@@ -135,6 +142,11 @@ class WorkerSide:
         self.control.send({"type": "stopping"})
         return drain(self.reactor, self._grace)
 
+    def _tell_status(self, question: Message) -> None:
+        snapshot = self._observer.snapshot(question.get("tasks", False))
+        number = question.get("number")
+        self.control.send({"type": "status", "number": number, "snapshot": snapshot})
+
     def _received(self, message: Message) -> None:
         handler = self.handlers.get(message["type"])
         if handler is None:
@@ -149,6 +161,7 @@ class WorkerSide:
             with contextlib.suppress(OSError), open(self.boot.pidfile) as file:
                 if file.read().strip() == supervisor:
                     os.unlink(self.boot.pidfile)
+                    os.unlink(socket_path(self.boot.pidfile))
         for path, file_id, locked in self.held.files():
             with contextlib.suppress(OSError):
                 status = os.stat(path)

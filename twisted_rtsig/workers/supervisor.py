@@ -23,6 +23,7 @@ from twisted_rtsig.workers.listening import Listening
 from twisted_rtsig.workers.logs import LineLog, text_output
 from twisted_rtsig.workers.notify import Notifier
 from twisted_rtsig.workers.process import Events, Start, WorkerProcess
+from twisted_rtsig.workers.status import Status
 
 _log = Logger()
 
@@ -135,6 +136,7 @@ class Supervisor(Service, Events):
             "not listening": self._not_listening,
             "stopping": self._stops_by_itself,
         }
+        self.status = Status(self)
         self._passed = passed
         self._passed_names = passed_names
         self._notifier = notifier
@@ -182,6 +184,9 @@ class Supervisor(Service, Events):
             raise WorkerStartError(
                 f"the first worker {reason}; the log has what it has printed"
             )
+        settings = self.settings
+        if settings.pidfile:
+            self.status.listen(settings.pidfile, settings.uid, settings.gid)
 
     def startService(self) -> None:
         """Start the other workers."""
@@ -287,6 +292,7 @@ class Supervisor(Service, Events):
     def ended(self, worker: WorkerProcess) -> None:
         """See :class:`Events`."""
         self._cancel_limit(worker)
+        self.status.ended(worker)
         self.listening.ended(worker)
         slot = self.slots.get(worker.number)
         if worker in self.retired:
@@ -495,6 +501,7 @@ class Supervisor(Service, Events):
 
     def _finish(self) -> None:
         self.listening.close()
+        self.status.close()
         if self._watchdog is not None and self._watchdog.active():
             self._watchdog.cancel()
         for number, handler in self._signals.items():
