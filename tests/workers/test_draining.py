@@ -524,6 +524,24 @@ def test_connections_in_the_backlog_are_accepted(reactor: EngineReactor) -> None
     assert drained == [Drained(finished=3, aborted=0)]
 
 
+@pytest.mark.parametrize("first", ["service", "drain"])
+def test_a_port_that_its_service_closes_as_well(
+    reactor: EngineReactor, first: str, logged: list[Any]
+) -> None:
+    port = reactor.listenTCP(0, RecorderFactory(), interface="127.0.0.1")
+    closed: list[object] = []
+    stops = [
+        lambda: port.stopListening().addCallback(closed.append),
+        lambda: drain(reactor, LONG),
+    ]
+    for stop in stops if first == "service" else reversed(stops):
+        stop()
+    spin_with_timers(reactor, lambda: closed)
+    settle(reactor)
+    assert not port.connected
+    assert [each for each in logged if "log_failure" in each] == []
+
+
 @implementer(IDrainable)
 class Polite(Recorder):
     """Says goodbye."""

@@ -68,7 +68,7 @@ class Observer:
         :param tasks: whether to describe the tasks.
         """
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        snapshot = {
+        snapshot: dict[str, Any] = {
             "connections": len(self._reactor.server_connections),
             "requests": self.requests,
             "cpu": round(usage.ru_utime + usage.ru_stime, 3),

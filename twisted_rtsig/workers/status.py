@@ -249,7 +249,7 @@ class _Connection(LineReceiver, TimeoutMixin):
     def connectionMade(self) -> None:
         """See ``IProtocol.connectionMade``."""
         self.factory.clients.add(self)
-        self.setTimeout(_CLIENT_TIMEOUT)  # type: ignore[no-untyped-call]
+        self.setTimeout(_CLIENT_TIMEOUT)
 
     def callLater(self, period: float, function: Callable[[], None]) -> Any:
         """See ``TimeoutMixin``."""
@@ -276,13 +276,13 @@ class _Connection(LineReceiver, TimeoutMixin):
 
     def connectionLost(self, reason: object = None) -> None:
         """See ``IProtocol.connectionLost``."""
-        self.setTimeout(None)  # type: ignore[no-untyped-call]
+        self.setTimeout(None)
         self.factory.clients.discard(self)
 
     def _answer(self, message: Message) -> None:
         # It may be gone by now.
         if self in self.factory.clients:
-            self.resetTimeout()  # type: ignore[no-untyped-call]
+            self.resetTimeout()
             self._transport().write(json.dumps(message).encode() + b"\n")
             self._transport().loseConnection()
 
@@ -290,7 +290,7 @@ class _Connection(LineReceiver, TimeoutMixin):
         return self.transport
 
 
-class _Factory(ServerFactory):
+class _Factory(ServerFactory[_Connection]):
     noisy = False
 
     def __init__(self, status: Status) -> None:
