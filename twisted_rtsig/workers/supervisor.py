@@ -167,6 +167,7 @@ class Supervisor(Service, Events):
         """
         super().privilegedStartService()
         self._prepare()
+        self._handle_early()
         slot = self.slots[0] = Slot(0)
         try:
             worker = slot.worker = self._spawn(slot)
@@ -556,7 +557,7 @@ class Supervisor(Service, Events):
     # The process
 
     def _running(self) -> None:
-        self._install_signals()
+        self._handle_late()
         for slot in self.slots.values():
             if slot.worker is None and slot.pause is None:
                 self._fill(slot)
@@ -568,13 +569,17 @@ class Supervisor(Service, Events):
         self._notifier.alive()
         self._watchdog = self.reactor.callLater(pause, self._feed_watchdog, pause)
 
-    def _install_signals(self) -> None:
+    def _handle_early(self) -> None:
+        """Signals that come while the first worker starts wait for the reactor."""
         for number, function in (
             (signal.SIGHUP, self._hang_up),
             (signal.SIGTTIN, self.add_worker),
             (signal.SIGTTOU, self.remove_worker),
         ):
             self._handle(number, partial(self._call, function))
+
+    def _handle_late(self) -> None:
+        """Signals that the reactor handles as well, from when it runs."""
         for number in (signal.SIGINT, signal.SIGTERM):
             former = signal.getsignal(number)
             self._handle(number, partial(self._end_by_signal, former))
