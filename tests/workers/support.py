@@ -48,6 +48,8 @@ An application that answers each connection with the worker's number, its proces
 the version.
 """
 
+RUN_TWISTD = "from twisted.scripts.twistd import run; run()"
+
 ON_PORT_0 = WHO + 'listen("tcp:0:interface=127.0.0.1")\n'
 
 
@@ -59,6 +61,7 @@ class Twistd:
     :param folder: where it starts.
     :param arguments: those of the command.
     :param options: those of C{twistd}.
+    :param prelude: what the process does before.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class Twistd:
         reactor: str | None = "rtsig-auto",
         command: str = "workers",
         env: dict[str, str] | None = None,
+        python: str = sys.executable,
+        prelude: str = "",
         **more: Any,
     ) -> None:
         self.folder = folder
@@ -76,11 +81,7 @@ class Twistd:
         chosen = [] if reactor is None else [f"--reactor={reactor}"]
         self.process = subprocess.Popen(
             [
-                *(
-                    sys.executable,
-                    "-c",
-                    "from twisted.scripts.twistd import run; run()",
-                ),
+                *(python, "-c", f"{prelude}\n{RUN_TWISTD}"),
                 *("-n", *chosen, *options, command, *arguments),
             ],
             cwd=folder,

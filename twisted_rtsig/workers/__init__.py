@@ -8,8 +8,10 @@ processes.  See ``docs/workers.md``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from twisted_rtsig.workers.draining import Drained, IDrainable, drain
+if TYPE_CHECKING:
+    from twisted_rtsig.workers.draining import Drained, IDrainable, drain
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,16 @@ def current() -> Worker | None:
             start_the_nightly_report()
     """
     return _current
+
+
+def __getattr__(name: str) -> object:
+    # A worker begins here, and Twisted is not to be imported before the environment is
+    # as the application has to find it.
+    if name in ("Drained", "IDrainable", "drain"):
+        from twisted_rtsig.workers import draining
+
+        return getattr(draining, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = ["Drained", "IDrainable", "Worker", "current", "drain"]

@@ -1,0 +1,369 @@
+"""What twistd and systemd give to a process: logs, users, sockets, notifications."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import twisted
+import twisted_rtsig
+from tests.workers.support import (
+    DEADLINE,
+    ON_PORT_0,
+    RUN_TWISTD,
+    WHO,
+    Twistd,
+    ask,
+    wait_until,
+    write_tac,
+)
+from twisted_rtsig.workers.notify import Notifier
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="workers need a POSIX system"),
+    pytest.mark.slow,
+]
+
+LINES = 9000
+
+TALKS = (
+    ON_PORT_0
+    + f"""
+from twisted.internet import reactor
+from twisted.logger import Logger
+from twisted.internet.task import cooperate
+
+def talk():
+    for number in range({LINES}):
+        Logger().info("{{text}}", text="line %d of %d" % (number, current().number))
+        if number % 50 == 0:
+            yield
+
+cooperate(talk()).whenDone().addCallback(lambda ignored: print("DONE"))
+"""
+)
+
+
+@contextlib.contextmanager
+def daemon(folder: Path, *arguments: str) -> Iterator[int]:
+    """A daemon, which is stopped in the end; its process."""
+    done = subprocess.run(
+        [*(sys.executable, "-c", RUN_TWISTD, "--reactor=rtsig-auto"), *arguments],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=DEADLINE,
+    )
+    assert done.returncode == 0, done
+    pidfile = folder / "twistd.pid"
+    process = int(pidfile.read_text())
+    try:
+        yield process
+        os.kill(process, signal.SIGTERM)
+        wait_until(lambda: not pidfile.exists())
+    finally:
+        # And its workers.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(os.getpgid(process), signal.SIGKILL)
+
+
+def test_log_file(tmp_path: Path) -> None:
+    """
+    A daemon: the lines of all workers are in its log file, whole, through rotation,
+    and SIGUSR1 begins a new one.
+    """
+    write_tac(tmp_path, TALKS)
+
+    def logged() -> str:
+        # The oldest first.
+        files = sorted(tmp_path.glob("log.*"), key=lambda each: -int(each.suffix[1:]))
+        return "".join(each.read_text() for each in [*files, tmp_path / "log"])
+
+    arguments = ("-l", "log", "workers", "-c", "2", "-y", "app.tac")
+    with daemon(tmp_path, *arguments) as process:
+        wait_until(lambda: logged().count("DONE") == 2)
+        before = len(list(tmp_path.glob("log.*")))
+        assert before >= 1
+        os.kill(process, signal.SIGUSR1)
+        wait_until(lambda: len(list(tmp_path.glob("log.*"))) == before + 1)
+        os.kill(process, signal.SIGHUP)
+        wait_until(lambda: "The reload is complete" in (tmp_path / "log").read_text())
+    text = logged()
+    lines: dict[str, list[int]] = collections.defaultdict(list)
+    for number, line, of in re.findall(
+        r"^\S+ \[worker (\d): \S+#info\] line (\d+) of (\d)$", text, re.M
+    ):
+        assert number == of
+        lines[number].append(int(line))
+    # Each worker, and its successor, which was perhaps stopped before its last.
+    for each in lines.values():
+        assert each[:LINES] == list(range(LINES))
+    assert set(lines) == {"0", "1"}
+    assert text.count("Worker 1 is ready") == 2
+
+
+def test_traceback_is_whole(tmp_path: Path) -> None:
+    """An entry of several lines stays together, and a print is a line."""
+    write_tac(
+        tmp_path,
+        ON_PORT_0
+        + """
+from twisted.internet import reactor
+from twisted.python import log
+
+def fail():
+    print("sm\\u00f8rrebr\\u00f8d")
+    os.write(2, b"from below\\n")
+    log.err(ValueError("x" * 10000))
+
+reactor.callWhenRunning(fail)
+""",
+    )
+    environment = {"PYTHONIOENCODING": "ascii"}
+    with Twistd(tmp_path, "-c", "2", "-y", "app.tac", env=environment) as twistd:
+        twistd.wait_until_ready(2)
+        twistd.wait_for(r"\[worker \d: stdout#info\] sm\\xf8rrebr\\xf8d$", 2)
+        twistd.wait_for("^from below$", 2)
+        twistd.wait_for(r"^\tFailure: builtins.ValueError: x{10000}$", 2)
+
+
+def test_other_logger(tmp_path: Path) -> None:
+    """--logger is used by all processes, and what workers print is logged as well."""
+    (tmp_path / "its_logger.py").write_text(
+        textwrap.dedent(
+            """
+            import os
+
+            def factory():
+                file = open(f"{os.getpid()}.its-log", "w", buffering=1)
+                return lambda event: file.write(event.get("log_format", "") + "\\n")
+            """
+        )
+    )
+    write_tac(tmp_path, ON_PORT_0 + "os.write(1, b'printed\\n')\n")
+    with Twistd(
+        tmp_path,
+        *("-c", "1", "-y", "app.tac"),
+        options=("--logger", "its_logger.factory"),
+        env={"PYTHONPATH": str(tmp_path)},
+    ) as twistd:
+        supervisor = tmp_path / f"{twistd.process.pid}.its-log"
+        wait_until(supervisor.exists)
+        wait_until(lambda: "is ready" in supervisor.read_text())
+        wait_until(lambda: "has printed: {line}" in supervisor.read_text())
+        (worker,) = {*tmp_path.glob("*.its-log")} - {supervisor}
+        assert "Starting factory" in worker.read_text()
+
+
+def test_notifications(tmp_path: Path) -> None:
+    """systemd is told of the start, the reload, the stop, and signs of life."""
+    write_tac(tmp_path, ON_PORT_0 + 'print("NOTIFY", "NOTIFY_SOCKET" in os.environ)\n')
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.settimeout(DEADLINE)
+        systemd.bind(str(tmp_path / "notify"))
+        environment = {
+            "NOTIFY_SOCKET": str(tmp_path / "notify"),
+            "WATCHDOG_USEC": "200000",
+        }
+
+        def receive() -> dict[str, str]:
+            """The next message that is no sign of life."""
+            while (data := systemd.recv(1000).decode()) == "WATCHDOG=1":
+                pass
+            return dict(line.split("=", 1) for line in data.split("\n"))
+
+        with Twistd(tmp_path, "-c", "1", "-y", "app.tac", env=environment) as twistd:
+            own = {"READY": "1", "MAINPID": str(twistd.process.pid)}
+            assert receive() == own
+            for _ in range(3):
+                assert systemd.recv(1000) == b"WATCHDOG=1"
+            twistd.send(signal.SIGHUP)
+            reloading = receive()
+            assert reloading["RELOADING"] == "1"
+            assert int(reloading["MONOTONIC_USEC"]) > 0
+            assert receive() == own
+            twistd.send(signal.SIGTERM)
+            assert receive() == {"STOPPING": "1"}
+            twistd.wait()
+            assert set(twistd.wait_for("NOTIFY (.*)", 2)) == {"False"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "seconds"),
+    [
+        ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "self"}, 3.0),
+        ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"}, None),
+        ({"WATCHDOG_USEC": "nonsense"}, None),
+        ({}, None),
+    ],
+)
+def test_watchdog(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], seconds: float | None
+) -> None:
+    """It counts only if it is meant for this process."""
+    monkeypatch.setenv("NOTIFY_SOCKET", "@nobody-listens-here")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(os.getpid()) if value == "self" else value)
+    notifier = Notifier()
+    assert notifier.watchdog == seconds
+    # It is no error that nothing receives it.
+    notifier.alive()
+    assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & set(os.environ)
+
+
+PASS_SOCKETS = """
+import os, sys
+given = [int(each) for each in os.environ.pop("GIVEN").split()]
+# Out of the way of each other.
+given = [os.dup(each) for each in given]
+for number, each in enumerate(given, 3):
+    os.dup2(each, number)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.environ["LISTEN_FDS"] = str(len(given))
+os.environ["LISTEN_FDNAMES"] = "web:path"
+"""
+
+
+def test_sockets_of_systemd(tmp_path: Path) -> None:
+    """
+    They are used for the addresses that they are bound to, and C{systemd:} endpoints
+    work in the workers.
+    """
+    with (
+        socket.socket() as tcp,
+        socket.socket(socket.AF_UNIX) as path,
+    ):
+        tcp.bind(("127.0.0.1", 0))
+        port = tcp.getsockname()[1]
+        path.bind(str(tmp_path / "path.sock"))
+        for each in (tcp, path):
+            each.listen()
+        write_tac(
+            tmp_path,
+            WHO
+            + f"""
+listen("tcp:{port}:interface=127.0.0.1")
+listen("unix:{tmp_path}/path.sock")
+listen("systemd:domain=UNIX:name=path")
+""",
+        )
+        with Twistd(
+            tmp_path,
+            *("-c", "2", "-y", "app.tac"),
+            prelude=PASS_SOCKETS,
+            env={"GIVEN": f"{tcp.fileno()} {path.fileno()}"},
+            pass_fds=(tcp.fileno(), path.fileno()),
+        ) as twistd:
+            twistd.wait_until_ready(2)
+            assert ask(("127.0.0.1", port))[2] == 1
+            assert ask(str(tmp_path / "path.sock"), socket.AF_UNIX)[2] == 1
+            twistd.send(signal.SIGTERM)
+            twistd.wait()
+        # They are systemd's, and still listen.
+        assert (tmp_path / "path.sock").exists()
+        with socket.create_connection(("127.0.0.1", port), DEADLINE):
+            pass
+
+
+def python_of_everyone() -> str | None:
+    """An interpreter that another user can run, together with L{PACKAGES}."""
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for each in (sys.executable, shutil.which(name, path=os.defpath)):
+        if each is None:
+            continue
+        with contextlib.suppress(OSError):
+            done = subprocess.run(
+                [each, "-c", "import twisted_rtsig.rtsigreactor, attr"],
+                user="nobody",
+                group=pwd.getpwnam("nobody").pw_gid,
+                extra_groups=[],
+                env={**os.environ, "PYTHONPATH": PACKAGES},
+                capture_output=True,
+                timeout=DEADLINE,
+            )
+            if done.returncode == 0:
+                return each
+    return None
+
+
+PACKAGES = os.pathsep.join(
+    {
+        str(Path(module.__file__ or "").parent.parent)
+        for module in (twisted, twisted_rtsig)
+    }
+)
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "getuid") or os.getuid() != 0, reason="only root has privileges"
+)
+def test_privileged_port(public_folder: Path) -> None:
+    """
+    With --uid the supervisor binds a port below 1024, and then sheds its privileges;
+    workers have none.
+    """
+    python = python_of_everyone()
+    if python is None:
+        pytest.skip("no other user can run this Python")
+    nobody = pwd.getpwnam("nobody").pw_uid
+    port = privileged_port()
+    write_tac(
+        public_folder,
+        WHO
+        + f"""
+listen("tcp:{port}:interface=127.0.0.1")
+print("USER", os.getuid(), os.geteuid())
+""",
+    )
+    with Twistd(
+        public_folder,
+        *("-c", "2", "-y", "app.tac"),
+        options=("--uid", "nobody", "--pidfile="),
+        env={"PYTHONPATH": PACKAGES},
+        python=python,
+    ) as twistd:
+        workers = twistd.wait_until_ready(2)
+        status = Path(f"/proc/{twistd.process.pid}/status").read_text()
+        assert re.findall(r"^Uid:\t(\d+)\t(\d+)\t(\d+)", status, re.M) == [
+            (str(nobody),) * 3
+        ]
+        assert {ask(("127.0.0.1", port))[2] for _ in range(10)} == {1}
+        os.kill(workers[0], signal.SIGKILL)
+        twistd.send(signal.SIGHUP)
+        twistd.wait_for("The reload is complete")
+        twistd.send(signal.SIGTTIN)
+        # The third cannot have a socket of its own, without privileges.
+        twistd.wait_for("Worker 2 shares the socket of another one")
+        twistd.wait_until_ready(1, number=2)
+        assert {ask(("127.0.0.1", port))[2] for _ in range(10)} == {1}
+        assert set(twistd.wait_for("USER (.*)")) == {f"{nobody} {nobody}"}
+
+
+def privileged_port() -> int:
+    """A free one."""
+    for port in range(1023, 600, -1):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("all are taken")
