@@ -40,7 +40,7 @@ def test_count(tmp_path: Path) -> None:
         twistd.wait_for("There is one worker only, which stays")
         twistd.send(signal.SIGTTIN)
         (added,) = twistd.wait_until_ready(1, number=1)
-        seen = set()
+        seen: set[int] = set()
         while seen != {0, 1}:
             seen.add(ask(("127.0.0.1", port))[0])
         twistd.send(signal.SIGTTOU)
@@ -93,7 +93,7 @@ def test_reload(tmp_path: Path) -> None:
         new = ON_PORT_0.replace("VERSION = 1", "VERSION = 2")
         write_tac(tmp_path, new)
         twistd.send(signal.SIGHUP)
-        versions = set()
+        versions: set[int] = set()
         while versions != {2} or "The reload is complete" not in twistd.output:
             # The connection is answered, and not reset, all the time.
             versions = {ask(("127.0.0.1", port))[2] for _ in range(4)}

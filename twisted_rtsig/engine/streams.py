@@ -506,7 +506,9 @@ class StreamReactor(PosixReactorBase):
         if addressFamily not in self._supportedAddressFamilies:
             raise UnsupportedAddressFamily(addressFamily)
         if unixEnabled and addressFamily == socket.AF_UNIX:
-            listening = UNIXPort._fromListeningDescriptor(self, fileDescriptor, factory)
+            listening = self.unix_port._fromListeningDescriptor(
+                self, fileDescriptor, factory
+            )
         else:
             listening = TCPPort._fromListeningDescriptor(
                 self, fileDescriptor, addressFamily, factory

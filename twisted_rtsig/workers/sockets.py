@@ -262,13 +262,20 @@ class _AnotherSocket(TCPPort):
 
 
 class _WorkerUNIXPort(UNIXPort):
-    """A UNIX port whose socket and file the supervisor holds."""
+    """
+    A UNIX port whose socket and file the supervisor holds; or an adopted one, whose
+    file is there for the other workers, too.
+    """
 
     held_sockets: HeldSockets
     _held: Held | None = None
 
     def startListening(self) -> None:
         """As in Twisted."""
+        if self._preexistingSocket is not None:
+            self._shouldShutdown = False
+            super().startListening()
+            return
         tcp._reservedFD.reserve()
         path = os.fsdecode(self._bindPath)
         log.msg(f"{self._getLogPrefix(self.factory)} starting on {path!r}")
