@@ -179,3 +179,24 @@ def test_files() -> None:
         # Of the delays it is the longest pass: nobody need have held up anybody.
         times = [row[2 if rows is tables["late"] else 1] for row in rows]
         assert all(float(each.split()[0].replace(",", "")) > 0 for each in times)
+
+
+def test_workers() -> None:
+    if not (sys.platform.startswith("linux") and shutil.which("wrk")):
+        pytest.skip("the benchmark of workers needs Linux and wrk")
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("the benchmarks need two cores")
+    run = subprocess.run(
+        [
+            *(sys.executable, str(BENCHMARKS / "workers.py")),
+            *("--rounds", "1", "--seconds", "1", "--connections", "4"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    # Whether so short a measurement meets the bars is luck.
+    assert run.returncode in (0, 1), run.stderr
+    assert run.stderr == ""
+    assert "2 workers to 1: " in run.stdout
+    assert "a worker to twistd: " in run.stdout
