@@ -49,7 +49,7 @@ from tests.coro.test_examples import (
 )
 from tests.coro.test_examples import reactor as reactor
 from tests.support import DEADLINE
-from twisted_rtsig import coro, files
+from twisted_rtsig import coro, files, workers
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -272,7 +272,7 @@ def test_the_pages_name_what_there_is() -> None:
     for option in {*options} - {"self", "handler"}:
         assert f"| `{option}` |" in page, option
     text = "".join(each.read_text() for each in PAGES)
-    for name in (*coro.__all__, *files.__all__):
+    for name in (*coro.__all__, *files.__all__, *workers.__all__):
         assert re.search(rf"\b{name}\b", text), name
     page = (DOCS / "channels.md").read_text()
     for shared in SHARED:
