@@ -23,7 +23,10 @@ pytestmark = pytest.mark.processes
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
-PLUGIN = "twisted/plugins/twisted_rtsig_reactors.py"
+PLUGINS = {
+    "twisted/plugins/twisted_rtsig_reactors.py",
+    "twisted/plugins/twisted_rtsig_workers.py",
+}
 
 
 @dataclass
@@ -97,10 +100,10 @@ def run_from_wheel(unpacked: Path, cwd: Path, code: str, *arguments: str) -> str
 
 def test_wheel_contents(built: Built) -> None:
     names = built.wheel_names()
-    assert {"twisted_rtsig/__init__.py", "twisted_rtsig/py.typed", PLUGIN} <= names
-    # Beside Twisted's own package, the plugin is all there may be: these two
-    # would overwrite Twisted's, and go when this project is uninstalled.
-    assert {name for name in names if name.startswith("twisted/")} == {PLUGIN}
+    assert {"twisted_rtsig/__init__.py", "twisted_rtsig/py.typed", *PLUGINS} <= names
+    # In Twisted's own package, the plugins are all there may be: an __init__.py would
+    # overwrite Twisted's, and go when this project is uninstalled.
+    assert {name for name in names if name.startswith("twisted/")} == PLUGINS
     tops = {PurePath(name).parts[0] for name in names}
     info = {top for top in tops if top.endswith(".dist-info")}
     assert len(info) == 1
@@ -118,7 +121,7 @@ def test_wheel_holds_every_module(built: Built) -> None:
 
 def test_sdist_contents(built: Built) -> None:
     names = built.sdist_names()
-    assert {PLUGIN, "LICENSE", "README.md", "pyproject.toml"} <= names
+    assert {*PLUGINS, "LICENSE", "README.md", "pyproject.toml"} <= names
     assert {"tests/__init__.py", f"tests/{Path(__file__).name}"} <= names
     assert [name for name in names if name.endswith((".pyc", ".cache"))] == []
 
@@ -177,6 +180,24 @@ def test_listed(unpacked: Path, tmp_path: Path, program: str) -> None:
         assert bool(re.search(rf"\b{name}\s", others)) is not here
 
 
+def test_workers_are_listed(unpacked: Path, tmp_path: Path) -> None:
+    """
+    C{twistd} lists the command; what it runs with is imported only when it is chosen.
+    """
+    code = """
+import sys
+from twisted.scripts.twistd import run
+
+try:
+    run()
+finally:
+    print([name for name in sys.modules if name.startswith("twisted_rtsig.workers")])
+"""
+    listing = run_from_wheel(unpacked, tmp_path, code, "--help")
+    assert re.search(r"^    workers +Run another command", listing, re.MULTILINE)
+    assert listing.splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize("name", [name for name, here in HERE.items() if not here])
 def test_chosen_where_it_cannot_run(unpacked: Path, tmp_path: Path, name: str) -> None:
     """A sentence says why, and what to use instead."""
@@ -211,6 +232,9 @@ def test_pytest_finds_the_plugin(unpacked: Path, tmp_path: Path) -> None:
         "twisted_rtsig",
         "twisted_rtsig.pytest_plugin",
         "twisted.plugins.twisted_rtsig_reactors",
+        "twisted.plugins.twisted_rtsig_workers",
+        "twisted_rtsig.workers",
+        "twisted_rtsig.workers.options",
     ],
 )
 def test_import_chooses_no_reactor(unpacked: Path, tmp_path: Path, module: str) -> None:
