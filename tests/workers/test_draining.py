@@ -569,6 +569,18 @@ def test_a_protocol_is_told(reactor: EngineReactor, wrap: Any) -> None:
     assert _read(client) == b"bye"
 
 
+def test_it_does_not_look_without_end(reactor: EngineReactor) -> None:
+    """Even if idle connections have no time."""
+    client = _connected(reactor, RecorderFactory())
+    drain(reactor, LONG, keep_alive=0)
+    assert len(reactor.getDelayedCalls()) == 3
+    pauses = [each.getTime() - reactor.seconds() for each in reactor.getDelayedCalls()]
+    # To close the port, to look again, and the grace.
+    assert sorted(pauses)[1] > 0.005
+    client.close()
+    spin_with_timers(reactor, lambda: not reactor.server_connections)
+
+
 def test_a_protocol_that_fails_holds_up_no_other(
     reactor: EngineReactor, logged: list[Any]
 ) -> None:
@@ -586,6 +598,13 @@ def test_a_protocol_that_fails_holds_up_no_other(
 
 
 # The grace
+
+
+def test_idle_connections_of_http_are_closed_within_a_short_grace(web: Web) -> None:
+    drained: list[Drained] = []
+    drain(web.reactor, 4 * SHORT).addCallback(drained.append)
+    assert web.received(drained) == b""
+    assert drained == [Drained(finished=1, aborted=0)]
 
 
 def test_what_is_left_after_the_grace_is_aborted_and_counted(
@@ -612,7 +631,7 @@ def test_what_is_left_after_the_grace_is_aborted_and_counted(
         for each in logged
         if "grace" in (each.get("log_format") or "")
     ]
-    assert lines == ["2 connections had not ended when the grace was over: aborted"]
+    assert lines == ["The grace is over, and connections were aborted: 2"]
     assert not reactor.getDelayedCalls()
 
 

@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support import reactor_classes, spin_with_timers
 from tests.workers.support import DEADLINE, Twistd, wait_until, write_tac
+from twisted_rtsig.coro import LoopMonitor, add_instrument, remove_instrument
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.workers import status as status_module
 from twisted_rtsig.workers.__main__ import main
@@ -387,8 +388,36 @@ def test_a_client_that_is_gone_before_the_answer(
 
 
 def test_passes_are_counted(reactor: EngineReactor) -> None:
+    """Also while the application has an instrument that observes them."""
     observer = Observer(reactor)
-    for _ in range(3):
+    monitor = LoopMonitor()
+    reactor.iterate(0)
+    add_instrument(monitor, reactor)
+    for _ in range(2):
+        reactor.iterate(0)
+    remove_instrument(monitor, reactor)
+    for _ in range(2):
         reactor.iterate(0)
     assert observer.snapshot()["passes"]["counts"] == observer.passes.counts
-    assert observer.passes.count == 2
+    assert observer.passes.count == 4
+    assert monitor.passes.count == 1
+
+
+def test_a_reader_that_has_ended(tmp_path: Path) -> None:
+    """As head does."""
+    answer = '{"metrics": [], "pid": 1, "age": 0, "count": 0, "workers": []}'
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        server.listen()
+        command = ["-m", "twisted_rtsig.workers", "status", str(tmp_path / "socket")]
+        with subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as asking:
+            assert asking.stdout is not None
+            asking.stdout.close()
+            with server.accept()[0] as accepted:
+                assert accepted.recv(100) == b'{"tasks": false}\n'
+                accepted.sendall(answer.encode())
+            assert asking.stderr is not None
+            assert asking.stderr.read() == b""
+        assert asking.returncode == 0

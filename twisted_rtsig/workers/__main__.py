@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -45,12 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     if options.json:
-        print(json.dumps(status))
+        text = json.dumps(status) + "\n"
     elif options.metrics:
-        print(exposition(from_json(status["metrics"])), end="")
+        text = exposition(from_json(status["metrics"]))
     else:
-        for line in _lines(status):
-            print(line)
+        text = "".join(f"{line}\n" for line in _lines(status))
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # A pager or head has ended.  Python would fail to flush once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -33,6 +33,9 @@ _log = Logger()
 KEEP_ALIVE: Final = 1.0
 """How many seconds an idle HTTP connection has for a last request, by default."""
 
+# All connections are looked at so often.
+_SHORTEST_KEEP_ALIVE: Final = 0.01
+
 CANCEL_TIMEOUT: Final = 1.0
 """How many seconds cancelled coroutine handlers have to end after the grace."""
 
@@ -98,7 +101,7 @@ def drain(
 
     :param reactor: one of this package's.
     :param grace: how many seconds there are.
-    :param keep_alive: see above.
+    :param keep_alive: see above; at most half of the grace.
     :return: a :class:`Drained`, when the last server connection is lost and all
         coroutine handlers have ended: at the latest a second after the grace.
     :raises TypeError: if the reactor is not one of this package's.
@@ -114,6 +117,8 @@ def drain(
             raise ValueError(f"{name}={seconds}: 0 is the least")
     drainage = _drainages.get(reactor)
     if drainage is None:
+        # Idle connections are to be closed before those that are left are aborted.
+        keep_alive = max(min(keep_alive, grace / 2), _SHORTEST_KEEP_ALIVE)
         drainage = _drainages[reactor] = _Drainage(reactor, keep_alive)
     return drainage.wait(grace)
 
@@ -241,7 +246,7 @@ class _Drainage:
                 connection.abortConnection()
         if left:
             _log.warn(
-                "{count} connections had not ended when the grace was over: aborted",
+                "The grace is over, and connections were aborted: {count}",
                 count=len(left),
             )
 
