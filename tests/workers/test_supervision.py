@@ -361,16 +361,23 @@ def descriptors(process: int) -> int:
     return len(os.listdir(f"/proc/{process}/fd"))
 
 
-def test_terminal_sends_signals_to_all(tmp_path: Path) -> None:
-    """Ctrl-C goes to all processes, and only the supervisor takes it."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_all(tmp_path: Path, number: signal.Signals) -> None:
+    """
+    Ctrl-C goes to all processes, and only the supervisor takes it.  If all get SIGTERM,
+    as from systemd, workers stop by themselves, and all end as well.
+    """
     write_tac(tmp_path, ON_PORT_0)
     with Twistd(tmp_path, "-c", "2", "-y", "app.tac") as twistd:
-        twistd.wait_until_ready(2)
-        os.killpg(twistd.process.pid, signal.SIGINT)
-        assert twistd.wait() == -signal.SIGINT
-        assert len(re.findall("Worker . has stopped", twistd.output)) == 2
-        assert "stopping by itself" not in twistd.output
-        assert "has ended" not in twistd.output
+        workers = twistd.wait_until_ready(2)
+        os.killpg(twistd.process.pid, number)
+        assert twistd.wait() == -number
+        assert not any(map(is_running, workers))
+        assert "Unhandled Error" not in twistd.output
+        if number == signal.SIGINT:
+            assert len(re.findall("Worker . has stopped", twistd.output)) == 2
+            assert "stopping by itself" not in twistd.output
+            assert "has ended" not in twistd.output
 
 
 def test_garbage_from_a_worker(tmp_path: Path) -> None:

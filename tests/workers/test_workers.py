@@ -8,10 +8,12 @@ import re
 import signal
 import socket
 import ssl
+import sys
 import urllib.request
 from pathlib import Path
 
 import pytest
+from twisted.python import usage
 
 from tests.support import make_certificate
 from tests.workers.support import (
@@ -24,6 +26,7 @@ from tests.workers.support import (
     wait_until,
     write_tac,
 )
+from twisted_rtsig.workers.options import Options
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork"), reason="workers need a POSIX system"
@@ -73,6 +76,7 @@ def test_doors(tmp_path: Path, reactor: str) -> None:
         listen("unix:path.sock:mode=600")
         TCPServer(0, factory, interface="127.0.0.1").setServiceParent(application)
         UNIXServer("locked.sock", factory, wantPID=True).setServiceParent(application)
+        UNIXServer("\\0" + os.getcwd(), factory).setServiceParent(application)
 
         async def handle(stream):
             await stream.write(b"%d %d 7\\n" % (current().number, os.getpid()))
@@ -101,8 +105,11 @@ def test_doors(tmp_path: Path, reactor: str) -> None:
             context.wrap_socket(plain, server_hostname="127.0.0.1") as client,
         ):
             assert client.recv(100).split()[2] == b"1"
-        for name in ("path.sock", "locked.sock"):
-            assert ask(str(tmp_path / name), socket.AF_UNIX)[2] == 1
+        names = [str(tmp_path / "path.sock"), str(tmp_path / "locked.sock")]
+        if sys.platform.startswith("linux"):
+            names.append(f"\0{tmp_path}")
+        for name in names:
+            assert ask(name, socket.AF_UNIX)[2] == 1
         assert (tmp_path / "path.sock").stat().st_mode & 0o777 == 0o600
         assert os.readlink(tmp_path / "locked.sock.lock") == str(twistd.process.pid)
         twistd.send(signal.SIGTERM)
@@ -270,6 +277,27 @@ def test_wrong_options(tmp_path: Path, arguments: list[str], reason: str) -> Non
         assert twistd.wait() == 1
         assert re.search(reason, twistd.output)
         assert "Traceback" not in twistd.output
+
+
+def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence says that it does not work there."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(usage.UsageError, match=r"^workers need a POSIX system"):
+        Options().parseOptions(["web"])
+
+
+def test_unusual_folder(tmp_path: Path) -> None:
+    """Its name has a space and other letters, and so have arguments."""
+    folder = tmp_path / "caf\xe9 \u2603"
+    folder.mkdir()
+    (folder / "index.html").write_text("hello")
+    with Twistd(
+        folder,
+        *("-c", "1", "web", "--path", str(folder)),
+        *("--listen", f"unix:{folder}/\u2603.sock"),
+    ) as twistd:
+        twistd.wait_until_ready(1)
+        assert (folder / "\u2603.sock").is_socket()
 
 
 def test_help_of_the_command(tmp_path: Path) -> None:

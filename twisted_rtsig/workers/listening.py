@@ -47,7 +47,10 @@ SHARED: Final = "shared"
 """The identity of a socket that all workers accept from."""
 
 Listener = Any
-"""A worker: its C{number}, and whether it C{accepts}."""
+"""
+A worker: its C{number}, whether it C{accepts} connections, and C{goes_on}: it does not
+stop, but may be starting.
+"""
 
 
 @dataclass(eq=False)
@@ -82,6 +85,11 @@ class Address:
     def accepting(self) -> dict[int, Listener]:
         """By slot, the workers that accept connections."""
         return {each.number: each for each in self.listeners if each.accepts}
+
+    @property
+    def used(self) -> bool:
+        """Whether there is a worker for which the connections can wait."""
+        return any(each.goes_on for each in self.listeners)
 
     def of(self, worker: Listener) -> list[tuple[str, socket.socket]]:
         """The sockets that C{worker} is to accept from, its own first."""
@@ -211,13 +219,13 @@ class Listening:
         address.listen(worker, request["backlog"])
         return address.of(worker)
 
-    def stop_listening(self, worker: Listener, request: Message) -> None:
+    def release(self, worker: Listener, request: Message) -> None:
         """The application in C{worker} has closed its port."""
         address = self._addresses.get(_key(request))
         if address is None or worker not in address.listeners:
             return
         address.listeners.remove(worker)
-        if worker.accepts and not address.accepting():
+        if worker.goes_on and not address.used:
             # As Twisted closes a port: connections are refused from now on.
             self._remove(address)
 
@@ -244,7 +252,7 @@ class Listening:
         has changed.
         """
         for address in list(self._addresses.values()):
-            if not address.accepting():
+            if not address.used:
                 self._remove(address)
 
     def close(self) -> None:

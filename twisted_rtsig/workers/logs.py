@@ -24,16 +24,17 @@ from twisted.logger import (
 from twisted.python.logfile import BaseLogFile
 from zope.interface import implementer
 
-# Seconds between two reads of a pipe.
-_PAUSE: Final = 0.05
+# Seconds between two reads of a pipe that is less than half full.
+_PAUSE: Final = 0.02
 
 _READ: Final = 1024 * 1024
 
 # The longest piece of a line that is waited for.
 _LINE: Final = 1024 * 1024
 
-# F_SETPIPE_SZ of Linux; Python has a name for it since 3.10.
+# Bytes that a pipe is to have room for, and that it has on other systems than Linux.
 _CAPACITY: Final = 1024 * 1024
+_SMALL_CAPACITY: Final = 16 * 1024
 
 
 def make_pipe() -> tuple[int, int]:
@@ -91,6 +92,11 @@ class LogPipe:
         self._write = write
         self._rest = b""
         self._pause: Any = None
+        self._finished = False
+        capacity = _SMALL_CAPACITY
+        if hasattr(fcntl, "F_GETPIPE_SZ"):
+            capacity = fcntl.fcntl(descriptor, fcntl.F_GETPIPE_SZ)
+        self._much = capacity // 2
 
     def start(self) -> None:
         """Begin to read."""
@@ -105,23 +111,28 @@ class LogPipe:
         return "workers"
 
     def doRead(self) -> None:
-        """Read what is there, and then not for a while."""
-        self._reactor.removeReader(self)
-        if self.read():
-            self._pause = self._reactor.callLater(_PAUSE, self._go_on)
+        """Read what is there; then, unless it was much, not for a while."""
+        count = self.read()
+        if count == 0:
+            self._reactor.removeReader(self)
+            if self._finished:
+                self.close()
+        elif count is not None and count < self._much:
+            self._reactor.removeReader(self)
+            self._pause = self._reactor.callLater(_PAUSE, self.start)
 
-    def read(self) -> bool:
+    def read(self) -> int | None:
         """
         Read once.
 
-        :return: whether there may be more later.
+        :return: how many bytes there were; 0 at the end, None if there is nothing yet.
         """
         try:
             data = os.read(self._descriptor, _READ)
         except BlockingIOError:
-            return True
+            return None
         if not data:
-            return False
+            return 0
         whole, newline, rest = data.rpartition(b"\n")
         if newline:
             self._write(self._rest + whole + newline)
@@ -131,36 +142,36 @@ class LogPipe:
             self._rest = b""
         else:
             self._rest += rest
-        return True
+        return len(data)
 
     def connectionLost(self, reason: object) -> None:
         """The reactor disconnects everything."""
         self.close()
 
+    def finish(self) -> None:
+        """
+        The worker has ended: read what is left.  If a child of the worker writes to the
+        pipe as well, it is read until that ends.
+        """
+        self._finished = True
+        while self._descriptor >= 0:
+            count = self.read()
+            if count is None:
+                break
+            if count == 0:
+                self.close()
+
     def close(self) -> None:
-        """Read what is left, and end."""
+        """Close it."""
         if self._descriptor < 0:
             return
         if self._pause is not None and self._pause.active():
             self._pause.cancel()
         self._reactor.removeReader(self)
-        os.set_blocking(self._descriptor, False)
-        while True:
-            try:
-                data = os.read(self._descriptor, _READ)
-            except BlockingIOError:
-                # A child of the worker holds the pipe as well.
-                break
-            if not data:
-                break
-            self._rest += data
         if self._rest:
-            self._write(self._rest + (b"" if self._rest.endswith(b"\n") else b"\n"))
+            self._write(self._rest + b"\n")
         os.close(self._descriptor)
         self._descriptor = -1
-
-    def _go_on(self) -> None:
-        self._reactor.addReader(self)
 
 
 def worker_observer(number: int) -> Any:

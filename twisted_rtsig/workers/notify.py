@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import time
 from typing import Final
 
@@ -70,18 +71,23 @@ def passed_sockets() -> tuple[list[socket.socket], list[str]]:
     """
     pid = os.environ.pop("LISTEN_PID", "")
     count = os.environ.pop("LISTEN_FDS", "")
-    names = os.environ.pop("LISTEN_FDNAMES", "")
-    if pid != str(os.getpid()) or not count.isdecimal():
-        return [], []
+    given = os.environ.pop("LISTEN_FDNAMES", "")
+    descriptors: list[int] = []
+    if pid == str(os.getpid()) and count.isdecimal():
+        descriptors = list(range(_FIRST, _FIRST + int(count)))
+    elif (endpoints := sys.modules.get("twisted.internet.endpoints")) is not None:
+        # A plugin has imported it.  It takes the variables when it is imported, and
+        # keeps what they say.
+        descriptors = endpoints._SystemdParser._sddaemon.inheritedDescriptors()
     sockets = []
-    for descriptor in range(_FIRST, _FIRST + int(count)):
+    for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
-        sockets.append(socket.socket(fileno=descriptor))
-    given = names.split(":") if names else []
-    given += ["unknown"] * (len(sockets) - len(given))
-    for each in sockets:
-        each.setblocking(False)
-    return sockets, given[: len(sockets)]
+        passed = socket.socket(fileno=descriptor)
+        passed.setblocking(False)
+        sockets.append(passed)
+    names = given.split(":") if given else []
+    names += ["unknown"] * (len(sockets) - len(names))
+    return sockets, names[: len(sockets)]
 
 
 __all__ = ["Notifier", "passed_sockets"]

@@ -199,6 +199,10 @@ def makeService(options: Options) -> Any:
     from twisted.internet import reactor
 
     from twisted_rtsig.workers.notify import Notifier, passed_sockets
+
+    # Before the next import: Twisted's endpoints take them.
+    sockets, names = passed_sockets()
+
     from twisted_rtsig.workers.supervisor import Settings, Supervisor
 
     twistd: Any = options.parent
@@ -215,7 +219,6 @@ def makeService(options: Options) -> Any:
     arguments = ["--rundir", os.path.abspath(twistd["rundir"])]
     if twistd["chroot"] is not None:
         arguments = []
-    sockets, names = passed_sockets()
     settings = Settings(
         count=options["count"],
         grace=options["grace"],

@@ -56,6 +56,9 @@ class Events:
         """
         raise NotImplementedError
 
+    def release(self, worker: WorkerProcess, request: Message) -> None:
+        """Its application has closed a port."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -104,15 +107,16 @@ class WorkerProcess(ProcessProtocol):
             theirs.callback(their_control.close)
             asking, their_asking = socket.socketpair()
             theirs.callback(their_asking.close)
+            null = os.open(os.devnull, os.O_RDONLY)
+            theirs.callback(os.close, null)
             reading, writing = make_pipe()
             theirs.callback(os.close, writing)
             self.control = Channel(start.reactor, control, self._received, lambda: None)
-            self._requests = _Requests(start.reactor, asking, self._listen)
+            self._requests = _Requests(start.reactor, asking, self._answer)
             self._log_pipe = LogPipe(
                 start.reactor, reading, start.write_log(boot.number)
             )
-            descriptors = {0: os.open(os.devnull, os.O_RDONLY), 1: writing, 2: writing}
-            theirs.callback(os.close, descriptors[0])
+            descriptors = {0: null, 1: writing, 2: writing}
             descriptors[CONTROL] = their_control.fileno()
             descriptors[SOCKETS] = their_asking.fileno()
             descriptors[LIFELINE] = start.lifeline
@@ -122,13 +126,14 @@ class WorkerProcess(ProcessProtocol):
                 self._process: Any = start.reactor.spawnProcess(
                     self,
                     sys.executable,
-                    [sys.executable, *_flags(), *_entry(boot)],
+                    [os.fsencode(each) for each in (sys.executable, *_entry(boot))],
                     env=None,
                     path=start.path,
                     childFDs=descriptors,
                 )
             except BaseException:
-                self._close()
+                for each in (self.control, self._requests, self._log_pipe):
+                    each.close()
                 raise
         self.pid: int = self._process.pid
         for each in (self.control, self._requests, self._log_pipe):
@@ -136,9 +141,14 @@ class WorkerProcess(ProcessProtocol):
         self.control.send(boot.to_message())
 
     @property
-    def accepts(self) -> bool:
-        """Whether it accepts connections, or will as soon as it runs."""
+    def goes_on(self) -> bool:
+        """Whether it is neither stopping nor at its end."""
         return not (self.stopping or self.ended)
+
+    @property
+    def accepts(self) -> bool:
+        """Whether it accepts connections, if it listens."""
+        return self.ready and self.goes_on
 
     def send(self, message: Message) -> bool:
         """Send it a message; return whether that goes out."""
@@ -182,7 +192,7 @@ class WorkerProcess(ProcessProtocol):
             for descriptor, _ in poll.poll(100):
                 reader = readers[descriptor]
                 if isinstance(reader, LogPipe):
-                    more = reader.read()
+                    more = reader.read() != 0
                 else:
                     reader.doRead()
                     more = not reader.closed
@@ -212,13 +222,10 @@ class WorkerProcess(ProcessProtocol):
             self._kill_later.cancel()
         # Its last messages, and what it has printed.
         self.control.read_all()
-        self._close()
-        self._events.ended(self)
-
-    def _close(self) -> None:
         self.control.close()
         self._requests.close()
-        self._log_pipe.close()
+        self._log_pipe.finish()
+        self._events.ended(self)
 
     def _overdue(self) -> None:
         _log.warn(
@@ -238,7 +245,10 @@ class WorkerProcess(ProcessProtocol):
         else:
             self._events.message(self, message)
 
-    def _listen(self, request: Message) -> list[tuple[str, socket.socket]]:
+    def _answer(self, request: Message) -> list[tuple[str, socket.socket]]:
+        if request["type"] == "release":
+            self._events.release(self, request)
+            return []
         return self._events.listen(self, request)
 
 
@@ -256,28 +266,29 @@ def _flags() -> list[str]:
 
 
 def _entry(boot: Boot) -> list[str]:
-    """What it runs.  The rest is for the list of processes."""
-    return ["-m", "twisted_rtsig.workers.worker", str(boot.number), *boot.arguments]
+    """The arguments of Python: those after the number are for lists of processes."""
+    module = "twisted_rtsig.workers.worker"
+    return [*_flags(), "-m", module, str(boot.number), *boot.arguments]
 
 
 @implementer(IReadDescriptor)
 class _Requests:
     """
-    Answers a worker that asks for listening sockets.
+    Answers a worker that asks for listening sockets, or releases them.
 
-    :param listen: returns them, and raises C{OSError} if it cannot.
+    :param answer: returns sockets, and raises C{OSError} if it cannot.
     """
 
     def __init__(
         self,
         reactor: Any,
         connection: socket.socket,
-        listen: Callable[[Message], list[tuple[str, socket.socket]]],
+        answer: Callable[[Message], list[tuple[str, socket.socket]]],
     ) -> None:
         connection.setblocking(False)
         self._reactor = reactor
         self._socket = connection
-        self._listen = listen
+        self._sockets_for = answer
         self._input = b""
         self.closed = False
 
@@ -317,7 +328,7 @@ class _Requests:
     def _answer(self, request: bytes) -> None:
         sockets: list[tuple[str, socket.socket]] = []
         try:
-            sockets = self._listen(json.loads(request))
+            sockets = self._sockets_for(json.loads(request))
         except OSError as error:
             message: Message = {
                 "errno": error.errno,

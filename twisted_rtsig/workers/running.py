@@ -92,7 +92,7 @@ class WorkerSide:
         self.control = Channel(
             reactor, connection, self._received, self.supervisor_lost, rest
         )
-        self.held = HeldSockets(sockets, self.control.send)
+        self.held = HeldSockets(sockets)
         use(reactor, self.held)
         self.handlers: dict[str, Callable[[Message], None]] = {
             "sockets": lambda message: self.held.renew(),

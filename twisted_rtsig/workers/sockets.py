@@ -51,16 +51,13 @@ class HeldSockets:
     """
     All listening sockets that the supervisor holds for this worker.
 
-    :param connection: a blocking socket to the supervisor.
-    :param tell: sends a message to the supervisor.
+    :param connection: a socket to the supervisor.  Requests and answers block, so that
+        they are in order.
     """
 
-    def __init__(
-        self, connection: socket.socket, tell: Callable[[Message], object]
-    ) -> None:
+    def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(True)
         self._connection = connection
-        self._tell = tell
         self._lock = threading.Lock()
         self._held: list[Held] = []
 
@@ -89,7 +86,9 @@ class HeldSockets:
         """The port of these sockets is closed."""
         if held in self._held:
             self._held.remove(held)
-            self._tell({"type": "not listening", **held.request})
+            # This process may be ending because the supervisor has.
+            with contextlib.suppress(OSError):
+                self._ask({"type": "release", **held.request})
 
     def renew(self) -> None:
         """Ask for all of them again: they have changed."""

@@ -36,6 +36,10 @@ _FIRST_PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 60.0
 
 
+# With --uid, for how many more workers than at the start there are sockets.
+_SPARE: Final = 8
+
+
 class WorkerStartError(Exception):
     """No worker can start."""
 
@@ -133,15 +137,16 @@ class Supervisor(Service, Events):
         self.slots: dict[int, Slot] = {}
         self.retired: set[WorkerProcess] = set()
         self.handlers: dict[str, Callable[[WorkerProcess, Message], None]] = {
-            "not listening": self._not_listening,
             "stopping": self._stops_by_itself,
         }
         self.status = Status(self)
         self._passed = passed
         self._passed_names = passed_names
         self._notifier = notifier
+        # Those that are added after the privileges are gone have sockets as well.
+        spare = max(settings.count, _SPARE) if settings.uid is not None else 0
         self.listening = Listening(
-            range(settings.count), settings.shared_socket, passed
+            range(settings.count + spare), settings.shared_socket, passed
         )
         self._start: Start | None = None
         self._text_log = True
@@ -349,6 +354,11 @@ class Supervisor(Service, Events):
         self._lend(except_for=worker)
         return self.listening.listen(worker, request)
 
+    def release(self, worker: WorkerProcess, request: Message) -> None:
+        """See :class:`Events`."""
+        self.listening.release(worker, request)
+        self._lend()
+
     # Workers
 
     def _prepare(self) -> None:
@@ -549,10 +559,6 @@ class Supervisor(Service, Events):
         for worker in self.listening.lend():
             if worker is not except_for:
                 worker.send({"type": "sockets"})
-
-    def _not_listening(self, worker: WorkerProcess, request: Message) -> None:
-        self.listening.stop_listening(worker, request)
-        self._lend()
 
     # The process
 

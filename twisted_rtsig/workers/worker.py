@@ -37,7 +37,7 @@ def main() -> None:
     sys.path[:] = boot.path
     if boot.folder is not None:
         os.chdir(boot.folder)
-    sys.argv[0] = "twistd"
+    sys.argv[:] = ["twistd", *boot.arguments]
     workers._current = workers.Worker(boot.number, boot.count)
 
     from twisted.python.util import switchUID
