@@ -147,6 +147,7 @@ def test_reload_closes_what_is_not_used_any_more(tmp_path: Path) -> None:
         write_tac(tmp_path, WHO + 'listen("unix:new.sock")\n')
         twistd.send(signal.SIGHUP)
         twistd.wait_for("The reload is complete")
+        twistd.wait_for("Worker 0 has stopped")
         assert not (tmp_path / "old.sock").exists()
         with socket.socket() as client:
             assert client.connect_ex(("127.0.0.1", port)) != 0

@@ -290,7 +290,14 @@ class _Connection(LineReceiver, TimeoutMixin):
         return self.transport
 
 
-class _Factory(ServerFactory[_Connection]):
+if TYPE_CHECKING:
+    _FactoryOfConnections = ServerFactory[_Connection]
+else:
+    # It is not generic in Twisted 23.10.
+    _FactoryOfConnections = ServerFactory
+
+
+class _Factory(_FactoryOfConnections):
     noisy = False
 
     def __init__(self, status: Status) -> None:
