@@ -300,7 +300,7 @@ def test_the_access_log_stays_open_until_the_end(
     web.resource.answer()
     web.received(drained)
     assert '"GET / HTTP/1.1" 200 5' in log.read_text()
-    assert web.site._logFile is None
+    assert web.site.numPorts == 0
 
 
 # TLS and HTTP/2

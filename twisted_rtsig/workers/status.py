@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.main import CONNECTION_DONE
-from twisted.internet.protocol import ServerFactory
+from twisted.internet.protocol import Protocol, ServerFactory
 from twisted.logger import Logger
 from twisted.protocols.basic import LineReceiver
 from twisted.protocols.policies import TimeoutMixin
@@ -290,21 +290,14 @@ class _Connection(LineReceiver, TimeoutMixin):
         return self.transport
 
 
-if TYPE_CHECKING:
-    _FactoryOfConnections = ServerFactory[_Connection]
-else:
-    # It is not generic in Twisted 23.10.
-    _FactoryOfConnections = ServerFactory
-
-
-class _Factory(_FactoryOfConnections):
+class _Factory(ServerFactory):
     noisy = False
 
     def __init__(self, status: Status) -> None:
         self.status = status
         self.clients: set[_Connection] = set()
 
-    def buildProtocol(self, addr: object) -> _Connection | None:
+    def buildProtocol(self, addr: object) -> Protocol | None:
         if len(self.clients) >= _MOST_CLIENTS:
             return None
         connection = _Connection()
