@@ -276,7 +276,8 @@ class _WorkerUNIXPort(UNIXPort):
             super().startListening()
             return
         tcp._reservedFD.reserve()
-        path = os.fsdecode(self._bindPath)
+        # Twisted 23.10 has only the port.
+        path = os.fsdecode(getattr(self, "_bindPath", self.port))
         log.msg(f"{self._getLogPrefix(self.factory)} starting on {path!r}")
         request = {
             "kind": "unix",
@@ -290,7 +291,7 @@ class _WorkerUNIXPort(UNIXPort):
         try:
             held = self.held_sockets.take(request)
         except OSError as error:
-            raise CannotListenError(None, self._bindPath, error) from None
+            raise CannotListenError(None, path, error) from None
         if not path.startswith("\0"):
             with contextlib.suppress(OSError):
                 status = os.stat(path)
