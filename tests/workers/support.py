@@ -123,14 +123,16 @@ class Twistd:
         with self._changed:
             return self._output
 
-    def wait_for(self, pattern: str, times: int = 1) -> list[str]:
+    def wait_for(
+        self, pattern: str, times: int = 1, seconds: float = DEADLINE
+    ) -> list[str]:
         """
         Wait until something was logged so often.
 
         :param pattern: a regular expression.
         :return: all that has matched: its first group, or all of it.
         """
-        end = time.monotonic() + DEADLINE
+        end = time.monotonic() + seconds
         with self._changed:
             while True:
                 found: list[str] = re.findall(pattern, self._output, re.MULTILINE)

@@ -59,6 +59,10 @@ service("tcp:0:interface=127.0.0.1", Recording(Page())).setServiceParent(applica
 _REQUESTS = (1, 1, 2, 5, 20)
 
 
+# Seconds: while the clients take all the time that there is, a worker starts slowly.
+_PATIENCE = 600.0
+
+
 @dataclass
 class Lost:
     """
@@ -149,7 +153,7 @@ class Torture:
 
     def _reload(self, number: int) -> None:
         self._twistd.send(signal.SIGHUP)
-        self._twistd.wait_for("The reload is complete", number)
+        self._twistd.wait_for("The reload is complete", number, _PATIENCE)
 
     def _scale(self, up: bool) -> None:
         self._twistd.send(signal.SIGTTIN if up else signal.SIGTTOU)
