@@ -154,15 +154,15 @@ def test_an_answer_under_way_says_that_the_connection_is_closed(web: Web) -> Non
 
 @pytest.mark.parametrize(
     ("sent", "rest"),
-    [(GET[:20], GET[20:]), (POST, b"body"), (POST + b"bo", b"dy")],
-    ids=["headers", "no body yet", "body"],
+    [(GET[:5], GET[5:]), (GET[:20], GET[20:]), (POST, b"body"), (POST + b"b", b"ody")],
+    ids=["line", "headers", "no body yet", "body"],
 )
 def test_a_request_of_which_a_part_has_come_is_answered(
     web: Web, sent: bytes, rest: bytes
 ) -> None:
     web.client.sendall(sent)
     channel = _channel(web)
-    web.wait(lambda: channel.requests)
+    web.wait(lambda: channel.requests or channel._buffer)
     drained = web.drain(SHORT)
     for _ in range(4):
         # It is not taken for idle, however often it is looked at.
@@ -273,7 +273,7 @@ def test_http_1_0(web: Web) -> None:
     assert web.received(drained).endswith(b"hello")
 
 
-def test_a_protocol_that_is_asked_for_by_upgrade_goes_on(web: Web) -> None:
+def test_a_request_for_another_protocol_is_answered(web: Web) -> None:
     drained = web.drain()
     web.send(GET.replace(b"\r\n\r\n", b"\r\nUpgrade: echo\r\n\r\n"))
     request = web.resource.requests.pop()
@@ -377,31 +377,73 @@ def test_an_idle_connection_over_tls_is_closed(secure: Secure) -> None:
     secure.wait(lambda: drained)
 
 
+class HTTP2:
+    """A client, in a thread, that opens streams and keeps what it has received."""
+
+    def __init__(self, secure: Secure) -> None:
+        self.client = secure.shake_hands("h2")
+        self.frames: list[Any] = []
+        # It is not told what comes, and so does not mind what comes after GOAWAY.
+        self._opened = h2.connection.H2Connection()
+        self._opened.initiate_connection()
+        self.client.sendall(self._opened.data_to_send())
+
+    def open(self, stream: int) -> None:
+        headers = [(":method", "GET"), (":path", "/"), (":scheme", "https")]
+        headers.append((":authority", "example.org"))
+        self._opened.send_headers(stream, headers, end_stream=True)
+        self.client.sendall(self._opened.data_to_send())
+
+    def read(self, until: Callable[[Any], bool] = lambda frame: False) -> Any:
+        """Frames, until one of a kind or the end."""
+        while head := self._read(9):
+            frame, length = Frame.parse_frame_header(memoryview(head))
+            frame.parse_body(memoryview(self._read(length)))
+            self.frames.append(frame)
+            if until(frame):
+                return
+        self.client.close()
+
+    def _read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            more = self.client.recv(size - len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def bodies(self) -> list[bytes]:
+        return [e.data for e in self.frames if isinstance(e, DataFrame) and e.data]
+
+    def last_streams(self) -> list[int]:
+        """What each GOAWAY has said, none of which told of an error."""
+        goaways = [each for each in self.frames if isinstance(each, GoAwayFrame)]
+        assert [each.error_code for each in goaways] == [0] * len(goaways)
+        return [each.last_stream_id for each in goaways]
+
+
+def _is_goaway(frame: Any) -> bool:
+    return isinstance(frame, GoAwayFrame)
+
+
+def _ends_stream(frame: Any) -> bool:
+    return "END_STREAM" in frame.flags
+
+
 def test_http_2(secure: Secure) -> None:
     """
     An open stream is answered, and so is one that is opened after the first GOAWAY; the
     second one tells which was the last.
     """
-    opened = h2.connection.H2Connection()
-    headers = [(":method", "GET"), (":path", "/"), (":scheme", "https")]
-    headers.append((":authority", "example.org"))
-    drained: list[Drained] = []
-    first_goaway = threading.Event()
 
-    def ask() -> list[Any]:
-        client = secure.shake_hands("h2")
-        opened.initiate_connection()
-        opened.send_headers(1, headers, end_stream=True)
-        client.sendall(opened.data_to_send())
-        seen = []
-        with client, client.makefile("rb") as file:
-            for frame in _frames(file):
-                seen.append(frame)
-                if isinstance(frame, GoAwayFrame) and not first_goaway.is_set():
-                    first_goaway.set()
-                    opened.send_headers(3, headers, end_stream=True)
-                    client.sendall(opened.data_to_send())
-        return seen
+    def ask() -> HTTP2:
+        client = HTTP2(secure)
+        client.open(1)
+        client.read(_is_goaway)
+        client.open(3)
+        client.read()
+        return client
 
     client = Client(ask)
     secure.wait(lambda: secure.resource.requests)
@@ -414,43 +456,53 @@ def test_http_2(secure: Secure) -> None:
     assert not drained
     secure.resource.answer(b"second")
     secure.wait(lambda: drained)
-    frames = secure.result(client)
-    bodies = [each.data for each in frames if isinstance(each, DataFrame) and each.data]
-    assert bodies == [b"first", b"second"]
-    goaways = [each for each in frames if isinstance(each, GoAwayFrame)]
-    assert [each.last_stream_id for each in goaways] == [2**31 - 1, 3]
-    assert [each.error_code for each in goaways] == [0, 0]
-    assert frames[-1] is goaways[-1]
+    it = secure.result(client)
+    assert it.bodies() == [b"first", b"second"]
+    assert it.last_streams() == [2**31 - 1, 3]
+    assert _is_goaway(it.frames[-1])
+
+
+def test_streams_of_http_2_that_are_on_their_way(secure: Secure) -> None:
+    """For them the connection stays open for a while after the last answer."""
+
+    def ask() -> HTTP2:
+        client = HTTP2(secure)
+        client.open(1)
+        client.read(_ends_stream)
+        client.open(3)
+        client.read(_ends_stream)
+        client.client.close()
+        return client
+
+    client = Client(ask)
+    secure.wait(lambda: secure.resource.requests)
+    drained = secure.drain(LONG)
+    secure.resource.answer(b"first")
+    secure.wait(lambda: secure.resource.requests)
+    secure.resource.answer(b"second")
+    secure.wait(lambda: drained)
+    it = secure.result(client)
+    assert it.bodies() == [b"first", b"second"]
+    assert it.last_streams() == [2**31 - 1]
 
 
 def test_an_idle_connection_of_http_2_is_closed(secure: Secure) -> None:
-    def ask() -> list[Any]:
-        client = secure.shake_hands("h2")
-        opened = h2.connection.H2Connection()
-        opened.initiate_connection()
-        client.sendall(opened.data_to_send())
-        with client, client.makefile("rb") as file:
-            return list(_frames(file))
+    def ask() -> HTTP2:
+        client = HTTP2(secure)
+        client.read()
+        return client
 
     client = Client(ask)
     secure.wait(lambda: _is_http_2(secure))
     drained = secure.drain(SHORT)
     secure.wait(lambda: drained)
-    goaways = [each for each in secure.result(client) if isinstance(each, GoAwayFrame)]
-    assert [each.last_stream_id for each in goaways] == [2**31 - 1, 0]
+    assert secure.result(client).last_streams() == [2**31 - 1, 0]
 
 
 def _is_http_2(secure: Secure) -> bool:
     (connection,) = secure.reactor.server_connections
     channel: Any = channel_of(protocols_of(connection))
     return hasattr(channel, "conn")
-
-
-def _frames(file: Any) -> Iterator[Any]:
-    while head := file.read(9):
-        frame, length = Frame.parse_frame_header(memoryview(head))
-        frame.parse_body(memoryview(file.read(length)))
-        yield frame
 
 
 # Other servers
@@ -491,15 +543,16 @@ def test_coroutine_handlers_are_cancelled_after_the_grace(
             await sleep(LONG)
         except Cancelled:
             await sleep(SHORT)
-            ended.append(stream)
+            ended.append(stream.lost)
             raise
 
-    ended: list[Stream] = []
+    ended: list[bool] = []
     client = _connected(reactor, CoroutineFactory(handler, reactor=reactor))
     drained: list[Drained] = []
     drain(reactor, 0).addCallback(drained.append)
     spin_with_timers(reactor, lambda: drained)
-    assert len(ended) == 1
+    # Its connection was not aborted before.
+    assert ended == [False]
     assert drained == [Drained(finished=0, aborted=1)]
     client.close()
 

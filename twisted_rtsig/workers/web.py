@@ -89,9 +89,6 @@ class DrainingHTTP1:
 
     def _close_after(self, request: Any) -> bool:
         """Announce the end in an answer; whether the connection persists after it."""
-        if request.requestHeaders.hasHeader(b"Upgrade"):
-            # Its protocol ends it.
-            return True
         request.responseHeaders.setRawHeaders(b"Connection", [b"close"])
         return False
 
