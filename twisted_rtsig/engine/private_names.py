@@ -27,6 +27,8 @@ called.
 
 NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "twisted.internet._newtls.ConnectionMixin": ("TLS",),
+    "twisted.application.app": ("_exitWithSignal",),
+    "twisted.application.app.ApplicationRunner": ("_exitSignal",),
     "twisted.internet.abstract.FileDescriptor": (
         "SEND_LIMIT",
         "_closeWriteConnection",
@@ -88,6 +90,8 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "waker",
     ),
     "twisted.internet.base._ThreePhaseEvent": ("_continueFiring",),
+    "twisted.internet.endpoints": ("_SystemdParser",),
+    "twisted.internet.endpoints._SystemdParser": ("_sddaemon",),
     # Public, but its module's __all__ has it not.
     "twisted.internet.error": ("ConnectionAborted", "ReactorNotRestartable"),
     "twisted.internet.epollreactor.EPollReactor": ("_poller",),
@@ -115,6 +119,7 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "socket",
     ),
     "twisted.internet.tcp.Connector": ("_makeTransport", "bindAddress", "host", "port"),
+    "twisted.internet.tcp": ("_reservedFD",),
     "twisted.internet.tcp.Port": ("_fromListeningDescriptor", "transport"),
     "twisted.internet.tcp.Server": ("_fromConnectedSocket",),
     "twisted.internet.udp.Port": (
@@ -135,6 +140,8 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "proto",
         "status",
     ),
+    "twisted.logger._file.FileLogObserver": ("_outFile",),
+    "twisted.logger._observer.LogPublisher": ("_observers",),
     "twisted.protocols.tls.TLSMemoryBIOProtocol": (
         "_handshakeDone",
         "_lostTLSConnection",
@@ -188,6 +195,8 @@ OF_ASYNCIO: Final[Mapping[str, tuple[str, ...]]] = {
         "_sock",
     ),
     "asyncio.tasks": ("_enter_task", "_leave_task"),
+    # Of Python's library; multiprocessing uses it as well.
+    "subprocess": ("_args_from_interpreter_flags",),
     # Not on Windows
     "asyncio.unix_events.BaseChildWatcher": ("_callbacks",),
     "asyncio.unix_events.FastChildWatcher": ("_forks", "_lock", "_zombies"),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from twisted.internet import tcp
+from twisted.internet.address import UNIXAddress
 from twisted.internet.error import CannotListenError
 from twisted.python import log
 
@@ -269,6 +270,10 @@ class _WorkerUNIXPort(UNIXPort):
     held_sockets: HeldSockets
     _held: Held | None = None
 
+    def __init__(self, fileName: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(fileName, *args, **kwargs)
+        self._path: bytes = UNIXAddress(fileName).name or b""
+
     def startListening(self) -> None:
         """As in Twisted."""
         if self._preexistingSocket is not None:
@@ -276,8 +281,7 @@ class _WorkerUNIXPort(UNIXPort):
             super().startListening()
             return
         tcp._reservedFD.reserve()
-        # Twisted 23.10 has only the port.
-        path = os.fsdecode(getattr(self, "_bindPath", self.port))
+        path = os.fsdecode(self._path)
         log.msg(f"{self._getLogPrefix(self.factory)} starting on {path!r}")
         request = {
             "kind": "unix",
@@ -291,7 +295,7 @@ class _WorkerUNIXPort(UNIXPort):
         try:
             held = self.held_sockets.take(request)
         except OSError as error:
-            raise CannotListenError(None, path, error) from None
+            raise CannotListenError(None, self._path, error) from None
         if not path.startswith("\0"):
             with contextlib.suppress(OSError):
                 status = os.stat(path)
