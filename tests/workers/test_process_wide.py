@@ -169,7 +169,7 @@ def test_other_logger(tmp_path: Path) -> None:
         tmp_path,
         *("-c", "1", "-y", "app.tac"),
         options=("--logger", "its_logger.factory"),
-        env={"PYTHONPATH": str(tmp_path)},
+        env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
     ) as twistd:
         supervisor = tmp_path / f"{twistd.process.pid}.its-log"
         wait_until(supervisor.exists)

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 def test_count(tmp_path: Path) -> None:
     """SIGTTIN and SIGTTOU: one more, and one less, but not less than one."""
     write_tac(tmp_path, ON_PORT_0)
@@ -48,6 +49,7 @@ def test_count(tmp_path: Path) -> None:
         assert {ask(("127.0.0.1", port))[0] for _ in range(20)} == {0}
 
 
+@pytest.mark.slow
 def test_waiting_connections_are_inherited(tmp_path: Path) -> None:
     """
     Connections that wait for a worker that is killed, or that is one too many, are
@@ -104,6 +106,7 @@ def test_reload(tmp_path: Path) -> None:
         assert set(twistd.wait_for(r"starting on (\d+)$", 4)) == {str(port)}
 
 
+@pytest.mark.slow
 def test_reload_of_broken_code(tmp_path: Path) -> None:
     """The workers go on, and the log says why."""
     write_tac(tmp_path, ON_PORT_0)
@@ -123,6 +126,7 @@ def test_reload_of_broken_code(tmp_path: Path) -> None:
         twistd.wait_for("Worker . has stopped", 2)
 
 
+@pytest.mark.slow
 def test_reload_that_hangs(tmp_path: Path) -> None:
     """A new worker that does not get ready is killed after the limit."""
     write_tac(tmp_path, ON_PORT_0)
@@ -137,6 +141,7 @@ def test_reload_that_hangs(tmp_path: Path) -> None:
         assert ask(("127.0.0.1", port))[1] == worker
 
 
+@pytest.mark.slow
 def test_reload_closes_what_is_not_used_any_more(tmp_path: Path) -> None:
     """An address on which the new version does not listen refuses connections."""
     write_tac(tmp_path, ON_PORT_0 + 'listen("unix:old.sock")\n')
@@ -154,6 +159,7 @@ def test_reload_closes_what_is_not_used_any_more(tmp_path: Path) -> None:
         assert ask(str(tmp_path / "new.sock"), socket.AF_UNIX)[2] == 1
 
 
+@pytest.mark.slow
 def test_reload_during_a_reload(tmp_path: Path) -> None:
     """All workers have the code of the last one in the end."""
     write_tac(tmp_path, ON_PORT_0)
@@ -173,6 +179,7 @@ def test_reload_during_a_reload(tmp_path: Path) -> None:
         assert {ask(("127.0.0.1", port))[2] for _ in range(10)} == {3}
 
 
+@pytest.mark.slow
 def test_worker_dies_while_it_is_replaced(tmp_path: Path) -> None:
     """Its replacement takes its place as soon as it is ready."""
     write_tac(tmp_path, ON_PORT_0)
@@ -187,6 +194,7 @@ def test_worker_dies_while_it_is_replaced(tmp_path: Path) -> None:
         assert len(twistd.wait_for("Worker 0 is starting")) == 2
 
 
+@pytest.mark.slow
 def test_crash_loop(tmp_path: Path) -> None:
     """A worker that ends again and again is started after longer and longer pauses."""
     write_tac(
@@ -220,6 +228,7 @@ def test_pauses() -> None:
     assert pause_before_restart(10_000) == 60
 
 
+@pytest.mark.slow
 def test_no_worker_can_start(tmp_path: Path) -> None:
     """The supervisor ends with the reason, also as a daemon."""
     write_tac(tmp_path, "raise RuntimeError('this cannot work')")
@@ -230,6 +239,7 @@ def test_no_worker_can_start(tmp_path: Path) -> None:
     assert not twistd.pidfile.exists()
 
 
+@pytest.mark.slow
 def test_first_worker_hangs(tmp_path: Path) -> None:
     """It has a limit, too."""
     write_tac(tmp_path, "import signal; signal.pause()")
@@ -254,6 +264,7 @@ reactor.callWhenRunning(reactor.callLater, 0.1, compute)
 )
 
 
+@pytest.mark.slow
 def test_sigterm_twice(tmp_path: Path) -> None:
     """The second one ends everything at once."""
     write_tac(tmp_path, COMPUTES)
@@ -268,6 +279,7 @@ def test_sigterm_twice(tmp_path: Path) -> None:
         assert not is_running(worker)
 
 
+@pytest.mark.slow
 def test_grace_is_over(tmp_path: Path) -> None:
     """A worker that has not ended is killed."""
     write_tac(tmp_path, COMPUTES)
@@ -280,7 +292,9 @@ def test_grace_is_over(tmp_path: Path) -> None:
         assert not is_running(worker)
 
 
-@pytest.mark.parametrize("code", [ON_PORT_0, COMPUTES])
+@pytest.mark.parametrize(
+    "code", [ON_PORT_0, pytest.param(COMPUTES, marks=pytest.mark.slow)]
+)
 def test_supervisor_is_killed(tmp_path: Path, code: str) -> None:
     """No process stays, no socket file and no pid file, also if a worker computes."""
     write_tac(
@@ -303,6 +317,7 @@ UNIXServer("locked.sock", factory, wantPID=True).setServiceParent(application)
         assert [each.name for each in tmp_path.iterdir()] == ["app.tac"]
 
 
+@pytest.mark.slow
 def test_worker_stops_by_itself(tmp_path: Path) -> None:
     """A signal to one worker: it stops, and has a successor at once."""
     write_tac(tmp_path, ON_PORT_0)
@@ -316,6 +331,7 @@ def test_worker_stops_by_itself(tmp_path: Path) -> None:
         wait_until(lambda: not is_running(worker))
 
 
+@pytest.mark.slow
 def test_descriptors(tmp_path: Path) -> None:
     """A worker has no descriptors but its own, and its children have none of them."""
     write_tac(
@@ -362,6 +378,7 @@ def descriptors(process: int) -> int:
     return len(os.listdir(f"/proc/{process}/fd"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_to_all(tmp_path: Path, number: signal.Signals) -> None:
     """
@@ -381,6 +398,7 @@ def test_signal_to_all(tmp_path: Path, number: signal.Signals) -> None:
             assert "has ended" not in twistd.output
 
 
+@pytest.mark.slow
 def test_garbage_from_a_worker(tmp_path: Path) -> None:
     """What an application writes to the channels by mistake does no harm."""
     write_tac(

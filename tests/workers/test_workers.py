@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from twisted.python import usage
+from twisted.python.versions import Version
 
 from tests.support import make_certificate
 from tests.workers.support import (
@@ -26,13 +27,18 @@ from tests.workers.support import (
     wait_until,
     write_tac,
 )
+from twisted import version
 from twisted_rtsig.workers.options import Options
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork"), reason="workers need a POSIX system"
 )
 
+# The exit status of twistd.
+WRONG_OPTIONS = 0 if version < Version("Twisted", 24, 3, 0) else 1
 
+
+@pytest.mark.slow
 def test_web(tmp_path: Path) -> None:
     """A command of twistd runs unchanged, and each worker answers."""
     (tmp_path / "index.html").write_text("hello")
@@ -54,7 +60,14 @@ def test_web(tmp_path: Path) -> None:
         assert not twistd.pidfile.exists()
 
 
-@pytest.mark.parametrize("reactor", ["rtsig", "rtsig-epoll", "rtsig-asyncio"])
+@pytest.mark.parametrize(
+    "reactor",
+    [
+        "rtsig-epoll",
+        pytest.param("rtsig", marks=pytest.mark.slow),
+        pytest.param("rtsig-asyncio", marks=pytest.mark.slow),
+    ],
+)
 def test_doors(tmp_path: Path, reactor: str) -> None:
     """
     An application file that listens in every way: port 0 twice, IPv6, TLS, a UNIX
@@ -118,6 +131,7 @@ def test_doors(tmp_path: Path, reactor: str) -> None:
     assert left == {"app.tac", certificate.name, key.name}
 
 
+@pytest.mark.slow
 def test_spread(tmp_path: Path) -> None:
     """Connections are spread over the workers; evenly, where the system allows that."""
     write_tac(tmp_path, ON_PORT_0)
@@ -150,6 +164,7 @@ def can_take_turns() -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_shared_socket(tmp_path: Path) -> None:
     """--shared-socket: the workers that are free accept."""
     write_tac(tmp_path, ON_PORT_0)
@@ -162,6 +177,7 @@ def test_shared_socket(tmp_path: Path) -> None:
             os.kill(stopped, signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_port_in_use(tmp_path: Path) -> None:
     """The supervisor ends with the reason, as twistd does, and leaves nothing."""
     with socket.socket() as taken:
@@ -179,6 +195,7 @@ def test_port_in_use(tmp_path: Path) -> None:
             assert not twistd.pidfile.exists()
 
 
+@pytest.mark.slow
 def test_address_twice(tmp_path: Path) -> None:
     """The same application may not listen twice on one address, as without workers."""
     write_tac(
@@ -205,6 +222,7 @@ port.stopListening().addCallback(
         assert twistd.wait_for("AGAIN (.*)") == ["True"]
 
 
+@pytest.mark.slow
 def test_stop_listening(tmp_path: Path) -> None:
     """
     A worker whose application closes its port leaves its connections to the others;
@@ -251,7 +269,7 @@ port = reactor.listenTCP(0, factory, interface="127.0.0.1")
 def test_other_reactor(tmp_path: Path, reactor: str | None) -> None:
     """One error at once says which reactors can."""
     with Twistd(tmp_path, "-c", "2", "web", reactor=reactor) as twistd:
-        assert twistd.wait() == 1
+        assert twistd.wait() == WRONG_OPTIONS
         assert "workers run on the reactors of twisted-rtsig only" in twistd.output
         given = "the default" if reactor is None else f"--reactor={reactor}"
         assert f"not on {given}" in twistd.output
@@ -274,7 +292,7 @@ def test_other_reactor(tmp_path: Path, reactor: str | None) -> None:
 def test_wrong_options(tmp_path: Path, arguments: list[str], reason: str) -> None:
     """They are told at once, with the usage."""
     with Twistd(tmp_path, *arguments) as twistd:
-        assert twistd.wait() == 1
+        assert twistd.wait() == WRONG_OPTIONS
         assert re.search(reason, twistd.output)
         assert "Traceback" not in twistd.output
 
@@ -286,6 +304,7 @@ def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
         Options().parseOptions(["web"])
 
 
+@pytest.mark.slow
 def test_unusual_folder(tmp_path: Path) -> None:
     """Its name has a space and other letters, and so have arguments."""
     folder = tmp_path / "caf\xe9 \u2603"
