@@ -27,7 +27,7 @@ from tests.workers.support import (
     wait_until,
     write_tac,
 )
-from twisted import version
+from twisted import version  # type: ignore[attr-defined]
 from twisted_rtsig.workers.options import Options
 
 pytestmark = pytest.mark.skipif(
