@@ -24,10 +24,11 @@ from twisted.logger import (
 from twisted.python.logfile import BaseLogFile
 from zope.interface import implementer
 
-# Seconds between two reads of a pipe that is less than half full.
-_PAUSE: Final = 0.02
+# Seconds between two reads of a pipe, by the room that it has.
+_PAUSES: Final = {True: 0.1, False: 0.02}
+_LARGE: Final = 512 * 1024
 
-_READ: Final = 1024 * 1024
+_READ: Final = 64 * 1024
 
 # The longest piece of a line that is waited for.
 _LINE: Final = 1024 * 1024
@@ -93,10 +94,12 @@ class LogPipe:
         self._rest = b""
         self._pause: Any = None
         self._finished = False
+        self._ended = False
         capacity = _SMALL_CAPACITY
         if hasattr(fcntl, "F_GETPIPE_SZ"):
             capacity = fcntl.fcntl(descriptor, fcntl.F_GETPIPE_SZ)
         self._much = capacity // 2
+        self._seconds = _PAUSES[capacity >= _LARGE]
 
     def start(self) -> None:
         """Begin to read."""
@@ -111,15 +114,23 @@ class LogPipe:
         return "workers"
 
     def doRead(self) -> None:
-        """Read what is there; then, unless it was much, not for a while."""
-        count = self.read()
-        if count == 0:
-            self._reactor.removeReader(self)
-            if self._finished:
-                self.close()
-        elif count is not None and count < self._much:
-            self._reactor.removeReader(self)
-            self._pause = self._reactor.callLater(_PAUSE, self.start)
+        """Read what is there; then look from time to time, as long as more comes."""
+        self._reactor.removeReader(self)
+        self._look()
+
+    def _look(self) -> None:
+        count = total = self.read() or 0
+        while count == _READ and total < self._much:
+            count = self.read() or 0
+            total += count
+        if total >= self._much:
+            self._pause = self._reactor.callLater(0, self._look)
+        elif total:
+            self._pause = self._reactor.callLater(self._seconds, self._look)
+        elif not self._ended:
+            self.start()
+        elif self._finished:
+            self.close()
 
     def read(self) -> int | None:
         """
@@ -132,6 +143,7 @@ class LogPipe:
         except BlockingIOError:
             return None
         if not data:
+            self._ended = True
             return 0
         whole, newline, rest = data.rpartition(b"\n")
         if newline:
