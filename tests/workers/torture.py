@@ -7,7 +7,8 @@ reloaded, scaled and killed.
 
 Reloads and scalings must lose no request, and must refuse and reset no connection.
 A worker that is killed loses what it has accepted, and nothing else.  In the end, many
-connections must be spread evenly.  The exit status is 1 if anything is wrong.
+connections must be spread evenly: for that, start it as root, or with CAP_BPF.  The
+exit status is 1 if anything is wrong.
 """
 
 from __future__ import annotations
