@@ -92,6 +92,7 @@ def metrics_of(twistd: Twistd) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_the_status_of_workers(tmp_path: Path) -> None:
     """That of an application with twisted.web and with coroutines."""
     os.mkfifo(tmp_path / "pipe")
@@ -177,6 +178,7 @@ def test_the_status_of_workers(tmp_path: Path) -> None:
             read_status(str(twistd.pidfile))
 
 
+@pytest.mark.slow
 def test_no_socket_is_left_by_a_supervisor_that_was_killed(tmp_path: Path) -> None:
     tac = write_tac(tmp_path, APPLICATION)
     with Twistd(tmp_path, "--count", "1", "-y", tac) as twistd:

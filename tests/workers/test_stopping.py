@@ -8,6 +8,8 @@ import signal
 import socket
 from pathlib import Path
 
+import pytest
+
 from tests.workers.support import DEADLINE, Twistd, is_running, write_tac
 
 APPLICATION = """
@@ -50,6 +52,7 @@ Other().setServiceParent(application)
 """
 
 
+@pytest.mark.slow
 def test_requests_under_way(tmp_path: Path) -> None:
     tac = write_tac(tmp_path, APPLICATION)
     options = "--count", "1", "--grace", "1000", "-y", tac
@@ -81,6 +84,7 @@ def test_requests_under_way(tmp_path: Path) -> None:
         assert not is_running(worker)
 
 
+@pytest.mark.slow
 def test_after_the_grace(tmp_path: Path) -> None:
     """What is left is aborted, and counted."""
     tac = write_tac(tmp_path, APPLICATION)
