@@ -221,6 +221,7 @@ _TIMER_REACTOR = f"{_TIMERS}.TimerReactor"
 _PROCESSES = "twisted_rtsig.engine.processes"
 _REACTOR = "twisted_rtsig.engine.reactor.EngineReactor"
 _ASYNCIO_REACTOR = "twisted_rtsig.asyncioreactor.AsyncioEngineReactor"
+_LISTENING = "twisted_rtsig.workers.listening"
 _SELECTOR = "twisted_rtsig.asyncio_selector.EngineSelector"
 
 MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
@@ -302,6 +303,18 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "twisted.internet.posixbase.PosixReactorBase.listenUNIX": (
         f"{_STREAM_REACTOR}.listenUNIX",
+    ),
+    # The listening sockets of workers
+    "twisted.internet.tcp.Port.createInternetSocket": (f"{_LISTENING}._bound",),
+    "twisted.internet.tcp.Port.startListening": (f"{_LISTENING}._bound",),
+    "twisted.internet.tcp._resolveIPv6": (f"{_LISTENING}._name",),
+    "twisted.internet.unix.Port.connectionLost": (
+        "twisted_rtsig.workers.sockets._WorkerUNIXPort.connectionLost",
+        f"{_LISTENING}.Address.close",
+    ),
+    "twisted.internet.unix.Port.startListening": (
+        "twisted_rtsig.workers.sockets._WorkerUNIXPort.startListening",
+        f"{_LISTENING}.Listening._make_unix",
     ),
     # Datagrams
     "twisted.internet.udp.Port.write": (
