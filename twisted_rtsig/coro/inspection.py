@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from twisted.logger import Logger
 
-from twisted_rtsig.coro.scheduler import RUN, running, schedulers
+from twisted_rtsig.coro.scheduler import RUN, frame_below, running, schedulers
 from twisted_rtsig.coro.tasks import Task
 from twisted_rtsig.coro.tracebacks import is_machinery
 
@@ -151,7 +151,7 @@ def _innermost_of_running() -> FrameType:
         while frame is not None:
             if frame.f_code is RUN:
                 return innermost
-            frame = frame.f_back
+            frame = frame_below(frame)
     return here
 
 
@@ -161,14 +161,20 @@ def stack_of_running(innermost: FrameType) -> list[FrameType]:
     frame: FrameType | None = innermost
     while frame is not None and frame.f_code is not RUN:
         frames.append(frame)
-        frame = frame.f_back
+        frame = frame_below(frame)
     return frames[::-1]
 
 
 def stack_of_body(body: Any) -> Iterator[FrameType]:
-    """Of a coroutine or generator that waits; None has none."""
+    """Of a coroutine, generator or stack that waits; None has none."""
     each = body
     while each is not None:
+        # Of a Stack: see stackful.py.
+        waiting_frames = getattr(each, "waiting_frames", None)
+        if waiting_frames is not None:
+            yield from waiting_frames()
+            each = each.coroutine
+            continue
         for kind in ("cr", "gi"):
             frame: FrameType | None = getattr(each, f"{kind}_frame", None)
             if frame is not None:

@@ -13,7 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
-from types import CodeType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakValueDictionary, ref
 
@@ -45,15 +45,26 @@ class _Running:
     Which task runs.
 
     An attribute of a slot, since a step would take longer to set a global variable.
+
+    :ivar task: the task.
+    :ivar frame_below: given the outermost frame of a stack, returns the frame that has
+        resumed this stack; None if the stack is that of a thread.
     """
 
-    __slots__ = ("task",)
+    __slots__ = ("frame_below", "task")
 
     def __init__(self) -> None:
         self.task: Task[Any] | None = None
+        # Until there are other stacks: see stackful.py.
+        self.frame_below: Callable[[FrameType], FrameType | None] = lambda frame: None
 
 
 running: Final = _Running()
+
+
+def frame_below(frame: FrameType) -> FrameType | None:
+    """The frame that has called or resumed C{frame}, on whichever stack it is."""
+    return frame.f_back or running.frame_below(frame)
 
 
 class Handover(Deferred[Any]):

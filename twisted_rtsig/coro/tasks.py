@@ -60,6 +60,7 @@ from twisted_rtsig.coro.scheduler import (
     Raised,
     Scheduler,
     cancel_call,
+    frame_below,
     running,
     scheduler_of,
 )
@@ -885,6 +886,9 @@ def _runnable(function: Any, args: tuple[Any, ...]) -> Runnable[Any]:
     if code is not None and code.co_flags & _RUNNABLE_CODE:
         made: Runnable[Any] = inner(*args)
         return made
+    coroutine_function = getattr(function, "coroutine_function", None)
+    if coroutine_function is not None:
+        return cast(Runnable[Any], coroutine_function(*args))
     if inspect.iscoroutine(function) or inspect.isgenerator(function):
         if args:
             raise TypeError(f"{function!r} runs already: it cannot take {args!r}")
@@ -972,7 +976,7 @@ def task_of_caller(what: str) -> Task[Any]:
                 if task._scheduler.asyncio is None or runs(task):
                     return task
                 break
-            frame = frame.f_back
+            frame = frame_below(frame)
     raise NoTaskError(what)
 
 
