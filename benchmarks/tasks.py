@@ -118,6 +118,13 @@ def in_task(function: Callable[[], Any]) -> None:
     in_reactor(lambda: spawn(function).as_deferred())
 
 
+def in_stackful_task(function: Callable[[], Any]) -> None:
+    """As C{in_task}, of a plain function that waits."""
+    from twisted_rtsig.coro.stackful import spawn_stackful
+
+    in_reactor(lambda: spawn_stackful(function).as_deferred())
+
+
 # Ping-pong
 
 
@@ -139,6 +146,27 @@ def channels(count: int, meter: Meter) -> None:
                 await back.receive()
 
     in_task(ping)
+
+
+def stackful_channels(count: int, meter: Meter) -> None:
+    from twisted_rtsig.coro import Channel
+    from twisted_rtsig.coro.stackful import spawn_stackful, wait
+
+    there: Channel[int] = Channel(1)
+    back: Channel[int] = Channel(1)
+
+    def pong() -> None:
+        while True:
+            wait(back.send(wait(there.receive())))
+
+    def ping() -> None:
+        spawn_stackful(pong)
+        for rounds in meter.parts(count):
+            for each in range(rounds):
+                wait(there.send(each))
+                wait(back.receive())
+
+    in_stackful_task(ping)
 
 
 def deferred_queues(count: int, meter: Meter) -> None:
@@ -248,6 +276,25 @@ def parked_tasks(count: int, meter: Meter) -> None:
         meter.end()
 
     in_task(main)
+
+
+def parked_stackful_tasks(count: int, meter: Meter) -> None:
+    from twisted_rtsig.coro import Event, sleep
+    from twisted_rtsig.coro.stackful import spawn_stackful, wait
+
+    def main() -> None:
+        event = Event()
+
+        def park() -> None:
+            wait(event.wait())
+
+        meter.begin()
+        kept = [spawn_stackful(park) for _ in range(count)]
+        wait(sleep(0))
+        assert repr(event).endswith(f" {len(kept)} wait>")
+        meter.end()
+
+    in_stackful_task(main)
 
 
 def parked_deferreds(count: int, meter: Meter) -> None:
@@ -580,9 +627,13 @@ class Work:
 
 
 CHANNEL = "Channel(1)"
+STACKFUL_CHANNEL = "Channel(1), stackful"
+GEVENT_QUEUE = "gevent's Queue(1)"
 DEFERRED_QUEUE = "Twisted's DeferredQueue(1)"
 UVLOOP_QUEUE = "asyncio.Queue(1) on uvloop"
 TASK = "task"
+STACKFUL_TASK = "stackful task"
+GEVENT_TASK = "gevent's greenlet"
 GROUP = "TaskGroup"
 ASYNCIO_GROUP = "asyncio's TaskGroup"
 ASYNCIO_TASK = "asyncio's task"
@@ -601,7 +652,8 @@ WORKS = {
             "asyncio.Queue(1)": Contender(asyncio_queues),
             UVLOOP_QUEUE: Contender(uvloop_queues, "uvloop"),
             "trio's memory channels": Contender(trio_channels, "trio"),
-            "gevent's Queue(1)": Contender(gevent_queues, "gevent"),
+            STACKFUL_CHANNEL: Contender(stackful_channels, "greenlet"),
+            GEVENT_QUEUE: Contender(gevent_queues, "gevent"),
         },
         DEFERRED_QUEUE,
     ),
@@ -615,7 +667,8 @@ WORKS = {
             ASYNCIO_TASK: Contender(parked_in_asyncio),
             "asyncio's task on uvloop": Contender(parked_in_uvloop, "uvloop"),
             "trio's task": Contender(parked_in_trio, "trio"),
-            "gevent's greenlet": Contender(parked_in_gevent, "gevent"),
+            STACKFUL_TASK: Contender(parked_stackful_tasks, "greenlet"),
+            GEVENT_TASK: Contender(parked_in_gevent, "gevent"),
         },
         ASYNCIO_TASK,
         Sample.memory_of_each,
@@ -678,8 +731,11 @@ class Bar:
 BARS = [
     Bar("ping-pong", CHANNEL, Sample.cpu, 0.5, DEFERRED_QUEUE),
     Bar("ping-pong", CHANNEL, Sample.cpu, 0.25, UVLOOP_QUEUE),
+    Bar("ping-pong", STACKFUL_CHANNEL, Sample.cpu, 1, GEVENT_QUEUE),
     Bar("parked", TASK, Sample.memory_of_each, 0.7, ASYNCIO_TASK),
     Bar("parked", TASK, Sample.cpu, 0.5, ASYNCIO_TASK),
+    Bar("parked", STACKFUL_TASK, Sample.memory_of_each, 1, GEVENT_TASK),
+    Bar("parked", STACKFUL_TASK, Sample.cpu, 1, GEVENT_TASK),
     Bar("group", GROUP, Sample.memory_of_each, 0.6, ASYNCIO_GROUP),
     Bar("group", GROUP, Sample.cpu, 0.6, ASYNCIO_GROUP),
     Bar("million", TASK, Sample.memory_of_all, 1000 * MB),

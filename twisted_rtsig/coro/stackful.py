@@ -24,7 +24,7 @@ from weakref import ref
 from twisted.internet.defer import Deferred
 
 from twisted_rtsig.coro.errors import Cancelled, NoTaskError
-from twisted_rtsig.coro.operations import Done, Finished
+from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
 from twisted_rtsig.coro.scheduler import running
 from twisted_rtsig.coro.tasks import (
     Task,
@@ -126,12 +126,18 @@ async def _await_stack(
 
 
 def _check(function: object, what: str, instead: str) -> None:
+    code = getattr(function, "__code__", None)
+    if type(code) is CodeType and not code.co_flags & _NOT_PLAIN:
+        return
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         raise TypeError(
             f"{what} is for plain functions, and {function!r} is none: use {instead}"
         )
     if not callable(function):
         raise TypeError(f"{what} needs a function and its arguments, not {function!r}")
+
+
+_NOT_PLAIN: Final = inspect.CO_COROUTINE | inspect.CO_GENERATOR
 
 
 def _context_of(task: Task[Any]) -> Context | None:
@@ -154,17 +160,31 @@ class Stack(greenlet):
 
     :ivar awaited: what it waits for, which it hands over.  As an argument of a switch
         it would be kept on the stack.
-    :ivar coroutine: the coroutine that waits on this stack; None if a function does.
-    :ivar dropped: whether nothing will ever resume it.
     """
 
-    __slots__ = ("awaited", "coroutine", "dropped")
+    # Unset until they are needed, since to set them takes a part of the time that it
+    # takes to spawn a task.
+    __slots__ = ("_coroutine", "_dropped", "awaited")
 
-    def __init__(self, run: Callable[..., Any]) -> None:
-        super().__init__(run)
-        self.awaited: Any = None
-        self.coroutine: Coroutine[Any, Any, Any] | None = None
-        self.dropped = False
+    awaited: Any
+
+    @property
+    def coroutine(self) -> Coroutine[Any, Any, Any] | None:
+        """The coroutine on this stack that waits; None if a function does."""
+        return getattr(self, "_coroutine", None)
+
+    @coroutine.setter
+    def coroutine(self, coroutine: Coroutine[Any, Any, Any] | None) -> None:
+        self._coroutine = coroutine
+
+    @property
+    def dropped(self) -> bool:
+        """Whether nothing will ever resume it."""
+        return getattr(self, "_dropped", False)
+
+    def drop(self) -> None:
+        """Nothing will ever resume it: its functions are only to clean up."""
+        self._dropped = True
 
     def send(self, value: Any) -> Any:
         """
@@ -251,7 +271,7 @@ class InnerStack(Stack):
 
     def close(self) -> None:
         """Nothing waits for it any more: let the function clean up."""
-        self.dropped = True
+        self.drop()
         if self:
             with contextlib.suppress(GeneratorExit, StopIteration):
                 self.throw(GeneratorExit())
@@ -342,11 +362,15 @@ def wait(awaited: Awaitable[T] | Generator[Any, Any, T]) -> T:
     """
     stack = _current()
     task: Any = running.task
-    if task is None or task._body is not stack or not isinstance(awaited, _DIRECT):
+    kind = type(awaited)
+    if task is None or task._body is not stack:
         del task
         return cast(T, _wait_in_steps(stack, awaited))
-    if type(awaited) in _FINISHED:
-        return cast(T, awaited.result)
+    if kind is Done or kind is Finished:
+        return cast(T, awaited.result)  # type: ignore[union-attr]
+    if not (kind is Operation or kind is Wait or isinstance(awaited, _DIRECT)):
+        del task
+        return cast(T, _wait_in_steps(stack, awaited))
     stack.awaited = awaited
     switch: Callable[[], T] = stack.parent.switch
     # While it waits, the stack must not refer to itself, nor to what would resume it.
@@ -354,7 +378,7 @@ def wait(awaited: Awaitable[T] | Generator[Any, Any, T]) -> T:
     try:
         return switch()
     except GreenletExit:
-        _current().dropped = True
+        _current().drop()
         raised: BaseException = GeneratorExit()
     except BaseException as error:
         # Without this line of this function, which comes again.
@@ -370,7 +394,6 @@ def wait(awaited: Awaitable[T] | Generator[Any, Any, T]) -> T:
 
 
 _DIRECT: Final = (Deferred, Task)
-_FINISHED: Final = (Finished, Done)
 
 
 def _wait_in_steps(stack: Any, awaited: Any) -> Any:
@@ -409,7 +432,7 @@ def _hand_over(awaited: Any, coroutine: Coroutine[Any, Any, Any]) -> Any:
     try:
         return switch()
     except GreenletExit:
-        _current().dropped = True
+        _current().drop()
         raise GeneratorExit from None
     finally:
         _current().coroutine = None
