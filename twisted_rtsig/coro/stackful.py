@@ -15,7 +15,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import (
+    AsyncIterable,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterator,
+)
+from contextlib import AbstractAsyncContextManager
 from contextvars import Context, copy_context
 from types import CodeType, FrameType
 from typing import Any, Final, ParamSpec, TypeVar, cast
@@ -363,12 +371,14 @@ def wait(awaited: Awaitable[T] | Generator[Any, Any, T]) -> T:
     stack = _current()
     task: Any = running.task
     kind = type(awaited)
-    if task is None or task._body is not stack:
+    if task is None or not (
+        task._body is stack or (type(stack) is InnerStack and _is_direct(stack, task))
+    ):
         del task
         return cast(T, _wait_in_steps(stack, awaited))
     if kind is Done or kind is Finished:
         return cast(T, awaited.result)  # type: ignore[union-attr]
-    if not (kind is Operation or kind is Wait or isinstance(awaited, _DIRECT)):
+    if not (kind is Operation or kind is Wait or isinstance(awaited, Deferred)):
         del task
         return cast(T, _wait_in_steps(stack, awaited))
     stack.awaited = awaited
@@ -381,19 +391,59 @@ def wait(awaited: Awaitable[T] | Generator[Any, Any, T]) -> T:
         _current().drop()
         raised: BaseException = GeneratorExit()
     except BaseException as error:
-        # Without this line of this function, which comes again.
-        traceback = error.__traceback__
-        assert traceback is not None
-        raised = error.with_traceback(traceback.tb_next)
-        del traceback
-    # Here, so that its context is what the caller handles.
+        if error.__context__ is not None:
+            raise
+        raised = error
+    # Here its context becomes what the caller handles.
     try:
         raise raised
     finally:
         del raised
 
 
-_DIRECT: Final = (Deferred, Task)
+def _is_direct(stack: InnerStack, task: Task[Any]) -> bool:
+    """
+    Whether what a stack hands over is given to the scheduler; or to Twisted's driver of
+    coroutines, which takes Deferreds as well.
+    """
+    return stack.task is task and task._scheduler.asyncio is None
+
+
+@contextlib.contextmanager
+def entering(manager: AbstractAsyncContextManager[T, bool | None]) -> Iterator[T]:
+    """
+    What is for C{async with}, for C{with} in a plain function of a stackful task::
+
+        with entering(TaskGroup()) as group:
+            group.spawn(in_stackful, serve, first)
+    """
+    # Looked up as by C{async with}, which leaves nothing if it could not enter.
+    kind: Any = type(manager)
+    leave = kind.__aexit__
+    value: T = wait(kind.__aenter__(manager))
+    try:
+        yield value
+    except BaseException as error:
+        if not wait(leave(manager, type(error), error, error.__traceback__)):
+            raise
+    else:
+        wait(leave(manager, None, None, None))
+
+
+def iterate(values: AsyncIterable[T]) -> Iterator[T]:
+    """
+    What is for C{async for}, for C{for} in a plain function of a stackful task::
+
+        for line in iterate(stream.lines()):
+            ...
+    """
+    iterator = aiter(values)
+    while True:
+        try:
+            value = wait(anext(iterator))
+        except StopAsyncIteration:
+            return
+        yield value
 
 
 def _wait_in_steps(stack: Any, awaited: Any) -> Any:
@@ -409,12 +459,19 @@ def _wait_in_steps(stack: Any, awaited: Any) -> Any:
                 value = step(value)
             except StopIteration as stop:
                 return stop.value
+            except BaseException as error:
+                if error.__context__ is not None:
+                    raise
+                value = error
+                break
             try:
                 value = _hand_over(value, coroutine)
                 step = coroutine.send
             except BaseException as error:
                 value = error
                 step = coroutine.throw
+        # Here its context becomes what the caller handles.
+        raise value
     finally:
         # The traceback of an error holds this frame.
         del coroutine, step, value
@@ -424,7 +481,7 @@ def _hand_over(awaited: Any, coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Wait for what a coroutine on this stack has yielded."""
     stack = _current()
     if stack.dropped:
-        raise _dropped()
+        raise GeneratorExit("nothing can resume this stack any more")
     stack.awaited = awaited
     stack.coroutine = coroutine
     switch = stack.parent.switch
@@ -463,9 +520,10 @@ def _check_stack(stack: Any) -> None:
     """
     task = running.task
     if isinstance(stack, Stack):
-        if stack.dropped:
-            raise _dropped()
         if task is not None and task._body is stack:
+            return
+        # It can do all that need not wait.
+        if stack.dropped:
             return
         # Not where a task on this stack runs the tasks of another reactor.
         if isinstance(stack, InnerStack) and stack.task is task:
@@ -481,11 +539,4 @@ def _check_stack(stack: Any) -> None:
         f"wait() cannot wait in {task!r}, which is a coroutine: write await (in a "
         "generator yield), or run the function that calls wait() with "
         "await in_stackful()"
-    )
-
-
-def _dropped() -> GeneratorExit:
-    return GeneratorExit(
-        "nothing can resume this stack any more: its task was dropped, or the "
-        "coroutine that waits for it"
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 from collections.abc import Callable, Generator
 from typing import Any, Final
 
@@ -47,7 +48,7 @@ def _nothing() -> None:
 
 
 def cancel_everywhere(
-    handler: Handler,
+    handler: Callable[[Stream], object],
     peer: Handler = _only_listen,
     check: Callable[[], object] = _nothing,
 ) -> int:
@@ -66,7 +67,8 @@ def cancel_everywhere(
     Both sides may await what belongs to asyncio: its time is that of the clock, and its
     threads, sockets and children are real.
 
-    :param handler: an C{async def} or generator function, of a :class:`Stream`.
+    :param handler: an C{async def} or generator function, of a :class:`Stream`; or a
+        plain function that waits with C{wait} of C{twisted_rtsig.coro.stackful}.
     :param peer: another one, the other side; by default one that says that nothing
         will come, and listens.
     :param check: called after each conversation; raises something if the handler has
@@ -87,6 +89,13 @@ def cancel_everywhere(
     return whole.waits
 
 
+def _may_call_wait(function: object) -> bool:
+    """Whether it is a plain function, where there are stackful tasks."""
+    return "twisted_rtsig.coro.stackful" in sys.modules and not (
+        inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function)
+    )
+
+
 class _Conversation:
     """
     :param point: at which wait the handler is cancelled; the first one is 1.
@@ -94,7 +103,9 @@ class _Conversation:
     :ivar where: the line where it was cancelled; None if it was not.
     """
 
-    def __init__(self, handler: Handler, peer: Handler, point: int = 0) -> None:
+    def __init__(
+        self, handler: Callable[[Stream], object], peer: Handler, point: int = 0
+    ) -> None:
         self._handler = handler
         self._point = point
         self.waits = 0
@@ -112,18 +123,26 @@ class _Conversation:
     def _step_through(self, stream: Stream) -> Generator[Any, Any, Any]:
         """Do what the task would do with the handler, and cancel it in time."""
         # That of what @coroutine has decorated can be stepped through.
-        function = getattr(self._handler, "generator_function", self._handler)
-        body = function(stream)
+        function: Any = getattr(self._handler, "generator_function", self._handler)
+        if _may_call_wait(function):
+            from twisted_rtsig.coro.stackful import in_stackful
+
+            body = yield from self._steps(in_stackful(function, stream))
+        else:
+            body = function(stream)
         if isinstance(body, Deferred):
             # Its connection is about to be aborted.
             body.addErrback(ignore)
             raise TypeError(
                 f"nobody can see where {self._handler!r} waits: give "
-                "cancel_everywhere() an async def, a generator function, or what "
-                "@coroutine has decorated"
+                "cancel_everywhere() an async def, a generator function, what "
+                "@coroutine has decorated, or a plain function that calls wait()"
             )
         if not (inspect.iscoroutine(body) or inspect.isgenerator(body)):
             return body
+        return (yield from self._steps(body))
+
+    def _steps(self, body: Any) -> Generator[Any, Any, Any]:
         step: Callable[[Any], Any] = body.send
         value: Any = None
         while True:

@@ -1,0 +1,791 @@
+"""The stacks of stackful tasks: their errors, contexts, frames, and their end."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import gc
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from greenlet import GreenletExit, getcurrent, greenlet
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from tests.coro.support import spin
+from tests.coro.test_garbage import garbage, without_collector
+from tests.coro.test_stackful import STARTS, finish
+from twisted_rtsig.coro import (
+    Channel,
+    Event,
+    Stream,
+    Task,
+    TaskGroup,
+    current_task,
+    format_tasks,
+    shield,
+    sleep,
+    spawn,
+    timeout,
+    watch_for_blocking,
+)
+from twisted_rtsig.coro.stackful import (
+    NoStackError,
+    entering,
+    in_stackful,
+    spawn_stackful,
+    wait,
+)
+from twisted_rtsig.coro.testing import stream_pair
+
+HERE = __file__
+
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(params=STARTS)
+def start(request: Any) -> Callable[..., Task[Any]]:
+    started: Callable[..., Task[Any]] = STARTS[request.param]
+    return started
+
+
+class Gone(Exception):
+    """What is raised here."""
+
+
+# Errors
+
+
+def functions_of(error: BaseException | None) -> list[str]:
+    """Where an error was raised: the functions of this file, the outermost first."""
+    assert error is not None
+    frames = traceback.extract_tb(error.__traceback__)
+    return [each.name for each in frames if each.filename == HERE]
+
+
+def files_of(error: BaseException) -> set[str]:
+    return {each.filename for each in traceback.extract_tb(error.__traceback__)}
+
+
+def outer() -> None:
+    wait(middle())
+
+
+async def middle() -> None:
+    await sleep(1)
+    await in_stackful(inner)
+
+
+def inner() -> None:
+    wait(sleep(1))
+    wait(innermost())
+
+
+async def innermost() -> None:
+    await sleep(1)
+    raise Gone
+
+
+def test_the_whole_stack(clock: Clock, logged: list[Any]) -> None:
+    task = spawn_stackful(outer, reactor=clock)
+    while not task.done:
+        clock.advance(1)
+    error = task._see_error()
+    assert functions_of(error) == ["outer", "middle", "inner", "innermost"]
+    # None of the machinery.
+    assert files_of(error) == {HERE}
+    with pytest.raises(Gone):
+        task.result()
+
+
+def test_an_error_that_comes_from_elsewhere(clock: Clock) -> None:
+    """From another task, with the frames that it has there."""
+    errors: list[BaseException] = []
+
+    def waits() -> None:
+        try:
+            wait(spawn(innermost))
+        except Gone as error:
+            errors.append(error)
+            raise
+
+    task = spawn_stackful(waits, reactor=clock)
+    with pytest.raises(Gone):
+        finish(clock, task)
+    assert functions_of(errors[0])[-2:] == ["waits", "innermost"]
+
+
+def test_a_failure_is_logged_once(clock: Clock, logged: list[Any]) -> None:
+    spawn_stackful(outer, name="failing", reactor=clock)
+    for _ in range(4):
+        clock.advance(1)
+    gc.collect()
+    failures = [each for each in logged if each.get("log_failure")]
+    assert [each["name"] for each in failures] == ["failing"]
+    for name in ("outer", "middle", "inner", "innermost"):
+        assert f"in {name}\n" in failures[0]["log_failure"].getTraceback()
+
+
+def test_the_error_that_is_handled(clock: Clock, start: Callable[..., Any]) -> None:
+    """Each stack has its own, and what is raised there has it as its context."""
+    seen: list[Any] = []
+
+    def main(number: int) -> None:
+        assert sys.exc_info()[1] is None
+        error = Gone(number)
+        try:
+            try:
+                raise error
+            except Gone:
+                for awaited in (sleep(1), _sleeps(), in_stackful(_waits)):
+                    wait(awaited)
+                    assert sys.exc_info()[1] is error
+                deferred: Deferred[None] = Deferred()
+                clock.callLater(1, deferred.errback, KeyError(number))
+                try:
+                    wait(deferred)
+                except KeyError as raised:
+                    assert raised.__context__ is error
+                assert sys.exc_info()[1] is error
+                raise
+        except Gone as raised:
+            assert raised is error
+        assert sys.exc_info()[1] is None
+        seen.append(number)
+
+    tasks = [start(lambda each=each: main(each), reactor=clock) for each in range(3)]
+    for task in tasks:
+        finish(clock, task)
+    assert seen == [0, 1, 2]
+
+
+async def _sleeps() -> None:
+    await sleep(1)
+
+
+def _waits() -> None:
+    wait(sleep(1))
+
+
+def test_the_error_that_a_coroutine_handles(clock: Clock) -> None:
+    """A function that it calls sees it, as any function that it would call."""
+
+    def again() -> None:
+        assert isinstance(sys.exc_info()[1], Gone)
+        wait(sleep(1))
+        raise
+
+    def another() -> None:
+        wait(sleep(1))
+        raise KeyError
+
+    async def main(function: Callable[[], None]) -> None:
+        try:
+            raise Gone
+        except Gone:
+            await in_stackful(function)
+
+    task = spawn(main, again, reactor=clock)
+    with pytest.raises(Gone):
+        finish(clock, task)
+    task = spawn(main, another, reactor=clock)
+    with pytest.raises(KeyError) as raised:
+        finish(clock, task)
+    assert isinstance(raised.value.__context__, Gone)
+    assert functions_of(raised.value.__context__) == ["main"]
+
+
+def test_errors_that_mean_something_to_the_machinery(
+    clock: Clock, start: Callable[..., Any]
+) -> None:
+    def main(error: BaseException) -> None:
+        wait(sleep(1))
+        raise error
+
+    def raised_by(error: BaseException) -> BaseException:
+        task = start(lambda: main(error), reactor=clock)
+        with pytest.raises(BaseException) as raised:  # noqa: PT011
+            finish(clock, task)
+        return raised.value
+
+    for error in (StopIteration("x"), StopAsyncIteration("x")):
+        assert str(error) in repr(raised_by(error).__cause__ or raised_by(error))
+    assert isinstance(raised_by(StopIteration()), RuntimeError)
+    assert isinstance(raised_by(GeneratorExit()), GeneratorExit)
+    assert isinstance(raised_by(KeyboardInterrupt()), KeyboardInterrupt)
+    task = start(lambda: main(GreenletExit()), reactor=clock)
+    finish_anyhow(clock, task)
+    assert task.cancelled
+
+
+def finish_anyhow(clock: Clock, task: Task[Any]) -> None:
+    while not task.done:
+        clock.advance(1)
+
+
+def test_a_deep_stack(clock: Clock, start: Callable[..., Any]) -> None:
+    limit = sys.getrecursionlimit()
+
+    def deep(depth: int) -> int:
+        if not depth:
+            wait(sleep(1))
+            return 0
+        return 1 + deep(depth - 1)
+
+    depth = limit // 2
+    tasks = [start(lambda: deep(depth), reactor=clock) for _ in range(5)]
+    for task in tasks:
+        assert finish(clock, task) == depth
+
+    def too_deep() -> str:
+        with pytest.raises(RecursionError):
+            deep(limit)
+        wait(sleep(1))
+        return "went on"
+
+    assert finish(clock, start(too_deep, reactor=clock)) == "went on"
+
+
+# Context variables
+
+
+def test_context_variables(clock: Clock, start: Callable[..., Any]) -> None:
+    """It runs in a copy of the context that it was started in, as other tasks."""
+
+    def main() -> None:
+        assert variable.get() == "outer"
+        token = variable.set("mine")
+        wait(sleep(1))
+        assert variable.get() == "mine"
+        wait(sets("by a coroutine"))
+        assert variable.get() == "by a coroutine"
+        wait(in_stackful(sets_in_function, "by a function"))
+        assert variable.get() == "by a function"
+        wait(spawn(sets, "by another task"))
+        wait(spawn_stackful(sets_in_function, "by another task"))
+        assert variable.get() == "by a function"
+        variable.reset(token)
+        assert variable.get() == "outer"
+
+        def within() -> str:
+            variable.set("within")
+            wait(sleep(1))
+            wait(sets("deep within"))
+            return variable.get()
+
+        assert contextvars.copy_context().run(within) == "deep within"
+        assert variable.get() == "outer"
+
+    async def sets(value: str) -> None:
+        await sleep(1)
+        variable.set(value)
+        await sleep(1)
+        assert variable.get() == value
+
+    def sets_in_function(value: str) -> None:
+        wait(sleep(1))
+        variable.set(value)
+        wait(sleep(1))
+        assert variable.get() == value
+
+    def in_context() -> list[Task[None]]:
+        variable.set("outer")
+        return [start(main, reactor=clock) for _ in range(3)]
+
+    for task in contextvars.copy_context().run(in_context):
+        finish(clock, task)
+    assert variable.get("unset") == "unset"
+
+
+def test_the_context_of_a_coroutine_is_that_of_its_function(clock: Clock) -> None:
+    async def main() -> None:
+        await in_stackful(begins)
+        assert variable.get() == "begun"
+        variable.set("changed")
+        await in_stackful(goes_on)
+
+    def begins() -> None:
+        variable.set("begun")
+        wait(sleep(1))
+
+    def goes_on() -> None:
+        assert variable.get() == "changed"
+
+    finish(clock, spawn(main, reactor=clock))
+    # Without a task.
+    done: list[Any] = []
+    Deferred.fromCoroutine(main_without_task(clock)).addCallback(done.append)
+    clock.advance(1)
+    assert done == ["set"]
+
+
+async def main_without_task(clock: Clock) -> str:
+    def sets() -> None:
+        wait(sleep(1, reactor=clock))
+        variable.set("set")
+
+    await in_stackful(sets)
+    return variable.get()
+
+
+# Frames
+
+
+def lines(listing: str) -> list[str]:
+    """The functions of this file in the output of format_tasks, in order."""
+    return [
+        line.split(" in ")[1].split(":")[0]
+        for line in listing.splitlines()
+        if f"at {HERE}:" in line
+    ]
+
+
+def test_where_it_waits(clock: Clock) -> None:
+    event = Event()
+
+    def first() -> None:
+        second()
+
+    def second() -> None:
+        with timeout(60):
+            wait(third())
+
+    async def third() -> None:
+        await in_stackful(fourth)
+
+    def fourth() -> None:
+        sorted([1, 2], key=fifth)
+
+    def fifth(value: int) -> int:
+        wait(event.wait())
+        return value
+
+    task = spawn_stackful(first, name="it", reactor=clock)
+    listing = format_tasks(clock)
+    assert listing.startswith("it: ")
+    assert "waits for <Event" in listing
+    assert lines(listing) == ["first", "second", "third", "fourth", "fifth"]
+    assert "wait(event.wait())" in listing.splitlines()[-1]
+    assert "stackful.py" not in listing
+    event.set()
+    assert task.done
+    # From a coroutine.
+    event = Event()
+    task = spawn(third, name="it", reactor=clock)
+    assert lines(format_tasks(clock)) == ["third", "fourth", "fifth"]
+    event.set()
+    assert task.done
+
+
+def test_where_it_runs(clock: Clock) -> None:
+    seen: list[str] = []
+
+    def first() -> None:
+        wait(second())
+
+    async def second() -> None:
+        await in_stackful(third)
+
+    def third() -> None:
+        wait(sleep(1))
+        seen.append(format_tasks(clock))
+        # A thread, as that of watch_for_blocking, sees it as well.
+        other = threading.Thread(target=lambda: seen.append(format_tasks(clock)))
+        other.start()
+        other.join()
+
+    finish(clock, spawn_stackful(first, name="it", reactor=clock))
+    for listing in seen:
+        assert listing.startswith("it: ")
+        assert " runs\n" in listing
+        assert lines(listing)[:3] == ["first", "second", "third"]
+
+
+def test_the_task_of_code_at_any_depth(clock: Clock) -> None:
+    tasks: list[Task[Any]] = []
+
+    def first() -> None:
+        tasks.append(current_task())
+        wait(second())
+
+    async def second() -> None:
+        tasks.append(current_task())
+        await in_stackful(third)
+
+    def third() -> None:
+        wait(sleep(1))
+        tasks.append(current_task())
+
+    task = spawn_stackful(first, reactor=clock)
+    finish(clock, task)
+    assert tasks == [task] * 3
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_what_blocks_is_reported(reactor: Any, logged: list[Any], inner: bool) -> None:
+    """By its name and its whole stack: a real sleep, for example."""
+
+    def told() -> list[str]:
+        messages = [each["log_format"].format(**each) for each in list(logged)]
+        return [each for each in messages if " in blocks: time.sleep" in each]
+
+    def main() -> None:
+        wait(sleep(0.01))
+        if inner:
+            wait(calls_by_coroutine())
+        else:
+            calls()
+
+    async def calls_by_coroutine() -> None:
+        await in_stackful(calls)
+
+    def calls() -> None:
+        blocks()
+
+    def blocks() -> None:
+        while not told():
+            time.sleep(0.01)
+
+    watch = watch_for_blocking(0.05, reactor)
+    task = spawn_stackful(main, name="the culprit", reactor=reactor)
+    spin(reactor, lambda: task.done)
+    watch.stop()
+    message = told()[0]
+    assert message.startswith("Task the culprit has let nobody else have a turn for")
+    names = ["main", *(["calls_by_coroutine"] if inner else []), "calls", "blocks"]
+    assert lines(message) == names
+
+
+def test_a_real_socket_is_reported(reactor: Any, logged: list[Any]) -> None:
+    import socket
+
+    ours, theirs = socket.socketpair()
+    found: list[str] = []
+
+    def look() -> None:
+        """In a thread: let the socket go on once it was reported."""
+        while not found:
+            time.sleep(0.01)
+            messages = [each["log_format"].format(**each) for each in list(logged)]
+            found.extend(each for each in messages if " in receives: " in each)
+        theirs.send(b"x")
+
+    def receives() -> bytes:
+        wait(sleep(0.01))
+        return ours.recv(1)
+
+    with ours, theirs:
+        looking = threading.Thread(target=look)
+        watch = watch_for_blocking(0.05, reactor)
+        task = spawn_stackful(receives, name="the culprit", reactor=reactor)
+        looking.start()
+        spin(reactor, lambda: task.done)
+        looking.join()
+        watch.stop()
+    assert task.result() == b"x"
+    assert found[0].startswith("Task the culprit has let nobody else have a turn")
+    assert "return ours.recv(1)" in found[0]
+
+
+# The end of what nothing can resume
+
+
+class Log(list[str]):
+    """What has happened, which can be referred to weakly."""
+
+
+def test_dropped_by_its_last_reference(clock: Clock) -> None:
+    """Nothing of this is left to the collector."""
+    seen: list[str] = []
+
+    def main() -> None:
+        try:
+            wait(Deferred())
+        except Exception:
+            seen.append("never")
+        except GeneratorExit:
+            seen.append("exit")
+            raise
+        finally:
+            seen.append("finally")
+
+    spawn_stackful(main, reactor=clock)
+    gc.collect()
+    assert seen == ["exit", "finally"]
+
+
+WAITS: dict[str, Callable[[], Any]] = {
+    "Deferred": Deferred,
+    "event": lambda: Event().wait(),
+    "channel": lambda: Channel[int](0).receive(),
+    "task": lambda: spawn(lambda: Event().wait()),
+    "coroutine": lambda: _never(),
+    "in_stackful()": lambda: in_stackful(lambda: wait(Event().wait())),
+    "stackful task": lambda: spawn_stackful(lambda: wait(Event().wait())),
+}
+
+
+async def _never() -> None:
+    await Event().wait()
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_dropped(
+    clock: Clock, start: Callable[..., Any], what: str, logged: list[Any]
+) -> None:
+    seen: list[str] = []
+
+    def main() -> None:
+        try:
+            wait(WAITS[what]())
+        finally:
+            seen.append("finally")
+            # It can do what need not wait, and cannot wait.
+            channel: Channel[int] = Channel(1)
+            wait(channel.send(1))
+            assert wait(channel.receive()) == 1
+            seen.append("still here")
+            wait(sleep(1, reactor=clock))
+            seen.append("never")
+
+    start(main, reactor=clock)
+    gc.collect()
+    assert seen == ["finally", "still here"]
+    assert format_tasks(clock) == "There are no tasks."
+    assert not [each for each in logged if each.get("log_failure")]
+
+
+def test_dropped_in_a_group(clock: Clock) -> None:
+    seen: list[str] = []
+
+    def main() -> None:
+        with entering(TaskGroup()) as group:
+            try:
+                wait(Event().wait())
+            finally:
+                assert group is not None
+                seen.append("finally")
+
+    spawn_stackful(main, reactor=clock)
+    gc.collect()
+    assert seen == ["finally"]
+
+
+def test_a_coroutine_that_is_closed(clock: Clock) -> None:
+    seen: list[str] = []
+
+    def main() -> None:
+        try:
+            wait(sleep(1, reactor=clock))
+        finally:
+            seen.append("finally")
+
+    coroutine = in_stackful(main)
+    coroutine.send(None)
+    coroutine.close()
+    assert seen == ["finally"]
+    # One that has not begun.
+    in_stackful(main).close()
+    # One that raises something else.
+
+    def fails() -> None:
+        try:
+            wait(sleep(1, reactor=clock))
+        finally:
+            raise Gone
+
+    coroutine = in_stackful(fails)
+    coroutine.send(None)
+    with pytest.raises(Gone):
+        coroutine.close()
+
+
+def test_dropped_in_another_thread(clock: Clock) -> None:
+    """It ends in its own one, as soon as any stack is switched there."""
+    seen: list[int] = []
+
+    def main() -> None:
+        try:
+            wait(Event().wait())
+        finally:
+            seen.append(threading.get_ident())
+
+    tasks = [spawn_stackful(main, reactor=clock)]
+
+    def drop() -> None:
+        tasks.clear()
+        gc.collect()
+
+    gc.disable()
+    try:
+        other = threading.Thread(target=drop)
+        other.start()
+        other.join()
+    finally:
+        gc.enable()
+    assert seen == []
+    spawn_stackful(lambda: None, reactor=clock)
+    assert seen == [threading.get_ident()]
+
+
+def test_what_has_ended_leaves_nothing(clock: Clock) -> None:
+    """To the collector."""
+
+    async def coroutine(fails: bool) -> None:
+        await sleep(1)
+        if fails:
+            raise Gone
+
+    def main(fails: bool) -> None:
+        wait(sleep(1))
+        wait(coroutine(False))
+        with contextlib.suppress(TimeoutError), timeout(1):
+            wait(Deferred())
+        with contextlib.suppress(Gone):
+            wait(coroutine(True))
+        with contextlib.suppress(Gone):
+            wait(in_stackful(wait, coroutine(True)))
+        with contextlib.suppress(Gone):
+            wait(spawn(coroutine, True))
+        with entering(TaskGroup()) as group, shield():
+            group.spawn(in_stackful, wait, coroutine(False))
+        with contextlib.suppress(TypeError):
+            wait(None)  # type: ignore[arg-type]
+        if fails:
+            raise Gone
+
+    def all_ways() -> None:
+        for begin in STARTS.values():
+            for fails in (True, False):
+                task = begin(lambda fails=fails: main(fails), reactor=clock)
+                with contextlib.suppress(Gone):
+                    finish(clock, task)
+            task = begin(lambda: main(False), reactor=clock)
+            clock.advance(1)
+            task.cancel("why")
+            finish_anyhow(clock, task)
+            del task
+        with contextlib.suppress(NoStackError):
+            wait(sleep(0, reactor=clock))
+
+    # What is made once.
+    all_ways()
+    with without_collector():
+        all_ways()
+        assert garbage() == []
+
+
+def test_an_argument_is_not_kept(clock: Clock) -> None:
+    """Once the function has dropped it."""
+    log = Log()
+    reference = weakref.ref(log)
+    event = Event()
+
+    def main(log: Log | None) -> None:
+        del log
+        wait(event.wait())
+
+    task = spawn_stackful(main, log, reactor=clock)
+    del log
+    event.set()
+    assert task.done
+    gc.collect()
+    assert reference() is None
+
+
+def test_what_a_task_has_got_is_not_kept(clock: Clock) -> None:
+    channel: Channel[Log] = Channel(0)
+    event = Event()
+
+    def main() -> None:
+        wait(channel.receive())
+        wait(event.wait())
+
+    task = spawn_stackful(main, reactor=clock)
+    log = Log()
+    channel.send(log)
+    reference = weakref.ref(log)
+    del log
+    assert reference() is None
+    event.set()
+    assert task.done
+
+
+# Greenlets of other packages
+
+
+def test_a_greenlet_within(clock: Clock) -> None:
+    """As of SQLAlchemy, which awaits for a function on its own greenlet."""
+
+    def main() -> str:
+        here = getcurrent()
+
+        def other() -> str:
+            with pytest.raises(NoStackError):
+                wait(sleep(1))
+            value: str = here.switch("to await")
+            return value
+
+        within = greenlet(other, here)
+        assert within.switch() == "to await"
+        wait(sleep(1))
+        value: str = within.switch("value")
+        return value
+
+    assert finish(clock, spawn_stackful(main, reactor=clock)) == "value"
+
+
+def test_a_reactor_that_runs_in_a_greenlet(clock: Clock) -> None:
+    def main() -> str:
+        for _ in range(3):
+            wait(sleep(1))
+        return "value"
+
+    task = spawn_stackful(main, reactor=clock)
+    # Now in one, then in another one, which is gone by then.
+    for _ in range(3):
+        greenlet(lambda: clock.advance(1)).switch()
+        gc.collect()
+    assert task.result() == "value"
+
+
+def test_many(clock: Clock) -> None:
+    event = Event()
+    count = 10_000
+
+    def main() -> None:
+        wait(event.wait())
+
+    tasks = [spawn_stackful(main, reactor=clock) for _ in range(count)]
+    assert repr(event).endswith(f" {count} wait>")
+    event.set()
+    while not all(each.done for each in tasks):
+        clock.advance(1)
+
+
+def test_streams_in_memory(clock: Clock) -> None:
+    ours, theirs = stream_pair(reactor=clock)
+
+    def serves(stream: Stream) -> None:
+        while data := wait(stream.read()):
+            wait(stream.write(data.upper()))
+        wait(stream.close())
+
+    def asks(stream: Stream) -> bytes:
+        wait(stream.write(b"question"))
+        wait(stream.write_eof())
+        return wait(stream.read_exactly(8))
+
+    spawn_stackful(serves, theirs, reactor=clock)
+    assert finish(clock, spawn_stackful(asks, ours, reactor=clock)) == b"QUESTION"
