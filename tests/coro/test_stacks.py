@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import gc
+import subprocess
 import sys
 import threading
 import time
@@ -156,11 +157,11 @@ def test_the_error_that_is_handled(clock: Clock, start: Callable[..., Any]) -> N
                 try:
                     wait(deferred)
                 except KeyError as raised:
-                    assert raised.__context__ is error
+                    assert raised.__context__ is error  # noqa: PT017
                 assert sys.exc_info()[1] is error
                 raise
         except Gone as raised:
-            assert raised is error
+            assert raised is error  # noqa: PT017
         assert sys.exc_info()[1] is None
         seen.append(number)
 
@@ -281,10 +282,9 @@ def test_context_variables(clock: Clock, start: Callable[..., Any]) -> None:
         def within() -> str:
             variable.set("within")
             wait(sleep(1))
-            wait(sets("deep within"))
             return variable.get()
 
-        assert contextvars.copy_context().run(within) == "deep within"
+        assert contextvars.copy_context().run(within) == "within"
         assert variable.get() == "outer"
 
     async def sets(value: str) -> None:
@@ -569,17 +569,67 @@ def test_dropped(
 def test_dropped_in_a_group(clock: Clock) -> None:
     seen: list[str] = []
 
-    def main() -> None:
-        with entering(TaskGroup()) as group:
-            try:
-                wait(Event().wait())
-            finally:
-                assert group is not None
-                seen.append("finally")
+    async def coroutine() -> None:
+        async with TaskGroup():
+            await in_stackful(main)
 
-    spawn_stackful(main, reactor=clock)
+    def main() -> None:
+        try:
+            wait(Event().wait())
+        finally:
+            seen.append("finally")
+
+    spawn(coroutine, reactor=clock)
+    spawn_stackful(lambda: wait(coroutine()), reactor=clock)
     gc.collect()
-    assert seen == ["finally"]
+    assert seen == ["finally"] * 2
+
+
+LEFT = """
+import sys
+from twisted.internet import reactor
+from twisted_rtsig.coro import Event, format_tasks, shield, sleep
+from twisted_rtsig.coro.stackful import in_stackful, spawn_stackful, wait
+
+event = Event()
+
+def main(name):
+    try:
+        with shield():
+            wait(event.wait())
+    finally:
+        # All modules are still there.
+        print(name, sys.modules is not None, flush=True)
+        if name == "fails":
+            raise KeyError(name)
+        wait(sleep(1))
+
+async def coroutine():
+    await in_stackful(main, "in a coroutine")
+
+def outer():
+    wait(coroutine())
+
+for name in ("first", "fails", "second"):
+    spawn_stackful(main, name)
+spawn_stackful(outer)
+reactor.callLater(0, reactor.stop)
+reactor.run()
+print(format_tasks().count(" waits for "), "left", flush=True)
+"""
+
+
+def test_left_when_the_process_ends() -> None:
+    """Whatever refers to them."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "4 left",
+        *(f"{name} True" for name in ("first", "fails", "second", "in a coroutine")),
+    ]
+    assert done.stderr.count("Task main has failed to clean up") == 1
+    assert "KeyError: 'fails'" in done.stderr
 
 
 def test_a_coroutine_that_is_closed(clock: Clock) -> None:
@@ -669,8 +719,9 @@ def test_what_has_ended_leaves_nothing(clock: Clock) -> None:
         for begin in STARTS.values():
             for fails in (True, False):
                 task = begin(lambda fails=fails: main(fails), reactor=clock)
-                with contextlib.suppress(Gone):
-                    finish(clock, task)
+                finish_anyhow(clock, task)
+                if fails:
+                    assert isinstance(task._see_error(), Gone)
             task = begin(lambda: main(False), reactor=clock)
             clock.advance(1)
             task.cancel("why")

@@ -161,23 +161,19 @@ def stack_of_running(innermost: FrameType) -> list[FrameType]:
     frame: FrameType | None = innermost
     while frame is not None and frame.f_code is not RUN:
         frames.append(frame)
+        frames += reversed(running.stacks.waiting_frames(frame))
         frame = frame_below(frame)
     return frames[::-1]
 
 
 def stack_of_body(body: Any) -> Iterator[FrameType]:
-    """Of a coroutine, generator or stack that waits; None has none."""
+    """Of a coroutine or generator that waits; None has none."""
     each = body
     while each is not None:
-        # Of a Stack: see stackful.py.
-        waiting_frames = getattr(each, "waiting_frames", None)
-        if waiting_frames is not None:
-            yield from waiting_frames()
-            each = each.coroutine
-            continue
         for kind in ("cr", "gi"):
             frame: FrameType | None = getattr(each, f"{kind}_frame", None)
             if frame is not None:
                 yield frame
+                yield from running.stacks.waiting_frames(frame)
                 break
         each = getattr(each, "cr_await", None) or getattr(each, "gi_yieldfrom", None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, Final
@@ -47,24 +47,33 @@ class _Running:
     An attribute of a slot, since a step would take longer to set a global variable.
 
     :ivar task: the task.
-    :ivar frame_below: given the outermost frame of a stack, returns the frame that has
-        resumed this stack; None if the stack is that of a thread.
+    :ivar stacks: the stacks that there are besides those of threads.
     """
 
-    __slots__ = ("frame_below", "task")
+    __slots__ = ("stacks", "task")
 
     def __init__(self) -> None:
         self.task: Task[Any] | None = None
-        # Until there are other stacks: see stackful.py.
-        self.frame_below: Callable[[FrameType], FrameType | None] = lambda frame: None
+        self.stacks = Stacks()
+
+
+class Stacks:
+    """There are no stacks but those of threads: see stackful.py for others."""
+
+    def frame_below(self, frame: FrameType) -> FrameType | None:
+        """The frame that has resumed the stack whose outermost frame this is."""
+
+    def waiting_frames(self, frame: FrameType) -> Sequence[FrameType]:
+        """Of a frame that drives a stack: the frames there that wait."""
+        return ()
 
 
 running: Final = _Running()
 
 
 def frame_below(frame: FrameType) -> FrameType | None:
-    """The frame that has called or resumed C{frame}, on whichever stack it is."""
-    return frame.f_back or running.frame_below(frame)
+    """The frame that has called or resumed C{frame}, on whichever stack that is."""
+    return frame.f_back or running.stacks.frame_below(frame)
 
 
 class Handover(Deferred[Any]):

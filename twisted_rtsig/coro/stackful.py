@@ -4,17 +4,23 @@ Tasks in plain functions, which may wait anywhere in their calls, on greenlet.
 See ``docs/stackful.md``.  Needs the extra C{[greenlet]}; nothing else of this package
 imports this module.
 
-The function of such a task runs on a stack of its own, in a greenlet.  To its task this
-stack is what a coroutine is to other tasks: the scheduler sends values to it and throws
-errors into it, and it hands over what it waits for.  So such a task has all that other
-tasks have, and a wait takes one switch to the scheduler and one back.
+The function of such a task runs on a stack of its own, which is a greenlet.  The task
+is as every other: it runs a generator, the driver, which switches to the stack.
+:func:`wait` switches back, with what there is to wait for.  The driver waits for that
+as any generator or coroutine would, and switches to the stack again.
+
+The garbage collector does not see what the variables on a stack refer to.  So all that
+belongs to a wait is kept by the driver, and the stack refers to nothing of it.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import inspect
 import sys
+import types
 from collections.abc import (
     AsyncIterable,
     Awaitable,
@@ -24,23 +30,25 @@ from collections.abc import (
     Iterator,
 )
 from contextlib import AbstractAsyncContextManager
-from contextvars import Context, copy_context
+from contextvars import copy_context
 from types import CodeType, FrameType
 from typing import Any, Final, ParamSpec, TypeVar, cast
 from weakref import ref
 
 from twisted.internet.defer import Deferred
+from twisted.logger import Logger
 
 from twisted_rtsig.coro.errors import Cancelled, NoTaskError
+from twisted_rtsig.coro.inspection import stack_of_body
 from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
-from twisted_rtsig.coro.scheduler import running
+from twisted_rtsig.coro.scheduler import Stacks, running, schedulers
 from twisted_rtsig.coro.tasks import (
     Task,
-    awaitable,
     name_of,
     scheduler_for,
     task_of_caller,
 )
+from twisted_rtsig.coro.tracebacks import log_failure
 
 try:
     from greenlet import GreenletExit, getcurrent, greenlet
@@ -58,6 +66,8 @@ else:
 T = TypeVar("T")
 P = ParamSpec("P")
 Args = TypeVarTuple("Args")
+
+_log = Logger()
 
 _throw: Final[Callable[..., Any]] = greenlet.throw
 # Its attributes are those of a Stack.
@@ -93,10 +103,9 @@ def spawn_stackful(
     """
     _check(function, "spawn_stackful()", "spawn()")
     scheduler = scheduler_for(reactor)
-    stack: Any = Stack(_run)
-    task: Task[T] = Task(stack, name or name_of(function), scheduler)
-    stack.gr_context = _context_of(task)
-    scheduler.resume(task, (function, args))
+    driver = _drive(Stack(_run), (function, args, None, None), True)
+    task: Task[T] = Task(driver, name or name_of(function), scheduler)
+    scheduler.resume(task, None)
     return task
 
 
@@ -107,30 +116,38 @@ def in_stackful(
     Run a plain function in the task of the coroutine that awaits this: in it, and in
     all that it calls, :func:`wait` waits.
 
+    C{spawn(in_stackful, function)}, also of a group, is C{spawn_stackful(function)}.
+
     :return: a coroutine, of what the function returns.
     :raises TypeError: if it is no plain function.
     """
     _check(function, "in_stackful()", "await")
-    coroutine: Any = _await_stack(function, args, kwargs)
+    coroutine: Any = _await_driver(function, args, kwargs)
     coroutine.__qualname__ = name_of(function)
     return cast(Coroutine[Any, Any, T], coroutine)
 
 
-# Its coroutine has a better name than a task could give it.
-in_stackful.coroutine_function = in_stackful  # type: ignore[attr-defined]
-
-
-async def _await_stack(
+async def _await_driver(
     function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> T:
-    stack = InnerStack(_run_inner)
-    # The context itself, so that each side sees what the other one sets.
-    copy_context()
-    stack.gr_context = _current().gr_context
-    stack.call = (function, args, kwargs, sys.exc_info()[1], ref(stack))
-    del function, args, kwargs
-    result: T = await stack
+    call = (function, args, kwargs, sys.exc_info()[1])
+    driver: Any = _drive(Stack(_run), call, False)
+    del function, args, kwargs, call
+    result: T = await driver
     return result
+
+
+def _make_runnable(
+    function: Callable[..., T], *args: Any, **kwargs: Any
+) -> Generator[Any, Any, T]:
+    """What a task runs that is spawned with C{in_stackful}: no coroutine around it."""
+    _check(function, "in_stackful()", "await")
+    driver: Any = _drive(Stack(_run), (function, args, kwargs, None), True)
+    driver.__qualname__ = name_of(function)
+    return cast(Generator[Any, Any, T], driver)
+
+
+in_stackful.make_runnable = _make_runnable  # type: ignore[attr-defined]
 
 
 def _check(function: object, what: str, instead: str) -> None:
@@ -148,210 +165,190 @@ def _check(function: object, what: str, instead: str) -> None:
 _NOT_PLAIN: Final = inspect.CO_COROUTINE | inspect.CO_GENERATOR
 
 
-def _context_of(task: Task[Any]) -> Context | None:
-    """That of a task, whose steps asyncio or an instrument may see."""
-    context: Any = task._context
-    while context is not None and type(context) is not Context:
-        context = context.context
-    found: Context | None = context
-    return found
-
-
 # Stacks
 
 
 class Stack(greenlet):
     """
-    The stack of a function: to a task what a coroutine is.
+    The stack of a function, which must not refer to it: nothing could drop it then.
 
-    It must not be referred to by what is on it, or nothing could ever drop it.
-
-    :ivar awaited: what it waits for, which it hands over.  As an argument of a switch
-        it would be kept on the stack.
+    :ivar awaited: what it hands over to be waited for; None while it runs.
+    :ivar task: while it runs, the task that runs it, if any does; C{_DROPPED} once
+        nothing will resume it.
     """
 
-    # Unset until they are needed, since to set them takes a part of the time that it
-    # takes to spawn a task.
-    __slots__ = ("_coroutine", "_dropped", "awaited")
+    __slots__ = ("awaited", "task")
 
     awaited: Any
-
-    @property
-    def coroutine(self) -> Coroutine[Any, Any, Any] | None:
-        """The coroutine on this stack that waits; None if a function does."""
-        return getattr(self, "_coroutine", None)
-
-    @coroutine.setter
-    def coroutine(self, coroutine: Coroutine[Any, Any, Any] | None) -> None:
-        self._coroutine = coroutine
-
-    @property
-    def dropped(self) -> bool:
-        """Whether nothing will ever resume it."""
-        return getattr(self, "_dropped", False)
-
-    def drop(self) -> None:
-        """Nothing will ever resume it: its functions are only to clean up."""
-        self._dropped = True
-
-    def send(self, value: Any) -> Any:
-        """
-        Resume it, until it waits; return what it waits for.
-
-        :raises StopIteration: if its function has returned.
-        """
-        current = _current()
-        # Another one, where a task runs the tasks of another reactor.
-        if self.parent is not current:
-            self.parent = current
-        try:
-            self.switch(value)
-            awaited, self.awaited = self.awaited, None
-            return awaited
-        finally:
-            del self, value, current
-
-    def throw(self, error: BaseException) -> Any:  # type: ignore[override]
-        """As C{send}, with an error that is raised where it waits."""
-        current = _current()
-        if self.parent is not current:
-            self.parent = current
-        try:
-            # greenlet drops the traceback that an error has.
-            _throw(self, type(error), error, error.__traceback__)
-            awaited, self.awaited = self.awaited, None
-            return awaited
-        finally:
-            del self, error, current
-
-    def waiting_frames(self) -> list[FrameType]:
-        """Its frames while it waits, from the outermost on."""
-        frames = []
-        frame: FrameType | None = self.gr_frame
-        while frame is not None:
-            frames.append(frame)
-            frame = frame.f_back
-        return frames[::-1]
+    task: Any
 
 
-class InnerStack(Stack):
+_DROPPED: Final = object()
+
+
+# The function, its arguments, and the error that is being handled where it is called.
+_Call = tuple[
+    Callable[..., Any],
+    tuple[Any, ...],
+    dict[str, Any] | None,
+    BaseException | None,
+]
+
+
+@types.coroutine
+def _drive(stack: Stack, value: Any, in_task: bool) -> Generator[Any, Any, Any]:
     """
-    The stack of a function that a coroutine waits for: also an iterator, as what
-    C{__await__} returns.
+    Run a function on a stack, and wait for what it hands over.
 
-    :ivar call: the function and its arguments; None once it has begun.
-    :ivar task: the task that runs, while this does.
+    Each variable takes memory of every task.
+
+    :param value: first the function, as a C{_Call}; then what to resume it with.
+    :param in_task: whether this is what a task runs, so that the scheduler takes it.
     """
-
-    __slots__ = ("call", "task")
-
-    call: tuple[Any, ...] | None
-    task: Task[Any] | None
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        return self  # type: ignore[return-value]
-
-    def __iter__(self) -> InnerStack:
-        return self
-
-    def __next__(self) -> Any:
-        return self.send(None)
-
-    def send(self, value: Any) -> Any:
-        """See C{Stack.send}."""
-        if self.call is not None:
-            value, self.call = self.call, None
-        self.task = running.task
-        try:
-            return super().send(value)
-        finally:
-            self.task = None
-            del self, value
-
-    def throw(self, error: BaseException) -> Any:  # type: ignore[override]
-        """See C{Stack.throw}."""
-        self.task = running.task
-        try:
-            return super().throw(error)
-        finally:
-            self.task = None
-            del self, error
-
-    def close(self) -> None:
-        """Nothing waits for it any more: let the function clean up."""
-        self.drop()
-        if self:
-            with contextlib.suppress(GeneratorExit, StopIteration):
-                self.throw(GeneratorExit())
-
-
-def _run(call: tuple[Callable[..., Any], tuple[Any, ...]]) -> None:
-    """What the stack of a task runs: a function with its arguments."""
-    function, args = call
+    # The context itself, so that each side sees what the other one sets.
+    stack.gr_context = getcurrent().gr_context
+    if stack.gr_context is None:
+        # The first one in this thread.
+        copy_context()
+        stack.gr_context = getcurrent().gr_context
+    awaited: Any = None
+    error: BaseException | None = None
     try:
-        result = function(*args)
-    except BaseException as error:
-        _end(error, function)
-    else:
-        raise StopIteration(result)
+        while True:
+            current = getcurrent()
+            # Another one, where a task runs the tasks of another reactor.
+            if stack.parent is not current:
+                stack.parent = current
+            del current
+            stack.awaited = None
+            stack.task = running.task
+            if error is None:
+                value = stack.switch(value)
+            else:
+                # greenlet drops the traceback that an error has.
+                value = _throw(stack, type(error), error, error.__traceback__)
+                error = None
+            stack.task = None
+            awaited = stack.awaited
+            if awaited is None:
+                return value
+            stack.awaited = None
+            try:
+                if in_task and isinstance(awaited, _KNOWN):
+                    value = yield awaited
+                else:
+                    value = yield from _steps_of(awaited)
+            except GeneratorExit:
+                awaited = None
+                _drop(stack)
+                raise
+            except BaseException as raised:
+                error = raised
+            awaited = None
+    finally:
+        # The traceback of an error holds this frame.
+        del stack, value, awaited, error
 
 
-def _run_inner(call: Any) -> None:
+# What the scheduler takes from a generator.
+_KNOWN: Final = (Deferred, Task)
+
+
+def _steps_of(awaited: Any) -> Any:
+    """What C{yield from} is for, to wait for something."""
+    if inspect.iscoroutine(awaited) or inspect.isgenerator(awaited):
+        return awaited
+    return awaited.__await__()
+
+
+def _drop(stack: Stack) -> None:
+    """Nothing will resume it: let its functions clean up."""
+    stack.task = _DROPPED
+    try:
+        stack.parent = getcurrent()
+    except ValueError:
+        # The collector runs in another thread.  When the stack goes, greenlet ends it
+        # in its own one.
+        return
+    _throw(stack, GeneratorExit)
+
+
+def _run(call: _Call) -> Any:
     """
-    As C{_run}, where an error is being handled, or none.
+    What a stack runs: a function, and where an error is being handled, within that.
 
     C{stack} is for what looks at the frame.
     """
-    function, args, kwargs, handled, stack = call  # noqa: RUF059
+    function, args, kwargs, handled = call
+    stack = ref(_current())  # noqa: F841
+    del call
     try:
+        if kwargs:
+            function = functools.partial(function, **kwargs)
         if handled is None:
-            result = function(*args, **kwargs)
-        else:
-            traceback = handled.__traceback__
-            try:
-                raise handled
-            except BaseException:
-                handled.__traceback__ = traceback
-                del handled, traceback
-                result = function(*args, **kwargs)
-    except BaseException as error:
-        _end(error, function)
-    else:
-        raise StopIteration(result)
+            return function(*args)
+        traceback = handled.__traceback__
+        try:
+            raise handled
+        except BaseException:
+            handled.__traceback__ = traceback
+            del handled, traceback
+            return function(*args)
+    except StopIteration as error:
+        raise RuntimeError(f"{name_of(function)} has raised StopIteration") from error
+    except GreenletExit as error:
+        # greenlet would take it for the result.
+        raise Cancelled("it has raised GreenletExit") from error
+    except GeneratorExit:
+        if _current().task is not _DROPPED:
+            raise
 
 
-def _end(error: BaseException, function: object) -> None:
-    """The function has raised something: let the task have it."""
-    try:
-        if isinstance(error, GeneratorExit) and _current().dropped:
-            return
-        if isinstance(error, StopIteration):
-            message = f"{name_of(function)} has raised StopIteration"
-            raise RuntimeError(message) from error
-        if isinstance(error, GreenletExit):
-            # greenlet would take it for the result.
-            raise Cancelled("it has raised GreenletExit") from error
-        raise error
-    finally:
-        del error
+@atexit.register
+def _drop_all() -> None:
+    """
+    Let the functions that still wait when the process ends clean up.  Python does this
+    for coroutines, which its garbage collector finds.
+    """
+    for scheduler in schedulers():
+        for task in scheduler.active_tasks():
+            frames = stack_of_body(task._body)
+            if any(each.f_code is _OUTERMOST for each in frames):
+                body: Any = task._body
+                try:
+                    body.close()
+                except BaseException as error:
+                    message = "Task {name} has failed to clean up"
+                    log_failure(_log, message, error, name=task.name)
 
 
-def _frame_below(frame: FrameType) -> FrameType | None:
-    """The frame that a stack was resumed from, whose outermost frame is C{frame}."""
-    stack: Any = None
-    if frame.f_code is _OUTERMOST:
-        stack = None if running.task is None else running.task._body
-    elif frame.f_code is _OUTERMOST_OF_INNER:
-        stack = frame.f_locals["stack"]()
-    if not isinstance(stack, Stack) or stack.dropped or stack.parent is None:
-        return None
-    return stack.parent.gr_frame
+class _Stacks(Stacks):
+    def frame_below(self, frame: FrameType) -> FrameType | None:
+        """See C{Stacks.frame_below}."""
+        if frame.f_code is not _OUTERMOST:
+            return None
+        stack: Stack | None = frame.f_locals["stack"]()
+        if stack is None or stack.gr_frame is not None or stack.parent is None:
+            return None
+        # That of the driver.
+        return stack.parent.gr_frame
+
+    def waiting_frames(self, frame: FrameType) -> list[FrameType]:
+        """See C{Stacks.waiting_frames}."""
+        frames: list[FrameType] = []
+        if frame.f_code is _DRIVER:
+            stack: Stack | None = frame.f_locals.get("stack")
+            inner = None if stack is None else stack.gr_frame
+            while inner is not None:
+                frames.append(inner)
+                inner = inner.f_back
+        return frames[::-1]
 
 
 _OUTERMOST: Final[CodeType] = _run.__code__
-_OUTERMOST_OF_INNER: Final[CodeType] = _run_inner.__code__
+_DRIVER: Final[CodeType] = _drive.__code__
 
-running.frame_below = _frame_below
+running.stacks = _Stacks()
 
 
 # Waiting
@@ -369,26 +366,21 @@ def wait(awaited: Awaitable[T] | Generator[Any, Any, T]) -> T:
     :raises Cancelled: if the task was cancelled, or a scope around this.
     """
     stack = _current()
-    task: Any = running.task
+    if type(stack) is not Stack or stack.task is not running.task:
+        return cast(T, _wait_elsewhere(stack, awaited))
     kind = type(awaited)
-    if task is None or not (
-        task._body is stack or (type(stack) is InnerStack and _is_direct(stack, task))
-    ):
-        del task
-        return cast(T, _wait_in_steps(stack, awaited))
     if kind is Done or kind is Finished:
         return cast(T, awaited.result)  # type: ignore[union-attr]
-    if not (kind is Operation or kind is Wait or isinstance(awaited, Deferred)):
-        del task
-        return cast(T, _wait_in_steps(stack, awaited))
+    if not (kind is Operation or kind is Wait):
+        _check_awaited(awaited)
     stack.awaited = awaited
-    switch: Callable[[], T] = stack.parent.switch
-    # While it waits, the stack must not refer to itself, nor to what would resume it.
-    del stack, task, awaited
+    parent: Any = stack.parent
+    # The stack must not refer to itself, nor to what would resume it.
+    del stack, awaited
     try:
-        return switch()
+        return cast(T, parent.switch())
     except GreenletExit:
-        _current().drop()
+        _current().task = _DROPPED
         raised: BaseException = GeneratorExit()
     except BaseException as error:
         if error.__context__ is not None:
@@ -401,12 +393,44 @@ def wait(awaited: Awaitable[T] | Generator[Any, Any, T]) -> T:
         del raised
 
 
-def _is_direct(stack: InnerStack, task: Task[Any]) -> bool:
+def _check_awaited(awaited: object) -> None:
+    if not (isinstance(awaited, Awaitable) or inspect.isgenerator(awaited)):
+        raise TypeError(f"wait() needs what can be awaited, not {awaited!r}")
+
+
+def _wait_elsewhere(stack: Any, awaited: Any) -> Any:
+    """Wait on a stack that was dropped, or say that there is none."""
+    if type(stack) is Stack and stack.task is _DROPPED:
+        _check_awaited(awaited)
+        return _without_waiting(awaited)
+    try:
+        task = task_of_caller("wait()")
+    except NoTaskError:
+        raise NoStackError(
+            "wait() works only in a stackful task: run the function that calls it with "
+            "spawn_stackful(), or in a coroutine with await in_stackful()"
+        ) from None
+    raise NoStackError(
+        f"wait() cannot wait in {task!r}, which is a coroutine: write await (in a "
+        "generator yield), or run the function that calls wait() with "
+        "await in_stackful()"
+    )
+
+
+def _without_waiting(awaited: Any) -> Any:
     """
-    Whether what a stack hands over is given to the scheduler; or to Twisted's driver of
-    coroutines, which takes Deferreds as well.
+    What C{awaited} returns, if it does at once.
+
+    :raises GeneratorExit: if not.
     """
-    return stack.task is task and task._scheduler.asyncio is None
+    steps = _steps_of(awaited)
+    try:
+        next(steps) if hasattr(steps, "__next__") else steps.send(None)
+    except StopIteration as stop:
+        return stop.value
+    if hasattr(steps, "close"):
+        steps.close()
+    raise GeneratorExit("nothing can resume this stack any more")
 
 
 @contextlib.contextmanager
@@ -444,99 +468,3 @@ def iterate(values: AsyncIterable[T]) -> Iterator[T]:
         except StopAsyncIteration:
             return
         yield value
-
-
-def _wait_in_steps(stack: Any, awaited: Any) -> Any:
-    """Drive a coroutine on this stack, and wait for what it waits for."""
-    _check_stack(stack)
-    coroutine: Any = _coroutine_of(awaited)
-    del stack, awaited
-    step = coroutine.send
-    value: Any = None
-    try:
-        while True:
-            try:
-                value = step(value)
-            except StopIteration as stop:
-                return stop.value
-            except BaseException as error:
-                if error.__context__ is not None:
-                    raise
-                value = error
-                break
-            try:
-                value = _hand_over(value, coroutine)
-                step = coroutine.send
-            except BaseException as error:
-                value = error
-                step = coroutine.throw
-        # Here its context becomes what the caller handles.
-        raise value
-    finally:
-        # The traceback of an error holds this frame.
-        del coroutine, step, value
-
-
-def _hand_over(awaited: Any, coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Wait for what a coroutine on this stack has yielded."""
-    stack = _current()
-    if stack.dropped:
-        raise GeneratorExit("nothing can resume this stack any more")
-    stack.awaited = awaited
-    stack.coroutine = coroutine
-    switch = stack.parent.switch
-    del stack, awaited, coroutine
-    try:
-        return switch()
-    except GreenletExit:
-        _current().drop()
-        raise GeneratorExit from None
-    finally:
-        _current().coroutine = None
-
-
-def _coroutine_of(awaited: Any) -> Coroutine[Any, Any, Any]:
-    if inspect.iscoroutine(awaited):
-        return awaited
-    if inspect.isgenerator(awaited):
-        return _await(awaitable(awaited))
-    if not isinstance(awaited, Awaitable):
-        raise TypeError(f"wait() needs what can be awaited, not {awaited!r}")
-    return _await(awaited)
-
-
-async def _await(awaited: Awaitable[T]) -> T:
-    try:
-        return await awaited
-    finally:
-        # The traceback of an error holds this frame.
-        del awaited
-
-
-def _check_stack(stack: Any) -> None:
-    """
-    Look whether the current greenlet is the stack of the task that runs, and that
-    something will resume it.
-    """
-    task = running.task
-    if isinstance(stack, Stack):
-        if task is not None and task._body is stack:
-            return
-        # It can do all that need not wait.
-        if stack.dropped:
-            return
-        # Not where a task on this stack runs the tasks of another reactor.
-        if isinstance(stack, InnerStack) and stack.task is task:
-            return
-    try:
-        task = task_of_caller("wait()")
-    except NoTaskError:
-        raise NoStackError(
-            "wait() works only in a stackful task: run the function that calls it with "
-            "spawn_stackful(), or in a coroutine with await in_stackful()"
-        ) from None
-    raise NoStackError(
-        f"wait() cannot wait in {task!r}, which is a coroutine: write await (in a "
-        "generator yield), or run the function that calls wait() with "
-        "await in_stackful()"
-    )

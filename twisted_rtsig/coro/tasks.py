@@ -886,9 +886,10 @@ def _runnable(function: Any, args: tuple[Any, ...]) -> Runnable[Any]:
     if code is not None and code.co_flags & _RUNNABLE_CODE:
         made: Runnable[Any] = inner(*args)
         return made
-    coroutine_function = getattr(function, "coroutine_function", None)
-    if coroutine_function is not None:
-        return cast(Runnable[Any], coroutine_function(*args))
+    # Of in_stackful().
+    make_runnable = getattr(function, "make_runnable", None)
+    if make_runnable is not None:
+        return cast(Runnable[Any], make_runnable(*args))
     if inspect.iscoroutine(function) or inspect.isgenerator(function):
         if args:
             raise TypeError(f"{function!r} runs already: it cannot take {args!r}")
