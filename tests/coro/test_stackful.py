@@ -325,7 +325,7 @@ def test_what_is_no_plain_function(clock: Clock) -> None:
         with pytest.raises(TypeError, match=r"plain functions.*use spawn\(\)"):
             spawn_stackful(function, reactor=clock)
         with pytest.raises(TypeError, match=r"plain functions.*use await"):
-            in_stackful(function)
+            in_stackful(function).close()
     with pytest.raises(TypeError, match="needs a function and its arguments"):
         spawn_stackful(3, reactor=clock)  # type: ignore[arg-type]
 
@@ -728,14 +728,9 @@ def test_run_group(clock: Clock) -> None:
         return wait(_returns())
 
     def main() -> str:
-        return wait(run_group(in_stackful, lambda group: "unused")) or ""
+        return wait(run_group(lambda group: in_stackful(body, group)))
 
-    async def outer() -> str:
-        async with TaskGroup() as group:
-            return await in_stackful(body, group)
-
-    del main
-    assert finish(clock, spawn(outer, reactor=clock)) == "value"
+    assert finish(clock, spawn_stackful(main, reactor=clock)) == "value"
 
 
 # Managers and iterators of coroutines
@@ -869,7 +864,8 @@ def test_transfers_in_a_circle(clock: Clock) -> None:
     def main() -> int:
         pair: list[Any] = []
         pair += [symmetric(in_stackful, player, pair, each) for each in (0, 1)]
-        return wait(transfer(pair[0], 0))
+        last: int = wait(transfer(pair[0], 0))
+        return last
 
     assert finish(clock, spawn_stackful(main, reactor=clock)) == count
 
@@ -972,7 +968,7 @@ def test_futures_of_asyncio(asyncio_reactor: Any) -> None:
         assert current.task() is current_task()
         assert wait(asyncio.create_task(value())) == "value"
         assert asyncio.current_task() is current
-        assert wait(asyncio.gather(value(), value())) == ["value"] * 2
+        assert [*wait(asyncio.gather(value(), value()))] == ["value"] * 2
         wait(asyncio.sleep(0))
         failing: asyncio.Future[str] = loop.create_future()
         loop.call_soon(failing.set_exception, Gone())
@@ -990,11 +986,7 @@ def test_futures_of_asyncio(asyncio_reactor: Any) -> None:
                 group.create_task(value())
         return wait(value())
 
-    for function in (spawn_stackful, lambda main: spawn(in_stackful, main)):
-        assert run_for_real(
-            asyncio_reactor, lambda function=function: function(main)
-        ) == ("value")
-        break
+    assert run_for_real(asyncio_reactor, lambda: spawn_stackful(main)) == "value"
 
 
 def test_tasks_of_asyncio(asyncio_reactor: Any) -> None:

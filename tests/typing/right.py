@@ -60,6 +60,13 @@ from twisted_rtsig.coro import (
     timeout,
     transfer,
 )
+from twisted_rtsig.coro.stackful import (
+    entering,
+    in_stackful,
+    iterate,
+    spawn_stackful,
+    wait,
+)
 from twisted_rtsig.coro.testing import SansIO, in_task, stream_pair
 from twisted_rtsig.files import (
     AsyncFile,
@@ -141,6 +148,28 @@ async def tasks(ready: Callable[[str], Awaitable[bytes]]) -> None:
     assert_type(await sleep(1), None)
     with timeout(1) as limit, shield():
         assert_type(limit.expired, bool)
+
+
+def stackful(deferred: Deferred[int], future: asyncio.Future[bytes]) -> None:
+    assert_type(spawn_stackful(count_plain, "a"), Task[float])
+    assert_type(spawn_stackful(count_plain, "a", 1, name="b"), Task[float])
+    assert_type(spawn_stackful(lambda: 3), Task[int])
+    assert_type(wait(count("a")), bytes)
+    assert_type(wait(count_generator("a")), int)
+    assert_type(wait(count_decorated("a")), int)
+    assert_type(wait(spawn(count, "a")), bytes)
+    assert_type(wait(deferred), int)
+    assert_type(wait(future), bytes)
+    assert_type(wait(sleep(1)), None)
+    assert_type(wait(in_stackful(count_plain, "a", 1)), float)
+    channel: Channel[int] = Channel(1)
+    assert_type(wait(channel.receive()), int)
+    assert_type(list(iterate(channel)), list[int])
+    with entering(TaskGroup()) as group, timeout(1):
+        assert_type(group, TaskGroup)
+        assert_type(group.spawn(in_stackful(count_plain, "a")), Task[float])
+    with entering(Lock()):
+        pass
 
 
 async def groups() -> None:

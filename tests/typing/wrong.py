@@ -47,6 +47,7 @@ from twisted_rtsig.coro import (
     timeout,
     transfer,
 )
+from twisted_rtsig.coro.stackful import in_stackful, spawn_stackful, wait
 from twisted_rtsig.files import (
     AsyncFile,
     AsyncTextFile,
@@ -104,6 +105,11 @@ async def arguments(group: TaskGroup, body: Any) -> None:
     spawn(count_generator, 3)  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType, reportCallIssue
     spawn(count_decorated, 3)  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType, reportCallIssue
     spawn(count_inline, 3)  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType, reportCallIssue
+    spawn_stackful(count_plain, 3)  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType
+    spawn_stackful(count_plain)  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType
+    await in_stackful(count_plain, 3)  # mypy: arg-type; pyright: reportArgumentType
+    await in_stackful(count_plain)  # mypy: call-arg; pyright: reportCallIssue
+    wait(3)  # mypy: arg-type; pyright: reportArgumentType
     spawn(count_plain, 3)  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType, reportCallIssue
     spawn(Counter().count, 3)  # mypy: arg-type, unused-awaitable; pyright: reportArgumentType, reportCallIssue
     spawn(count("a"), "a")  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue

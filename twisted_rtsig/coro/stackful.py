@@ -116,7 +116,7 @@ def in_stackful(
     Run a plain function in the task of the coroutine that awaits this: in it, and in
     all that it calls, :func:`wait` waits.
 
-    C{spawn(in_stackful, function)}, also of a group, is C{spawn_stackful(function)}.
+    In a group C{group.spawn(in_stackful(function, *args))} starts a task.
 
     :return: a coroutine, of what the function returns.
     :raises TypeError: if it is no plain function.
@@ -439,7 +439,7 @@ def entering(manager: AbstractAsyncContextManager[T, bool | None]) -> Iterator[T
     What is for C{async with}, for C{with} in a plain function of a stackful task::
 
         with entering(TaskGroup()) as group:
-            group.spawn(in_stackful, serve, first)
+            group.spawn(in_stackful(serve, first))
     """
     # Looked up as by C{async with}, which leaves nothing if it could not enter.
     kind: Any = type(manager)
