@@ -728,7 +728,8 @@ def test_run_group(clock: Clock) -> None:
         return wait(_returns())
 
     def main() -> str:
-        return wait(run_group(lambda group: in_stackful(body, group)))
+        value: str = wait(run_group(lambda group: in_stackful(body, group)))
+        return value
 
     assert finish(clock, spawn_stackful(main, reactor=clock)) == "value"
 
