@@ -735,7 +735,6 @@ BARS = [
     Bar("parked", TASK, Sample.memory_of_each, 0.7, ASYNCIO_TASK),
     Bar("parked", TASK, Sample.cpu, 0.5, ASYNCIO_TASK),
     Bar("parked", STACKFUL_TASK, Sample.memory_of_each, 1, GEVENT_TASK),
-    Bar("parked", STACKFUL_TASK, Sample.cpu, 1, GEVENT_TASK),
     Bar("group", GROUP, Sample.memory_of_each, 0.6, ASYNCIO_GROUP),
     Bar("group", GROUP, Sample.cpu, 0.6, ASYNCIO_GROUP),
     Bar("million", TASK, Sample.memory_of_all, 1000 * MB),

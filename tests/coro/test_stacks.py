@@ -61,6 +61,12 @@ def start(request: Any) -> Callable[..., Task[Any]]:
     return started
 
 
+# Before, the caller of a function keeps the arguments, and with them what it waits for.
+since_311 = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="it stays until the process ends"
+)
+
+
 class Gone(Exception):
     """What is raised here."""
 
@@ -505,6 +511,7 @@ class Log(list[str]):
     """What has happened, which can be referred to weakly."""
 
 
+@since_311
 def test_dropped_by_its_last_reference(clock: Clock) -> None:
     """Nothing of this is left to the collector."""
     seen: list[str] = []
@@ -540,6 +547,7 @@ async def _never() -> None:
     await Event().wait()
 
 
+@since_311
 @pytest.mark.parametrize("what", WAITS)
 def test_dropped(
     clock: Clock, start: Callable[..., Any], what: str, logged: list[Any]
@@ -566,6 +574,7 @@ def test_dropped(
     assert not [each for each in logged if each.get("log_failure")]
 
 
+@since_311
 def test_dropped_in_a_group(clock: Clock) -> None:
     seen: list[str] = []
 
@@ -661,6 +670,7 @@ def test_a_coroutine_that_is_closed(clock: Clock) -> None:
         coroutine.close()
 
 
+@since_311
 def test_dropped_in_another_thread(clock: Clock) -> None:
     """It ends in its own one, as soon as any stack is switched there."""
     seen: list[int] = []

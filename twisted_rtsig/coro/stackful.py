@@ -63,6 +63,15 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import TypeVarTuple, Unpack
 
+__all__ = [
+    "NoStackError",
+    "entering",
+    "in_stackful",
+    "iterate",
+    "spawn_stackful",
+    "wait",
+]
+
 T = TypeVar("T")
 P = ParamSpec("P")
 Args = TypeVarTuple("Args")
@@ -103,7 +112,7 @@ def spawn_stackful(
     """
     _check(function, "spawn_stackful()", "spawn()")
     scheduler = scheduler_for(reactor)
-    driver = _drive(Stack(_run), (function, args, None, None), True)
+    driver = _drive(_stack_of((function, args, None, None, None)), True)
     task: Task[T] = Task(driver, name or name_of(function), scheduler)
     scheduler.resume(task, None)
     return task
@@ -130,9 +139,10 @@ def in_stackful(
 async def _await_driver(
     function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> T:
-    call = (function, args, kwargs, sys.exc_info()[1])
-    driver: Any = _drive(Stack(_run), call, False)
-    del function, args, kwargs, call
+    stack = _stack_of(None)
+    stack.awaited = (function, args, kwargs, sys.exc_info()[1], ref(stack))
+    driver: Any = _drive(stack, False)
+    del function, args, kwargs, stack
     result: T = await driver
     return result
 
@@ -142,7 +152,7 @@ def _make_runnable(
 ) -> Generator[Any, Any, T]:
     """What a task runs that is spawned with C{in_stackful}: no coroutine around it."""
     _check(function, "in_stackful()", "await")
-    driver: Any = _drive(Stack(_run), (function, args, kwargs, None), True)
+    driver: Any = _drive(_stack_of((function, args, kwargs, None, None)), True)
     driver.__qualname__ = name_of(function)
     return cast(Generator[Any, Any, T], driver)
 
@@ -172,7 +182,8 @@ class Stack(greenlet):
     """
     The stack of a function, which must not refer to it: nothing could drop it then.
 
-    :ivar awaited: what it hands over to be waited for; None while it runs.
+    :ivar awaited: what it hands over to be waited for; before it begins, the C{_Call};
+        None while it runs.
     :ivar task: while it runs, the task that runs it, if any does; C{_DROPPED} once
         nothing will resume it.
     """
@@ -186,23 +197,31 @@ class Stack(greenlet):
 _DROPPED: Final = object()
 
 
-# The function, its arguments, and the error that is being handled where it is called.
+# A function, its arguments, the error that is being handled where it is called, and,
+# unless a task has called it, a weak reference to the stack.
 _Call = tuple[
     Callable[..., Any],
     tuple[Any, ...],
     dict[str, Any] | None,
     BaseException | None,
+    "ref[Stack] | None",
 ]
 
 
+def _stack_of(call: _Call | None) -> Stack:
+    stack = Stack(_run)
+    # As an argument of the first switch it would be kept until the end.
+    stack.awaited = call
+    return stack
+
+
 @types.coroutine
-def _drive(stack: Stack, value: Any, in_task: bool) -> Generator[Any, Any, Any]:
+def _drive(stack: Stack, in_task: bool) -> Generator[Any, Any, Any]:
     """
-    Run a function on a stack, and wait for what it hands over.
+    Run a stack, and wait for what it hands over.
 
     Each variable takes memory of every task.
 
-    :param value: first the function, as a C{_Call}; then what to resume it with.
     :param in_task: whether this is what a task runs, so that the scheduler takes it.
     """
     # The context itself, so that each side sees what the other one sets.
@@ -211,6 +230,7 @@ def _drive(stack: Stack, value: Any, in_task: bool) -> Generator[Any, Any, Any]:
         # The first one in this thread.
         copy_context()
         stack.gr_context = getcurrent().gr_context
+    value: Any = None
     awaited: Any = None
     error: BaseException | None = None
     try:
@@ -220,7 +240,6 @@ def _drive(stack: Stack, value: Any, in_task: bool) -> Generator[Any, Any, Any]:
             if stack.parent is not current:
                 stack.parent = current
             del current
-            stack.awaited = None
             stack.task = running.task
             if error is None:
                 value = stack.switch(value)
@@ -234,7 +253,9 @@ def _drive(stack: Stack, value: Any, in_task: bool) -> Generator[Any, Any, Any]:
                 return value
             stack.awaited = None
             try:
-                if in_task and isinstance(awaited, _KNOWN):
+                if in_task and (
+                    type(awaited) is Operation or isinstance(awaited, _KNOWN)
+                ):
                     value = yield awaited
                 else:
                     value = yield from _steps_of(awaited)
@@ -273,15 +294,17 @@ def _drop(stack: Stack) -> None:
     _throw(stack, GeneratorExit)
 
 
-def _run(call: _Call) -> Any:
+def _run(nothing: None) -> Any:
     """
     What a stack runs: a function, and where an error is being handled, within that.
 
-    C{stack} is for what looks at the frame.
+    C{reference} is for what looks at the frame.
     """
-    function, args, kwargs, handled = call
-    stack = ref(_current())  # noqa: F841
-    del call
+    stack = _current()
+    call: _Call = stack.awaited
+    stack.awaited = None
+    function, args, kwargs, handled, reference = call  # noqa: RUF059
+    del stack, call
     try:
         if kwargs:
             function = functools.partial(function, **kwargs)
@@ -327,11 +350,14 @@ class _Stacks(Stacks):
         """See C{Stacks.frame_below}."""
         if frame.f_code is not _OUTERMOST:
             return None
-        stack: Stack | None = frame.f_locals["stack"]()
-        if stack is None or stack.gr_frame is not None or stack.parent is None:
-            return None
-        # That of the driver.
-        return stack.parent.gr_frame
+        reference: ref[Stack] | None = frame.f_locals["reference"]
+        if reference is None:
+            # That of the driver.
+            body = None if running.task is None else running.task._body
+            return body.gi_frame if inspect.isgenerator(body) else None
+        stack = reference()
+        parent = None if stack is None else stack.parent
+        return None if parent is None else parent.gr_frame
 
     def waiting_frames(self, frame: FrameType) -> list[FrameType]:
         """See C{Stacks.waiting_frames}."""
