@@ -345,17 +345,17 @@ def test_statistics(clock: Clock) -> None:
 
 def test_outside_of_any_task(clock: Clock) -> None:
     with pytest.raises(NoStackError, match=r"with spawn_stackful\(\)"):
-        wait(sleep(1, reactor=clock))
+        wait(Deferred())
     assert issubclass(NoStackError, NoTaskError)
 
 
 def test_in_a_coroutine(clock: Clock) -> None:
     async def async_def() -> None:
-        wait(sleep(1))
+        wait(Deferred())
 
     def generator() -> Generator[Any, Any, None]:
         yield sleep(1)
-        wait(sleep(1))
+        wait(Deferred())
 
     for function in (async_def, generator):
         task: Task[None] = spawn(function, reactor=clock)
@@ -366,7 +366,7 @@ def test_in_a_coroutine(clock: Clock) -> None:
 def test_in_a_thread(reactor: Any) -> None:
     def main() -> None:
         with pytest.raises(NoStackError, match=r"spawn_stackful"):
-            wait(in_thread(lambda: wait(sleep(1))))
+            wait(in_thread(lambda: wait(Deferred())))
 
     run_for_real(reactor, lambda: in_stackful(main))
 
@@ -376,7 +376,7 @@ def test_in_a_coroutine_that_a_stackful_task_waits_for(clock: Clock) -> None:
 
     async def inner() -> None:
         await sleep(1)
-        wait(sleep(1))
+        wait(Deferred())
 
     task = spawn_stackful(lambda: wait(inner()), reactor=clock)
     with pytest.raises(NoStackError, match="write await"):
@@ -388,7 +388,7 @@ def test_tasks_of_another_reactor(clock: Clock) -> None:
     other = Clock()
 
     async def coroutine() -> None:
-        wait(sleep(1))
+        wait(Deferred())
 
     def stackful() -> str:
         wait(sleep(1))
@@ -877,6 +877,9 @@ def test_transfers_in_a_circle(clock: Clock) -> None:
 def test_a_forgotten_wait(
     clock: Clock, start: Callable[..., Task[Any]], recwarn: Any
 ) -> None:
+    # What other tests have left.
+    gc.collect()
+    recwarn.clear()
     set_debug(True)
 
     def main() -> str:

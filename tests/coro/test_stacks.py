@@ -738,7 +738,7 @@ def test_what_has_ended_leaves_nothing(clock: Clock) -> None:
             finish_anyhow(clock, task)
             del task
         with contextlib.suppress(NoStackError):
-            wait(sleep(0, reactor=clock))
+            wait(Deferred())
 
     # What is made once.
     all_ways()
@@ -794,7 +794,7 @@ def test_a_greenlet_within(clock: Clock) -> None:
 
         def other() -> str:
             with pytest.raises(NoStackError):
-                wait(sleep(1))
+                wait(Deferred())
             value: str = here.switch("to await")
             return value
 
