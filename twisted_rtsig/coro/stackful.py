@@ -494,3 +494,23 @@ def iterate(values: AsyncIterable[T]) -> Iterator[T]:
         except StopAsyncIteration:
             return
         yield value
+
+
+# Sockets for blocking code.  Their modules import this one when they wait.
+
+from twisted_rtsig.coro.blocking_sockets import (  # noqa: E402
+    BlockingSocket as BlockingSocket,
+)
+from twisted_rtsig.coro.blocking_sockets import (  # noqa: E402
+    ClientSocket as ClientSocket,
+)
+from twisted_rtsig.coro.blocking_sockets import (  # noqa: E402
+    create_connection as create_connection,
+)
+from twisted_rtsig.coro.blocking_tls import (  # noqa: E402
+    BlockingSSLSocket as BlockingSSLSocket,
+)
+from twisted_rtsig.coro.blocking_tls import (  # noqa: E402
+    allow_blocking_sockets as allow_blocking_sockets,
+)
+from twisted_rtsig.coro.patching import patched as patched  # noqa: E402

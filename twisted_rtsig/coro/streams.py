@@ -93,7 +93,7 @@ DEFAULT_TLS_LIMITS: Final = TLSLimits(handshake=30.0, close=30.0)
 """Those of every connection, unless it is told otherwise."""
 
 # Within so many turns the reactor looks once at each socket.
-_TURNS_TO_RECEIVE: Final = 2
+TURNS_TO_RECEIVE: Final = 2
 
 # In so many turns in a row nothing arrives of what the kernel holds: a protocol below
 # the stream, which limits the rate for example, has paused the transport.
@@ -445,7 +445,7 @@ class Stream:
         # Encryption makes that more than the text in it.
         held = unread_input(self.transport) or 0
         left = self._buffer.size + held
-        for _ in range(_TURNS_TO_RECEIVE):
+        for _ in range(TURNS_TO_RECEIVE):
             await sleep(0, self._scheduler.reactor)
         # Not all kernels tell, and a reactor may have taken something from it already.
         left = max(left, self._buffer.size)
@@ -474,7 +474,7 @@ class Stream:
                 if (
                     self._closing
                     or turns >= _MOST_TURNS_TO_RECEIVE
-                    or (turns >= _TURNS_TO_RECEIVE and not unread_input(self.transport))
+                    or (turns >= TURNS_TO_RECEIVE and not unread_input(self.transport))
                 ):
                     reading.cancel()
                     return False

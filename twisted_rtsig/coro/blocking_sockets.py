@@ -1,0 +1,956 @@
+"""
+Sockets for code that was written for blocking ones, in stackful tasks: a call that
+would block the thread lets the task wait.
+
+See ``docs/stackful.md``.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import socket
+import struct
+import sys
+import warnings
+from collections.abc import Awaitable
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    Final,
+    Literal,
+    NoReturn,
+    TypeVar,
+    overload,
+)
+
+from twisted.internet.address import IPv6Address, UNIXAddress
+from twisted.internet.error import ConnectionClosed, ConnectionDone
+from twisted.internet.error import TimeoutError as ConnectTimeout
+
+from twisted_rtsig.coro.errors import ConnectFailed, IncompleteRead, StreamError
+from twisted_rtsig.coro.interfaces import Address
+from twisted_rtsig.coro.locks import Lock
+from twisted_rtsig.coro.opening import open_tcp, open_unix
+from twisted_rtsig.coro.operations import Operation
+from twisted_rtsig.coro.output import below_tls
+from twisted_rtsig.coro.scheduler import cancel_call
+from twisted_rtsig.coro.streams import MAX_BYTES, TURNS_TO_RECEIVE, Stream
+from twisted_rtsig.coro.tasks import scheduler_for, sleep
+from twisted_rtsig.coro.threads import in_thread
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+T = TypeVar("T")
+S = TypeVar("S", bound="BlockingSocket")
+
+# What the functions of socket have as the default of timeout.
+_DEFAULT_TIMEOUT: Final[Any] = vars(socket)["_GLOBAL_DEFAULT_TIMEOUT"]
+
+# In how large pieces sendall() hands data to the transport, which holds little more.
+_PIECE: Final = 1 << 16
+
+# After how many seconds without progress a closed socket is given up whose peer does
+# not take what is left.
+_LINGER: Final = 60.0
+
+_AF_UNIX: Final[int | None] = getattr(socket, "AF_UNIX", None)
+_MSG_DONTWAIT: Final[int] = getattr(socket, "MSG_DONTWAIT", 0)
+_MSG_WAITALL: Final[int] = getattr(socket, "MSG_WAITALL", 0)
+_MSG_NOSIGNAL: Final[int] = getattr(socket, "MSG_NOSIGNAL", 0)
+
+_EAI_ADDRFAMILY: Final[int] = getattr(socket, "EAI_ADDRFAMILY", socket.EAI_NONAME)
+
+# Options that do nothing to a socket that the reactor polls.
+_TIMEOUT_OPTIONS: Final = (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)
+_NO_LINGER: Final = struct.Struct("HH" if sys.platform == "win32" else "ii")
+
+
+def wait(awaitable: Awaitable[T]) -> T:
+    """See ``stackful.wait``."""
+    # It imports this module.
+    from twisted_rtsig.coro.stackful import wait
+
+    try:
+        return wait(awaitable)
+    finally:
+        # The traceback of an error holds this frame, and an operation its error.
+        del awaitable
+
+
+def unsupported(what: str) -> io.UnsupportedOperation:
+    """The error of what only a socket of the operating system can do."""
+    return io.UnsupportedOperation(what)
+
+
+def os_error(number: int) -> OSError:
+    """As the operating system reports it."""
+    return OSError(number, os.strerror(number))
+
+
+class BlockingSocket:
+    """
+    A stream, with the methods of a connected ``socket.socket``, for libraries that
+    were written for blocking sockets::
+
+        def fetch(stream: Stream) -> bytes:
+            with BlockingSocket(stream) as connection:
+                connection.settimeout(5)
+                connection.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
+                return connection.makefile("rb").read()
+
+    They can be called in stackful tasks only, and raise what those of a blocking socket
+    raise: ``ConnectionResetError``, ``BrokenPipeError`` and ``TimeoutError``.  What
+    needs a socket of the operating system raises ``io.UnsupportedOperation``, which is
+    an ``OSError``.
+
+    The socket owns the stream from now on.  It can be shared by several tasks: of
+    those that read, each gets a part.
+
+    :param stream: the connection, for example of :func:`open_tcp`.
+    """
+
+    _stream: Stream | None = None
+    _closed: bool = False
+    # Why nothing more can be read or sent by this side.
+    _read_shut = False
+    _write_shut = False
+    # The end of what comes was reported, or a reset, as the kernel does it only once.
+    _ended = False
+    # What was received behind the end of TLS.
+    _unread: bytes = b""
+    # Whether close() discards what was not sent.
+    _abortive = False
+    _source: tuple[str, int] | None = None
+    # The read that is waiting.
+    _reading: Operation[bytes] | None = None
+
+    def __init__(self, stream: Stream) -> None:
+        family, kind, proto = _kind_of(stream)
+        self._begin(family, kind, proto)
+        self._stream = stream
+
+    def _begin(self, family: int, kind: int, proto: int) -> None:
+        self._family = socket.AddressFamily(family)
+        self._kind = socket.SocketKind(kind)
+        self._proto = proto
+        self._timeout: float | None = socket.getdefaulttimeout()
+        # How many files of makefile() keep it open.
+        self._io_refs = 0
+        # Options that were set before it was connected.
+        self._options: list[tuple[Any, ...]] = []
+        # Held by the task that reads.
+        self._turn = Lock()
+
+    def _opened(self) -> Stream:
+        """The stream, for what needs a connection."""
+        stream = self._stream
+        if stream is None:
+            raise os_error(errno.EBADF if self._closed else errno.ENOTCONN)
+        return stream
+
+    def _check_open(self) -> None:
+        if self._closed and self._stream is None:
+            raise os_error(errno.EBADF)
+
+    # Connecting
+
+    def connect(self, address: Any) -> None:
+        """
+        Connect: see ``socket.socket.connect``.
+
+        :raises OSError: if it fails, or the socket is connected already.
+        :raises TimeoutError: if that takes longer than the timeout.
+        """
+        self._check_open()
+        if self._stream is not None:
+            raise os_error(errno.EISCONN)
+        _check_timeout(self._timeout)
+        if self._family == _AF_UNIX:
+            stream = self._connect_unix(address)
+        else:
+            stream = self._connect_tcp(address)
+        if self._closed:
+            stream.abort()
+            raise os_error(errno.EBADF)
+        self._connected(stream)
+
+    def _connected(self, stream: Stream) -> None:
+        self._stream = stream
+        stream._write_timeout = _LINGER
+        options, self._options = self._options, []
+        for option in options:
+            self.setsockopt(*option)
+
+    def _connect_tcp(self, address: Any) -> Stream:
+        host, port = address[:2]
+        if not isinstance(port, int):
+            raise TypeError("a port must be an integer")
+        if not 0 <= port < 1 << 16:
+            raise OverflowError("connect(): port must be 0-65535.")
+        # A family is wanted, and the scope of a link-local address is a number here.
+        found = getaddrinfo(host, port, self._family, self._kind, self._proto)
+        where = found[0][4]
+        numeric = str(where[0])
+        if len(address) == 4 and address[3] and "%" not in numeric:
+            numeric = f"{numeric}%{address[3]}"
+        return _open(numeric, port, self._timeout, self._source)
+
+    def _connect_unix(self, address: Any) -> Stream:
+        limit = 1e9 if self._timeout is None else self._timeout
+        path = os.fsdecode(address)
+        try:
+            return wait(open_unix(path, connect_timeout=limit))
+        except ConnectFailed as error:
+            raise _as_os_error(error.errors[-1]) from None
+
+    def connect_ex(self, address: Any) -> int:
+        """As :meth:`connect`; return the number of the error, or 0."""
+        try:
+            self.connect(address)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            return error.errno
+        return 0
+
+    def bind(self, address: Any) -> None:
+        """Connect from this address, a host and a port (0 for any)."""
+        if self._stream is not None:
+            raise os_error(errno.EINVAL)
+        if self._family == _AF_UNIX:
+            raise unsupported("a UNIX socket of the reactor connects without bind()")
+        host, port = address[:2]
+        self._source = host or ("::" if self._family == socket.AF_INET6 else ""), port
+
+    # Receiving
+
+    def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
+        """
+        Receive 1 to C{bufsize} bytes; none at the end.
+
+        :param flags: ``MSG_PEEK``, ``MSG_DONTWAIT`` and ``MSG_WAITALL``.
+        :raises TimeoutError: if nothing comes within the timeout.
+        :raises ConnectionResetError: if the connection was reset.
+        """
+        if bufsize < 0:
+            raise ValueError("negative buffersize in recv")
+        _check_flags(flags, socket.MSG_PEEK | _MSG_DONTWAIT | _MSG_WAITALL)
+        return self._receive(bufsize, flags, self._deadline())
+
+    def recv_into(
+        self, buffer: WriteableBuffer, nbytes: int = 0, flags: int = 0
+    ) -> int:
+        """As :meth:`recv`, into a buffer; return how many bytes."""
+        if nbytes < 0:
+            raise ValueError("negative buffersize in recv_into")
+        with memoryview(buffer).cast("B") as view:
+            size = nbytes or len(view)
+            if size > len(view):
+                raise ValueError("buffer too small for requested bytes")
+            data = self.recv(size, flags)
+            view[: len(data)] = data
+        return len(data)
+
+    def _receive(self, size: int, flags: int, deadline: float | None) -> bytes:
+        """
+        Receive what arrives on the stream.
+
+        :raises BlockingIOError: if nothing is there, without time to wait.
+        """
+        at_once = deadline == 0 or bool(flags & _MSG_DONTWAIT)
+        self._take_turn(deadline, at_once)
+        try:
+            return self._receive_in_turn(size, flags, deadline, at_once)
+        finally:
+            self._turn.release()
+
+    def _take_turn(self, deadline: float | None, at_once: bool) -> None:
+        """Of several tasks that read, let one be the first."""
+        if at_once and self._turn.locked:
+            raise os_error(errno.EAGAIN)
+        self._wait(self._turn.acquire(), deadline)
+
+    def _receive_in_turn(
+        self, size: int, flags: int, deadline: float | None, at_once: bool
+    ) -> bytes:
+        stream = self._opened()
+        peeks = bool(flags & socket.MSG_PEEK)
+        if self._unread:
+            data = self._unread[:size]
+            if not peeks:
+                self._unread = self._unread[size:]
+            return data
+        if self._read_shut or not size:
+            return b""
+        try:
+            if at_once:
+                self._poll(stream)
+            if peeks:
+                data = self._read(stream.peek(min(size, MAX_BYTES)), deadline)
+            elif flags & _MSG_WAITALL and deadline is None and not at_once:
+                # With a timeout the kernel does not wait for all.
+                data = self._read(stream.read_exactly(size), None)
+            else:
+                data = self._read(stream.read(size), deadline)
+        except IncompleteRead as end:
+            data = end.partial
+        except ConnectionClosed:
+            if self._ended:
+                return b""
+            self._ended = True
+            raise os_error(errno.ECONNRESET) from None
+        if not data:
+            self._ended = True
+        return data
+
+    def _read(self, reading: Operation[bytes], deadline: float | None) -> bytes:
+        try:
+            if not reading.called:
+                self._reading = reading
+            return self._wait(reading, deadline)
+        finally:
+            self._reading = None
+            # As in wait().
+            del reading
+
+    def _poll(self, stream: Stream) -> None:
+        """
+        Let the reactor receive what the kernel holds.
+
+        :raises BlockingIOError: if that is nothing.
+        """
+        peeking = stream.peek(1)
+        try:
+            for _ in range(TURNS_TO_RECEIVE):
+                if peeking.called:
+                    break
+                wait(sleep(0, stream._scheduler.reactor))
+        except BaseException:
+            if not peeking.called:
+                peeking.cancel()
+            raise
+        if not peeking.called:
+            peeking.cancel()
+            raise os_error(errno.EAGAIN)
+        wait(peeking)
+
+    # Sending
+
+    def send(self, data: ReadableBuffer, flags: int = 0, /) -> int:
+        """
+        Send, when there is room; all of it, however long.
+
+        :return: how many bytes.
+        :raises TimeoutError: if there is no room within the timeout: nothing was sent.
+        :raises ConnectionResetError: if the connection was reset.
+        :raises BrokenPipeError: if nothing can be sent any more.
+        """
+        _check_flags(flags, _MSG_DONTWAIT | _MSG_NOSIGNAL)
+        deadline = 0 if flags & _MSG_DONTWAIT else self._deadline()
+        with memoryview(data).cast("B") as view:
+            size = len(view)
+            self._send(view, deadline)
+        return size
+
+    def sendall(self, data: ReadableBuffer, flags: int = 0, /) -> None:
+        """
+        As :meth:`send`.  The timeout is for all of it; how much was sent until then is
+        not known.
+        """
+        _check_flags(flags, _MSG_DONTWAIT | _MSG_NOSIGNAL)
+        deadline = 0 if flags & _MSG_DONTWAIT else self._deadline()
+        with memoryview(data).cast("B") as view:
+            for start in range(0, len(view) or 1, _PIECE):
+                self._send(view[start : start + _PIECE], deadline)
+
+    def _send(self, data: memoryview, deadline: float | None) -> None:
+        self._until_room(deadline)
+        if data:
+            self._opened().write(bytes(data))
+
+    def _until_room(self, deadline: float | None) -> None:
+        """Wait until the peer has taken enough of what was sent before."""
+        stream = self._opened()
+        while True:
+            error = stream._unwritable
+            if error is not None:
+                raise self._lost(stream)
+            if not stream.full:
+                return
+            if deadline == 0:
+                raise os_error(errno.EAGAIN)
+            try:
+                self._wait(stream.write(b""), deadline)
+            except (ConnectionClosed, StreamError):
+                stream = self._opened()
+
+    def _lost(self, stream: Stream) -> OSError:
+        """
+        The error of sending when nothing can be sent any more: the first one is of a
+        reset, if that was not reported and the peer had not closed, as the kernel has
+        it.
+        """
+        if stream.lost and not (
+            self._write_shut or self._ended or isinstance(stream._lost, ConnectionDone)
+        ):
+            self._ended = True
+            return os_error(errno.ECONNRESET)
+        return os_error(errno.EPIPE)
+
+    def sendfile(
+        self, file: IO[bytes], offset: int = 0, count: int | None = None
+    ) -> int:
+        """
+        Send a file that is open in binary mode, up to its end or C{count} bytes.
+
+        The file is read in the reactor's thread, which a slow disk blocks:
+        ``Stream.send_file`` does not.
+
+        :return: how many bytes.
+        :raises ValueError: if the file is not in binary mode, or the socket has the
+            timeout 0.
+        """
+        if "b" not in getattr(file, "mode", "b"):
+            raise ValueError("file should be opened in binary mode")
+        if count is not None and count <= 0:
+            raise ValueError(f"count must be a positive integer (got {count!r})")
+        if self._timeout == 0:
+            raise ValueError("non-blocking sockets are not supported")
+        before = file.tell() if offset else 0
+        if offset:
+            file.seek(offset)
+        sent = 0
+        try:
+            while count is None or sent < count:
+                data = file.read(_PIECE if count is None else min(_PIECE, count - sent))
+                if not data:
+                    break
+                sent += self.send(data)
+        finally:
+            # Behind what was sent, as socket leaves it.
+            if sent or offset:
+                file.seek(offset + sent if sent else before)
+        return sent
+
+    # Files
+
+    @overload
+    def makefile(
+        self,
+        mode: Literal["b", "rb", "br", "wb", "bw", "rwb", "rbw", "wrb", "wbr"],
+        buffering: Literal[0],
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> socket.SocketIO: ...
+
+    @overload
+    def makefile(
+        self,
+        mode: Literal["rwb", "rbw", "wrb", "wbr"],
+        buffering: Literal[-1, 1] | None = None,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> io.BufferedRWPair: ...
+
+    @overload
+    def makefile(
+        self,
+        mode: Literal["b", "rb", "br"],
+        buffering: Literal[-1, 1] | None = None,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> io.BufferedReader: ...
+
+    @overload
+    def makefile(
+        self,
+        mode: Literal["wb", "bw"],
+        buffering: Literal[-1, 1] | None = None,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> io.BufferedWriter: ...
+
+    @overload
+    def makefile(
+        self,
+        mode: Literal["b", "rb", "br", "wb", "bw", "rwb", "rbw", "wrb", "wbr"],
+        buffering: int,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> io.IOBase: ...
+
+    @overload
+    def makefile(
+        self,
+        mode: Literal["r", "w", "rw", "wr", ""] = "r",
+        buffering: int | None = None,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> io.TextIOWrapper: ...
+
+    def makefile(
+        self,
+        mode: str = "r",
+        buffering: int | None = None,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> Any:
+        """
+        A file of the socket: see ``socket.socket.makefile``.
+
+        The socket stays open until its files are closed as well.
+        """
+        # It is a function of Python, which calls recv_into(), send() and
+        # _decref_socketios().
+        make: Any = socket.socket.makefile
+        return make(
+            self, mode, buffering, encoding=encoding, errors=errors, newline=newline
+        )
+
+    def _decref_socketios(self) -> None:
+        if self._io_refs > 0:
+            self._io_refs -= 1
+        if self._closed:
+            self.close()
+
+    # Timeouts
+
+    def settimeout(self, value: float | None, /) -> None:
+        """
+        Limit how many seconds each call may wait; None for no limit.  With 0 none
+        waits: it raises ``BlockingIOError`` if there is nothing to receive, after the
+        reactor has looked at the sockets.
+        """
+        if value is not None:
+            if not isinstance(value, int | float):
+                raise TypeError(f"a timeout is a number of seconds, and not {value!r}")
+            if not value >= 0:
+                raise ValueError("Timeout value out of range")
+        self._timeout = value
+
+    def gettimeout(self) -> float | None:
+        """The timeout in seconds; None without one."""
+        return self._timeout
+
+    def setblocking(self, flag: bool, /) -> None:
+        """C{settimeout(None)} or, if not, C{settimeout(0)}."""
+        self._timeout = None if flag else 0.0
+
+    def getblocking(self) -> bool:
+        """Whether the timeout is not 0."""
+        return self._timeout != 0
+
+    @property
+    def timeout(self) -> float | None:
+        """See :meth:`gettimeout`."""
+        return self._timeout
+
+    def _deadline(self) -> float | None:
+        """
+        Until when a call that begins now may wait, in the time of the reactor; 0 if it
+        may not wait, and None without a limit.
+        """
+        seconds = self._timeout
+        if not seconds:
+            return seconds
+        now: float = scheduler_for(None).reactor.seconds()
+        return now + seconds
+
+    def _wait(self, operation: Operation[T], deadline: float | None) -> T:
+        """
+        Wait for an operation.
+
+        :raises TimeoutError: after the deadline.
+        """
+        call = None
+        try:
+            if deadline and not operation.called:
+                reactor = scheduler_for(None).reactor
+                left = max(0.0, deadline - reactor.seconds())
+                call = reactor.callLater(left, _expire, operation)
+            return wait(operation)
+        finally:
+            cancel_call(call)
+            # As in wait(); the call holds the operation.
+            del operation, call
+
+    # The end
+
+    def shutdown(self, how: int, /) -> None:
+        """
+        Half close: see ``socket.socket.shutdown``.  A read that waits in another task
+        ends with no bytes after C{SHUT_RD}.
+        """
+        stream = self._opened()
+        if how not in (socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR):
+            raise os_error(errno.EINVAL)
+        if stream.lost:
+            raise os_error(errno.ENOTCONN)
+        if how != socket.SHUT_RD and not self._write_shut:
+            try:
+                stream.write_eof()
+            except StreamError as error:
+                raise unsupported(str(error)) from None
+            self._write_shut = True
+        if how != socket.SHUT_WR:
+            self._read_shut = True
+            reading = self._reading
+            if reading is not None and not reading.called:
+                stream.forget(reading)
+                reading.succeed(b"")
+
+    def close(self) -> None:
+        """
+        Close the socket: the transport sends what is left, and then ends the
+        connection.  The files of :meth:`makefile` can still be used, and it ends when
+        they are closed.
+        """
+        self._closed = True
+        if self._io_refs > 0:
+            return
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            self._end(stream)
+
+    def _end(self, stream: Stream) -> None:
+        # A kernel resets a connection if something was not read.  What it would have
+        # sent before may still be in the transport, unless the peer does not take it.
+        if self._abortive or (stream.full and stream._buffer.data):
+            stream.abort()
+        else:
+            stream.close()
+
+    def __del__(self) -> None:
+        stream = self._stream
+        if stream is None or stream.lost:
+            return
+        if not self._closed:
+            # As a socket that is not closed.
+            warnings.warn(
+                f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2
+            )
+        # It is collected at any time, and in any thread.
+        stream._scheduler.reactor.callFromThread(self._end, stream)
+
+    def __enter__(self: S) -> S:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if not self._closed:
+            self.close()
+
+    # What it is
+
+    @property
+    def family(self) -> socket.AddressFamily:
+        """The family of its addresses."""
+        return self._family
+
+    @property
+    def type(self) -> socket.SocketKind:
+        """``SOCK_STREAM``."""
+        return self._kind
+
+    @property
+    def proto(self) -> int:
+        """The number of its protocol, or 0."""
+        return self._proto
+
+    def getpeername(self) -> Any:
+        """The address of the other side, in the form of its family."""
+        stream = self._opened()
+        if stream.lost:
+            raise os_error(errno.ENOTCONN)
+        handle = _handle(stream)
+        return _plain(stream.peer) if handle is None else handle.getpeername()
+
+    def getsockname(self) -> Any:
+        """The address of this side, in the form of its family."""
+        self._check_open()
+        if self._stream is None:
+            with self._throwaway() as plain:
+                return self._source or plain.getsockname()
+        handle = _handle(self._stream)
+        return _plain(self._stream.host) if handle is None else handle.getsockname()
+
+    def fileno(self) -> int:
+        """
+        -1 if it is closed.
+
+        :raises io.UnsupportedOperation: if not, since the reactor reads from the
+            descriptor: nothing else can poll it, and ``ssl`` cannot take it over.
+        """
+        if self._closed and self._stream is None:
+            return -1
+        raise unsupported(
+            f"{self!r} has no descriptor that can be polled or given to ssl, since the "
+            "reactor reads from it: poll it in a patched() module, and call "
+            "allow_blocking_sockets() with the SSLContext"
+        )
+
+    def setsockopt(self, level: int, optname: int, *value: Any) -> None:
+        """
+        Set an option of the socket of the operating system: ``TCP_NODELAY`` and
+        ``SO_KEEPALIVE`` for example.  It can be set before C{connect}.
+        """
+        self._check_open()
+        if level == socket.SOL_SOCKET and optname in _TIMEOUT_OPTIONS:
+            raise unsupported("SO_RCVTIMEO and SO_SNDTIMEO: use settimeout()")
+        option = (level, optname, *value)
+        stream = self._stream
+        handle = None if stream is None else _handle(stream)
+        if handle is None:
+            # It tells whether there is such an option.
+            with self._throwaway() as handle:
+                handle.setsockopt(*option)
+            if stream is None:
+                self._options.append(option)
+        else:
+            handle.setsockopt(*option)
+        if level == socket.SOL_SOCKET and optname == socket.SO_LINGER:
+            on, seconds = _NO_LINGER.unpack(value[0])
+            self._abortive = bool(on) and not seconds
+
+    @overload
+    def getsockopt(self, level: int, optname: int, /) -> int: ...
+
+    @overload
+    def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes: ...
+
+    def getsockopt(self, level: int, optname: int, *buflen: int) -> int | bytes:
+        """An option of the socket of the operating system."""
+        self._check_open()
+        handle = None if self._stream is None else _handle(self._stream)
+        if handle is not None:
+            return handle.getsockopt(level, optname, *buflen)
+        with self._throwaway() as plain:
+            for option in self._options:
+                plain.setsockopt(*option)
+            return plain.getsockopt(level, optname, *buflen)
+
+    def _throwaway(self) -> socket.socket:
+        """A socket of the operating system that is not connected."""
+        return socket.socket(self._family, self._kind, self._proto)
+
+    def __repr__(self) -> str:
+        kind = type(self).__name__
+        if self._stream is None:
+            return f"<{kind}: {'closed' if self._closed else 'not connected'}>"
+        return f"<{kind} to {self._stream.peer}>"
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if hasattr(socket.socket, name):
+                message += ": only a socket of the operating system has it"
+            raise AttributeError(message)
+
+
+class ClientSocket(BlockingSocket):
+    """
+    A :class:`BlockingSocket` that is not connected yet, with the parameters of
+    ``socket.socket``: its C{connect} connects it, by TCP or to a UNIX socket.
+
+    :raises io.UnsupportedOperation: if it is not for a stream, or for a descriptor.
+    """
+
+    def __init__(
+        self,
+        family: int = -1,
+        type: int = -1,
+        proto: int = -1,
+        fileno: int | None = None,
+    ) -> None:
+        if fileno is not None:
+            raise unsupported(
+                "a socket of the reactor cannot be made of a descriptor: use "
+                "adoptStreamConnection() of the reactor, and BlockingSocket"
+            )
+        if type not in (-1, socket.SOCK_STREAM):
+            raise unsupported(
+                f"a socket of the reactor is for SOCK_STREAM, and not for {type}: "
+                "use open_datagrams()"
+            )
+        family = socket.AF_INET if family == -1 else family
+        if family not in (socket.AF_INET, socket.AF_INET6, _AF_UNIX):
+            raise unsupported(
+                f"a socket of the reactor is for AF_INET, AF_INET6 or AF_UNIX, and not "
+                f"for {family}"
+            )
+        self._begin(family, socket.SOCK_STREAM, max(proto, 0))
+
+
+def create_connection(
+    address: tuple[str | None, int],
+    timeout: float | None = _DEFAULT_TIMEOUT,
+    source_address: tuple[str, int] | None = None,
+    *,
+    all_errors: bool = False,
+) -> BlockingSocket:
+    """
+    Connect by TCP, as ``socket.create_connection``; the addresses of a name are tried
+    as :func:`open_tcp` does it.
+
+    :param address: host and port.
+    :param timeout: how many seconds each attempt may take, and later each call of the
+        socket; by default what ``socket.getdefaulttimeout`` returns.
+    :param source_address: the address and the port (0 for any) of this side.
+    :param all_errors: if no attempt succeeds, raise an ``ExceptionGroup`` of all errors
+        in place of the last one.
+    :raises socket.gaierror: if the name has no address.
+    :raises OSError: if it fails: ``ConnectionRefusedError``, for example.
+    :raises TimeoutError: if it takes too long.
+    """
+    if timeout is _DEFAULT_TIMEOUT:
+        timeout = socket.getdefaulttimeout()
+    _check_timeout(timeout)
+    host, port = address
+    stream = _open(host or "localhost", port, timeout, source_address, all_errors)
+    made = BlockingSocket(stream)
+    made.settimeout(timeout)
+    made._connected(stream)
+    return made
+
+
+def _open(
+    host: str,
+    port: int | str,
+    timeout: float | None,
+    source: tuple[str, int] | None,
+    all_errors: bool = False,
+) -> Stream:
+    number: Any = port
+    if isinstance(port, str):
+        # It may be the name of a service.
+        number = getaddrinfo(None, port, type=socket.SOCK_STREAM)[0][4][1]
+    if not number:
+        raise os_error(errno.ECONNREFUSED)
+    try:
+        return wait(
+            open_tcp(host, number, local_address=source, connect_timeout=timeout)
+        )
+    except ConnectFailed as error:
+        failed = error
+    except ValueError as error:
+        # Neither a name nor an address; or the port is out of range.
+        raise socket.gaierror(socket.EAI_NONAME, str(error)) from None
+    if not failed.errors:
+        code = socket.EAI_NONAME if source is None else _EAI_ADDRFAMILY
+        raise socket.gaierror(code, str(failed))
+    causes = [_as_os_error(each) for each in failed.errors]
+    if all_errors:
+        raise ExceptionGroup("create_connection failed", causes)
+    raise causes[-1]
+
+
+def _as_os_error(error: Exception) -> OSError:
+    """An error of Twisted's, as a socket has it."""
+    number = getattr(error, "osError", None)
+    if isinstance(number, int):
+        return os_error(number)
+    if isinstance(error, ConnectTimeout):
+        return TimeoutError("timed out")
+    return OSError(str(error))
+
+
+def _expire(operation: Operation[Any]) -> None:
+    if not operation.called:
+        if operation.owner is not None:
+            operation.owner.forget(operation)
+        operation.fail(TimeoutError("timed out"), quietly=True)
+
+
+def _check_timeout(seconds: float | None) -> None:
+    """That a connection can be made with it."""
+    if seconds is None:
+        return
+    if not seconds >= 0:
+        raise ValueError("Timeout value out of range")
+    if not seconds:
+        raise unsupported(
+            "a socket of the reactor cannot connect with the timeout 0: set it later"
+        )
+
+
+def _check_flags(flags: int, allowed: int) -> None:
+    others = flags & ~allowed
+    if others:
+        raise unsupported(
+            f"a socket of the reactor does not have the flags {others:#x}"
+        )
+
+
+def _handle(stream: Stream) -> socket.socket | None:
+    """The socket of the operating system; None without one, or if it is closed."""
+    try:
+        handle = below_tls(stream.transport).getHandle()
+    except AttributeError:
+        return None
+    return handle if isinstance(handle, socket.socket) else None
+
+
+def _kind_of(stream: Stream) -> tuple[int, int, int]:
+    """Family, type and protocol."""
+    handle = _handle(stream)
+    if handle is not None:
+        return handle.family, handle.type, handle.proto
+    family: int = socket.AF_INET
+    if isinstance(stream.peer, UNIXAddress) and _AF_UNIX is not None:
+        family = _AF_UNIX
+    elif isinstance(stream.peer, IPv6Address):
+        family = socket.AF_INET6
+    return family, socket.SOCK_STREAM, 0
+
+
+def _plain(address: Address) -> Any:
+    """An address, in the form that the functions of socket have."""
+    if isinstance(address, UNIXAddress):
+        return os.fsdecode(address.name or b"")
+    if isinstance(address, IPv6Address):
+        return address.host, address.port, address.flowInfo, 0
+    return address.host, address.port
+
+
+# Names: the functions of socket, in a thread of the reactor's
+
+
+def getaddrinfo(
+    host: bytes | str | None,
+    port: bytes | str | int | None,
+    family: int = 0,
+    type: int = 0,
+    proto: int = 0,
+    flags: int = 0,
+) -> list[tuple[Any, Any, int, str, Any]]:
+    """As ``socket.getaddrinfo``; the task waits for the resolver."""
+    try:
+        # An address needs no resolver.
+        return socket.getaddrinfo(
+            host, port, family, type, proto, flags | socket.AI_NUMERICHOST
+        )
+    except socket.gaierror:
+        if flags & socket.AI_NUMERICHOST:
+            raise
+    return wait(in_thread(socket.getaddrinfo, host, port, family, type, proto, flags))

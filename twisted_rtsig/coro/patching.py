@@ -1,0 +1,323 @@
+"""
+Libraries with blocking sockets: one module at a time sees those of the reactor.
+
+See ``docs/stackful.md``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib.util
+import select
+import selectors
+import socket
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from twisted_rtsig.coro.blocking_sockets import (
+    BlockingSocket,
+    ClientSocket,
+    create_connection,
+    getaddrinfo,
+    unsupported,
+    wait,
+)
+from twisted_rtsig.coro.polling import BlockingPoll, BlockingSelector, blocking_select
+from twisted_rtsig.coro.tasks import sleep
+from twisted_rtsig.coro.threads import in_thread
+
+# What the code that runs is in: the thread, and the names of the modules that it has
+# patched.  A function that in_thread() runs has the context of its task.
+_inside: contextvars.ContextVar[tuple[int, frozenset[str]]] = contextvars.ContextVar(
+    "patched_modules"
+)
+
+_NOT_INSIDE: Final = (0, frozenset[str]())
+
+
+@contextlib.contextmanager
+def patched(*modules: types.ModuleType) -> Iterator[None]:
+    """
+    Let the code of a library use sockets of the reactor, as long as the block lasts::
+
+        def send(message: EmailMessage) -> None:
+            with patched(smtplib), smtplib.SMTP("localhost", timeout=10) as server:
+                server.send_message(message)
+
+    In the modules the names C{socket}, C{ssl}, C{select}, C{selectors} and C{time} mean
+    modules that have :func:`create_connection`, :class:`ClientSocket`, functions that
+    resolve names without blocking, contexts whose C{wrap_socket} takes a
+    :class:`BlockingSocket`, and a C{sleep} that lets the task wait; all else they have
+    from the standard library.  What a module has imported from these by name is
+    replaced as well.
+
+    Only what runs in the block sees that: the task, and the tasks that it spawns.
+    Other tasks and threads that use the same modules have the sockets of the operating
+    system, and so have other modules.  Blocks may be nested, and several tasks may be
+    in blocks with the same module.
+
+    :param modules: what to patch; of a package all of its modules that are imported
+        by now.
+    :raises TypeError: if one of them is no module.
+    """
+    patches = [patch for module in modules for patch in _patches_of(module)]
+    thread = threading.get_ident()
+    outer_thread, outer = _inside.get(_NOT_INSIDE)
+    names = frozenset(patch.name for patch in patches)
+    if outer_thread == thread:
+        names |= outer
+    installed: list[_Patch] = []
+    token = None
+    try:
+        for patch in patches:
+            patch.install()
+            installed.append(patch)
+        token = _inside.set((thread, names))
+        yield
+    finally:
+        if token is not None:
+            _inside.reset(token)
+        for patch in reversed(installed):
+            patch.uninstall()
+
+
+class _Patch:
+    """
+    What is replaced in one module.
+
+    :ivar name: of the module.
+    """
+
+    def __init__(self, module: types.ModuleType) -> None:
+        self.name: str = module.__name__
+        self._module = module
+        # In how many blocks it is; and while it is in some, the names that were
+        # replaced, with what they were and what they are.
+        self._blocks = 0
+        self._replaced: dict[str, tuple[Any, Any]] = {}
+
+    def inside(self) -> bool:
+        """Whether what runs is in a block with this module."""
+        thread, names = _inside.get(_NOT_INSIDE)
+        return self.name in names and thread == threading.get_ident()
+
+    def install(self) -> None:
+        """A block begins."""
+        with _lock:
+            if not self._blocks:
+                for name, value in vars(self._module).items():
+                    replacement = self._replacement(value)
+                    if replacement is not None:
+                        self._replaced[name] = value, replacement
+                for name, (_, replacement) in self._replaced.items():
+                    setattr(self._module, name, replacement)
+            self._blocks += 1
+
+    def uninstall(self) -> None:
+        """A block ends."""
+        with _lock:
+            self._blocks -= 1
+            if self._blocks:
+                return
+            for name, (value, replacement) in self._replaced.items():
+                # Unless the program has put something else there meanwhile.
+                if vars(self._module).get(name) is replacement:
+                    setattr(self._module, name, value)
+            self._replaced.clear()
+
+    def _replacement(self, value: Any) -> Any:
+        if isinstance(value, types.ModuleType):
+            members = _members().get(value)
+            return None if members is None else _Module(value, members, self.inside)
+        try:
+            ours = _by_value().get(value)
+        except TypeError:
+            # It has no hash.
+            return None
+        return None if ours is None else _either(value, ours, self.inside)
+
+
+_lock: Final = threading.Lock()
+_patches: Final[dict[types.ModuleType, _Patch]] = {}
+
+
+def _patches_of(module: types.ModuleType) -> list[_Patch]:
+    if not isinstance(module, types.ModuleType):
+        raise TypeError(f"patched() takes modules, and {module!r} is none")
+    found = [module]
+    if hasattr(module, "__path__"):
+        prefix = module.__name__ + "."
+        found += [
+            each
+            for name, each in sorted(sys.modules.items())
+            if name.startswith(prefix) and isinstance(each, types.ModuleType)
+        ]
+    with _lock:
+        return [_patches.setdefault(each, _Patch(each)) for each in found]
+
+
+class _Module(types.ModuleType):
+    """
+    Stands for a module of the standard library: what is not replaced it has from there.
+    """
+
+    def __init__(
+        self,
+        real: types.ModuleType,
+        members: dict[str, Any],
+        inside: Callable[[], bool],
+    ) -> None:
+        super().__init__(real.__name__)
+        # To set attributes would set those of the real module.
+        vars(self).update(_real=real, _members=members, _inside=inside, _made={})
+
+    def __getattribute__(self, name: str) -> Any:
+        own = types.ModuleType.__getattribute__(self, "__dict__")
+        if name == "__dict__":
+            return own
+        real = getattr(own["_real"], name)
+        ours = own["_members"].get(name)
+        if ours is None or not own["_inside"]():
+            return real
+        made = own["_made"]
+        if name not in made:
+            made[name] = _either(real, ours, own["_inside"])
+        return made[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(vars(self)["_real"], name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(vars(self)["_real"], name)
+
+    def __dir__(self) -> list[str]:
+        return dir(vars(self)["_real"])
+
+    def __repr__(self) -> str:
+        return f"<{vars(self)['_real']!r}, with sockets of the reactor>"
+
+
+def _either(real: Any, ours: Any, inside: Callable[[], bool]) -> Any:
+    """What is the one in a block, and the other elsewhere."""
+    if isinstance(real, type):
+        return _EitherClass(real.__name__, (), {"_three": (real, ours, inside)})
+
+    @functools.wraps(real)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (ours if inside() else real)(*args, **kwargs)
+
+    return call
+
+
+class _EitherClass(type):
+    """
+    A class that makes instances of one class in a block, and of another one elsewhere.
+    """
+
+    _three: tuple[type, Any, Callable[[], bool]]
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        real, ours, inside = cls._three
+        return (ours if inside() else real)(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        real = cls._three[0]
+        return isinstance(instance, (real, _INSTANCES.get(real, real)))
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        real = cls._three[0]
+        return issubclass(kind, (real, _INSTANCES.get(real, real)))
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls._three[0], name)
+
+
+# What isinstance() takes for an instance of a class, in addition.
+_INSTANCES: Final[dict[type, Any]] = {socket.socket: BlockingSocket}
+
+
+def _threaded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that asks the resolver, in a thread of the reactor's."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return wait(in_thread(function, *args, **kwargs))
+
+    return call
+
+
+def _create_server(*args: Any, **kwargs: Any) -> Any:
+    raise unsupported("a socket of the reactor does not listen: use serve()")
+
+
+def _sleep(seconds: float, /) -> None:
+    wait(sleep(seconds))
+
+
+@functools.cache
+def _members() -> dict[types.ModuleType, dict[str, Any]]:
+    """What is replaced in each module of the standard library."""
+    members: dict[types.ModuleType, dict[str, Any]] = {
+        socket: {
+            "create_connection": create_connection,
+            "create_server": _create_server,
+            "getaddrinfo": getaddrinfo,
+            "socket": ClientSocket,
+            **{
+                name: _threaded(getattr(socket, name))
+                for name in (
+                    "getfqdn",
+                    "gethostbyaddr",
+                    "gethostbyname",
+                    "gethostbyname_ex",
+                    "getnameinfo",
+                )
+            },
+        },
+        select: {"select": blocking_select, "poll": BlockingPoll},
+        selectors: dict.fromkeys(
+            ("DefaultSelector", "PollSelector", "SelectSelector"), BlockingSelector
+        ),
+        time: {"sleep": _sleep},
+    }
+    if importlib.util.find_spec("_ssl") is not None:
+        import ssl
+
+        from twisted_rtsig.coro.blocking_tls import (
+            BlockingSSLSocket,
+            allow_blocking_sockets,
+        )
+
+        def allowing(make: Callable[..., ssl.SSLContext]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: allow_blocking_sockets(make(*args, **kwargs))
+
+        _INSTANCES[ssl.SSLSocket] = BlockingSSLSocket
+        members[ssl] = {"SSLSocket": BlockingSSLSocket} | {
+            name: allowing(getattr(ssl, name))
+            for name in (
+                "SSLContext",
+                "create_default_context",
+                "_create_default_https_context",
+                "_create_stdlib_context",
+                "_create_unverified_context",
+            )
+        }
+    for module, replaced in members.items():
+        for name in [name for name in replaced if not hasattr(module, name)]:
+            del replaced[name]
+    return members
+
+
+@functools.cache
+def _by_value() -> dict[Any, Any]:
+    """What is replaced that a module has imported by name."""
+    return {
+        getattr(module, name): ours
+        for module, members in _members().items()
+        for name, ours in members.items()
+    }
