@@ -212,7 +212,9 @@ async def reply(stream: Stream, code: int, *lines: str) -> None:
 async def main(reactor: Any, pem: str, port: str = "2525") -> None:
     context = PrivateCertificate.loadPEM(Path(pem).read_bytes()).options()
     handler = Server(context, {b"ann": b"secret"}, print).session
-    endpoint = TCP4ServerEndpoint(reactor, int(port), interface="127.0.0.1")
+    endpoint = TCP4ServerEndpoint(
+        reactor, int(port), backlog=1024, interface="127.0.0.1"
+    )
     # RFC 5321, section 4.5.3.2.7: at least five minutes for each command.
     server = await serve(endpoint, handler, first_byte_timeout=None, idle_timeout=300)
     # When the reactor is stopped, messages that are under way have some seconds.
