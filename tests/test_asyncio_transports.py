@@ -5,9 +5,14 @@ Transports of asyncio that the engine reads for: what their protocols are promis
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import os
+import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -348,5 +353,381 @@ def test_a_protocol_iterates_the_reactor(loop: Any) -> None:
         pair.handle.close()
         await pair.protocol.lost.wait()
         assert pair.protocol.events == ["eof", None]
+
+    run(loop, main())
+
+
+# What is written is sent when the callbacks of the pass have been called
+
+
+def peeked(handle: socket.socket) -> bytes:
+    """What has arrived, which stays there."""
+    handle.setblocking(False)
+    try:
+        return handle.recv(1000, socket.MSG_PEEK)
+    except BlockingIOError:
+        return b""
+    finally:
+        handle.settimeout(DEADLINE)
+
+
+async def end(pair: Pair) -> None:
+    pair.protocol.transport.abort()
+    pair.handle.close()
+    await asyncio.sleep(0)
+
+
+def test_writes_of_a_pass_go_out_as_one(loop: Any) -> None:
+    """In order, together with those of callbacks that they schedule."""
+    seen = []
+
+    def answer(protocol: Recorder, data: bytes) -> None:
+        protocol.transport.write(b"one ")
+        protocol.transport.write(b"")
+        protocol.transport.write(b"two ")
+        seen.append(peeked(pair.handle))
+        loop.call_soon(write_later, protocol)
+
+    def write_later(protocol: Recorder) -> None:
+        seen.append(peeked(pair.handle))
+        protocol.transport.write(b"three ")
+        loop.reactor.callLater(0, write_last, protocol)
+
+    def write_last(protocol: Recorder) -> None:
+        seen.append(peeked(pair.handle))
+        protocol.transport.write(bytearray(b"four"))
+        seen.append(peeked(pair.handle))
+        loop.stop()
+
+    pair: Pair = run(loop, connected(answer))
+    pair.handle.sendall(b"x")
+    late = loop.call_later(DEADLINE, loop.stop)
+    loop.run_forever()
+    assert not late.cancelled()
+    late.cancel()
+    assert seen == [b"", b"", b"", b"one two three four"]
+    run(loop, end(pair))
+
+
+def write_eof(transport: Any) -> None:
+    transport.write_eof()
+
+
+def write_much(transport: Any) -> None:
+    transport.write(bytes(100_000))
+
+
+def write_more_than_is_collected(transport: Any) -> None:
+    for _ in range(100):
+        transport.write(bytes(1000))
+
+
+FIRST: list[Callable[[Any], object]] = [
+    write_eof,
+    write_much,
+    write_more_than_is_collected,
+    lambda transport: transport.close(),
+    lambda transport: transport.abort(),
+    lambda transport: transport.get_write_buffer_size(),
+    lambda transport: transport.set_write_buffer_limits(10),
+    lambda transport: transport.writelines([b"later"]),
+    lambda transport: transport._loop.reactor.iterate(),
+]
+
+
+@pytest.mark.parametrize("ask", FIRST, ids=range(len(FIRST)))
+def test_what_was_written_is_sent_before_anything_else_is_done(
+    loop: Any, ask: Callable[[Any], object]
+) -> None:
+    seen = []
+
+    def answer(protocol: Recorder, data: bytes) -> None:
+        protocol.transport.write(b"first")
+        ask(protocol.transport)
+        seen.append(pair.handle.recv(5))
+
+    async def main() -> None:
+        pair.handle.sendall(b"x")
+        await until(lambda: seen)
+
+    pair: Pair = run(loop, connected(answer))
+    run(loop, main())
+    assert seen == [b"first"]
+    assert pair.protocol.transport.get_write_buffer_size() == 0
+    run(loop, end(pair))
+
+
+def test_what_is_written_before_a_file_is_sent_first(loop: Any, tmp_path: Any) -> None:
+    (tmp_path / "file").write_bytes(b"file")
+
+    async def main() -> None:
+        pair = await connected()
+        with open(tmp_path / "file", "rb") as file:
+            pair.protocol.transport.write(b"before ")
+            await loop.sendfile(pair.protocol.transport, file)
+            pair.protocol.transport.write(b" after")
+            await asyncio.sleep(0)
+        assert pair.handle.recv(100) == b"before file after"
+        await end(pair)
+
+    run(loop, main())
+
+
+def test_writes_when_the_loop_does_not_run(loop: Any) -> None:
+    """Before it runs, and as the last that it does."""
+
+    pair: Pair = run(loop, connected())
+    pair.protocol.transport.write(b"one")
+    assert pair.handle.recv(10) == b"one"
+    loop.call_soon(pair.protocol.transport.write, b"two")
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    assert pair.handle.recv(10) == b"two"
+    run(loop, end(pair))
+
+
+def test_writes_of_a_signal_handler(loop: Any) -> None:
+    """It runs in the middle of the sleep, which nothing else ends."""
+    received = []
+
+    def write(number: int, frame: object) -> None:
+        pair.protocol.transport.write(b"x")
+
+    def interrupt() -> None:
+        while not loop.reactor._waiting:
+            time.sleep(0)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        received.append(pair.handle.recv(1))
+        loop.call_soon_threadsafe(loop.stop)
+
+    pair: Pair = run(loop, connected())
+    former = signal.signal(signal.SIGUSR1, write)
+    try:
+        thread = threading.Thread(target=interrupt)
+        loop.call_soon(thread.start)
+        loop.run_forever()
+        thread.join()
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+    assert received == [b"x"]
+    run(loop, end(pair))
+
+
+def test_more_small_writes_than_there_is_room_for(loop: Any) -> None:
+    """Nothing is lost or changes places, and the protocol is told to pause."""
+    events = []
+
+    class Sender(Recorder):
+        def pause_writing(self) -> None:
+            events.append("pause")
+
+        def resume_writing(self) -> None:
+            events.append("resume")
+
+    async def main() -> None:
+        pair = await connected()
+        transport = pair.protocol.transport
+        sender = Sender(lambda protocol, data: None)
+        transport.set_protocol(sender)
+        sent = 0
+        while "pause" not in events:
+            for _ in range(10):
+                transport.write(b"%07d " % sent)
+                sent += 1
+            await asyncio.sleep(0)
+        assert events == ["pause"]
+        received = bytearray(pair.handle.recv(1 << 20))
+        # Now there is room, but not for these.
+        transport.write(b"the ")
+        transport.write(b"last")
+
+        def read_all() -> bytes:
+            while not received.endswith(b"the last"):
+                received.extend(pair.handle.recv(1 << 20))
+            return bytes(received)
+
+        everything = await loop.run_in_executor(None, read_all)
+        assert (
+            everything
+            == b"".join(b"%07d " % each for each in range(sent)) + b"the last"
+        )
+        await until(lambda: events == ["pause", "resume"])
+        await end(pair)
+
+    run(loop, main())
+
+
+def test_a_write_to_a_peer_that_has_left(loop: Any) -> None:
+    """connection_lost() is told of it once, in the context of the connection."""
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
+    seen = []
+
+    class Lost(Recorder):
+        def connection_lost(self, error: Exception | None) -> None:
+            seen.append((type(error), variable.get()))
+
+    async def main() -> None:
+        variable.set("of the connection")
+        pair = await connected()
+        transport = pair.protocol.transport
+        transport.set_protocol(Lost(lambda protocol, data: None))
+        transport.pause_reading()
+        pair.handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        pair.handle.close()
+        variable.set("another")
+        transport.write(b"x")
+        transport.write(b"x")
+        await until(lambda: seen)
+        assert seen == [(ConnectionResetError, "of the connection")]
+        assert transport.is_closing()
+
+    run(loop, main())
+
+
+def test_writes_in_debug_mode_are_sent_at_once(loop: Any) -> None:
+    """So that an error shows which write it was."""
+    seen = []
+
+    async def main() -> None:
+        pair = await connected()
+        loop.set_debug(True)
+        pair.protocol.transport.write(b"x")
+        seen.append(peeked(pair.handle))
+        await end(pair)
+
+    run(loop, main())
+    assert seen == [b"x"]
+
+
+def test_a_small_write_that_there_is_no_room_for(loop: Any) -> None:
+    async def main() -> None:
+        pair = await connected()
+        transport = pair.protocol.transport
+        sent = 0
+        with (
+            socket.fromfd(
+                transport.get_extra_info("socket").fileno(),
+                socket.AF_INET,
+                socket.SOCK_STREAM,
+            ) as other,
+            contextlib.suppress(BlockingIOError),
+        ):
+            while True:
+                sent += other.send(bytes(1 << 20))
+        transport.write(b"x")
+        transport.write(b"y")
+        await asyncio.sleep(0)
+        assert transport.get_write_buffer_size() == 2
+
+        def read_all() -> bytes:
+            data = b""
+            left = sent + 2
+            while left:
+                data = pair.handle.recv(left)
+                left -= len(data)
+            return data
+
+        assert (await loop.run_in_executor(None, read_all)).endswith(b"xy")
+        assert transport.get_write_buffer_size() == 0
+        await end(pair)
+
+    run(loop, main())
+
+
+def _at_once(loop: Any, write: Callable[[], object]) -> None:
+    write()
+
+
+def _by_call_soon(loop: Any, write: Callable[[], object]) -> None:
+    loop.call_soon(write)
+
+
+def _by_a_timer(loop: Any, write: Callable[[], object]) -> None:
+    loop.call_later(0.001, write)
+
+
+def _by_a_timer_of_twisteds(loop: Any, write: Callable[[], object]) -> None:
+    loop.reactor.callLater(0.001, write)
+
+
+@pytest.mark.parametrize(
+    "arrange", [_at_once, _by_call_soon, _by_a_timer, _by_a_timer_of_twisteds]
+)
+def test_an_answer_is_sent_before_the_loop_sleeps(
+    loop: Any, arrange: Callable[[Any, Callable[[], object]], None]
+) -> None:
+    def answer(protocol: Recorder, data: bytes) -> None:
+        arrange(loop, lambda: protocol.transport.write(b"answer"))
+
+    async def main() -> None:
+        pair = await connected(answer)
+
+        def exchange() -> bytes:
+            pair.handle.sendall(b"x")
+            return pair.handle.recv(100)
+
+        assert await loop.run_in_executor(None, exchange) == b"answer"
+        await end(pair)
+
+    # The deadline is that of the socket.
+    loop.run_until_complete(main())
+
+
+def test_writes_in_passes_of_iterate(loop: Any) -> None:
+    """They are not left to the loop, which may be kept from running."""
+    seen = []
+
+    def iterate(protocol: Recorder, data: bytes) -> None:
+        write = protocol.transport.write
+        loop.reactor.callLater(0, write, b"one ")
+        loop.reactor.callLater(0, loop.reactor.iterate)
+        loop.reactor.callLater(0, write, b"two ")
+        loop.reactor.iterate()
+        seen.append(peeked(pair.handle))
+        write(b"three")
+        seen.append(peeked(pair.handle))
+        loop.reactor.callLater(0, loop.set_debug, True)
+        loop.reactor.iterate()
+        write(b"four")
+        seen.append(peeked(pair.handle))
+
+    async def main() -> None:
+        pair.handle.sendall(b"x")
+        await until(lambda: len(seen) == 3)
+        await end(pair)
+
+    pair: Pair = run(loop, connected(iterate))
+    run(loop, main())
+    assert seen == [b"one two ", b"one two ", b"one two threefour"]
+
+
+def test_what_asyncio_refuses_or_drops_is_refused_or_dropped(loop: Any) -> None:
+    async def main() -> None:
+        pair = await connected()
+        transport = pair.protocol.transport
+        transport.write(b"first")
+        with pytest.raises(TypeError):
+            transport.write("text")
+        waiter = transport._make_empty_waiter()
+        with pytest.raises(RuntimeError, match="sendfile is in progress"):
+            transport.write(b"x")
+        await waiter
+        transport._reset_empty_waiter()
+        transport.write_eof()
+        with pytest.raises(RuntimeError, match="after write_eof"):
+            transport.write(b"x")
+        assert pair.handle.recv(100) == b"first"
+        assert pair.handle.recv(100) == b""
+        await end(pair)
+
+        pair = await connected()
+        pair.protocol.transport.write(b"first")
+        pair.protocol.transport.close()
+        pair.protocol.transport.write(b"dropped")
+        await asyncio.sleep(0)
+        pair.protocol.transport.write(b"dropped")
+        assert pair.handle.recv(100) == b"first"
+        assert pair.handle.recv(100) == b""
+        pair.handle.close()
 
     run(loop, main())

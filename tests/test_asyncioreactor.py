@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import inspect
 import logging
 import os
@@ -616,6 +617,124 @@ def test_the_end_of_the_program_from_a_callback_of_asyncio(
         reactor.run(installSignalHandlers=False)
     assert ended == [1]
     assert not reactor.running
+
+
+def test_a_stop_ends_the_loop_as_on_asyncios(reactor: AsyncioEngineReactor) -> None:
+    """
+    The callbacks that are there are called, and no others: neither what they schedule
+    nor timers that have become due meanwhile.
+    """
+    loop = loop_of(reactor)
+    called = []
+
+    def stop() -> None:
+        called.append("stop")
+        loop.call_soon(called.append, "scheduled")
+        timer = loop.call_at(loop.time() - 1, called.append, "due")
+        assert timer.when() < loop.time()
+        loop.stop()
+
+    def from_twisted() -> None:
+        loop.call_soon(stop)
+        loop.call_soon(called.append, "there")
+
+    late = loop.call_later(DEADLINE, loop.stop)
+    # The loop waits by now.
+    loop.call_soon(lambda: reactor.callLater(0.01, from_twisted))
+    loop.run_forever()
+    assert called == ["stop", "there"]
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    assert sorted(called[2:]) == ["due", "scheduled"]
+    late.cancel()
+
+
+def test_callbacks_that_fail_or_leave_keep_the_others(
+    reactor: AsyncioEngineReactor,
+) -> None:
+    loop = loop_of(reactor)
+    called: list[object] = []
+    loop.set_exception_handler(
+        lambda loop, context: called.append(context["exception"])
+    )
+    error = ZeroDivisionError("of the test")
+
+    def fail() -> None:
+        raise error
+
+    def leave() -> None:
+        raise SystemExit
+
+    def from_twisted() -> None:
+        loop.call_soon(called.append, "cancelled").cancel()
+        loop.call_soon(fail)
+        loop.call_soon(leave)
+        loop.call_soon(called.append, "after")
+        loop.call_soon(loop.stop)
+
+    late = loop.call_later(DEADLINE, loop.stop)
+    loop.call_soon(lambda: reactor.callLater(0.01, from_twisted))
+    with pytest.raises(SystemExit):
+        loop.run_forever()
+    assert called == [error]
+    loop.run_forever()
+    assert called == [error, "after"]
+    late.cancel()
+
+
+def test_call_soon_is_asyncios(reactor: AsyncioEngineReactor) -> None:
+    """What makes handles is written out in the loop."""
+    loop = loop_of(reactor)
+    variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
+    variable.set(1)
+    context = contextvars.copy_context()
+    variable.set(2)
+    seen = []
+
+    def look(*arguments: object) -> None:
+        seen.append((variable.get(), arguments))
+
+    handles = [
+        loop.call_soon(look),
+        loop.call_soon(look, "one", "two", context=context),
+        loop.call_soon(look, "cancelled"),
+        asyncio.BaseEventLoop.call_soon(loop, look, "three"),
+    ]
+    variable.set(3)
+    handles[2].cancel()
+    assert [type(each) for each in handles] == [asyncio.Handle] * 4
+    assert [each.cancelled() for each in handles] == [False, False, True, False]
+    for name in set(asyncio.Handle.__slots__) - {"__weakref__", "_args", "_context"}:
+        if name != "_callback":
+            assert getattr(handles[0], name) == getattr(handles[3], name), name
+    assert "test_call_soon_is_asyncios.<locals>.look" in repr(handles[0])
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    assert seen == [(2, ()), (1, ("one", "two")), (2, ("three",))]
+
+
+def test_call_soon_of_a_closed_loop(make: MakeReactor) -> None:
+    loop = loop_of(make())
+    loop.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        loop.call_soon(print)
+
+
+def test_a_loop_that_schedules_by_itself_goes_on_to(make: MakeReactor) -> None:
+    scheduled = []
+
+    class Counting(asyncio.SelectorEventLoop):
+        def call_soon(  # type: ignore[override]
+            self, callback: Any, *args: Any, **options: Any
+        ) -> Any:
+            scheduled.append(callback)
+            return super().call_soon(callback, *args, **options)
+
+    loop = loop_of(make(Counting()))
+    scheduled.clear()
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    assert scheduled == [loop.stop]
 
 
 def test_an_interrupt_leaves_the_wait_of_a_plain_loop(

@@ -2,10 +2,11 @@
 The event loop of the reactor that is asyncio's loop as well.
 
 It is asyncio's own ``SelectorEventLoop``, with its transports, servers, TLS,
-subprocesses and debug mode, apart from four things:
+subprocesses and debug mode, apart from five things:
 
 - It waits in the engine: see ``asyncio_selector.py``.
 - It reads at most 64 KiB at a time.
+- What a TCP transport writes in one go is sent together, before the loop sleeps.
 - Signals: there is one wakeup descriptor in a process, which is the loop's, and the
   loop tells the reactor of SIGCHLD.  Removing a handler brings back the one of the
   reactor, if that runs.
@@ -17,10 +18,12 @@ An existing loop becomes one of these, also while it runs.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import signal
 from asyncio import events, selector_events
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.posixbase import unixEnabled
 
@@ -30,6 +33,7 @@ from twisted_rtsig.asyncio_selector import (
     MOST_AT_ONCE,
     EngineSelector,
     SocketTransport,
+    Stopped,
 )
 from twisted_rtsig.engine.reactor import LogContext
 from twisted_rtsig.notifiers import UnsupportedReactorError
@@ -41,6 +45,21 @@ if TYPE_CHECKING:
     from twisted_rtsig.asyncioreactor import AsyncioEngineReactor
 
 
+_new_object: Any = object.__new__
+
+# Whether all that a handle has is known here.
+_HANDLES_ARE_KNOWN: Final = set(asyncio.Handle.__slots__) == {
+    "__weakref__",
+    "_args",
+    "_callback",
+    "_cancelled",
+    "_context",
+    "_loop",
+    "_repr",
+    "_source_traceback",
+}
+
+
 class EngineEventLoop(asyncio.SelectorEventLoop):
     """
     An event loop that runs a reactor while it waits.
@@ -50,6 +69,9 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
 
     reactor: AsyncioEngineReactor
     # Of asyncio.
+    _closed: bool
+    _debug: bool
+    _ready: Any
     _selector: Any
     _transports: Any
 
@@ -60,12 +82,26 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
         self.reactor._in_log_context(self._run_forever)
 
     def _run_forever(self, fields: LogContext) -> None:
-        selector = self._selector
+        selector, reactor = self._selector, self.reactor
         selector.fields = fields
+        reactor.in_plain_run = reactor.calls_protocols
         try:
             super().run_forever()
+        except Stopped:
+            pass
         finally:
             selector.fields = None
+            reactor.in_plain_run = False
+            reactor.send_collected()
+
+    def set_debug(self, enabled: bool) -> None:
+        """As C{AbstractEventLoop.set_debug}."""
+        super().set_debug(enabled)
+        reactor = getattr(self, "reactor", None)
+        if reactor is not None:
+            reactor.calls_protocols = not enabled
+            # The latter until the loop runs again.
+            reactor.in_plain_run = False
 
     def close(self) -> None:
         """
@@ -80,6 +116,31 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
         finally:
             super().close()
             self.reactor.loop_closed()
+
+    def call_soon(  # type: ignore[override]
+        self,
+        callback: Callable[..., Any],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> Any:
+        """As C{AbstractEventLoop.call_soon}."""
+        if self._debug or self._closed or not _HANDLES_ARE_KNOWN:
+            handle: Any = super().call_soon(callback, *args, context=context)
+            if handle._source_traceback:
+                # It begins with the caller.
+                del handle._source_traceback[-1]
+            return handle
+        # Each step of a task comes here: what the constructor does is written out.
+        handle = _new_object(asyncio.Handle)
+        handle._callback = callback
+        handle._args = args
+        handle._loop = self
+        handle._context = contextvars.copy_context() if context is None else context
+        handle._cancelled = False
+        handle._repr = None
+        handle._source_traceback = None
+        self._ready.append(handle)
+        return handle
 
     # Signals
 
@@ -197,7 +258,10 @@ def adopt(loop: Any, reactor: AsyncioEngineReactor) -> EngineEventLoop:
         loop.__class__ = (
             EngineEventLoop
             if cls is asyncio.SelectorEventLoop
-            else type(cls.__name__, (EngineEventLoop, cls), {})
+            # Its own way to schedule callbacks, if it has one.
+            else type(
+                cls.__name__, (EngineEventLoop, cls), {"call_soon": cls.call_soon}
+            )
         )
     loop.reactor = reactor
     handle = loop._signal_handlers.get(signal.SIGCHLD)

@@ -12,6 +12,7 @@ attributes in each pass.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
 import selectors
 import socket
@@ -36,6 +37,10 @@ assert (READ, WRITE) == (selectors.EVENT_READ, selectors.EVENT_WRITE)
 # read, however small, then maps memory, faults it in and unmaps it.
 MOST_AT_ONCE: Final = 65536
 
+# The most bytes that one transport collects before it sends.  Pieces are copied when
+# they are put together.
+_COLLECTED_AT_MOST: Final = 16 * 1024
+
 # In seconds: as long as asyncio itself sleeps at most.
 _LONGEST_SLEEP: Final = 24 * 3600.0
 
@@ -46,9 +51,104 @@ _log = Logger(namespace="twisted.internet.base")
 
 
 class SocketTransport(asyncio.selector_events._SelectorSocketTransport):  # type: ignore[name-defined,misc]
-    """asyncio's transport for stream sockets, which the engine may read for."""
+    """
+    asyncio's transport for stream sockets, which the engine may read for, and which
+    sends what is written when the callbacks of the pass have been called.
+
+    Whatever else is asked of the transport, what is collected is sent first.  So it is
+    that of asyncio in all but the moment of the send.
+
+    :ivar collected: what was written and not sent yet.
+    """
 
     max_size = MOST_AT_ONCE
+
+    def __init__(self, loop: Any, *args: Any, **kwargs: Any) -> None:
+        self.collected = b""
+        # Whether asyncio's own write() would send at once.
+        self._sends_at_once = True
+        self._reactor: AsyncioEngineReactor = loop.reactor
+        self._context = contextvars.copy_context()
+        super().__init__(loop, *args, **kwargs)
+
+    def write(self, data: Any) -> None:
+        """As C{WriteTransport.write}."""
+        reactor = self._reactor
+        if (
+            self._sends_at_once
+            and reactor.in_plain_run
+            and type(data) is bytes
+            and len(data) <= _COLLECTED_AT_MOST
+            # Otherwise a signal handler writes, in the middle of the sleep.
+            and not reactor._waiting
+        ):
+            collected = self.collected
+            if not collected:
+                self.collected = data
+                reactor.collecting.append(self)
+                return
+            if len(collected) + len(data) <= _COLLECTED_AT_MOST:
+                self.collected = collected + data
+                return
+        self._send_first()
+        super().write(data)
+        self._sends_at_once = not (
+            self._buffer
+            or self._conn_lost
+            or self._eof
+            or self._empty_waiter is not None
+        )
+
+    def send_collected(self) -> None:
+        """Send what is collected, and leave to asyncio what there is no room for."""
+        data = self.collected
+        if data:
+            self.collected = b""
+            try:
+                sent = self._sock.send(data)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except Exception as error:
+                message = "Fatal write error on socket transport"
+                self._context.run(self._fatal_error, error, message)
+                return
+            if sent < len(data):
+                self._sends_at_once = False
+                self._context.run(super().write, data[sent:])
+
+    def _send_first(self) -> None:
+        """Before what asyncio does."""
+        self.send_collected()
+        self._sends_at_once = False
+
+    def writelines(self, list_of_data: Any) -> None:
+        """As C{WriteTransport.writelines}."""
+        self._send_first()
+        super().writelines(list_of_data)
+
+    def write_eof(self) -> None:
+        """As C{WriteTransport.write_eof}."""
+        self._send_first()
+        super().write_eof()
+
+    def close(self) -> None:
+        """As C{BaseTransport.close}."""
+        self._send_first()
+        super().close()
+
+    def get_write_buffer_size(self) -> int:
+        """As C{WriteTransport.get_write_buffer_size}."""
+        self.send_collected()
+        size: int = super().get_write_buffer_size()
+        return size
+
+    def _force_close(self, exc: BaseException | None) -> None:
+        self._send_first()
+        super()._force_close(exc)
+
+    def _make_empty_waiter(self) -> Any:
+        self._send_first()
+        return super()._make_empty_waiter()
 
     def reads_plainly(self) -> bool:
         """Whether it is of TCP, and gives what it reads to C{data_received}."""
@@ -116,23 +216,31 @@ class WatchedTransport(Watched):
     has emptied the socket.
     """
 
-    __slots__ = ("_loop", "_mode", "_transport", "run")
+    __slots__ = (
+        "_mode",
+        "_reactor",
+        "_transport",
+        "logstr",
+        "reads_by_recv",
+        "run",
+    )
 
     # Of the engine's streams.
     tells_drained = True
-    reads_by_recv = False
-    logstr = "-"
 
     def __init__(
         self,
         key: selectors.SelectorKey,
         reported: list[Watched],
         transport: Any,
-        loop: Any,
+        reactor: AsyncioEngineReactor,
     ) -> None:
         super().__init__(key, reported)
         self._transport = transport
-        self._loop = loop
+        self._reactor: Any = reactor
+        # Of the engine's streams.
+        self.reads_by_recv = False
+        self.logstr = "-"
         # Changes with the protocol.
         self._mode = transport._read_ready_cb
         self.run = key.data[0]._context.run
@@ -140,19 +248,17 @@ class WatchedTransport(Watched):
 
     def doRead(self) -> None:
         """What C{_read_ready__data_received} of the transport does."""
-        transport, run = self._transport, self.run
+        transport = self._transport
         try:
             if (
-                self._loop._debug
-                or transport._read_ready_cb is not self._mode
-                or self._loop.reactor.iterates_inside
+                transport._read_ready_cb is not self._mode
+                or not self._reactor.calls_protocols
             ):
-                # The loop measures the callback, or does not call data_received(), or
-                # data_received() iterates the reactor: a context is entered once.
-                self._loop.reactor.look_again(self)
+                # The transport does not call data_received(), or the loop measures the
+                # callback, or data_received() iterates the reactor: a context is
+                # entered once.
+                self._reactor.look_again(self)
                 self.report(READ)
-                return
-            if transport._conn_lost:
                 return
             try:
                 data = transport._sock.recv(MOST_AT_ONCE)
@@ -160,23 +266,27 @@ class WatchedTransport(Watched):
                 return
             except Exception as error:
                 message = "Fatal read error on socket transport"
-                run(transport._fatal_error, error, message)
+                self.run(transport._fatal_error, error, message)
                 return
             if not data:
-                run(transport._read_ready__on_eof)
+                self.run(transport._read_ready__on_eof)
                 return
             if len(data) == MOST_AT_ONCE:
-                self._loop.reactor.look_again(self)
+                self._reactor.look_again(self)
             try:
-                run(transport._protocol.data_received, data)
+                self.run(transport._protocol.data_received, data)
             except (SystemExit, KeyboardInterrupt):
                 raise
             except BaseException as error:
                 message = "Fatal error: protocol.data_received() call failed."
-                run(transport._fatal_error, error, message)
+                self.run(transport._fatal_error, error, message)
         except BaseException as error:
             # The engine would log it, and lose the connection.
-            self._loop.reactor.raised = error
+            self._reactor.raised = error
+
+
+class Stopped(BaseException):
+    """The loop was stopped by a callback, and shall call no others."""
 
 
 class EngineSelector(selectors.BaseSelector):
@@ -227,7 +337,7 @@ class EngineSelector(selectors.BaseSelector):
         if key.events & READ and isinstance(key.data, tuple):
             transport = getattr(key.data[0]._callback, "__self__", None)
             if type(transport) is SocketTransport and transport.reads_plainly():
-                return WatchedTransport(key, self._reported, transport, self._loop)
+                return WatchedTransport(key, self._reported, transport, self._reactor)
         return Watched(key, self._reported)
 
     def modify(
@@ -336,7 +446,9 @@ class EngineSelector(selectors.BaseSelector):
         while True:
             try:
                 delay = reactor._make_calls()
-                # Only now: these calls may have given asyncio something to do.
+                if reactor.collecting:
+                    reactor.send_collected()
+                # Only now: all this may have given asyncio something to do.
                 if timeout == 0 or reported or loop._ready or loop._stopping:
                     delay = 0
                 elif loop._scheduled or deadline is not None:
@@ -351,7 +463,7 @@ class EngineSelector(selectors.BaseSelector):
                     reactor.raised = None
             if once:
                 break
-            if reported or loop._ready or loop._stopping:
+            if reported or loop._stopping:
                 return
             if loop._scheduled or deadline is not None:
                 now = loop.time() + loop._clock_resolution
@@ -362,8 +474,29 @@ class EngineSelector(selectors.BaseSelector):
                 if loop._timer_cancelled_count > len(loop._scheduled) // 2 + 100:
                     # Only the loop itself throws cancelled timers away.
                     return
+            if loop._ready:
+                if not reactor.in_plain_run:
+                    return
+                self._run_ready()
         if reactor.makes_one_pass:
             loop.stop()
+
+    def _run_ready(self) -> None:
+        """
+        What the loop itself does when nothing but callbacks is there.
+
+        :raises Stopped: if one of them has stopped the loop.
+        """
+        loop = self._loop
+        ready = loop._ready
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle._cancelled:
+                handle._run()
+        # It may hold an exception whose traceback holds this frame.
+        handle = None
+        if loop._stopping:
+            raise Stopped
 
     def _sleep(self, delay: float | None, deadline: float | None) -> float:
         """How long nothing is due: for Twisted, for asyncio and for the caller."""
@@ -449,6 +582,7 @@ __all__ = [
     "MOST_AT_ONCE",
     "EngineSelector",
     "SocketTransport",
+    "Stopped",
     "Watched",
     "WatchedTransport",
 ]

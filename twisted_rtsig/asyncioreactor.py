@@ -28,6 +28,7 @@ import stat
 import sys
 import threading
 from asyncio import events
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -44,7 +45,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from twisted_rtsig.asyncio_loop import EngineEventLoop, adopt, check_loop
-from twisted_rtsig.asyncio_selector import Watched, WatchedTransport
+from twisted_rtsig.asyncio_selector import SocketTransport, Watched, WatchedTransport
 from twisted_rtsig.awaited_by_asyncio import install as let_asyncio_await_deferreds
 from twisted_rtsig.engine.reactor import EngineReactor, LogContext
 from twisted_rtsig.engine.registration import READ, WRITE, Registration
@@ -166,8 +167,18 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
         """Whether the loop starts the reactor when it runs: nothing calls run()."""
         self.makes_one_pass = False
         """Whether the loop is run by iterate()."""
-        self.iterates_inside = 0
-        """How many calls of iterate() are under way in the loop that runs."""
+        self.calls_protocols = True
+        """
+        Whether a pass may call protocols of asyncio: not in debug mode, in which the
+        loop measures callbacks, and not within a call of iterate().
+        """
+        self.in_plain_run = False
+        """
+        Whether the same holds, and the loop was run after it got this reactor.  Then
+        send_collected() is called before it waits and when it has stopped.
+        """
+        self.collecting: deque[SocketTransport] = deque()
+        """Transports that have something to send."""
         self.raised: BaseException | None = None
         """What a protocol of asyncio has raised in a pass, and ends the loop."""
         self._was_started_by_loop = False
@@ -180,6 +191,7 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
         if current:
             asyncio.set_event_loop(loop)
         self._asyncioEventloop = adopt(loop, self)
+        self.calls_protocols = not loop.get_debug()
 
     # Not those of Twisted's reactor, which come before these.
     callFromThread = ReactorBase.callFromThread  # type: ignore[assignment]
@@ -332,11 +344,15 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
         """
         loop = self._asyncioEventloop
         if events._get_running_loop() is not None or loop.is_closed():
-            self.iterates_inside += 1
+            calls, self.calls_protocols = self.calls_protocols, False
+            plain, self.in_plain_run = self.in_plain_run, False
+            self.send_collected()
             try:
                 ReactorBase.iterate(self, delay)
             finally:
-                self.iterates_inside -= 1
+                debug = loop.get_debug()
+                self.calls_protocols = calls and not debug
+                self.in_plain_run = plain and not debug
             return
         self.makes_one_pass = True
         timer = loop.call_later(delay, _nothing)
@@ -347,6 +363,12 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
             timer.cancel()
 
     # For the event loop
+
+    def send_collected(self) -> None:
+        """Send what transports of asyncio have collected."""
+        collecting = self.collecting
+        while collecting:
+            collecting.popleft().send_collected()
 
     def is_file(self, watched: Watched) -> bool:
         """
