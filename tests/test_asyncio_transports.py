@@ -529,10 +529,14 @@ def test_more_small_writes_than_there_is_room_for(loop: Any) -> None:
         transport = pair.protocol.transport
         sender = Sender(lambda protocol, data: None)
         transport.set_protocol(sender)
+        # So that little is much.
+        handle = transport.get_extra_info("socket")
+        handle.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10_000)
+        transport.set_write_buffer_limits(1000)
         sent = 0
         while "pause" not in events:
             for _ in range(10):
-                transport.write(b"%07d " % sent)
+                transport.write(b"%0999d " % sent)
                 sent += 1
             await asyncio.sleep(0)
         assert events == ["pause"]
@@ -549,7 +553,7 @@ def test_more_small_writes_than_there_is_room_for(loop: Any) -> None:
         everything = await loop.run_in_executor(None, read_all)
         assert (
             everything
-            == b"".join(b"%07d " % each for each in range(sent)) + b"the last"
+            == b"".join(b"%0999d " % each for each in range(sent)) + b"the last"
         )
         await until(lambda: events == ["pause", "resume"])
         await end(pair)
