@@ -137,18 +137,18 @@ def test_asyncio_has_the_names(owner: str) -> None:
 @pytest.mark.parametrize(
     ("source", "name"),
     [
-        ("def peek(port): return port._realPortNumber", "_realPortNumber"),
+        ("def peek(port): return port._preexistingSocket", "_preexistingSocket"),
         ("def peek(port): return getattr(port, '_type')", "_type"),
         ("from twisted.internet.tcp import _accept", "_accept"),
         ("from twisted.internet.posixbase import processEnabled", "processEnabled"),
         # In a class of this package: overridden, set, read.
         ("class Stream:\n def _isSendBufferFull(self): ...", "_isSendBufferFull"),
         ("class Stream:\n _aborting = True", "_aborting"),
-        ("class Stream:\n disconnected = 0", "disconnected"),
+        ("class Stream:\n _shouldShutdown = 0", "_shouldShutdown"),
         ("class Stream:\n def go(self): self._aborting = 1", "_aborting"),
         ("class Stream:\n def go(self): super()._aborting", "_aborting"),
-        ("class UNIXStream:\n def go(self): self.repstr", "repstr"),
-        ("def go(stream): return stream.sessionno", "sessionno"),
+        ("class UNIXStream:\n def go(self): self.realAddress", "realAddress"),
+        ("def go(stream): return stream.realAddress", "realAddress"),
         # Nobody here reads it, so that Twisted must.
         ("class EngineReactor:\n _hook = True", "_hook"),
     ],

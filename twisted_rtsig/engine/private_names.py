@@ -40,6 +40,7 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "bufferSize",
         "connected",
         "dataBuffer",
+        "disconnected",
         "disconnecting",
         "offset",
         "producer",
@@ -120,8 +121,26 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "twisted.internet.tcp.Connector": ("_makeTransport", "bindAddress", "host", "port"),
     "twisted.internet.tcp": ("_reservedFD",),
-    "twisted.internet.tcp.Port": ("_fromListeningDescriptor", "transport"),
-    "twisted.internet.tcp.Server": ("_fromConnectedSocket",),
+    "twisted.internet.tcp.Port": (
+        "_addressType",
+        "_buildAddr",
+        "_fromListeningDescriptor",
+        "_realPortNumber",
+        "factory",
+        "numberAccepts",
+        "sessionno",
+        "transport",
+    ),
+    "twisted.internet.tcp.Server": (
+        "_addressType",
+        "_fromConnectedSocket",
+        "client",
+        "hostname",
+        "repstr",
+        "server",
+        "sessionno",
+    ),
+    "twisted.internet.tcp._SocketCloser": ("_closeSocket",),
     "twisted.internet.udp.Port": (
         "_connectedAddr",
         "_fromListeningDescriptor",
@@ -212,6 +231,8 @@ OF_ASYNCIO: Final[Mapping[str, tuple[str, ...]]] = {
     "asyncio.tasks": ("_enter_task", "_leave_task"),
     # Of Python's library; multiprocessing uses it as well.
     "subprocess": ("_args_from_interpreter_flags",),
+    # Of the standard library as well.
+    "socket.socket": ("_accept",),
     # Not on Windows
     "asyncio.unix_events.BaseChildWatcher": ("_callbacks",),
     "asyncio.unix_events.FastChildWatcher": ("_forks", "_lock", "_zombies"),
@@ -228,6 +249,7 @@ the loop: see C{tests/test_asyncio_suite.py}.
 """
 
 _STREAM = "twisted_rtsig.engine.streams.Stream"
+_TCP_SERVER = "twisted_rtsig.engine.streams.TCPServer"
 _UNIX_STREAM = "twisted_rtsig.engine.streams.UNIXStream"
 _STREAM_REACTOR = "twisted_rtsig.engine.streams.StreamReactor"
 _DATAGRAM_REACTOR = "twisted_rtsig.engine.datagrams.DatagramReactor"
@@ -242,6 +264,10 @@ _SELECTOR = "twisted_rtsig.asyncio_selector.EngineSelector"
 MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
     # Streams
     "twisted.internet._newtls.ConnectionMixin.write": (f"{_STREAM}.write",),
+    "twisted.internet.abstract.FileDescriptor.__init__": (f"{_TCP_SERVER}.__init__",),
+    "twisted.internet.abstract.FileDescriptor.connectionLost": (
+        f"{_TCP_SERVER}.connectionLost",
+    ),
     "twisted.internet.abstract.FileDescriptor.doWrite": (
         f"{_STREAM}.doWrite",
         f"{_REACTOR}._send_queued",
@@ -268,6 +294,10 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
         "twisted_rtsig.engine.streams.TCPClient.tells_drained",
         f"{_STREAM}.startWriting",
     ),
+    "twisted.internet.tcp.Connection.__init__": (f"{_TCP_SERVER}.__init__",),
+    "twisted.internet.tcp.Connection.connectionLost": (
+        f"{_TCP_SERVER}.connectionLost",
+    ),
     "twisted.internet.tcp.Connection._dataReceived": (f"{_REACTOR}._read_plain_input",),
     "twisted.internet.tcp.Connection.doRead": (
         f"{_STREAM}.doRead",
@@ -281,6 +311,13 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "twisted.internet.tcp.Connector._makeTransport": (
         "twisted_rtsig.engine.streams.TCPConnector._makeTransport",
+    ),
+    "twisted.internet.tcp.Port.doRead": (
+        "twisted_rtsig.engine.streams.TCPPort.doRead",
+    ),
+    "twisted.internet.tcp.Server.__init__": (
+        f"{_TCP_SERVER}.__init__",
+        f"{_TCP_SERVER}.repstr",
     ),
     "twisted.internet.tcp._AbortingMixin.abortConnection": (
         f"{_STREAM}.abortConnection",

@@ -201,6 +201,25 @@ class EngineReactor(
 
     # Streams
 
+    def begin_reading(self, stream: Stream) -> None:
+        """
+        As C{addReader}, of a stream that is new, and whose descriptor as a rule is.
+
+        :raises OSError: if its descriptor cannot be watched.
+        """
+        descriptor = stream.fileno()
+        if descriptor in self._registrations or descriptor < 0:
+            self.addReader(stream)
+            return
+        registration = Registration(descriptor, stream.origin, stream.tells_drained)
+        registration.interest = READ
+        self._notifier.watch(registration)
+        registration.reader = stream
+        self._registrations[descriptor] = self._reading[stream] = registration
+        self._unchecked[registration] = READ
+        if self._waiting:
+            self.wakeUp()
+
     def look_again(self, stream: Stream) -> None:
         """There may be more to read than C{stream} has read."""
         registration = self._reading.get(stream)

@@ -24,9 +24,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from twisted.internet import tcp
 from twisted.internet.abstract import FileDescriptor
-from twisted.internet.error import ConnectionFdescWentAway, UnsupportedAddressFamily
+from twisted.internet.address import IPv6Address
+from twisted.internet.error import (
+    ConnectionAborted,
+    ConnectionDone,
+    ConnectionFdescWentAway,
+    UnsupportedAddressFamily,
+)
 from twisted.internet.main import CONNECTION_LOST
 from twisted.internet.posixbase import PosixReactorBase, unixEnabled
+from twisted.python import log
+from twisted.python.runtime import platformType
 
 from twisted_rtsig.engine.private_names import RESULT_IGNORED
 from twisted_rtsig.engine.registration import Origin
@@ -100,6 +108,11 @@ class Stream(tcp.Connection):
     reactor: EngineReactor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._set_attributes()
+        super().__init__(*args, **kwargs)
+
+    def _set_attributes(self) -> None:
+        """Set what an instance has in a slot and Twisted's class has for it."""
         self.SEND_LIMIT = _SEND_LIMIT
         self.TLS = False
         self._writeDisconnected = False
@@ -112,7 +125,6 @@ class Stream(tcp.Connection):
         self.producer = None
         self.reads_by_recv = RESULT_IGNORED
         self.write_state = NOT_WRITING
-        super().__init__(*args, **kwargs)
 
     @property
     def tells_drained(self) -> bool:
@@ -331,7 +343,88 @@ class ServerStream(Stream):
 
 
 class TCPServer(ServerStream, tcp.Server):
-    """A TCP connection that the reactor accepted."""
+    """
+    A TCP connection that the reactor accepted.
+
+    Each connection comes through C{__init__} and C{connectionLost}, so that what
+    Twisted's classes do there is written out.
+    """
+
+    def __init__(
+        self,
+        sock: Any,
+        protocol: Any,
+        client: Any,
+        server: Any,
+        sessionno: int,
+        reactor: Any,
+    ) -> None:
+        if server is None or not reactor:
+            super().__init__(sock, protocol, client, server, sessionno, reactor)
+            return
+        self._set_attributes()
+        # FileDescriptor
+        self.reactor = reactor
+        self._tempDataBuffer = []
+        self._tempDataLen = 0
+        # Connection
+        self.socket = sock
+        sock.setblocking(False)
+        self.fileno = sock.fileno
+        self.protocol = protocol
+        # Server
+        if len(client) != 2:
+            self._addressType = IPv6Address
+        self.server = server
+        self.client = client
+        self.sessionno = sessionno
+        self.hostname = hostname = client[0]
+        self.logstr = f"{self._getLogPrefix(protocol)},{sessionno},{hostname}"
+        self._repr_of = protocol.__class__, server._realPortNumber
+        reactor.begin_reading(self)
+        self.connected = 1
+        # ServerStream
+        reactor.server_connections[self] = None
+
+    @property
+    def repstr(self) -> str:
+        """What C{repr} returns, which few ask for."""
+        text: str | None = self.__dict__.get("repstr")
+        if text is None:
+            cls, port = self._repr_of
+            text = f"<{cls.__name__} #{self.sessionno} on {port}>"
+        return text
+
+    @repstr.setter
+    def repstr(self, text: str) -> None:
+        self.__dict__["repstr"] = text
+
+    def connectionLost(self, reason: Any) -> None:
+        """See ``abstract.FileDescriptor.connectionLost``."""
+        if not hasattr(self, "socket"):
+            # It was called before.
+            return
+        try:
+            # FileDescriptor
+            self.disconnected = 1
+            self.connected = 0
+            producer: Any = self.producer
+            if producer is not None:
+                producer.stopProducing()
+                self.producer = None
+            self.stopReading()
+            self.stopWriting()
+            # Connection
+            orderly = type(reason.value) is ConnectionDone
+            self._closeSocket(orderly or not reason.check(ConnectionAborted))
+            protocol = self.protocol
+            del self.protocol
+            del self.socket
+            del self.fileno
+            protocol.connectionLost(reason)
+        finally:
+            # ServerStream
+            self.reactor._server_connection_lost(self)
 
 
 class AdoptedTCPServer(TCPServer):
@@ -354,6 +447,54 @@ class TCPPort(tcp.Port):
 
     transport = TCPServer
 
+    def doRead(self) -> None:
+        """
+        As ``tcp.Port.doRead``, which is left to deal with errors, and which makes a
+        logger, and members of enumerations for each socket.
+        """
+        listening: Any = self.socket
+        factory: Any = self.factory
+        if platformType != "posix" or type(self.socket) is not socket.socket:
+            super().doRead()
+            return
+        # The attributes of socket.socket make members of enumerations.
+        handle: Any = super(socket.socket, listening)
+        family, kind, proto = handle.family, handle.type, handle.proto
+        most, accepted = self.numberAccepts, 0
+        try:
+            while accepted < most:
+                try:
+                    descriptor, address = listening._accept()
+                except BlockingIOError:
+                    break
+                except OSError:
+                    super().doRead()
+                    return
+                accepted += 1
+                client = socket.socket(family, kind, proto, fileno=descriptor)
+                if len(address) == 4:
+                    # For the scope of an IPv6 address.
+                    host = socket.getnameinfo(
+                        address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+                    )
+                    address = (host[0], *address[1:])
+                protocol = factory.buildProtocol(self._buildAddr(address))
+                if protocol is None:
+                    client.close()
+                    continue
+                number = self.sessionno
+                self.sessionno = number + 1
+                transport = self.transport(
+                    client, protocol, address, self, number, self.reactor
+                )
+                protocol.makeConnection(transport)
+            if accepted == self.numberAccepts:
+                self.numberAccepts += 20
+            else:
+                self.numberAccepts = max(1, accepted)
+        except BaseException:
+            log.deferr()
+
 
 class TCPConnector(tcp.Connector):
     """Makes TCP connections."""
@@ -364,7 +505,6 @@ class TCPConnector(tcp.Connector):
 
 if unixEnabled:
     from twisted.internet import unix
-    from twisted.python import log
 
     # Room for ancillary data, as Twisted has it.  Linux lets one message carry
     # 253 descriptors (SCM_RIGHTS in unix(7)), which is a quarter of it.
