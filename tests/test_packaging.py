@@ -14,6 +14,7 @@ import sys
 import tarfile
 import zipfile
 from dataclasses import dataclass
+from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path, PurePath
 
@@ -39,6 +40,16 @@ class Built:
     def wheel_names(self) -> set[str]:
         with zipfile.ZipFile(self.wheel) as archive:
             return set(archive.namelist())
+
+    def metadata(self) -> Message:
+        """The headers of the wheel's metadata."""
+        with zipfile.ZipFile(self.wheel) as archive:
+            (metadata,) = (
+                name
+                for name in archive.namelist()
+                if name.endswith(".dist-info/METADATA")
+            )
+            return HeaderParser().parsestr(archive.read(metadata).decode())
 
     def sdist_names(self) -> set[str]:
         """Without the leading folder, which names the version."""
@@ -122,8 +133,20 @@ def test_wheel_holds_every_module(built: Built) -> None:
 def test_sdist_contents(built: Built) -> None:
     names = built.sdist_names()
     assert {*PLUGINS, "LICENSE", "README.md", "pyproject.toml"} <= names
+    assert {"CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "dev"} <= names
     assert {"tests/__init__.py", f"tests/{Path(__file__).name}"} <= names
     assert [name for name in names if name.endswith((".pyc", ".cache"))] == []
+
+
+def test_licence(built: Built) -> None:
+    """An SPDX expression, and the text (PEP 639), without the classifier."""
+    metadata = built.metadata()
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata.get_all("License-File") == ["LICENSE"]
+    assert "License ::" not in str(metadata.get_all("Classifier"))
+    (text,) = (name for name in built.wheel_names() if name.endswith("/LICENSE"))
+    with zipfile.ZipFile(built.wheel) as archive:
+        assert archive.read(text) == (CHECKOUT / "LICENSE").read_bytes()
 
 
 def test_dependencies(built: Built) -> None:
@@ -131,12 +154,7 @@ def test_dependencies(built: Built) -> None:
     At run time, Twisted and zope.interface, and what Python 3.10 lacks; all else
     is an extra.
     """
-    with zipfile.ZipFile(built.wheel) as archive:
-        (metadata,) = (
-            name for name in archive.namelist() if name.endswith(".dist-info/METADATA")
-        )
-        headers = HeaderParser().parsestr(archive.read(metadata).decode())
-    required = headers.get_all("Requires-Dist", [])
+    required = built.metadata().get_all("Requires-Dist", [])
     names = []
     for each in required:
         requirement, _, marker = each.partition(";")
