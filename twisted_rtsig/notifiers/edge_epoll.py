@@ -53,7 +53,9 @@ from twisted_rtsig.notifiers import (
 #
 # * A forked child shares the very set with its parent, and makes its own.
 
-_EDGE_TRIGGERED_INPUT = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLPRI
+# PyPy leaves this one out.  It is the same number on every architecture.
+_EPOLLRDHUP = getattr(select, "EPOLLRDHUP", 0x2000)
+_EDGE_TRIGGERED_INPUT = select.EPOLLIN | _EPOLLRDHUP | select.EPOLLPRI
 
 # Indexed by interest: nothing, READ, WRITE, READ | WRITE.
 _LEVEL_MASKS = (
