@@ -42,6 +42,9 @@ from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
 
 T = TypeVar("T")
 
+ON_PYPY = sys.implementation.name == "pypy"
+"""PyPy collects unreferenced objects some time later, not at once."""
+
 DEADLINE = 20.0
 """Seconds after which a test gives up on an event that should come at once."""
 

@@ -93,3 +93,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> PrivateCertificate:
     files = make_certificate(tmp_path_factory.mktemp("certificate"))
     pem = b"".join(each.read_bytes() for each in files)
     return cast(PrivateCertificate, PrivateCertificate.loadPEM(pem))
+
+
+@pytest.fixture
+def tracemalloc() -> Any:
+    """The module; PyPy has none."""
+    return pytest.importorskip("tracemalloc")

@@ -6,7 +6,6 @@ import gc
 import math
 import sys
 import threading
-import tracemalloc
 from collections.abc import Generator
 from typing import Any
 
@@ -261,7 +260,7 @@ def test_quantiles() -> None:
         histogram.quantile(95)
 
 
-def test_a_sample_takes_no_memory() -> None:
+def test_a_sample_takes_no_memory(tracemalloc: Any) -> None:
     histogram = Histogram()
     histogram.add(10**12)
     tracemalloc.start()

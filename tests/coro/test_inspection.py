@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 import threading
-import tracemalloc
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -518,7 +517,7 @@ def test_tasks_of_one_name_below_those_that_spawned_them(clock: Clock) -> None:
     stop.set()
 
 
-def test_a_task_that_waits_takes_little_memory(clock: Clock) -> None:
+def test_a_task_that_waits_takes_little_memory(tracemalloc: Any, clock: Clock) -> None:
     """In all, and in a group, whose tasks are found without an object for each."""
     count = 1_000
     stop = Event()
@@ -557,7 +556,7 @@ def test_a_task_that_waits_takes_little_memory(clock: Clock) -> None:
     stop.set()
 
 
-def test_tasks_that_have_ended_take_no_memory(clock: Clock) -> None:
+def test_tasks_that_have_ended_take_no_memory(tracemalloc: Any, clock: Clock) -> None:
     async def nothing() -> None:
         pass
 

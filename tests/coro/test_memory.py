@@ -7,7 +7,6 @@ import os
 import socket
 import ssl
 import threading
-import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -190,7 +189,7 @@ def test_what_is_read_whole_is_not_copied() -> None:
 
 
 @pytest.mark.parametrize("pieces", [1, 10])
-def test_what_is_kept_is_not_copied(pieces: int) -> None:
+def test_what_is_kept_is_not_copied(tracemalloc: Any, pieces: int) -> None:
     """Many small reads of much data make copies of what they read, and no more."""
     lines = [b"a line\n" * 100_000] * pieces
     peaks = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 import gc
 import sys
-import tracemalloc
 import weakref
 from collections.abc import Callable, Generator
 from typing import Any
@@ -394,7 +393,7 @@ def test_they_let_others_have_their_turn(reactor: Any) -> None:
     task.cancel()
 
 
-def test_many_transfers_take_no_memory(clock: Clock) -> None:
+def test_many_transfers_take_no_memory(tracemalloc: Any, clock: Clock) -> None:
     sizes: list[int] = []
 
     def play(value: Any) -> Generator[Any, Any, None]:
@@ -419,7 +418,7 @@ def test_many_transfers_take_no_memory(clock: Clock) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("style", ["async def", "generator"])
-def test_a_million_transfers(clock: Clock, style: str) -> None:
+def test_a_million_transfers(tracemalloc: Any, clock: Clock, style: str) -> None:
     """In both styles they take no memory, and no stack."""
     sizes: list[int] = []
     depths: set[int] = set()
