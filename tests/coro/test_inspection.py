@@ -541,7 +541,8 @@ def test_a_task_that_waits_takes_little_memory(tracemalloc: Any, clock: Clock) -
         spawn(main, reactor=clock)
         clock.advance(0)
         clock.advance(0)
-        return (tracemalloc.get_traced_memory()[0] - before) / count
+        grown: int = tracemalloc.get_traced_memory()[0] - before
+        return grown / count
 
     tracemalloc.start()
     try:
