@@ -16,6 +16,8 @@ import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -32,6 +34,7 @@ from tests.workers.support import (
     write_tac,
 )
 from twisted_rtsig.workers.notify import Notifier
+from twisted_rtsig.workers.status import Status, read_status
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="workers need a POSIX system"),
@@ -59,10 +62,17 @@ cooperate(talk()).whenDone().addCallback(lambda ignored: print("DONE"))
 
 
 @contextlib.contextmanager
-def daemon(folder: Path, *arguments: str) -> Iterator[int]:
-    """A daemon, which is stopped in the end; its process."""
+def daemon(
+    folder: Path, *arguments: str, launcher: tuple[str, ...] = ()
+) -> Iterator[int]:
+    """
+    A daemon, which is stopped in the end; its process.
+
+    :param launcher: the command that starts it.
+    """
+    command = (*launcher, sys.executable, "-c", RUN_TWISTD, "--reactor=rtsig-auto")
     done = subprocess.run(
-        [*(sys.executable, "-c", RUN_TWISTD, "--reactor=rtsig-auto"), *arguments],
+        [*command, *arguments],
         cwd=folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -114,6 +124,74 @@ def test_log_file(tmp_path: Path) -> None:
         assert each[:LINES] == list(range(LINES))
     assert set(lines) == {"0", "1"}
     assert text.count("Worker 1 is ready") == 2
+
+
+IN_TERMINAL = (
+    sys.executable,
+    "-c",
+    "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))",
+)
+"""What runs a command in a terminal of its own."""
+
+
+def test_daemon_started_in_a_terminal(tmp_path: Path) -> None:
+    """SIGHUP reloads it, although its terminal is gone."""
+    write_tac(tmp_path, ON_PORT_0)
+    arguments = ("-l", "log", "workers", "-c", "1", "-y", "app.tac")
+    with daemon(tmp_path, *arguments, launcher=IN_TERMINAL) as process:
+        os.kill(process, signal.SIGHUP)
+        log = tmp_path / "log"
+        wait_until(lambda: re.search("reload is complete|Stopping", log.read_text()))
+        assert "Stopping" not in log.read_text()
+
+
+def test_nohup(tmp_path: Path) -> None:
+    """nohup(1) keeps it alive when its terminal is gone."""
+    write_tac(tmp_path, ON_PORT_0)
+    terminal, of_twistd = os.openpty()
+    with (
+        contextlib.closing(os.fdopen(terminal, "rb", buffering=0)) as file,
+        Twistd(
+            tmp_path,
+            *("-c", "1", "-y", "app.tac"),
+            prelude=TAKE_TERMINAL + IGNORE_SIGHUP,
+            env={"TERMINAL": os.ttyname(of_twistd)},
+        ) as twistd,
+    ):
+        twistd.wait_until_ready(1)
+        os.close(of_twistd)
+        file.close()
+        twistd.wait_for("The reload is complete")
+        assert "The terminal is gone" not in twistd.output
+
+
+def test_terminal_is_gone(tmp_path: Path) -> None:
+    """What was started in the foreground of a terminal stops with it."""
+    write_tac(tmp_path, ON_PORT_0)
+    terminal, of_twistd = os.openpty()
+    with (
+        contextlib.closing(os.fdopen(terminal, "rb", buffering=0)) as file,
+        Twistd(
+            tmp_path,
+            *("-c", "1", "-y", "app.tac"),
+            prelude=TAKE_TERMINAL,
+            env={"TERMINAL": os.ttyname(of_twistd)},
+        ) as twistd,
+    ):
+        twistd.wait_until_ready(1)
+        os.close(of_twistd)
+        file.close()
+        assert twistd.wait() == 0
+        assert "The terminal is gone" in twistd.output
+
+
+# A session leader takes the first terminal that it opens.
+TAKE_TERMINAL = """
+import os, signal
+os.open(os.environ["TERMINAL"], os.O_RDWR)
+"""
+
+IGNORE_SIGHUP = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
 
 
 def test_traceback_is_whole(tmp_path: Path) -> None:
@@ -344,13 +422,14 @@ def test_privileged_port(public_folder: Path) -> None:
         WHO
         + f"""
 listen("tcp:{port}:interface=127.0.0.1")
+listen("unix:path.sock")
 print("USER", os.getuid(), os.geteuid())
 """,
     )
     with Twistd(
         public_folder,
         *("-c", "2", "-y", "app.tac"),
-        options=("--uid", "nobody", "--pidfile="),
+        options=("--uid", "nobody"),
         env={"PYTHONPATH": PACKAGES},
         python=python,
     ) as twistd:
@@ -370,6 +449,53 @@ print("USER", os.getuid(), os.geteuid())
         while seen != {0, 1, 2}:
             seen.add(ask(("127.0.0.1", port))[0])
         assert set(twistd.wait_for("USER (.*)")) == {f"{nobody} {nobody}"}
+        # In a folder of root, it has no rights to remove its files; it ends all the
+        # same.
+        socket_file = public_folder / "twistd.pid.status"
+        assert socket_file.stat().st_uid == nobody
+        assert read_status(str(twistd.pidfile))["count"] == 3
+        twistd.send(signal.SIGTERM)
+        assert twistd.wait() == -signal.SIGTERM
+        assert "path.sock cannot be removed" in twistd.output
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "getuid") or os.getuid() != 0, reason="only root has privileges"
+)
+def test_links_of_another_user(public_folder: Path) -> None:
+    """
+    With --uid, root opens the status socket as the user to whom the folder belongs: a
+    link that this user makes in between leads it to no other file.
+    """
+    nobody = pwd.getpwnam("nobody")
+    target = public_folder / "of root"
+    target.touch()
+    os.chmod(target, 0o644)
+    folder = public_folder / "of the user"
+    folder.mkdir()
+    os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+    pidfile = str(folder / "twistd.pid")
+
+    class Reactor:
+        """With a user who is as fast as can be."""
+
+        def seconds(self) -> float:
+            return 0.0
+
+        def listenUNIX(self, path: str, factory: object, mode: int) -> None:
+            with socket.socket(socket.AF_UNIX) as listening:
+                listening.bind(path)
+            users.append((os.geteuid(), os.getegid(), os.stat(path).st_uid))
+            os.unlink(path)
+            os.symlink(target, path)
+            os.chmod(path, mode)
+
+    users: list[tuple[int, int, int]] = []
+    supervisor: Any = SimpleNamespace(reactor=Reactor(), handlers={})
+    Status(supervisor).listen(pidfile, nobody.pw_uid, nobody.pw_gid)
+    assert users[0] == (nobody.pw_uid, nobody.pw_gid, nobody.pw_uid)
+    assert os.geteuid() == 0
+    assert target.stat().st_uid == 0
 
 
 def privileged_port() -> int:

@@ -380,8 +380,10 @@ def test_a_client_that_is_gone_before_the_answer(
     pidfile = str(tmp_path / "pid")
     status.listen(pidfile, None, None)
     client = _connected(socket_path(pidfile))
-    client.sendall(b'{"tasks": false}\n')
+    # Of many questions, one is asked.
+    client.sendall(b'{"tasks": false}\n' * 50)
     spin_with_timers(reactor, lambda: status._questions)
+    assert len(status._questions) == 1
     client.close()
     for question in list(status._questions):
         question.answered(cast(Any, worker), None)

@@ -173,8 +173,7 @@ class Address:
         kind, path = self.key[:2]
         if kind == "unix":
             if not path.startswith("\0"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+                _unlink(path)
             if self.lock is not None:
                 with contextlib.suppress(OSError, ValueError):
                     self.lock.unlock()
@@ -326,6 +325,16 @@ class Listening:
             )
         else:
             address.sockets[number] = added
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        # With --uid, the user may not be allowed to write to the folder.
+        _log.warn("{path} cannot be removed: {error}", path=path, error=error)
 
 
 def _key(request: Message) -> tuple[Any, ...]:

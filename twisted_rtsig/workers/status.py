@@ -12,9 +12,10 @@ import os
 import socket
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+from twisted.internet.error import CannotListenError
 from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.protocol import Protocol, ServerFactory
 from twisted.logger import Logger
@@ -82,13 +83,18 @@ class Status:
         :param uid: the user that the process is about to become; None if it stays.
         """
         path = socket_path(pidfile)
-        factory = _Factory(self)
         umask = os.umask(0o177)
         try:
-            _remove(path)
-            self._port = self.reactor.listenUNIX(path, factory, mode=0o600)
-            if uid is not None and os.geteuid() == 0:
-                os.chown(path, uid, -1 if gid is None else gid)
+            try:
+                with _as_user(uid, gid):
+                    self._open(path)
+            except (OSError, CannotListenError):
+                folder = os.stat(os.path.dirname(path))
+                if uid is None or os.geteuid() != 0 or folder.st_uid == uid:
+                    raise
+                # The user has no right to write to that folder, nor can take it.
+                self._open(path)
+                os.chown(path, uid, -1 if gid is None else gid, follow_symlinks=False)
         except Exception as error:
             _log.warn(
                 "No status can be asked for: {path} cannot be opened: {error}",
@@ -98,12 +104,18 @@ class Status:
         finally:
             os.umask(umask)
 
+    def _open(self, path: str) -> None:
+        _remove(path)
+        self._port = self.reactor.listenUNIX(path, _Factory(self), mode=0o600)
+
     def close(self) -> None:
         """Close the socket, and remove it.  The reactor may not have another turn."""
         port, self._port = self._port, None
         if port is not None and port.connected:
             port.stopReading()
-            port.connectionLost(Failure(CONNECTION_DONE))
+            # The file may be gone already; or with --uid, the folder may be root's.
+            with contextlib.suppress(OSError):
+                port.connectionLost(Failure(CONNECTION_DONE))
 
     # The workers
 
@@ -261,8 +273,8 @@ class _Connection(LineReceiver, TimeoutMixin):
 
     def lineReceived(self, line: bytes) -> None:
         """See ``LineReceiver.lineReceived``."""
-        # A request is all that there is to read.
-        self._transport().pauseProducing()
+        # A request is all that there is to read, and all that is taken of what was.
+        self.pauseProducing()
         try:
             tasks = bool(json.loads(line)["tasks"])
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -303,6 +315,28 @@ class _Factory(ServerFactory):
         connection = _Connection()
         connection.factory = self
         return connection
+
+
+@contextlib.contextmanager
+def _as_user(uid: int | None, gid: int | None) -> Iterator[None]:
+    """
+    Do something with the rights of a user: if root did it in a folder of that user, a
+    symbolic link could lead it to any other file.
+
+    :param uid: None to remain the user that this process has.
+    """
+    if uid is None or os.geteuid() != 0:
+        yield
+        return
+    group = os.getegid()
+    if gid is not None:
+        os.setegid(gid)
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
 
 
 def _remove(path: str) -> None:

@@ -159,7 +159,8 @@ class Supervisor(Service, Events):
         self._watchdog: Any = None
         self._signals: dict[int, Any] = {}
         self._asked_to_end = False
-        self._had_terminal = _has_terminal()
+        # Whether its hang-up ends this process; see _handle_early.
+        self._had_terminal = False
 
     # As a service
 
@@ -507,8 +508,10 @@ class Supervisor(Service, Events):
             return
         stopped, self._stopped = self._stopped, succeed(None)
         if not stopped.called:
-            self._finish()
-            stopped.callback(None)
+            try:
+                self._finish()
+            finally:
+                stopped.callback(None)
 
     def _finish(self) -> None:
         self.listening.close()
@@ -577,6 +580,9 @@ class Supervisor(Service, Events):
 
     def _handle_early(self) -> None:
         """Signals that come while the first worker starts wait for the reactor."""
+        # A daemon has left its terminal by now.  nohup(1) lets SIGHUP be ignored.
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._had_terminal = not nohup and _has_terminal()
         for number, function in (
             (signal.SIGHUP, self._hang_up),
             (signal.SIGTTIN, self.add_worker),
