@@ -319,6 +319,16 @@ def test_unusual_folder(tmp_path: Path) -> None:
         assert (folder / "\u2603.sock").is_socket()
 
 
+def test_names_of_modules(tmp_path: Path) -> None:
+    """A module beside the application does not hide one of Python's."""
+    (tmp_path / "json.py").write_text("raise RuntimeError('not this one')")
+    write_tac(tmp_path, ON_PORT_0)
+    # As the script twistd, whose own folder is the first of the path.
+    prelude = "import sys; sys.path[:] = filter(None, sys.path)"
+    with Twistd(tmp_path, "-c", "1", "-y", "app.tac", prelude=prelude) as twistd:
+        twistd.wait_until_ready(1)
+
+
 def test_help_of_the_command(tmp_path: Path) -> None:
     """It is that of the other command."""
     with Twistd(tmp_path, "web", "--help") as twistd:

@@ -259,8 +259,6 @@ def _flags() -> list[str]:
     """The options of this interpreter."""
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     if sys.version_info >= (3, 11) and "-P" not in flags:
-        # The worker gets the path of this process, and nothing of the folder it
-        # starts in before.
         flags.append("-P")
     return flags
 
@@ -268,7 +266,14 @@ def _flags() -> list[str]:
 def _entry(boot: Boot) -> list[str]:
     """The arguments of Python: those after the number are for lists of processes."""
     module = "twisted_rtsig.workers.worker"
-    return [*_flags(), "-m", module, str(boot.number), *boot.arguments]
+    # The worker gets the path of this process.  Before, it must take no module from the
+    # folder in which it starts: a json.py there would hide that of Python.
+    start = ["-m", module]
+    if sys.version_info < (3, 11):
+        # Python has no -P.
+        code = "import sys; sys.path[:] = filter(None, sys.path)"
+        start = ["-c", f"{code}; from {module} import main; main()"]
+    return [*_flags(), *start, str(boot.number), *boot.arguments]
 
 
 @implementer(IReadDescriptor)
