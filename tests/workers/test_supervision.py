@@ -426,3 +426,35 @@ reactor.callLater(0.1, write)
         assert ask(("127.0.0.1", port))[1] == worker
         os.kill(worker, signal.SIGKILL)
         twistd.wait_until_ready(2)
+
+
+def test_lost_channel(tmp_path: Path) -> None:
+    """
+    A worker whose application closes the channel by mistake stops and is replaced.  It
+    removes no files, as it would if the supervisor had ended.
+    """
+    write_tac(
+        tmp_path,
+        ON_PORT_0
+        + """
+import socket
+from twisted.internet import reactor
+
+listen("unix:path.sock")
+
+def close():
+    # The first of its descriptors.
+    control = socket.socket(fileno=64)
+    assert control.family == socket.AF_UNIX
+    control.shutdown(socket.SHUT_RDWR)
+    control.detach()
+
+if current().number == 1:
+    reactor.callLater(0.1, close)
+""",
+    )
+    with Twistd(tmp_path, "-c", "2", "-y", "app.tac") as twistd:
+        twistd.wait_for("Worker 1 has ended with status 0")
+        assert ask(str(tmp_path / "path.sock"), socket.AF_UNIX)[2] == 1
+        assert twistd.pidfile.exists()
+        twistd.wait_until_ready(2, number=1)

@@ -9,10 +9,11 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from twisted.application import app
 from twisted.internet.defer import Deferred
+from twisted.internet.error import ReactorNotRunning
 from twisted.logger import Logger
 from twisted.python import usage
 from twisted.scripts._twistd_unix import (
@@ -31,6 +32,10 @@ from twisted_rtsig.workers.sockets import HeldSockets, use
 from twisted_rtsig.workers.status import socket_path
 
 _log = Logger()
+
+# Seconds after the end of the channel within which the lifeline tells of the
+# supervisor's end.
+_LIFELINE_TIMEOUT: Final = 1.0
 
 
 def run(
@@ -90,7 +95,7 @@ class WorkerSide:
         self.reactor = reactor
         self.boot = boot
         self.control = Channel(
-            reactor, connection, self._received, self.supervisor_lost, rest
+            reactor, connection, self._received, self._channel_lost, rest
         )
         self.held = HeldSockets(sockets)
         use(reactor, self.held)
@@ -134,6 +139,18 @@ class WorkerSide:
         if self._stopping:
             drain(self.reactor, self._grace)
         else:
+            self._stop_reactor()
+
+    def _channel_lost(self) -> None:
+        """
+        If the supervisor has ended, the lifeline tells.  Otherwise, the application has
+        closed the channel by mistake, and the files of the supervisor must stay.
+        """
+        self.reactor.callLater(_LIFELINE_TIMEOUT, self._stop_reactor)
+
+    def _stop_reactor(self) -> None:
+        # The application may have stopped it in this pass.
+        with contextlib.suppress(ReactorNotRunning):
             self.reactor.stop()
 
     def _drain(self) -> Deferred[Drained]:
