@@ -319,6 +319,36 @@ def test_unusual_folder(tmp_path: Path) -> None:
         assert (folder / "\u2603.sock").is_socket()
 
 
+def test_no_descriptor_is_left(tmp_path: Path) -> None:
+    """A port cannot listen then, as without workers."""
+    write_tac(
+        tmp_path,
+        ON_PORT_0
+        + """
+import resource
+from twisted.internet import reactor
+from twisted.internet.error import CannotListenError
+
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (os.dup(0) + 1, hard))
+kept = []
+while True:
+    try:
+        kept.append(os.dup(0))
+    except OSError:
+        break
+try:
+    reactor.listenTCP(0, factory, interface="127.0.0.1")
+except CannotListenError as error:
+    print("REFUSED", error)
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+""",
+    )
+    with Twistd(tmp_path, "-c", "1", "-y", "app.tac") as twistd:
+        assert "Too many open files" in twistd.wait_for("REFUSED (.*)")[0]
+        twistd.wait_until_ready(1)
+
+
 def test_names_of_modules(tmp_path: Path) -> None:
     """A module beside the application does not hide one of Python's."""
     (tmp_path / "json.py").write_text("raise RuntimeError('not this one')")

@@ -139,7 +139,13 @@ class HeldSockets:
         message = json.loads(answer)
         if "errno" in message:
             raise OSError(message["errno"], message["error"])
-        return message["sockets"], sockets
+        identities: list[str] = message["sockets"]
+        if len(sockets) < len(identities):
+            # The kernel has dropped those for which there was no descriptor.
+            for each in sockets:
+                each.close()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return identities, sockets
 
 
 def _address(request: Message) -> tuple[object, ...]:
