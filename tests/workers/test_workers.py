@@ -319,6 +319,18 @@ def test_unusual_folder(tmp_path: Path) -> None:
         assert (folder / "\u2603.sock").is_socket()
 
 
+def test_folder_of_the_application(tmp_path: Path) -> None:
+    """An application may go elsewhere, and listen on a relative path there."""
+    code = WHO + 'os.mkdir("elsewhere")\nos.chdir("elsewhere")\n'
+    write_tac(tmp_path, code + 'listen("unix:path.sock")\n')
+    with Twistd(tmp_path, "-c", "1", "-y", "app.tac") as twistd:
+        twistd.wait_until_ready(1)
+        assert ask(str(tmp_path / "elsewhere/path.sock"), socket.AF_UNIX)[2] == 1
+        twistd.send(signal.SIGTERM)
+        twistd.wait()
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
 def test_no_descriptor_is_left(tmp_path: Path) -> None:
     """A port cannot listen then, as without workers."""
     write_tac(

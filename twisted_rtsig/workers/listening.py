@@ -282,7 +282,7 @@ class Listening:
         return Address(key, _bind_all(family, name, self._slots))
 
     def _make_unix(self, key: tuple[Any, ...], request: Message) -> Address:
-        path: str = request["path"]
+        path = _path(request)
         for each in self._inherited:
             if each.family == socket.AF_UNIX:
                 name = each.getsockname()
@@ -339,8 +339,26 @@ def _unlink(path: str) -> None:
 
 def _key(request: Message) -> tuple[Any, ...]:
     if request["kind"] == "unix":
-        return ("unix", request["path"])
+        return ("unix", _path(request))
     return tuple(request[each] for each in ("kind", "interface", "port", "index"))
+
+
+def _path(request: Message) -> str:
+    """That of a UNIX socket, from where this process is."""
+    path: str = request["path"]
+    folder = request["folder"]
+    # A relative path is left as it is where it can be: a socket's must be short.
+    if path.startswith("\0") or folder == current_folder():
+        return path
+    return os.path.join(folder, path)
+
+
+def current_folder() -> str:
+    """The working directory; an empty string if it was removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""
 
 
 def _name(family: int, interface: str, port: int) -> tuple[Any, ...]:
@@ -401,4 +419,4 @@ def _bind_all(
     return sockets
 
 
-__all__ = ["SHARED", "Address", "Listening"]
+__all__ = ["SHARED", "Address", "Listening", "current_folder"]

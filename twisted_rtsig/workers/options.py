@@ -216,9 +216,10 @@ def makeService(options: Options) -> Any:
         log_arguments += ["--syslog", "--prefix", twistd["prefix"]]
     if options["logger-name"] is not None:
         log_arguments += ["--logger", options["logger-name"]]
-    arguments = ["--rundir", os.path.abspath(twistd["rundir"])]
-    if twistd["chroot"] is not None:
-        arguments = []
+    arguments: list[str] = []
+    # The default leaves the application in a folder to which it goes by itself.
+    if twistd["chroot"] is None and twistd["rundir"] != ".":
+        arguments = ["--rundir", os.path.abspath(twistd["rundir"])]
     settings = Settings(
         count=options["count"],
         grace=options["grace"],

@@ -22,6 +22,7 @@ from twisted.python import log
 
 from twisted_rtsig.engine.streams import TCPPort, UNIXPort
 from twisted_rtsig.workers.channel import Message
+from twisted_rtsig.workers.listening import current_folder
 
 # The most bytes of an answer, and the most descriptors (SCM_RIGHTS in unix(7)).
 _ANSWER: Final = 64 * 1024
@@ -292,6 +293,7 @@ class _WorkerUNIXPort(UNIXPort):
         request = {
             "kind": "unix",
             "path": path,
+            "folder": current_folder(),
             "backlog": self.backlog,
             "mode": self.mode,
             "lock": bool(self.wantPID),
