@@ -284,6 +284,11 @@ def test_notifications(tmp_path: Path) -> None:
             assert reloading["RELOADING"] == "1"
             assert int(reloading["MONOTONIC_USEC"]) > 0
             assert receive() == own
+            # Also after a reload that fails.
+            write_tac(tmp_path, "raise RuntimeError")
+            twistd.send(signal.SIGHUP)
+            assert receive()["RELOADING"] == "1"
+            assert receive() == own
             twistd.send(signal.SIGTERM)
             assert receive() == {"STOPPING": "1"}
             twistd.wait()

@@ -219,6 +219,18 @@ if os.path.exists("broken"):
         assert ask(("127.0.0.1", port))[0] == 0
 
 
+def test_no_pause_after_a_long_life(tmp_path: Path) -> None:
+    """A worker that dies after a while is no failure of its slot."""
+    write_tac(tmp_path, ON_PORT_0)
+    prelude = "from twisted_rtsig.workers import supervisor; supervisor._LIVED = 0"
+    with Twistd(tmp_path, "-c", "1", "-y", "app.tac", prelude=prelude) as twistd:
+        for number in range(3):
+            worker = twistd.wait_until_ready(number + 1)[number]
+            os.kill(worker, signal.SIGKILL)
+        twistd.wait_until_ready(4)
+        assert "times in a row" not in twistd.output
+
+
 def test_pauses() -> None:
     """None for the first failure; then doubled, up to a minute."""
     assert [pause_before_restart(failures) for failures in range(6)] == [
@@ -303,18 +315,26 @@ def test_supervisor_is_killed(tmp_path: Path, code: str) -> None:
         + """
 from twisted.application.internet import UNIXServer
 listen("unix:path.sock")
+listen("unix:taken over.sock")
 UNIXServer("locked.sock", factory, wantPID=True).setServiceParent(application)
 """,
     )
-    with Twistd(tmp_path, "-c", "2", "-y", "app.tac") as twistd:
+    with (
+        socket.socket(socket.AF_UNIX) as other,
+        Twistd(tmp_path, "-c", "2", "-y", "app.tac") as twistd,
+    ):
         workers = twistd.wait_until_ready(2)
         if code is COMPUTES:
             twistd.wait_for("COMPUTING", 2)
         assert all(map(is_running, workers))
         assert (tmp_path / "locked.sock").exists()
+        # What another server has put in the place of a file is not removed.
+        taken = tmp_path / "taken over.sock"
+        taken.unlink()
+        other.bind(str(taken))
         os.kill(twistd.process.pid, signal.SIGKILL)
         wait_until(lambda: not any(map(is_running, workers)))
-        assert [each.name for each in tmp_path.iterdir()] == ["app.tac"]
+        assert {each.name for each in tmp_path.iterdir()} == {"app.tac", taken.name}
 
 
 @pytest.mark.slow
