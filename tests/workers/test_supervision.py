@@ -145,7 +145,8 @@ def test_reload_that_hangs(tmp_path: Path) -> None:
 def test_reload_closes_what_is_not_used_any_more(tmp_path: Path) -> None:
     """An address on which the new version does not listen refuses connections."""
     write_tac(tmp_path, ON_PORT_0 + 'listen("unix:old.sock")\n')
-    with Twistd(tmp_path, "-c", "1", "-y", "app.tac") as twistd:
+    prelude = "from twisted_rtsig.workers import supervisor; supervisor._UNUSED = 0.1"
+    with Twistd(tmp_path, "-c", "1", "-y", "app.tac", prelude=prelude) as twistd:
         twistd.wait_until_ready(1)
         port = twistd.port()
         assert (tmp_path / "old.sock").exists()
@@ -153,13 +154,36 @@ def test_reload_closes_what_is_not_used_any_more(tmp_path: Path) -> None:
         twistd.send(signal.SIGHUP)
         twistd.wait_for("The reload is complete")
         twistd.wait_for("Worker 0 has stopped")
-        assert not (tmp_path / "old.sock").exists()
+        wait_until(lambda: not (tmp_path / "old.sock").exists())
         with socket.socket() as client:
             assert client.connect_ex(("127.0.0.1", port)) != 0
         assert ask(str(tmp_path / "new.sock"), socket.AF_UNIX)[2] == 1
 
 
 @pytest.mark.slow
+def test_reload_of_an_application_that_listens_late(tmp_path: Path) -> None:
+    """Connections wait until it does."""
+    write_tac(
+        tmp_path,
+        WHO
+        + """
+from twisted.internet import reactor
+
+def listen():
+    reactor.listenTCP(0, factory, interface="127.0.0.1")
+
+reactor.callWhenRunning(reactor.callLater, 1, listen)
+""",
+    )
+    with Twistd(tmp_path, "-c", "1", "-y", "app.tac") as twistd:
+        (worker,) = twistd.wait_until_ready(1)
+        port = twistd.port()
+        twistd.send(signal.SIGHUP)
+        twistd.wait_for("The reload is complete")
+        twistd.wait_for(rf"Worker 0 has stopped \(process {worker}\)")
+        assert ask(("127.0.0.1", port))[1] == twistd.wait_until_ready(2)[1]
+
+
 def test_reload_during_a_reload(tmp_path: Path) -> None:
     """All workers have the code of the last one in the end."""
     write_tac(tmp_path, ON_PORT_0)

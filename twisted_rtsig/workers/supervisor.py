@@ -17,6 +17,7 @@ from twisted.application.service import Service
 from twisted.internet.defer import Deferred, succeed
 from twisted.logger import Logger
 
+from twisted_rtsig.coro.scheduler import cancel_call
 from twisted_rtsig.workers.boot import Boot
 from twisted_rtsig.workers.channel import Message
 from twisted_rtsig.workers.listening import Listening
@@ -35,6 +36,10 @@ _LIVED: Final = 60.0
 _FIRST_PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 60.0
 
+
+# Seconds after a reload in which the new workers may still begin to listen: applications
+# may connect to a database before.
+_UNUSED: Final = 10.0
 
 # With --uid, for how many more workers than at the start there are sockets.
 _SPARE: Final = 8
@@ -154,6 +159,8 @@ class Supervisor(Service, Events):
         # The slots that are to be replaced, in a reload.
         self._to_replace: set[int] = set()
         self._replacing: Slot | None = None
+        # Closes the addresses that are not used any more.
+        self._close_unused: Any = None
         self._stopped: Deferred[None] | None = None
         self._start_limits: dict[WorkerProcess, Any] = {}
         self._watchdog: Any = None
@@ -229,6 +236,7 @@ class Supervisor(Service, Events):
         if not self._to_replace and self._replacing is None:
             self._notifier.reloading()
         self._to_replace = set(self.slots)
+        cancel_call(self._close_unused)
         self._replace_next()
 
     def add_worker(self) -> None:
@@ -516,6 +524,7 @@ class Supervisor(Service, Events):
     def _finish(self) -> None:
         self.listening.close()
         self.status.close()
+        cancel_call(self._close_unused)
         if self._watchdog is not None and self._watchdog.active():
             self._watchdog.cancel()
         for number, handler in self._signals.items():
@@ -544,7 +553,10 @@ class Supervisor(Service, Events):
                 return
             self._limit(slot.replacement)
             return
-        self.listening.close_unused()
+        cancel_call(self._close_unused)
+        self._close_unused = self.reactor.callLater(
+            _UNUSED, self.listening.close_unused
+        )
         self._notifier.ready()
         _log.info("The reload is complete")
 
