@@ -7,7 +7,7 @@ import contextlib
 import gc
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any
 
 import pytest
@@ -320,12 +320,19 @@ async def _async_def() -> None:
     """No plain function."""
 
 
+async def _async_generator() -> AsyncIterator[int]:
+    yield 1
+
+
 def test_what_is_no_plain_function(clock: Clock) -> None:
     for function in (_async_def, _generator):
         with pytest.raises(TypeError, match=r"plain functions.*use spawn\(\)"):
             spawn_stackful(function, reactor=clock)
         with pytest.raises(TypeError, match=r"plain functions.*use await"):
             in_stackful(function).close()
+    for start in (spawn_stackful, in_stackful):
+        with pytest.raises(TypeError, match=r"an asynchronous generator.*iterate\(\)"):
+            start(_async_generator)
     with pytest.raises(TypeError, match="needs a function and its arguments"):
         spawn_stackful(3, reactor=clock)  # type: ignore[arg-type]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from greenlet import GreenletExit, getcurrent, greenlet
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, fail
 from twisted.internet.task import Clock
 
 from tests.coro.support import spin
@@ -232,6 +232,10 @@ def test_errors_that_mean_something_to_the_machinery(
     assert isinstance(raised_by(GeneratorExit()), GeneratorExit)
     assert isinstance(raised_by(KeyboardInterrupt()), KeyboardInterrupt)
     task = start(lambda: main(GreenletExit()), reactor=clock)
+    finish_anyhow(clock, task)
+    assert task.cancelled
+    # The same of what it waits for.
+    task = start(lambda: wait(fail(GreenletExit())), reactor=clock)
     finish_anyhow(clock, task)
     assert task.cancelled
 
@@ -645,6 +649,50 @@ def test_left_when_the_process_ends() -> None:
     assert "KeyError: 'fails'" in done.stderr
 
 
+ENDLESS = """
+import gc
+import threading
+from twisted.internet import reactor
+from twisted_rtsig.coro import Event, spawn
+from twisted_rtsig.coro.stackful import spawn_stackful, wait
+
+event = Event()
+
+def retries(make_event):
+    while True:
+        try:
+            wait(make_event().wait())
+        except:
+            pass
+
+gc.disable()
+tasks = [spawn_stackful(retries, Event, name="dropped elsewhere")]
+thread = threading.Thread(target=lambda: (tasks.clear(), gc.collect()))
+thread.start()
+thread.join()
+spawn_stackful(retries, Event, name="dropped")
+gc.collect()
+spawn_stackful(retries, lambda: event, name="left")
+print("the end", flush=True)
+"""
+
+
+def test_a_function_that_ignores_its_end() -> None:
+    """Neither the collector nor the end of the process wait for it for ever."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENDLESS],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout == "the end\n"
+    # Of the one that was dropped elsewhere greenlet tells, if it was: see since_311.
+    told = 2 if sys.version_info >= (3, 11) else 3
+    assert done.stderr.count("\nRuntimeError: the function of a stackful task") == told
+    assert done.stderr.count("Task left has failed to clean up") == 1
+
+
 def test_a_coroutine_that_is_closed(clock: Clock) -> None:
     seen: list[str] = []
 
@@ -809,6 +857,28 @@ def test_a_greenlet_within(clock: Clock) -> None:
         return value
 
     assert finish(clock, spawn_stackful(main, reactor=clock)) == "value"
+
+
+def test_a_greenlet_that_ends_elsewhere(clock: Clock) -> None:
+    """Its result is not that of the task."""
+    seen: list[str] = []
+    root = getcurrent()
+
+    def main() -> str:
+        with pytest.raises(RuntimeError, match="a greenlet has ended in the place of"):
+            greenlet(lambda: "wrong", root).switch()
+        try:
+            return wait(returns())
+        finally:
+            seen.append("finally")
+
+    async def returns() -> str:
+        await sleep(1)
+        return "right"
+
+    task = spawn_stackful(main, reactor=clock)
+    assert not seen
+    assert finish(clock, task) == "right"
 
 
 def test_a_reactor_that_runs_in_a_greenlet(clock: Clock) -> None:

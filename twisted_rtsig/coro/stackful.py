@@ -32,7 +32,7 @@ from collections.abc import (
 from contextlib import AbstractAsyncContextManager
 from contextvars import copy_context
 from types import CodeType, FrameType
-from typing import Any, Final, ParamSpec, TypeVar, cast
+from typing import Any, Final, NoReturn, ParamSpec, TypeVar, cast
 from weakref import ref
 
 from twisted.internet.defer import Deferred
@@ -168,11 +168,18 @@ def _check(function: object, what: str, instead: str) -> None:
         raise TypeError(
             f"{what} is for plain functions, and {function!r} is none: use {instead}"
         )
+    if inspect.isasyncgenfunction(function):
+        raise TypeError(
+            f"{what} is for plain functions, and {function!r} makes an asynchronous "
+            "generator: call iterate() in a plain function"
+        )
     if not callable(function):
         raise TypeError(f"{what} needs a function and its arguments, not {function!r}")
 
 
-_NOT_PLAIN: Final = inspect.CO_COROUTINE | inspect.CO_GENERATOR
+_NOT_PLAIN: Final = (
+    inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+)
 
 
 # Stacks
@@ -183,7 +190,7 @@ class Stack(greenlet):
     The stack of a function, which must not refer to it: nothing could drop it then.
 
     :ivar awaited: what it hands over to be waited for; before it begins, the C{_Call};
-        None while it runs.
+        None while it runs; once it was dropped, how often it has tried to wait.
     :ivar task: while it runs, the task that runs it, if any does; C{_DROPPED} once
         nothing will resume it.
     """
@@ -195,6 +202,10 @@ class Stack(greenlet):
 
 
 _DROPPED: Final = object()
+
+# After so many waits a function that was dropped is given up, which goes on whatever is
+# raised.  More than one may be right: each C{finally} block can have some.
+_MOST_WAITS_TO_END: Final = 100
 
 
 # A function, its arguments, the error that is being handled where it is called, and,
@@ -250,7 +261,14 @@ def _drive(stack: Stack, in_task: bool) -> Generator[Any, Any, Any]:
             stack.task = None
             awaited = stack.awaited
             if awaited is None:
-                return value
+                if stack.dead:
+                    return value
+                # It has not called wait(): it switched to a greenlet, which has ended.
+                error = RuntimeError(
+                    "a greenlet has ended in the place of the function that switched "
+                    "to it: make it with greenlet(run, getcurrent()) there"
+                )
+                continue
             stack.awaited = None
             try:
                 if in_task and (
@@ -263,6 +281,10 @@ def _drive(stack: Stack, in_task: bool) -> Generator[Any, Any, Any]:
                 awaited = None
                 _drop(stack)
                 raise
+            except GreenletExit as raised:
+                # As where the function raises it itself: see _run.
+                error = Cancelled(_GREENLET_EXIT)
+                error.__cause__ = raised
             except BaseException as raised:
                 error = raised
             awaited = None
@@ -270,6 +292,9 @@ def _drive(stack: Stack, in_task: bool) -> Generator[Any, Any, Any]:
         # The traceback of an error holds this frame.
         del stack, value, awaited, error
 
+
+# The reason of a cancellation.
+_GREENLET_EXIT: Final = "it has raised GreenletExit"
 
 # What the scheduler takes from a generator.
 _KNOWN: Final = (Deferred, Task)
@@ -292,6 +317,8 @@ def _drop(stack: Stack) -> None:
         # in its own one.
         return
     _throw(stack, GeneratorExit)
+    if not stack.dead:
+        raise RuntimeError("the function of a stackful task ignores GeneratorExit")
 
 
 def _run(nothing: None) -> Any:
@@ -321,7 +348,7 @@ def _run(nothing: None) -> Any:
         raise RuntimeError(f"{name_of(function)} has raised StopIteration") from error
     except GreenletExit as error:
         # greenlet would take it for the result.
-        raise Cancelled("it has raised GreenletExit") from error
+        raise Cancelled(_GREENLET_EXIT) from error
     except GeneratorExit:
         if _current().task is not _DROPPED:
             raise
@@ -406,7 +433,10 @@ def wait(awaited: Awaitable[T] | Generator[Any, Any, T]) -> T:
     try:
         return cast(T, parent.switch())
     except GreenletExit:
-        _current().task = _DROPPED
+        stack = _current()
+        # Unset, as it is being deallocated.
+        stack.task, stack.awaited = _DROPPED, None
+        del stack
         raised: BaseException = GeneratorExit()
     except BaseException as error:
         if error.__context__ is not None:
@@ -428,7 +458,14 @@ def _wait_elsewhere(stack: Any, awaited: Any) -> Any:
     """Wait on a stack that was dropped, or say that there is none."""
     if type(stack) is Stack and stack.task is _DROPPED:
         _check_awaited(awaited)
-        return _without_waiting(awaited)
+        try:
+            return _without_waiting(awaited)
+        except GeneratorExit:
+            waits = stack.awaited = (stack.awaited or 0) + 1
+            if waits > _MOST_WAITS_TO_END:
+                del stack, awaited
+                _leave_for_good()
+            raise
     try:
         task = task_of_caller("wait()")
     except NoTaskError:
@@ -441,6 +478,14 @@ def _wait_elsewhere(stack: Any, awaited: Any) -> Any:
         "generator yield), or run the function that calls wait() with "
         "await in_stackful()"
     )
+
+
+def _leave_for_good() -> NoReturn:
+    """Leave a stack whose function would never end."""
+    while True:
+        # greenlet still tries to end it when it goes, and says that it cannot.
+        with contextlib.suppress(BaseException):
+            _current().parent.switch()
 
 
 def _without_waiting(awaited: Any) -> Any:
