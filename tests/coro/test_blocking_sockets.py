@@ -34,6 +34,7 @@ from zope.interface import directlyProvides
 
 from tests.coro.support import connected, run, spin
 from tests.coro.test_examples import reactor as reactor
+from tests.coro.test_opening import needs_silent_host, silent_host
 from tests.support import DEADLINE, RESET, make_certificate, refusing_port
 from twisted_rtsig.coro import Stream, in_thread, sleep
 from twisted_rtsig.coro.stackful import (
@@ -444,6 +445,9 @@ def fail_to_connect(net: Any, address: Any) -> list[Any]:
         with net.socket() as sock:
             got.append(outcome(sock.connect, (address[0], port)))
             got.append(sock.connect_ex((address[0], port)))
+    # It is no address of this family.
+    with net.socket(socket.AF_INET6) as sock:
+        got.append(outcome(sock.connect_ex, address))
     try:
         if sys.version_info >= (3, 11):
             net.create_connection(address, all_errors=True)
@@ -488,6 +492,22 @@ def test_as_a_socket_in_a_thread(
 def test_connections_that_fail(reactor: Any) -> None:
     with refusing_port() as port:
         both(reactor, fail_to_connect, ("127.0.0.1", port))
+
+
+def get_no_answer(net: Any, address: Any) -> list[Any]:
+    got = []
+    for connect in ("connect", "connect_ex"):
+        with net.socket() as sock:
+            sock.settimeout(0.02)
+            got.append(outcome(getattr(sock, connect), address))
+    got.append(outcome(net.create_connection, address, 0.02))
+    return got
+
+
+@needs_silent_host
+def test_connections_without_an_answer(reactor: Any) -> None:
+    with silent_host() as address:
+        both(reactor, get_no_answer, address)
 
 
 def test_files_are_sent(reactor: Any, peer: Peer, tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import selectors
 import socket
 import ssl
+import sys
 import time
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,7 +25,7 @@ from tests.coro.test_blocking_sockets import peer as peer
 from tests.coro.test_blocking_sockets import tls_peer as tls_peer
 from tests.coro.test_examples import reactor as reactor
 from tests.support import DEADLINE
-from twisted_rtsig.coro import Event, TaskGroup, in_thread, sleep
+from twisted_rtsig.coro import Event, Task, TaskGroup, in_thread, sleep, spawn
 from twisted_rtsig.coro.stackful import (
     BlockingSocket,
     BlockingSSLSocket,
@@ -138,6 +141,65 @@ def test_nested_and_at_once(reactor: Any, library: Any, peer: Peer) -> None:
     run(reactor, main)
     assert vars(library) == before
     until_closed(reactor)
+
+
+def test_tasks_that_outlive_the_block(reactor: Any, library: Any, peer: Peer) -> None:
+    """What was spawned in it has sockets of the reactor until it ends."""
+    before = dict(vars(library))
+
+    def spawns() -> Task[Any]:
+        with patched(make_library("outer")), patched(library):
+            # It begins when this one waits.
+            return spawn_stackful(library_says_hello)
+
+    def library_says_hello() -> Any:
+        wait(sleep(0.001))
+        return library.say_hello(peer.address)
+
+    async def main() -> None:
+        task = await in_stackful(spawns)
+        assert library.socket.socket is socket.socket
+        assert (await task)[0] is BlockingSocket
+
+    run(reactor, main)
+    assert vars(library) == before
+    until_closed(reactor)
+
+
+def test_a_task_that_is_dropped_in_the_block(reactor: Any, library: Any) -> None:
+    before = dict(vars(library))
+
+    async def coroutine() -> None:
+        with patched(library):
+            await Event().wait()
+
+    def function() -> None:
+        with patched(library):
+            wait(Event().wait())
+
+    makes: list[Callable[[], Any]] = [coroutine]
+    # Before, it stays until the process ends.
+    if sys.version_info >= (3, 11):
+        makes.append(lambda: in_stackful(function))
+    for make in makes:
+        task: Any = spawn(make())
+        assert vars(library) != before
+        del task
+        gc.collect()
+        assert vars(library) == before
+
+
+def test_other_values_in_a_module_are_not_touched(library: Any) -> None:
+    class Odd:
+        """As a proxy that knows nothing outside of a request."""
+
+        def __hash__(self) -> int:
+            raise RuntimeError
+
+    library.odd = odd = Odd()
+    with patched(library):
+        assert library.odd is odd
+        assert library.socket is not socket
 
 
 def test_what_is_set_meanwhile_stays(library: Any) -> None:

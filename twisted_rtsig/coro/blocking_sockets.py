@@ -211,9 +211,17 @@ class BlockingSocket:
             raise _as_os_error(error.errors[-1]) from None
 
     def connect_ex(self, address: Any) -> int:
-        """As :meth:`connect`; return the number of the error, or 0."""
+        """
+        As :meth:`connect`; return the number of the error, or 0.
+
+        :raises socket.gaierror: if the name has no address.
+        """
         try:
             self.connect(address)
+        except socket.gaierror:
+            raise
+        except TimeoutError as error:
+            return error.errno or errno.EAGAIN
         except OSError as error:
             if error.errno is None:
                 raise

@@ -32,13 +32,10 @@ from twisted_rtsig.coro.polling import BlockingPoll, BlockingSelector, blocking_
 from twisted_rtsig.coro.tasks import sleep
 from twisted_rtsig.coro.threads import in_thread
 
-# What the code that runs is in: the thread, and the names of the modules that it has
-# patched.  A function that in_thread() runs has the context of its task.
-_inside: contextvars.ContextVar[tuple[int, frozenset[str]]] = contextvars.ContextVar(
-    "patched_modules"
+# The block that the code which runs is in, or was spawned in.
+_inside: contextvars.ContextVar[_Block | None] = contextvars.ContextVar(
+    "patched_modules", default=None
 )
-
-_NOT_INSIDE: Final = (0, frozenset[str]())
 
 
 @contextlib.contextmanager
@@ -57,45 +54,60 @@ def patched(*modules: types.ModuleType) -> Iterator[None]:
     from the standard library.  What a module has imported from these by name is
     replaced as well.
 
-    Only what runs in the block sees that: the task, and the tasks that it spawns.
-    Other tasks and threads that use the same modules have the sockets of the operating
-    system, and so have other modules.  Blocks may be nested, and several tasks may be
-    in blocks with the same module.
+    Only what runs in the block sees that: the task, and the tasks that it spawns there,
+    until they end.  Other tasks and threads that use the same modules have the sockets
+    of the operating system, and so have other modules.  Blocks may be nested, and
+    several tasks may be in blocks with the same module.
 
     :param modules: what to patch; of a package all of its modules that are imported
         by now.
     :raises TypeError: if one of them is no module.
     """
     patches = [patch for module in modules for patch in _patches_of(module)]
-    thread = threading.get_ident()
-    outer_thread, outer = _inside.get(_NOT_INSIDE)
-    names = frozenset(patch.name for patch in patches)
-    if outer_thread == thread:
-        names |= outer
-    installed: list[_Patch] = []
-    token = None
+    token = _inside.set(_Block(patches, _inside.get()))
     try:
-        for patch in patches:
-            patch.install()
-            installed.append(patch)
-        token = _inside.set((thread, names))
         yield
     finally:
-        if token is not None:
+        # In another context, if this is the collector: that of the block goes as well.
+        with contextlib.suppress(ValueError):
             _inside.reset(token)
-        for patch in reversed(installed):
+        # The traceback of an error holds this frame.
+        del token
+
+
+class _Block:
+    """
+    A block in which modules are patched.  The contexts of what runs in it, and of what
+    was spawned there, refer to this: when nothing does, the modules are as before.
+
+    :param outer: the block around it.
+    """
+
+    def __init__(self, patches: list[_Patch], outer: _Block | None) -> None:
+        # A function that in_thread() runs has the context of its task.
+        self._thread = threading.get_ident()
+        self._outer = outer
+        self._installed: list[_Patch] = []
+        for patch in patches:
+            patch.install()
+            self._installed.append(patch)
+
+    def patches(self, patch: _Patch) -> bool:
+        """Whether what runs in it has this patch."""
+        if self._thread != threading.get_ident():
+            return False
+        outer = self._outer
+        return patch in self._installed or (outer is not None and outer.patches(patch))
+
+    def __del__(self) -> None:
+        for patch in reversed(self._installed):
             patch.uninstall()
 
 
 class _Patch:
-    """
-    What is replaced in one module.
-
-    :ivar name: of the module.
-    """
+    """What is replaced in one module."""
 
     def __init__(self, module: types.ModuleType) -> None:
-        self.name: str = module.__name__
         self._module = module
         # In how many blocks it is; and while it is in some, the names that were
         # replaced, with what they were and what they are.
@@ -104,14 +116,14 @@ class _Patch:
 
     def inside(self) -> bool:
         """Whether what runs is in a block with this module."""
-        thread, names = _inside.get(_NOT_INSIDE)
-        return self.name in names and thread == threading.get_ident()
+        block = _inside.get()
+        return block is not None and block.patches(self)
 
     def install(self) -> None:
         """A block begins."""
         with _lock:
             if not self._blocks:
-                for name, value in vars(self._module).items():
+                for name, value in list(vars(self._module).items()):
                     replacement = self._replacement(value)
                     if replacement is not None:
                         self._replaced[name] = value, replacement
@@ -135,15 +147,12 @@ class _Patch:
         if isinstance(value, types.ModuleType):
             members = _members().get(value)
             return None if members is None else _Module(value, members, self.inside)
-        try:
-            ours = _by_value().get(value)
-        except TypeError:
-            # It has no hash.
-            return None
+        ours = _by_id().get(id(value))
         return None if ours is None else _either(value, ours, self.inside)
 
 
-_lock: Final = threading.Lock()
+# A block may be collected while this is held.
+_lock: Final = threading.RLock()
 _patches: Final[dict[types.ModuleType, _Patch]] = {}
 
 
@@ -314,10 +323,13 @@ def _members() -> dict[types.ModuleType, dict[str, Any]]:
 
 
 @functools.cache
-def _by_value() -> dict[Any, Any]:
-    """What is replaced that a module has imported by name."""
+def _by_id() -> dict[int, Any]:
+    """
+    What is replaced that a module has imported by name, by the C{id} of that.  To
+    compare it with what else a module has would run the methods of that.
+    """
     return {
-        getattr(module, name): ours
+        id(getattr(module, name)): ours
         for module, members in _members().items()
         for name, ours in members.items()
     }
