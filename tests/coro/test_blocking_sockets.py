@@ -759,6 +759,28 @@ def test_of_a_stream(reactor: Any) -> None:
     run(reactor, main)
 
 
+def test_calls_outside_of_a_stackful_task(reactor: Any, peer: Peer) -> None:
+    """They take nothing, and leave nothing behind."""
+
+    async def main() -> None:
+        for connect in (create_connection, ClientSocket().connect):
+            with pytest.raises(NoStackError):
+                connect(peer.address)
+        assert not connections_of(reactor)
+        sock = await in_stackful(create_connection, peer.address, DEADLINE)
+        with sock:
+            sock.sendall(b"say hello\n")
+            for data in (b"h", b"e"):
+                with pytest.raises(NoStackError):
+                    sock.recv(1)
+                with pytest.raises(NoStackError):
+                    await in_thread(sock.recv, 1)
+                assert await in_stackful(sock.recv, 1) == data
+
+    run(reactor, main)
+    until_closed(reactor)
+
+
 def test_what_it_cannot_do(reactor: Any, peer: Peer) -> None:
     def use() -> None:
         with create_connection(peer.address, DEADLINE) as sock:

@@ -34,7 +34,7 @@ from twisted_rtsig.coro.errors import ConnectFailed, IncompleteRead, StreamError
 from twisted_rtsig.coro.interfaces import Address
 from twisted_rtsig.coro.locks import Lock
 from twisted_rtsig.coro.opening import open_tcp, open_unix
-from twisted_rtsig.coro.operations import Operation
+from twisted_rtsig.coro.operations import Done, Operation
 from twisted_rtsig.coro.output import below_tls
 from twisted_rtsig.coro.scheduler import cancel_call
 from twisted_rtsig.coro.streams import MAX_BYTES, TURNS_TO_RECEIVE, Stream
@@ -82,6 +82,18 @@ def wait(awaitable: Awaitable[T]) -> T:
     finally:
         # The traceback of an error holds this frame, and an operation its error.
         del awaitable
+
+
+def check_can_wait() -> None:
+    """
+    Called before anything begins that would be left behind.
+
+    :raises NoStackError: if no function of a stackful task calls this.
+    """
+    wait(_NO_TIME)
+
+
+_NO_TIME: Final = Done()
 
 
 def unsupported(what: str) -> io.UnsupportedOperation:
@@ -172,6 +184,7 @@ class BlockingSocket:
         if self._stream is not None:
             raise os_error(errno.EISCONN)
         _check_timeout(self._timeout)
+        check_can_wait()
         if self._family == _AF_UNIX:
             stream = self._connect_unix(address)
         else:
@@ -281,6 +294,7 @@ class BlockingSocket:
 
     def _take_turn(self, deadline: float | None, at_once: bool) -> None:
         """Of several tasks that read, let one be the first."""
+        check_can_wait()
         if at_once and self._turn.locked:
             raise os_error(errno.EAGAIN)
         self._wait(self._turn.acquire(), deadline)
@@ -849,6 +863,7 @@ def _open(
     source: tuple[str, int] | None,
     all_errors: bool = False,
 ) -> Stream:
+    check_can_wait()
     number: Any = port
     if isinstance(port, str):
         # It may be the name of a service.
