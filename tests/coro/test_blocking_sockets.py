@@ -603,6 +603,12 @@ def over_tls(net: Any, address: Any, authority: Path) -> list[Any]:
         sock.sendall(b"say in the clear\nclose\n")
         got.append(sock.makefile("rb").read())
         got.append(outcome(sock.unwrap))
+    with context.wrap_socket(
+        net.create_connection(address, DEADLINE), server_hostname="127.0.0.1"
+    ) as sock:
+        pass
+    got += [sock.version(), sock.cipher(), sock.session_reused, sock.pending()]
+    got += [outcome(sock.recv, 1), outcome(sock.send, b"x"), sock.fileno()]
     return got
 
 

@@ -18,6 +18,8 @@ from twisted_rtsig.coro.blocking_sockets import BlockingSocket
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
+    from twisted_rtsig.coro.streams import Stream
+
 T = TypeVar("T")
 C = TypeVar("C", bound=ssl.SSLContext)
 
@@ -283,6 +285,10 @@ class BlockingSSLSocket(BlockingSocket):
         self._opened()
         self._tls = None
         super().shutdown(how)
+
+    def _end(self, stream: Stream) -> None:
+        super()._end(stream)
+        self._tls = None
 
     # What was negotiated
 

@@ -64,10 +64,16 @@ else:
     from typing_extensions import TypeVarTuple, Unpack
 
 __all__ = [
+    "BlockingSSLSocket",
+    "BlockingSocket",
+    "ClientSocket",
     "NoStackError",
+    "allow_blocking_sockets",
+    "create_connection",
     "entering",
     "in_stackful",
     "iterate",
+    "patched",
     "spawn_stackful",
     "wait",
 ]
