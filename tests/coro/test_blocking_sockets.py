@@ -201,6 +201,9 @@ def receive(net: Any, address: Any) -> list[Any]:
         got.append(outcome(sock.recv_into, buffer, -1))
         got.append(outcome(sock.recv_into, buffer, 5))
         got.append(outcome(sock.recv))
+        # These take nothing.
+        got.append(outcome(sock.recv, 1.5))
+        got.append(outcome(sock.recv_into, b"read-only"))
         got.append(outcome(sock.send, "text"))
         sock.settimeout(None)
         got.append(sock.recv(2, socket.MSG_WAITALL))

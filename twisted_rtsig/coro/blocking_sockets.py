@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import io
+import operator
 import os
 import socket
 import struct
@@ -260,6 +261,7 @@ class BlockingSocket:
         :raises TimeoutError: if nothing comes within the timeout.
         :raises ConnectionResetError: if the connection was reset.
         """
+        bufsize = operator.index(bufsize)
         if bufsize < 0:
             raise ValueError("negative buffersize in recv")
         _check_flags(flags, socket.MSG_PEEK | _MSG_DONTWAIT | _MSG_WAITALL)
@@ -272,6 +274,9 @@ class BlockingSocket:
         if nbytes < 0:
             raise ValueError("negative buffersize in recv_into")
         with memoryview(buffer).cast("B") as view:
+            if view.readonly:
+                # Before anything is taken.
+                raise TypeError("recv_into() needs a buffer that can be written to")
             size = nbytes or len(view)
             if size > len(view):
                 raise ValueError("buffer too small for requested bytes")
