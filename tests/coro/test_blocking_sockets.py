@@ -28,6 +28,7 @@ import pytest
 
 pytest.importorskip("greenlet", reason="it is for the extra [greenlet]")
 
+from twisted.internet.defer import CancelledError
 from twisted.internet.interfaces import IHostnameResolver
 from twisted.internet.tcp import Connection
 from zope.interface import directlyProvides
@@ -36,7 +37,7 @@ from tests.coro.support import connected, run, spin
 from tests.coro.test_examples import reactor as reactor
 from tests.coro.test_opening import needs_silent_host, silent_host
 from tests.support import DEADLINE, RESET, make_certificate, refusing_port
-from twisted_rtsig.coro import Stream, in_thread, sleep
+from twisted_rtsig.coro import Stream, blocking_sockets, in_thread, sleep, timeout
 from twisted_rtsig.coro.stackful import (
     BlockingSocket,
     BlockingSSLSocket,
@@ -657,7 +658,9 @@ def fail_over_tls(net: Any, address: Any, plain: Any, authority: Path) -> list[A
         sock.sendall(b"close\n")
         got.append(outcome(sock.recv, 1))
     # Later, and by hand.
+    nodelay = socket.IPPROTO_TCP, socket.TCP_NODELAY
     with net.socket() as sock:
+        sock.setsockopt(*nodelay, 1)
         late = trusting.wrap_socket(
             sock, server_hostname="127.0.0.1", do_handshake_on_connect=False
         )
@@ -665,7 +668,7 @@ def fail_over_tls(net: Any, address: Any, plain: Any, authority: Path) -> list[A
         got.append(outcome(late.recv, 1))
         late.settimeout(DEADLINE)
         late.connect(address)
-        got.append(late.version())
+        got += [late.version(), bool(late.getsockopt(*nodelay))]
         got.append(late.do_handshake())
         late.sendall(b"say late\n")
         got.append(late.recv(100))
@@ -766,6 +769,82 @@ def test_of_a_stream(reactor: Any) -> None:
             assert stream._closing
 
     run(reactor, main)
+
+
+def test_a_call_without_time_that_is_cancelled(reactor: Any, peer: Peer) -> None:
+    """It leaves nothing in the way of the next one."""
+
+    async def main() -> None:
+        sock = await in_stackful(create_connection, peer.address, DEADLINE)
+        with sock:
+            sock.settimeout(0)
+            task = spawn_stackful(sock.recv, 10)
+            # Now it waits for a turn of the reactor.
+            await sleep(0)
+            task.cancel()
+            with pytest.raises(CancelledError):
+                await task
+            sock.settimeout(DEADLINE)
+            sock.sendall(b"say hello\n")
+            assert await in_stackful(sock.recv, 6) == b"hello\n"
+            # Nor does it wait for another task that reads.
+            task = spawn_stackful(sock.recv, 10)
+            await sleep(0)
+            sock.settimeout(0)
+            with pytest.raises(BlockingIOError), timeout(DEADLINE):
+                await in_stackful(sock.recv, 10)
+            sock.sendall(b"say hello\n")
+            assert await task == b"hello\n"
+
+    run(reactor, main)
+    until_closed(reactor)
+
+
+def end_with(net: Any, address: Any, linger: bytes) -> list[Any]:
+    with net.create_connection(address, DEADLINE) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        sock.sendall(b"say hello\ncount\n")
+        return [sock.recv(100)]
+
+
+@pytest.mark.parametrize(("linger", "received"), [(RESET, []), (b"\0" * 8, [0, 0])])
+@pytest.mark.skipif(sys.platform == "win32", reason="SO_LINGER has another form")
+def test_how_it_ends(reactor: Any, linger: bytes, received: list[int]) -> None:
+    """With a reset, if that is set."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    with contextlib.closing(Peer(listening)) as peer:
+        both(reactor, end_with, peer, linger)
+    assert peer.received == received
+
+
+def end_unsent(net: Any, address: Any) -> list[Any]:
+    with net.create_connection(address, DEADLINE) as sock:
+        sock.sendall(b"flood 100000000\n")
+        sock.settimeout(0.02)
+        return [outcome(sock.sendall, b"x" * 50_000_000)]
+
+
+def test_a_closed_one_is_given_up_in_time(
+    reactor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the peer takes nothing of what is left."""
+    monkeypatch.setattr(blocking_sockets, "_LINGER", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        both(reactor, end_unsent, listening.getsockname())
+
+
+def test_one_that_is_closed_while_it_connects(reactor: Any, peer: Peer) -> None:
+    async def main() -> None:
+        sock = ClientSocket()
+        task = spawn_stackful(sock.connect, peer.address)
+        await sleep(0)
+        assert not task.done
+        sock.close()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            await task
+
+    run(reactor, main)
+    until_closed(reactor)
 
 
 def test_calls_outside_of_a_stackful_task(reactor: Any, peer: Peer) -> None:

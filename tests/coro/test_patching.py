@@ -148,7 +148,7 @@ def test_tasks_that_outlive_the_block(reactor: Any, library: Any, peer: Peer) ->
     before = dict(vars(library))
 
     def spawns() -> Task[Any]:
-        with patched(make_library("outer")), patched(library):
+        with patched(library), patched(make_library("inner")):
             # It begins when this one waits.
             return spawn_stackful(library_says_hello)
 

@@ -751,6 +751,26 @@ def test_dropped_in_another_thread(clock: Clock) -> None:
     assert seen == [threading.get_ident()]
 
 
+def test_resumed_in_another_thread(clock: Clock) -> None:
+    """It fails, and cleans up in its own one."""
+    seen: list[int] = []
+
+    def main() -> None:
+        try:
+            wait(sleep(1))
+        finally:
+            seen.append(threading.get_ident())
+
+    task = spawn_stackful(main, reactor=clock)
+    other = threading.Thread(target=clock.advance, args=[1])
+    other.start()
+    other.join()
+    with pytest.raises(RuntimeError, match="start it where the reactor runs"):
+        task.result()
+    spawn_stackful(lambda: None, reactor=clock)
+    assert seen == [threading.get_ident()]
+
+
 def test_what_has_ended_leaves_nothing(clock: Clock) -> None:
     """To the collector."""
 

@@ -255,7 +255,13 @@ def _drive(stack: Stack, in_task: bool) -> Generator[Any, Any, Any]:
             current = getcurrent()
             # Another one, where a task runs the tasks of another reactor.
             if stack.parent is not current:
-                stack.parent = current
+                try:
+                    stack.parent = current
+                except ValueError as raised:
+                    raise RuntimeError(
+                        "a stackful task cannot be resumed in another thread than that "
+                        "which it has begun in: start it where the reactor runs"
+                    ) from raised
             del current
             stack.task = running.task
             if error is None:
