@@ -349,6 +349,22 @@ async def main_without_task(clock: Clock) -> str:
     return variable.get()
 
 
+def test_the_first_context_of_a_thread() -> None:
+    """There is none before something is set."""
+    seen: list[str] = []
+
+    def in_thread() -> None:
+        coroutine = in_stackful(variable.set, "set")
+        with pytest.raises(StopIteration):
+            coroutine.send(None)
+        seen.append(variable.get("unset"))
+
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    thread.join()
+    assert seen == ["set"]
+
+
 # Frames
 
 
