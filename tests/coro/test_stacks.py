@@ -185,6 +185,28 @@ def _waits() -> None:
     wait(sleep(1))
 
 
+def test_an_error_that_has_a_context(clock: Clock, start: Callable[..., Any]) -> None:
+    """It keeps that, whatever is handled where it is waited for."""
+
+    async def fails() -> None:
+        await sleep(1)
+        try:
+            raise ValueError
+        except ValueError:
+            raise KeyError  # noqa: B904
+
+    def main() -> None:
+        try:
+            raise Gone
+        except Gone:
+            wait(fails())
+
+    task = start(main, reactor=clock)
+    with pytest.raises(KeyError) as raised:
+        finish(clock, task)
+    assert isinstance(raised.value.__context__, ValueError)
+
+
 def test_the_error_that_a_coroutine_handles(clock: Clock) -> None:
     """A function that it calls sees it, as any function that it would call."""
 
@@ -229,6 +251,7 @@ def test_errors_that_mean_something_to_the_machinery(
     for error in (StopIteration("x"), StopAsyncIteration("x")):
         assert str(error) in repr(raised_by(error).__cause__ or raised_by(error))
     assert isinstance(raised_by(StopIteration()), RuntimeError)
+    assert str(raised_by(StopIteration())).endswith("<lambda> has raised StopIteration")
     assert isinstance(raised_by(GeneratorExit()), GeneratorExit)
     assert isinstance(raised_by(KeyboardInterrupt()), KeyboardInterrupt)
     task = start(lambda: main(GreenletExit()), reactor=clock)
