@@ -35,6 +35,7 @@ from zope.interface import directlyProvides
 
 from tests.coro.support import connected, run, spin
 from tests.coro.test_examples import reactor as reactor
+from tests.coro.test_garbage import garbage, without_collector
 from tests.coro.test_opening import needs_silent_host, silent_host
 from tests.support import DEADLINE, RESET, make_certificate, refusing_port
 from twisted_rtsig.coro import Stream, blocking_sockets, in_thread, sleep, timeout
@@ -49,6 +50,9 @@ from twisted_rtsig.coro.stackful import (
     spawn_stackful,
 )
 from twisted_rtsig.coro.testing import cancel_everywhere
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
 
 # The server
 
@@ -844,6 +848,36 @@ def test_one_that_is_closed_while_it_connects(reactor: Any, peer: Peer) -> None:
             await task
 
     run(reactor, main)
+    until_closed(reactor)
+
+
+def test_errors_leave_no_frames_to_the_collector(
+    reactor: Any, tls_peer: Peer, files_of_certificate: Files
+) -> None:
+    context = ssl.create_default_context(cafile=str(files_of_certificate[0]))
+    allow_blocking_sockets(context)
+
+    def fail(refusing: int) -> None:
+        for kind in (ConnectionRefusedError, ExceptionGroup):
+            with pytest.raises(kind):
+                create_connection(
+                    ("127.0.0.1", refusing), all_errors=kind is ExceptionGroup
+                )
+        plain: Any = create_connection(tls_peer.address, DEADLINE)
+        with context.wrap_socket(plain, server_hostname="127.0.0.1") as sock:
+            sock.settimeout(0.01)
+            with pytest.raises(TimeoutError):
+                sock.recv(1)
+            sock.settimeout(0)
+            with pytest.raises(ssl.SSLWantReadError):
+                sock.recv(1)
+
+    with refusing_port() as port:
+        run(reactor, in_stackful, fail, port)
+        with without_collector():
+            run(reactor, in_stackful, fail, port)
+            frames = [each for each in garbage() if each.startswith("frame: ")]
+    assert frames == []
     until_closed(reactor)
 
 

@@ -884,13 +884,25 @@ def _open(
     except ValueError as error:
         # Neither a name nor an address; or the port is out of range.
         raise socket.gaierror(socket.EAI_NONAME, str(error)) from None
+    error_to_raise = _of_create_connection(failed, source is not None, all_errors)
+    try:
+        raise error_to_raise
+    finally:
+        # The traceback holds this frame.
+        del failed, error_to_raise
+
+
+def _of_create_connection(
+    failed: ConnectFailed, bound: bool, all_errors: bool
+) -> Exception:
+    """What C{create_connection} raises."""
     if not failed.errors:
-        code = socket.EAI_NONAME if source is None else _EAI_ADDRFAMILY
-        raise socket.gaierror(code, str(failed))
+        code = _EAI_ADDRFAMILY if bound else socket.EAI_NONAME
+        return socket.gaierror(code, str(failed))
     causes = [_as_os_error(each) for each in failed.errors]
     if all_errors:
-        raise ExceptionGroup("create_connection failed", causes)
-    raise causes[-1]
+        return ExceptionGroup("create_connection failed", causes)
+    return causes[-1]
 
 
 def _as_os_error(error: Exception) -> OSError:

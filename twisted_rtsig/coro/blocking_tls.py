@@ -139,6 +139,9 @@ class BlockingSSLSocket(BlockingSocket):
                 raise wants from None
             except TimeoutError:
                 raise TimeoutError(f"The {what} operation timed out") from None
+            finally:
+                # The traceback holds this frame.
+                del wants
 
     def _fill(self, deadline: float | None) -> None:
         """Receive something for OpenSSL, unless another task does that meanwhile."""
