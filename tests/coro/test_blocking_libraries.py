@@ -65,8 +65,6 @@ from twisted_rtsig.coro.stackful import (
     wait,
 )
 
-pg8000: Any = pytest.importorskip("pg8000.native")
-
 # Of pyOpenSSL's, about what Twisted does with certificates.
 pytestmark = pytest.mark.filterwarnings("ignore:Passing pyOpenSSL:DeprecationWarning")
 
@@ -343,6 +341,10 @@ def postgres_port() -> Iterator[int]:
 
     It refuses to run as root, so that root runs it as another user.
     """
+    pytest.importorskip(
+        "pg8000.native",
+        reason="there is no pg8000 (pip install -e '.[blocking-libraries]')",
+    )
     initdb, postgres = (
         program(name, "postgresql", *glob.glob("/usr/lib/postgresql/*/bin"))
         for name in ("initdb", "postgres")
@@ -393,7 +395,7 @@ def postgres_port() -> Iterator[int]:
 @counts
 def test_pg8000(reactor: Any, postgres_port: int, count: int) -> None:
     def connect() -> Any:
-        return pg8000.Connection(
+        return sys.modules["pg8000.native"].Connection(
             "tester",
             "127.0.0.1",
             "postgres",
@@ -432,7 +434,7 @@ def test_pg8000_over_tls(reactor: Any, postgres_port: int) -> None:
         with (
             patched(sys.modules["pg8000"]),
             contextlib.closing(
-                pg8000.Connection(
+                sys.modules["pg8000.native"].Connection(
                     "tester",
                     "127.0.0.1",
                     "postgres",
