@@ -36,9 +36,8 @@ _LIVED: Final = 60.0
 _FIRST_PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 60.0
 
-
-# Seconds after a reload in which the new workers may still begin to listen: applications
-# may connect to a database before.
+# Seconds after a reload in which the new workers may still begin to listen: the
+# application may connect to a database before.
 _UNUSED: Final = 10.0
 
 # With --uid, for how many more workers than at the start there are sockets.
