@@ -149,12 +149,14 @@ def test_the_status_of_workers(tmp_path: Path) -> None:
 
         # What a worker has counted stays in the sums when it has ended.
         echoed.close()
+        # Nothing asks after this one before its worker stops.
+        get(port)
         twistd.send(signal.SIGHUP)
         twistd.wait_for("The reload is complete")
         wait_until(lambda: set(by_pid(twistd)).isdisjoint(first))
         assert {each["restarts"] for each in by_pid(twistd).values()} == {1}
         sums = metrics_of(twistd)
-        assert sums["twisted_worker_requests_total"] == 10
+        assert sums["twisted_worker_requests_total"] == 11
         assert sums["twisted_workers_ended_totalstopped"] == 2
         assert sums["twisted_server_connectionsecho"] == 0
 

@@ -107,6 +107,21 @@ def test_reload(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shared", [(), ("--shared-socket",)])
+def test_shared_sockets_outlive_a_worker(
+    tmp_path: Path, shared: tuple[str, ...]
+) -> None:
+    """A worker that stops does not shut down what all accept from."""
+    write_tac(tmp_path, ON_PORT_0 + 'listen("unix:path.sock")\n')
+    with Twistd(tmp_path, "-c", "2", *shared, "-y", "app.tac") as twistd:
+        workers = twistd.wait_until_ready(2)
+        port = twistd.port()
+        twistd.send(signal.SIGTTOU)
+        twistd.wait_for("Worker 1 has stopped")
+        assert ask(("127.0.0.1", port))[1] in workers
+        assert ask(str(tmp_path / "path.sock"), socket.AF_UNIX)[1] in workers
+
+
 def test_reload_of_broken_code(tmp_path: Path) -> None:
     """The workers go on, and the log says why."""
     write_tac(tmp_path, ON_PORT_0)

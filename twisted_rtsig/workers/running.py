@@ -110,8 +110,6 @@ class WorkerSide:
         # Before the application has triggers: the ports accept what waits in their
         # backlogs, and the connections are told, before its services stop.
         reactor.addSystemEventTrigger("before", "shutdown", self._drain)
-        # What it has counted until its end.
-        reactor.addSystemEventTrigger("during", "shutdown", self._tell_status, {})
 
     def start(self) -> None:
         """The reactor is about to run."""
@@ -157,7 +155,14 @@ class WorkerSide:
         """The reactor stops, for whatever reason."""
         self._stopping = True
         self.control.send({"type": "stopping"})
-        return drain(self.reactor, self._grace)
+
+        def tell_all(drained: Drained) -> Drained:
+            # What it has counted until its end.  During the shutdown, the reactor
+            # disconnects the channel.
+            self._tell_status({})
+            return drained
+
+        return drain(self.reactor, self._grace).addCallback(tell_all)
 
     def _tell_status(self, question: Message) -> None:
         snapshot = self._observer.snapshot(question.get("tasks", False))
