@@ -37,7 +37,7 @@ def fetch(host: str, path: str) -> tuple[int, bytes]:
 async def fetch_all(host: str, path: str, count: int) -> list[tuple[int, bytes]]:
     with patched(http.client), timeout(SECONDS):
         async with TaskGroup() as group:
-            tasks = [group.spawn(in_stackful, fetch, host, path) for _ in range(count)]
+            tasks = [group.spawn(in_stackful(fetch, host, path)) for _ in range(count)]
     return [task.result() for task in tasks]
 
 

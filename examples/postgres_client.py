@@ -62,7 +62,7 @@ async def transfer_all(user: str, port: int, sessions: int) -> list[int]:
         await in_stackful(create, user, port)
         async with TaskGroup() as group:
             for number in range(sessions):
-                group.spawn(in_stackful, transfer, user, port, number)
+                group.spawn(in_stackful(transfer, user, port, number))
         return await in_stackful(balances, user, port)
 
 

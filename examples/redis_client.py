@@ -35,7 +35,7 @@ async def count_all(port: int, clients: int) -> None:
     with patched(redis), timeout(SECONDS):
         async with TaskGroup() as group:
             for _ in range(clients):
-                group.spawn(in_stackful, count_visit, port)
+                group.spawn(in_stackful(count_visit, port))
 
 
 async def main(reactor: Any, port: str, clients: str = "500") -> None:

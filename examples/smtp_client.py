@@ -48,7 +48,7 @@ async def send_all(port: int, context: ssl.SSLContext, count: int) -> None:
     with patched(smtplib), timeout(SECONDS):
         async with TaskGroup() as group:
             for number in range(count):
-                group.spawn(in_stackful, send, port, context, message(number))
+                group.spawn(in_stackful(send, port, context, message(number)))
 
 
 async def main(

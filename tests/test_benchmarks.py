@@ -121,13 +121,14 @@ def test_tasks() -> None:
     }
     others = there["uvloop"] + there["trio"] + there["gevent"]
     expected = {
-        "ping-pong": 3 + others,
-        "parked": 3 + others,
+        "ping-pong": 3 + others + there["greenlet"],
+        "parked": 3 + others + there["greenlet"],
         "group": 2 + there["uvloop"] + there["trio"],
         "million": 1,
         "transfer": 5 + there["greenlet"],
     }
-    expected_bars = 9 + there["uvloop"]
+    stackful = 2 * (there["greenlet"] and there["gevent"])
+    expected_bars = 9 + there["uvloop"] + stackful
     if sys.version_info < (3, 11):
         # asyncio has no groups.
         del expected["group"]

@@ -215,7 +215,7 @@ class _Module(types.ModuleType):
 def _either(real: Any, ours: Any, inside: Callable[[], bool]) -> Any:
     """What is the one in a block, and the other elsewhere."""
     if isinstance(real, type):
-        return _EitherClass(real.__name__, (), {"_three": (real, ours, inside)})
+        return _EitherClass(real.__name__, (), {"choice": (real, ours, inside)})
 
     @functools.wraps(real)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -229,22 +229,22 @@ class _EitherClass(type):
     A class that makes instances of one class in a block, and of another one elsewhere.
     """
 
-    _three: tuple[type, Any, Callable[[], bool]]
+    choice: tuple[type, Any, Callable[[], bool]]
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        real, ours, inside = cls._three
+        real, ours, inside = cls.choice
         return (ours if inside() else real)(*args, **kwargs)
 
     def __instancecheck__(cls, instance: object) -> bool:
-        real = cls._three[0]
+        real = cls.choice[0]
         return isinstance(instance, (real, _INSTANCES.get(real, real)))
 
     def __subclasscheck__(cls, kind: type) -> bool:
-        real = cls._three[0]
+        real = cls.choice[0]
         return issubclass(kind, (real, _INSTANCES.get(real, real)))
 
     def __getattr__(cls, name: str) -> Any:
-        return getattr(cls._three[0], name)
+        return getattr(cls.choice[0], name)
 
 
 # What isinstance() takes for an instance of a class, in addition.

@@ -54,7 +54,7 @@ class _Running:
 
     def __init__(self) -> None:
         self.task: Task[Any] | None = None
-        self.stacks = Stacks()
+        self.stacks: Stacks = Stacks()
 
 
 class Stacks:

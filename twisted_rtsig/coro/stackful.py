@@ -52,11 +52,11 @@ from twisted_rtsig.coro.tracebacks import log_failure
 
 try:
     from greenlet import GreenletExit, getcurrent, greenlet
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "twisted_rtsig.coro.stackful needs greenlet: "
         "pip install 'twisted-rtsig[greenlet]'"
-    ) from error
+    ) from _error
 
 if sys.version_info >= (3, 11):
     from typing import TypeVarTuple, Unpack

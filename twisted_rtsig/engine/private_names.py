@@ -125,7 +125,6 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "_addressType",
         "_buildAddr",
         "_fromListeningDescriptor",
-        "_realPortNumber",
         "factory",
         "numberAccepts",
         "sessionno",
@@ -233,6 +232,7 @@ OF_ASYNCIO: Final[Mapping[str, tuple[str, ...]]] = {
     "subprocess": ("_args_from_interpreter_flags",),
     # Of the standard library as well.
     "socket.socket": ("_accept",),
+    "ssl.SSLSocket": ("_create",),
     # Not on Windows
     "asyncio.unix_events.BaseChildWatcher": ("_callbacks",),
     "asyncio.unix_events.FastChildWatcher": ("_forks", "_lock", "_zombies"),
