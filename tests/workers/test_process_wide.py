@@ -185,9 +185,10 @@ def test_terminal_is_gone(tmp_path: Path) -> None:
         assert "The terminal is gone" in twistd.output
 
 
-# A session leader takes the first terminal that it opens.
+# A session leader takes the first terminal that it opens.  nohup(1) may run the tests.
 TAKE_TERMINAL = """
 import os, signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.open(os.environ["TERMINAL"], os.O_RDWR)
 """
 
