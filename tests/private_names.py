@@ -351,7 +351,11 @@ def _dump(node: Any) -> str:
     fields = [
         f"{name}={_dump(value)}"
         for name, value in ast.iter_fields(node)
-        if name not in ("kind", "type_comment") and value is not None and value != []
+        if name not in ("kind", "type_comment")
+        and value is not None
+        and value != []
+        # Python 3.15 says so of each import.
+        and (name, value) != ("is_lazy", 0)
     ]
     return f"{type(node).__name__}({','.join(fields)})"
 

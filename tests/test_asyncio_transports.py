@@ -200,7 +200,8 @@ def test_the_context_in_which_reading_was_resumed(loop: Any) -> None:
         pair.protocol.transport.resume_reading()
         pair.handle.sendall(b"x")
         await until(lambda: seen)
-        assert seen == [2]
+        # From Python 3.15 on, a transport keeps the context that it was made in.
+        assert seen == [1 if sys.version_info >= (3, 15) else 2]
         pair.protocol.transport.abort()
         pair.handle.close()
 

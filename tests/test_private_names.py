@@ -227,6 +227,8 @@ def test_what_counts_as_another_text(
 def test_every_python_has_the_same_digests(release: MakeRelease) -> None:
     text = """
 def syntax(self, /, *each, limit: int = 1, **rest):
+    import os
+    from . import path
     with open(f"{each!r:>{limit}} {{}}" 'r') as file, file:
         try:
             print(*rest, u"x", b"y", (1, *each), each[1:, ...], sep=None)
@@ -234,7 +236,7 @@ def syntax(self, /, *each, limit: int = 1, **rest):
             raise (lambda x=-1: [y for y in x if not (yield)]) from error
 """
     found = digest(release("99.1.0", text.lstrip()), "twisted.internet.tcp.syntax")
-    assert found == "d0c11e84e5a1801c"
+    assert found == "320dc9b3dab36dfa"
 
 
 def test_a_release_that_changes_a_function_is_named(

@@ -610,6 +610,7 @@ def test_ctrl_c_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted({"select", "rtsig"} & set(REACTORS)))
 def test_ctrl_c_in_code_that_blocks(tmp_path: Path, name: str) -> None:
     """In a plain test, whose handler Twisted has replaced; and in a task."""
+    # One long sleep would go on if the signal came just before it.
     plain = """
         import time
         from twisted_rtsig.coro import sleep
@@ -619,7 +620,8 @@ def test_ctrl_c_in_code_that_blocks(tmp_path: Path, name: str) -> None:
 
         def test_plain():
             print("READY", flush=True)
-            time.sleep(1000)
+            while True:
+                time.sleep(0.01)
     """
     session = Session(tmp_path, plain, name)
     session.interrupt_at("READY")
@@ -635,7 +637,8 @@ def test_ctrl_c_in_code_that_blocks(tmp_path: Path, name: str) -> None:
                 time.sleep(0.5)
                 # Only the reactor is to hear of the first one.
                 print("AGAIN", flush=True)
-                time.sleep(1000)
+                while True:
+                    time.sleep(0.01)
             finally:
                 print("FINALLY")
     """
@@ -660,7 +663,8 @@ def test_ctrl_c_before_the_reactor_runs(tmp_path: Path) -> None:
 
         async def test_task(fixture):
             print("READY", flush=True)
-            time.sleep(1000)
+            while True:
+                time.sleep(0.01)
     """
     session = Session(tmp_path, code, "select")
     session.interrupt_at("READY")

@@ -68,8 +68,10 @@ class SocketTransport(asyncio.selector_events._SelectorSocketTransport):  # type
         # Whether asyncio's own write() would send at once.
         self._sends_at_once = True
         self._reactor: AsyncioEngineReactor = loop.reactor
-        self._context = contextvars.copy_context()
         super().__init__(loop, *args, **kwargs)
+        # From Python 3.15 on, asyncio's transports have one.
+        if getattr(self, "_context", None) is None:
+            self._context = contextvars.copy_context()
 
     def write(self, data: Any) -> None:
         """As C{WriteTransport.write}."""

@@ -9,6 +9,7 @@ import pytest
 from twisted.internet.task import Clock
 
 from tests.coro.support import STYLES, run_for_real
+from tests.support import ON_PYPY
 from twisted_rtsig.coro import (
     BusyResourceError,
     DelimiterNotFound,
@@ -36,7 +37,10 @@ def in_memory(function: Callable[[Stream, Stream], Any]) -> None:
     task.result()
 
 
-ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "gb18030", "utf-7"]
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "gb18030"]
+if not ON_PYPY:
+    # PyPy 7.3 aborts in its io.IncrementalNewlineDecoder.
+    ENCODINGS.append("utf-7")
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
