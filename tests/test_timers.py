@@ -21,7 +21,7 @@ from twisted.internet.selectreactor import SelectReactor
 from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
 
 from tests.scripted_notifier import EdgeNotifier
-from tests.support import dispose
+from tests.support import dispose, frees_at_once
 from twisted_rtsig.engine.reactor import EngineReactor
 
 # Seconds.  Sums of these are exact, so that both reactors get the same.
@@ -383,6 +383,7 @@ def test_calls_from_threads(engine: EngineReactor) -> None:
     assert [event["log_format"] for event in events] == ["while calling from thread"]
 
 
+@frees_at_once
 def test_what_is_cancelled_is_forgotten(engine: EngineReactor) -> None:
     """Neither calls nor their arguments add up: near, distant, moved or new."""
     world = World(engine)
@@ -415,6 +416,7 @@ def test_what_is_cancelled_is_forgotten(engine: EngineReactor) -> None:
         gc.enable()
 
 
+@frees_at_once
 def test_a_call_that_is_moved_sooner_and_sooner(engine: EngineReactor) -> None:
     world = World(engine)
     call = engine.callLater(1e6, world.made.append, (0, ""))

@@ -19,8 +19,10 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from tests.coro.support import connected, run, run_for_real
-from tests.support import DEADLINE, dispose
+from tests.support import DEADLINE, dispose, frees_at_once
 from twisted_rtsig.coro import current_task, in_thread, sleep, spawn, timeout
+
+pytestmark = frees_at_once
 
 variable = contextvars.ContextVar("variable", default="none")
 

@@ -11,6 +11,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from tests.coro.support import STYLES, run
+from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     Channel,
     ChannelClosed,
@@ -255,6 +256,7 @@ def test_without_waiting() -> None:
         assert caught.value.channel is receiver.channel is channel
 
 
+@frees_at_once
 @pytest.mark.filterwarnings("default")
 def test_an_end_that_is_forgotten() -> None:
     channel: Channel[int] = Channel(1)

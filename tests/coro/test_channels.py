@@ -16,6 +16,7 @@ from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
 from twisted.internet.task import Clock
 
 from tests.coro.support import STYLES, spin
+from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     Channel,
     ChannelClosed,
@@ -507,6 +508,7 @@ def test_a_value_that_was_handed_over_is_not_lost(clock: Clock) -> None:
     assert channel.statistics().receivers == 0
 
 
+@frees_at_once
 def test_ten_thousand_timeouts_leave_nothing_behind(clock: Clock) -> None:
     """Behind somebody who waits for long, so that each would be in the middle."""
     channel: Channel[Value] = Channel(0)
@@ -535,6 +537,7 @@ def test_ten_thousand_timeouts_leave_nothing_behind(clock: Clock) -> None:
     assert patient.result() is value
 
 
+@frees_at_once
 def test_sends_that_time_out_leave_nothing_behind(clock: Clock) -> None:
     channel: Channel[Value] = Channel(0)
     spawn(lambda: channel.send(Value()), reactor=clock)

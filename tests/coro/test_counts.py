@@ -13,6 +13,7 @@ import pytest
 from twisted.internet.task import Clock
 
 from tests.coro.support import call, connected, listen, run, run_for_real, spin
+from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     Channel,
     Event,
@@ -156,6 +157,7 @@ def test_streams_and_servers(reactor: Any) -> None:
     assert statistics(reactor).streams.unread == 0
 
 
+@frees_at_once
 def test_servers_of_another_reactor(clock: Clock) -> None:
     from twisted_rtsig.coro import CoroutineFactory
 

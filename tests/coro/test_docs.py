@@ -48,7 +48,7 @@ from tests.coro.test_examples import (
     time_out_in_chat,
 )
 from tests.coro.test_examples import reactor as reactor
-from tests.support import DEADLINE
+from tests.support import DEADLINE, ON_PYPY
 from twisted_rtsig import coro, files, workers
 
 ROOT = Path(__file__).parents[2]
@@ -223,6 +223,8 @@ def test_the_page_is_right(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if ON_PYPY and title == "Forgotten awaits":
+        pytest.skip("PyPy warns some time later")
     monkeypatch.chdir(tmp_path)
     # A reactor that is only iterated is not told that a child has ended.
     LoopingCall(reapAllProcesses).start(0.01)

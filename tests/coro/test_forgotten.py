@@ -24,6 +24,7 @@ from twisted.internet.defer import (
 from twisted.internet.task import Clock
 
 from tests.coro.support import STYLES, connected, run_for_real
+from tests.support import frees_at_once
 from twisted_rtsig import coro, files
 from twisted_rtsig.coro import (
     CapacityLimiter,
@@ -52,6 +53,8 @@ from twisted_rtsig.coro import (
     transfer,
 )
 from twisted_rtsig.coro.testing import stream_pair
+
+pytestmark = frees_at_once
 
 # What starts when it is called, and may be left alone.
 MAY_BE_LEFT = {

@@ -24,6 +24,7 @@ from twisted.internet.error import ConnectError, ConnectionLost
 from twisted.internet.task import Clock
 
 from tests.coro.support import STYLES, connected, forgets_awaits, listen, run_for_real
+from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     CancelScope,
     CapacityLimiter,
@@ -75,6 +76,8 @@ from twisted_rtsig.files import (
 from twisted_rtsig.files import (
     Path as AsyncPath,
 )
+
+pytestmark = frees_at_once
 
 # For each of its calls, Twisted's thread pool leaves a function that refers to itself.
 OF_THREAD_POOL = (FunctionType, CellType, tuple, dict)

@@ -16,6 +16,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from tests.coro.support import connected, run, run_for_real, spin
+from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     Channel,
     Event,
@@ -320,6 +321,7 @@ def test_it_stops_with_the_reactor(reactor: Any) -> None:
 # How it finds them
 
 
+@frees_at_once
 def test_tasks_that_were_frozen(clock: Clock) -> None:
     stop = Event()
     task = spawn(stop.wait, name="frozen", reactor=clock)
@@ -348,6 +350,7 @@ def test_the_heap_is_not_looked_through(
     assert task.done
 
 
+@frees_at_once
 def test_a_task_that_cannot_go_on_is_collected(clock: Clock) -> None:
     """To be listed keeps no task alive: what it waits for is gone as well."""
     ends: list[str] = []

@@ -11,6 +11,7 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 
 from tests.coro.support import STYLES, call, connected, listen, run, run_for_real, spin
+from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     Event,
     Instrument,
@@ -292,6 +293,7 @@ def test_what_tasks_wait_for(clock: Clock, recorder: Recorder, style: Any) -> No
     assert got == [ZeroDivisionError, 1, 2]
 
 
+@frees_at_once
 def test_a_failed_task_is_no_garbage(clock: Clock, recorder: Recorder) -> None:
     """The frames that an error holds do not hold the task."""
 

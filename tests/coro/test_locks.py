@@ -18,6 +18,7 @@ from twisted.internet.defer import (
 from twisted.internet.task import Clock
 
 from tests.coro.support import STYLES
+from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     Condition,
     Event,
@@ -301,6 +302,7 @@ def test_one_who_is_cancelled_while_he_has_it(clock: Clock) -> None:
     assert not lock.locked
 
 
+@frees_at_once
 @pytest.mark.usefixtures("debug_off")
 def test_those_who_give_up_leave_nothing_behind(clock: Clock) -> None:
     lock = Lock()

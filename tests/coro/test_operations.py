@@ -18,6 +18,7 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
 from tests.coro.support import STYLES as LAZY_STYLES
+from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     BusyResourceError,
     CoroutineFactory,
@@ -291,6 +292,7 @@ def test_a_long_line_of_waiters(clock: Clock) -> None:
 # What is left behind
 
 
+@frees_at_once
 def test_nothing_is_left_of_what_is_over(clock: Clock) -> None:
     """Nor does it take the garbage collector."""
     gone: list[weakref.ref[Any]] = []

@@ -21,6 +21,7 @@ from twisted.internet.defer import (
 from twisted.internet.task import Clock
 
 from tests.coro.support import STYLES, connected, run
+from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     Cancelled,
     Channel,
@@ -455,6 +456,7 @@ def test_a_value_that_was_chosen_is_not_lost(clock: Clock) -> None:
 # What is left behind
 
 
+@frees_at_once
 def test_a_loop_leaves_nothing_behind(clock: Clock) -> None:
     made = {name: make(clock) for name, make in KINDS.items()}
     others = [each.case for each in made.values()]

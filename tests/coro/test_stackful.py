@@ -16,6 +16,7 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
 from tests.coro.support import call, listen, run, run_for_real
+from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     Cancelled,
     CancelScope,
@@ -437,6 +438,7 @@ def test_nested(clock: Clock) -> None:
     assert finish(clock, spawn(coroutine, 60, reactor=clock)) == 60
 
 
+@frees_at_once
 def test_under_from_coroutine(clock: Clock) -> None:
     """There is no task, and so no timeout."""
 
@@ -881,6 +883,7 @@ def test_transfers_in_a_circle(clock: Clock) -> None:
 # With the rest of the package
 
 
+@frees_at_once
 def test_a_forgotten_wait(
     clock: Clock, start: Callable[..., Task[Any]], recwarn: Any
 ) -> None:

@@ -20,6 +20,7 @@ from twisted.internet.defer import (
 )
 from twisted.internet.task import Clock
 
+from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     Cancelled,
     Channel,
@@ -71,6 +72,7 @@ async def _appends(event: Event, seen: list[str], what: str) -> None:
     seen.append(what)
 
 
+@frees_at_once
 def test_a_value_that_resumes_a_task_when_it_is_dropped(clock: Clock) -> None:
     """The task that was resumed with it is the last one that runs."""
     seen: list[str] = []

@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.logger import formatEvent, formatEventAsClassicLogText
 
-from tests.support import DEADLINE
+from tests.support import DEADLINE, frees_at_once
 from twisted_rtsig.coro import TaskGroup, coroutine, run_group, sleep, spawn
 from twisted_rtsig.coro.operations import failed
 from twisted_rtsig.coro.tracebacks import WholeFailure
@@ -78,6 +78,7 @@ def assert_whole(text: str) -> None:
     assert "defer.py" not in text
 
 
+@frees_at_once
 @pytest.mark.parametrize("style", STYLES)
 def test_a_failed_task_is_logged_whole(
     style: Callable[[], Any], logged: list[Any]
@@ -103,6 +104,7 @@ def test_the_failure_of_a_deferred_is_printed_whole(style: Callable[[], Any]) ->
     assert got[0].check(ExceptionGroup)
 
 
+@frees_at_once
 def test_a_deferred_that_no_code_looks_at_is_logged_whole(logged: list[Any]) -> None:
     clock = Clock()
     deferred: Deferred[None] | None = spawn(in_async_def, reactor=clock).as_deferred()

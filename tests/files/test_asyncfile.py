@@ -225,7 +225,7 @@ def test_what_cannot_be_opened(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
         with pytest.raises(FileNotFoundError) as caught:
             await open_file(tmp_path / "nothing")
-        assert caught.value.filename == str(tmp_path / "nothing")
+        assert os.fspath(caught.value.filename) == str(tmp_path / "nothing")
         with pytest.raises(IsADirectoryError):
             await open_file(tmp_path)
         if sys.platform == "win32":

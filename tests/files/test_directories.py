@@ -228,6 +228,6 @@ def test_errors_of_a_walk(reactor: Any, tree: Path) -> None:
             if folder == str(tree):
                 below.sort()
                 shutil.rmtree(tree / "a")
-        assert [each.filename for each in errors] == [str(tree / "a")]
+        assert [os.fsdecode(each.filename) for each in errors] == [str(tree / "a")]
 
     run(reactor, main)

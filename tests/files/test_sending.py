@@ -25,7 +25,7 @@ from twisted.logger import LogLevel
 
 from tests.coro.support import STYLES, call, client_endpoint, connected, listen, run
 from tests.files.support import Gate, SlowDisk, forget_cached
-from tests.support import DEADLINE, make_certificate
+from tests.support import DEADLINE, frees_at_once, make_certificate
 from twisted_rtsig.coro import (
     BusyResourceError,
     FileEnded,
@@ -477,6 +477,7 @@ def test_a_handler_cancelled_in_the_middle_of_a_file_logs_nothing(
     assert not [each for each in logged if each.get("log_failure")]
 
 
+@frees_at_once
 def test_a_file_that_the_handler_closes_too_early_is_logged(
     reactor: Any, received_from: Receive, big: Path, logged: list[Any]
 ) -> None:

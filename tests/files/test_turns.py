@@ -13,7 +13,7 @@ import pytest
 from tests.coro.support import run, spin
 from tests.files.support import Gate, SlowDisk, open_in
 from tests.files.support import busy_threads as busy_threads
-from tests.support import DEADLINE
+from tests.support import DEADLINE, frees_at_once
 from twisted_rtsig.coro import Event, sleep, spawn
 from twisted_rtsig.files import open_file
 
@@ -86,6 +86,7 @@ def test_closing_waits_for_the_operations_before_it(
     run(reactor, main)
 
 
+@frees_at_once
 def test_a_block_that_is_garbage_closes_the_file(
     reactor: Any, tmp_path: Path, kind: str
 ) -> None:

@@ -406,7 +406,8 @@ class _Stacks(Stacks):
             inner = None if stack is None else stack.gr_frame
             while inner is not None:
                 frames.append(inner)
-                inner = inner.f_back
+                # On PyPy the frames of a greenlet form a circle.
+                inner = None if inner.f_code is _OUTERMOST else inner.f_back
         return frames[::-1]
 
 

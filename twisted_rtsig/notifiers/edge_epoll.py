@@ -177,6 +177,9 @@ class EdgeEPollNotifier:
             self._check(epoll, unchecked)
         if self._gone or self._always_ready:
             timeout = 0
+        elif timeout is None:
+            # PyPy takes nothing but numbers.
+            timeout = -1
         polled: Sequence[tuple[int, int]]
         if self.poller is None:
             polled = epoll.poll(timeout)
@@ -241,7 +244,7 @@ class EdgeEPollNotifier:
     def poll(self, timeout: float | None = None) -> Sequence[tuple[int, int]]:
         """As C{select.epoll.poll}, of the set that is open."""
         assert self._epoll is not None
-        return self._epoll.poll(timeout)
+        return self._epoll.poll(-1 if timeout is None else timeout)
 
     def has_refused(self, descriptor: int) -> bool | None:
         """
