@@ -24,13 +24,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 assert hypothesis
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if ON_PYPY:
-        # Of objects that another test has left.
-        ignored = "ignore::pytest.PytestUnraisableExceptionWarning"
-        config.addinivalue_line("filterwarnings", ignored)
-
-
 def pytest_collection_finish() -> None:
     # Those thousands of tests stay to the end; to look through them for garbage takes
     # a tenth of a second each time, and many tests have garbage collected.
