@@ -25,6 +25,7 @@ from twisted.python.failure import Failure
 
 from tests.support import (
     DEADLINE,
+    ON_PYPY,
     Output,
     blocked_signals,
     open_descriptors,
@@ -38,6 +39,11 @@ from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
 
 linux_only = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="looks into /proc"
+)
+
+
+spawns = pytest.mark.skipif(
+    ON_PYPY, reason="PyPy forks, as its posix_spawn does not start sessions"
 )
 
 
@@ -83,6 +89,7 @@ def fails(*_: Any) -> int:
     raise AssertionError("it has forked")
 
 
+@spawns
 @pytest.mark.parametrize(
     "options",
     [
@@ -137,6 +144,7 @@ def test_environment(
     assert child.output == expected
 
 
+@spawns
 @linux_only
 def test_a_missing_program_is_reported_to_the_caller(started: EngineReactor) -> None:
     """As by Twisted's epoll reactor, and nothing is left behind."""
@@ -355,6 +363,7 @@ def test_other_code_has_reaped_it(linux_reactor: EngineReactor) -> None:
     del reapProcessHandlers[process]
 
 
+@spawns
 def test_the_end_is_told_before_waitpid_knows(
     linux_reactor: EngineReactor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,6 +399,7 @@ def test_the_end_is_told_before_waitpid_knows(
     assert transport.pid is None
 
 
+@spawns
 def test_sigchld_comes_first(linux_reactor: EngineReactor) -> None:
     """It is told once."""
     reactor = linux_reactor

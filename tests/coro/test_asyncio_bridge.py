@@ -23,7 +23,7 @@ from twisted.python.failure import Failure
 from tests.coro import conftest
 from tests.coro.support import call, connected, listen, run, run_for_real
 from tests.coro.test_garbage import garbage, without_collector
-from tests.support import DEADLINE, dispose, each_of
+from tests.support import DEADLINE, dispose, each_of, frees_at_once
 from twisted_rtsig.coro import (
     Cancelled,
     CancelScope,
@@ -1331,6 +1331,7 @@ def test_asynchronous_context_managers(reactor: Any) -> None:
 # Logs and garbage
 
 
+@frees_at_once
 def test_a_failure_is_logged_once(reactor: Any, logged: list[Any]) -> None:
     told: list[Any] = []
 
@@ -1397,6 +1398,7 @@ def test_what_a_cancelled_task_has_abandoned_is_not_logged(
 # leave some of their own.
 
 
+@frees_at_once
 @pytest.mark.parametrize("make", [returns, raises, waits])
 @pytest.mark.parametrize("style", ["async def", "generator", "@coroutine", "callbacks"])
 @pytest.mark.parametrize("kind", [*OF_ASYNCIO.keys() - {"TaskGroup", "wait_for"}])
@@ -1410,6 +1412,7 @@ def test_what_awaits_asyncio_leaves_no_garbage(
     assert left_by(reactor, start, make is waits) == []
 
 
+@frees_at_once
 @pytest.mark.parametrize("make", [returns, raises, waits])
 @pytest.mark.parametrize("kind", ["task", "as_deferred", "fromCoroutine"])
 def test_what_asyncio_awaits_leaves_no_garbage(
@@ -1449,6 +1452,7 @@ def left_by(reactor: Any, start: Any, cancels: bool) -> list[str]:
     return left
 
 
+@frees_at_once
 def test_a_task_that_has_ended_is_not_kept(reactor: Any) -> None:
     async def main() -> Any:
         return asyncio.current_task()

@@ -37,7 +37,7 @@ from tests.coro.support import connected, run, spin
 from tests.coro.test_examples import reactor as reactor
 from tests.coro.test_garbage import garbage, without_collector
 from tests.coro.test_opening import needs_silent_host, silent_host
-from tests.support import DEADLINE, RESET, make_certificate, refusing_port
+from tests.support import DEADLINE, ON_PYPY, RESET, make_certificate, refusing_port
 from twisted_rtsig.coro import Stream, blocking_sockets, in_thread, sleep, timeout
 from twisted_rtsig.coro.stackful import (
     BlockingSocket,
@@ -50,6 +50,10 @@ from twisted_rtsig.coro.stackful import (
     spawn_stackful,
 )
 from twisted_rtsig.coro.testing import cancel_everywhere
+
+pytestmark = pytest.mark.skipif(
+    ON_PYPY, reason="PyPy has greenlets and sockets of its own"
+)
 
 if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup

@@ -24,7 +24,7 @@ from tests.coro.test_blocking_sockets import (
 from tests.coro.test_blocking_sockets import peer as peer
 from tests.coro.test_blocking_sockets import tls_peer as tls_peer
 from tests.coro.test_examples import reactor as reactor
-from tests.support import DEADLINE
+from tests.support import DEADLINE, ON_PYPY
 from twisted_rtsig.coro import Event, Task, TaskGroup, in_thread, sleep, spawn
 from twisted_rtsig.coro.stackful import (
     BlockingSocket,
@@ -33,6 +33,10 @@ from twisted_rtsig.coro.stackful import (
     patched,
     spawn_stackful,
     wait,
+)
+
+pytestmark = pytest.mark.skipif(
+    ON_PYPY, reason="PyPy has greenlets and sockets of its own"
 )
 
 # A library, as people write them.

@@ -22,6 +22,7 @@ from twisted.internet.task import Clock
 from tests.coro.support import spin
 from tests.coro.test_garbage import garbage, without_collector
 from tests.coro.test_stackful import STARTS, finish
+from tests.support import ON_PYPY
 from twisted_rtsig.coro import (
     Channel,
     Event,
@@ -44,6 +45,10 @@ from twisted_rtsig.coro.stackful import (
     wait,
 )
 from twisted_rtsig.coro.testing import stream_pair
+
+pytestmark = pytest.mark.skipif(
+    ON_PYPY, reason="PyPy has greenlets and sockets of its own"
+)
 
 HERE = __file__
 
