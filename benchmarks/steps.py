@@ -8,7 +8,7 @@ echo       TCP echo of 64 bytes, one connection
 connect    connect, echo 64 bytes, close, one after the other
 large      an answer of 1 MiB
 timers     a timer that is set and cancelled
-streams    TCP echo of 64 bytes by a coroutine: C{read} and C{write}
+streams    TCP echo of 64 bytes by a coroutine: ``read`` and ``write``
 
 Counted are the instructions that the interpreter runs in the reactor's thread, on each
 reactor of REACTORS, with a client in another thread.  What the

@@ -7,7 +7,7 @@ ping-pong  two coroutines and two queues for one value: a round trip
 parked     100,000 tasks that wait for an event: the memory and the CPU time of each
 group      100,000 tasks of a task group that wait for an event: as parked
 million    a million of them, of this package: the resident set
-transfer   two symmetric coroutines: a transfer, beside a bare C{send}
+transfer   two symmetric coroutines: a transfer, beside a bare ``send``
 
 A process of its own measures each contender, and all of them are measured in turns,
 round after round, on the same core.  The time is the CPU time of the process, user
@@ -58,7 +58,7 @@ MB = 1_000_000
 
 
 class Meter:
-    """Measures a process, from C{begin} to C{end}, which ends the process, too."""
+    """Measures a process, from ``begin`` to ``end``, which ends the process, too."""
 
     def __init__(self) -> None:
         self._parts: list[float] = []
@@ -119,7 +119,7 @@ def in_task(function: Callable[[], Any]) -> None:
 
 
 def in_stackful_task(function: Callable[[], Any]) -> None:
-    """As C{in_task}, of a plain function that waits."""
+    """As ``in_task``, of a plain function that waits."""
     from twisted_rtsig.coro.stackful import spawn_stackful
 
     in_reactor(lambda: spawn_stackful(function).as_deferred())

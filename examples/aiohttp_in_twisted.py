@@ -34,7 +34,7 @@ reactor: Any = installed
 
 
 class Lengths(Resource):
-    """Answers with one line for each C{url} of the query."""
+    """Answers with one line for each ``url`` of the query."""
 
     isLeaf = True
 

@@ -129,7 +129,7 @@ async def read_chunks(stream: Stream) -> bytes:
 
 
 def number(digits: str, base: int) -> int:
-    """Without the signs and underscores that C{int} takes."""
+    """Without the signs and underscores that ``int`` takes."""
     if not re.fullmatch(r"[0-9a-fA-F]{1,16}" if base == 16 else r"[0-9]{1,16}", digits):
         raise BadResponse(f"not a size: {digits!r}")
     size = int(digits, base)

@@ -6,7 +6,7 @@ A protocol of Twisted's beside redis.asyncio: a line server that counts in Redis
     nc 127.0.0.1 7000
 
 Each line is a name; the answer is how often it has been sent, to any server that counts
-in the same Redis.  C{WATCH} makes the connection one that is told of all names, as
+in the same Redis.  ``WATCH`` makes the connection one that is told of all names, as
 they are counted.
 """
 

@@ -1,7 +1,7 @@
 """
 The kqueue reactor over libkqueue, which emulates kqueue(2) on Linux's epoll.
 
-The library is the one that the environment variable C{LIBKQUEUE} names, or else
+The library is the one that the environment variable ``LIBKQUEUE`` names, or else
 the loader finds.  No Debian release that is supported has it as a package; from
 its source it is built by::
 

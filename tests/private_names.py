@@ -48,7 +48,7 @@ def installed() -> Release:
 
 
 def unpacked(folder: Path) -> Release:
-    """The Twisted that pip has installed into C{folder}."""
+    """The Twisted that pip has installed into ``folder``."""
     found = next(iter(metadata.distributions(name="Twisted", path=[str(folder)])))
     return Release(found.version, folder / "twisted")
 
@@ -96,14 +96,14 @@ def _find(release: Release, dotted: str) -> list[ast.stmt | ast.Module]:
 
 
 def _is_self(node: ast.expr) -> bool:
-    """C{self} or C{super()}."""
+    """``self`` or ``super()``."""
     if isinstance(node, ast.Call):
         node = node.func
     return isinstance(node, ast.Name) and node.id in ("self", "super")
 
 
 def _asked_for(node: ast.AST) -> str:
-    """The name that a C{getattr} or the like asks for."""
+    """The name that a ``getattr`` or the like asks for."""
     match node:
         case ast.Call(
             func=ast.Name(id="getattr" | "hasattr" | "setattr"),
@@ -213,7 +213,7 @@ def _classes_of_the_package() -> dict[str, _FromTwisted]:
 
 
 def _not_exported(node: ast.ImportFrom) -> Iterator[str]:
-    """What is imported from a module of Twisted though its C{__all__} has it not."""
+    """What is imported from a module of Twisted though its ``__all__`` has it not."""
     if node.module is not None and node.module.startswith("twisted."):
         module = importlib.import_module(node.module)
         exported: list[str] = getattr(module, "__all__", [])
@@ -233,7 +233,7 @@ def _touched(tree: ast.ClassDef) -> set[str]:
 def leaned_on(files: Mapping[str, ast.Module]) -> dict[str, str]:
     """
     The private names of Twisted, and its attributes that no interface has, which
-    C{files} of the package use; each with a place.
+    ``files`` of the package use; each with a place.
 
     A private name is Twisted's if an ancestor of the class has it; or if some
     file uses it and none defines it; or if a class with an ancestor in Twisted
@@ -341,7 +341,7 @@ class _WithoutRemarks(ast.NodeTransformer):
 
 def _dump(node: Any) -> str:
     """
-    As C{ast.dump}, in a way that is the same on each Python: without what is
+    As ``ast.dump``, in a way that is the same on each Python: without what is
     empty, since later ones have more fields.
     """
     if isinstance(node, list):

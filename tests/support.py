@@ -83,9 +83,9 @@ def each_of(reactors: Iterable[T], plain: Container[T] = ()) -> list[ParameterSe
     Reactors, or their names, as the parameters of a fixture.
 
     A quick run takes the last one alone, which is to be the reactor that
-    C{rtsig-auto} chooses.
+    ``rtsig-auto`` chooses.
 
-    :param plain: which of them only call C{doRead} and C{doWrite}.
+    :param plain: which of them only call ``doRead`` and ``doWrite``.
     """
     each = list(reactors)
     further = each[:-1]
@@ -131,7 +131,7 @@ def spin(reactor: EngineReactor, until: Callable[[], Any]) -> None:
 
 
 def spin_with_timers(reactor: Any, until: Callable[[], Any]) -> None:
-    """As L{spin}, which sleeps through delayed calls."""
+    """As :func:`spin`, which sleeps through delayed calls."""
     end = time.monotonic() + DEADLINE
     while not until():
         assert time.monotonic() < end, "it did not happen"
@@ -332,7 +332,7 @@ def refusing_port() -> Iterator[int]:
 
 
 def read_all(reactor: EngineReactor, client: socket.socket, size: int) -> None:
-    """Read as long as there is something to come, C{size} bytes in all."""
+    """Read as long as there is something to come, ``size`` bytes in all."""
     client.setblocking(False)
     got = 0
 

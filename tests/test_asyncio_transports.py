@@ -40,7 +40,7 @@ def loop(request: Any) -> Iterator[Any]:
 
 
 class Recorder(asyncio.Protocol):
-    """Records what happens to a connection, and lets C{on_data} do the rest."""
+    """Records what happens to a connection, and lets ``on_data`` do the rest."""
 
     def __init__(self, on_data: Callable[[Recorder, bytes], object]) -> None:
         self.events: list[Event] = []

@@ -62,11 +62,11 @@ class Selectable:
     """
     A reader and writer as an application would write it, without a descriptor.
 
-    :ivar number: what C{fileno()} returns.
+    :ivar number: what ``fileno()`` returns.
     :ivar calls: which of its methods were called, in order.
     :ivar reasons: why it was disconnected.
-    :ivar fileno_raises: what the next calls of C{fileno} raise.
-    :ivar prefix_raises: what the next calls of C{logPrefix} raise.
+    :ivar fileno_raises: what the next calls of ``fileno`` raise.
+    :ivar prefix_raises: what the next calls of ``logPrefix`` raise.
     """
 
     def __init__(self, number: int) -> None:
@@ -137,7 +137,7 @@ class LoggedFailures:
 
 
 def raiser(error: BaseException) -> Callable[[], Any]:
-    """A function that raises C{error}."""
+    """A function that raises ``error``."""
 
     def fail() -> None:
         raise error
@@ -186,7 +186,7 @@ class Bench:
 
     def hangs_up(self, it: Selectable, end: str = "lost") -> int:
         """
-        Passes that report a hang-up of C{it}, until the engine ends it; in how many
+        Passes that report a hang-up of ``it``, until the engine ends it; in how many
         of them the engine has called it instead.
         """
         for times in range(A_FEW):
@@ -1198,7 +1198,7 @@ class Interest(NamedTuple):
     """
     What a selectable wants in one direction.
 
-    C{began} is never the same twice, which tells an interest from one that
+    ``began`` is never the same twice, which tells an interest from one that
     ended and began anew.
     """
 

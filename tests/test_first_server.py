@@ -72,7 +72,7 @@ class Shell:
 
     def run(self, command: str, lines: int) -> str:
         """
-        Run a command, and return what is printed: up to its end, or at most C{lines}
+        Run a command, and return what is printed: up to its end, or at most ``lines``
         lines if it goes on in the background.
         """
         watch = threading.Timer(PATIENCE, self.kill)
@@ -156,7 +156,7 @@ def shell(folder: Path, tmp_path: Path) -> Iterator[Shell]:
 
 
 def same(printed: str, expected: str) -> bool:
-    """Whether they are the same; C{...} stands for anything, and for other lines."""
+    """Whether they are the same; ``...`` stands for anything, and for other lines."""
     parts = (re.escape(part) for part in expected.split("..."))
     return re.fullmatch(".*?".join(parts), printed, re.DOTALL) is not None
 
@@ -188,7 +188,7 @@ CLIENTS = 20
 
 @pytest.fixture
 def server(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """The server of the page, with TLS; C{stdout} has told its port already."""
+    """The server of the page, with TLS; ``stdout`` has told its port already."""
     for part in PARTS.finditer(PAGE.read_text()):
         if part["file"] == "server.py":
             (folder / "server.py").write_text(part["code"])

@@ -157,7 +157,7 @@ def await_error(descriptor: int) -> None:
 def test_a_refused_connection_is_refused_though_it_has_data(
     reactor: KQueueReactor, kernel: ScriptedKernel
 ) -> None:
-    """Its C{data} is the room in its buffer; Twisted's makes a lost one of it."""
+    """Its ``data`` is the room in its buffer; Twisted's makes a lost one of it."""
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         address = nobody.getsockname()
@@ -1077,7 +1077,7 @@ class Echo(Recorder):
 
 
 def echo_in_turn(reactor: Any, connections: int, requests: int, count: Any) -> int:
-    """Clients, one after the other; what C{count} counted for their requests."""
+    """Clients, one after the other; what ``count`` counted for their requests."""
     factory = RecorderFactory(Echo)
     port = reactor.listenTCP(0, factory, interface="127.0.0.1")
     reactor.iterate(0)

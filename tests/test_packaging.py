@@ -200,7 +200,7 @@ def test_listed(unpacked: Path, tmp_path: Path, program: str) -> None:
 
 def test_workers_are_listed(unpacked: Path, tmp_path: Path) -> None:
     """
-    C{twistd} lists the command; what it runs with is imported only when it is chosen.
+    ``twistd`` lists the command; what it runs with is imported only when it is chosen.
     """
     code = """
 import sys

@@ -58,7 +58,7 @@ MakeRelease = Callable[[str, str], Release]
 
 @pytest.fixture
 def release(tmp_path: Path) -> MakeRelease:
-    """Makes releases of a Twisted that consists of C{tcp.py}."""
+    """Makes releases of a Twisted that consists of ``tcp.py``."""
 
     def make(version: str, text: str) -> Release:
         folder = tmp_path / version

@@ -136,7 +136,7 @@ def test_environment(
     env: dict[str, str] | None,
     expected: bytes,
 ) -> None:
-    """C{None} is the environment of this process."""
+    """``None`` is the environment of this process."""
     monkeypatch.setenv("NAME", "ours")
     child = Child()
     started.spawnProcess(child, *shell("echo $NAME"), env=env)
@@ -288,7 +288,7 @@ def test_ends_in_a_thread(make_reactor: Callable[[], EngineReactor]) -> None:
 
 
 def test_ends_after_all_was_removed(reactor: EngineReactor) -> None:
-    """What tells of the end belongs to the reactor, which C{removeAll} leaves alone."""
+    """What reports the end belongs to the reactor: ``removeAll`` leaves it alone."""
     child = Child()
     reactor.spawnProcess(child, *shell("read line; exit 7"), childFDs={0: "w"})
     removed = reactor.removeAll()

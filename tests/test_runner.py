@@ -1,4 +1,4 @@
-"""Whole programs under C{twisted_rtsig.run}: real processes and real signals."""
+"""Whole programs under ``twisted_rtsig.run``: real processes and real signals."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def port_in(log: str) -> int | None:
 @contextlib.contextmanager
 def serving(reactor_name: str, folder: Path, listen: str = TCP) -> Iterator[int]:
     """
-    C{twistd web} in the foreground; its port.  In the end it is asked to stop,
+    ``twistd web`` in the foreground; its port.  In the end it is asked to stop,
     and must do so with nothing untoward in its log.
     """
     with process(

@@ -98,7 +98,7 @@ class HalfClosing(Much):
 def test_a_program_that_ends_with_its_input(
     reactor_class: Any, tmp_path: Path, source: str, target: str
 ) -> None:
-    """C{printf 'a\\nb\\n' | program > file}, and its relatives."""
+    """``printf 'a\\nb\\n' | program > file``, and its relatives."""
     given = b"" if source == "nothing" else b"a\nb\n"
     greeting = "hello" if source == "nothing" else ""
     code = f"""

@@ -178,7 +178,7 @@ def test_a_call_moved_sooner_by_another(engine: EngineReactor, inserted: bool) -
 
 
 def test_calls_that_are_made_by_the_program(engine: EngineReactor) -> None:
-    """Some programs make the L{DelayedCall} themselves, to add what Twisted lacks."""
+    """Some programs make a ``DelayedCall`` themselves, to add what Twisted lacks."""
     world = World(engine)
 
     def later(delay: float) -> DelayedCall:

@@ -197,7 +197,7 @@ def _program(blocks: list[Block]) -> str:
     """
     The blocks of a section as one function, each on the lines that it has in its page.
 
-    A function of the docs that takes C{stream} takes a C{Stream}.
+    A function of the docs that takes ``stream`` takes a ``Stream``.
     """
     lines = [
         "import typing as _t; from twisted_rtsig.coro import Stream as _Stream",

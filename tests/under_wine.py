@@ -1,6 +1,6 @@
 """
-The completion-port reactor under Wine: C{twistd} serves clients that run on Linux.
-C{./dev test-windows} runs it.
+The completion-port reactor under Wine: ``twistd`` serves clients that run on Linux.
+``./dev test-windows`` runs it.
 """
 
 from __future__ import annotations

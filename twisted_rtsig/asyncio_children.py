@@ -22,7 +22,7 @@ _log = Logger()
 
 
 def fast_watcher(callback: object) -> Any:
-    """The C{FastChildWatcher} whose handler of SIGCHLD this is, or None."""
+    """The ``FastChildWatcher`` whose handler of SIGCHLD this is, or None."""
     owner = getattr(callback, "__self__", None)
     cls = getattr(asyncio, "FastChildWatcher", None)
     # macOS has had no waitid(2) in Python before 3.13.
@@ -32,7 +32,7 @@ def fast_watcher(callback: object) -> Any:
 
 
 def reap_for(watcher: Any) -> None:
-    """As C{FastChildWatcher._do_waitpid_all}, but leave Twisted's children to it."""
+    """As ``FastChildWatcher._do_waitpid_all``, but leave Twisted's children to it."""
     left: set[int] = set()
     while True:
         try:

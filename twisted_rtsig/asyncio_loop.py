@@ -76,7 +76,7 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
     _transports: Any
 
     def run_forever(self) -> None:
-        """As C{BaseEventLoop.run_forever}, in the log context of a main loop."""
+        """As ``BaseEventLoop.run_forever``, in the log context of a main loop."""
         self._check_closed()  # type: ignore[attr-defined]
         self._check_running()  # type: ignore[attr-defined]
         self.reactor._in_log_context(self._run_forever)
@@ -95,7 +95,7 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
             reactor.send_collected()
 
     def set_debug(self, enabled: bool) -> None:
-        """As C{AbstractEventLoop.set_debug}."""
+        """As ``AbstractEventLoop.set_debug``."""
         super().set_debug(enabled)
         reactor = getattr(self, "reactor", None)
         if reactor is not None:
@@ -105,7 +105,7 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
 
     def close(self) -> None:
         """
-        As C{BaseEventLoop.close}.  If the reactor runs, it is stopped first, and its
+        As ``BaseEventLoop.close``.  If the reactor runs, it is stopped first, and its
         shutdown events are waited for.
         """
         if self.is_running() or self.is_closed():
@@ -123,7 +123,7 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> Any:
-        """As C{AbstractEventLoop.call_soon}."""
+        """As ``AbstractEventLoop.call_soon``."""
         if self._debug or self._closed or not _HANDLES_ARE_KNOWN:
             handle: Any = super().call_soon(callback, *args, context=context)
             if handle._source_traceback:
@@ -147,7 +147,7 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
     def add_signal_handler(  # type: ignore[override]
         self, sig: Any, callback: Any, *args: Any
     ) -> None:
-        """As C{AbstractEventLoop.add_signal_handler}."""
+        """As ``AbstractEventLoop.add_signal_handler``."""
         if sig == signal.SIGCHLD and (watcher := fast_watcher(callback)) is not None:
             callback = functools.partial(reap_for, watcher)
         super().add_signal_handler(sig, callback, *args)
@@ -158,7 +158,7 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
         super()._handle_signal(sig)  # type: ignore[misc]
 
     def remove_signal_handler(self, sig: int) -> bool:
-        """As C{AbstractEventLoop.remove_signal_handler}."""
+        """As ``AbstractEventLoop.remove_signal_handler``."""
         removed = super().remove_signal_handler(sig)
         if removed and not self.is_closed():
             self.reactor.signal_handler_removed(sig)
@@ -240,9 +240,10 @@ def check_loop(loop: Any) -> None:
 
 def adopt(loop: Any, reactor: AsyncioEngineReactor) -> EngineEventLoop:
     """
-    Make C{loop} an L{EngineEventLoop}, with all that it watches and has scheduled.
+    Make ``loop`` an :class:`EngineEventLoop`, with all that it watches and has
+    scheduled.
 
-    :param loop: what L{check_loop} has not refused.
+    :param loop: what :func:`check_loop` has not refused.
     """
     for transport in loop._transports.values():
         if isinstance(transport, selector_events._SelectorSocketTransport):  # type: ignore[attr-defined]

@@ -74,7 +74,7 @@ class SocketTransport(asyncio.selector_events._SelectorSocketTransport):  # type
             self._context = contextvars.copy_context()
 
     def write(self, data: Any) -> None:
-        """As C{WriteTransport.write}."""
+        """As ``WriteTransport.write``."""
         reactor = self._reactor
         if (
             self._sends_at_once
@@ -124,22 +124,22 @@ class SocketTransport(asyncio.selector_events._SelectorSocketTransport):  # type
         self._sends_at_once = False
 
     def writelines(self, list_of_data: Any) -> None:
-        """As C{WriteTransport.writelines}."""
+        """As ``WriteTransport.writelines``."""
         self._send_first()
         super().writelines(list_of_data)
 
     def write_eof(self) -> None:
-        """As C{WriteTransport.write_eof}."""
+        """As ``WriteTransport.write_eof``."""
         self._send_first()
         super().write_eof()
 
     def close(self) -> None:
-        """As C{BaseTransport.close}."""
+        """As ``BaseTransport.close``."""
         self._send_first()
         super().close()
 
     def get_write_buffer_size(self) -> int:
-        """As C{WriteTransport.get_write_buffer_size}."""
+        """As ``WriteTransport.get_write_buffer_size``."""
         self.send_collected()
         size: int = super().get_write_buffer_size()
         return size
@@ -153,7 +153,7 @@ class SocketTransport(asyncio.selector_events._SelectorSocketTransport):  # type
         return super()._make_empty_waiter()
 
     def reads_plainly(self) -> bool:
-        """Whether it is of TCP, and gives what it reads to C{data_received}."""
+        """Whether it is of TCP, and gives what it reads to ``data_received``."""
         if type(self._sock) is not socket.socket:
             return False
         # The attributes of socket.socket make members of enumerations.
@@ -171,8 +171,8 @@ class Watched:
     One descriptor that asyncio watches, as the engine sees it.
 
     :ivar key: what asyncio knows it by.
-    :ivar pending: the directions that are ready and that C{select()} has not returned.
-    :ivar reported: what C{select()} returns next, in order.
+    :ivar pending: the directions that are ready and that ``select()`` has not returned.
+    :ivar reported: what ``select()`` returns next, in order.
     """
 
     __slots__ = ("key", "pending", "reported")
@@ -183,7 +183,7 @@ class Watched:
         self.reported = reported
 
     def report(self, directions: int) -> None:
-        """They are ready: C{select()} returns it."""
+        """They are ready: ``select()`` returns it."""
         if not self.pending:
             self.reported.append(self)
         self.pending |= directions
@@ -213,7 +213,7 @@ class WatchedTransport(Watched):
     The descriptor of a transport that the engine reads from, as from its own streams:
     the transport's data goes to its protocol within the pass.
 
-    The engine asks the kernel only for changes (C{tells_drained}), which is what makes
+    The engine asks the kernel only for changes (``tells_drained``), which is what makes
     it cheap, and right for TCP alone: there a read that returns less than it asked for
     has emptied the socket.
     """
@@ -249,7 +249,7 @@ class WatchedTransport(Watched):
         """Calls functions in the context in which reading began."""
 
     def doRead(self) -> None:
-        """What C{_read_ready__data_received} of the transport does."""
+        """What ``_read_ready__data_received`` of the transport does."""
         transport = self._transport
         try:
             if (
@@ -315,9 +315,9 @@ class EngineSelector(selectors.BaseSelector):
         self, fileobj: Any, events: int, data: Any = None
     ) -> selectors.SelectorKey:
         """
-        As C{BaseSelector.register}.
+        As ``BaseSelector.register``.
 
-        :raises OSError: if the descriptor cannot be watched, C{PermissionError} for a
+        :raises OSError: if the descriptor cannot be watched, ``PermissionError`` for a
             file on Linux.
         """
         _check(events)
@@ -346,7 +346,7 @@ class EngineSelector(selectors.BaseSelector):
         self, fileobj: Any, events: int, data: Any = None
     ) -> selectors.SelectorKey:
         """
-        As C{BaseSelector.modify}.
+        As ``BaseSelector.modify``.
 
         :raises OSError: if the descriptor was closed; it is not registered any more.
         """
@@ -367,7 +367,7 @@ class EngineSelector(selectors.BaseSelector):
         return watched.key
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
-        """As C{BaseSelector.unregister}."""
+        """As ``BaseSelector.unregister``."""
         watched = self._map.find(fileobj)
         key = watched.key
         del self._watched[key.fd]
@@ -375,11 +375,11 @@ class EngineSelector(selectors.BaseSelector):
         return key
 
     def get_key(self, fileobj: Any) -> selectors.SelectorKey:
-        """As C{BaseSelector.get_key}."""
+        """As ``BaseSelector.get_key``."""
         return self._map.find(fileobj).key
 
     def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
-        """As C{BaseSelector.get_map}."""
+        """As ``BaseSelector.get_map``."""
         return self._map
 
     def close(self) -> None:

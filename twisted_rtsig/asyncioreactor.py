@@ -146,11 +146,11 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
     """
     What reactors with an asyncio event loop share, whatever notifier they have.
 
-    It is a subclass of Twisted's C{AsyncioSelectorReactor} for code that asks for the
-    class.  Nothing of that is used, apart from the name of C{_asyncioEventloop}.
+    It is a subclass of Twisted's ``AsyncioSelectorReactor`` for code that asks for the
+    class.  Nothing of that is used, apart from the name of ``_asyncioEventloop``.
 
     :param loop: the event loop.  None takes the one that runs in this thread, or else a
-        new one, which becomes the current one (C{asyncio.set_event_loop}).
+        new one, which becomes the current one (``asyncio.set_event_loop``).
     """
 
     _asyncioEventloop: Any
@@ -204,7 +204,7 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
         return [each for each in super().getReaders() if not isinstance(each, Watched)]
 
     def getWriters(self) -> list[Any]:
-        """All writers of Twisted's, as L{EngineReactor.getWriters} lists them."""
+        """All writers of Twisted's, as :meth:`EngineReactor.getWriters` lists them."""
         return [each for each in super().getWriters() if not isinstance(each, Watched)]
 
     def _dispatch(
@@ -256,8 +256,9 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
 
     def run(self, installSignalHandlers: bool = True) -> None:
         """
-        See C{IReactorCore.run}.  An end of the loop ends it as well: C{loop.stop()}, or
-        a C{SystemExit} or C{KeyboardInterrupt} that a callback of asyncio's raises.
+        See ``IReactorCore.run``.  An end of the loop ends it as well: ``loop.stop()``,
+        or a ``SystemExit`` or ``KeyboardInterrupt`` that a callback of asyncio's
+        raises.
 
         :raises ReactorAlreadyRunning: if the loop runs.
         :raises RuntimeError: if the loop is closed.
@@ -281,8 +282,8 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
     def startRunning(self, installSignalHandlers: bool = True) -> None:
         """
         Fire the startup events, in the event loop.  The loop does this by itself if it
-        came from L{new_event_loop}, or ran when the reactor was installed; then a call
-        only installs the signal handlers.
+        came from :func:`new_event_loop`, or ran when the reactor was installed; then a
+        call only installs the signal handlers.
         """
         if self._started and self._was_started_by_loop:
             self._was_started_by_loop = False
@@ -332,14 +333,14 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
             self._notifier.close()
 
     def crash(self) -> None:
-        """See C{IReactorCore.crash}."""
+        """See ``IReactorCore.crash``."""
         ReactorBase.crash(self)
         if self._runs_loop:
             self._asyncioEventloop.stop()
 
     def iterate(self, delay: float = 0.0) -> None:
         """
-        See C{IReactorCore.iterate}.  It runs the callbacks of asyncio as well, unless
+        See ``IReactorCore.iterate``.  It runs the callbacks of asyncio as well, unless
         an event loop runs in this thread already.
         """
         loop = self._asyncioEventloop
@@ -428,7 +429,7 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
     def end_asyncio(self, limit: float | None) -> Deferred[None]:
         """
         Cancel the tasks of asyncio, and end its asynchronous generators and its
-        threads, as C{asyncio.run} does at the end.
+        threads, as ``asyncio.run`` does at the end.
 
         :param limit: how many seconds tasks are waited for; None for no limit.
         """
@@ -482,9 +483,9 @@ class AsyncioReactor(AsyncioEngineReactor, SystemReactor):
     The reactor of this package for this system, and an asyncio event loop: epoll on
     Linux, kqueue on BSD and macOS.
 
-    :param loop: the event loop, an C{asyncio.SelectorEventLoop}.  None takes the one
+    :param loop: the event loop, an ``asyncio.SelectorEventLoop``.  None takes the one
         that runs in this thread, or else a new one, which becomes the current one
-        (C{asyncio.set_event_loop}).
+        (``asyncio.set_event_loop``).
     :raises twisted_rtsig.notifiers.UnsupportedReactorError: if the reactor cannot run
         here, or not in that loop; the message says why.
     """
@@ -497,8 +498,8 @@ class RealtimeSignalAsyncioReactor(AsyncioEngineReactor, RealtimeSignalReactor):
     """
     The realtime-signals reactor, and an asyncio event loop.
 
-    :param loop: as of L{AsyncioReactor}.
-    :param signal_number: as of L{RealtimeSignalReactor}.
+    :param loop: as of :class:`AsyncioReactor`.
+    :param signal_number: as of :class:`RealtimeSignalReactor`.
     :raises twisted_rtsig.notifiers.UnsupportedReactorError: if the reactor cannot run
         here, or not in that loop; the message says why.
     """
@@ -517,13 +518,13 @@ def install(
     Make a reactor with an asyncio event loop the one of this process.
 
     In a loop that runs, the reactor is started at once, and stopped when the loop is
-    closed.  Otherwise C{reactor.run()} starts it, which runs the loop as well.
+    closed.  Otherwise ``reactor.run()`` starts it, which runs the loop as well.
 
-    :param loop: the event loop, as of L{AsyncioReactor}.  If it has a reactor already,
-        that one is installed.
+    :param loop: the event loop, as of :class:`AsyncioReactor`.  If it has a reactor
+        already, that one is installed.
     :param realtime_signals: use realtime signals in place of epoll, on Linux.
     :raises ReactorAlreadyInstalledError: if there is a reactor already.
-    :raises twisted_rtsig.notifiers.UnsupportedReactorError: as L{AsyncioReactor}.
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: as :class:`AsyncioReactor`.
     """
     if _INSTALLED in sys.modules:
         raise ReactorAlreadyInstalledError("reactor already installed")
@@ -543,14 +544,14 @@ def install(
 
 def new_event_loop() -> asyncio.SelectorEventLoop:
     """
-    An event loop that runs a reactor while it waits, for C{asyncio.Runner}::
+    An event loop that runs a reactor while it waits, for ``asyncio.Runner``::
 
         asyncio.Runner(loop_factory=asyncioreactor.new_event_loop)
 
     In the main thread it is the loop of the installed reactor, if that is of this
     module and was not handed out before; if no reactor is installed, that of the new
     loop is.  This reactor starts with the loop, and stops when the loop is closed.  All
-    other loops have a reactor that is not installed: C{loop.reactor}.
+    other loops have a reactor that is not installed: ``loop.reactor``.
 
     :raises twisted_rtsig.notifiers.UnsupportedReactorError: if the reactor cannot run
         here; the message says why.
@@ -592,9 +593,9 @@ def _reactor_with_new_loop() -> AsyncioReactor:
 def replace() -> None:
     """
     Put the reactor of this module in the place of Twisted's, for code that names
-    Twisted's: C{AsyncioSelectorReactor} and C{install} of
-    C{twisted.internet.asyncioreactor} are then those of this module, and so is
-    C{--reactor=asyncio}.
+    Twisted's: ``AsyncioSelectorReactor`` and ``install`` of
+    ``twisted.internet.asyncioreactor`` are then those of this module, and so is
+    ``--reactor=asyncio``.
 
     Call it before anything installs a reactor.
     """
@@ -604,7 +605,7 @@ def replace() -> None:
 
 
 def _install_for_twisted(eventloop: asyncio.AbstractEventLoop | None = None) -> None:
-    """As C{twisted.internet.asyncioreactor.install}."""
+    """As ``twisted.internet.asyncioreactor.install``."""
     install(eventloop)
 
 

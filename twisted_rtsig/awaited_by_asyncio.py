@@ -1,11 +1,11 @@
 """
-Deferreds in asyncio's tasks: C{await deferred} waits there as in any coroutine.
+Deferreds in asyncio's tasks: ``await deferred`` waits there as in any coroutine.
 
 A task of asyncio takes what its coroutine yields for a future if that has the
-attribute C{_asyncio_future_blocking}, which CPython keeps for futures of other
+attribute ``_asyncio_future_blocking``, which CPython keeps for futures of other
 packages.  It then asks for the loop, and for a callback; to be cancelled, it cancels
 the future.  What waits for a Deferred yields the Deferred, so :func:`install` gives
-the class C{Deferred} what such a task asks for.  Nothing that Deferreds have already
+the class ``Deferred`` what such a task asks for.  Nothing that Deferreds have already
 is replaced, and nothing changes where asyncio is not used.
 
 A plain Deferred is asked for its result when the task goes on.  An operation of
@@ -47,7 +47,7 @@ class Delivery(BaseException):
 
 class _Blocking:
     """
-    C{_asyncio_future_blocking} of Deferreds: true when a task of asyncio looks at what
+    ``_asyncio_future_blocking`` of Deferreds: true when a task of asyncio looks at what
     it was yielded, and not there for ``asyncio.isfuture``, which looks at the class.
 
     So functions such as ``asyncio.wait_for`` and ``asyncio.gather`` put a task around
@@ -243,7 +243,7 @@ class _Outcome:
 
 def delivered(operation: Any, error: BaseException) -> tuple[Any] | None:
     """
-    The value that a task of asyncio resumes an operation with, by throwing C{error};
+    The value that a task of asyncio resumes an operation with, by throwing ``error``;
     None if that is an error.
     """
     if isinstance(error, Delivery):

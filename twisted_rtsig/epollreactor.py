@@ -47,8 +47,8 @@ class EdgeEPollReactor(EngineReactor, EPollReactor):
     A reactor that is told of events by edge-triggered epoll.
 
     It is a subclass of Twisted's epoll reactor for code that asks for the class.
-    Nothing of that is used; of its private attributes there is C{_poller}, whose
-    C{poll} is the sleep of the reactor, and which may be replaced to measure it.
+    Nothing of that is used; of its private attributes there is ``_poller``, whose
+    ``poll`` is the sleep of the reactor, and which may be replaced to measure it.
 
     :raises twisted_rtsig.notifiers.UnsupportedReactorError: elsewhere than on
         Linux, or where the system has no descriptors left for a reactor.
@@ -64,7 +64,7 @@ class EdgeEPollReactor(EngineReactor, EPollReactor):
             ) from error
 
     def doPoll(self, timeout: float | None) -> None:
-        """As C{doIteration}."""
+        """As ``doIteration``."""
         self.doIteration(timeout)
 
     @property

@@ -28,7 +28,7 @@ _PLUGINS: Final = (
 
 def installer_named(name: str) -> Any:
     """
-    The C{IReactorInstaller} of a short name.
+    The ``IReactorInstaller`` of a short name.
 
     :raises ValueError: if no reactor has this name; the message lists all names.
     """
@@ -104,7 +104,7 @@ def _modules_of(name: str) -> Iterator[str]:
         return
     module: str = installer_named(name).moduleName
     yield module
-    # What C{default} installs comes from another module.
+    # What ``default`` installs comes from another module.
     yield importlib.import_module(module).install.__module__
 
 

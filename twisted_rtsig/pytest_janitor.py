@@ -177,7 +177,7 @@ class Janitor:
     @pytest.fixture
     def flush_logged_errors(self) -> Callable[..., list[Failure]]:
         """
-        As trial's C{flushLoggedErrors}: a function that returns the failures that were
+        As trial's ``flushLoggedErrors``: a function that returns the failures that were
         logged since the test began, and forgets them.  With types of exceptions: those
         alone.
         """

@@ -6,9 +6,9 @@ As ``pytest --twisted-reactor=rtsig``, or in the configuration of pytest::
     [tool.pytest.ini_options]
     twisted_reactor = "rtsig"
 
-Then tests and fixtures may be C{async def}, and tests may return a Deferred.  A test
+Then tests and fixtures may be ``async def``, and tests may return a Deferred.  A test
 that leaves something behind in the reactor fails.  Awaits that were forgotten are
-warned of, unless C{TWISTED_RTSIG_DEBUG=0} is in the environment.  Without a name the
+warned of, unless ``TWISTED_RTSIG_DEBUG=0`` is in the environment.  Without a name the
 plugin does nothing at all.
 """
 
@@ -337,8 +337,8 @@ class _Late(BaseException):
     """
     An example of hypothesis was out of time.
 
-    hypothesis would look for a smaller example after any C{Exception} and after
-    C{pytest.fail.Exception}, for far longer than the limit.
+    hypothesis would look for a smaller example after any ``Exception`` and after
+    ``pytest.fail.Exception``, for far longer than the limit.
     """
 
     def __init__(self, timeout: Timeout) -> None:

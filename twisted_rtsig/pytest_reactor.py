@@ -73,18 +73,18 @@ class ReactorRunner:
         left: float | None = None,
     ) -> Any:
         """
-        Run the reactor until C{deferred} has fired, and return its result.
+        Run the reactor until ``deferred`` has fired, and return its result.
 
-        If that takes too long, or the reactor is stopped before, call C{cancel}, and
+        If that takes too long, or the reactor is stopped before, call ``cancel``, and
         wait for at most :data:`GRACE` seconds for what then comes.
 
-        :param cancel: cancels what C{deferred} waits for.
+        :param cancel: cancels what ``deferred`` waits for.
         :param name: what it is, for the error.
         :param limit: how many seconds it may take.
         :param left: how many of these are left; by default all.
         :raises KeyboardInterrupt: at the first Ctrl-C of the session, and if something
             stops the reactor.
-        :raises Timeout: if it took longer than C{limit}.
+        :raises Timeout: if it took longer than ``limit``.
         :raises pytest.fail.Exception: if it was interrupted by another Ctrl-C.
         """
         results: list[Any] = []
@@ -115,7 +115,7 @@ class ReactorRunner:
         self, seconds: float, deferred: Deferred[Any] | None = None
     ) -> None:
         """
-        Run the reactor for so many seconds, or until C{deferred} has fired.
+        Run the reactor for so many seconds, or until ``deferred`` has fired.
 
         :raises KeyboardInterrupt: at the first Ctrl-C of the session; a later one only
             ends this.
@@ -129,7 +129,7 @@ class ReactorRunner:
             raise KeyboardInterrupt
 
     def interrupt(self, name: str) -> None:
-        """The user has pressed Ctrl-C while C{name} was running: show all tasks."""
+        """The user has pressed Ctrl-C while ``name`` was running: show all tasks."""
         self.interrupted = True
         self.show(f"{name} was interrupted", format_tasks(self.reactor))
 
@@ -164,7 +164,7 @@ class ReactorRunner:
 
     def _run(self, results: list[Any], limit: float | None) -> bool:
         """
-        Run the reactor until there are results, or for C{limit} seconds.
+        Run the reactor until there are results, or for ``limit`` seconds.
 
         :return: whether it was stopped before.
         """
@@ -200,7 +200,7 @@ class ReactorRunner:
         vars(self.reactor)["stop"] = self._stop
 
     def _stop(self) -> None:
-        """What C{reactor.stop} does meanwhile."""
+        """What ``reactor.stop`` does meanwhile."""
         if self._awaited is None:
             # It is not running, as this says.
             self._original_stop()

@@ -43,8 +43,8 @@ class RealtimeSignalReactor(EngineReactor, PollReactor):
     A reactor that is told of events by queued realtime signals.
 
     It is a subclass of Twisted's poll reactor for code that asks for the class.
-    Nothing of that is used; of its private attributes there is C{_poller}, whose
-    C{poll} is the sleep of the reactor, and which may be replaced to measure it.
+    Nothing of that is used; of its private attributes there is ``_poller``, whose
+    ``poll`` is the sleep of the reactor, and which may be replaced to measure it.
 
     :param signal_number: the realtime signal to use.  None takes the one that
         the environment variable ``TWISTED_RTSIG_SIGNAL`` names (a number, or
@@ -63,7 +63,7 @@ class RealtimeSignalReactor(EngineReactor, PollReactor):
             ) from error
 
     def doPoll(self, timeout: float | None) -> None:
-        """As C{doIteration}."""
+        """As ``doIteration``."""
         self.doIteration(timeout)
 
     @property

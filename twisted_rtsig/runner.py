@@ -118,12 +118,13 @@ def run(
     debug: bool | None = None,
 ) -> Any:
     """
-    Install a reactor, run C{main(*args)} as a task until it ends, and stop the reactor.
+    Install a reactor, run ``main(*args)`` as a task until it ends, and stop the
+    reactor.
 
     SIGINT and SIGTERM (and Ctrl-Break on Windows) cancel the task, once.  A second
     signal ends the process at once.  See docs/running.md for the exit status.
 
-    When C{main} has ended, the triggers "before", "shutdown" of the reactor run; then
+    When ``main`` has ended, the triggers "before", "shutdown" of the reactor run; then
     the tasks that are left are cancelled and waited for; then the reactor stops, and
     waits for its threads.
 
@@ -133,22 +134,22 @@ def run(
         for this system.  If it is installed already, it is used.
     :param grace: how many seconds everything has to end after the first signal; then
         what still runs is logged, and the process ends by the signal.  Without a
-        signal: how long tasks that are left are waited for after C{main} has ended.
+        signal: how long tasks that are left are waited for after ``main`` has ended.
         None for no limit.
-    :param name: what the task is called in logs; by default the name of C{main}.
+    :param name: what the task is called in logs; by default the name of ``main``.
     :param debug: whether forgotten awaits are told, as by
         :func:`twisted_rtsig.coro.set_debug`; by default as the environment says.
-    :return: what C{main} returns.
-    :raises BaseException: what C{main} raises; its C{SystemExit} is the exit status.
-    :raises KeyboardInterrupt: if SIGINT has cancelled C{main}, or came after its end.
+    :return: what ``main`` returns.
+    :raises BaseException: what ``main`` raises; its ``SystemExit`` is the exit status.
+    :raises KeyboardInterrupt: if SIGINT has cancelled ``main``, or came after its end.
     :raises SystemExit: likewise for SIGTERM; the process then ends by the signal.
-    :raises CancelledError: if C{main} was cancelled without a signal.
+    :raises CancelledError: if ``main`` was cancelled without a signal.
     :raises RuntimeError: in another thread than the main one; while a reactor runs; or
-        if the reactor was stopped before C{main} had ended.
+        if the reactor was stopped before ``main`` had ended.
     :raises ReactorNotRestartable: if the reactor has run before.
     :raises ReactorAlreadyInstalledError: if another reactor is installed.
-    :raises TypeError: if C{main} cannot be called.
-    :raises ValueError: if C{grace} is less than 0, or no reactor has that name.
+    :raises TypeError: if ``main`` cannot be called.
+    :raises ValueError: if ``grace`` is less than 0, or no reactor has that name.
     """
     _check(main, grace)
     if debug is not None:
@@ -234,7 +235,7 @@ class _Program:
                 close_loop()
 
     def error(self) -> BaseException | None:
-        """What C{run} is to raise, if it does not return a result."""
+        """What ``run`` is to raise, if it does not return a result."""
         task = self._task
         if self._refusal is not None:
             return self._refusal
@@ -508,8 +509,8 @@ def _error_for(number: int) -> BaseException:
 
 class _Death:
     """
-    Ends the process by a signal when the interpreter is finalized, after C{finally}
-    blocks, functions of C{atexit} and the last flush of the standard streams.  So a
+    Ends the process by a signal when the interpreter is finalized, after ``finally``
+    blocks, functions of ``atexit`` and the last flush of the standard streams.  So a
     shell and systemd see the same as of a program that does not handle the signal.
     Python does this itself for SIGINT alone.
     """

@@ -79,8 +79,8 @@ class WindowsEventReactor(EngineReactor):
 
     def addEvent(self, event: Any, fd: Any, action: str) -> None:
         """
-        Call the method C{action} of C{fd} whenever C{event} is set; until it
-        fails or returns something, of which C{fd.connectionLost} is told.
+        Call the method ``action`` of ``fd`` whenever ``event`` is set; until it
+        fails or returns something, of which ``fd.connectionLost`` is told.
 
         :param event: the handle of an event, an integer or what converts to one.
         :raises OSError: if Windows refuses to wait for it.
@@ -93,7 +93,7 @@ class WindowsEventReactor(EngineReactor):
 
     def removeEvent(self, event: Any) -> None:
         """
-        Stop to wait for C{event}.
+        Stop to wait for ``event``.
 
         :raises KeyError: if it was not added, or was removed.
         """

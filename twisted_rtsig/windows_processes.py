@@ -195,7 +195,7 @@ class _Pipe:
 
 
 def _interpreter(script: str) -> str | None:
-    """What a script names in its first line, after C{#!}."""
+    """What a script names in its first line, after ``#!``."""
     try:
         with open(script, "rb") as file:
             line = file.readline(1024)
@@ -214,7 +214,7 @@ def _start(
     """
     Start a child, or the interpreter of a script.
 
-    :param standard: its standard input, output and error, as C{subprocess} takes them.
+    :param standard: its standard input, output and error, as ``subprocess`` takes them.
 
     :raises OSError: if there is no such program, or if it is none.
     """
@@ -256,7 +256,7 @@ class Process(BaseProcess):
     """
     A child, with pipes to its standard input, output and error.
 
-    :param standard: what those are, as C{subprocess} takes them.
+    :param standard: what those are, as ``subprocess`` takes them.
     :ivar pipes: those that are open, by descriptor.
     """
 
@@ -343,7 +343,7 @@ class Process(BaseProcess):
 
     def signalProcess(self, signalID: str | int) -> None:
         """
-        Terminate it, by C{INT}, C{TERM} or C{KILL}; Windows has nothing else.
+        Terminate it, by ``INT``, ``TERM`` or ``KILL``; Windows has nothing else.
 
         :raises twisted.internet.error.ProcessExitedAlready: if it has.
         """
@@ -379,7 +379,7 @@ class Process(BaseProcess):
             pipe.close()
 
     def writeToChild(self, childFD: int, data: bytes) -> None:
-        """:raises KeyError: if C{childFD} is not 0, the standard input."""
+        """:raises KeyError: if ``childFD`` is not 0, the standard input."""
         if childFD != 0:
             raise KeyError(childFD)
         self.write(data)

@@ -5,7 +5,7 @@ A server with a command of its own for twistd.
     PYTHONPATH=. twistd --reactor=rtsig-auto -n greeter --listen tcp:7777
     telnet 127.0.0.1 7777
 
-C{twisted/plugins/greeter_plugin.py} tells twistd of it.
+``twisted/plugins/greeter_plugin.py`` tells twistd of it.
 """
 
 from __future__ import annotations

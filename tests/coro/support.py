@@ -56,7 +56,7 @@ def spin(reactor: Any, until: Callable[[], Any]) -> None:
 
 
 def run_for_real(reactor: Any, function: Callable[..., Any]) -> Any:
-    """As C{run}, with C{reactor.run}, for what needs threads or signals."""
+    """As ``run``, with ``reactor.run``, for what needs threads or signals."""
     tasks: list[Task[Any]] = []
 
     def start() -> None:

@@ -1,4 +1,4 @@
-"""Asynchronous generators that are left early run the awaits of their C{finally}."""
+"""Asynchronous generators that are left early run the awaits of their ``finally``."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_one_that_fails_at_its_end(clock: Clock, logged: list[Any]) -> None:
 
 
 def test_one_without_anything_to_wait_for(clock: Clock) -> None:
-    """C{stream.lines()}, for example: no task is made for it."""
+    """``stream.lines()``, for example: no task is made for it."""
 
     async def main() -> None:
         async for each in letters():

@@ -65,7 +65,7 @@ class Peer:
     """
     A server in threads, which does what its clients tell it to, line by line.
 
-    :ivar received: how many bytes came behind each C{count}.
+    :ivar received: how many bytes came behind each ``count``.
     """
 
     def __init__(self, listening: socket.socket, context: Any = None) -> None:

@@ -311,7 +311,7 @@ class Actor:
     def wait(
         self, start: Callable[[], Any], wants: list[Want], patience: int | None
     ) -> Steps:
-        """Wait for what C{start} begins; C{GIVEN_UP} if it takes too long."""
+        """Wait for what ``start`` begins; ``GIVEN_UP`` if it takes too long."""
         self.wants = wants
         try:
             if patience is None:

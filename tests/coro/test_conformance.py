@@ -195,7 +195,7 @@ def test_stapled_in_memory(check: StreamCheck) -> None:
 
 class OfAnotherPackage:
     """
-    A C{ByteStream} whose methods are coroutines, and which has nothing else.
+    A ``ByteStream`` whose methods are coroutines, and which has nothing else.
     """
 
     def __init__(self, stream: Stream) -> None:

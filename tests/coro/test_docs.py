@@ -5,7 +5,7 @@ What a block of code is, is seen from what is around it:
 
 - After a comment with the name of a file it is a quotation, of as many whole lines
   of that file, which has tests of its own.
-- After the comment C{program} it runs in a process of its own, which must end well.
+- After the comment ``program`` it runs in a process of its own, which must end well.
 - Any other block of Python runs: the blocks of one section (of the second level)
   one after the other in one namespace, and in a task, so that they may await.
 - A block of text with C: and S: is a conversation.  It is had with each function

@@ -470,7 +470,7 @@ async def _leave_a_process() -> None:
 def test_a_method_that_was_looked_up_before_the_operation_was_used(
     clock: Clock, late: str
 ) -> None:
-    """As a timer does, which is given C{operation.cancel}."""
+    """As a timer does, which is given ``operation.cancel``."""
     arguments: dict[str, list[Any]] = {
         "cancel": [],
         "succeed": [3],

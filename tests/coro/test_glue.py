@@ -569,7 +569,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _found_programs(folder: Path) -> dict[str, tuple[list[Any], dict[str, Any]]]:
-    """Commands and options, which are to do the same as with C{subprocess}."""
+    """Commands and options, which are to do the same as with ``subprocess``."""
     return {
         "relative to cwd": (["./tool"], {"cwd": "sub"}),
         "relative to an absolute cwd": (["./tool"], {"cwd": str(folder / "sub")}),

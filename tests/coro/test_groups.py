@@ -51,7 +51,7 @@ class Gone(Exception):
 async def becomes_ready(
     clock: Clock, value: Any, *, task_status: TaskStatus[Any] = TASK_STATUS_IGNORED
 ) -> str:
-    """It takes a second to get ready, or to fail if C{value} is an error."""
+    """It takes a second to get ready, or to fail if ``value`` is an error."""
     await sleep(1, clock)
     if isinstance(value, Exception):
         raise value
@@ -146,7 +146,7 @@ def test_start(clock: Clock, caller: str, function: str) -> None:
 def test_one_that_fails_before_it_is_ready(
     clock: Clock, caller: str, function: str, logged: list[Any]
 ) -> None:
-    """It is raised by C{start}, and the group goes on."""
+    """It is raised by ``start``, and the group goes on."""
     got: list[Any] = []
     task = spawn(CALLERS[caller], STARTED[function], got, clock, Gone(), reactor=clock)
     clock.advance(1)
@@ -196,7 +196,7 @@ def test_one_that_is_ready_at_once(clock: Clock) -> None:
 
 @pytest.mark.parametrize("in_callback", [False, True])
 def test_one_that_is_started_by_a_callback(clock: Clock, in_callback: bool) -> None:
-    """Where it runs before C{start} returns."""
+    """Where it runs before ``start`` returns."""
     got: list[Any] = []
 
     async def at_once(*, task_status: TaskStatus[int]) -> None:
@@ -363,7 +363,7 @@ def test_a_start_that_is_cancelled_waits_for_the_end_of_the_task(
 
 
 def test_one_that_is_ready_in_spite_of_it(clock: Clock) -> None:
-    """It stays in the group, and C{start} has a result: the next wait is cancelled."""
+    """It stays in the group, and ``start`` has a result: the next wait is cancelled."""
     seen: list[Any] = []
 
     async def goes_on(*, task_status: TaskStatus[str]) -> None:

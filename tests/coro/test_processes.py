@@ -516,7 +516,7 @@ def test_only_root_can_change_the_user(
 
 
 def test_a_reactor_with_a_way_of_its_own(reactor: Any) -> None:
-    """What another reactor does in C{spawnProcess} is done; what it cannot is told."""
+    """What another reactor does in ``spawnProcess`` is done; what it cannot is told."""
     started = []
 
     class Wrapping(type(reactor)):  # type: ignore[misc]

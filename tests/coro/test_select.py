@@ -666,7 +666,7 @@ def test_a_task_that_fails_and_is_not_chosen(clock: Clock, logged: list[Any]) ->
 
 
 class Pollable:
-    """Something else that has a method of this name: C{subprocess.Popen} has."""
+    """Something else that has a method of this name: ``subprocess.Popen`` has."""
 
     def poll(self) -> None:
         pass

@@ -552,7 +552,7 @@ def test_the_options_that_are_passed_on_are_all_of_a_factory() -> None:
     del options["handler"], options["return"]
     assert get_type_hints(ServerOptions) == options
     for name in options:
-        assert f"C{{{name}}}" in str(serve.__doc__)
+        assert f"``{name}``" in str(serve.__doc__)
         assert f":param {name}: " in str(CoroutineFactory.__doc__)
 
 

@@ -33,7 +33,7 @@ CAUSES = [
 
 
 def with_note(error: Exception, note: str) -> Exception:
-    """Python 3.10 has no C{add_note}, and its C{exceptiongroup} prints notes."""
+    """Python 3.10 has no ``add_note``, and its ``exceptiongroup`` prints notes."""
     error.__notes__ = [note]
     return error
 

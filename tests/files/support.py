@@ -46,7 +46,7 @@ class Gate:
             function()
 
     def when_open(self, function: Callable[[], None]) -> None:
-        """Call a function now, or else by C{open}."""
+        """Call a function now, or else by ``open``."""
         if self._open.is_set():
             function()
         else:
@@ -73,7 +73,7 @@ class SlowDisk:
     Lets what is done with files wait at a gate before it is done, or before anybody
     is told that it is.
 
-    :param what: a key of C{_FUNCTIONS}.
+    :param what: a key of ``_FUNCTIONS``.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
@@ -120,7 +120,7 @@ class SlowDisk:
         monkeypatch.setattr(CompletionPortNotifier, "call_once_completed", hold)
 
 
-# What of C{os} is slow, on POSIX.
+# What of ``os`` is slow, on POSIX.
 _FUNCTIONS = {
     "open": "set_blocking",
     "read": "pread",

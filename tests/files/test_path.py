@@ -1,4 +1,4 @@
-"""C{Path}, compared with C{pathlib.Path} case by case."""
+"""``Path``, compared with ``pathlib.Path`` case by case."""
 
 from __future__ import annotations
 
@@ -397,7 +397,7 @@ def test_patterns_that_cannot_be(reactor: Any, tmp_path: pathlib.Path) -> None:
 
 
 def reference(folder: pathlib.Path, *args: Any) -> Any:
-    """C{Path.walk} of pathlib, or what it does, from C{os.walk}."""
+    """``Path.walk`` of pathlib, or what it does, from ``os.walk``."""
     if sys.version_info >= (3, 12):
         return folder.walk(*args)
     top_down, _, follow = args

@@ -1,4 +1,4 @@
-"""Temporary files and directories, compared with C{tempfile}."""
+"""Temporary files and directories, compared with ``tempfile``."""
 
 from __future__ import annotations
 

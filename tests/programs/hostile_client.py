@@ -142,7 +142,7 @@ class Visit:
 
 
 def plan(count: int, seed: int) -> list[Visit]:
-    """What C{count} connections will do; the first line of each is its name."""
+    """What ``count`` connections will do; the first line of each is its name."""
     chance = random.Random(seed)
     visits = []
     for number in range(count):

@@ -17,7 +17,7 @@ _PERIOD = bytes(range(251)) * 300
 
 
 def pattern(offset: int, size: int) -> bytes:
-    """C{size} bytes from C{offset} on of the contents of all files and messages."""
+    """``size`` bytes from ``offset`` on of the contents of all files and messages."""
     whole = bytearray()
     while len(whole) < size:
         start = (offset + len(whole)) % 251

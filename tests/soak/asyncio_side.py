@@ -150,7 +150,7 @@ class AsyncioSide:
         return digest.hexdigest().encode()
 
     async def child(self, size: int) -> bytes:
-        """The digest of what C{cat} gives back."""
+        """The digest of what ``cat`` gives back."""
         cat = await asyncio.create_subprocess_exec("cat", stdin=PIPE, stdout=PIPE)
         output, _ = await cat.communicate(pattern(0, size))
         return hashlib.sha256(output).hexdigest().encode()

@@ -93,8 +93,8 @@ class Session:
     """
     The handler of the coroutine servers: answers commands, one a line.
 
-    :param context: for C{STARTTLS}.
-    :param file: what C{SEND} and C{READ} take parts of.
+    :param context: for ``STARTTLS``.
+    :param file: what ``SEND`` and ``READ`` take parts of.
     """
 
     def __init__(self, reactor: Any, context: CertificateOptions, file: Path) -> None:
@@ -130,7 +130,7 @@ class Session:
                 return
 
     async def send(self, stream: Stream, offset: int, size: int) -> None:
-        """A part of the file, by C{send_file}."""
+        """A part of the file, by ``send_file``."""
         async with await open_file(self._file, "rb") as file:
             await stream.send_file(file, offset, size)
 
@@ -160,7 +160,7 @@ class Session:
         await stream.write(digest.hexdigest().encode() + b"\n")
 
     async def child(self, stream: Stream, size: int) -> None:
-        """The digest of what C{cat} gives back."""
+        """The digest of what ``cat`` gives back."""
         digest = hashlib.sha256()
         async with open_process(["cat"]) as cat, TaskGroup() as group:
 
@@ -182,7 +182,7 @@ class Session:
         await stream.write(first + b"\n")
 
     async def spawn(self, stream: Stream, status: int) -> None:
-        """The exit status of a child that C{spawnProcess} has started."""
+        """The exit status of a child that ``spawnProcess`` has started."""
         ended: Channel[int] = Channel(1)
         script = ["sh", "-c", f"exit {status}"]
         self._reactor.spawnProcess(Ending(ended), "/bin/sh", script)

@@ -55,12 +55,12 @@ ON_PORT_0 = WHO + 'listen("tcp:0:interface=127.0.0.1")\n'
 
 class Twistd:
     """
-    A C{twistd} in the foreground, with its output.  It and its workers are killed in
+    A ``twistd`` in the foreground, with its output.  It and its workers are killed in
     the end, whatever has happened.
 
     :param folder: where it starts.
     :param arguments: those of the command.
-    :param options: those of C{twistd}.
+    :param options: those of ``twistd``.
     :param prelude: what the process does before.
     """
 
@@ -182,7 +182,7 @@ def write_tac(folder: Path, code: str, name: str = "app.tac") -> str:
 
 
 def ask(address: Any, family: int = socket.AF_INET) -> tuple[int, int, int]:
-    """Connect to L{WHO}: the worker's number, its process, and the version."""
+    """Connect to :data:`WHO`: the worker's number, its process, and the version."""
     with socket.socket(family) as client:
         client.settimeout(DEADLINE)
         client.connect(address)
@@ -190,7 +190,7 @@ def ask(address: Any, family: int = socket.AF_INET) -> tuple[int, int, int]:
 
 
 def read_answer(client: socket.socket) -> tuple[int, int, int]:
-    """What L{WHO} says on a connection."""
+    """What :data:`WHO` says on a connection."""
     data = b""
     while chunk := client.recv(100):
         data += chunk

@@ -526,7 +526,7 @@ def test_coroutine_servers_stop(reactor: EngineReactor) -> None:
 
 
 def _connected(reactor: EngineReactor, factory: Any) -> socket.socket:
-    """A client of a port of C{factory}."""
+    """A client of a port of ``factory``."""
     client = connect(reactor.listenTCP(0, factory, interface="127.0.0.1"))
     before = len(reactor.server_connections)
     spin_with_timers(reactor, lambda: len(reactor.server_connections) > before)

@@ -335,7 +335,7 @@ os.environ["LISTEN_FDNAMES"] = "web:path"
 @pytest.mark.parametrize("before", ["", "import twisted.internet.endpoints"])
 def test_sockets_of_systemd(tmp_path: Path, before: str) -> None:
     """
-    They are used for the addresses that they are bound to, and C{systemd:} endpoints
+    They are used for the addresses that they are bound to, and ``systemd:`` endpoints
     work in the workers.
     """
     with (
@@ -375,7 +375,7 @@ listen("systemd:domain=UNIX:name=path")
 
 
 def python_of_everyone() -> str | None:
-    """An interpreter that another user can run, together with L{PACKAGES}."""
+    """An interpreter that another user can run, together with :data:`PACKAGES`."""
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for each in (sys.executable, shutil.which(name, path=os.defpath)):
         if each is None:

@@ -1,8 +1,8 @@
 """
 The end of asynchronous generators that are left early.
 
-One that is left in the middle, by C{break} for example, may have to wait in its
-C{finally}.  Python hands it to the hook that was set when it was first iterated over
+One that is left in the middle, by ``break`` for example, may have to wait in its
+``finally``.  Python hands it to the hook that was set when it was first iterated over
 (PEP 525), and a task closes it.
 """
 

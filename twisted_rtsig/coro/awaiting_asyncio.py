@@ -47,7 +47,7 @@ _leave_task: Final[Callable[[Any, Any], None]] = asyncio.tasks._leave_task
 
 
 def swap_current_task(loop: AbstractEventLoop, task: Any) -> Any:
-    """Let C{task} be the current one of a loop that runs; return the one before."""
+    """Let ``task`` be the current one of a loop that runs; return the one before."""
     before = asyncio.current_task(loop)
     if before is not None:
         _leave_task(loop, before)
@@ -64,7 +64,7 @@ class Asyncio:
     The side of a scheduler that asyncio sees.
 
     :ivar loop: the event loop of the reactor; None if it has none, and its tasks run
-        in the callbacks of another loop: those of a C{Clock}, for example.
+        in the callbacks of another loop: those of a ``Clock``, for example.
     """
 
     __slots__ = ("loop",)
@@ -78,7 +78,7 @@ class Asyncio:
         task._context = cast(Any, CurrentTask(task, context, self.loop))
 
     def adopt_active(self, task: Task[Any] | None) -> None:
-        """As C{adopt}, of a task that runs already, or has ended."""
+        """As ``adopt``, of a task that runs already, or has ended."""
         context: Any = None if task is None else task._context
         if task is None or context is None or current_task_of(task) is not None:
             return
@@ -135,7 +135,7 @@ def no_loop(what: str) -> RuntimeError:
 
 def wait_for(task: Task[Any], awaited: Any) -> Wait | FutureWait | None:
     """
-    What C{task} is to wait for, which has yielded C{awaited}; None if asyncio knows
+    What ``task`` is to wait for, which has yielded ``awaited``; None if asyncio knows
     nothing of it either.
 
     :raises RuntimeError: if the task would never be told.
@@ -277,7 +277,7 @@ def cancellation_of(future: Future[Any]) -> CancelledError | None:
 
 class _CancelledByAsyncio(Cancelled):
     """
-    What asks for it is code for asyncio, by C{cancel} of the current task: a timeout
+    What asks for it is code for asyncio, by ``cancel`` of the current task: a timeout
     or group of asyncio, for example.
     """
 
@@ -300,7 +300,7 @@ def again(cancelled: CancelledError) -> Cancelled:
 
 
 def current_task_of(task: Task[Any]) -> CurrentTask | None:
-    """What stands for C{task} in asyncio, outside of any C{shield}."""
+    """What stands for ``task`` in asyncio, outside of any ``shield``."""
     context: Any = task._context
     while context is not None and type(context) is not CurrentTask:
         # That of a task whose steps are observed has the context in itself.
@@ -311,8 +311,8 @@ def current_task_of(task: Task[Any]) -> CurrentTask | None:
 
 def runs(task: Task[Any]) -> bool:
     """
-    Whether C{task} is the current task of asyncio as well, and not one of asyncio that
-    C{task} has started eagerly.
+    Whether ``task`` is the current task of asyncio as well, and not one of asyncio that
+    ``task`` has started eagerly.
     """
     if _get_running_loop() is None:
         return True
@@ -322,7 +322,7 @@ def runs(task: Task[Any]) -> bool:
 
 def enter_shield(task: Task[Any], shield: Scope) -> None:
     """
-    Let another object stand for C{task} within a C{shield}: what asks for the current
+    Let another object stand for ``task`` within a ``shield``: what asks for the current
     task there can cancel what is inside, and what has asked before cannot.
     """
     current = current_task_of(task)
@@ -331,7 +331,7 @@ def enter_shield(task: Task[Any], shield: Scope) -> None:
 
 
 def exit_shield(task: Task[Any], shield: Scope) -> None:
-    """The task leaves its innermost C{shield}."""
+    """The task leaves its innermost ``shield``."""
     current = current_task_of(task)
     # A shield that was entered before the tasks used asyncio has no such object.
     if current is not None:
@@ -357,7 +357,7 @@ class CurrentTask:
 
     :ivar context: the context of the task.
     :ivar loop: the event loop of its reactor, if that has one.
-    :ivar inner: what is the current task instead, within a C{shield}.
+    :ivar inner: what is the current task instead, within a ``shield``.
     """
 
     __slots__ = ("__weakref__", "_more", "_ref", "context", "inner", "loop")
@@ -586,7 +586,7 @@ class CurrentTask:
         *,
         context: contextvars.Context | None = None,
     ) -> None:
-        """Let the event loop call C{callback} with this when the task has ended."""
+        """Let the event loop call ``callback`` with this when the task has ended."""
         more = self.more
         if more.callbacks is None:
             more.callbacks = []
@@ -598,7 +598,7 @@ class CurrentTask:
             self._call()
 
     def remove_done_callback(self, callback: Callable[[Any], object]) -> int:
-        """Do not call C{callback}; return how often it was added."""
+        """Do not call ``callback``; return how often it was added."""
         callbacks = self.more.callbacks or []
         left = [each for each in callbacks if each[0] != callback]
         removed = len(callbacks) - len(left)
@@ -681,7 +681,7 @@ class CurrentTask:
 
 class _WithinShield(CurrentTask):
     """
-    Stands for a task within a C{shield}.
+    Stands for a task within a ``shield``.
 
     :ivar root: the shield.
     :ivar outer: of one in another: that of the other.
@@ -697,7 +697,7 @@ class _WithinShield(CurrentTask):
 
 class _More:
     """
-    What a C{CurrentTask} has, and not every task needs.
+    What a ``CurrentTask`` has, and not every task needs.
 
     :ivar requests: how often a cancellation was requested and not withdrawn; those for
         blocks of code are counted as long as the task is in there.

@@ -255,7 +255,7 @@ class BlockingSocket:
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
         """
-        Receive 1 to C{bufsize} bytes; none at the end.
+        Receive 1 to ``bufsize`` bytes; none at the end.
 
         :param flags: ``MSG_PEEK``, ``MSG_DONTWAIT`` and ``MSG_WAITALL``.
         :raises TimeoutError: if nothing comes within the timeout.
@@ -435,7 +435,7 @@ class BlockingSocket:
         self, file: IO[bytes], offset: int = 0, count: int | None = None
     ) -> int:
         """
-        Send a file that is open in binary mode, up to its end or C{count} bytes.
+        Send a file that is open in binary mode, up to its end or ``count`` bytes.
 
         The file is read in the reactor's thread, which a slow disk blocks:
         ``Stream.send_file`` does not.
@@ -581,7 +581,7 @@ class BlockingSocket:
         return self._timeout
 
     def setblocking(self, flag: bool, /) -> None:
-        """C{settimeout(None)} or, if not, C{settimeout(0)}."""
+        """``settimeout(None)`` or, if not, ``settimeout(0)``."""
         self._timeout = None if flag else 0.0
 
     def getblocking(self) -> bool:
@@ -627,7 +627,7 @@ class BlockingSocket:
     def shutdown(self, how: int, /) -> None:
         """
         Half close: see ``socket.socket.shutdown``.  A read that waits in another task
-        ends with no bytes after C{SHUT_RD}.
+        ends with no bytes after ``SHUT_RD``.
         """
         stream = self._opened()
         if how not in (socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR):
@@ -739,7 +739,7 @@ class BlockingSocket:
     def setsockopt(self, level: int, optname: int, *value: Any) -> None:
         """
         Set an option of the socket of the operating system: ``TCP_NODELAY`` and
-        ``SO_KEEPALIVE`` for example.  It can be set before C{connect}.
+        ``SO_KEEPALIVE`` for example.  It can be set before ``connect``.
         """
         self._check_open()
         if level == socket.SOL_SOCKET and optname in _TIMEOUT_OPTIONS:
@@ -798,7 +798,7 @@ class BlockingSocket:
 class ClientSocket(BlockingSocket):
     """
     A :class:`BlockingSocket` that is not connected yet, with the parameters of
-    ``socket.socket``: its C{connect} connects it, by TCP or to a UNIX socket.
+    ``socket.socket``: its ``connect`` connects it, by TCP or to a UNIX socket.
 
     :raises io.UnsupportedOperation: if it is not for a stream, or for a descriptor.
     """
@@ -895,7 +895,7 @@ def _open(
 def _of_create_connection(
     failed: ConnectFailed, bound: bool, all_errors: bool
 ) -> Exception:
-    """What C{create_connection} raises."""
+    """What ``create_connection`` raises."""
     if not failed.errors:
         code = _EAI_ADDRFAMILY if bound else socket.EAI_NONAME
         return socket.gaierror(code, str(failed))

@@ -29,7 +29,7 @@ _PIECE = 1 << 16
 
 class BlockingSSLSocket(BlockingSocket):
     """
-    What C{wrap_socket} of an ``SSLContext`` returns for a :class:`BlockingSocket`: see
+    What ``wrap_socket`` of an ``SSLContext`` returns for a :class:`BlockingSocket`: see
     :func:`allow_blocking_sockets`.  It has the methods of an ``ssl.SSLSocket``, and
     raises its errors.
 
@@ -172,7 +172,7 @@ class BlockingSSLSocket(BlockingSocket):
         """
         See ``ssl.SSLSocket.do_handshake``.
 
-        :raises ssl.SSLError: if it fails; C{SSLCertVerificationError}, if the
+        :raises ssl.SSLError: if it fails; ``SSLCertVerificationError``, if the
             certificate of the peer is not accepted.
         """
         before = self._timeout
@@ -297,7 +297,7 @@ class BlockingSSLSocket(BlockingSocket):
 
     @property
     def context(self) -> ssl.SSLContext:
-        """The context; a server may set another one in its C{sni_callback}."""
+        """The context; a server may set another one in its ``sni_callback``."""
         return self._context
 
     @context.setter
@@ -382,10 +382,10 @@ class BlockingSSLSocket(BlockingSocket):
 
 def allow_blocking_sockets(context: C) -> C:
     """
-    Let C{context.wrap_socket} take a :class:`BlockingSocket` as well, and return a
+    Let ``context.wrap_socket`` take a :class:`BlockingSocket` as well, and return a
     :class:`BlockingSSLSocket` for it.  Other sockets it takes as before.
 
-    :param context: an ``ssl.SSLContext``, whose C{sslsocket_class} is replaced.
+    :param context: an ``ssl.SSLContext``, whose ``sslsocket_class`` is replaced.
     :return: the same context.
     """
     kind: Any = context.sslsocket_class

@@ -2,8 +2,8 @@
 The read buffer of a stream: data that was received and not read yet.
 
 Searching is linear in the data, however it was cut into pieces, and what is kept
-is not copied: a single piece stays the C{bytes} that the transport has made, and
-several are gathered in a C{bytearray}, whose front is cut off in constant time
+is not copied: a single piece stays the ``bytes`` that the transport has made, and
+several are gathered in a ``bytearray``, whose front is cut off in constant time
 (CPython moves its start).
 """
 
@@ -49,12 +49,12 @@ class ReadBuffer:
             self._searched = max(0, self._searched - start)
 
     def peek(self, size: int) -> bytes:
-        """The first C{size} bytes, which stay there; fewer if there are fewer."""
+        """The first ``size`` bytes, which stay there; fewer if there are fewer."""
         start = self.start
         return bytes(memoryview(self.data)[start : start + size])
 
     def take(self, size: int) -> bytes:
-        """The first C{size} bytes; fewer if there are fewer."""
+        """The first ``size`` bytes; fewer if there are fewer."""
         data, start = self.data, self.start
         end = start + size
         if end >= len(data):
@@ -72,8 +72,8 @@ class ReadBuffer:
 
     def find(self, delimiter: bytes, limit: int) -> int:
         """
-        How many bytes there are before C{delimiter}; -1 if it does not begin
-        within the first C{limit} + 1 bytes.
+        How many bytes there are before ``delimiter``; -1 if it does not begin
+        within the first ``limit`` + 1 bytes.
         """
         data, start = self.data, self.start
         first = start
@@ -89,7 +89,7 @@ class ReadBuffer:
         return -1
 
     def match_end(self, pattern: re.Pattern[bytes], limit: int) -> int:
-        """Where the first match within C{limit} bytes ends; -1 without one."""
+        """Where the first match within ``limit`` bytes ends; -1 without one."""
         start = self.start
         # Sliced, for ^ and $ and what looks around.
         with memoryview(self.data)[start : start + limit] as view:

@@ -32,11 +32,11 @@ class Registry(Generic[T]):
         self._discard = self._references.discard
 
     def add(self, item: T) -> None:
-        """Add C{item}, unless it is there."""
+        """Add ``item``, unless it is there."""
         self._references.add(ref(item, self._discard))
 
     def discard(self, item: T) -> None:
-        """Remove C{item} if it is there."""
+        """Remove ``item`` if it is there."""
         self._discard(ref(item))
 
     def __len__(self) -> int:

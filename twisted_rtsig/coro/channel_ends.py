@@ -24,7 +24,7 @@ E = TypeVar("E", bound="_End[Any]")
 
 class _End(Generic[T]):
     """
-    One end of a channel: it is closed at the end of a C{with} block, or by C{close}.
+    One end of a channel: it is closed at the end of a ``with`` block, or by ``close``.
 
     :ivar channel: the channel.
     """
@@ -99,7 +99,7 @@ class ChannelSender(_End[T]):
     An end of a channel to send to it.  When the last one is closed, so is the channel.
 
     Made by :meth:`Channel.open_sender`.  Each task that sends should have one of its
-    own, and use it in a C{with} block::
+    own, and use it in a ``with`` block::
 
         with channel.open_sender() as sender:
             await sender.send(value)
@@ -143,7 +143,7 @@ class ChannelSender(_End[T]):
         """
         As :meth:`Channel.sending`.
 
-        :raises ChannelClosed: from C{select}, also if this is closed, or becomes so
+        :raises ChannelClosed: from ``select``, also if this is closed, or becomes so
             while it waits.
         """
         return SendingThrough(self, value)
@@ -165,7 +165,7 @@ class SendingThrough(Generic[T]):
     """
     To send a value through a :class:`ChannelSender`: for :func:`select`.
 
-    :raises ChannelClosed: from C{select}, if the sender or the channel is closed.
+    :raises ChannelClosed: from ``select``, if the sender or the channel is closed.
     """
 
     def __init__(self, sender: ChannelSender[T], value: T) -> None:
@@ -196,7 +196,7 @@ class ChannelReceiver(_End[T]):
     An end of a channel to receive from it.  When the last one is closed, so is the
     channel: senders get ``ChannelClosed``, and the values that are left are dropped.
 
-    Made by :meth:`Channel.open_receiver`.  It can be given to C{select}::
+    Made by :meth:`Channel.open_receiver`.  It can be given to ``select``::
 
         with channel.open_receiver() as receiver:
             async for value in receiver:

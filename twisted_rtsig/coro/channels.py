@@ -223,7 +223,7 @@ class Channel(Generic[T]):
             raise StopAsyncIteration from None
 
     def _take(self) -> Any:
-        """The next value, whoever waits for it; C{NOTHING} if there is none."""
+        """The next value, whoever waits for it; ``NOTHING`` if there is none."""
         if self._values:
             value: Any = self._values.popleft()
             if self._senders.entries and not self._closed:
@@ -416,7 +416,7 @@ class Sending(Generic[T]):
     """
     To send a value: for :func:`select`, which does it or does not.
 
-    :raises ChannelClosed: from C{select}, if the channel is closed.
+    :raises ChannelClosed: from ``select``, if the channel is closed.
     """
 
     def __init__(self, channel: Channel[T], value: T) -> None:

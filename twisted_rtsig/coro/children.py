@@ -51,7 +51,7 @@ class HasFileno(Protocol):
 
 StandardStream = int | HasFileno | None
 """
-C{subprocess.PIPE}, C{DEVNULL} or C{STDOUT}, a file or a descriptor; None for that of
+``subprocess.PIPE``, ``DEVNULL`` or ``STDOUT``, a file or a descriptor; None for that of
 this process.
 """
 
@@ -80,7 +80,7 @@ class Command:
 
     :raises ValueError: if the arguments contradict each other, or the system has
         nothing of the kind.
-    :raises OSError: if the program cannot be executed, or C{cwd} not be entered.
+    :raises OSError: if the program cannot be executed, or ``cwd`` not be entered.
     """
 
     command: Sequence[Argument]
@@ -193,7 +193,7 @@ class Command:
 
     @contextlib.contextmanager
     def _descriptors(self) -> Iterator[dict[int, Any]]:
-        """What each descriptor of the child is, as C{spawnProcess} takes it."""
+        """What each descriptor of the child is, as ``spawnProcess`` takes it."""
         with contextlib.ExitStack() as opened:
             descriptors: dict[int, Any] = {}
             for number, what in enumerate((self.stdin, self.stdout, self.stderr)):
@@ -324,9 +324,9 @@ class Child:
 
     def send_signal(self, signal: int | str) -> None:
         """
-        Send a signal: to its process group, if it was opened with C{signal_group}.
+        Send a signal: to its process group, if it was opened with ``signal_group``.
 
-        :param signal: a number, or a name with or without C{SIG}: C{"TERM"}.
+        :param signal: a number, or a name with or without ``SIG``: ``"TERM"``.
         :raises ProcessLookupError: if the process has ended.
         :raises ValueError: if there is no such signal; on Windows for any but INT,
             TERM and KILL, each of which terminates the process.
@@ -349,7 +349,7 @@ class Child:
 
     def terminate(self) -> None:
         """
-        Ask it to end, by C{SIGTERM}.  On Windows as :meth:`kill`.
+        Ask it to end, by ``SIGTERM``.  On Windows as :meth:`kill`.
 
         :raises ProcessLookupError: if it has ended.
         """
@@ -357,7 +357,7 @@ class Child:
 
     def kill(self) -> None:
         """
-        End it at once, by C{SIGKILL}.
+        End it at once, by ``SIGKILL``.
 
         :raises ProcessLookupError: if it has ended.
         """
@@ -365,10 +365,10 @@ class Child:
 
     def stop(self, grace: float = GRACE) -> Operation[int]:
         """
-        End it: terminate it now, and kill it if it has not ended within C{grace}
+        End it: terminate it now, and kill it if it has not ended within ``grace``
         seconds, whether this is awaited or not.  Can be called again, with less time.
 
-        If it was opened with C{signal_group}, then what is left of its process group
+        If it was opened with ``signal_group``, then what is left of its process group
         is killed when the process itself has ended.
 
         :return: as :meth:`wait`, also if it has ended already.
@@ -493,8 +493,8 @@ def _find_program(name: str, env: dict[Any, Any] | None, cwd: Any) -> str:
     The path of a program, from the root on: the child may look for it in another
     environment and from another folder.
 
-    :raises OSError: as C{execvp} does.  In a child that is forked it could only be told
-        from the exit status.
+    :raises OSError: as ``execvp`` does.  In a child that is forked it could only be
+        told from the exit status.
     """
     start = os.path.join(os.getcwd(), os.fsdecode(cwd or ""))
     has_folder = bool(os.path.dirname(name))

@@ -8,7 +8,7 @@ from twisted.internet.defer import Deferred
 
 
 class ClosedAtExit:
-    """An object that is closed, or removed, at the end of an C{async with} block."""
+    """An object that is closed, or removed, at the end of an ``async with`` block."""
 
     def _close_at_exit(self) -> Deferred[None]:
         """Begin to close it.  That ends even if its operation is cancelled."""

@@ -46,7 +46,7 @@ Data = bytes | bytearray | memoryview
 
 class OutputLimitExceeded(SubprocessError):
     """
-    A program has written more than the C{max_bytes} of ``run_process``.
+    A program has written more than the ``max_bytes`` of ``run_process``.
 
     :ivar cmd: the command.
     :ivar limit: how many bytes it could have written.
@@ -166,29 +166,29 @@ def run_process(
         done = await run_process(["sort", "-n"], input=b"10\\n9\\n")
         print(done.stdout, done.returncode)
 
-    If the wait is cancelled, by C{timeout} for example, then the program is stopped as
+    If the wait is cancelled, by ``timeout`` for example, then the program is stopped as
     ``Process.stop`` does, and the cancellation takes effect when it has ended.
 
     :param input: what it reads from its standard input; by default nothing.
-    :param stdin: as for ``open_process``, if there is no C{input}.
-    :param stdout: as for ``open_process``.  Only what is a C{PIPE} is collected.
-    :param stderr: as C{stdout}; or C{STDOUT}, to be collected together with that.
+    :param stdin: as for ``open_process``, if there is no ``input``.
+    :param stdout: as for ``open_process``.  Only what is a ``PIPE`` is collected.
+    :param stderr: as ``stdout``; or ``STDOUT``, to be collected together with that.
     :param check: raise an error if its exit status is not 0.
-    :param text: C{input} and what is collected is C{str}, in the encoding of the
-        locale, and each C{"\\r\\n"} or C{"\\r"} of the output is C{"\\n"}.
+    :param text: ``input`` and what is collected is ``str``, in the encoding of the
+        locale, and each ``"\\r\\n"`` or ``"\\r"`` of the output is ``"\\n"``.
     :param encoding: the same, in this encoding.
     :param errors: the same, with this error handler of ``codecs``.
     :param max_bytes: how much it may write, to each of the two; None for no limit.
     :param grace: as for ``open_process``: when it has to be stopped.
     :param options: the further parameters of ``open_process``.
-    :return: fires with a C{subprocess.CompletedProcess}, when the program has ended
+    :return: fires with a ``subprocess.CompletedProcess``, when the program has ended
         and its outputs are closed.
     :raises subprocess.CalledProcessError: (when awaited) if its exit status is not 0,
         with the output.
     :raises OutputLimitExceeded: (when awaited) if it writes too much.  The program is
         stopped.
     :raises UnicodeDecodeError: (when awaited) if the output is not in the encoding.
-    :raises TypeError: if C{input} is not what C{text} says.
+    :raises TypeError: if ``input`` is not what ``text`` says.
     :raises OSError: as ``open_process``, and so are further errors.
     """
     check_grace(grace)

@@ -80,7 +80,7 @@ class ServerCounts:
     :ivar name: what its handlers are called in logs.
     :ivar connections: those whose connection or handler has not ended.
     :ivar limits: how often each limit has refused or aborted a connection, by the name
-        of its option; C{"stopping"} for connections that came when it had stopped.
+        of its option; ``"stopping"`` for connections that came when it had stopped.
     """
 
     name: str
@@ -139,7 +139,7 @@ class Statistics:
 
 def statistics(reactor: Any | None = None) -> Statistics:
     """
-    What runs on a reactor, in numbers; for its selectables, see the C{statistics} of
+    What runs on a reactor, in numbers; for its selectables, see the ``statistics`` of
     this package's reactors.
 
     It looks at each stream, server, channel and process, and not at each task.  Must be

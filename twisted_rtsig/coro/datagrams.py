@@ -43,7 +43,7 @@ class DatagramSocket(ClosedAtExit):
 
     @property
     def host(self) -> IPAddress:
-        """The address of this side: an C{IPv4Address} or an C{IPv6Address}."""
+        """The address of this side: an ``IPv4Address`` or an ``IPv6Address``."""
         return cast(IPAddress, self.transport.getHost())
 
     @must_be_awaited

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 class Cancelled(CancelledError):
     """
-    Raised where a task waits when the task, or the C{timeout} or C{TaskGroup}
+    Raised where a task waits when the task, or the ``timeout`` or ``TaskGroup``
     around what it does, is cancelled.
 
-    Not an C{Exception}, so that C{except Exception} does not swallow it.  Clean
-    up in C{finally}, or raise it again.  It never leaves its task: to the
+    Not an ``Exception``, so that ``except Exception`` does not swallow it.  Clean
+    up in ``finally``, or raise it again.  It never leaves its task: to the
     outside, a cancelled task is Twisted's ``CancelledError``.
 
     To code for asyncio that runs in the task it is asyncio's ``CancelledError``.
 
-    :ivar reason: what C{cancel} was given, or what its caller in this package says;
+    :ivar reason: what ``cancel`` was given, or what its caller in this package says;
         None without a reason.
     """
 
@@ -48,10 +48,10 @@ class Cancelled(CancelledError):
 
 def cancellation_in(error: BaseException | None) -> CancelledError | None:
     """
-    The cancellation that C{error} is, of this package or of asyncio; or one of those
+    The cancellation that ``error`` is, of this package or of asyncio; or one of those
     that a group consists of.
 
-    asyncio's TaskGroup of Python 3.11 and 3.12 takes C{Cancelled} for an error.
+    asyncio's TaskGroup of Python 3.11 and 3.12 takes ``Cancelled`` for an error.
     """
     while isinstance(error, BaseExceptionGroup):
         if not all(cancellation_in(each) for each in error.exceptions):
@@ -95,7 +95,7 @@ class IncompleteText(IncompleteRead):
     """
     A stream of text has ended in the middle of a line.
 
-    :ivar text: what there was of it; C{partial} has it in bytes.
+    :ivar text: what there was of it; ``partial`` has it in bytes.
     """
 
     def __init__(self, text: str, encoding: str) -> None:
@@ -120,7 +120,7 @@ class DelimiterNotFound(StreamError):
 
 class UnreadPlaintext(StreamError):
     """
-    C{start_tls} was called while there was something left to read.
+    ``start_tls`` was called while there was something left to read.
 
     It was not encrypted, so that anybody may have put it there: what follows it
     must not be taken for a part of the encrypted conversation.  This is the
@@ -140,7 +140,7 @@ class TLSError(ConnectionLost):
     side rejects the certificate of the other, there was no handshake in time, or what
     arrived was damaged.
 
-    C{__cause__} is the error of OpenSSL or of C{service_identity}, if there was one.
+    ``__cause__`` is the error of OpenSSL or of ``service_identity``, if there was one.
     """
 
     MESSAGE = "TLS has failed"
@@ -150,7 +150,7 @@ class ConnectFailed(ConnectError, OSError):
     """
     No connection could be made.
 
-    C{__cause__} is the error of the attempt, or an ``ExceptionGroup`` of those of all
+    ``__cause__`` is the error of the attempt, or an ``ExceptionGroup`` of those of all
     attempts.
 
     :ivar host: the name or address of the host; of a UNIX socket its path.
@@ -203,7 +203,7 @@ class WouldBlock(Exception):
 class ChannelClosed(Exception):
     """
     A value was sent to a channel that is closed: nothing receives it.  Or a
-    C{ChannelSender} or C{ChannelReceiver} was used that is closed.
+    ``ChannelSender`` or ``ChannelReceiver`` was used that is closed.
     """
 
 
@@ -220,7 +220,7 @@ class EndOfChannel(Exception):
 
 
 class TransferError(RuntimeError):
-    """The target of a C{transfer} cannot take over."""
+    """The target of a ``transfer`` cannot take over."""
 
 
 class NoTaskError(RuntimeError):

@@ -51,7 +51,7 @@ def must_be_awaited(function: F) -> F:
     Decorate a function that returns an operation for whose result, or moment, it is
     called: in debug mode a call whose operation nothing waits for is warned of.
 
-    Not one such as C{Stream.write}, which does the same if nothing waits for it.
+    Not one such as ``Stream.write``, which does the same if nothing waits for it.
     """
     assert isinstance(function, types.FunctionType)
     # Else its code could not be replaced.
@@ -75,8 +75,8 @@ def set_debug(enabled: bool) -> None:
     yielded, given callbacks or cancelled.  For one that is collected before there is an
     :class:`UnawaitedWarning`, with the line of the call.
 
-    The environment variable C{TWISTED_RTSIG_DEBUG=1} turns it on from the start, and so
-    does Python's development mode (C{-X dev}), unless C{TWISTED_RTSIG_DEBUG=0}.
+    The environment variable ``TWISTED_RTSIG_DEBUG=1`` turns it on from the start, and
+    so does Python's development mode (``-X dev``), unless ``TWISTED_RTSIG_DEBUG=0``.
     """
     if enabled == _mode.on:
         return
@@ -275,7 +275,7 @@ for _name in ("succeed", "fail", "callback", "errback"):
 
 
 class _WatchedOperation(_Watched):
-    """That of an C{Operation}."""
+    """That of an ``Operation``."""
 
     _become_deferred = _become_deferred
 
@@ -347,7 +347,7 @@ _saved: Final = _Saved()
 
 
 def _wait_for(task: Task[Any], awaited: Any) -> Any:
-    """C{Task._wait_for}, of what a generator yields before it is used otherwise."""
+    """``Task._wait_for``, of what a generator yields before it is used otherwise."""
     if isinstance(awaited, _WatchedTransfer):
         value = task._transfer(awaited.target, awaited.value)
         awaited.begin()

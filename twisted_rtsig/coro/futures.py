@@ -62,7 +62,7 @@ class _OfFuture(Deferred[T]):
 def from_asyncio(awaitable: Awaitable[T]) -> Deferred[T]:
     """
     A Deferred of a future, coroutine or other awaitable of asyncio, for code that is
-    not in a task: for C{inlineCallbacks}, C{Deferred.fromCoroutine} and callbacks::
+    not in a task: for ``inlineCallbacks``, ``Deferred.fromCoroutine`` and callbacks::
 
         @inlineCallbacks
         def fetch(url):

@@ -145,13 +145,13 @@ class TaskGroup(Scope):
         What the task raises before that is raised here, and does not cancel the group.
         If this is cancelled before, then the task is, and this waits for its end.
 
-        :param function: called with C{args}, and with C{task_status}, a
+        :param function: called with ``args``, and with ``task_status``, a
             :class:`TaskStatus`.
         :param name: what the task is called in logs; by default the name of the
             function.
-        :return: what C{task_status.started} was called with.
+        :return: what ``task_status.started`` was called with.
         :raises RuntimeError: before or after the block; or (when awaited) if the task
-            has returned and not called C{task_status.started}.
+            has returned and not called ``task_status.started``.
         :raises CancelledError: (when awaited) if the task was cancelled before.
         """
         reactor = self._owner("start()").reactor
@@ -289,7 +289,7 @@ class StartedListener(Protocol):
 
 class TaskStatus(Generic[T]):
     """
-    What a function gets as C{task_status} that :meth:`TaskGroup.start` runs: by it the
+    What a function gets as ``task_status`` that :meth:`TaskGroup.start` runs: by it the
     task says that it is ready.
     """
 
@@ -338,7 +338,7 @@ class _Ignored(TaskStatus[Any]):
 
 
 TASK_STATUS_IGNORED: Final[TaskStatus[Any]] = _Ignored()
-"""The default of C{task_status}, for functions that are also called directly."""
+"""The default of ``task_status``, for functions that are also called directly."""
 
 
 class _Starting(OfTask[Any]):
@@ -412,8 +412,8 @@ def run_group(body: Callable[..., Any], *args: Any) -> Deferred[Any]:
 
         yield run_group(body)
 
-    :param body: called with the group and C{args}: the block.
-    :return: what C{body} returns, when all tasks of the group have ended.
+    :param body: called with the group and ``args``: the block.
+    :return: what ``body`` returns, when all tasks of the group have ended.
     """
 
     async def block() -> Any:

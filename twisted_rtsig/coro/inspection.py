@@ -28,7 +28,7 @@ def format_tasks(reactor: Any | None = None) -> str:
     """
     The tasks that have not ended, below those that have spawned them: for each its
     name, its age, what it waits for, and where it is in the code; of a cancellation
-    that a C{shield} still keeps out, the reason::
+    that a ``shield`` still keeps out, the reason::
 
         main: 12.0 s, waits for <Event at 0x7f3c8c0d5a50: 1 wait>
             at server.py:31 in main: await stop.wait()
@@ -99,7 +99,7 @@ def log_tasks_on_signal(number: int | None = None) -> None:
 
 
 def describe_first(tasks: Sequence[Task[Any]]) -> str:
-    """Some of the tasks, as in C{format_tasks}, and how many more there are."""
+    """Some of the tasks, as in ``format_tasks``, and how many more there are."""
     lines = [line for each in tasks[:_MOST_IN_LOG] for line in describe(each)]
     if len(tasks) > _MOST_IN_LOG:
         lines.append(f"and {len(tasks) - _MOST_IN_LOG} more")
@@ -108,9 +108,9 @@ def describe_first(tasks: Sequence[Task[Any]]) -> str:
 
 def describe(task: Task[Any], now: float | None = None) -> Iterator[str]:
     """
-    One task: a line of C{format_tasks}, and where it is in the code.
+    One task: a line of ``format_tasks``, and where it is in the code.
 
-    :param now: the time of C{time.monotonic}.
+    :param now: the time of ``time.monotonic``.
     """
     now = time.monotonic() if now is None else now
     try:

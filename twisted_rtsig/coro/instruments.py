@@ -39,13 +39,13 @@ class Instrument:
         """A task was made, and has not run yet."""
 
     def before_task_step(self, task: Task[Any]) -> None:
-        """C{task} begins or resumes, and runs until it waits or ends."""
+        """``task`` begins or resumes, and runs until it waits or ends."""
 
     def after_task_step(self, task: Task[Any]) -> None:
-        """C{task} has run: it waits now, or is about to end."""
+        """``task`` has run: it waits now, or is about to end."""
 
     def task_exited(self, task: Task[Any]) -> None:
-        """A task has ended, in whatever way: see ``Task.cancelled`` and C{failed}."""
+        """A task has ended, in whatever way: see ``Task.cancelled`` and ``failed``."""
 
     def before_pass(self) -> None:
         """
@@ -65,7 +65,7 @@ class Instrument:
         """
 
     def connection_lost(self, stream: Stream) -> None:
-        """The connection of C{stream} is gone, on both sides."""
+        """The connection of ``stream`` is gone, on both sides."""
 
 
 _HOOKS: Final = tuple(name for name in vars(Instrument) if not name.startswith("_"))
@@ -83,7 +83,7 @@ class Instruments:
         self._hooks: dict[str, list[tuple[Instrument, Callable[..., None]]]] = {}
 
     def add(self, instrument: Instrument) -> None:
-        """Call C{instrument} from now on."""
+        """Call ``instrument`` from now on."""
         self._instruments[instrument] = None
         self._changed()
 

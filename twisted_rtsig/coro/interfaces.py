@@ -22,8 +22,8 @@ Address: TypeAlias = IPAddress | UNIXAddress
 
 class Transport(Protocol):
     """
-    What every transport of a stream has: C{ITransport}, C{IPushProducer} and
-    C{IConsumer}.
+    What every transport of a stream has: ``ITransport``, ``IPushProducer`` and
+    ``IConsumer``.
     """
 
     def write(self, data: bytes, /) -> object:
@@ -61,7 +61,7 @@ class _Provided(type(Protocol)):  # type: ignore[misc]
 @runtime_checkable
 class TCPTransport(Transport, Protocol, metaclass=_Provided):
     """
-    What a transport of TCP has besides, also below TLS: C{ITCPTransport}.
+    What a transport of TCP has besides, also below TLS: ``ITCPTransport``.
 
     ``isinstance`` tells whether :attr:`Stream.transport` is one.
     """
@@ -85,7 +85,7 @@ class TCPTransport(Transport, Protocol, metaclass=_Provided):
 
 
 class ListeningPort(Protocol):
-    """What an endpoint listens on: C{IListeningPort}."""
+    """What an endpoint listens on: ``IListeningPort``."""
 
     def getHost(self) -> Any:
         """See ``IListeningPort.getHost``: its kind depends on the endpoint."""

@@ -32,7 +32,7 @@ class CapacityLimiterStatistics(NamedTuple):
 
     :ivar borrowed_tokens: how many tokens are borrowed.
     :ivar total_tokens: how many there are.
-    :ivar borrowers: what has borrowed them: tasks, or what C{acquire_on_behalf_of} was
+    :ivar borrowers: what has borrowed them: tasks, or what ``acquire_on_behalf_of`` was
         given.
     :ivar tasks_waiting: how many acquires wait.
     """
@@ -53,7 +53,7 @@ class CapacityLimiter:
     tokens can be changed.  First come, first served.  All of it belongs into the
     reactor's thread.
 
-    :param total_tokens: how many there are: an C{int}, or C{math.inf}.
+    :param total_tokens: how many there are: an ``int``, or ``math.inf``.
     :raises TypeError: if it is something else.
     :raises ValueError: if it is negative.
     """
@@ -75,7 +75,7 @@ class CapacityLimiter:
         It can be set.  If there are fewer then than are borrowed, nothing is taken
         back, and no more are lent until enough were returned.
 
-        :raises TypeError: if it is set to what is no C{int} and not C{math.inf}.
+        :raises TypeError: if it is set to what is no ``int`` and not ``math.inf``.
         :raises ValueError: if it is set to less than 0.
         """
         return self._total
@@ -101,7 +101,7 @@ class CapacityLimiter:
         Borrow a token for the task that calls this, as soon as it is its turn.
 
         :raises RuntimeError: if that task has one, or waits for one.
-        :raises NoTaskError: outside of a task: use C{acquire_on_behalf_of}.
+        :raises NoTaskError: outside of a task: use ``acquire_on_behalf_of``.
         """
         return self.acquire_on_behalf_of(task_of_caller("acquire() of a limiter"))
 
@@ -129,7 +129,7 @@ class CapacityLimiter:
 
         :raises WouldBlock: if there is none.
         :raises RuntimeError: if that task has one, or waits for one.
-        :raises NoTaskError: outside of a task: use C{try_acquire_on_behalf_of}.
+        :raises NoTaskError: outside of a task: use ``try_acquire_on_behalf_of``.
         """
         self.try_acquire_on_behalf_of(task_of_caller("try_acquire() of a limiter"))
 
@@ -148,7 +148,7 @@ class CapacityLimiter:
         Return the token of the task that calls this.
 
         :raises RuntimeError: if it has none.
-        :raises NoTaskError: outside of a task: use C{release_on_behalf_of}.
+        :raises NoTaskError: outside of a task: use ``release_on_behalf_of``.
         """
         self.release_on_behalf_of(task_of_caller("release() of a limiter"))
 

@@ -41,7 +41,7 @@ system that acknowledges in steps, each of which is a part of a large receive bu
 """
 
 MOST_CONNECTIONS: Final = 1 << 16
-"""With C{max_connections="auto"}, where the limit of descriptors is no lower."""
+"""With ``max_connections="auto"``, where the limit of descriptors is no lower."""
 
 # With max_connections="auto", one of so many descriptors stays free for everything
 # else: files, connections to other servers, child processes, logs.
@@ -65,7 +65,7 @@ _IPV6_PREFIX: Final = 64
 
 def scarce_descriptors(transport: Any) -> str | None:
     """
-    Whether this process may soon have no descriptor left (C{EMFILE}).
+    Whether this process may soon have no descriptor left (``EMFILE``).
 
     A new descriptor has the lowest free number (POSIX), so that of a new socket tells
     how many are in use, for whatever and by whichever server.
@@ -306,7 +306,7 @@ _NOTHING_PENDING: Final = (0, 0)
 
 def pending_of(stream: Stream) -> tuple[int, int]:
     """
-    As C{pending_output}.  A transport that does not tell how much it holds tells when
+    As ``pending_output``.  A transport that does not tell how much it holds tells when
     it has no room; of such a one, as much as was written.
     """
     pending = pending_output(stream.transport)

@@ -95,7 +95,7 @@ class Semaphore(_Queued):
 
     :param value: how many.
     :param max_value: if given, to release it more often than that is an error.
-    :raises ValueError: if it begins with less than 0, or more than C{max_value}.
+    :raises ValueError: if it begins with less than 0, or more than ``max_value``.
     """
 
     def __init__(self, value: int, max_value: int | None = None) -> None:
@@ -233,7 +233,7 @@ class Condition(_Queued):
     @must_be_awaited
     def wait_for(self, predicate: Callable[[], bool]) -> Deferred[None]:
         """
-        Wait until C{predicate()} is true; it is called with the lock, now and
+        Wait until ``predicate()`` is true; it is called with the lock, now and
         whenever somebody notifies this.
 
         :raises RuntimeError: (when awaited) if nobody has the lock, and it is not true.
@@ -284,7 +284,7 @@ class _Reacquiring(Deferred[None]):
     """
     A wait for a condition, and then for its lock, whatever the first one came to.
 
-    No C{Operation}, since also who is cancelled waits for the lock.
+    No ``Operation``, since also who is cancelled waits for the lock.
     """
 
     def __init__(self, notified: Operation[None], condition: Condition) -> None:

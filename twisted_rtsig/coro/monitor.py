@@ -64,7 +64,7 @@ class Histogram:
 
     def quantile(self, fraction: float) -> float:
         """
-        The bound, in seconds, which C{fraction} of the samples are not above: 0.5 for
+        The bound, in seconds, which ``fraction`` of the samples are not above: 0.5 for
         the median.  0 if there are no samples; infinity if it is above all bounds.
 
         :raises ValueError: if the fraction is not between 0 and 1.

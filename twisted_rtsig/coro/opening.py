@@ -73,17 +73,17 @@ def open_tcp(
 
     If the name has several addresses, they are tried as RFC 8305 ("Happy Eyeballs")
     says: IPv6 and IPv4 take turns, the next attempt begins when the last one has failed
-    or C{happy_eyeballs_delay} has passed, and the first connection wins.  The other
+    or ``happy_eyeballs_delay`` has passed, and the first connection wins.  The other
     attempts are given up; to cancel this gives up all of them.
 
     :param host: a name, which may be an internationalized one, or an IPv4 or IPv6
-        address, the latter with a zone if it is a link-local one (C{"fe80::1%eth0"}).
+        address, the latter with a zone if it is a link-local one (``"fe80::1%eth0"``).
     :param tls: True to encrypt the connection and to verify the certificate of the
         host, by the authorities that this system trusts; or what
         ``twisted.internet.ssl.optionsForClientTLS`` returns.  The stream is returned
         when the handshake is done.
     :param server_hostname: the name that the certificate must be for, with
-        C{tls=True}; by default C{host}.
+        ``tls=True``; by default ``host``.
     :param local_address: the address of this side, or the address and the port.  Only
         addresses of the same family are tried.
     :param happy_eyeballs_delay: seconds from one attempt to the next; None for one
@@ -386,7 +386,7 @@ def open_unix(
     """
     Connect to a UNIX socket.
 
-    :param path: where it is in the file system; on Linux C{"\\0name"} is one in the
+    :param path: where it is in the file system; on Linux ``"\\0name"`` is one in the
         abstract name space.
     :param connect_timeout: how many seconds that may take.
     :param reactor: an ``IReactorUNIX`` provider; by default that of the task.

@@ -31,7 +31,7 @@ C = TypeVar("C", bound=type)
 
 
 HOOK: Final = "_hook_of_select"
-"""The attribute of a Deferred that C{select} was given: what tells it of the end."""
+"""The attribute of a Deferred that ``select`` was given: what tells it of the end."""
 
 NOTHING: Final = object()
 """Where a value could be, and is none."""
@@ -87,7 +87,7 @@ class Operation(Deferred[T]):
     another class: so that nobody need ask whether it has callbacks, and that what
     they take is made for those only which have some.
 
-    :ivar waiter: the task that is resumed when it is finished; C{OVER} once it is,
+    :ivar waiter: the task that is resumed when it is finished; ``OVER`` once it is,
         or has been abandoned.
     :ivar owner: who is to finish it; None if nobody need know that it is abandoned.
     :ivar value: of a send: what waits to be sent.
@@ -175,7 +175,7 @@ class Operation(Deferred[T]):
             waiter._resume(None, error)
 
     def _silence(self, error: BaseException) -> None:
-        """Do not log C{error}, if it is what all callbacks have left."""
+        """Do not log ``error``, if it is what all callbacks have left."""
         result = self.result
         if isinstance(result, Failure) and result.value is error:
             self.addErrback(ignore)
@@ -193,7 +193,7 @@ class Operation(Deferred[T]):
 
     def cancel(self) -> None:
         """
-        See ``Deferred.cancel``.  If nothing asks for the result, the C{CancelledError}
+        See ``Deferred.cancel``.  If nothing asks for the result, the ``CancelledError``
         is not logged.
         """
         if self.called:

@@ -36,7 +36,7 @@ _SO_NWRITE: Final = 0x1024
 
 def pending_output(transport: Any) -> tuple[int, int] | None:
     """
-    How much of what was written to C{transport} the peer has not taken yet.
+    How much of what was written to ``transport`` the peer has not taken yet.
 
     :return: how many bytes the transport holds back; and how many are in the send queue
         of the kernel, which is 0 where the kernel does not tell, as on Windows and
@@ -53,7 +53,7 @@ def pending_output(transport: Any) -> tuple[int, int] | None:
 
 def unread_input(transport: Any) -> int | None:
     """
-    How many bytes the kernel has received for C{transport} that were not read yet, the
+    How many bytes the kernel has received for ``transport`` that were not read yet, the
     encryption of TLS included.
 
     :return: None if the kernel does not tell: there is no socket or pipe, for example.
@@ -82,7 +82,7 @@ def descriptor(transport: Any) -> int | None:
 
 
 def unsent_output(transport: Any) -> int:
-    """How many bytes C{transport} holds back, below TLS."""
+    """How many bytes ``transport`` holds back, below TLS."""
     lowest = _lowest(transport)
     held = len(getattr(lowest, "dataBuffer", b"")) - getattr(lowest, "offset", 0)
     more: int = getattr(lowest, "_tempDataLen", 0)
@@ -114,7 +114,7 @@ def _send_queue(transport: Any) -> int | None:
 
 
 def below_tls(transport: Any) -> Any:
-    """The transport that carries TLS; or C{transport}, if there is no TLS."""
+    """The transport that carries TLS; or ``transport``, if there is no TLS."""
     layer = tls_layer(transport)
     return transport if layer is None else layer.transport
 
@@ -139,7 +139,7 @@ def handshake_is_done(transport: Any) -> bool | None:
 
 
 def tls_layer(transport: Any) -> Any:
-    """The ``TLSMemoryBIOProtocol`` that encrypts C{transport}; None without TLS."""
+    """The ``TLSMemoryBIOProtocol`` that encrypts ``transport``; None without TLS."""
     # It cannot be imported where pyOpenSSL is missing.
     tls = sys.modules.get("twisted.protocols.tls")
     while tls is not None and transport is not None:

@@ -47,10 +47,10 @@ def patched(*modules: types.ModuleType) -> Iterator[None]:
             with patched(smtplib), smtplib.SMTP("localhost", timeout=10) as server:
                 server.send_message(message)
 
-    In the modules the names C{socket}, C{ssl}, C{select}, C{selectors} and C{time} mean
-    modules that have :func:`create_connection`, :class:`ClientSocket`, functions that
-    resolve names without blocking, contexts whose C{wrap_socket} takes a
-    :class:`BlockingSocket`, and a C{sleep} that lets the task wait; all else they have
+    In the modules the names ``socket``, ``ssl``, ``select``, ``selectors`` and ``time``
+    mean modules that have :func:`create_connection`, :class:`ClientSocket`, functions
+    that resolve names without blocking, contexts whose ``wrap_socket`` takes a
+    :class:`BlockingSocket`, and a ``sleep`` that lets the task wait; all else they have
     from the standard library.  What a module has imported from these by name is
     replaced as well.
 
@@ -325,7 +325,7 @@ def _members() -> dict[types.ModuleType, dict[str, Any]]:
 @functools.cache
 def _by_id() -> dict[int, Any]:
     """
-    What is replaced that a module has imported by name, by the C{id} of that.  To
+    What is replaced that a module has imported by name, by the ``id`` of that.  To
     compare it with what else a module has would run the methods of that.
     """
     return {

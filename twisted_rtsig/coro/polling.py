@@ -110,7 +110,7 @@ def blocking_select(
     timeout: float | None = None,
     /,
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    """As ``select.select``, for blocking sockets.  None of them is in C{xlist}."""
+    """As ``select.select``, for blocking sockets.  None of them is in ``xlist``."""
     if timeout is not None and timeout < 0:
         raise ValueError("timeout must be non-negative")
     readers = [_checked(each) for each in rlist]

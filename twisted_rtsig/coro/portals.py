@@ -81,7 +81,7 @@ class Portal:
         self, function: Callable[..., Any], *args: Any
     ) -> Any:
         """
-        Run C{function(*args)} as a task in the reactor's thread, with the context
+        Run ``function(*args)`` as a task in the reactor's thread, with the context
         variables of this thread, and wait for what it returns or raises.
 
         If the wait is interrupted, by Ctrl-C for example, the task is cancelled.
@@ -141,12 +141,12 @@ class Portal:
         As :meth:`spawn`, and wait until the task says that it is ready, as
         ``TaskGroup.start`` does.
 
-        :param function: called with C{args}, and with C{task_status}, a
+        :param function: called with ``args``, and with ``task_status``, a
             :class:`TaskStatus`.
-        :return: the future of the task, and what C{task_status.started} was called
+        :return: the future of the task, and what ``task_status.started`` was called
             with.
         :raises RuntimeError: as :meth:`call` does; or if the task has returned and not
-            called C{task_status.started}.
+            called ``task_status.started``.
         """
         ready: Future[Any] = Future()
         status: TaskStatus[Any] = TaskStatus(_Ready(ready))
@@ -160,7 +160,7 @@ class Portal:
         self, manager: contextlib.AbstractAsyncContextManager[T]
     ) -> Iterator[T]:
         """
-        An asynchronous context manager for C{with} in this thread.  It is entered and
+        An asynchronous context manager for ``with`` in this thread.  It is entered and
         left in one task in the reactor's thread::
 
             connection = portal.call(open_tcp, "example.com", 80)
@@ -217,7 +217,7 @@ class Portal:
 
     def stop(self, cancel: bool = False) -> Deferred[None]:
         """
-        Accept no more tasks: threads that ask for one get a C{RuntimeError}.  To be
+        Accept no more tasks: threads that ask for one get a ``RuntimeError``.  To be
         called in the reactor's thread.
 
         :param cancel: cancel the tasks of the portal.
@@ -443,8 +443,8 @@ class Calls:
         ended: Callable[[Future[Any]], object] = _nothing,
     ) -> None:
         """
-        Run a task, and tell C{future} how it has ended; and then call C{ended}, in the
-        reactor's thread.
+        Run a task, and tell ``future`` how it has ended; and then call ``ended``, in
+        the reactor's thread.
 
         :raises ReactorNotRunning: if the reactor has stopped.
         """
@@ -533,7 +533,7 @@ class Calls:
         self, future: Future[Any], ended: Callable[[Future[Any]], object]
     ) -> None:
         """
-        A thread did not come to the end of C{submit}.  If the task was handed over, it
+        A thread did not come to the end of ``submit``.  If the task was handed over, it
         tells of its end itself.
         """
         if self._tasks.get(future) is None:

@@ -109,9 +109,9 @@ class Process(Child):
     A child process.  Made by :func:`open_process`.
 
     As an asynchronous context manager it closes the pipes and waits for the end of the
-    process, as C{subprocess.Popen} does: the standard input once everything is
+    process, as ``subprocess.Popen`` does: the standard input once everything is
     written, and the outputs at once, so that a process which writes more gets
-    C{SIGPIPE}, and cannot hold up the block.  If the block, or that wait, ends by an
+    ``SIGPIPE``, and cannot hold up the block.  If the block, or that wait, ends by an
     exception, it stops the process: see :meth:`stop`.  What the process writes
     meanwhile is discarded.
     """
@@ -290,17 +290,17 @@ def open_process(
             lines = [line async for line in sort.stream.lines()]
             status = await sort.wait()
 
-    The program is looked for as ``subprocess`` does on POSIX: in the C{PATH} of C{env};
-    or from C{cwd} on, if its name has a directory in it.
+    The program is looked for as ``subprocess`` does on POSIX: in the ``PATH`` of
+    ``env``; or from ``cwd`` on, if its name has a directory in it.
 
-    The parameters are those of ``subprocess.Popen``, but for C{signal_group},
-    C{grace} and C{reactor}.
+    The parameters are those of ``subprocess.Popen``, but for ``signal_group``,
+    ``grace`` and ``reactor``.
 
     :param command: the program and its arguments.
-    :param stdin: C{subprocess.PIPE}, C{DEVNULL}, a file or a descriptor; or None for
+    :param stdin: ``subprocess.PIPE``, ``DEVNULL``, a file or a descriptor; or None for
         the standard input of this process.
-    :param stdout: as C{stdin}.
-    :param stderr: as C{stdin}, or C{subprocess.STDOUT} for what C{stdout} is.
+    :param stdout: as ``stdin``.
+    :param stderr: as ``stdin``, or ``subprocess.STDOUT`` for what ``stdout`` is.
     :param env: its environment; by default that of this process.  (On Windows: what is
         added to that of this process.)
     :param cwd: its working directory; by default that of this process.
@@ -313,13 +313,13 @@ def open_process(
         The supplementary groups are those of that user.
     :param group: the same for its group.
     :param umask: its umask; by default that of this process.
-    :param grace: how many seconds it has to end after C{SIGTERM}, before C{SIGKILL},
-        if the block of C{async with} ends by an exception.
+    :param grace: how many seconds it has to end after ``SIGTERM``, before ``SIGKILL``,
+        if the block of ``async with`` ends by an exception.
     :param reactor: an ``IReactorProcess`` provider; by default that of the task.
-    :raises FileNotFoundError: if there is no such program, or no such C{cwd}.
-    :raises PermissionError: if the program may not be executed, or C{cwd} not entered,
+    :raises FileNotFoundError: if there is no such program, or no such ``cwd``.
+    :raises PermissionError: if the program may not be executed, or ``cwd`` not entered,
         or the user or group not changed.
-    :raises NotADirectoryError: if C{cwd} is no directory.
+    :raises NotADirectoryError: if ``cwd`` is no directory.
     :raises OSError: if a descriptor is not open.
     :raises ValueError: if the command is empty, an argument has a null byte in it, the
         time is negative, arguments contradict each other, or Windows does not have

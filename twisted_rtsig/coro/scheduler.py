@@ -72,7 +72,7 @@ running: Final = _Running()
 
 
 def frame_below(frame: FrameType) -> FrameType | None:
-    """The frame that has called or resumed C{frame}, on whichever stack that is."""
+    """The frame that has called or resumed ``frame``, on whichever stack that is."""
     return frame.f_back or running.stacks.frame_below(frame)
 
 
@@ -122,7 +122,7 @@ class Raised:
 
 
 WAITS: Final = object()
-"""What C{Task._wait_for} returns if the task waits now."""
+"""What ``Task._wait_for`` returns if the task waits now."""
 
 
 _Run = Callable[["Scheduler"], None]
@@ -142,10 +142,11 @@ class Scheduler:
         those that have ended among them.  They are weak, since a task that nothing can
         resume is garbage.  To drop each one when its task ends would take longer, and a
         set more memory.
-    :ivar most_references: with more of them, C{task_added} is called for each new task.
+    :ivar most_references: with more of them, ``task_added`` is called for each new
+        task.
     :ivar origin: that of the task which was spawned last.
     :ivar totals: the counts of the reactor.
-    :ivar task_counts: the C{tasks} of these; see C{count_spawned}.
+    :ivar task_counts: the ``tasks`` of these; see ``count_spawned``.
     :ivar instruments: None without any.
     :ivar asyncio: what asyncio sees of the tasks; None where it does not run.
     """
@@ -222,9 +223,9 @@ class Scheduler:
 
     def run_anew(self) -> None:
         """
-        As C{run}, after an error has ended the generator that runs the tasks.
+        As ``run``, after an error has ended the generator that runs the tasks.
 
-        That is a C{KeyboardInterrupt}, for example; or a C{RecursionError}, where the
+        That is a ``KeyboardInterrupt``, for example; or a ``RecursionError``, where the
         stack had no room for the generator's frame.
         """
         run = _start_steps()
@@ -233,7 +234,7 @@ class Scheduler:
         run(self)
 
     def next_turn(self, function: Callable[[], object]) -> None:
-        """Call C{function} when the reactor has had a turn."""
+        """Call ``function`` when the reactor has had a turn."""
         if not self._next_turn:
             self.reactor.callLater(0, self._turn)
         self._next_turn.append(function)
@@ -282,7 +283,7 @@ class Scheduler:
             self.instruments.call("connection_made", stream)
 
     def connection_lost(self, stream: Stream) -> None:
-        """The connection of C{stream} is gone."""
+        """The connection of ``stream`` is gone."""
         self.totals.streams.discard(stream)
         if self.instruments is not None:
             self.instruments.call("connection_lost", stream)

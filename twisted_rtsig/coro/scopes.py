@@ -102,7 +102,7 @@ class _Limit(Scope):
     def deadline(self) -> float:
         """
         When the block is cancelled, in the time of the reactor, which
-        :func:`current_time` tells; C{math.inf} for never.
+        :func:`current_time` tells; ``math.inf`` for never.
 
         It can be set, before the block and within it, by any code.  If it is set to a
         time that has passed, then the block is cancelled at once.
@@ -244,7 +244,7 @@ class timeout_at(timeout):
         with timeout_at(current_time() + 5):
             line = await stream.read_line()
 
-    :param deadline: in the time of the reactor; C{math.inf} or None for no limit.
+    :param deadline: in the time of the reactor; ``math.inf`` or None for no limit.
     :param reactor: as for :class:`timeout`.
     :raises ValueError: if the deadline is NaN.
     """
@@ -265,7 +265,7 @@ class CancelScope(_Limit):
             on_key_press(scope.cancel)
             await play(song)
 
-    :param deadline: in the time of the reactor; C{math.inf} or None for no limit.
+    :param deadline: in the time of the reactor; ``math.inf`` or None for no limit.
     :param reactor: as for :class:`timeout`.
     :raises ValueError: if the deadline is NaN.
     :raises NoTaskError: at the beginning of the block, outside of a task.
@@ -378,7 +378,7 @@ class shield(Scope):
         with shield():
             await stream.write(b"QUIT\r\n")
 
-    It is cancelled where it waits next after the block.  A C{timeout} inside of
+    It is cancelled where it waits next after the block.  A ``timeout`` inside of
     the block does what it always does.
 
     :raises NoTaskError: at the beginning of the block, outside of a task.
@@ -407,11 +407,11 @@ def current_deadline() -> float:
     """
     When the code that calls this is cancelled at the latest, in the time of the
     reactor: the earliest deadline of the blocks that it is in, up to the innermost
-    C{shield}.
+    ``shield``.
 
     In a task of a group, also the blocks around the group count.
 
-    :return: C{math.inf} without a deadline; C{-math.inf} if what calls this is
+    :return: ``math.inf`` without a deadline; ``-math.inf`` if what calls this is
         cancelled already.
     :raises NoTaskError: outside of a task.
     """

@@ -51,12 +51,12 @@ class Selectable(Protocol[Value]):
         """
         Take what is there.
 
-        :return: a value; or C{NOTHING}, of which type checkers need not know.
+        :return: a value; or ``NOTHING``, of which type checkers need not know.
         :raises Exception: in place of a value.
         """
 
     def watch(self, entry: Entry) -> None:
-        """Call C{entry.succeed} or C{entry.fail} once there is something."""
+        """Call ``entry.succeed`` or ``entry.fail`` once there is something."""
 
     def unwatch(self, entry: Entry) -> None:
         """Do not."""
@@ -139,7 +139,7 @@ def select(*cases: Any) -> Operation[tuple[Any, Any]]:
         Deferred, which goes on if it is not chosen; or a function without parameters
         that can wait, which is called, and cancelled if it is not chosen.
     :return: the one that was chosen, and its value: None of one that has none.
-    :raises EndOfChannel: if a channel was chosen that is at its end: C{channel} of
+    :raises EndOfChannel: if a channel was chosen that is at its end: ``channel`` of
         the error is which.
     :raises ChannelClosed: if a channel was chosen to which nothing can be sent.
     :raises ValueError: if there are no cases.
@@ -178,7 +178,7 @@ def select(*cases: Any) -> Operation[tuple[Any, Any]]:
 
 
 class _Case:
-    """One of the things that a :func:`select` waits for: an C{Entry}."""
+    """One of the things that a :func:`select` waits for: an ``Entry``."""
 
     __slots__ = ("__weakref__", "_case", "called", "owner", "selectable", "value")
 
@@ -196,7 +196,7 @@ class _Case:
         self.owner.operation.succeed((self._case, value))
 
     def settle(self, value: Any) -> None:
-        """This is the one, and C{tell} tells of it."""
+        """This is the one, and ``tell`` tells of it."""
         self.owner.give_up(self)
         self.owner.operation.settle((self._case, value))
 
@@ -227,7 +227,7 @@ class _Selection:
         self._cases = [_Case(self, *each) for each in selectables]
 
     def give_up(self, chosen: _Case | None) -> None:
-        """Wait for none of them, of which C{chosen} does not wait already."""
+        """Wait for none of them, of which ``chosen`` does not wait already."""
         # Another case may be in the same queue, and look at this one.
         if chosen is not None:
             chosen.called = True

@@ -85,7 +85,7 @@ class CoroutineService(Service):
         Listen: before the process gives up its privileges, since some ports need them.
 
         :raises Exception: what the endpoint says if it cannot listen, so that
-            C{twistd} does not start.  If it says so only later, that is logged.
+            ``twistd`` does not start.  If it says so only later, that is logged.
         """
         super().privilegedStartService()  # type: ignore[no-untyped-call]
         start = self._start = _Start(self._new_factory())
@@ -128,7 +128,7 @@ class CoroutineService(Service):
 
     def startService(self) -> None:
         """
-        Listen, if C{privilegedStartService} was not called before.  Raises what that
+        Listen, if ``privilegedStartService`` was not called before.  Raises what that
         does.
         """
         if self._start is None:
@@ -137,7 +137,7 @@ class CoroutineService(Service):
 
     def stopService(self) -> Deferred[None]:
         """
-        Stop listening, set C{stopping} of all streams, and let the handlers finish
+        Stop listening, set ``stopping`` of all streams, and let the handlers finish
         within the grace.  Then cancel them, as :meth:`Server.stop` does, and log how
         many ended in which way.
 

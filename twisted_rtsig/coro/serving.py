@@ -88,7 +88,7 @@ else:
 _log = Logger()
 
 Handler: TypeAlias = Callable[[Stream], Awaitable[object] | Generator[Any, Any, object]]
-"""An C{async def}, a generator function, or what returns a Deferred."""
+"""An ``async def``, a generator function, or what returns a Deferred."""
 
 
 class _ListensOn(StructuralType):
@@ -328,7 +328,7 @@ class CoroutineFactory(Factory):
     """
     Runs a function for each connection: as a server, on any endpoint.
 
-    When C{handler} returns, everything is sent and the connection closed; when
+    When ``handler`` returns, everything is sent and the connection closed; when
     it raises, that is logged and the connection aborted.  When the connection is
     lost, reads return what has arrived, and raise then.
 
@@ -336,7 +336,7 @@ class CoroutineFactory(Factory):
     :param name: what the task is called in logs; by default the handler's name.
     :param max_connections: how many there may be at once; more are refused.  "auto"
         refuses a connection while three quarters of the descriptors that this process
-        may have (C{RLIMIT_NOFILE}) are in use, by whatever, and beyond 65,536.  None
+        may have (``RLIMIT_NOFILE``) are in use, by whatever, and beyond 65,536.  None
         for no limit.
     :param max_connections_per_address: how many one IPv4 address, or one /64 network of
         IPv6, may have at once; None, the default, for no limit.  Other addresses, as of
@@ -348,7 +348,7 @@ class CoroutineFactory(Factory):
         connection is aborted.  What the peer acknowledges of what was written before
         counts, where the kernel tells: on Linux, macOS, FreeBSD and NetBSD.
     :param write_timeout: after how many seconds a connection is aborted whose peer
-        takes nothing of what was written, also after C{close} and the end of the
+        takes nothing of what was written, also after ``close`` and the end of the
         handler.  A peer that takes a little now and then is never too slow.  Where the
         kernel does not tell what the peer acknowledges, what the socket takes counts.
     :param read_timeout: how many seconds a read may take once a part of it has
@@ -356,22 +356,22 @@ class CoroutineFactory(Factory):
     :param handshake_timeout: how many seconds a TLS handshake may take, that of
         ``start_tls`` included; None for no limit.
     :param close_timeout: how many seconds a TLS peer may take to answer the
-        C{close_notify} alert with which a connection ends, and which follows what
-        was written; None for no limit.  After C{close} during a handshake that has a
+        ``close_notify`` alert with which a connection ends, and which follows what
+        was written; None for no limit.  After ``close`` during a handshake that has a
         limit, the time begins when the handshake is done.
     :param cancel_on_loss: cancel the handler when the connection is lost, at the
         latest when the peer closes its side.  Then there is no half close.
     :param reactor: an ``IReactorTime`` provider; by default the installed one.
     :raises TypeError: if the handler cannot be called.
-    :raises ValueError: if one of the times is not more than 0, C{max_connections} is
-        negative, or C{max_connections_per_address} is less than 1 or more than
-        C{max_connections}.
+    :raises ValueError: if one of the times is not more than 0, ``max_connections`` is
+        negative, or ``max_connections_per_address`` is less than 1 or more than
+        ``max_connections``.
     :ivar connections: what there is at the moment, with an item for each.
     :ivar stopping: an :class:`Event` that happens when :meth:`stop` is called; the
-        C{stopping} of each handler's stream.
+        ``stopping`` of each handler's stream.
     :ivar stopped: an :class:`Event` that happens when such a stop has ended.
     :ivar limits: how often each limit has refused or aborted a connection, by the name
-        of its option; C{"stopping"} for connections that came when this had stopped.
+        of its option; ``"stopping"`` for connections that came when this had stopped.
     """
 
     noisy = False
@@ -457,7 +457,7 @@ class CoroutineFactory(Factory):
         return self.name or name_of(self.handler)
 
     def is_on(self, reactor: object) -> bool:
-        """Whether the handlers run on C{reactor}."""
+        """Whether the handlers run on ``reactor``."""
         own = self._reactor
         if own is None:
             # The one that is installed; to import it would install one.
@@ -528,7 +528,7 @@ class CoroutineFactory(Factory):
     ) -> Deferred[Stopped]:
         """
         Refuse new connections, set :attr:`stopping`, and let the handlers finish for
-        C{grace} seconds.  Then cancel them.  After C{cancel_timeout} more seconds
+        ``grace`` seconds.  Then cancel them.  After ``cancel_timeout`` more seconds
         abort the connections that are left, and log the handlers that have not ended
         even then; nothing waits for these any more.
 
@@ -734,7 +734,7 @@ class Server:
 
     @property
     def stopping(self) -> Event:
-        """Happens when :meth:`stop` is called; the C{stopping} of each stream."""
+        """Happens when :meth:`stop` is called; the ``stopping`` of each stream."""
         return self.factory.stopping
 
     @must_be_awaited
@@ -778,8 +778,8 @@ class Server:
         self, grace: float = 0, cancel_timeout: float = CANCEL_TIMEOUT
     ) -> Deferred[Stopped]:
         """
-        Stop listening, set :attr:`stopping`, and let the handlers finish for C{grace}
-        seconds.  Then cancel them; and after C{cancel_timeout} more seconds abort the
+        Stop listening, set :attr:`stopping`, and let the handlers finish for ``grace``
+        seconds.  Then cancel them; and after ``cancel_timeout`` more seconds abort the
         connections, as :meth:`CoroutineFactory.stop` does.  Can be called again, with
         less to wait for; no handler is cancelled twice.
 
@@ -867,15 +867,15 @@ def serve(
     **options: Unpack[ServerOptions],
 ) -> Deferred[Server]:
     """
-    Listen, and run C{handler} for each connection.
+    Listen, and run ``handler`` for each connection.
 
     :param endpoint: an ``IStreamServerEndpoint`` provider; or its description, as
         ``serverFromString`` takes it: ``"tcp:8000"``.
     :param handler: called with a :class:`Stream`; in a task of its own.
-    :param options: those of :class:`CoroutineFactory`: C{name}, C{max_connections},
-        C{max_connections_per_address}, C{first_byte_timeout}, C{idle_timeout},
-        C{read_timeout}, C{write_timeout}, C{handshake_timeout}, C{close_timeout},
-        C{cancel_on_loss}, C{reactor}.
+    :param options: those of :class:`CoroutineFactory`: ``name``, ``max_connections``,
+        ``max_connections_per_address``, ``first_byte_timeout``, ``idle_timeout``,
+        ``read_timeout``, ``write_timeout``, ``handshake_timeout``, ``close_timeout``,
+        ``cancel_on_loss``, ``reactor``.
     :return: a :class:`Server`.
     :raises TypeError: if the handler cannot be called, or an option is unknown.
     :raises ValueError: if the description is wrong, or an option has a value that it

@@ -39,7 +39,7 @@ class SignalReceiver:
         signal that comes several times before it is received is received once.
 
         :raises BusyResourceError: if another task receives already.
-        :raises RuntimeError: outside of the C{with} block.
+        :raises RuntimeError: outside of the ``with`` block.
         """
         if not self._open:
             return failed(self._not_open())
@@ -237,7 +237,7 @@ def open_signal_receiver(*signals: int, reactor: Any | None = None) -> SignalRec
                 ...
 
     For the time of the block the signals do nothing else: a reactor does not stop at
-    C{SIGTERM}.  At its end the handlers are restored, and what was not received is
+    ``SIGTERM``.  At its end the handlers are restored, and what was not received is
     raised again.  If there are several receivers of one signal, then the one that was
     opened last gets it.
 
@@ -247,7 +247,7 @@ def open_signal_receiver(*signals: int, reactor: Any | None = None) -> SignalRec
     :raises ValueError: if there is no such signal, or a reactor of this package needs
         it.
     :raises OSError: (at the beginning of the block) if no process can receive it, as
-        C{SIGKILL}.
+        ``SIGKILL``.
     :raises RuntimeError: (at the beginning of the block) in another thread than the
         main one.
     """

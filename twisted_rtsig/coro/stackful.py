@@ -1,7 +1,7 @@
 """
 Tasks in plain functions, which may wait anywhere in their calls, on greenlet.
 
-See ``docs/stackful.md``.  Needs the extra C{[greenlet]}; nothing else of this package
+See ``docs/stackful.md``.  Needs the extra ``[greenlet]``; nothing else of this package
 imports this module.
 
 The function of such a task runs on a stack of its own, which is a greenlet.  The task
@@ -90,7 +90,7 @@ _current: Final[Callable[[], Any]] = getcurrent
 
 
 class NoStackError(NoTaskError):
-    """C{wait} was called where no function of a stackful task runs."""
+    """``wait`` was called where no function of a stackful task runs."""
 
     def __init__(self, message: str) -> None:
         RuntimeError.__init__(self, message)
@@ -106,7 +106,7 @@ def spawn_stackful(
     reactor: object = None,
 ) -> Task[T]:
     """
-    Run a plain function, C{function(*args)}, as a task: in it, and in all that it
+    Run a plain function, ``function(*args)``, as a task: in it, and in all that it
     calls, :func:`wait` waits.
 
     It begins as one that :func:`spawn` starts.
@@ -131,7 +131,7 @@ def in_stackful(
     Run a plain function in the task of the coroutine that awaits this: in it, and in
     all that it calls, :func:`wait` waits.
 
-    In a group C{group.spawn(in_stackful(function, *args))} starts a task.
+    In a group ``group.spawn(in_stackful(function, *args))`` starts a task.
 
     :return: a coroutine, of what the function returns.
     :raises TypeError: if it is no plain function.
@@ -156,7 +156,7 @@ async def _await_driver(
 def _make_runnable(
     function: Callable[..., T], *args: Any, **kwargs: Any
 ) -> Generator[Any, Any, T]:
-    """What a task runs that is spawned with C{in_stackful}: no coroutine around it."""
+    """What a task runs that is spawned with ``in_stackful``: no coroutine around it."""
     _check(function, "in_stackful()", "await")
     driver: Any = _drive(_stack_of((function, args, kwargs, None, None)), True)
     driver.__qualname__ = name_of(function)
@@ -195,9 +195,9 @@ class Stack(greenlet):
     """
     The stack of a function, which must not refer to it: nothing could drop it then.
 
-    :ivar awaited: what it hands over to be waited for; before it begins, the C{_Call};
+    :ivar awaited: what it hands over to be waited for; before it begins, the ``_Call``;
         None while it runs; once it was dropped, how often it has tried to wait.
-    :ivar task: while it runs, the task that runs it, if any does; C{_DROPPED} once
+    :ivar task: while it runs, the task that runs it, if any does; ``_DROPPED`` once
         nothing will resume it.
     """
 
@@ -210,7 +210,7 @@ class Stack(greenlet):
 _DROPPED: Final = object()
 
 # After so many waits a function that was dropped is given up, which goes on whatever is
-# raised.  More than one may be right: each C{finally} block can have some.
+# raised.  More than one may be right: each ``finally`` block can have some.
 _MOST_WAITS_TO_END: Final = 100
 
 
@@ -313,7 +313,7 @@ _KNOWN: Final = (Deferred, Task)
 
 
 def _steps_of(awaited: Any) -> Any:
-    """What C{yield from} is for, to wait for something."""
+    """What ``yield from`` is for, to wait for something."""
     if inspect.iscoroutine(awaited) or inspect.isgenerator(awaited):
         return awaited
     return awaited.__await__()
@@ -337,7 +337,7 @@ def _run(nothing: None) -> Any:
     """
     What a stack runs: a function, and where an error is being handled, within that.
 
-    C{reference} is for what looks at the frame.
+    ``reference`` is for what looks at the frame.
     """
     stack = _current()
     call: _Call = stack.awaited
@@ -386,7 +386,7 @@ def _drop_all() -> None:
 
 class _Stacks(Stacks):
     def frame_below(self, frame: FrameType) -> FrameType | None:
-        """See C{Stacks.frame_below}."""
+        """See ``Stacks.frame_below``."""
         if frame.f_code is not _OUTERMOST:
             return None
         reference: ref[Stack] | None = frame.f_locals["reference"]
@@ -399,7 +399,7 @@ class _Stacks(Stacks):
         return None if parent is None else parent.gr_frame
 
     def waiting_frames(self, frame: FrameType) -> list[FrameType]:
-        """See C{Stacks.waiting_frames}."""
+        """See ``Stacks.waiting_frames``."""
         frames: list[FrameType] = []
         if frame.f_code is _DRIVER:
             stack: Stack | None = frame.f_locals.get("stack")
@@ -425,7 +425,7 @@ def wait(awaited: Awaitable[T] | Generator[Any, Any, T]) -> T:
     Wait, in a plain function of a stackful task, for what a coroutine would await.
 
     :param awaited: an operation, a Deferred, a task, a coroutine, or anything else that
-        can be awaited; with the reactor C{rtsig-asyncio} a future of asyncio.
+        can be awaited; with the reactor ``rtsig-asyncio`` a future of asyncio.
     :return: its result.
     :raises NoStackError: if no function of a stackful task calls this.
     :raises TypeError: if it cannot be awaited.
@@ -503,7 +503,7 @@ def _leave_for_good() -> NoReturn:
 
 def _without_waiting(awaited: Any) -> Any:
     """
-    What C{awaited} returns, if it does at once.
+    What ``awaited`` returns, if it does at once.
 
     :raises GeneratorExit: if not.
     """
@@ -520,12 +520,12 @@ def _without_waiting(awaited: Any) -> Any:
 @contextlib.contextmanager
 def entering(manager: AbstractAsyncContextManager[T, bool | None]) -> Iterator[T]:
     """
-    What is for C{async with}, for C{with} in a plain function of a stackful task::
+    What is for ``async with``, for ``with`` in a plain function of a stackful task::
 
         with entering(TaskGroup()) as group:
             group.spawn(in_stackful(serve, first))
     """
-    # Looked up as by C{async with}, which leaves nothing if it could not enter.
+    # Looked up as by ``async with``, which leaves nothing if it could not enter.
     kind: Any = type(manager)
     leave = kind.__aexit__
     value: T = wait(kind.__aenter__(manager))
@@ -540,7 +540,7 @@ def entering(manager: AbstractAsyncContextManager[T, bool | None]) -> Iterator[T
 
 def iterate(values: AsyncIterable[T]) -> Iterator[T]:
     """
-    What is for C{async for}, for C{for} in a plain function of a stackful task::
+    What is for ``async for``, for ``for`` in a plain function of a stackful task::
 
         for line in iterate(stream.lines()):
             ...

@@ -82,7 +82,7 @@ _CARRIAGE_RETURN = 0x0D
 class TLSLimits(NamedTuple):
     """
     How many seconds a TLS peer may take for the handshake, and to answer the
-    C{close_notify} alert; None for no limit.
+    ``close_notify`` alert; None for no limit.
     """
 
     handshake: float | None
@@ -170,7 +170,7 @@ class Stream:
         write_timeout: float | None = None,
     ) -> None:
         """
-        :param write_timeout: from C{close} on, where no server has a watchdog that
+        :param write_timeout: from ``close`` on, where no server has a watchdog that
             looks at this stream; as for ``connect``.
         """
         self.transport: Transport = transport
@@ -224,10 +224,10 @@ class Stream:
     @property
     def peer(self) -> Address:
         """
-        The address of the other side: an C{IPv4Address}, an C{IPv6Address} or a
-        C{UNIXAddress}.
+        The address of the other side: an ``IPv4Address``, an ``IPv6Address`` or a
+        ``UNIXAddress``.
 
-        Without a socket, as between processes and in tests, it is what C{getPeer} of
+        Without a socket, as between processes and in tests, it is what ``getPeer`` of
         the transport returns.
         """
         return cast(Address, self.transport.getPeer())
@@ -292,7 +292,7 @@ class Stream:
     @must_be_awaited
     def read(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
         """
-        What has arrived, as soon as that is anything: 1 to C{max_bytes} bytes.
+        What has arrived, as soon as that is anything: 1 to ``max_bytes`` bytes.
         At the end of the stream, no bytes.
 
         :raises ConnectionLost: if the connection was lost in an unclean way.
@@ -322,7 +322,7 @@ class Stream:
     @must_be_awaited
     def read_exactly(self, size: int) -> Operation[bytes]:
         """
-        The next C{size} bytes.
+        The next ``size`` bytes.
 
         :raises IncompleteRead: if the stream ends before.
         """
@@ -354,7 +354,7 @@ class Stream:
         self, delimiter: bytes, max_bytes: int = MAX_BYTES
     ) -> Operation[bytes]:
         """
-        What comes before C{delimiter}, which is read as well but not returned.
+        What comes before ``delimiter``, which is read as well but not returned.
 
         :param max_bytes: how many bytes may come before it.
         :raises DelimiterNotFound: if it does not begin within the limit.
@@ -369,7 +369,7 @@ class Stream:
     @must_be_awaited
     def read_line(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
         """
-        The next line, without the C{\\n} or C{\\r\\n} at its end.
+        The next line, without the ``\\n`` or ``\\r\\n`` at its end.
 
         :param max_bytes: how long the line may be.
         :raises DelimiterNotFound: if it is longer.
@@ -687,7 +687,8 @@ class Stream:
         """
         Close the connection when everything was sent; what comes is discarded.
 
-        A TLS peer is to answer within the C{close_timeout} of C{serve} or C{connect}.
+        A TLS peer is to answer within the ``close_timeout`` of ``serve`` or
+        ``connect``.
 
         The operation is done when the connection is gone.
         """
@@ -910,7 +911,7 @@ class Stream:
         :raises StreamError: if the transport cannot do it, or does it already; (when
             awaited) if one side has ended already.
         :raises TLSError: (when awaited) if the handshake fails, or takes longer than
-            the C{handshake_timeout} of C{serve} or C{connect}.
+            the ``handshake_timeout`` of ``serve`` or ``connect``.
         """
         if self._reader is not None:
             raise BusyResourceError(f"start TLS on {self!r} when nobody reads from it")
@@ -941,7 +942,7 @@ class Stream:
 
         :raises StreamError: if the stream is not encrypted.
         :raises TLSError: (when awaited) if the handshake fails, or takes longer than
-            the C{handshake_timeout} of C{serve} or C{connect}.
+            the ``handshake_timeout`` of ``serve`` or ``connect``.
         :raises ConnectionClosed: (when awaited) if the connection is lost.
         """
         if self._lost is not None:
@@ -966,7 +967,7 @@ class Stream:
     def _look_for_handshake(self) -> None:
         """
         See whether the handshake is done, if that is not reported: a protocol between
-        TLS and the stream may not pass C{handshakeCompleted} on.
+        TLS and the stream may not pass ``handshakeCompleted`` on.
         """
         if not self._secured:
             return
@@ -1086,9 +1087,9 @@ class Stream:
 
     def _connection_error(self, error: BaseException | None) -> Exception:
         """
-        Why the connection was lost, as a C{ConnectionClosed} if TLS is to blame.
+        Why the connection was lost, as a ``ConnectionClosed`` if TLS is to blame.
 
-        Twisted reports the errors of OpenSSL and C{service_identity} as they are.
+        Twisted reports the errors of OpenSSL and ``service_identity`` as they are.
         """
         assert isinstance(error, Exception)
         if isinstance(error, ConnectionClosed) or not ISSLTransport.providedBy(
@@ -1301,7 +1302,7 @@ def _check_unfinished(
     stream: Stream, enough: int, take: _Take, what: Any, limit: int
 ) -> None:
     """
-    C{enough} bytes would have shown the end.
+    ``enough`` bytes would have shown the end.
 
     :raises StreamError: if it cannot come any more.
     """

@@ -67,7 +67,7 @@ def symmetric(  # type: ignore[misc]
     Make a coroutine that somebody can :func:`transfer` to.
 
     It is a task that has not begun.  The first transfer to it calls
-    C{function(*args, value)}.
+    ``function(*args, value)``.
 
     When it ends, whoever was the first to transfer to it gets the control, with
     what it has returned, or raised.  If that one has ended itself, then it is the
@@ -99,8 +99,8 @@ def transfer(target: Task[Any], value: Any = None) -> Any:
     has transferred can be the target of any other.
 
     :param target: what :func:`symmetric` has returned, or a task that waits in a
-        C{transfer} itself.
-    :param value: what its C{transfer} returns.
+        ``transfer`` itself.
+    :param value: what its ``transfer`` returns.
     :return: what is transferred to this one.
     :raises TransferError: (when awaited) if the target has ended, runs already or
         waits for something else.

@@ -138,12 +138,12 @@ class Origin:
     and with the same name: it takes less memory than these attributes in each task.
 
     :ivar name: of the tasks.
-    :ivar kind: the class of their coroutines or generators; C{Beginning} of tasks that
+    :ivar kind: the class of their coroutines or generators; ``Beginning`` of tasks that
         have not begun.
     :ivar send: the method of that class which resumes one.  A bound method would be
         one more object for each task.
     :ivar spawner: the task that has spawned them; None if there was none.
-    :ivar since: when the first of them was spawned, in the time of C{time.monotonic}.
+    :ivar since: when the first of them was spawned, in the time of ``time.monotonic``.
     """
 
     __slots__ = ("kind", "name", "send", "since", "spawner")
@@ -312,7 +312,7 @@ class Task(Generic[T]):
             del self, error
 
     def _when_done(self, function: Callable[[Task[T]], object]) -> None:
-        """Call C{function} with this task when it has ended."""
+        """Call ``function`` with this task when it has ended."""
         done = self._done
         if type(self._body) is int:
             function(self)
@@ -330,7 +330,7 @@ class Task(Generic[T]):
         return failed.see()
 
     def _see_failure(self) -> Failure:
-        """As C{_see_error}, for a Deferred or the log."""
+        """As ``_see_error``, for a Deferred or the log."""
         return WholeFailure(self._see_error())
 
     def _end(self, state: int, result: Any) -> None:
@@ -358,7 +358,7 @@ class Task(Generic[T]):
 
         Does nothing to a task that has ended.
 
-        :param reason: for the logs: the text of the C{Cancelled}, and a part of that
+        :param reason: for the logs: the text of the ``Cancelled``, and a part of that
             of the ``CancelledError`` which is raised where the task is awaited.
         """
         self._cancel_for(None, reason)
@@ -407,7 +407,7 @@ class Task(Generic[T]):
         return None
 
     def _next_cancel(self) -> Cancelled | None:
-        """As C{_cancel_to_raise}, and it is delivered by that."""
+        """As ``_cancel_to_raise``, and it is delivered by that."""
         cancelled = self._cancel_to_raise()
         if cancelled is not None:
             self._cancels = tuple(e for e in self._cancels if e is not cancelled)
@@ -518,8 +518,8 @@ class Task(Generic[T]):
 
     def _wait_for(self, awaited: Any) -> Any:
         """
-        Wait for whatever it is, and return C{WAITS}; or return what to resume it with:
-        the value, or a C{Raised}, if that is there.
+        Wait for whatever it is, and return ``WAITS``; or return what to resume it with:
+        the value, or a ``Raised``, if that is there.
         """
         if isinstance(awaited, Deferred):
             if type(awaited) in (Operation, Wait) and awaited.called:
@@ -562,7 +562,7 @@ class Task(Generic[T]):
 
     def _transfer(self, target: Any, value: Any) -> Any:
         """
-        Let another task take over when it is its turn, and return C{WAITS}; or return
+        Let another task take over when it is its turn, and return ``WAITS``; or return
         what to resume this one with.
         """
         cancelled = self._next_cancel()
@@ -649,7 +649,7 @@ class SymmetricTask(Task[T]):
         super().__init__(beginning, name, scheduler)
 
     def begin(self, beginning: Beginning, starter: Task[Any], value: Any) -> None:
-        """C{starter} was the first task to transfer to this one."""
+        """``starter`` was the first task to transfer to this one."""
         self._starter = starter
         try:
             body = beginning.begin(value)
@@ -717,7 +717,7 @@ class Beginning:
         self._args = args
 
     def begin(self, value: Any) -> Runnable[Any]:
-        """What runs, after a transfer of C{value}."""
+        """What runs, after a transfer of ``value``."""
         return _runnable(self._function, (*self._args, value))
 
 
@@ -760,7 +760,7 @@ class OfTask(Deferred[T]):
 
 
 class _Awaited(OfTask[T]):
-    """What a coroutine yields that awaits a task: see C{Operation.takes_value}."""
+    """What a coroutine yields that awaits a task: see ``Operation.takes_value``."""
 
     takes_value = True
 
@@ -782,7 +782,7 @@ def held_open(scope: object) -> RuntimeError:
 
 
 def name_of(function: object) -> str:
-    """The name of a function; of any other callable, its C{repr}."""
+    """The name of a function; of any other callable, its ``repr``."""
     return getattr(function, "__qualname__", None) or repr(function)
 
 
@@ -839,7 +839,7 @@ def spawn(  # type: ignore[misc]
     reactor: object = None,
 ) -> Task[Any]:
     """
-    Run C{function(*args)} as a task.
+    Run ``function(*args)`` as a task.
 
     It begins at once; or, if a task calls this, when that one waits.
 
@@ -964,8 +964,8 @@ def current_task() -> Task[Any]:
 
 def task_of_caller(what: str) -> Task[Any]:
     """
-    The task whose function has called C{what}, and not, say, a function under
-    C{inlineCallbacks} which that one has called.
+    The task whose function has called ``what``, and not, say, a function under
+    ``inlineCallbacks`` which that one has called.
 
     :raises NoTaskError: if there is none.
     """
@@ -1007,7 +1007,7 @@ def current_time(reactor: object = None) -> float:
 @must_be_awaited
 def sleep(seconds: float, reactor: object = None) -> Operation[None]:
     """
-    Wait for some time.  C{sleep(0)} lets everybody else who is ready go first:
+    Wait for some time.  ``sleep(0)`` lets everybody else who is ready go first:
     other tasks and the reactor.
 
     :param reactor: an ``IReactorTime`` provider; by default that of the task.
@@ -1026,7 +1026,7 @@ def sleep(seconds: float, reactor: object = None) -> Operation[None]:
 
 
 class _Alarm:
-    """What finishes a C{sleep}."""
+    """What finishes a ``sleep``."""
 
     __slots__ = ("_call", "_scheduler")
 

@@ -43,17 +43,18 @@ class TextStream:
 
     A character may arrive in several pieces.  Limits count characters, as they come
     from the decoder.  Only one task at a time reads, and only by this: bytes that
-    arrive are decoded as far as they go, and are not left in C{stream}.
+    arrive are decoded as far as they go, and are not left in ``stream``.
 
     :param stream: a :class:`Stream`, or any ``ByteStream``.
-    :param encoding: as for ``open``.  C{"utf-8-sig"} and C{"utf-16"} take a byte order
-        mark at the beginning, and write one.
+    :param encoding: as for ``open``.  ``"utf-8-sig"`` and ``"utf-16"`` take a byte
+        order mark at the beginning, and write one.
     :param errors: what becomes of bytes that are no text, as for ``open``.
-    :param newline: what ends a line.  By default, C{None}, it is C{"\\n"}, C{"\\r\\n"}
-        or C{"\\r"}, all of which are read as C{"\\n"}, and lines are written as they
-        are.  Otherwise it is C{newline}, for which C{"\\n"} is written.
+    :param newline: what ends a line.  By default, ``None``, it is ``"\\n"``,
+        ``"\\r\\n"`` or ``"\\r"``, all of which are read as ``"\\n"``, and lines are
+        written as they are.  Otherwise it is ``newline``, for which ``"\\n"`` is
+        written.
     :raises LookupError: if there is no such encoding, or no such way to treat errors.
-    :raises ValueError: if C{newline} is something else.
+    :raises ValueError: if ``newline`` is something else.
     """
 
     def __init__(
@@ -96,11 +97,11 @@ class TextStream:
     @must_be_awaited
     def read(self, max_chars: int = MAX_CHARS) -> Deferred[str]:
         """
-        What has arrived, as soon as that is anything: 1 to C{max_chars} characters.
+        What has arrived, as soon as that is anything: 1 to ``max_chars`` characters.
         At the end of the stream, none.
 
-        :raises UnicodeDecodeError: if the next bytes are no text, and C{errors} is
-            C{"strict"}.
+        :raises UnicodeDecodeError: if the next bytes are no text, and ``errors`` is
+            ``"strict"``.
         """
         _check_limit(max_chars)
         return self._get(self._take_some, max_chars)

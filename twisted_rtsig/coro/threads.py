@@ -133,7 +133,7 @@ def from_thread(  # type: ignore[misc]
     function: Callable[..., Any] | Runnable[Any], *args: Any
 ) -> Any:
     """
-    From a function that :func:`in_thread` runs: run C{function(*args)} as a task
+    From a function that :func:`in_thread` runs: run ``function(*args)`` as a task
     in the reactor's thread, with the context variables of this thread, and wait for
     what it returns or raises.  In other threads there is :class:`Portal`.
 

@@ -15,15 +15,15 @@ class TLSInfo(NamedTuple):
     """
     What a TLS handshake has negotiated.  See ``Stream.tls``.
 
-    :ivar version: the version of the protocol: C{"TLSv1.3"}.
+    :ivar version: the version of the protocol: ``"TLSv1.3"``.
     :ivar cipher: the name of the cipher suite, as OpenSSL has it.
     :ivar cipher_bits: the length of its secret key.
     :ivar alpn_protocol: the application protocol that both sides have agreed on by
-        ALPN (RFC 7301), C{"h2"} for example; None without one.
+        ALPN (RFC 7301), ``"h2"`` for example; None without one.
     :ivar server_hostname: the name that the client has asked for by SNI (RFC 6066);
         None if it did not.
     :ivar peer_certificate: the certificate of the peer; None if it has sent none, as
-        most clients.  C{peer_certificate.dump()} is its DER encoding.
+        most clients.  ``peer_certificate.dump()`` is its DER encoding.
     """
 
     version: str
@@ -36,7 +36,7 @@ class TLSInfo(NamedTuple):
 
 def tls_info(transport: Any) -> TLSInfo | None:
     """
-    What the handshake of C{transport} has negotiated; None if there is no TLS, or the
+    What the handshake of ``transport`` has negotiated; None if there is no TLS, or the
     handshake is not done.
     """
     if not handshake_is_done(transport):

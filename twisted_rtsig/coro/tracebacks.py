@@ -27,7 +27,7 @@ _MACHINERY = (
 def without_machinery(error: BaseException) -> BaseException:
     """
     Take this package's and Twisted's drivers of coroutines out of the tracebacks
-    of C{error}, of what led to it and of what is in it; return C{error}.
+    of ``error``, of what led to it and of what is in it; return ``error``.
 
     An error that comes out of this package alone keeps its last line.  An error that
     passes through many tasks is filtered by each: only what that task has added is
@@ -51,7 +51,7 @@ def _filtered(traceback: TracebackType | None) -> tuple[TracebackType | None, bo
     """
     A traceback without machinery, and whether a part of it was filtered before.
 
-    That part is known by its C{tb_lasti}, which is odd.  Instructions are at even
+    That part is known by its ``tb_lasti``, which is odd.  Instructions are at even
     offsets, and everything that looks for the position of one rounds down.
     """
     entries = []
@@ -84,7 +84,7 @@ def is_machinery(frame: FrameType) -> bool:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """C{error} itself, or if it is a group, all that are in it."""
+    """``error`` itself, or if it is a group, all that are in it."""
     if isinstance(error, BaseExceptionGroup):
         for each in error.exceptions:
             yield from causes(each)
@@ -108,7 +108,7 @@ class WholeFailure(Failure):
         elideFrameworkCode: bool = False,
         detail: str = "default",
     ) -> None:
-        """See ``Failure.printTraceback``; a C{detail} that is given is Twisted's."""
+        """See ``Failure.printTraceback``; a ``detail`` that is given is Twisted's."""
         error = self.value
         if file is None or detail != "default" or not isinstance(error, BaseException):
             super().printTraceback(  # type: ignore[no-untyped-call]

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class Entry(Protocol):
-    """Who waits: an operation, or one of the cases of a C{select}."""
+    """Who waits: an operation, or one of the cases of a ``select``."""
 
     called: bool
     """Whether it is finished, or was given up."""
@@ -16,13 +16,13 @@ class Entry(Protocol):
     """Of one who sends: what."""
 
     owner: Any
-    """Of all the cases of one C{select}: the same."""
+    """Of all the cases of one ``select``: the same."""
 
     def succeed(self, value: Any) -> None:
         """It waits no more."""
 
     def settle(self, value: Any) -> None:
-        """It waits no more, and is told of it by C{tell}."""
+        """It waits no more, and is told of it by ``tell``."""
 
     def tell(self) -> None:
         """It is told."""

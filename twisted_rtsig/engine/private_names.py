@@ -20,8 +20,8 @@ from twisted import version  # type: ignore[attr-defined]
 
 RESULT_IGNORED: Final[bool] = version >= Version("Twisted", 26, 10, 0)
 """
-Until Twisted 26.10 the result of C{dataReceived} had a meaning, though a
-deprecated one; then C{tcp.Connection._dataReceived}, which knows it, must be
+Until Twisted 26.10 the result of ``dataReceived`` had a meaning, though a
+deprecated one; then ``tcp.Connection._dataReceived``, which knows it, must be
 called.
 """
 
@@ -245,7 +245,7 @@ OF_ASYNCIO: Final[Mapping[str, tuple[str, ...]]] = {
 """
 By the class or module of asyncio that defines them: private names that the event loop
 of this package, and tasks that await asyncio, lean on.  CPython's own tests are run on
-the loop: see C{tests/test_asyncio_suite.py}.
+the loop: see ``tests/test_asyncio_suite.py``.
 """
 
 _STREAM = "twisted_rtsig.engine.streams.Stream"

@@ -3,17 +3,17 @@ The child processes of the engine's reactors, on POSIX.
 
 They are Twisted's own, apart from four things:
 
-- C{posix_spawn} starts a child wherever Twisted uses it, also while a notifier blocks
+- ``posix_spawn`` starts a child wherever Twisted uses it, also while a notifier blocks
   signals, which it then unblocks in the child.  A fork would copy the page tables,
   which takes 20 ms of the reactor's time where 1 GB is resident.
 - The kernel tells the reactor when a child ends.  Twisted's reactors hear of it by
-  SIGCHLD, which needs C{installSignalHandlers}; and when the child's pipes end,
-  which is a moment before L{os.waitpid} knows of the end.
+  SIGCHLD, which needs ``installSignalHandlers``; and when the child's pipes end,
+  which is a moment before :func:`os.waitpid` knows of the end.
 - A signal that is sent to a forked child before it runs its program is kept until then.
   Otherwise the signal handlers of this process, which the child has inherited, would
   take it, and the child would go on.
-- A child can have what L{ChildOptions} lists: a session or process group of its own,
-  for example.
+- A child can have what :class:`ChildOptions` lists: a session or process group of its
+  own, for example.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _LONGEST_PAUSE = 1.0
 @dataclass(frozen=True)
 class ChildOptions:
     """
-    What C{spawnProcess} of Twisted has no parameter for.
+    What ``spawnProcess`` of Twisted has no parameter for.
 
     :ivar new_session: start the child in a session of its own: setsid(2).
     :ivar process_group: the process group that it joins, or 0 for a new one; None for
@@ -63,7 +63,7 @@ _NO_OPTIONS = ChildOptions()
 
 def reap(child: Any) -> bool:
     """
-    Take notice of the end of C{child}, if it has ended.
+    Take notice of the end of ``child``, if it has ended.
 
     :param child: a process of Twisted's.
     :return: whether a later call may still find that it has ended.
@@ -129,10 +129,10 @@ if unixEnabled:
             kwargs: Mapping[str, Any],
         ) -> bool:
             """
-            Start it by L{os.posix_spawnp}, if that can do what is asked for.
+            Start it by :func:`os.posix_spawnp`, if that can do what is asked for.
 
             :return: whether it was started.
-            :raises OSError: if it cannot be, C{FileNotFoundError} for example.
+            :raises OSError: if it cannot be, ``FileNotFoundError`` for example.
             """
             if environment is None:
                 # Twisted 23.10 would start it without any variables.
@@ -245,7 +245,7 @@ if unixEnabled:
         options: ChildOptions = _NO_OPTIONS,
     ) -> ChildProcess:
         """
-        As C{spawnProcess} without a terminal, on any reactor for POSIX.
+        As ``spawnProcess`` without a terminal, on any reactor for POSIX.
 
         :raises OSError: see :meth:`ProcessReactor.spawnProcess`.
         """
@@ -310,9 +310,9 @@ class ProcessReactor(PosixReactorBase):
             See ``IReactorProcess.spawnProcess``.
 
             The end of the child is noticed with and without
-            C{installSignalHandlers}.
+            ``installSignalHandlers``.
 
-            :raises OSError: if it cannot be started, C{FileNotFoundError} for
+            :raises OSError: if it cannot be started, ``FileNotFoundError`` for
                 example.  A child with a terminal, another user or another working
                 directory is forked, and ends with status 1 instead.
             """
@@ -330,7 +330,7 @@ class ProcessReactor(PosixReactorBase):
             return child
 
         def _watch_child(self, child: Any) -> None:
-            """Reap C{child} when it ends."""
+            """Reap ``child`` when it ends."""
             try:
                 pidfd = _Pidfd(self, child)
             except (AttributeError, OSError):

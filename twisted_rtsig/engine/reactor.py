@@ -65,7 +65,7 @@ def _observed(
     begins: Callable[[], None],
     ends: Callable[[], None],
 ) -> Callable[[float | None, Any], Any]:
-    """C{Notifier.wait} between two passes that are observed."""
+    """``Notifier.wait`` between two passes that are observed."""
 
     def observed_wait(delay: float | None, unchecked: Any) -> Any:
         ends()
@@ -79,7 +79,7 @@ def _observed(
 
 def _reads_errors(reader: Any) -> bool:
     """
-    Whether C{reader} takes each error away and tells its protocol, which may cause the
+    Whether ``reader`` takes each error away and tells its protocol, which may cause the
     next one at once: a datagram port that is connected.  Others get errors only through
     an error queue that they do not read (IP_RECVERR in ip(7)).
     """
@@ -93,8 +93,8 @@ class EngineReactor(
     """
     A reactor over any notifier.
 
-    Interest is kept by selectable, since C{fileno()} may have turned -1 by the
-    time of C{removeReader}, and by descriptor, since that is what the kernel
+    Interest is kept by selectable, since ``fileno()`` may have turned -1 by the
+    time of ``removeReader``, and by descriptor, since that is what the kernel
     knows.  Both lead to the same registration.
 
     One descriptor has at most one reader and one writer.  When another
@@ -140,7 +140,7 @@ class EngineReactor(
 
     def addReader(self, reader: Any) -> None:
         """
-        Call C{reader.doRead} whenever there is something to read.
+        Call ``reader.doRead`` whenever there is something to read.
 
         :raises ValueError: if its descriptor is negative.
         :raises OSError: if its descriptor cannot be watched.
@@ -151,7 +151,7 @@ class EngineReactor(
 
     def addWriter(self, writer: Any) -> None:
         """
-        Call C{writer.doWrite} whenever there is room to write.
+        Call ``writer.doWrite`` whenever there is room to write.
 
         :raises ValueError: if its descriptor is negative.
         :raises OSError: if its descriptor cannot be watched.
@@ -161,14 +161,14 @@ class EngineReactor(
             self._attach_writer(registration, writer)
 
     def removeReader(self, reader: Any) -> None:
-        """Stop to call C{reader.doRead}, also in the pass under way."""
+        """Stop to call ``reader.doRead``, also in the pass under way."""
         registration = self._reading.pop(reader, None)
         if registration is not None:
             registration.reader = None
             self._interest_ends(registration, READ)
 
     def removeWriter(self, writer: Any) -> None:
-        """Stop to call C{writer.doWrite}, also in the pass under way."""
+        """Stop to call ``writer.doWrite``, also in the pass under way."""
         if isinstance(writer, Stream):
             writer.write_state = NOT_WRITING
         registration = self._writing.pop(writer, None)
@@ -203,7 +203,7 @@ class EngineReactor(
 
     def begin_reading(self, stream: Stream) -> None:
         """
-        As C{addReader}, of a stream that is new, and whose descriptor as a rule is.
+        As ``addReader``, of a stream that is new, and whose descriptor as a rule is.
 
         :raises OSError: if its descriptor cannot be watched.
         """
@@ -221,18 +221,18 @@ class EngineReactor(
             self.wakeUp()
 
     def look_again(self, stream: Stream) -> None:
-        """There may be more to read than C{stream} has read."""
+        """There may be more to read than ``stream`` has read."""
         registration = self._reading.get(stream)
         if registration is not None:
             self._mark_unchecked(registration, READ)
 
     def is_reading(self, stream: Stream) -> bool:
-        """Whether C{stream} is a reader: it is connected and not paused."""
+        """Whether ``stream`` is a reader: it is connected and not paused."""
         return stream in self._reading
 
     def write_soon(self, stream: Stream) -> None:
         """
-        Call C{stream.doWrite} at the end of the pass, whether the kernel has
+        Call ``stream.doWrite`` at the end of the pass, whether the kernel has
         room or not, unless it waits for room already.
         """
         stream.write_state = QUEUED
@@ -243,7 +243,7 @@ class EngineReactor(
     # Registrations
 
     def _registration_for(self, selectable: Any, direction: int) -> Registration:
-        """The registration of C{selectable} and its descriptor, begun if need be."""
+        """The registration of ``selectable`` and its descriptor, begun if need be."""
         descriptor: int = selectable.fileno()
         known = (self._reading if direction == READ else self._writing).get(selectable)
         if known is not None:
@@ -285,7 +285,7 @@ class EngineReactor(
         self, former: Registration, newcomer: Any, direction: int
     ) -> Registration:
         """
-        C{newcomer} brings a descriptor that C{former} holds.  The number may
+        ``newcomer`` brings a descriptor that ``former`` holds.  The number may
         have been closed and reused, so that nothing the kernel was told about
         it counts any more: begin again, with the owners that still have it.
         """
@@ -391,9 +391,9 @@ class EngineReactor(
 
     def _in_log_context(self, function: Callable[..., None], *arguments: Any) -> None:
         """
-        Do once for many calls what C{log.callWithLogger} does for each.
+        Do once for many calls what ``log.callWithLogger`` does for each.
 
-        C{function} gets the fields, and sets C{"system"} before each call.
+        ``function`` gets the fields, and sets ``"system"`` before each call.
         """
         fields = {"system": "-", **context.get(log.ILogContext)}
         context.call({log.ILogContext: fields}, function, fields, *arguments)
@@ -411,7 +411,7 @@ class EngineReactor(
 
     def doIteration(self, delay: float | None) -> None:
         """
-        One pass: wait at most C{delay} seconds (None: for ever), then call
+        One pass: wait at most ``delay`` seconds (None: for ever), then call
         whoever can read or write.
         """
         fields, self._fields = self._fields, None
@@ -491,7 +491,7 @@ class EngineReactor(
 
     def _read_plain_input(self, fields: LogContext) -> None:
         # Nearly everything goes through here and through _send_queued, so that
-        # they are kept short: C{doRead} is written out.
+        # they are kept short: ``doRead`` is written out.
         full_before = self._full
         if full_before:
             self._full = set()
@@ -691,7 +691,7 @@ class EngineReactor(
         return prefix
 
     def _read_or_write(self, selectable: Any, direction: int) -> None:
-        """Call C{selectable}, and disconnect it if it says so or fails."""
+        """Call ``selectable``, and disconnect it if it says so or fails."""
         reading = False
         try:
             # Gives a lost descriptor, or a fileno() that raises, a chance to
@@ -774,9 +774,9 @@ class EngineReactor(
         observer: object = None,
     ) -> None:
         """
-        Call C{begins} whenever the reactor has waited for events, and C{ends} whenever
-        it is about to wait; with None for both, call nothing any more.  They must not
-        raise errors.
+        Call ``begins`` whenever the reactor has waited for events, and ``ends``
+        whenever it is about to wait; with None for both, call nothing any more.  They
+        must not raise errors.
 
         A pass begins with the events, and calls what is due by time as well.
 
@@ -795,7 +795,7 @@ class EngineReactor(
 
     def statistics(self) -> Mapping[str, int]:
         """
-        Counts for monitoring: C{readers} and C{writers} at the moment, and
+        Counts for monitoring: ``readers`` and ``writers`` at the moment, and
         what the notifier has counted since the reactor was made.
         """
         return {

@@ -19,7 +19,7 @@ if unixEnabled:
 
 
 def _output_of(reader: Any) -> Any:
-    """The writer of the ``StandardIO`` that ends when C{reader} does, or None."""
+    """The writer of the ``StandardIO`` that ends when ``reader`` does, or None."""
     if not unixEnabled or not isinstance(reader, ProcessReader):
         return None
     transport: Any = reader.proc

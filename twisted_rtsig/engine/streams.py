@@ -65,9 +65,9 @@ _ONE_CHUNK_AT_MOST = 16 * 1024
 # What a stream is to the reactor as a writer.
 NOT_WRITING = 0
 ONE_CHUNK = 1
-"""At the end of the pass C{dataBuffer} is to be sent, and that is all there is."""
+"""At the end of the pass ``dataBuffer`` is to be sent, and that is all there is."""
 QUEUED = 2
-"""At the end of the pass C{doWrite} is to be called."""
+"""At the end of the pass ``doWrite`` is to be called."""
 REGISTERED = 3
 """It waits for a write event."""
 ABORTED = 4
@@ -79,10 +79,10 @@ class Stream(tcp.Connection):
     A stream connection; goes before the class of Twisted's that it changes.
 
     The engine reads and sends by itself in the simplest cases (one plain event,
-    one chunk), in the same way as C{doRead} and C{doWrite} do.
+    one chunk), in the same way as ``doRead`` and ``doWrite`` do.
 
     :cvar origin: who may hold its open file description.
-    :ivar reads_by_recv: all that C{doRead} does is recv(2) and C{dataReceived}.
+    :ivar reads_by_recv: all that ``doRead`` does is recv(2) and ``dataReceived``.
     :ivar write_state: what it is to the reactor as a writer.
     """
 
@@ -128,7 +128,7 @@ class Stream(tcp.Connection):
 
     @property
     def tells_drained(self) -> bool:
-        """C{doRead} is that of this module, which looks again after a full read."""
+        """``doRead`` is that of this module, which looks again after a full read."""
         return True
 
     def doRead(self) -> Any:
@@ -155,7 +155,7 @@ class Stream(tcp.Connection):
 
     def _send_failed(self, why: Exception | None) -> Any:
         """
-        What C{doWrite} returns after an error, which C{why_lost} took for C{why}.
+        What ``doWrite`` returns after an error, which ``why_lost`` took for ``why``.
 
         A reset (tcp(7)) leaves what has arrived before it to be read.  A write that
         meets the reset first must not drop that: often it says why the peer has
@@ -176,7 +176,7 @@ class Stream(tcp.Connection):
         return why
 
     def why_lost(self, error: OSError) -> Exception | None:
-        """What C{doRead} and C{doWrite} return after an error; None to go on."""
+        """What ``doRead`` and ``doWrite`` return after an error; None to go on."""
         if error.errno in _LATER:
             return None
         if error.errno in _CLOSED:
@@ -346,7 +346,7 @@ class TCPServer(ServerStream, tcp.Server):
     """
     A TCP connection that the reactor accepted.
 
-    Each connection comes through C{__init__} and C{connectionLost}, so that what
+    Each connection comes through ``__init__`` and ``connectionLost``, so that what
     Twisted's classes do there is written out.
     """
 
@@ -388,7 +388,7 @@ class TCPServer(ServerStream, tcp.Server):
 
     @property
     def repstr(self) -> str:
-        """What C{repr} returns, which few ask for."""
+        """What ``repr`` returns, which few ask for."""
         text: str | None = self.__dict__.get("repstr")
         if text is None:
             cls, port = self._repr_of
@@ -438,7 +438,7 @@ class TCPClient(Stream, tcp.Client):
 
     @property
     def tells_drained(self) -> bool:
-        """While it connects, C{doRead} is another."""
+        """While it connects, ``doRead`` is another."""
         return bool(self.connected)
 
 
@@ -578,7 +578,7 @@ if unixEnabled:
 
         @property
         def tells_drained(self) -> bool:
-            """While it connects, C{doRead} is another."""
+            """While it connects, ``doRead`` is another."""
             return bool(self.connected)
 
     class UNIXPort(unix.Port):

@@ -5,7 +5,7 @@ Most timers are limits that are never reached: each request sets one, or moves
 it, and cancels it.  So a call is put into a heap only when its second is near.
 Until then it is in a dictionary of the calls of that second, in no order, and is
 taken out when it is cancelled.  The heap holds tuples, which are compared in C;
-Twisted's compares L{DelayedCall}s in Python.
+Twisted's compares :class:`DelayedCall`s in Python.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ _LONGEST_SLEEP: Final = 2147483
 _CANCELLED_THAT_MAY_STAY: Final = 50
 
 
-# The C{Timer.place} of a call that is in the heap.
+# The ``Timer.place`` of a call that is in the heap.
 _IN_HEAP: Final[dict[DelayedCall, None]] = {}
 
 
 class Timer(DelayedCall):
     """
-    What C{callLater} returns: a L{DelayedCall} that is cheap to make and to cancel.
+    What ``callLater`` returns: a :class:`DelayedCall` that is cheap to make and to
+    cancel.
 
-    :ivar place: the calls of its second, C{_IN_HEAP}, or None while it is in
-        C{_newTimedCalls}.
+    :ivar place: the calls of its second, ``_IN_HEAP``, or None while it is in
+        ``_newTimedCalls``.
     """
 
     __slots__ = (
@@ -111,9 +112,9 @@ class TimerReactor(PosixReactorBase):
     """
     A reactor with timers of its own.
 
-    A call is in one of three places: in C{_newTimedCalls} until the next pass
-    (calls that a pass sets are made in a later one); then in C{_distant}, by the
-    second; and in the heap C{_near} at last.  What is cancelled or moved to an
+    A call is in one of three places: in ``_newTimedCalls`` until the next pass
+    (calls that a pass sets are made in a later one); then in ``_distant``, by the
+    second; and in the heap ``_near`` at last.  What is cancelled or moved to an
     earlier time while it is in the heap stays there until it is on top, or until
     half of the heap is of that kind.
     """

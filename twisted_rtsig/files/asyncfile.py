@@ -49,9 +49,9 @@ class AsyncFile(OpenFile):
     """
     An open file.  Made by :func:`open_file`.
 
-    What has no offset of its own (C{read}, C{write}, C{seek} and the like) is done
+    What has no offset of its own (``read``, ``write``, ``seek`` and the like) is done
     in turn, at the position where the one before has left it, whether that was
-    awaited or not.  C{read_at} and C{write_at} are done at the same time as
+    awaited or not.  ``read_at`` and ``write_at`` are done at the same time as
     whatever else.
 
     A read that is cancelled leaves the position where it was.  A write that is
@@ -94,7 +94,7 @@ class AsyncFile(OpenFile):
     @must_be_awaited
     def read(self, size: int) -> Operation[bytes]:
         """
-        The next C{size} bytes.  Fewer only at the end of the file, and none after it.
+        The next ``size`` bytes.  Fewer only at the end of the file, and none after it.
 
         :raises ValueError: if the file is closed, or the size negative.
         :raises OSError: (when awaited) if it cannot be read.
@@ -146,8 +146,8 @@ class AsyncFile(OpenFile):
 
             async for line in file.lines():
 
-        The position is behind the line that was the last to come.  C{async for line
-        in file} is the same.
+        The position is behind the line that was the last to come.  ``async for line
+        in file`` is the same.
 
         :raises DelimiterNotFound: if a line is too long.
         """
@@ -225,10 +225,10 @@ class AsyncFile(OpenFile):
     def write(self, data: Data) -> Operation[None]:
         """
         Write all of it, at the position; or at the end of the file, if it was opened
-        with C{a}.
+        with ``a``.
 
         :raises OSError: (when awaited) if it cannot be written.  Its
-            C{characters_written} is how much was, and the position is behind that.
+            ``characters_written`` is how much was, and the position is behind that.
         """
         self._check_writable()
         return self._in_turn(_Write(self, copy_of(data)))
@@ -237,7 +237,7 @@ class AsyncFile(OpenFile):
         """
         As :meth:`write`, at an offset; the position stays where it is.
 
-        :raises UnsupportedOperation: if the file was opened with C{a}.
+        :raises UnsupportedOperation: if the file was opened with ``a``.
         """
         self._check_writable()
         if "a" in self.mode:
@@ -273,7 +273,7 @@ class AsyncFile(OpenFile):
     def sync(self) -> Operation[None]:
         """
         Wait until what was written is on the disk: all that comes before this in
-        turn, and each C{write_at} that is done.
+        turn, and each ``write_at`` that is done.
 
         :raises OSError: (when awaited) if the disk has failed.
         """
@@ -286,8 +286,8 @@ class AsyncFile(OpenFile):
         """
         Set the position; return it.
 
-        :param whence: where the offset is from: C{os.SEEK_SET} for the beginning of
-            the file, C{os.SEEK_CUR} for the position, C{os.SEEK_END} for the end.
+        :param whence: where the offset is from: ``os.SEEK_SET`` for the beginning of
+            the file, ``os.SEEK_CUR`` for the position, ``os.SEEK_END`` for the end.
         :raises OSError: (when awaited) if it would be negative, or further than any
             file can be long.
         """
@@ -670,12 +670,12 @@ def open_file(
 
         async with await open_file("data") as file:
 
-    :param mode: as that of Python's C{open}: C{r}, C{w}, C{a} or C{x}, and C{+} for
-        both directions.  With C{b} the file is an :class:`AsyncFile`, of bytes, and
-        without an :class:`AsyncTextFile`.
+    :param mode: as that of Python's ``open``: ``r``, ``w``, ``a`` or ``x``, and ``+``
+        for both directions.  With ``b`` the file is an :class:`AsyncFile`, of bytes,
+        and without an :class:`AsyncTextFile`.
     :param encoding: of text; by default that of the locale.
-    :param errors: of text: the error handler of C{codecs}.
-    :param newline: of text: how lines end, as for Python's C{open}.
+    :param errors: of text: the error handler of ``codecs``.
+    :param newline: of text: how lines end, as for Python's ``open``.
     :param permissions: those of a file that is made, less the umask.
     :param reactor: whose threads do what blocks; by default that of the task.
     :raises ValueError: if the mode is none of these, or is for bytes and there is an

@@ -1,6 +1,6 @@
 """
 Descriptors of open files, read and written at an offset: what blocks, and the few
-things that do not.  Those of Windows are in C{handles}.
+things that do not.  Those of Windows are in ``handles``.
 
 Linux can read from a file without waiting for a disk.  preadv2(2) with
 RWF_NOWAIT copies what is in the page cache, and where that ends the read is
@@ -132,7 +132,7 @@ class Descriptor:
     def read_line(self, limit: int, offset: int) -> bytes:
         """
         Read up to the next newline and with it, or up to the end of the file; or
-        more than C{limit} bytes without one.
+        more than ``limit`` bytes without one.
         """
         line = b""
         while len(line) <= limit:
@@ -170,7 +170,7 @@ class Descriptor:
         """
         Write all of it.
 
-        :raises OSError: whose C{characters_written} is how much was.
+        :raises OSError: whose ``characters_written`` is how much was.
         """
         self._write_all(data, lambda rest, done: self._write_some(rest, offset + done))
 

@@ -32,7 +32,7 @@ class Entries(Generic[T], AsyncIterator[T]):
 
         async for entry in scandir(path):
 
-    Generators, which have no C{async for}, call :meth:`next_batch`.  If the wait for
+    Generators, which have no ``async for``, call :meth:`next_batch`.  If the wait for
     one is cancelled, then nothing is lost.  One task at a time may ask.
     """
 
@@ -199,7 +199,7 @@ def scandir(
 
 def scandir(path: Any = None, *, reactor: Any | None = None) -> Entries[Any]:
     """
-    The entries of a directory, in no particular order, as C{os.scandir}::
+    The entries of a directory, in no particular order, as ``os.scandir``::
 
         async for entry in scandir("folder"):
             print(entry.name, entry.is_dir())
@@ -208,8 +208,9 @@ def scandir(path: Any = None, *, reactor: Any | None = None) -> Entries[Any]:
 
     :param path: by default the current directory.
     :param reactor: whose threads do it; by default that of the task.
-    :return: ``os.DirEntry`` objects.  Their C{name}, C{path} and C{inode} do not block,
-        and on most file systems C{is_dir}, C{is_file} and C{is_symlink} do not.
+    :return: ``os.DirEntry`` objects.  Their ``name``, ``path`` and ``inode`` do not
+        block, and on most file systems ``is_dir``, ``is_file`` and ``is_symlink`` do
+        not.
     :raises OSError: (when awaited) if it cannot be read.
     """
     where: Any = "." if path is None else path
@@ -231,16 +232,16 @@ def walk(
     reactor: Any | None = None,
 ) -> Entries[tuple[AnyStr, list[AnyStr], list[AnyStr]]]:
     """
-    All directories below one, as C{os.walk}::
+    All directories below one, as ``os.walk``::
 
         async for folder, directories, files in walk("/etc"):
 
     A thread reads a directory when it is asked for, so that what is removed from
-    C{directories} is not visited.  With C{topdown=False}, where that has no effect, it
-    reads as many as it can.
+    ``directories`` is not visited.  With ``topdown=False``, where that has no effect,
+    it reads as many as it can.
 
     :param topdown: whether a directory comes before those that are in it.
-    :param onerror: called with each C{OSError}, which is ignored by default.  What it
+    :param onerror: called with each ``OSError``, which is ignored by default.  What it
         raises ends the walk.
     :param followlinks: whether to visit directories that symbolic links lead to.
     :param reactor: whose threads do it; by default that of the task.
@@ -259,7 +260,7 @@ def walk(
 def _with_errors(
     top: Any, topdown: bool, told: bool, followlinks: bool
 ) -> Iterator[Any]:
-    """C{os.walk}, with its errors in between."""
+    """``os.walk``, with its errors in between."""
     errors: list[OSError] = []
     for each in os.walk(top, topdown, errors.append if told else None, followlinks):
         yield from _taken(errors)

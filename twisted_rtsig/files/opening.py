@@ -22,7 +22,7 @@ _BINARY: int = getattr(os, "O_BINARY", 0)
 
 
 class _How(ctypes.Structure):
-    """C{struct open_how} of openat2(2)."""
+    """``struct open_how`` of openat2(2)."""
 
     _fields_ = (
         ("flags", ctypes.c_uint64),

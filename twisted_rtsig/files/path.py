@@ -1,5 +1,5 @@
 """
-C{pathlib.Path} for tasks: what looks at the disk is done in a thread, and is awaited.
+``pathlib.Path`` for tasks: what looks at the disk is done in a thread, and is awaited.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ Name = str | os.PathLike[str]
 
 class Path(_PurePath):
     """
-    A path, as C{pathlib.Path}.  What only computes, as C{/}, C{name}, C{parent} and
-    C{with_suffix}, is that of C{pathlib.PurePath}.  What looks at the disk returns a
+    A path, as ``pathlib.Path``.  What only computes, as ``/``, ``name``, ``parent`` and
+    ``with_suffix``, is that of ``pathlib.PurePath``.  What looks at the disk returns a
     Deferred, and is done in a thread::
 
         path = Path("folder") / "file"
         await path.parent.mkdir(exist_ok=True)
         await path.write_text("hello", encoding="utf-8")
 
-    C{iterdir}, C{glob}, C{rglob} and C{walk} are for C{async for}; see
+    ``iterdir``, ``glob``, ``rglob`` and ``walk`` are for ``async for``; see
     :class:`Entries` for generators.
 
-    All functions that take a path take this one.  It is equal to a C{pathlib.Path} with
-    the same content.
+    All functions that take a path take this one.  It is equal to a ``pathlib.Path``
+    with the same content.
     """
 
     __slots__ = ()
@@ -67,7 +67,7 @@ class Path(_PurePath):
 
     @classmethod
     def from_uri(cls, uri: str) -> Path:
-        """The path that a C{file:} URI names; from Python 3.13 on."""
+        """The path that a ``file:`` URI names; from Python 3.13 on."""
         return cls(getattr(pathlib.Path, "from_uri")(uri))  # noqa: B009
 
     # Other paths
@@ -79,7 +79,7 @@ class Path(_PurePath):
 
     @must_be_awaited
     def expanduser(self) -> Operation[Path]:
-        """This path with a home directory in place of C{~} or C{~user}."""
+        """This path with a home directory in place of ``~`` or ``~user``."""
         return self._path("to expand", "expanduser")
 
     @must_be_awaited
@@ -89,7 +89,7 @@ class Path(_PurePath):
 
     @must_be_awaited
     def resolve(self, strict: bool = False) -> Operation[Path]:
-        """This path from the root on, without links and C{..}."""
+        """This path from the root on, without links and ``..``."""
         return self._path("to resolve", "resolve", strict)
 
     @must_be_awaited
@@ -116,7 +116,7 @@ class Path(_PurePath):
         Copy this file, or this directory with all that is in it; return the target.
 
         A file replaces a file that has the name of the target.  A directory replaces
-        nothing.  As C{pathlib.Path.copy} of Python 3.14, on each Python.
+        nothing.  As ``pathlib.Path.copy`` of Python 3.14, on each Python.
 
         :param follow_symlinks: copy what a link leads to; or make a link that leads to
             the same.
@@ -227,7 +227,7 @@ class Path(_PurePath):
 
     @must_be_awaited
     def stat(self, *, follow_symlinks: bool = True) -> Operation[os.stat_result]:
-        """As C{os.stat}."""
+        """As ``os.stat``."""
         return self._do("to stat", "stat", follow_symlinks=follow_symlinks)
 
     @must_be_awaited
@@ -365,8 +365,8 @@ class Path(_PurePath):
 
     def iterdir(self) -> Entries[Path]:
         """
-        What is in the directory, in no particular order, for C{async for}.  It is never
-        in memory as a whole.
+        What is in the directory, in no particular order, for ``async for``.  It is
+        never in memory as a whole.
         """
         return self._entries(lambda: (self / each.name for each in _scan(self)))
 
@@ -374,7 +374,7 @@ class Path(_PurePath):
         self, pattern: str, *, case_sensitive: bool | None = None
     ) -> Entries[Path]:
         """
-        What matches a pattern, for C{async for}.
+        What matches a pattern, for ``async for``.
 
         :param case_sensitive: by default as the platform has it; from Python 3.12 on.
         :raises ValueError: (when awaited) if the pattern is empty.
@@ -395,7 +395,7 @@ class Path(_PurePath):
         follow_symlinks: bool = False,
     ) -> Entries[tuple[Path, list[str], list[str]]]:
         """
-        All directories from this one on, for C{async for}, as C{pathlib.Path.walk} of
+        All directories from this one on, for ``async for``, as ``pathlib.Path.walk`` of
         Python 3.12: see also :func:`walk`.
         """
         return Entries(
@@ -419,7 +419,7 @@ class Path(_PurePath):
         return Entries(f"to list {str(self)!r}", workers_of(None), iterate)
 
     def _do(self, what: str, name: str, *args: Any, **options: Any) -> Operation[Any]:
-        """Call a method of C{pathlib.Path} in a thread."""
+        """Call a method of ``pathlib.Path`` in a thread."""
         method = functools.partial(getattr(pathlib.Path(self), name), *args, **options)
         return _call(f"{what} {str(self)!r}", method)
 
@@ -518,7 +518,7 @@ def _read_text(
 def _walk(
     top: Path, top_down: bool, told: bool, follow_symlinks: bool
 ) -> Iterator[tuple[Path, list[str], list[str]] | OSError]:
-    """As C{pathlib.Path.walk}, with the errors in between if they are to be told."""
+    """As ``pathlib.Path.walk``, with the errors in between if they are to be told."""
     pending: list[Path | tuple[Path, list[str], list[str]]] = [top]
     while pending:
         path = pending.pop()

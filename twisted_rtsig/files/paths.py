@@ -21,7 +21,7 @@ def stat(
     path: Path, *, follow_symlinks: bool = True, reactor: object = None
 ) -> Operation[os.stat_result]:
     """
-    As C{os.stat}.
+    As ``os.stat``.
 
     :param reactor: whose threads do it; by default that of the task.
     :raises OSError: (when awaited) if there is no such file.
@@ -94,7 +94,7 @@ def write_file(
 ) -> Operation[None]:
     """
     Let a file have this content, whole or not at all: whatever happens, whoever
-    opens it finds what it was before, or C{data}.  When this is done, it is on the
+    opens it finds what it was before, or ``data``.  When this is done, it is on the
     disk.
 
     A file that is there keeps its permissions, but not that it runs as its owner,

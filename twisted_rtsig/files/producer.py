@@ -62,7 +62,7 @@ class FileProducer:
         Register with a consumer, write all of it, and unregister.
 
         :param reactor: by default that of the task, or the installed one.
-        :return: fires with C{produced} when that is done.  To cancel it is to stop.
+        :return: fires with ``produced`` when that is done.  To cancel it is to stop.
         :raises FileEnded: (of the Deferred) if the file is shorter.
         :raises OSError: (of the Deferred) if it cannot be read.
         :raises StreamError: (of the Deferred) if the consumer has stopped this.  It

@@ -17,7 +17,7 @@ from twisted_rtsig.files.workers import AT_ONCE
 
 class SpooledDescriptor(Descriptor):
     """
-    An open file that does not exist before it has more than C{max_size} bytes.
+    An open file that does not exist before it has more than ``max_size`` bytes.
 
     :param make: makes the file.
     :ivar number: -1 as long as there is no file, and once it is closed.

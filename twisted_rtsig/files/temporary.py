@@ -1,5 +1,5 @@
 """
-Temporary files and directories: those of C{tempfile}, made and removed in threads.
+Temporary files and directories: those of ``tempfile``, made and removed in threads.
 
 What was made is removed, even if what waits for it was cancelled meanwhile.  See
 ``docs/files.md``.
@@ -132,7 +132,7 @@ class _Temporary(ClosedAtExit, Generic[F]):
     @must_be_awaited
     def open(self) -> Operation[F]:
         """
-        Make the file, for what has no C{async with}.  It is removed by :meth:`close`.
+        Make the file, for what has no ``async with``.  It is removed by :meth:`close`.
 
         :raises OSError: (when awaited) if it cannot be made.
         """
@@ -210,11 +210,11 @@ class TemporaryFile(_Temporary[F]):
     It is what :func:`open_file` returns for the mode.  Generators call :meth:`open` and
     :meth:`close`.
 
-    :param mode: as for :func:`open_file`, as well as C{encoding}, C{errors} and
-        C{newline}.
-    :param suffix: as for C{tempfile}, as well as C{prefix} and C{dir}.
+    :param mode: as for :func:`open_file`, as well as ``encoding``, ``errors`` and
+        ``newline``.
+    :param suffix: as for ``tempfile``, as well as ``prefix`` and ``dir``.
     :param reactor: whose threads do what blocks; by default that of the task.
-    :raises ValueError: if the mode is none of C{open_file}.
+    :raises ValueError: if the mode is none of ``open_file``.
     """
 
     @overload
@@ -254,7 +254,7 @@ def _open_nameless(
 
 class SpooledTemporaryFile(_Temporary[F]):
     """
-    As :class:`TemporaryFile`, but kept in memory until it has more than C{max_size}
+    As :class:`TemporaryFile`, but kept in memory until it has more than ``max_size``
     bytes: reads and writes of bytes are done at once until then::
 
         async with SpooledTemporaryFile(1 << 20) as file:
@@ -263,7 +263,7 @@ class SpooledTemporaryFile(_Temporary[F]):
     :param max_size: how many bytes are kept in memory; 0 for any number, so that only
         :meth:`rollover` makes a file.
     :param mode: as for :class:`TemporaryFile`, and so are all others.
-    :raises ValueError: if the size is negative, or the mode is none of C{open_file}.
+    :raises ValueError: if the size is negative, or the mode is none of ``open_file``.
     """
 
     @overload
@@ -339,12 +339,12 @@ class NamedTemporaryFile(_Temporary[F]):
     Others can open it meanwhile, on Windows as well.  The file may be closed within the
     block.  Generators call :meth:`open` and :meth:`close`.
 
-    :param mode: as for :func:`open_file`, as well as C{encoding}, C{errors} and
-        C{newline}.
-    :param suffix: as for C{tempfile}, as well as C{prefix} and C{dir}.
+    :param mode: as for :func:`open_file`, as well as ``encoding``, ``errors`` and
+        ``newline``.
+    :param suffix: as for ``tempfile``, as well as ``prefix`` and ``dir``.
     :param delete: whether it is removed.
     :param reactor: whose threads do what blocks; by default that of the task.
-    :raises ValueError: if the mode is none of C{open_file}.
+    :raises ValueError: if the mode is none of ``open_file``.
     """
 
     @overload
@@ -424,8 +424,8 @@ class TemporaryDirectory(ClosedAtExit):
 
     Generators call :meth:`create` and :meth:`cleanup`.
 
-    :param suffix: as for C{tempfile}, as well as C{prefix}, C{dir} and
-        C{ignore_cleanup_errors}.
+    :param suffix: as for ``tempfile``, as well as ``prefix``, ``dir`` and
+        ``ignore_cleanup_errors``.
     :param reactor: whose threads do what blocks; by default that of the task.
     """
 
@@ -522,7 +522,7 @@ def mkstemp(
     reactor: Any | None = None,
 ) -> Operation[Any]:
     """
-    As C{tempfile.mkstemp}: make a file that nothing removes.
+    As ``tempfile.mkstemp``: make a file that nothing removes.
 
     :param reactor: whose threads do it; by default that of the task.
     :return: its descriptor, and its path.
@@ -568,7 +568,7 @@ def mkdtemp(
     reactor: Any | None = None,
 ) -> Operation[Any]:
     """
-    As C{tempfile.mkdtemp}: make a directory that nothing removes.
+    As ``tempfile.mkdtemp``: make a directory that nothing removes.
 
     :param reactor: whose threads do it; by default that of the task.
     :return: its path.
@@ -596,7 +596,7 @@ def _make(
 @must_be_awaited
 def gettempdir(*, reactor: Any | None = None) -> Operation[str]:
     """
-    As C{tempfile.gettempdir}: the directory of temporary files, which is searched for
+    As ``tempfile.gettempdir``: the directory of temporary files, which is searched for
     the first time.
 
     :param reactor: whose threads do it; by default that of the task.

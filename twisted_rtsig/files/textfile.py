@@ -1,8 +1,8 @@
 """
 A text file that is read and written without blocking the reactor.
 
-Python's own C{TextIOWrapper} does the work, in a thread, so encodings, newlines and
-positions are those of C{open}.  It reads ahead by so much that most lines need no
+Python's own ``TextIOWrapper`` does the work, in a thread, so encodings, newlines and
+positions are those of ``open``.  It reads ahead by so much that most lines need no
 thread.  See ``docs/files.md``.
 """
 
@@ -47,7 +47,7 @@ _Position = tuple[int, int]
 
 class AsyncTextFile(OpenFile):
     """
-    An open text file.  Made by :func:`open_file`, with a mode that has no C{b}.
+    An open text file.  Made by :func:`open_file`, with a mode that has no ``b``.
 
     Reads, writes and all others are done in turn, whether they are awaited or not.  A
     read that is cancelled leaves the position where it was.  A write that is cancelled
@@ -103,7 +103,7 @@ class AsyncTextFile(OpenFile):
     @must_be_awaited
     def read(self, size: int) -> Operation[str]:
         """
-        The next C{size} characters.  Fewer only at the end of the file, and none after
+        The next ``size`` characters.  Fewer only at the end of the file, and none after
         it.
 
         :raises ValueError: if the file is closed, or the size negative.
@@ -127,7 +127,7 @@ class AsyncTextFile(OpenFile):
         :param max_characters: how long the line may be, without the newline.
         :raises DelimiterNotFound: (when awaited) if it is longer.
         :raises OSError: (when awaited) as :meth:`read`, and so is
-            C{UnicodeDecodeError}.
+            ``UnicodeDecodeError``.
         """
         self._check_readable()
         limit = operator.index(max_characters)
@@ -145,7 +145,7 @@ class AsyncTextFile(OpenFile):
 
             async for line in file.lines():
 
-        C{async for line in file} is the same.
+        ``async for line in file`` is the same.
 
         :raises DelimiterNotFound: if a line is too long.
         """
@@ -194,7 +194,7 @@ class AsyncTextFile(OpenFile):
     def write(self, text: str) -> Operation[None]:
         """
         Write all of it, at the position; or at the end of the file, if it was opened
-        with C{a}.
+        with ``a``.
 
         :raises OSError: (when awaited) if it cannot be written.
         :raises UnicodeEncodeError: (when awaited) if the encoding does not have it.
@@ -236,8 +236,8 @@ class AsyncTextFile(OpenFile):
         Set the position; return it.
 
         :param position: what :meth:`tell` has returned, or 0.
-        :param whence: as for Python's text files: with C{os.SEEK_CUR} and
-            C{os.SEEK_END} the position can only be 0.
+        :param whence: as for Python's text files: with ``os.SEEK_CUR`` and
+            ``os.SEEK_END`` the position can only be 0.
         :raises OSError: (when awaited) if it is negative, or not 0 as above.
         """
         self._check_open()

@@ -1,6 +1,6 @@
 """
 What open files have in common, of bytes and of text: operations at the position are
-done one after the other, and C{close} waits for all of them.
+done one after the other, and ``close`` waits for all of them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class OpenFile(ClosedAtExit):
 
     @property
     def closed(self) -> bool:
-        """Whether C{close} was called."""
+        """Whether ``close`` was called."""
         return self._closing is not None
 
     def fileno(self) -> int:

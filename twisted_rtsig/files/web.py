@@ -249,7 +249,7 @@ class _Headers(static.File):
         """
         Find out which ranges of the file a request asks for.
 
-        :return: whether only they are to be sent.  If not, C{Range} counts for nothing
+        :return: whether only they are to be sent.  If not, ``Range`` counts for nothing
             (RFC 9110, 14.2): it is malformed, or asks for too much.
         """
         self._ranges = _ranges(request)

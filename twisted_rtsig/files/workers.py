@@ -144,7 +144,7 @@ class Workers:
     # Outside of threads
 
     def window(self, size: int) -> memoryview:
-        """Where to read that many bytes to, at most C{AT_ONCE}."""
+        """Where to read that many bytes to, at most ``AT_ONCE``."""
         window = self._window
         if len(window) == size:
             return window

@@ -557,9 +557,9 @@ class CompletionPortNotifier:
         """
         See :meth:`Notifier.statistics`.
 
-        C{armed} counts the sockets that polls are with the driver for, C{waits}
-        the passes, C{events} what was told of sockets, C{checks} the polls that
-        were issued, and C{cancelled} those that were called back.
+        ``armed`` counts the sockets that polls are with the driver for, ``waits``
+        the passes, ``events`` what was told of sockets, ``checks`` the polls that
+        were issued, and ``cancelled`` those that were called back.
         """
         crowd = self._crowd
         return {

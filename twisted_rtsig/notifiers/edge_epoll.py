@@ -226,9 +226,9 @@ class EdgeEPollNotifier:
         """
         See :meth:`Notifier.statistics`.
 
-        C{armed} counts who is watched edge-triggered, C{waits} the passes,
-        C{events} what epoll_wait(2) has told, C{checks} the level checks, and
-        C{renewals} how often a set was given up because of what was closed too
+        ``armed`` counts who is watched edge-triggered, ``waits`` the passes,
+        ``events`` what epoll_wait(2) has told, ``checks`` the level checks, and
+        ``renewals`` how often a set was given up because of what was closed too
         early.
         """
         return {
@@ -242,7 +242,7 @@ class EdgeEPollNotifier:
     # Beyond the contract
 
     def poll(self, timeout: float | None = None) -> Sequence[tuple[int, int]]:
-        """As C{select.epoll.poll}, of the set that is open."""
+        """As ``select.epoll.poll``, of the set that is open."""
         assert self._epoll is not None
         return self._epoll.poll(-1 if timeout is None else timeout)
 

@@ -41,7 +41,7 @@ from twisted_rtsig.notifiers.kqueue_calls import (
 #   it goes with the next wait, which happens anyway.
 #
 # * A change that fails comes back among the events, marked EV_ERROR, with its
-#   errno in C{data}, as long as there is room for it.  If any failed, then the
+#   errno in ``data``, as long as there is room for it.  If any failed, then the
 #   call returns at once, and tells of nothing else.  An errno of 0 is a receipt.
 #
 # * What is watched is a pair of a number and a filter (a "knote"), reading and
@@ -59,12 +59,12 @@ from twisted_rtsig.notifiers.kqueue_calls import (
 #   write has met a full buffer.  EV_ONESHOT tells of it once, and needs no
 #   removal.
 #
-# * Events carry what came with EV_ADD in C{udata}: the generation, which tells
+# * Events carry what came with EV_ADD in ``udata``: the generation, which tells
 #   an event for the former owner of a number.
 #
-# * EV_EOF says that the other side sends no more, or takes no more, and C{fflags}
-#   may hold an errno.  Neither is an excuse not to look: there may be C{data} to
-#   be read before the end, and a refused connection has C{data} as well (the room
+# * EV_EOF says that the other side sends no more, or takes no more, and ``fflags``
+#   may hold an errno.  Neither is an excuse not to look: there may be ``data`` to
+#   be read before the end, and a refused connection has ``data`` as well (the room
 #   in its buffer).  recv(2), send(2) and SO_ERROR find out what has happened.
 #
 # * A pipe whose other end was closed before is refused, with EPIPE by FreeBSD and
@@ -298,9 +298,9 @@ class KQueueNotifier:
         """
         See :meth:`Notifier.statistics`.
 
-        C{armed} counts the connections, C{waits} the passes, C{events} what
-        kevent(2) has told, C{checks} the changes that it was given, and
-        C{selected} what is left to select(2) at the moment.
+        ``armed`` counts the connections, ``waits`` the passes, ``events`` what
+        kevent(2) has told, ``checks`` the changes that it was given, and
+        ``selected`` what is left to select(2) at the moment.
         """
         return {
             "armed": sum(1 for each in self._reading if each.tells_drained),
@@ -321,7 +321,7 @@ class KQueueNotifier:
 
     def watch_exit(self, process: int, call: Callable[[], bool]) -> None:
         """
-        Call C{call} from within a wait when the child ends, and again some time
+        Call ``call`` from within a wait when the child ends, and again some time
         later for as long as it returns True: waitpid(2) may know nothing yet.
         """
         if self._forks != forks.count:
@@ -391,7 +391,7 @@ class KQueueNotifier:
         self._changes.append(self._calls.kevent(event.ident, event.filter, _EV_DELETE))
 
     def _has_failed(self, event: KernelEvent, ready: dict[Registration, int]) -> None:
-        """A change came back, with what became of it in C{data}."""
+        """A change came back, with what became of it in ``data``."""
         registration = self._registrations.get(event.ident)
         if not event.data:
             return

@@ -1,7 +1,7 @@
 """
 Finding kqueue(2) and kevent(2) for the kqueue notifier.
 
-They are those of C{select}, which exist on BSD and macOS only.  Nothing else of
+They are those of ``select``, which exist on BSD and macOS only.  Nothing else of
 this package touches them, so that a test can hand over others.
 """
 
@@ -62,7 +62,7 @@ class KernelCalls:
     user: int | None
 
 
-# From sys/event.h of each: C{select} leaves EVFILT_USER out.
+# From sys/event.h of each: ``select`` leaves EVFILT_USER out.
 _EVFILT_USER = {
     "darwin": -10,
     "dragonfly": -9,

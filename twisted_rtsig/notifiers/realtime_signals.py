@@ -321,9 +321,9 @@ class RealtimeSignalNotifier:
         """
         See :meth:`Notifier.statistics`.
 
-        C{waits} counts the passes, C{signals} the signals that were read,
-        C{checks} the level checks of descriptors that may be armed, and
-        C{overflows} how often the kernel found the signal queue full.
+        ``waits`` counts the passes, ``signals`` the signals that were read,
+        ``checks`` the level checks of descriptors that may be armed, and
+        ``overflows`` how often the kernel found the signal queue full.
         """
         return {
             "armed": sum(1 for each in self._registrations.values() if each.edges),
@@ -339,7 +339,7 @@ class RealtimeSignalNotifier:
     def poller(self) -> Any:
         """
         What the notifier sleeps in; it may be replaced by a wrapper, to measure how
-        long C{poll} takes.  Confirmations call that as well, with a timeout of 0.
+        long ``poll`` takes.  Confirmations call that as well, with a timeout of 0.
         """
         return self._poll
 

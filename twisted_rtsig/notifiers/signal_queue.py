@@ -4,7 +4,7 @@ signalfd(2), and shared by all reactors that run in that thread.
 
 It keeps the process clean: the signals are blocked only while a queue is open
 and only in its thread; a forked child unblocks them before it does anything
-else, and L{signal_mask} leaves them out of the mask of a spawned one, so that no
+else, and :func:`signal_mask` leaves them out of the mask of a spawned one, so that no
 program started by the reactor inherits them blocked.
 """
 
@@ -219,7 +219,7 @@ class SignalQueue:
     @classmethod
     def join(cls, number: int, member: object) -> SignalQueue:
         """
-        The queue of the calling thread for signal C{number}, with C{member}
+        The queue of the calling thread for signal ``number``, with ``member``
         in it.
 
         :raises UnsupportedReactorError: if it cannot be opened.
@@ -238,7 +238,7 @@ class SignalQueue:
 
     def leave(self, member: object) -> None:
         """
-        C{member} watches nothing any more.  The last one closes the queue, and
+        ``member`` watches nothing any more.  The last one closes the queue, and
         signals that are still in it are thrown away.
 
         Call it in the thread of the queue.

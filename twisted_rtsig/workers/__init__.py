@@ -19,7 +19,7 @@ class Worker:
     """
     What a worker knows of itself.
 
-    :ivar number: from 0 to C{count} - 1.  The successor of a worker that has ended has
+    :ivar number: from 0 to ``count`` - 1.  The successor of a worker that has ended has
         the same number.
     :ivar count: how many workers there were to be when this one was started.
     """

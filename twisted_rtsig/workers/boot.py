@@ -23,10 +23,10 @@ class Boot:
     :ivar number: the number of its slot.
     :ivar count: how many workers there are to be.
     :ivar reactor: the short name of the reactor.
-    :ivar path: C{sys.path}.
+    :ivar path: ``sys.path``.
     :ivar folder: the working directory in which the application is loaded; None to
         stay where the process is.
-    :ivar arguments: options of C{twistd}, and the command with its own.
+    :ivar arguments: options of ``twistd``, and the command with its own.
     :ivar uid: the user to become before anything is loaded, or None.
     :ivar gid: the group, or None.
     :ivar euid: whether to set only the effective ones.

@@ -89,9 +89,10 @@ def drain(
        no more.
     2. Connections of ``twisted.web`` are closed after the answer under way, which says
        ``Connection: close``.  An idle one is closed if no request comes within
-       C{keep_alive} seconds; if one comes, it is answered in the same way.  Clients of
+       ``keep_alive`` seconds; if one comes, it is answered in the same way.  Clients of
        HTTP/2 get GOAWAY, and all streams that are open are answered.
-    3. Coroutine servers stop, as by :meth:`CoroutineFactory.stop`: C{stopping} of their
+    3. Coroutine servers stop, as by :meth:`CoroutineFactory.stop`: ``stopping`` of
+    their
        streams is set, and their handlers have the grace.
     4. Protocols that provide :class:`IDrainable` are told.
     5. All server connections are waited for, of whatever protocol, and aborted when the
@@ -148,7 +149,7 @@ class _Drainage:
         self._stops = 0
 
     def wait(self, grace: float) -> Deferred[Drained]:
-        """Drain, for at most C{grace} seconds from now on."""
+        """Drain, for at most ``grace`` seconds from now on."""
         waiting: Deferred[Drained] = Deferred()
         self._waiting.append(waiting)
         reactor = self._reactor

@@ -48,8 +48,8 @@ SHARED: Final = "shared"
 
 Listener = Any
 """
-A worker: its C{number}, whether it C{accepts} connections, and C{goes_on}: it does not
-stop, but may be starting.
+A worker: its ``number``, whether it ``accepts`` connections, and ``goes_on``: it does
+not stop, but may be starting.
 """
 
 
@@ -92,7 +92,7 @@ class Address:
         return any(each.goes_on for each in self.listeners)
 
     def of(self, worker: Listener) -> list[tuple[str, socket.socket]]:
-        """The sockets that C{worker} is to accept from, its own first."""
+        """The sockets that ``worker`` is to accept from, its own first."""
         if self.shared:
             return [(SHARED, self.sockets[None])]
         slots = [self.own_slot(worker)]
@@ -109,7 +109,7 @@ class Address:
 
     def listen(self, worker: Listener, backlog: int) -> None:
         """
-        Have the socket of C{worker} listen.
+        Have the socket of ``worker`` listen.
 
         :param backlog: also of a socket that listens already.
         """
@@ -203,7 +203,7 @@ class Listening:
         self, worker: Listener, request: Message
     ) -> list[tuple[str, socket.socket]]:
         """
-        The sockets from which C{worker} is to accept, its own first.
+        The sockets from which ``worker`` is to accept, its own first.
 
         :raises OSError: if they cannot be made.
         """
@@ -219,7 +219,7 @@ class Listening:
         return address.of(worker)
 
     def release(self, worker: Listener, request: Message) -> None:
-        """The application in C{worker} has closed its port."""
+        """The application in ``worker`` has closed its port."""
         address = self._addresses.get(_key(request))
         if address is None or worker not in address.listeners:
             return
@@ -229,7 +229,7 @@ class Listening:
             self._remove(address)
 
     def ended(self, worker: Listener) -> None:
-        """C{worker} has ended.  Its sockets stay, for its successor."""
+        """``worker`` has ended.  Its sockets stay, for its successor."""
         for address in self._addresses.values():
             if worker in address.listeners:
                 address.listeners.remove(worker)

@@ -2,7 +2,7 @@
 The log of all workers in that of the supervisor.
 
 A worker writes whole lines to a pipe, and the supervisor alone writes to the log file
-of C{twistd}: so rotation and SIGUSR1 work as ever.  The pipe is read a few times a
+of ``twistd``: so rotation and SIGUSR1 work as ever.  The pipe is read a few times a
 second while much comes, so that a line costs next to nothing.
 """
 
@@ -51,8 +51,8 @@ def make_pipe() -> tuple[int, int]:
 
 def text_output() -> Callable[[bytes], None] | None:
     """
-    What writes text to where C{twistd} logs to: a file or standard output.  None if it
-    logs elsewhere (C{--syslog}, C{--logger}).
+    What writes text to where ``twistd`` logs to: a file or standard output.  None if it
+    logs elsewhere (``--syslog``, ``--logger``).
     """
     for observer in globalLogPublisher._observers:
         if isinstance(observer, FileLogObserver):

@@ -45,7 +45,7 @@ class _Command(usage.Options):
     """
     Takes the options of another command as they are: the workers parse them.
 
-    :param plugin: the C{IServiceMaker} of the command.
+    :param plugin: the ``IServiceMaker`` of the command.
     """
 
     def __init__(self, plugin: Any) -> None:
@@ -64,7 +64,7 @@ class _Command(usage.Options):
 
 
 class Options(usage.Options):
-    """What C{twistd workers} is told."""
+    """What ``twistd workers`` is told."""
 
     synopsis = "[options] COMMAND [options of the command]"
     longdesc = (
@@ -159,7 +159,7 @@ class Options(usage.Options):
             )
 
     def command(self) -> list[str]:
-        """What the workers give to C{twistd}."""
+        """What the workers give to ``twistd``."""
         if self["python"] is not None:
             return ["--python", self["python"]]
         command: Any = self.subOptions

@@ -41,7 +41,7 @@ class Events:
         """It has started, and listens."""
 
     def ended(self, worker: WorkerProcess) -> None:
-        """It has ended; C{worker.reason} says how."""
+        """It has ended; ``worker.reason`` says how."""
 
     def message(self, worker: WorkerProcess, message: Message) -> None:
         """It has sent a message of another type."""
@@ -281,7 +281,7 @@ class _Requests:
     """
     Answers a worker that asks for listening sockets, or releases them.
 
-    :param answer: returns sockets, and raises C{OSError} if it cannot.
+    :param answer: returns sockets, and raises ``OSError`` if it cannot.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Runs the application in a worker, with C{twistd}'s own machinery."""
+"""Runs the application in a worker, with ``twistd``'s own machinery."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(
     """
     Run the application until it ends.
 
-    :param connection: the control channel, and C{rest} what was read of it.
+    :param connection: the control channel, and ``rest`` what was read of it.
     :param sockets: the channel on which to ask for listening sockets.
     :param lifeline: a pipe that ends when the supervisor does.
     """
@@ -213,7 +213,7 @@ class WorkerLogger(UnixAppLogger):
 
 
 class _Runner(UnixApplicationRunner):
-    """Runs an application as C{twistd} does."""
+    """Runs an application as ``twistd`` does."""
 
     def __init__(self, options: Any, boot: Boot, side: WorkerSide) -> None:
         self._side = side
@@ -222,7 +222,7 @@ class _Runner(UnixApplicationRunner):
         super().__init__(options)
 
     def startReactor(self, *args: Any, **kwargs: Any) -> None:
-        """As C{twistd} does, and tell the supervisor when it runs."""
+        """As ``twistd`` does, and tell the supervisor when it runs."""
         self._side.start()
         super().startReactor(*args, **kwargs)
 

@@ -154,7 +154,7 @@ def _address(request: Message) -> tuple[object, ...]:
 
 
 def use(reactor: Any, sockets: HeldSockets) -> None:
-    """Have C{reactor} listen on the sockets of the supervisor from now on."""
+    """Have ``reactor`` listen on the sockets of the supervisor from now on."""
 
     class WorkerTCPPort(_WorkerTCPPort):
         held_sockets = sockets

@@ -120,7 +120,7 @@ class Status:
     # The workers
 
     def ended(self, worker: WorkerProcess) -> None:
-        """C{worker} has ended: what it has counted stays."""
+        """``worker`` has ended: what it has counted stays."""
         self._ends["stopped" if worker.stopping else "died"] += 1
         last = self._last.pop(worker, None)
         if last is not None:
@@ -232,7 +232,7 @@ class _Question:
         self._check()
 
     def answered(self, worker: WorkerProcess, snapshot: Message | None) -> None:
-        """C{worker} has answered, or ended."""
+        """``worker`` has answered, or ended."""
         if worker in self._unanswered:
             self._unanswered.discard(worker)
             self._answers[worker] = snapshot

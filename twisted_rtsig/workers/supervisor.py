@@ -69,11 +69,11 @@ class Settings:
     :ivar start_timeout: how many seconds it has to start.
     :ivar shared_socket: whether all workers accept from one socket.
     :ivar reactor: the short name of their reactor.
-    :ivar path: C{sys.path}.
+    :ivar path: ``sys.path``.
     :ivar folder: the folder in which the application is loaded.
     :ivar chroot: whether this process changes its root.
-    :ivar arguments: options of C{twistd}, and the command with its own.
-    :ivar log_arguments: other options of C{twistd}, if the workers log by themselves.
+    :ivar arguments: options of ``twistd``, and the command with its own.
+    :ivar log_arguments: other options of ``twistd``, if the workers log by themselves.
     :ivar uid: the user to become, or None.
     :ivar gid: the group, or None.
     :ivar euid: whether to set only the effective ones.

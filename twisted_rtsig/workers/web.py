@@ -77,7 +77,7 @@ class DrainingHTTP1:
 
     def _persists(self, request: Any, version: bytes) -> bool:
         """
-        What C{checkPersistence} of the channel is: the headers of a request have come.
+        What ``checkPersistence`` of the channel is: the headers of a request have come.
         """
         persistent: bool = self._check_persistence(request, version)
         return persistent and (self._has_more() or self._close_after(request))
@@ -139,7 +139,7 @@ class DrainingHTTP2:
         self._close_after_last()
 
     def _stream_done(self, stream: int) -> None:
-        """What C{_requestDone} of the channel is."""
+        """What ``_requestDone`` of the channel is."""
         self._request_done(stream)
         self._close_after_last()
 
@@ -161,7 +161,7 @@ class DrainingHTTP2:
 
 
 def _ignore(data: bytes) -> None:
-    """What C{dataReceived} of a connection is that was closed."""
+    """What ``dataReceived`` of a connection is that was closed."""
 
 
 def _has_shaken_hands(transport: Any) -> bool:

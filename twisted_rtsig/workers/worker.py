@@ -2,7 +2,7 @@
 A worker process: ``python -m twisted_rtsig.workers.worker``, which the supervisor
 starts.
 
-It runs the application as C{twistd} does, with the sockets of the supervisor.
+It runs the application as ``twistd`` does, with the sockets of the supervisor.
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ def cancel_everywhere(
     Both sides may await what belongs to asyncio: its time is that of the clock, and its
     threads, sockets and children are real.
 
-    :param handler: an C{async def} or generator function, of a :class:`Stream`; or a
-        plain function that waits with C{wait} of C{twisted_rtsig.coro.stackful}.
+    :param handler: an ``async def`` or generator function, of a :class:`Stream`; or a
+        plain function that waits with ``wait`` of ``twisted_rtsig.coro.stackful``.
     :param peer: another one, the other side; by default one that says that nothing
         will come, and listens.
     :param check: called after each conversation; raises something if the handler has

@@ -2,8 +2,8 @@
 What a stream must do, whatever carries it: one check for each rule.
 
 A check takes a function that makes two streams, each the other side of the other: any
-C{ByteStream}.
-Where they do not keep the rule, it raises an C{AssertionError}, or what they raise.
+``ByteStream``.
+Where they do not keep the rule, it raises an ``AssertionError``, or what they raise.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ async def _reads_have_a_limit(one: ByteStream, other: ByteStream) -> None:
 
 @_check
 async def _what_was_written_may_change(one: ByteStream, other: ByteStream) -> None:
-    """When C{write} has ended, the buffer is the writer's again."""
+    """When ``write`` has ended, the buffer is the writer's again."""
     data = bytearray(b"one ")
     await one.write(data)
     data[:] = b"two "
@@ -248,7 +248,7 @@ async def _the_end_comes_after_the_rest(one: ByteStream, other: ByteStream) -> N
 
 @_check
 async def _half_close(one: ByteStream, other: ByteStream) -> None:
-    """The other direction goes on.  Or there is none, and C{write_eof} says so."""
+    """The other direction goes on.  Or there is none, and ``write_eof`` says so."""
     await one.write(b"the last")
     try:
         await one.write_eof()
@@ -321,4 +321,4 @@ async def _write_for_ever(stream: ByteStream) -> None:
 
 
 STREAM_CHECKS: Final[tuple[StreamCheck, ...]] = tuple(_checks)
-"""All of them; each in a task, since they wait with C{timeout}."""
+"""All of them; each in a task, since they wait with ``timeout``."""

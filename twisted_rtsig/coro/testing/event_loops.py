@@ -36,7 +36,7 @@ def outside_of_loops() -> Iterator[None]:
 
 class ClockLoop(asyncio.SelectorEventLoop):
     """
-    The event loop of a C{Clock}: what is scheduled here is a delayed call there.
+    The event loop of a ``Clock``: what is scheduled here is a delayed call there.
 
     Threads, sockets and children are real.
 

@@ -29,7 +29,7 @@ def stream_pair(
     and something is written to it, then the other side loses the connection.
 
     :param buffer_size: when more bytes than that are on their way to the other side,
-        which takes some in advance, C{write} waits until it has taken all of them.
+        which takes some in advance, ``write`` waits until it has taken all of them.
     :param latency: how many seconds everything takes to get there.
     :param reactor: an ``IReactorTime`` provider, such as a
         ``twisted.internet.task.Clock``; by default that of the task.

@@ -21,8 +21,8 @@ def in_task(function: Callable[P, Runnable[T]]) -> Callable[P, Deferred[T]]:
     Decorate a test, so that it runs as a task of the installed reactor and returns
     a Deferred.
 
-    For trial: in the C{async def} tests that it runs itself there is no task, and so
-    no C{timeout}, for example.
+    For trial: in the ``async def`` tests that it runs itself there is no task, and so
+    no ``timeout``, for example.
 
     :param function: an ``async def`` or generator function.
     """

@@ -24,11 +24,11 @@ class SansIO:
         conversation.feed(b"HELO there\\r\\n")
         assert conversation.written() == b"250 hello\\r\\n"
 
-    Whatever the handler does with what has come, it has done when C{feed} returns.
+    Whatever the handler does with what has come, it has done when ``feed`` returns.
 
     :param handler: as for :class:`CoroutineFactory`.
     :param buffer_size: when the handler has written more bytes than that, its
-        C{write} waits for somebody to call C{written}.
+        ``write`` waits for somebody to call ``written``.
     :ivar clock: a ``twisted.internet.task.Clock``, the time of the handler.
     :ivar task: the handler's task.
     :ivar stream: what the handler has.
@@ -91,7 +91,7 @@ class SansIO:
         return self.task.done
 
     def result(self) -> Any:
-        """What the handler has returned, or raised: as C{Task.result}."""
+        """What the handler has returned, or raised: as ``Task.result``."""
         return self.task.result()
 
     def _settle(self) -> None:

@@ -43,18 +43,18 @@ class Transport(StringTransport):
     # What differs
 
     def send(self, data: bytes) -> None:
-        """Send it, and call L{sent} when that is done."""
+        """Send it, and call :func:`sent` when that is done."""
         raise NotImplementedError
 
     def send_eof(self) -> None:
         """Send that nothing more will come."""
 
     def close(self) -> None:
-        """Call L{lose}: everything was written."""
+        """Call :func:`lose`: everything was written."""
         raise NotImplementedError
 
     def abort(self) -> None:
-        """Call L{lose}, at once."""
+        """Call :func:`lose`, at once."""
         raise NotImplementedError
 
     def received(self, size: int) -> None:
