@@ -1266,6 +1266,7 @@ def test_context_variables(reactor: Any) -> None:
 # Asynchronous generators and context managers
 
 
+@frees_at_once
 def test_asynchronous_generators(reactor: Any) -> None:
     seen: list[str] = []
 
