@@ -53,7 +53,9 @@ def main() -> None:
 
 def _take(descriptor: int) -> int:
     """The same with another number, which no child inherits."""
-    taken = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 64)
+    # PyPy has no F_DUPFD_CLOEXEC.
+    taken = fcntl.fcntl(descriptor, fcntl.F_DUPFD, 64)
+    os.set_inheritable(taken, False)
     os.close(descriptor)
     return taken
 
