@@ -39,7 +39,7 @@ def is_installed() -> bool:
 
 def replace_loops() -> None:
     """Let everything that makes a loop for a selector make one of this package."""
-    from twisted_rtsig.asyncio_loop import EngineEventLoop
+    from twisted_rtsig.asyncio_support.loop import EngineEventLoop
     from twisted_rtsig.asyncioreactor import AsyncioReactor
 
     class Loop(EngineEventLoop):

@@ -200,7 +200,12 @@ def _classes_of_the_package() -> dict[str, _FromTwisted]:
     Notifiers have nothing, and those of other systems cannot be imported.
     """
     classes: list[type[Any]] = []
-    for folder in ("twisted_rtsig", "twisted_rtsig.engine"):
+    for folder in (
+        "twisted_rtsig",
+        "twisted_rtsig.asyncio_support",
+        "twisted_rtsig.engine",
+        "twisted_rtsig.windows",
+    ):
         path = importlib.import_module(folder).__path__
         for info in pkgutil.iter_modules(path, f"{folder}."):
             for each in vars(importlib.import_module(info.name)).values():
@@ -259,7 +264,7 @@ def leaned_on(files: Mapping[str, ast.Module]) -> dict[str, str]:
                     names = set(_not_exported(node))
                 case ast.Attribute(value=ast.Name(id="stream"), attr=name):
                     # What the engine calls a connection.
-                    names = classes["Stream"].leaned_on({name})
+                    names = classes["StreamTransport"].leaned_on({name})
                 case ast.ClassDef(name=name) if (
                     name in classes and classes[name].functions
                 ):

@@ -53,8 +53,8 @@ if sys.platform == "win32" or not reactor_classes():
     pytest.skip("it is for Linux, BSD and macOS", allow_module_level=True)
 
 from twisted_rtsig import asyncioreactor
-from twisted_rtsig.asyncio_loop import EngineEventLoop
-from twisted_rtsig.asyncio_selector import EngineSelector, Watched
+from twisted_rtsig.asyncio_support.loop import EngineEventLoop
+from twisted_rtsig.asyncio_support.selector import EngineSelector, Watched
 from twisted_rtsig.asyncioreactor import (
     AsyncioEngineReactor,
     AsyncioReactor,

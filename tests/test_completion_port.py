@@ -48,8 +48,8 @@ from tests.support import (
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.iocpreactor import CompletionPortReactor
 from twisted_rtsig.notifiers import READ, WRITE, Registration, completion_port
-from twisted_rtsig.notifiers import windows_calls as windows
 from twisted_rtsig.notifiers.completion_port import CompletionPortNotifier
+from twisted_rtsig.windows import calls as windows
 
 
 @pytest.fixture

@@ -44,7 +44,6 @@ from tests.scripted_notifier import (
 )
 from tests.support import A_FEW, dispose
 from twisted_rtsig.engine.reactor import EngineReactor
-from twisted_rtsig.engine.registration import Origin
 from twisted_rtsig.notifiers import (
     GONE,
     HANGUP,
@@ -54,6 +53,7 @@ from twisted_rtsig.notifiers import (
     Registration,
     UnsupportedReactorError,
 )
+from twisted_rtsig.notifiers.registration import Origin
 
 BOTH = READ | WRITE
 

@@ -62,7 +62,6 @@ from tests.support import (
     reset,
     spin,
 )
-from twisted_rtsig.engine.registration import Origin
 from twisted_rtsig.kqreactor import KQueueReactor
 from twisted_rtsig.notifiers import (
     GONE,
@@ -75,6 +74,7 @@ from twisted_rtsig.notifiers import READ as INPUT
 from twisted_rtsig.notifiers import WRITE as ROOM
 from twisted_rtsig.notifiers.kqueue import KQueueNotifier
 from twisted_rtsig.notifiers.kqueue_calls import KernelCalls, native_calls
+from twisted_rtsig.notifiers.registration import Origin
 
 
 @pytest.fixture

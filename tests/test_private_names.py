@@ -142,12 +142,15 @@ def test_asyncio_has_the_names(owner: str) -> None:
         ("from twisted.internet.tcp import _accept", "_accept"),
         ("from twisted.internet.posixbase import processEnabled", "processEnabled"),
         # In a class of this package: overridden, set, read.
-        ("class Stream:\n def _isSendBufferFull(self): ...", "_isSendBufferFull"),
-        ("class Stream:\n _aborting = True", "_aborting"),
-        ("class Stream:\n _shouldShutdown = 0", "_shouldShutdown"),
-        ("class Stream:\n def go(self): self._aborting = 1", "_aborting"),
-        ("class Stream:\n def go(self): super()._aborting", "_aborting"),
-        ("class UNIXStream:\n def go(self): self.realAddress", "realAddress"),
+        (
+            "class StreamTransport:\n def _isSendBufferFull(self): ...",
+            "_isSendBufferFull",
+        ),
+        ("class StreamTransport:\n _aborting = True", "_aborting"),
+        ("class StreamTransport:\n _shouldShutdown = 0", "_shouldShutdown"),
+        ("class StreamTransport:\n def go(self): self._aborting = 1", "_aborting"),
+        ("class StreamTransport:\n def go(self): super()._aborting", "_aborting"),
+        ("class UNIXTransport:\n def go(self): self.realAddress", "realAddress"),
         ("def go(stream): return stream.realAddress", "realAddress"),
         # Nobody here reads it, so that Twisted must.
         ("class EngineReactor:\n _hook = True", "_hook"),
@@ -162,10 +165,10 @@ def test_a_use_is_noticed(source: str, name: str) -> None:
     "source",
     [
         "class Own:\n def __init__(self): self._x = 0; print(self._x)",
-        "class Stream:\n def go(self): self._x = 0; return self._x",
-        "class Stream:\n def __init__(self): super().__init__()",
+        "class StreamTransport:\n def go(self): self._x = 0; return self._x",
+        "class StreamTransport:\n def __init__(self): super().__init__()",
         # An interface has it, or it is for subclasses to call.
-        "class Stream:\n def go(self): self.getPeer(); self.stopWriting()",
+        "class StreamTransport:\n def go(self): self.getPeer(); self.stopWriting()",
         "from twisted.internet.posixbase import PosixReactorBase",
         "for _, each in (): print(each)",
     ],

@@ -35,7 +35,7 @@ from tests.scripted_notifier import FAKE, StreamNotifier, StreamSocket
 from tests.support import dispose
 from tests.test_engine import LoggedFailures
 from twisted_rtsig.engine.reactor import EngineReactor
-from twisted_rtsig.engine.streams import Stream
+from twisted_rtsig.engine.transports import StreamTransport
 from twisted_rtsig.notifiers import READ, WRITE, Event
 
 NUMBERS = [FAKE, FAKE + 1, FAKE + 2]
@@ -184,7 +184,7 @@ class StreamMachine(RuleBasedStateMachine):
         talk.socket.on_send = lambda: self.sends(talk)
         talk.socket.on_sent = lambda complete: self.has_sent(talk, complete)
         self.notifier.files[number] = talk.socket
-        stream = Stream(talk.socket, talk, self.reactor)
+        stream = StreamTransport(talk.socket, talk, self.reactor)
         stream.logstr = f"stream {number}"
         stream.bufferSize = AT_ONCE
         stream.SEND_LIMIT = AT_ONCE + 2

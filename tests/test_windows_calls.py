@@ -7,12 +7,13 @@ import sys
 import pytest
 
 from twisted_rtsig.iocpreactor import CompletionPortReactor
-from twisted_rtsig.notifiers import UnsupportedReactorError, windows_calls
+from twisted_rtsig.notifiers import UnsupportedReactorError
+from twisted_rtsig.windows import calls
 
 
 def test_layouts() -> None:
     """Those of a 64-bit Windows, wherever they are looked at."""
-    windows_calls.check_layouts()
+    calls.check_layouts()
 
 
 def test_refused_by_a_python_of_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,4 +30,4 @@ def test_refused_elsewhere() -> None:
     with pytest.raises(UnsupportedReactorError, match="on Windows only"):
         CompletionPortReactor()
     with pytest.raises(NotImplementedError, match="on Windows only"):
-        windows_calls.close_handle(1)
+        calls.close_handle(1)

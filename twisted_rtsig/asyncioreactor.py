@@ -44,12 +44,18 @@ from twisted.internet.posixbase import unixEnabled
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from twisted_rtsig.asyncio_loop import EngineEventLoop, adopt, check_loop
-from twisted_rtsig.asyncio_selector import SocketTransport, Watched, WatchedTransport
-from twisted_rtsig.awaited_by_asyncio import install as let_asyncio_await_deferreds
+from twisted_rtsig.asyncio_support.deferreds import (
+    install as let_asyncio_await_deferreds,
+)
+from twisted_rtsig.asyncio_support.loop import EngineEventLoop, adopt, check_loop
+from twisted_rtsig.asyncio_support.selector import (
+    SocketTransport,
+    Watched,
+    WatchedTransport,
+)
 from twisted_rtsig.engine.reactor import EngineReactor, LogContext
-from twisted_rtsig.engine.registration import READ, WRITE, Registration
 from twisted_rtsig.notifiers import GONE, HANGUP, UnsupportedReactorError
+from twisted_rtsig.notifiers.registration import READ, WRITE, Registration
 from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
 
 if sys.platform.startswith("linux"):

@@ -20,7 +20,7 @@ from twisted.internet.main import installReactor
 from zope.interface import implementer
 
 from twisted_rtsig.notifiers import UnsupportedReactorError
-from twisted_rtsig.windows_events import WindowsEventReactor
+from twisted_rtsig.windows.events import WindowsEventReactor
 
 if TYPE_CHECKING:
     from twisted_rtsig.notifiers.completion_port import CompletionPortNotifier
@@ -83,9 +83,9 @@ class CompletionPortReactor(WindowsEventReactor):
             if asked:
                 raise ValueError(what)
         # Children are rare, and asyncio, of which this takes a part, is big.
-        from twisted_rtsig.windows_processes import Process
+        from twisted_rtsig.windows.processes import WindowsProcess
 
-        return Process(self._port, processProtocol, executable, args, env, path)
+        return WindowsProcess(self._port, processProtocol, executable, args, env, path)
 
     def installWaker(self) -> None:
         """Nothing to install: the port itself takes what wakes it."""

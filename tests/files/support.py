@@ -94,11 +94,11 @@ class SlowDisk:
 
     def _hold_windows(self, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
         from twisted_rtsig.files.handles import HandleDescriptor
-        from twisted_rtsig.notifiers import windows_calls
         from twisted_rtsig.notifiers.completion_port import CompletionPortNotifier
+        from twisted_rtsig.windows import calls
 
         if what == "open":
-            opens = windows_calls.msvcrt
+            opens = calls.msvcrt
             slow = self._slow(opens, "open_osfhandle")
             monkeypatch.setattr(opens, "open_osfhandle", slow)
             return
@@ -145,7 +145,7 @@ def open_in(folder: Path) -> list[str]:
 
 def _is_open(path: Path) -> bool:
     """On Windows: whether it is refused to who does not share it."""
-    from twisted_rtsig.notifiers import windows_calls as windows
+    from twisted_rtsig.windows import calls as windows
 
     handle = windows.open_file(
         str(path), windows.GENERIC_READ, 0, None, windows.OPEN_EXISTING, 0, None

@@ -13,8 +13,8 @@ from tests.coro.support import run
 from tests.files.support import Gate
 from tests.support import DEADLINE
 from twisted_rtsig.files import open_file, remove, rename
-from twisted_rtsig.notifiers import windows_calls as windows
 from twisted_rtsig.notifiers.completion_port import CompletionPortNotifier
+from twisted_rtsig.windows import calls as windows
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "win32", reason="this is about Windows"),

@@ -5,7 +5,9 @@ on every reactor.
 See ``docs/coroutines.md``.  Importing this imports no reactor.
 """
 
-from twisted_rtsig.awaited_by_asyncio import install as _let_asyncio_await_deferreds
+from twisted_rtsig.asyncio_support.deferreds import (
+    install as _let_asyncio_await_deferreds,
+)
 from twisted_rtsig.coro.channel_ends import ChannelReceiver, ChannelSender
 from twisted_rtsig.coro.channels import Channel, ChannelStatistics
 from twisted_rtsig.coro.commands import OutputLimitExceeded, run_process

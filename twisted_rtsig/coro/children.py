@@ -217,14 +217,14 @@ class Command:
 
     def _start_on_windows(self, reactor: Any, protocol: ProcessProtocol) -> None:
         from twisted_rtsig.iocpreactor import CompletionPortReactor
-        from twisted_rtsig.windows_processes import Process
+        from twisted_rtsig.windows.processes import WindowsProcess
 
         if not isinstance(reactor, CompletionPortReactor):
             raise NotImplementedError(
                 f"on Windows, {type(reactor).__name__} has no streams for child "
                 "processes: install the reactor of twisted_rtsig.iocpreactor"
             )
-        Process(
+        WindowsProcess(
             *(reactor._port, protocol, self.program, self.arguments),
             *(self.variables, self.folder, (self.stdin, self.stdout, self.stderr)),
         )

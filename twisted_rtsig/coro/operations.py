@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
-from twisted_rtsig.awaited_by_asyncio import delivered
+from twisted_rtsig.asyncio_support.deferreds import delivered
 from twisted_rtsig.coro.tracebacks import WholeFailure
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Operation(Deferred[T]):
     waiter: Any = None
     owner: Owner | None = None
     value: Any = NOTHING
-    # Of what drives the coroutine that awaits it: see awaited_by_asyncio.
+    # Of what drives the coroutine that awaits it: see asyncio_support/deferreds.py.
     takes_value = True
 
     # The names from Twisted 25.5 on, and before.

@@ -62,7 +62,7 @@ def unread_input(transport: Any) -> int | None:
     if number is None or number < 0:
         return None
     if sys.platform == "win32":
-        from twisted_rtsig.notifiers.windows_calls import bytes_to_read
+        from twisted_rtsig.windows.calls import bytes_to_read
 
         return bytes_to_read(number)
     try:

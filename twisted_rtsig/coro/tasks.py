@@ -42,7 +42,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from twisted_rtsig.awaited_by_asyncio import Delivery
+from twisted_rtsig.asyncio_support.deferreds import Delivery
 from twisted_rtsig.coro.awaiting_asyncio import FutureWait, runs, wait_for
 from twisted_rtsig.coro.errors import (
     Cancelled,

@@ -248,10 +248,10 @@ of this package, and tasks that await asyncio, lean on.  CPython's own tests are
 the loop: see ``tests/test_asyncio_suite.py``.
 """
 
-_STREAM = "twisted_rtsig.engine.streams.Stream"
-_TCP_SERVER = "twisted_rtsig.engine.streams.TCPServer"
-_UNIX_STREAM = "twisted_rtsig.engine.streams.UNIXStream"
-_STREAM_REACTOR = "twisted_rtsig.engine.streams.StreamReactor"
+_TRANSPORT = "twisted_rtsig.engine.transports.StreamTransport"
+_TCP_SERVER = "twisted_rtsig.engine.transports.TCPServer"
+_UNIX_TRANSPORT = "twisted_rtsig.engine.transports.UNIXTransport"
+_STREAM_REACTOR = "twisted_rtsig.engine.transports.StreamReactor"
 _DATAGRAM_REACTOR = "twisted_rtsig.engine.datagrams.DatagramReactor"
 _TIMERS = "twisted_rtsig.engine.timers"
 _TIMER_REACTOR = f"{_TIMERS}.TimerReactor"
@@ -259,40 +259,42 @@ _PROCESSES = "twisted_rtsig.engine.processes"
 _REACTOR = "twisted_rtsig.engine.reactor.EngineReactor"
 _ASYNCIO_REACTOR = "twisted_rtsig.asyncioreactor.AsyncioEngineReactor"
 _LISTENING = "twisted_rtsig.workers.listening"
-_SELECTOR = "twisted_rtsig.asyncio_selector.EngineSelector"
+_SELECTOR = "twisted_rtsig.asyncio_support.selector.EngineSelector"
 
 MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
     # Streams
-    "twisted.internet._newtls.ConnectionMixin.write": (f"{_STREAM}.write",),
+    "twisted.internet._newtls.ConnectionMixin.write": (f"{_TRANSPORT}.write",),
     "twisted.internet.abstract.FileDescriptor.__init__": (f"{_TCP_SERVER}.__init__",),
     "twisted.internet.abstract.FileDescriptor.connectionLost": (
         f"{_TCP_SERVER}.connectionLost",
     ),
     "twisted.internet.abstract.FileDescriptor.doWrite": (
-        f"{_STREAM}.doWrite",
+        f"{_TRANSPORT}.doWrite",
         f"{_REACTOR}._send_queued",
     ),
     "twisted.internet.abstract.FileDescriptor.startWriting": (
-        f"{_STREAM}.startWriting",
+        f"{_TRANSPORT}.startWriting",
     ),
-    "twisted.internet.abstract.FileDescriptor._isSendBufferFull": (f"{_STREAM}.write",),
+    "twisted.internet.abstract.FileDescriptor._isSendBufferFull": (
+        f"{_TRANSPORT}.write",
+    ),
     "twisted.internet.abstract.FileDescriptor._maybePauseProducer": (
-        f"{_STREAM}.write",
+        f"{_TRANSPORT}.write",
     ),
-    "twisted.internet.abstract.FileDescriptor.write": (f"{_STREAM}.write",),
+    "twisted.internet.abstract.FileDescriptor.write": (f"{_TRANSPORT}.write",),
     "twisted.internet.abstract.FileDescriptor.writeSequence": (
-        f"{_STREAM}.writeSequence",
+        f"{_TRANSPORT}.writeSequence",
     ),
     # When a callback returns an operation, its callbacks are made.
     "twisted.internet.defer.Deferred._runCallbacks": (
         "twisted_rtsig.coro.operations.Operation",
     ),
     "twisted.internet.tcp.BaseClient._connectDone": (
-        "twisted_rtsig.engine.streams.TCPClient.tells_drained",
+        "twisted_rtsig.engine.transports.TCPClient.tells_drained",
     ),
     "twisted.internet.tcp.BaseClient.doConnect": (
-        "twisted_rtsig.engine.streams.TCPClient.tells_drained",
-        f"{_STREAM}.startWriting",
+        "twisted_rtsig.engine.transports.TCPClient.tells_drained",
+        f"{_TRANSPORT}.startWriting",
     ),
     "twisted.internet.tcp.Connection.__init__": (f"{_TCP_SERVER}.__init__",),
     "twisted.internet.tcp.Connection.connectionLost": (
@@ -300,34 +302,36 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "twisted.internet.tcp.Connection._dataReceived": (f"{_REACTOR}._read_plain_input",),
     "twisted.internet.tcp.Connection.doRead": (
-        f"{_STREAM}.doRead",
+        f"{_TRANSPORT}.doRead",
         f"{_REACTOR}._read_plain_input",
         f"{_REACTOR}._read_till_empty",
     ),
     "twisted.internet.tcp.Connection.writeSomeData": (
-        f"{_STREAM}.doWrite",
-        f"{_STREAM}.why_lost",
+        f"{_TRANSPORT}.doWrite",
+        f"{_TRANSPORT}.why_lost",
         f"{_REACTOR}._send_queued",
     ),
     "twisted.internet.tcp.Connector._makeTransport": (
-        "twisted_rtsig.engine.streams.TCPConnector._makeTransport",
+        "twisted_rtsig.engine.transports.TCPConnector._makeTransport",
     ),
     "twisted.internet.tcp.Port.doRead": (
-        "twisted_rtsig.engine.streams.TCPPort.doRead",
+        "twisted_rtsig.engine.transports.TCPPort.doRead",
     ),
     "twisted.internet.tcp.Server.__init__": (
         f"{_TCP_SERVER}.__init__",
         f"{_TCP_SERVER}.repstr",
     ),
     "twisted.internet.tcp._AbortingMixin.abortConnection": (
-        f"{_STREAM}.abortConnection",
+        f"{_TRANSPORT}.abortConnection",
     ),
     "twisted.internet.unix.Connector._makeTransport": (
-        "twisted_rtsig.engine.streams.UNIXConnector._makeTransport",
+        "twisted_rtsig.engine.transports.UNIXConnector._makeTransport",
     ),
-    "twisted.internet.unix._SendmsgMixin.doRead": (f"{_UNIX_STREAM}.doRead",),
-    "twisted.internet.unix._SendmsgMixin.writeSomeData": (f"{_UNIX_STREAM}.doWrite",),
-    "twisted.python.sendmsg.recvmsg": (f"{_UNIX_STREAM}.doRead",),
+    "twisted.internet.unix._SendmsgMixin.doRead": (f"{_UNIX_TRANSPORT}.doRead",),
+    "twisted.internet.unix._SendmsgMixin.writeSomeData": (
+        f"{_UNIX_TRANSPORT}.doWrite",
+    ),
+    "twisted.python.sendmsg.recvmsg": (f"{_UNIX_TRANSPORT}.doRead",),
     # Ports and connectors
     "twisted.internet.posixbase.PosixReactorBase.adoptDatagramPort": (
         f"{_DATAGRAM_REACTOR}.adoptDatagramPort",

@@ -22,15 +22,15 @@ from zope.interface import implementer
 from twisted_rtsig.engine.datagrams import DatagramReactor
 from twisted_rtsig.engine.processes import ProcessReactor
 from twisted_rtsig.engine.standard_io import StandardIOReactor
-from twisted_rtsig.engine.streams import (
+from twisted_rtsig.engine.timers import TimerReactor
+from twisted_rtsig.engine.transports import (
     NOT_WRITING,
     ONE_CHUNK,
     QUEUED,
     REGISTERED,
-    Stream,
     StreamReactor,
+    StreamTransport,
 )
-from twisted_rtsig.engine.timers import TimerReactor
 from twisted_rtsig.notifiers import (
     GONE,
     HANGUP,
@@ -110,9 +110,9 @@ class EngineReactor(
         self._writing: dict[Any, Registration] = {}
         self._unchecked: dict[Registration, int] = {}
         # Streams with something to send at the end of the pass, in order.
-        self._queued: list[Stream] = []
+        self._queued: list[StreamTransport] = []
         # Those of the pass under way, the next one last.
-        self._sending: list[Stream] = []
+        self._sending: list[StreamTransport] = []
         # Streams to be read from in the next pass, and the next, until there is
         # nothing left; in order, and each but once.
         self._read_on: dict[Registration, None] = {}
@@ -169,7 +169,7 @@ class EngineReactor(
 
     def removeWriter(self, writer: Any) -> None:
         """Stop to call ``writer.doWrite``, also in the pass under way."""
-        if isinstance(writer, Stream):
+        if isinstance(writer, StreamTransport):
             writer.write_state = NOT_WRITING
         registration = self._writing.pop(writer, None)
         if registration is not None:
@@ -201,7 +201,7 @@ class EngineReactor(
 
     # Streams
 
-    def begin_reading(self, stream: Stream) -> None:
+    def begin_reading(self, stream: StreamTransport) -> None:
         """
         As ``addReader``, of a stream that is new, and whose descriptor as a rule is.
 
@@ -220,17 +220,17 @@ class EngineReactor(
         if self._waiting:
             self.wakeUp()
 
-    def look_again(self, stream: Stream) -> None:
+    def look_again(self, stream: StreamTransport) -> None:
         """There may be more to read than ``stream`` has read."""
         registration = self._reading.get(stream)
         if registration is not None:
             self._mark_unchecked(registration, READ)
 
-    def is_reading(self, stream: Stream) -> bool:
+    def is_reading(self, stream: StreamTransport) -> bool:
         """Whether ``stream`` is a reader: it is connected and not paused."""
         return stream in self._reading
 
-    def write_soon(self, stream: Stream) -> None:
+    def write_soon(self, stream: StreamTransport) -> None:
         """
         Call ``stream.doWrite`` at the end of the pass, whether the kernel has
         room or not, unless it waits for room already.
@@ -269,7 +269,7 @@ class EngineReactor(
     def _begin(
         self, descriptor: int, interest: int, newcomer: Any, *others: Any
     ) -> Registration:
-        if isinstance(newcomer, Stream) and not others:
+        if isinstance(newcomer, StreamTransport) and not others:
             registration = Registration(
                 descriptor, newcomer.origin, newcomer.tells_drained
             )
@@ -340,9 +340,9 @@ class EngineReactor(
     def _attach_writer(self, registration: Registration, writer: Any) -> None:
         former = registration.writer
         self._writing.pop(former, None)
-        if isinstance(former, Stream):
+        if isinstance(former, StreamTransport):
             former.write_state = NOT_WRITING
-        if isinstance(writer, Stream):
+        if isinstance(writer, StreamTransport):
             writer.write_state = REGISTERED
         registration.writer = writer
         self._writing[writer] = registration

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from twisted_rtsig.files.descriptors import FURTHEST, Descriptor
 from twisted_rtsig.files.workers import AT_ONCE
-from twisted_rtsig.notifiers import windows_calls as windows
+from twisted_rtsig.windows import calls as windows
 
 if TYPE_CHECKING:
     from twisted_rtsig.notifiers.completion_port import CompletionPortNotifier

@@ -174,7 +174,7 @@ class Workers:
 
 def _port_of(reactor: Any) -> CompletionPortNotifier | None:
     if sys.platform == "win32":
-        from twisted_rtsig.windows_events import WindowsEventReactor
+        from twisted_rtsig.windows.events import WindowsEventReactor
 
         if isinstance(reactor, WindowsEventReactor):
             return reactor._port

@@ -48,7 +48,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from twisted_rtsig.engine.registration import READ, WRITE, Registration
+from twisted_rtsig.notifiers.registration import READ, WRITE, Registration
 
 HANGUP = 4
 """The kernel reports a hang-up or an error; reading or writing tells which."""

@@ -18,15 +18,9 @@ import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from twisted_rtsig.notifiers import (
-    GONE,
-    HANGUP,
-    READ,
-    WRITE,
-    Event,
-    Registration,
-)
-from twisted_rtsig.notifiers import windows_calls as windows
+from twisted_rtsig.notifiers import GONE, HANGUP, Event
+from twisted_rtsig.notifiers.registration import READ, WRITE, Registration
+from twisted_rtsig.windows import calls as windows
 
 # Some facts about AFD and completion ports
 # -----------------------------------------

@@ -12,15 +12,8 @@ import select
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from twisted_rtsig.notifiers import (
-    GONE,
-    HANGUP,
-    READ,
-    WRITE,
-    Event,
-    Registration,
-    forks,
-)
+from twisted_rtsig.notifiers import GONE, HANGUP, Event, forks
+from twisted_rtsig.notifiers.registration import READ, WRITE, Registration
 
 # Some facts about epoll
 # ----------------------

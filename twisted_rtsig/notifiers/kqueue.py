@@ -18,21 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from twisted.logger import Logger
 
-from twisted_rtsig.engine.registration import Origin
-from twisted_rtsig.notifiers import (
-    GONE,
-    HANGUP,
-    READ,
-    WRITE,
-    Event,
-    Registration,
-    forks,
-)
+from twisted_rtsig.notifiers import GONE, HANGUP, Event, forks
 from twisted_rtsig.notifiers.kqueue_calls import (
     KernelCalls,
     KernelEvent,
     KernelQueue,
 )
+from twisted_rtsig.notifiers.registration import READ, WRITE, Origin, Registration
 
 # Some facts about kqueue
 # -----------------------

@@ -21,16 +21,8 @@ from typing import Any
 
 from twisted.logger import Logger
 
-from twisted_rtsig.engine.registration import Origin
-from twisted_rtsig.notifiers import (
-    GONE,
-    HANGUP,
-    READ,
-    WRITE,
-    Event,
-    Registration,
-    forks,
-)
+from twisted_rtsig.notifiers import GONE, HANGUP, Event, forks
+from twisted_rtsig.notifiers.registration import READ, WRITE, Origin, Registration
 from twisted_rtsig.notifiers.signal_queue import (
     PLAIN_INPUT,
     SignalQueue,

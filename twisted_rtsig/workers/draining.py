@@ -26,7 +26,7 @@ from twisted_rtsig.coro.serving import (
     servers,
 )
 from twisted_rtsig.engine.reactor import EngineReactor
-from twisted_rtsig.engine.streams import ServerStream
+from twisted_rtsig.engine.transports import ServerTransport
 
 _log = Logger()
 
@@ -140,7 +140,7 @@ class _Drainage:
         self._end_call: Any = None
         self._sweep_call: Any = None
         # The connections that were seen and may not be lost yet.
-        self._draining: dict[ServerStream, Draining | None] = {}
+        self._draining: dict[ServerTransport, Draining | None] = {}
         self._seen = 0
         self._aborted = 0
         # HTTP factories whose access logs stay open until the end.
@@ -202,7 +202,7 @@ class _Drainage:
                 self._logging.append(factory)
             factory = getattr(factory, "wrappedFactory", None)
 
-    def _look_at(self, connection: ServerStream) -> None:
+    def _look_at(self, connection: ServerTransport) -> None:
         if connection not in self._draining:
             self._seen += 1
             self._draining[connection] = None
@@ -271,7 +271,7 @@ class _Drainage:
 _drainages: Final[WeakKeyDictionary[EngineReactor, _Drainage]] = WeakKeyDictionary()
 
 
-def protocols_of(connection: ServerStream) -> Iterator[Any]:
+def protocols_of(connection: ServerTransport) -> Iterator[Any]:
     """The protocol of a connection; behind it, those that it wraps, TLS for example."""
     protocol: Any = connection.protocol
     while protocol is not None:

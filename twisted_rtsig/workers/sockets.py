@@ -20,7 +20,7 @@ from twisted.internet.address import UNIXAddress
 from twisted.internet.error import CannotListenError
 from twisted.python import log
 
-from twisted_rtsig.engine.streams import TCPPort, UNIXPort
+from twisted_rtsig.engine.transports import TCPPort, UNIXPort
 from twisted_rtsig.workers.channel import Message
 from twisted_rtsig.workers.listening import current_folder
 

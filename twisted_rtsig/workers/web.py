@@ -22,7 +22,7 @@ from typing import Any, Final
 from twisted.web.http import HTTPChannel, _GenericHTTPChannelProtocol
 
 from twisted_rtsig.coro.serving import is_readable
-from twisted_rtsig.engine.streams import ServerStream
+from twisted_rtsig.engine.transports import ServerTransport
 
 _MOST_STREAMS: Final = (1 << 31) - 1
 """The greatest number that a stream of HTTP/2 can have."""
@@ -39,7 +39,7 @@ def channel_of(protocols: Iterable[Any]) -> Any:
 
 
 def drain_channel(
-    channel: Any, connection: ServerStream
+    channel: Any, connection: ServerTransport
 ) -> DrainingHTTP1 | DrainingHTTP2:
     """Let an HTTP connection end."""
     kind = DrainingHTTP2 if _is_http2(channel) else DrainingHTTP1
@@ -59,7 +59,7 @@ class DrainingHTTP1:
     :ivar channel: an ``HTTPChannel``.
     """
 
-    def __init__(self, channel: Any, connection: ServerStream) -> None:
+    def __init__(self, channel: Any, connection: ServerTransport) -> None:
         self.channel = channel
         self._connection = connection
         self._check_persistence = channel.checkPersistence
@@ -117,7 +117,7 @@ class DrainingHTTP2:
     :ivar channel: an ``H2Connection``.
     """
 
-    def __init__(self, channel: Any, connection: ServerStream) -> None:
+    def __init__(self, channel: Any, connection: ServerTransport) -> None:
         self.channel = channel
         self._connection = connection
         # Whether streams that were opened before the client knew have come.

@@ -20,7 +20,7 @@ from twisted.internet.interfaces import IConsumer, IProcessTransport, IPushProdu
 from twisted.python import log
 from zope.interface import implementer
 
-from twisted_rtsig.notifiers import windows_calls as windows
+from twisted_rtsig.windows import calls as windows
 
 if TYPE_CHECKING:
     from twisted_rtsig.notifiers.completion_port import CompletionPortNotifier
@@ -252,7 +252,7 @@ def _start(
 
 
 @implementer(IProcessTransport, IConsumer, IPushProducer)
-class Process(BaseProcess):
+class WindowsProcess(BaseProcess):
     """
     A child, with pipes to its standard input, output and error.
 

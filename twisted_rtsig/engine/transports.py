@@ -37,7 +37,7 @@ from twisted.python import log
 from twisted.python.runtime import platformType
 
 from twisted_rtsig.engine.private_names import RESULT_IGNORED
-from twisted_rtsig.engine.registration import Origin
+from twisted_rtsig.notifiers.registration import Origin
 
 if TYPE_CHECKING:
     from twisted_rtsig.engine.reactor import EngineReactor
@@ -74,7 +74,7 @@ ABORTED = 4
 """What is written goes nowhere, though it may still be connected."""
 
 
-class Stream(tcp.Connection):
+class StreamTransport(tcp.Connection):
     """
     A stream connection; goes before the class of Twisted's that it changes.
 
@@ -325,7 +325,7 @@ class Stream(tcp.Connection):
         return None
 
 
-class ServerStream(Stream):
+class ServerTransport(StreamTransport):
     """A connection to a server, which its reactor lists until it is lost."""
 
     __slots__ = ()
@@ -342,7 +342,7 @@ class ServerStream(Stream):
             self.reactor._server_connection_lost(self)
 
 
-class TCPServer(ServerStream, tcp.Server):
+class TCPServer(ServerTransport, tcp.Server):
     """
     A TCP connection that the reactor accepted.
 
@@ -383,7 +383,7 @@ class TCPServer(ServerStream, tcp.Server):
         self._repr_of = protocol.__class__, server._realPortNumber
         reactor.begin_reading(self)
         self.connected = 1
-        # ServerStream
+        # ServerTransport
         reactor.server_connections[self] = None
 
     @property
@@ -423,7 +423,7 @@ class TCPServer(ServerStream, tcp.Server):
             del self.fileno
             protocol.connectionLost(reason)
         finally:
-            # ServerStream
+            # ServerTransport
             self.reactor._server_connection_lost(self)
 
 
@@ -433,7 +433,7 @@ class AdoptedTCPServer(TCPServer):
     origin = Origin.SHARED
 
 
-class TCPClient(Stream, tcp.Client):
+class TCPClient(StreamTransport, tcp.Client):
     """A TCP connection that the reactor makes."""
 
     @property
@@ -510,7 +510,7 @@ if unixEnabled:
     # 253 descriptors (SCM_RIGHTS in unix(7)), which is a quarter of it.
     _ANCILLARY_BYTES = 4096
 
-    class UNIXStream(Stream):
+    class UNIXTransport(StreamTransport):
         """A UNIX stream connection, which carries descriptors as well."""
 
         origin = Origin.OWN_UNIX
@@ -565,7 +565,7 @@ if unixEnabled:
                 self.reactor.addWriter(self)
             return None
 
-    class UNIXServer(ServerStream, UNIXStream, unix.Server):
+    class UNIXServer(ServerTransport, UNIXTransport, unix.Server):
         """A UNIX connection that the reactor accepted."""
 
     class AdoptedUNIXServer(UNIXServer):
@@ -573,7 +573,7 @@ if unixEnabled:
 
         origin = Origin.SHARED
 
-    class UNIXClient(UNIXStream, unix.Client):
+    class UNIXClient(UNIXTransport, unix.Client):
         """A UNIX connection that the reactor makes."""
 
         @property
@@ -608,11 +608,11 @@ class StreamReactor(PosixReactorBase):
     tcp_port: type[TCPPort] = TCPPort
 
     def __init__(self) -> None:
-        self.server_connections: dict[ServerStream, None] = {}
+        self.server_connections: dict[ServerTransport, None] = {}
         self.when_servers_idle: Callable[[], None] | None = None
         super().__init__()
 
-    def _server_connection_lost(self, connection: ServerStream) -> None:
+    def _server_connection_lost(self, connection: ServerTransport) -> None:
         connections = self.server_connections
         connections.pop(connection, None)
         if not connections and self.when_servers_idle is not None:

@@ -24,7 +24,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from twisted_rtsig.engine.reactor import LogContext
-from twisted_rtsig.engine.registration import READ, WRITE
+from twisted_rtsig.notifiers.registration import READ, WRITE
 
 if TYPE_CHECKING:
     from twisted_rtsig.asyncioreactor import AsyncioEngineReactor
@@ -287,7 +287,7 @@ class WatchedTransport(Watched):
             self._reactor.raised = error
 
 
-class Stopped(BaseException):
+class LoopStopped(BaseException):
     """The loop was stopped by a callback, and shall call no others."""
 
 
@@ -487,7 +487,7 @@ class EngineSelector(selectors.BaseSelector):
         """
         What the loop itself does when nothing but callbacks is there.
 
-        :raises Stopped: if one of them has stopped the loop.
+        :raises LoopStopped: if one of them has stopped the loop.
         """
         loop = self._loop
         ready = loop._ready
@@ -498,7 +498,7 @@ class EngineSelector(selectors.BaseSelector):
         # It may hold an exception whose traceback holds this frame.
         handle = None
         if loop._stopping:
-            raise Stopped
+            raise LoopStopped
 
     def _sleep(self, delay: float | None, deadline: float | None) -> float:
         """How long nothing is due: for Twisted, for asyncio and for the caller."""
@@ -583,8 +583,8 @@ __all__ = [
     "INTERNET",
     "MOST_AT_ONCE",
     "EngineSelector",
+    "LoopStopped",
     "SocketTransport",
-    "Stopped",
     "Watched",
     "WatchedTransport",
 ]

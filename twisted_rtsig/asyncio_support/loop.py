@@ -4,7 +4,7 @@ The event loop of the reactor that is asyncio's loop as well.
 It is asyncio's own ``SelectorEventLoop``, with its transports, servers, TLS,
 subprocesses and debug mode, apart from five things:
 
-- It waits in the engine: see ``asyncio_selector.py``.
+- It waits in the engine: see :mod:`twisted_rtsig.asyncio_support.selector`.
 - It reads at most 64 KiB at a time.
 - What a TCP transport writes in one go is sent together, before the loop sleeps.
 - Signals: there is one wakeup descriptor in a process, which is the loop's, and the
@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.posixbase import unixEnabled
 
-from twisted_rtsig.asyncio_children import fast_watcher, reap_for
-from twisted_rtsig.asyncio_selector import (
+from twisted_rtsig.asyncio_support.children import fast_watcher, reap_for
+from twisted_rtsig.asyncio_support.selector import (
     INTERNET,
     MOST_AT_ONCE,
     EngineSelector,
+    LoopStopped,
     SocketTransport,
-    Stopped,
 )
 from twisted_rtsig.engine.reactor import LogContext
 from twisted_rtsig.notifiers import UnsupportedReactorError
@@ -87,7 +87,7 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
         reactor.in_plain_run = reactor.calls_protocols
         try:
             super().run_forever()
-        except Stopped:
+        except LoopStopped:
             pass
         finally:
             selector.fields = None

@@ -1,0 +1,7 @@
+"""
+Windows: the calls of its API, children whose pipes report to a completion port, and
+events that call methods.
+
+Importing :mod:`twisted_rtsig.windows.calls` works on any system; calling a function of
+it works on Windows only.
+"""
