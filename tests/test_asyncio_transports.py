@@ -24,7 +24,7 @@ if sys.platform == "win32" or not reactor_classes():
     pytest.skip("it is for Linux, BSD and macOS", allow_module_level=True)
 
 from tests.test_asyncioreactor import CLASSES
-from twisted_rtsig.asyncio_support.selector import WatchedTransport
+from twisted_rtsig.asyncio_support.watched import WatchedTransport
 from twisted_rtsig.asyncioreactor import AsyncioEngineReactor
 
 Event = Any

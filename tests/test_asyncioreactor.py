@@ -54,7 +54,8 @@ if sys.platform == "win32" or not reactor_classes():
 
 from twisted_rtsig import asyncioreactor
 from twisted_rtsig.asyncio_support.loop import EngineEventLoop
-from twisted_rtsig.asyncio_support.selector import EngineSelector, Watched
+from twisted_rtsig.asyncio_support.selector import EngineSelector
+from twisted_rtsig.asyncio_support.watched import Watched
 from twisted_rtsig.asyncioreactor import (
     AsyncioEngineReactor,
     AsyncioReactor,

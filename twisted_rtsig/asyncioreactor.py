@@ -48,11 +48,8 @@ from twisted_rtsig.asyncio_support.deferreds import (
     install as let_asyncio_await_deferreds,
 )
 from twisted_rtsig.asyncio_support.loop import EngineEventLoop, adopt, check_loop
-from twisted_rtsig.asyncio_support.selector import (
-    SocketTransport,
-    Watched,
-    WatchedTransport,
-)
+from twisted_rtsig.asyncio_support.transports import SocketTransport
+from twisted_rtsig.asyncio_support.watched import Watched, WatchedTransport
 from twisted_rtsig.engine.reactor import EngineReactor, LogContext
 from twisted_rtsig.notifiers import GONE, HANGUP, UnsupportedReactorError
 from twisted_rtsig.notifiers.registration import READ, WRITE, Registration

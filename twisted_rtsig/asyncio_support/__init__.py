@@ -1,11 +1,10 @@
 """
 asyncio and Twisted in one thread.
 
-- :mod:`twisted_rtsig.asyncio_support.loop`,
-  :mod:`twisted_rtsig.asyncio_support.selector` and
-  :mod:`twisted_rtsig.asyncio_support.children` are the parts of
-  :mod:`twisted_rtsig.asyncioreactor`, in which one thread runs an event loop of asyncio
-  and a reactor.
-- :mod:`twisted_rtsig.asyncio_support.deferreds` lets tasks of asyncio await Deferreds,
-  on any reactor.
+:mod:`twisted_rtsig.asyncioreactor` has one loop for both: ``loop`` is its event loop,
+``selector`` the engine as what this event loop waits in, ``watched`` the descriptors
+that asyncio watches, ``transports`` asyncio's transport for stream sockets, and
+``children`` keeps a child watcher of asyncio from Twisted's child processes.
+
+``deferreds`` lets tasks of asyncio await Deferreds, on any reactor.
 """

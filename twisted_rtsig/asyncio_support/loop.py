@@ -28,11 +28,10 @@ from typing import TYPE_CHECKING, Any, Final
 from twisted.internet.posixbase import unixEnabled
 
 from twisted_rtsig.asyncio_support.children import fast_watcher, reap_for
-from twisted_rtsig.asyncio_support.selector import (
+from twisted_rtsig.asyncio_support.selector import EngineSelector, LoopStopped
+from twisted_rtsig.asyncio_support.transports import (
     INTERNET,
     MOST_AT_ONCE,
-    EngineSelector,
-    LoopStopped,
     SocketTransport,
 )
 from twisted_rtsig.engine.reactor import LogContext

@@ -11,18 +11,15 @@ attributes in each pass.
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import errno
 import selectors
-import socket
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from twisted.internet.interfaces import IReadDescriptor, IWriteDescriptor
 from twisted.logger import Logger
-from zope.interface import implementer
 
+from twisted_rtsig.asyncio_support.transports import SocketTransport
+from twisted_rtsig.asyncio_support.watched import Watched, WatchedTransport
 from twisted_rtsig.engine.reactor import LogContext
 from twisted_rtsig.notifiers.registration import READ, WRITE
 
@@ -32,259 +29,11 @@ if TYPE_CHECKING:
 # The directions of the engine are those of the standard library.
 assert (READ, WRITE) == (selectors.EVENT_READ, selectors.EVENT_WRITE)
 
-# In bytes: the most that a transport reads at once.  asyncio asks for 256 KiB, which is
-# more than the C library allocates from its heap (mallopt(3), M_MMAP_THRESHOLD): each
-# read, however small, then maps memory, faults it in and unmaps it.
-MOST_AT_ONCE: Final = 65536
-
-# The most bytes that one transport collects before it sends.  Pieces are copied when
-# they are put together.
-_COLLECTED_AT_MOST: Final = 16 * 1024
-
 # In seconds: as long as asyncio itself sleeps at most.
 _LONGEST_SLEEP: Final = 24 * 3600.0
 
-INTERNET: Final = (socket.AF_INET, socket.AF_INET6)
-
 # What Twisted's main loop logs to.
 _log = Logger(namespace="twisted.internet.base")
-
-
-class SocketTransport(asyncio.selector_events._SelectorSocketTransport):  # type: ignore[name-defined,misc]
-    """
-    asyncio's transport for stream sockets, which the engine may read for, and which
-    sends what is written when the callbacks of the pass have been called.
-
-    Whatever else is asked of the transport, what is collected is sent first.  So it is
-    that of asyncio in all but the moment of the send.
-
-    :ivar collected: what was written and not sent yet.
-    """
-
-    max_size = MOST_AT_ONCE
-
-    def __init__(self, loop: Any, *args: Any, **kwargs: Any) -> None:
-        self.collected = b""
-        # Whether asyncio's own write() would send at once.
-        self._sends_at_once = True
-        self._reactor: AsyncioEngineReactor = loop.reactor
-        super().__init__(loop, *args, **kwargs)
-        # From Python 3.15 on, asyncio's transports have one.
-        if getattr(self, "_context", None) is None:
-            self._context = contextvars.copy_context()
-
-    def write(self, data: Any) -> None:
-        """As ``WriteTransport.write``."""
-        reactor = self._reactor
-        if (
-            self._sends_at_once
-            and reactor.in_plain_run
-            and type(data) is bytes
-            and len(data) <= _COLLECTED_AT_MOST
-            # Otherwise a signal handler writes, in the middle of the sleep.
-            and not reactor._waiting
-        ):
-            collected = self.collected
-            if not collected:
-                self.collected = data
-                reactor.collecting.append(self)
-                return
-            if len(collected) + len(data) <= _COLLECTED_AT_MOST:
-                self.collected = collected + data
-                return
-        self._send_first()
-        super().write(data)
-        self._sends_at_once = not (
-            self._buffer
-            or self._conn_lost
-            or self._eof
-            or self._empty_waiter is not None
-        )
-
-    def send_collected(self) -> None:
-        """Send what is collected, and leave to asyncio what there is no room for."""
-        data = self.collected
-        if data:
-            self.collected = b""
-            try:
-                sent = self._sock.send(data)
-            except (BlockingIOError, InterruptedError):
-                sent = 0
-            except Exception as error:
-                message = "Fatal write error on socket transport"
-                self._context.run(self._fatal_error, error, message)
-                return
-            if sent < len(data):
-                self._sends_at_once = False
-                self._context.run(super().write, data[sent:])
-
-    def _send_first(self) -> None:
-        """Before what asyncio does."""
-        self.send_collected()
-        self._sends_at_once = False
-
-    def writelines(self, list_of_data: Any) -> None:
-        """As ``WriteTransport.writelines``."""
-        self._send_first()
-        super().writelines(list_of_data)
-
-    def write_eof(self) -> None:
-        """As ``WriteTransport.write_eof``."""
-        self._send_first()
-        super().write_eof()
-
-    def close(self) -> None:
-        """As ``BaseTransport.close``."""
-        self._send_first()
-        super().close()
-
-    def get_write_buffer_size(self) -> int:
-        """As ``WriteTransport.get_write_buffer_size``."""
-        self.send_collected()
-        size: int = super().get_write_buffer_size()
-        return size
-
-    def _force_close(self, exc: BaseException | None) -> None:
-        self._send_first()
-        super()._force_close(exc)
-
-    def _make_empty_waiter(self) -> Any:
-        self._send_first()
-        return super()._make_empty_waiter()
-
-    def reads_plainly(self) -> bool:
-        """Whether it is of TCP, and gives what it reads to ``data_received``."""
-        if type(self._sock) is not socket.socket:
-            return False
-        # The attributes of socket.socket make members of enumerations.
-        handle: Any = super(socket.socket, self._sock)
-        return (
-            handle.family in INTERNET
-            and handle.type == socket.SOCK_STREAM
-            and self._read_ready_cb == self._read_ready__data_received
-        )
-
-
-@implementer(IReadDescriptor, IWriteDescriptor)
-class Watched:
-    """
-    One descriptor that asyncio watches, as the engine sees it.
-
-    :ivar key: what asyncio knows it by.
-    :ivar pending: the directions that are ready and that ``select()`` has not returned.
-    :ivar reported: what ``select()`` returns next, in order.
-    """
-
-    __slots__ = ("key", "pending", "reported")
-
-    def __init__(self, key: selectors.SelectorKey, reported: list[Watched]) -> None:
-        self.key = key
-        self.pending = 0
-        self.reported = reported
-
-    def report(self, directions: int) -> None:
-        """They are ready: ``select()`` returns it."""
-        if not self.pending:
-            self.reported.append(self)
-        self.pending |= directions
-
-    # IReadDescriptor and IWriteDescriptor.  The engine calls these only if a selectable
-    # of Twisted's has the other direction of the descriptor.
-
-    def fileno(self) -> int:
-        return self.key.fd
-
-    def logPrefix(self) -> str:
-        return "asyncio"
-
-    def doRead(self) -> None:
-        self.report(READ)
-
-    def doWrite(self) -> None:
-        self.report(WRITE)
-
-    def connectionLost(self, reason: object) -> None:
-        # asyncio finds out by itself.
-        pass
-
-
-class WatchedTransport(Watched):
-    """
-    The descriptor of a transport that the engine reads from, as from its own streams:
-    the transport's data goes to its protocol within the pass.
-
-    The engine asks the kernel only for changes (``tells_drained``), which is what makes
-    it cheap, and right for TCP alone: there a read that returns less than it asked for
-    has emptied the socket.
-    """
-
-    __slots__ = (
-        "_mode",
-        "_reactor",
-        "_transport",
-        "logstr",
-        "reads_by_recv",
-        "run",
-    )
-
-    # Of the engine's streams.
-    tells_drained = True
-
-    def __init__(
-        self,
-        key: selectors.SelectorKey,
-        reported: list[Watched],
-        transport: Any,
-        reactor: AsyncioEngineReactor,
-    ) -> None:
-        super().__init__(key, reported)
-        self._transport = transport
-        self._reactor: Any = reactor
-        # Of the engine's streams.
-        self.reads_by_recv = False
-        self.logstr = "-"
-        # Changes with the protocol.
-        self._mode = transport._read_ready_cb
-        self.run = key.data[0]._context.run
-        """Calls functions in the context in which reading began."""
-
-    def doRead(self) -> None:
-        """What ``_read_ready__data_received`` of the transport does."""
-        transport = self._transport
-        try:
-            if (
-                transport._read_ready_cb is not self._mode
-                or not self._reactor.calls_protocols
-            ):
-                # The transport does not call data_received(), or the loop measures the
-                # callback, or data_received() iterates the reactor: a context is
-                # entered once.
-                self._reactor.look_again(self)
-                self.report(READ)
-                return
-            try:
-                data = transport._sock.recv(MOST_AT_ONCE)
-            except (BlockingIOError, InterruptedError):
-                return
-            except Exception as error:
-                message = "Fatal read error on socket transport"
-                self.run(transport._fatal_error, error, message)
-                return
-            if not data:
-                self.run(transport._read_ready__on_eof)
-                return
-            if len(data) == MOST_AT_ONCE:
-                self._reactor.look_again(self)
-            try:
-                self.run(transport._protocol.data_received, data)
-            except (SystemExit, KeyboardInterrupt):
-                raise
-            except BaseException as error:
-                message = "Fatal error: protocol.data_received() call failed."
-                self.run(transport._fatal_error, error, message)
-        except BaseException as error:
-            # The engine would log it, and lose the connection.
-            self._reactor.raised = error
 
 
 class LoopStopped(BaseException):
@@ -579,12 +328,4 @@ def _descriptor_of(fileobj: Any) -> int:
     return descriptor
 
 
-__all__ = [
-    "INTERNET",
-    "MOST_AT_ONCE",
-    "EngineSelector",
-    "LoopStopped",
-    "SocketTransport",
-    "Watched",
-    "WatchedTransport",
-]
+__all__ = ["EngineSelector", "LoopStopped"]

@@ -1,0 +1,142 @@
+"""
+The descriptors that asyncio watches, as readers and writers of the engine.
+"""
+
+from __future__ import annotations
+
+import selectors
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.interfaces import IReadDescriptor, IWriteDescriptor
+from zope.interface import implementer
+
+from twisted_rtsig.asyncio_support.transports import MOST_AT_ONCE
+from twisted_rtsig.notifiers.registration import READ, WRITE
+
+if TYPE_CHECKING:
+    from twisted_rtsig.asyncioreactor import AsyncioEngineReactor
+
+
+@implementer(IReadDescriptor, IWriteDescriptor)
+class Watched:
+    """
+    One descriptor that asyncio watches, as the engine sees it.
+
+    :ivar key: what asyncio knows it by.
+    :ivar pending: the directions that are ready and that ``select()`` has not returned.
+    :ivar reported: what ``select()`` returns next, in order.
+    """
+
+    __slots__ = ("key", "pending", "reported")
+
+    def __init__(self, key: selectors.SelectorKey, reported: list[Watched]) -> None:
+        self.key = key
+        self.pending = 0
+        self.reported = reported
+
+    def report(self, directions: int) -> None:
+        """They are ready: ``select()`` returns it."""
+        if not self.pending:
+            self.reported.append(self)
+        self.pending |= directions
+
+    # IReadDescriptor and IWriteDescriptor.  The engine calls these only if a selectable
+    # of Twisted's has the other direction of the descriptor.
+
+    def fileno(self) -> int:
+        return self.key.fd
+
+    def logPrefix(self) -> str:
+        return "asyncio"
+
+    def doRead(self) -> None:
+        self.report(READ)
+
+    def doWrite(self) -> None:
+        self.report(WRITE)
+
+    def connectionLost(self, reason: object) -> None:
+        # asyncio finds out by itself.
+        pass
+
+
+class WatchedTransport(Watched):
+    """
+    The descriptor of a transport that the engine reads from, as from its own streams:
+    the transport's data goes to its protocol within the pass.
+
+    The engine asks the kernel only for changes (``tells_drained``), which is what makes
+    it cheap, and right for TCP alone: there a read that returns less than it asked for
+    has emptied the socket.
+    """
+
+    __slots__ = (
+        "_mode",
+        "_reactor",
+        "_transport",
+        "logstr",
+        "reads_by_recv",
+        "run",
+    )
+
+    # Of the engine's streams.
+    tells_drained = True
+
+    def __init__(
+        self,
+        key: selectors.SelectorKey,
+        reported: list[Watched],
+        transport: Any,
+        reactor: AsyncioEngineReactor,
+    ) -> None:
+        super().__init__(key, reported)
+        self._transport = transport
+        self._reactor: Any = reactor
+        # Of the engine's streams.
+        self.reads_by_recv = False
+        self.logstr = "-"
+        # Changes with the protocol.
+        self._mode = transport._read_ready_cb
+        self.run = key.data[0]._context.run
+        """Calls functions in the context in which reading began."""
+
+    def doRead(self) -> None:
+        """What ``_read_ready__data_received`` of the transport does."""
+        transport = self._transport
+        try:
+            if (
+                transport._read_ready_cb is not self._mode
+                or not self._reactor.calls_protocols
+            ):
+                # The transport does not call data_received(), or the loop measures the
+                # callback, or data_received() iterates the reactor: a context is
+                # entered once.
+                self._reactor.look_again(self)
+                self.report(READ)
+                return
+            try:
+                data = transport._sock.recv(MOST_AT_ONCE)
+            except (BlockingIOError, InterruptedError):
+                return
+            except Exception as error:
+                message = "Fatal read error on socket transport"
+                self.run(transport._fatal_error, error, message)
+                return
+            if not data:
+                self.run(transport._read_ready__on_eof)
+                return
+            if len(data) == MOST_AT_ONCE:
+                self._reactor.look_again(self)
+            try:
+                self.run(transport._protocol.data_received, data)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                message = "Fatal error: protocol.data_received() call failed."
+                self.run(transport._fatal_error, error, message)
+        except BaseException as error:
+            # The engine would log it, and lose the connection.
+            self._reactor.raised = error
+
+
+__all__ = ["Watched", "WatchedTransport"]
