@@ -47,9 +47,11 @@ from tests.support import (
 )
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.iocpreactor import CompletionPortReactor
-from twisted_rtsig.notifiers import READ, WRITE, Registration, completion_port
+from twisted_rtsig.notifiers import afd, afd_polls, completion_port
 from twisted_rtsig.notifiers.completion_port import CompletionPortNotifier
+from twisted_rtsig.notifiers.registration import READ, WRITE, Registration
 from twisted_rtsig.windows import calls as windows
+from twisted_rtsig.windows.console import console
 
 
 @pytest.fixture
@@ -407,7 +409,7 @@ def test_a_console_event_wakes_the_sleeper(
     received: list[int] = []
     former = signal.signal(number, lambda number, frame: received.append(number))
     settle(reactor)
-    thread = threading.Timer(0.1, completion_port.console.handle, (event,))
+    thread = threading.Timer(0.1, console.handle, (event,))
     thread.start()
     begin = time.monotonic()
     reactor.doIteration(10)
@@ -427,9 +429,7 @@ def test_a_console_event_ends_what_blocks_the_reactor(
 
     former = signal.signal(signal.SIGINT, interrupt)
     settle(reactor)
-    thread = threading.Timer(
-        0.1, completion_port.console.handle, (windows.CTRL_C_EVENT,)
-    )
+    thread = threading.Timer(0.1, console.handle, (windows.CTRL_C_EVENT,))
     thread.start()
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
@@ -442,11 +442,11 @@ def test_a_console_event_ends_what_blocks_the_reactor(
 def test_a_console_event_that_nobody_handles_is_left_to_windows() -> None:
     former = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        assert not completion_port.console.handle(windows.CTRL_C_EVENT)
+        assert not console.handle(windows.CTRL_C_EVENT)
     finally:
         signal.signal(signal.SIGINT, former)
     logoff = 5
-    assert not completion_port.console.handle(logoff)
+    assert not console.handle(logoff)
 
 
 class Interrupting(Registration):
@@ -548,6 +548,9 @@ def test_an_interrupt_loses_no_answer(
         other.close()
 
 
+_FILES = [each.__file__ for each in (afd, afd_polls, completion_port)]
+
+
 class Interrupt:
     """
     Ctrl-C, at the n-th place where CPython heeds it in the notifier: where a
@@ -565,9 +568,7 @@ class Interrupt:
         sys.setprofile(None)
 
     def _profile(self, frame: FrameType, event: str, _: object) -> None:
-        if event in ("call", "c_return") and (
-            frame.f_code.co_filename == completion_port.__file__
-        ):
+        if event in ("call", "c_return") and (frame.f_code.co_filename in _FILES):
             self._left -= 1
             if not self._left:
                 self.came = True
@@ -725,7 +726,7 @@ def test_the_driver_is_asked_for_all_answers_before_the_port_is_closed(
 ) -> None:
     """Who closes the last handle to it need not be the notifier."""
     lost: list[Any] = []
-    monkeypatch.setattr(completion_port, "_lost", lost)
+    monkeypatch.setattr(afd_polls, "_leaked", lost)
     notifier = CompletionPortNotifier(lambda function: function())
     (registration,) = watched(notifier, [pair[0]])
     assert notifier.wait(0, {}) == ([], [])
