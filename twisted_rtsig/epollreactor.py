@@ -12,11 +12,11 @@ or by its short name: ``twistd --reactor=rtsig-epoll web``.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from twisted.internet.main import installReactor
 
-from twisted_rtsig.engine.reactor import EngineReactor
+from twisted_rtsig.engine.polling import PollingReactor
 from twisted_rtsig.notifiers import UnsupportedReactorError
 
 if sys.platform.startswith("linux"):
@@ -42,13 +42,9 @@ def _notifier() -> EdgeEPollNotifier:
     return EdgeEPollNotifier()
 
 
-class EdgeEPollReactor(EngineReactor, EPollReactor):
+class EdgeEPollReactor(PollingReactor, EPollReactor):
     """
     A reactor that is told of events by edge-triggered epoll.
-
-    It is a subclass of Twisted's epoll reactor for code that asks for the class.
-    Nothing of that is used; of its private attributes there is ``_poller``, whose
-    ``poll`` is the sleep of the reactor, and which may be replaced to measure it.
 
     :raises twisted_rtsig.notifiers.UnsupportedReactorError: elsewhere than on
         Linux, or where the system has no descriptors left for a reactor.
@@ -56,24 +52,11 @@ class EdgeEPollReactor(EngineReactor, EPollReactor):
 
     def __init__(self) -> None:
         try:
-            self._edge_epoll = _notifier()
-            super().__init__(self._edge_epoll)
+            super().__init__(_notifier())
         except OSError as error:
             raise UnsupportedReactorError(
                 f"the system has no descriptors left for a reactor ({error})"
             ) from error
-
-    def doPoll(self, timeout: float | None) -> None:
-        """As ``doIteration``."""
-        self.doIteration(timeout)
-
-    @property
-    def _poller(self) -> Any:
-        return self._edge_epoll.poller or self._edge_epoll
-
-    @_poller.setter
-    def _poller(self, poller: Any) -> None:
-        self._edge_epoll.poller = poller
 
 
 def install() -> None:

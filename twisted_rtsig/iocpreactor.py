@@ -12,7 +12,7 @@ or by its short name: ``twistd --reactor=rtsig-iocp web``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.interfaces import IReactorProcess
@@ -56,36 +56,19 @@ class CompletionPortReactor(WindowsEventReactor):
         self._port = _notifier(self.callFromThread)
         super().__init__()
 
-    def spawnProcess(
-        self,
-        processProtocol: Any,
-        executable: Any,
-        args: Sequence[Any] = (),
-        env: Mapping[Any, Any] | None = None,
-        path: Any = None,
-        uid: int | None = None,
-        gid: int | None = None,
-        usePTY: Any = False,
-        childFDs: Mapping[int, Any] | None = None,
-    ) -> Any:
-        """
-        See ``IReactorProcess.spawnProcess``.
-
-        :raises ValueError: if it is asked for what Windows does not have: users,
-            groups, terminals, and other descriptors than the standard three.
-        """
-        for asked, what in (
-            (uid is not None, "Setting UID is unsupported on this platform."),
-            (gid is not None, "Setting GID is unsupported on this platform."),
-            (usePTY, "The usePTY parameter is not supported on Windows."),
-            (childFDs, "Customizing childFDs is not supported on Windows."),
+    def _spawn_process(self, protocol: Any, *program: Any, **rest: Any) -> Any:
+        for asked, why_not in (
+            (rest["uid"] is not None, "Setting UID is unsupported on this platform."),
+            (rest["gid"] is not None, "Setting GID is unsupported on this platform."),
+            (rest["usePTY"], "The usePTY parameter is not supported on Windows."),
+            (rest["childFDs"], "Customizing childFDs is not supported on Windows."),
         ):
             if asked:
-                raise ValueError(what)
+                raise ValueError(why_not)
         # Children are rare, and asyncio, of which this takes a part, is big.
         from twisted_rtsig.windows.processes import WindowsProcess
 
-        return WindowsProcess(self._port, processProtocol, executable, args, env, path)
+        return WindowsProcess(self._port, protocol, *program)
 
     def installWaker(self) -> None:
         """Nothing to install: the port itself takes what wakes it."""

@@ -12,11 +12,11 @@ or by its short name: ``twistd --reactor=rtsig web``.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from twisted.internet.main import installReactor
 
-from twisted_rtsig.engine.reactor import EngineReactor
+from twisted_rtsig.engine.polling import PollingReactor
 from twisted_rtsig.notifiers.signal_queue import choose_signal, refuse
 
 if sys.platform.startswith("linux"):
@@ -38,13 +38,9 @@ def _notifier(signal_number: int | None) -> RealtimeSignalNotifier:
     return RealtimeSignalNotifier(chosen)
 
 
-class RealtimeSignalReactor(EngineReactor, PollReactor):
+class RealtimeSignalReactor(PollingReactor, PollReactor):
     """
     A reactor that is told of events by queued realtime signals.
-
-    It is a subclass of Twisted's poll reactor for code that asks for the class.
-    Nothing of that is used; of its private attributes there is ``_poller``, whose
-    ``poll`` is the sleep of the reactor, and which may be replaced to measure it.
 
     :param signal_number: the realtime signal to use.  None takes the one that
         the environment variable ``TWISTED_RTSIG_SIGNAL`` names (a number, or
@@ -55,24 +51,11 @@ class RealtimeSignalReactor(EngineReactor, PollReactor):
 
     def __init__(self, signal_number: int | None = None) -> None:
         try:
-            self._realtime_signals = _notifier(signal_number)
-            super().__init__(self._realtime_signals)
+            super().__init__(_notifier(signal_number))
         except OSError as error:
             raise refuse(
                 f"the system has no descriptors left for a reactor ({error})"
             ) from error
-
-    def doPoll(self, timeout: float | None) -> None:
-        """As ``doIteration``."""
-        self.doIteration(timeout)
-
-    @property
-    def _poller(self) -> Any:
-        return self._realtime_signals.poller
-
-    @_poller.setter
-    def _poller(self, poller: Any) -> None:
-        self._realtime_signals.poller = poller
 
 
 def install(signal_number: int | None = None) -> None:

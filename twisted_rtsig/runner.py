@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRestartable, ReactorNotRunning
@@ -80,43 +80,16 @@ _TO_TELL: Final = 1.0
 _TURNS: Final = 3
 
 
-@overload
 def run(
-    main: Callable[[Unpack[Ts]], Coroutine[Any, Any, T]],
+    main: Callable[
+        [Unpack[Ts]], Coroutine[Any, Any, T] | Generator[Any, Any, T] | Deferred[T]
+    ],
     *args: Unpack[Ts],
     reactor: object = None,
     grace: float | None = GRACE,
     name: str | None = None,
     debug: bool | None = None,
-) -> T: ...
-@overload
-def run(
-    main: Callable[[Unpack[Ts]], Generator[Any, Any, T]],
-    *args: Unpack[Ts],
-    reactor: object = None,
-    grace: float | None = GRACE,
-    name: str | None = None,
-    debug: bool | None = None,
-) -> T: ...
-@overload
-def run(
-    main: Callable[[Unpack[Ts]], Deferred[T]],
-    *args: Unpack[Ts],
-    reactor: object = None,
-    grace: float | None = GRACE,
-    name: str | None = None,
-    debug: bool | None = None,
-) -> T: ...
-
-
-def run(
-    main: Callable[[Unpack[Ts]], Any],
-    *args: Unpack[Ts],
-    reactor: object = None,
-    grace: float | None = GRACE,
-    name: str | None = None,
-    debug: bool | None = None,
-) -> Any:
+) -> T:
     """
     Install a reactor, run ``main(*args)`` as a task until it ends, and stop the
     reactor.
@@ -158,7 +131,8 @@ def run(
     program.run(main, args, name)
     error = program.error()
     if error is None:
-        return program.result()
+        result: T = program.result()
+        return result
     try:
         raise error
     finally:

@@ -48,14 +48,8 @@ _new_object: Any = object.__new__
 
 # Whether all that a handle has is known here.
 _HANDLES_ARE_KNOWN: Final = set(asyncio.Handle.__slots__) == {
-    "__weakref__",
-    "_args",
-    "_callback",
-    "_cancelled",
-    "_context",
-    "_loop",
-    "_repr",
-    "_source_traceback",
+    *("__weakref__", "_args", "_callback", "_cancelled", "_context", "_loop"),
+    *("_repr", "_source_traceback"),
 }
 
 

@@ -419,6 +419,7 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
     # Children
     "twisted.internet.posixbase.PosixReactorBase.spawnProcess": (
         f"{_PROCESSES}.ProcessReactor.spawnProcess",
+        f"{_PROCESSES}.ProcessReactor._spawn_process",
     ),
     "twisted.internet.process.Process._trySpawnInsteadOfFork": (
         f"{_PROCESSES}.ChildProcess._trySpawnInsteadOfFork",

@@ -137,44 +137,40 @@ if unixEnabled:
             if environment is None:
                 # Twisted 23.10 would start it without any variables.
                 environment = os.environ
-            if self._spawn(path, uid, gid, executable, args, environment, kwargs):
-                return True
-            self._mask = signal.pthread_sigmask(
-                signal.SIG_BLOCK, signal.valid_signals()
-            )
-            return False
+            options = self._options
+            spawned = False
+            if options.umask is not None:
+                pass
+            elif (
+                signal_mask.blocked
+                or options.new_session
+                or options.process_group is not None
+            ) and (
+                # Twisted's tests replace it, to have the child forked.
+                process.Process._trySpawnInsteadOfFork is _TWISTEDS
+            ):
+                if (
+                    uid is None
+                    and gid is None
+                    and (path is None or os.path.abspath(path) == os.path.abspath("."))
+                    and not getattr(self._reactor, "_neverUseSpawn", False)
+                ):
+                    fdmap = kwargs["fdmap"]
+                    spawned = self._spawn(executable, args, environment, fdmap)
+            else:
+                spawned = super()._trySpawnInsteadOfFork(
+                    path, uid, gid, executable, args, environment, kwargs
+                )
+            if not spawned:
+                self._mask = signal.pthread_sigmask(
+                    signal.SIG_BLOCK, signal.valid_signals()
+                )
+            return bool(spawned)
 
         def _spawn(
-            self,
-            path: Any,
-            uid: int | None,
-            gid: int | None,
-            executable: Any,
-            args: Any,
-            environment: Mapping[Any, Any],
-            kwargs: Mapping[str, Any],
+            self, executable: Any, args: Any, environment: Mapping[Any, Any], fdmap: Any
         ) -> bool:
             options = self._options
-            if options.umask is not None:
-                return False
-            own = options.new_session or options.process_group is not None
-            if (
-                not (signal_mask.blocked or own)
-                # Twisted's tests replace it, to have the child forked.
-                or process.Process._trySpawnInsteadOfFork is not _TWISTEDS
-            ):
-                return bool(
-                    super()._trySpawnInsteadOfFork(
-                        path, uid, gid, executable, args, environment, kwargs
-                    )
-                )
-            if (
-                uid is not None
-                or gid is not None
-                or (path is not None and os.path.abspath(path) != os.path.abspath("."))
-                or getattr(self._reactor, "_neverUseSpawn", False)
-            ):
-                return False
             state = []
             for descriptor in process._listOpenFDs():
                 try:
@@ -195,7 +191,7 @@ if unixEnabled:
                     environment,
                     file_actions=process._getFileActions(
                         state,
-                        kwargs["fdmap"],
+                        fdmap,
                         doClose=os.POSIX_SPAWN_CLOSE,
                         doDup2=os.POSIX_SPAWN_DUP2,
                     ),
@@ -292,39 +288,51 @@ if unixEnabled:
 class ProcessReactor(PosixReactorBase):
     """Starts the children of this module wherever Twisted starts its own."""
 
+    def spawnProcess(
+        self,
+        processProtocol: Any,
+        executable: Any,
+        args: Sequence[Any] = (),
+        env: Mapping[Any, Any] | None = _NO_VARIABLES,
+        path: Any = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        usePTY: Any = False,
+        childFDs: Mapping[int, Any] | None = None,
+    ) -> Any:
+        """
+        See ``IReactorProcess.spawnProcess``.
+
+        The end of the child is noticed with and without ``installSignalHandlers``.
+
+        :raises OSError: if it cannot be started, ``FileNotFoundError`` for example.
+            A child with a terminal, another user or another working directory is
+            forked, and ends with status 1 instead.
+        :raises ValueError: on Windows, if the child should have what Windows does not
+            have: another user or group, a terminal, or other descriptors than the
+            standard three.
+        """
+        return self._spawn_process(
+            *(processProtocol, executable, args, env, path),
+            **{"uid": uid, "gid": gid, "usePTY": usePTY, "childFDs": childFDs},
+        )
+
+    def _spawn_process(self, protocol: Any, *program: Any, **rest: Any) -> Any:
+        """
+        As ``spawnProcess``.
+
+        :param program: ``executable``, ``args``, ``env`` and ``path``.
+        :param rest: ``uid``, ``gid``, ``usePTY`` and ``childFDs``.
+        """
+        raise NotImplementedError
+
     if unixEnabled:
 
-        def spawnProcess(
-            self,
-            processProtocol: Any,
-            executable: Any,
-            args: Sequence[Any] = (),
-            env: Mapping[Any, Any] | None = _NO_VARIABLES,
-            path: Any = None,
-            uid: int | None = None,
-            gid: int | None = None,
-            usePTY: Any = False,
-            childFDs: Mapping[int, Any] | None = None,
-        ) -> Any:
-            """
-            See ``IReactorProcess.spawnProcess``.
-
-            The end of the child is noticed with and without
-            ``installSignalHandlers``.
-
-            :raises OSError: if it cannot be started, ``FileNotFoundError`` for
-                example.  A child with a terminal, another user or another working
-                directory is forked, and ends with status 1 instead.
-            """
-            if not usePTY:
-                return start_child(
-                    *(self, processProtocol, executable, args, env, path),
-                    *(uid, gid, childFDs),
-                )
-            child = super().spawnProcess(
-                *(processProtocol, executable, args, env, path),
-                *(uid, gid, usePTY, childFDs),
-            )
+        def _spawn_process(self, protocol: Any, *program: Any, **rest: Any) -> Any:
+            if not rest["usePTY"]:
+                del rest["usePTY"]
+                return start_child(self, protocol, *program, **rest)
+            child = super().spawnProcess(protocol, *program, **rest)
             if child.pid is not None:
                 self._watch_child(child)
             return child

@@ -62,6 +62,13 @@ directions which this event disarmed besides those that it reports.
 """
 
 
+Unchecked = Mapping[Registration, int]
+"""The directions of each registration that must be level-checked before any sleep."""
+
+Reported = tuple[Sequence[Registration], Sequence[Event]]
+"""What a ``wait`` reports: plain input, and all other events."""
+
+
 class UnsupportedReactorError(Exception):
     """
     The reactor cannot run on this system, or not as it was asked to.  The
@@ -104,9 +111,7 @@ class Notifier(Protocol):
     def unwatch(self, registration: Registration) -> None:
         """Stop to watch: the last interest has ended.  Never fails."""
 
-    def wait(
-        self, timeout: float | None, unchecked: Mapping[Registration, int]
-    ) -> tuple[Sequence[Registration], Sequence[Event]]:
+    def wait(self, timeout: float | None, unchecked: Unchecked) -> Reported:
         """
         Check, then sleep until something is ready.
 
@@ -141,5 +146,7 @@ __all__ = [
     "Event",
     "Notifier",
     "Registration",
+    "Reported",
+    "Unchecked",
     "UnsupportedReactorError",
 ]

@@ -14,9 +14,9 @@ import ctypes
 import itertools
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-from twisted_rtsig.notifiers import GONE, Event
+from twisted_rtsig.notifiers import GONE, Event, Reported, Unchecked
 from twisted_rtsig.notifiers.afd import base_socket
 from twisted_rtsig.notifiers.afd_polls import Polls
 from twisted_rtsig.notifiers.registration import Registration
@@ -164,9 +164,7 @@ class CompletionPortNotifier:
         del self._registrations[registration]
         self._polls.end(registration)
 
-    def wait(
-        self, timeout: float | None, unchecked: Mapping[Registration, int]
-    ) -> tuple[Sequence[Registration], Sequence[Event]]:
+    def wait(self, timeout: float | None, unchecked: Unchecked) -> Reported:
         """See :meth:`Notifier.wait`."""
         port = self._port
         if port is None:

@@ -12,7 +12,8 @@ import select
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from twisted_rtsig.notifiers import GONE, HANGUP, Event, forks
+from twisted_rtsig.notifiers import GONE, HANGUP, Event, Reported, Unchecked, forks
+from twisted_rtsig.notifiers.hang_ups import poll_reports_hang_up
 from twisted_rtsig.notifiers.registration import READ, WRITE, Registration
 
 # Some facts about epoll
@@ -74,18 +75,13 @@ _READY = tuple(
 
 
 class EdgeEPollNotifier:
-    """
-    Epoll, edge-triggered for readers that read until nothing is left.
-
-    :ivar poller: something to call instead of :meth:`poll`, in order to measure how
-        long it takes.
-    """
+    """Epoll, edge-triggered for readers that read until nothing is left."""
 
     def __init__(self) -> None:
         self._registrations: dict[int, Registration] = {}
         self._epoll: select.epoll | None = None
         self._forks = forks.count
-        self.poller: Any = None
+        self._poller: Any = None
         # Added or modified since the last wait, which is as good as a check.
         self._checked: set[Registration] = set()
         self._always_ready: set[Registration] = set()
@@ -157,9 +153,7 @@ class EdgeEPollNotifier:
             except OSError:
                 self._closed_early.add(descriptor)
 
-    def wait(
-        self, timeout: float | None, unchecked: Mapping[Registration, int]
-    ) -> tuple[Sequence[Registration], Sequence[Event]]:
+    def wait(self, timeout: float | None, unchecked: Unchecked) -> Reported:
         """See :meth:`Notifier.wait`."""
         epoll = self._epoll
         if epoll is None or self._forks != forks.count:
@@ -174,10 +168,10 @@ class EdgeEPollNotifier:
             # PyPy takes nothing but numbers.
             timeout = -1
         polled: Sequence[tuple[int, int]]
-        if self.poller is None:
+        if self._poller is None:
             polled = epoll.poll(timeout)
         else:
-            polled = self.poller.poll(timeout)
+            polled = self._poller.poll(timeout)
         self._waits += 1
         self._events += len(polled)
         # Only now: whom a signal handler has added in the middle of the sleep
@@ -210,10 +204,7 @@ class EdgeEPollNotifier:
 
     def is_hung_up(self, registration: Registration) -> bool:
         """See :meth:`Notifier.is_hung_up`."""
-        poll = select.poll()
-        # Hang-ups and errors are reported whatever the mask is.
-        poll.register(registration.descriptor, 0)
-        return bool(poll.poll(0))
+        return poll_reports_hang_up(registration.descriptor)
 
     def statistics(self) -> Mapping[str, int]:
         """
@@ -233,6 +224,18 @@ class EdgeEPollNotifier:
         }
 
     # Beyond the contract
+
+    @property
+    def poller(self) -> Any:
+        """
+        The object whose ``poll`` the notifier sleeps in.  A wrapper may replace it, to
+        measure how long ``poll`` takes.
+        """
+        return self if self._poller is None else self._poller
+
+    @poller.setter
+    def poller(self, poller: Any) -> None:
+        self._poller = poller
 
     def poll(self, timeout: float | None = None) -> Sequence[tuple[int, int]]:
         """As ``select.epoll.poll``, of the set that is open."""
@@ -288,9 +291,7 @@ class EdgeEPollNotifier:
         else:
             self._checked.add(registration)
 
-    def _check(
-        self, epoll: select.epoll, unchecked: Mapping[Registration, int]
-    ) -> None:
+    def _check(self, epoll: select.epoll, unchecked: Unchecked) -> None:
         for registration in unchecked:
             if (
                 registration.edges

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from twisted.logger import Logger
 
-from twisted_rtsig.notifiers import GONE, HANGUP, Event, forks
+from twisted_rtsig.notifiers import GONE, HANGUP, Reported, Unchecked, forks
 from twisted_rtsig.notifiers.kqueue_calls import (
     KernelCalls,
     KernelEvent,
@@ -208,9 +208,7 @@ class KQueueNotifier:
         self._always_ready.discard(registration)
         self._selected.discard(registration)
 
-    def wait(
-        self, timeout: float | None, unchecked: Mapping[Registration, int]
-    ) -> tuple[Sequence[Registration], Sequence[Event]]:
+    def wait(self, timeout: float | None, unchecked: Unchecked) -> Reported:
         """See :meth:`Notifier.wait`."""
         queue = self._queue
         if queue is None or self._forks != forks.count:
@@ -325,9 +323,7 @@ class KQueueNotifier:
 
     # Changes
 
-    def _changes_to_check(
-        self, unchecked: Mapping[Registration, int]
-    ) -> list[KernelEvent]:
+    def _changes_to_check(self, unchecked: Unchecked) -> list[KernelEvent]:
         """What the kernel is to be told, in order."""
         changes = list(self._changes)
         kevent, calls = self._calls.kevent, self._calls

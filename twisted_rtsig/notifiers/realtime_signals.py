@@ -21,7 +21,8 @@ from typing import Any
 
 from twisted.logger import Logger
 
-from twisted_rtsig.notifiers import GONE, HANGUP, Event, forks
+from twisted_rtsig.notifiers import GONE, HANGUP, Reported, Unchecked, forks
+from twisted_rtsig.notifiers.hang_ups import poll_reports_hang_up
 from twisted_rtsig.notifiers.registration import READ, WRITE, Origin, Registration
 from twisted_rtsig.notifiers.signal_queue import (
     PLAIN_INPUT,
@@ -240,9 +241,7 @@ class RealtimeSignalNotifier:
             self._poll.unregister(descriptor)
         self._disarm(registration)
 
-    def wait(
-        self, timeout: float | None, unchecked: Mapping[Registration, int]
-    ) -> tuple[Sequence[Registration], Sequence[Event]]:
+    def wait(self, timeout: float | None, unchecked: Unchecked) -> Reported:
         """See :meth:`Notifier.wait`."""
         queue = self._queue
         # As is_of_this_thread(), without the call: each pass comes here.
@@ -304,10 +303,7 @@ class RealtimeSignalNotifier:
 
     def is_hung_up(self, registration: Registration) -> bool:
         """See :meth:`Notifier.is_hung_up`."""
-        poll = select.poll()
-        # Hang-ups and errors are reported whatever the mask is.
-        poll.register(registration.descriptor, 0)
-        return bool(poll.poll(0))
+        return poll_reports_hang_up(registration.descriptor)
 
     def statistics(self) -> Mapping[str, int]:
         """
