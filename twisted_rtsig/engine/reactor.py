@@ -2,7 +2,12 @@
 The engine: a reactor that records which descriptors are read and written, and lets a
 notifier find out when they are ready.
 
-The subclasses are a few lines each: they choose the notifier.
+A subclass for each kernel interface chooses the notifier.  The contract between the
+engine and a notifier, and the terms used here (*registration*, *unchecked*, *armed*,
+*plain input*), are described in :mod:`twisted_rtsig.notifiers`.
+
+The engine works in passes.  A pass waits for events, calls ``doRead`` and ``doWrite``
+of the selectables that are ready, and sends what was written meanwhile.
 """
 
 from __future__ import annotations
@@ -41,22 +46,23 @@ from twisted_rtsig.notifiers import (
     Registration,
 )
 
-# What a connection that has much to read may have before others get their turn:
-# 256 KiB, with Twisted's size of a read.
+# The number of reads from one connection before other connections get their turn.  With
+# Twisted's size of a read that is 256 KiB.
 _READS_IN_A_ROW = 4
 
-# After so many passes in a row that report a hang-up or an error of a descriptor and
-# nothing else, and that leave it there, its selectable is disconnected: reading and
-# writing do not clear the condition, and the loop would spin.  Twisted's epoll reactor
-# disconnects at once, and takes an error that one read clears (an ICMP message, say)
-# for a lost connection.  More than two, since a reader may cause the next such error.
+# The number of passes in a row that may report a hang-up or an error of a descriptor
+# and nothing else.  If reading and writing have not cleared the condition by then, the
+# selectable is disconnected, as the loop would spin.  Twisted's epoll reactor
+# disconnects at once; it takes an error that a single read would clear (an ICMP
+# message, for example) for a lost connection.  The number is greater than 2, since a
+# reader that clears an error may itself cause the next one.
 _HANG_UPS_IN_A_ROW = 10
 
 _LOST = "File descriptor lost"
 
 LogContext = dict[Any, Any]
 
-# What Twisted's main loop logs to.
+# The logger of Twisted's main loop.
 _log = Logger(namespace="twisted.internet.base")
 
 
@@ -65,7 +71,7 @@ def _observed(
     begins: Callable[[], None],
     ends: Callable[[], None],
 ) -> Callable[[float | None, Any], Any]:
-    """``Notifier.wait`` between two passes that are observed."""
+    """Wrap ``Notifier.wait``: each call ends one observed pass and begins the next."""
 
     def observed_wait(delay: float | None, unchecked: Any) -> Any:
         ends()
@@ -79,9 +85,11 @@ def _observed(
 
 def _reads_errors(reader: Any) -> bool:
     """
-    Whether ``reader`` takes each error away and tells its protocol, which may cause the
-    next one at once: a datagram port that is connected.  Others get errors only through
-    an error queue that they do not read (IP_RECVERR in ip(7)).
+    Whether ``reader`` is a connected datagram port.
+
+    It clears each error and passes it to its protocol, which may cause the next error
+    at once.  Other ports get errors only through an error queue, which they do not read
+    (IP_RECVERR in ip(7)).
     """
     return isinstance(reader, Port) and bool(reader._connectedAddr)
 
@@ -91,16 +99,17 @@ class EngineReactor(
     StreamReactor, DatagramReactor, ProcessReactor, StandardIOReactor, TimerReactor
 ):
     """
-    A reactor over any notifier.
+    A reactor on top of any notifier.
 
-    Interest is kept by selectable, since ``fileno()`` may have turned -1 by the
-    time of ``removeReader``, and by descriptor, since that is what the kernel
-    knows.  Both lead to the same registration.
+    Registrations are found by selectable (``_reading``, ``_writing``), since
+    ``fileno()`` may return -1 by the time ``removeReader`` is called, and by descriptor
+    (``_registrations``), since the kernel knows only descriptors.
 
-    One descriptor has at most one reader and one writer.  When another
-    selectable comes with a number that is still registered, then the former
-    owner has either closed it, or wants only the other direction; it keeps
-    that one if it still has the number.
+    One descriptor has at most one reader and one writer.  If a selectable is added
+    whose descriptor is already registered for another one, then the former selectable
+    has either closed the descriptor, whose number was reused, or shares it and uses the
+    other direction.  If the former selectable still has the descriptor, it keeps the
+    other direction.
     """
 
     def __init__(self, notifier: Notifier) -> None:
@@ -109,30 +118,33 @@ class EngineReactor(
         self._reading: dict[Any, Registration] = {}
         self._writing: dict[Any, Registration] = {}
         self._unchecked: dict[Registration, int] = {}
-        # Streams with something to send at the end of the pass, in order.
+        # Transports with data to send at the end of the pass, in the order of writes.
         self._queued: list[StreamTransport] = []
-        # Those of the pass under way, the next one last.
+        # Transports that the current pass still has to send for, in reverse order.
         self._sending: list[StreamTransport] = []
-        # Streams to be read from in the next pass, and the next, until there is
-        # nothing left; in order, and each but once.
+        # An ordered set: transports to read from in the next pass without an event, and
+        # in the passes after it, until a read finds no data.
         self._read_on: dict[Registration, None] = {}
-        # Those whose read in the last pass returned all that it asked for.
+        # Registrations whose last read filled the buffer, in the last pass.
         self._full: set[Registration] = set()
-        # What the pass under way has not come to yet.
+        # The parts of the current pass that are still to be dispatched.
         self._plain_input: Iterator[Registration] = iter(())
         self._reading_on: Iterator[Registration] = iter(())
         self._events: Iterator[Event] = iter(())
         # The registration being dispatched.
         self._dispatched: Registration | None = None
-        # In how many passes in a row nothing but a hang-up was reported, and stayed.
+        # For each registration: the number of passes in a row that have reported only a
+        # hang-up or an error, which was still there afterwards.
         self._hung_up: dict[Registration, int] = {}
-        # By observer, what is called when a pass begins and when it ends.
+        # For each observer: the functions to call when a pass begins and ends.
         self._pass_observers: dict[
             object, tuple[Callable[[], None], Callable[[], None]]
         ] = {}
+        # Whether the notifier waits.
         self._waiting = False
+        # Whether a pass dispatches its events.
         self._dispatching = False
-        # Of the main loop, while it calls doIteration.
+        # The fields of the log context of the main loop, while it calls doIteration.
         self._fields: LogContext | None = None
         super().__init__()
 
@@ -140,7 +152,7 @@ class EngineReactor(
 
     def addReader(self, reader: Any) -> None:
         """
-        Call ``reader.doRead`` whenever there is something to read.
+        Call ``reader.doRead`` whenever its descriptor is readable.
 
         :raises ValueError: if its descriptor is negative.
         :raises OSError: if its descriptor cannot be watched.
@@ -151,7 +163,7 @@ class EngineReactor(
 
     def addWriter(self, writer: Any) -> None:
         """
-        Call ``writer.doWrite`` whenever there is room to write.
+        Call ``writer.doWrite`` whenever its descriptor is writable.
 
         :raises ValueError: if its descriptor is negative.
         :raises OSError: if its descriptor cannot be watched.
@@ -161,14 +173,14 @@ class EngineReactor(
             self._attach_writer(registration, writer)
 
     def removeReader(self, reader: Any) -> None:
-        """Stop to call ``reader.doRead``, also in the pass under way."""
+        """Do not call ``reader.doRead`` any more, not even in the current pass."""
         registration = self._reading.pop(reader, None)
         if registration is not None:
             registration.reader = None
             self._interest_ends(registration, READ)
 
     def removeWriter(self, writer: Any) -> None:
-        """Stop to call ``writer.doWrite``, also in the pass under way."""
+        """Do not call ``writer.doWrite`` any more, not even in the current pass."""
         if isinstance(writer, StreamTransport):
             writer.write_state = NOT_WRITING
         registration = self._writing.pop(writer, None)
@@ -179,19 +191,23 @@ class EngineReactor(
                 self._has_written(writer)
 
     def removeAll(self) -> list[Any]:
-        """Remove all readers and writers but the reactor's own; return them."""
+        """
+        Remove all readers and writers except the reactor's own.
+
+        :return: the removed ones.
+        """
         readers = self.getReaders()
         self._held_ends.clear()
         removed: list[Any] = self._removeAll(readers, self.getWriters())
         return removed
 
     def getReaders(self) -> list[Any]:
-        """All readers, the reactor's own included."""
+        """Return all readers, including the reactor's own."""
         held = [reader for reader, _ in self._held_ends.values()]
         return list(dict.fromkeys([*self._reading, *held]))
 
     def getWriters(self) -> list[Any]:
-        """All writers, also those that only wait for the end of the pass."""
+        """Return all writers, including those that wait for the end of the pass."""
         queued = [
             each
             for each in (*self._sending, *self._queued)
@@ -199,11 +215,11 @@ class EngineReactor(
         ]
         return [*self._writing, *dict.fromkeys(queued)]
 
-    # Streams
+    # Stream transports
 
     def begin_reading(self, stream: StreamTransport) -> None:
         """
-        As ``addReader``, of a stream that is new, and whose descriptor as a rule is.
+        Like :meth:`addReader`, for a new stream, whose descriptor is rarely registered.
 
         :raises OSError: if its descriptor cannot be watched.
         """
@@ -221,19 +237,21 @@ class EngineReactor(
             self.wakeUp()
 
     def look_again(self, stream: StreamTransport) -> None:
-        """There may be more to read than ``stream`` has read."""
+        """Check ``stream`` again: its last read may have left data."""
         registration = self._reading.get(stream)
         if registration is not None:
             self._mark_unchecked(registration, READ)
 
     def is_reading(self, stream: StreamTransport) -> bool:
-        """Whether ``stream`` is a reader: it is connected and not paused."""
+        """Whether ``stream`` is a reader, which means connected and not paused."""
         return stream in self._reading
 
     def write_soon(self, stream: StreamTransport) -> None:
         """
-        Call ``stream.doWrite`` at the end of the pass, whether the kernel has
-        room or not, unless it waits for room already.
+        Call ``stream.doWrite`` at the end of the pass, without asking the kernel
+        whether the descriptor is writable.
+
+        :param stream: a stream whose ``write_state`` is ``NOT_WRITING``.
         """
         stream.write_state = QUEUED
         self._queued.append(stream)
@@ -243,13 +261,15 @@ class EngineReactor(
     # Registrations
 
     def _registration_for(self, selectable: Any, direction: int) -> Registration:
-        """The registration of ``selectable`` and its descriptor, begun if need be."""
+        """
+        Return the registration of ``selectable`` and its descriptor, or begin one.
+        """
         descriptor: int = selectable.fileno()
         known = (self._reading if direction == READ else self._writing).get(selectable)
         if known is not None:
             if known.descriptor == descriptor:
                 return known
-            # It has another descriptor now than when it was added.
+            # Its descriptor has changed since it was added.
             if direction == READ:
                 self.removeReader(selectable)
             else:
@@ -285,9 +305,13 @@ class EngineReactor(
         self, former: Registration, newcomer: Any, direction: int
     ) -> Registration:
         """
-        ``newcomer`` brings a descriptor that ``former`` holds.  The number may
-        have been closed and reused, so that nothing the kernel was told about
-        it counts any more: begin again, with the owners that still have it.
+        Replace ``former``, the registration of the descriptor that ``newcomer`` has.
+
+        The descriptor may have been closed and its number reused.  Then the kernel has
+        forgotten what it was told about the number.  So the registration begins anew,
+        for ``newcomer`` and for the former selectables that still have the descriptor.
+
+        :param direction: the direction that ``newcomer`` is added for.
         """
         reader, writer = former.reader, former.writer
         descriptor = former.descriptor
@@ -359,10 +383,10 @@ class EngineReactor(
         if not registration.interest & direction:
             registration.interest |= direction
             self._notifier.update(registration)
-        # An edge may have come and gone while nobody was interested.
+        # An edge may have come and gone while there was no interest.
         self._mark_unchecked(registration, direction)
         if self._waiting:
-            # A signal handler, say, which runs in the middle of the sleep.
+            # A signal handler may call this while the loop sleeps.
             self.wakeUp()
 
     def _interest_ends(self, registration: Registration, direction: int) -> None:
@@ -383,7 +407,7 @@ class EngineReactor(
     # The loop
 
     def mainLoop(self) -> None:
-        """Run until stopped; then leave no trace in the process."""
+        """Run until the reactor is stopped, then close the notifier."""
         try:
             self._in_log_context(self._run_passes)
         finally:
@@ -391,9 +415,10 @@ class EngineReactor(
 
     def _in_log_context(self, function: Callable[..., None], *arguments: Any) -> None:
         """
-        Do once for many calls what ``log.callWithLogger`` does for each.
+        Set up once, for many calls, what ``log.callWithLogger`` sets up for each.
 
-        ``function`` gets the fields, and sets ``"system"`` before each call.
+        :param function: called with the fields of the log context and ``arguments``.
+            It sets the field ``"system"`` before each call of a selectable.
         """
         fields = {"system": "-", **context.get(log.ILogContext)}
         context.call({log.ILogContext: fields}, function, fields, *arguments)
@@ -411,12 +436,13 @@ class EngineReactor(
 
     def doIteration(self, delay: float | None) -> None:
         """
-        One pass: wait at most ``delay`` seconds (None: for ever), then call
-        whoever can read or write.
+        Run one pass: wait for events, then call the selectables that are ready.
+
+        :param delay: the longest time to wait, in seconds; None for no limit.
         """
         fields, self._fields = self._fields, None
         if fields is None:
-            # Not called by the main loop, but by iterate(): in any context.
+            # iterate() has called it, in any log context, and not the main loop.
             self._in_log_context(self._pass, delay)
         else:
             self._pass(fields, delay)
@@ -424,15 +450,15 @@ class EngineReactor(
     def _pass(self, fields: LogContext, delay: float | None) -> None:
         inside_another = self._dispatching
         if inside_another:
-            # Somebody who was called in a pass iterates the reactor.  What that
-            # pass has not come to yet is checked anew here.
+            # A selectable that a pass has called iterates the reactor.  The inner pass
+            # checks again what the outer one still had to dispatch.
             self._check_rest_again()
         system = fields["system"]
         try:
             if self._queued:
                 self._send_queued(fields)
                 fields["system"] = system
-                # Who was called may want another pass: by callLater, say.
+                # The calls may have asked for another pass, with callLater for example.
                 delay = 0
             unchecked = self._unchecked
             if unchecked:
@@ -462,8 +488,8 @@ class EngineReactor(
             if self._queued:
                 self._send_queued(fields)
         except BaseException:
-            # KeyboardInterrupt out of a signal handler: nobody knows which
-            # events the notifier had in hand, and who was being called.
+            # KeyboardInterrupt, raised by a signal handler.  It is unknown which events
+            # the notifier had received, and which selectable was being called.
             self._check_all_again()
             raise
         finally:
@@ -474,24 +500,26 @@ class EngineReactor(
     def _check_all_again(self) -> None:
         for registration in self._registrations.values():
             self._mark_unchecked(registration, registration.interest)
-        # Whom the pass has not sent for is the first in the next one.
+        # The next pass first sends for the transports that are left over.
         self._queued[:0] = reversed(self._sending)
         self._sending.clear()
         self._dispatched = None
 
     def _check_rest_again(self) -> None:
-        """No event will tell of these any more: they were not dispatched."""
+        """
+        Mark as unchecked what the outer pass has not dispatched, and now will not.
+        """
         for registration in (*self._plain_input, *self._reading_on):
             self._mark_unchecked(registration, registration.interest)
         for registration, _, _ in self._events:
             self._mark_unchecked(registration, registration.interest)
         if self._dispatched is not None:
-            # The other direction of it, or what it disarms.
+            # Its other direction may be ready as well, or disarmed by the event.
             self._mark_unchecked(self._dispatched, self._dispatched.interest)
 
     def _read_plain_input(self, fields: LogContext) -> None:
-        # Nearly everything goes through here and through _send_queued, so that
-        # they are kept short: ``doRead`` is written out.
+        # Nearly all traffic passes through here and through _send_queued.  To be fast,
+        # this repeats the code of StreamTransport.doRead in place of calling it.
         full_before = self._full
         if full_before:
             self._full = set()
@@ -508,9 +536,10 @@ class EngineReactor(
                     why = stream.why_lost(error)
                 else:
                     if len(data) == size:
-                        # Who is watched by level will be told of, if there is
-                        # more; but who was full in the pass before as well has
-                        # so much that to wait is a waste.
+                        # There may be more.  A level-triggered socket is reported again
+                        # if so.  An edge-triggered one is not, and one whose reads have
+                        # filled the buffer twice in a row has so much data that waiting
+                        # for an event is a waste: read on in the next pass.
                         if registration.edges or registration in full_before:
                             self._read_on[registration] = None
                         else:
@@ -536,8 +565,11 @@ class EngineReactor(
         self, fields: LogContext, registrations: Iterable[Registration]
     ) -> None:
         """
-        A few reads of each, and others in the next pass if there was something.
-        Unlike a short read, a read that would block leaves nothing behind.
+        Read a few times from each stream.
+
+        A stream from which something was read is read from in the next pass again.
+        Only a read that would block proves that nothing is left; after a short read,
+        more may have arrived.
         """
         for registration in registrations:
             stream = registration.reader
@@ -563,7 +595,7 @@ class EngineReactor(
                     why
                     or len(data) < size
                     or registration.reader is not stream
-                    # A pass inside of the call has taken it over.
+                    # The call has run an inner pass, which reads on in its place.
                     or self._read_on is not read_on
                 ):
                     break
@@ -571,16 +603,16 @@ class EngineReactor(
                 self._disconnect(stream, why, True)
 
     def _send_queued(self, fields: LogContext) -> None:
-        """Each of those that are queued now; some may queue up again."""
+        """Send for each transport that is queued now; some may be queued again."""
         sending = self._sending
-        # Below what the pass around this one, if any, has not come to yet.
+        # Below the entries that an outer (re-entrant) pass still has to send.
         sending[:0] = reversed(self._queued)
         self._queued.clear()
         while sending:
             stream = sending[-1]
             try:
-                # An interrupt before this leaves it where it is; one after it
-                # is taken for its own.
+                # An interrupt before this line leaves the transport in the list.  One
+                # after it counts as an error of the transport, which is disconnected.
                 del sending[-1]
                 if stream.write_state == ONE_CHUNK:
                     data = stream.dataBuffer
@@ -589,19 +621,19 @@ class EngineReactor(
                         try:
                             sent = stream.socket.send(data)
                         except Exception:
-                            sent = 0  # doWrite meets the error again.
+                            sent = 0  # doWrite gets the error again, and handles it.
                     if sent == len(data):
                         stream.dataBuffer = b""
                         stream.write_state = NOT_WRITING
                         continue
                     if sent:
-                        # There is no room for more.
+                        # The kernel's buffer is full.
                         stream.offset = sent
                         stream.write_state = NOT_WRITING
                         self.addWriter(stream)
                         continue
                 elif stream.write_state != QUEUED:
-                    # An earlier one has disconnected it, say.
+                    # The call of another transport may have disconnected it.
                     continue
                 stream.write_state = NOT_WRITING
                 fields["system"] = stream.logstr
@@ -622,7 +654,7 @@ class EngineReactor(
             and registration.reader is not None
             and registration.reader.reads_by_recv
         ):
-            # Unless this pass has read from it already, and the next will.
+            # If it is in _read_on, this pass has read from it, and the next one will.
             if registration not in self._read_on:
                 self._read_till_empty(fields, (registration,))
             return
@@ -636,8 +668,8 @@ class EngineReactor(
             if ready & GONE or hang_ups > _HANG_UPS_IN_A_ROW:
                 self._abandon(fields, registration, ready)
             else:
-                # doRead and doWrite find out what has happened, and report it
-                # better than the event could.
+                # doRead and doWrite find out what has happened, more exactly than the
+                # event tells.
                 called = self._call(fields, registration, READ | WRITE)
                 if (
                     hang_ups
@@ -655,17 +687,22 @@ class EngineReactor(
         self._dispatched = around
 
     def _forget_hang_ups(self, events: Sequence[Event]) -> None:
-        """Keep the count only of registrations that this pass has reported."""
+        """Drop the counts of registrations that this pass has not reported."""
         reported = {registration for registration, _, _ in events}
         for registration in self._hung_up.keys() - reported:
             del self._hung_up[registration]
 
     def _call(self, fields: LogContext, registration: Registration, ready: int) -> bool:
-        """Call who is interested in what is ready; whether anybody is."""
+        """
+        Call the reader and the writer, as far as their directions are ready.
+
+        :return: whether either was called.
+        """
         called = False
         for direction in (READ, WRITE):
-            # Earlier calls of this pass may have ended the interest, or ended
-            # it and begun it anew, in which case the event is not for it.
+            # Earlier calls of this pass may have ended the interest.  They may also
+            # have begun it anew; then the direction is unchecked, and the event is not
+            # for it.
             if (
                 ready & registration.interest & direction
                 and not self._unchecked.get(registration, 0) & direction
@@ -674,7 +711,7 @@ class EngineReactor(
                 selectable = (
                     registration.reader if direction == READ else registration.writer
                 )
-                # Before the call, for a pass inside of it.
+                # Before the call, since the call may run an inner pass.
                 self._mark_unchecked(registration, direction)
                 fields["system"] = self._log_prefix(selectable)
                 self._read_or_write(selectable, direction)
@@ -691,11 +728,11 @@ class EngineReactor(
         return prefix
 
     def _read_or_write(self, selectable: Any, direction: int) -> None:
-        """Call ``selectable``, and disconnect it if it says so or fails."""
+        """Call ``selectable``; disconnect it if it returns a reason or raises."""
         reading = False
         try:
-            # Gives a lost descriptor, or a fileno() that raises, a chance to
-            # be noticed, as Twisted's own reactors do.
+            # As Twisted's own reactors do: notice a descriptor that was closed, and a
+            # fileno() that raises.
             if selectable.fileno() == -1:
                 why: Any = ConnectionFdescWentAway(_LOST)
             elif direction == READ:
@@ -712,18 +749,18 @@ class EngineReactor(
     def _abandon(
         self, fields: LogContext, registration: Registration, ready: int
     ) -> None:
-        """Disconnect owners whose descriptor is closed, or hung up for good."""
-        # Interest that has begun anew meanwhile is checked anew.
+        """Disconnect selectables whose descriptor is closed, or stays hung up."""
+        # Interest that has begun anew since the event is unchecked; leave it.
         unchecked = self._unchecked.get(registration, 0)
         reader = None if unchecked & READ else registration.reader
         writer = None if unchecked & WRITE else registration.writer
         why: Exception
         if reader is not None:
-            # What Twisted's reactors say of a hang-up.
+            # The reasons that Twisted's reactors give for a hang-up.
             why = ConnectionFdescWentAway(_LOST) if ready & GONE else CONNECTION_DONE
             fields["system"] = self._log_prefix(reader)
             self._disconnect(reader, why, True)
-        # Unless the reader has disconnected it, or was the writer itself.
+        # Unless disconnecting the reader has removed it, or it is the reader itself.
         if writer is not None and registration.writer is writer is not reader:
             why = ConnectionFdescWentAway(_LOST) if ready & GONE else CONNECTION_LOST
             fields["system"] = self._log_prefix(writer)
@@ -742,7 +779,7 @@ class EngineReactor(
     def startRunning(self, *args: Any, **kwargs: Any) -> None:
         """
         :raises UnsupportedReactorError: if the kernel refuses what the reactor
-            needs, or if another thread has run it.
+            needs, or if the reactor has run in another thread.
         """
         if self._started:
             super().startRunning(*args, **kwargs)
@@ -751,18 +788,18 @@ class EngineReactor(
         try:
             super().startRunning(*args, **kwargs)
         except BaseException:
-            # A reactor cannot be started a second time, say.
+            # For example, a reactor cannot be started a second time.
             self._notifier.close()
             raise
 
     # IReactorDaemonize
 
     def beforeDaemonize(self) -> None:
-        """Give the kernel everything back, for the parent to exit with nothing."""
+        """Release all kernel resources, so that the parent process exits with none."""
         self._notifier.close()
 
     def afterDaemonize(self) -> None:
-        """What was inherited is ours alone: the parent has exited."""
+        """Note that the parent process has exited, and shares nothing any more."""
         self._notifier.daemonized()
 
     # Observation
@@ -774,29 +811,33 @@ class EngineReactor(
         observer: object = None,
     ) -> None:
         """
-        Call ``begins`` whenever the reactor has waited for events, and ``ends``
-        whenever it is about to wait; with None for both, call nothing any more.  They
+        Call functions when a pass begins and when it ends.
+
+        Here a pass begins when the reactor has waited for events and ends when it is
+        about to wait again.  So it includes the timers that are due.  The functions
         must not raise errors.
 
-        A pass begins with the events, and calls what is due by time as well.
-
-        :param observer: each has functions of its own.
+        :param begins: called after each wait; None to end the observation.
+        :param ends: called before each wait; None to end the observation.
+        :param observer: a key; there is one pair of functions for each.
         """
         observers = self._pass_observers
         observers.pop(observer, None)
         if begins is not None and ends is not None:
             observers[observer] = (begins, ends)
         notifier: Any = self._notifier
-        # An attribute of the notifier hides the method of its class, so that a pass
-        # that is not observed has nothing to look for.
+        # An attribute of the notifier hides the method of its class.  So a pass that is
+        # not observed does not even have to check for observers.
         vars(notifier).pop("wait", None)
         for begins, ends in observers.values():
             notifier.wait = _observed(notifier.wait, begins, ends)
 
     def statistics(self) -> Mapping[str, int]:
         """
-        Counts for monitoring: ``readers`` and ``writers`` at the moment, and
-        what the notifier has counted since the reactor was made.
+        Return counts for monitoring.
+
+        :return: ``readers`` and ``writers`` at the moment, and the counts of the
+            notifier since the reactor was made (:meth:`Notifier.statistics`).
         """
         return {
             "readers": len(self._reading),
