@@ -19,35 +19,35 @@ from twisted_rtsig.notifiers.registration import READ, WRITE, Registration
 # Some facts about epoll
 # ----------------------
 #
-# * To add or to modify an entry is a level check: if the descriptor is ready,
-#   then the next epoll_wait(2) says so, edge-triggered or not.
+# * Adding or modifying an entry is a level check: if the descriptor is ready, the
+#   next epoll_wait(2) reports it, edge-triggered or not.
 #
-# * An event holds what poll(2) would say at the moment of epoll_wait.  With
-#   EPOLLRDHUP among what is asked for, an event of nothing but EPOLLIN comes
-#   before the end of the stream, and that end is another edge.  So a read that
-#   comes back short after it has emptied the socket: whatever arrived since
-#   epoll_wait has queued the entry again.  Urgent data (EPOLLPRI) stops reads
-#   at its mark, short of what is there; who ever showed it is level-triggered
-#   from then on.
+# * An event says what poll(2) would say at the moment of epoll_wait.  If EPOLLRDHUP
+#   is asked for as well, an event that is only EPOLLIN comes before the end of the
+#   stream, and the end is another edge.  So a read after such an event that returns
+#   less than it asked for has emptied the socket: whatever has arrived since
+#   epoll_wait has queued the entry again.  Urgent data (EPOLLPRI) is an exception.
+#   A read stops at its mark, though there is more data.  So a descriptor that has
+#   ever had urgent data is level-triggered from then on.
 #
-# * To be edge-triggered pays only for who tells when a read has emptied the
-#   descriptor, which the streams of this package do.  Everything else is
-#   level-triggered, and needs no check ever.
+# * Edge-triggering is worth it only for readers that tell when a read has emptied
+#   the descriptor, as the stream transports of this package do.  All other
+#   descriptors are level-triggered, and never need a check.
 #
-# * An entry is of an open file description and a number together.  A close(2)
-#   removes it only when it was the last one: if a dup(2) or a forked child has
-#   the description as well, the entry stays, reports under the old number, and
-#   nobody can remove it.  Then the set is given up for a new one.
+# * An entry belongs to an open file description and a number together.  close(2)
+#   removes the entry only if it closes the last descriptor of the description.  If
+#   there is another one, by dup(2) or in a forked child, the entry stays.  It reports
+#   under the old number, and cannot be removed.  Then the whole set is replaced.
 #
-# * A close before the interest ends is silent, as with Twisted's epoll reactor:
-#   only a later check tells.
+# * A descriptor that is closed while it is watched causes no event, as with
+#   Twisted's epoll reactor.  Only a later check finds out.
 #
-# * Regular files and directories are refused with EPERM.  poll(2) holds them to
-#   be always ready, and so does this file.
+# * epoll refuses regular files and directories with EPERM.  For poll(2) they are
+#   always ready, and so they are here.
 #
-# * A forked child shares the very set with its parent, and makes its own.
+# * A forked child shares the set itself with its parent, so it makes a new one.
 
-# PyPy leaves this one out.  It is the same number on every architecture.
+# PyPy's ``select`` does not define it.  The number is the same on all architectures.
 _EPOLLRDHUP = getattr(select, "EPOLLRDHUP", 0x2000)
 _EDGE_TRIGGERED_INPUT = select.EPOLLIN | _EPOLLRDHUP | select.EPOLLPRI
 
@@ -82,11 +82,12 @@ class EdgeEPollNotifier:
         self._epoll: select.epoll | None = None
         self._forks = forks.count
         self._poller: Any = None
-        # Added or modified since the last wait, which is as good as a check.
+        # Registrations that were added or modified since the last wait, which is a
+        # level check: they need no other.
         self._checked: set[Registration] = set()
         self._always_ready: set[Registration] = set()
         self._gone: list[Registration] = []
-        # Numbers that were closed while they were watched.
+        # The numbers of descriptors that were closed while they were watched.
         self._closed_early: set[int] = set()
         self._waits = 0
         self._events = 0
@@ -127,7 +128,7 @@ class EdgeEPollNotifier:
         """See :meth:`Notifier.watch`."""
         epoll = self._own_set()
         if epoll is None:
-            # Fails with EBADF where the next wait would only say so later.
+            # Fails with EBADF now; the next wait would find out later.
             fcntl.fcntl(registration.descriptor, fcntl.F_GETFD)
         else:
             self._add(epoll, registration)
@@ -174,9 +175,9 @@ class EdgeEPollNotifier:
             polled = self._poller.poll(timeout)
         self._waits += 1
         self._events += len(polled)
-        # Only now: whom a signal handler has added in the middle of the sleep
-        # may have been told of already, while the engine still holds it to be
-        # unchecked.
+        # Not earlier: a signal handler may have added a registration during the sleep.
+        # Its event may have been reported by this wait, while for the engine it is
+        # unchecked until the next one.
         self._checked.clear()
         if self._closed_early:
             polled = self._without_ghosts(polled)
@@ -210,10 +211,10 @@ class EdgeEPollNotifier:
         """
         See :meth:`Notifier.statistics`.
 
-        ``armed`` counts who is watched edge-triggered, ``waits`` the passes,
-        ``events`` what epoll_wait(2) has told, ``checks`` the level checks, and
-        ``renewals`` how often a set was given up because of what was closed too
-        early.
+        ``armed`` counts the edge-triggered registrations, ``waits`` the passes,
+        ``events`` the events of epoll_wait(2), ``checks`` the level checks, and
+        ``renewals`` how often the set was replaced because a descriptor was closed
+        while it was watched.
         """
         return {
             "armed": sum(1 for each in self._registrations.values() if each.edges),
@@ -238,14 +239,15 @@ class EdgeEPollNotifier:
         self._poller = poller
 
     def poll(self, timeout: float | None = None) -> Sequence[tuple[int, int]]:
-        """As ``select.epoll.poll``, of the set that is open."""
+        """Call ``select.epoll.poll`` of the current set."""
         assert self._epoll is not None
         return self._epoll.poll(-1 if timeout is None else timeout)
 
     def has_refused(self, descriptor: int) -> bool | None:
         """
-        Whether epoll has refused a descriptor that is watched, which is a file then;
-        None if it was not asked yet.
+        Whether epoll has refused a watched descriptor, which is a file then.
+
+        :return: None if epoll was not asked yet.
         """
         if self._epoll is None:
             return None
@@ -255,7 +257,7 @@ class EdgeEPollNotifier:
     # The set
 
     def _own_set(self) -> select.epoll | None:
-        """The set, unless it is the parent's."""
+        """Return the set; None if there is none, or only that of the parent process."""
         if self._forks != forks.count:
             self._forks = forks.count
             self.close()
@@ -263,7 +265,7 @@ class EdgeEPollNotifier:
 
     def _add(self, epoll: select.epoll, registration: Registration) -> None:
         """
-        Enter it into the set.
+        Add the registration to the set.
 
         :raises OSError: EBADF
         """
@@ -273,7 +275,8 @@ class EdgeEPollNotifier:
         try:
             epoll.register(registration.descriptor, mask)
         except FileExistsError:
-            # It was closed early, and a duplicate is back under the number.
+            # The descriptor was closed while it was watched, and a duplicate of it has
+            # the number now.
             epoll.modify(registration.descriptor, mask)
         except PermissionError:
             edges = 0
@@ -282,7 +285,7 @@ class EdgeEPollNotifier:
         self._checked.add(registration)
 
     def _modify(self, epoll: select.epoll, registration: Registration) -> None:
-        """Change the entry, or find that it has gone with its descriptor."""
+        """Change the entry, or find that it has disappeared with its descriptor."""
         masks = _EDGE_MASKS if registration.edges else _LEVEL_MASKS
         try:
             epoll.modify(registration.descriptor, masks[registration.interest])
@@ -303,8 +306,8 @@ class EdgeEPollNotifier:
 
     def _distrust(self, registration: Registration) -> None:
         """
-        A read stops at the mark of urgent data, so that a short one proves
-        nothing any more.
+        Watch by level from now on: a read stops at the mark of urgent data, so a short
+        read does not prove any more that the descriptor is empty.
         """
         registration.edges = 0
         self.update(registration)
@@ -312,7 +315,11 @@ class EdgeEPollNotifier:
     def _without_ghosts(
         self, polled: Sequence[tuple[int, int]]
     ) -> Sequence[tuple[int, int]]:
-        """Leave out, and get rid of, what is not under its number any more."""
+        """
+        Leave out events of descriptors that were closed while they were watched.
+
+        Such an entry cannot be removed from the set, so the set is replaced.
+        """
         confirmed = []
         haunted = False
         for descriptor, event in polled:

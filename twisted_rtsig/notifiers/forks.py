@@ -1,8 +1,9 @@
 """
-The number of forks that this process came out of.
+The number of forks between the start of the program and this process.
 
-What a notifier holds in the kernel, a forked child shares with its parent, who
-may go on with it.  Whoever remembers the count notices that it is in the child.
+A forked child shares the kernel resources of a notifier with its parent, which may go
+on using them.  A notifier that compares this count with an earlier one notices that it
+is in a child.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 
 count = 0
-"""Forks between the first import of this module and this process."""
+"""The number of forks since the first import of this module."""
 
 
 def _after_fork_in_child() -> None:

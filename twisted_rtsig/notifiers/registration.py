@@ -6,43 +6,45 @@ import enum
 from typing import Any
 
 READ = 1
-"""Direction: the reader wants to know when it can read."""
+"""The direction of a reader: the descriptor is watched for input."""
 WRITE = 2
-"""Direction: the writer wants to know when it can write."""
+"""The direction of a writer: the descriptor is watched for room to write."""
 
 
 class Origin(enum.Enum):
-    """Where a descriptor comes from, which tells who else may hold it."""
+    """Where a descriptor comes from, and so whether other processes may have it."""
 
     SHARED = "shared"
-    """Anything that another process or a ``dup`` may hold as well."""
+    """
+    Any other descriptor: another process may have its open file description, and so may
+    another descriptor of this process (dup(2)).
+    """
     OWN_TCP = "own TCP"
-    """A TCP connection that the reactor itself accepted or made."""
+    """A TCP connection that the reactor itself has accepted or made."""
     OWN_UNIX = "own UNIX"
-    """A UNIX stream connection that the reactor itself accepted or made."""
+    """A UNIX stream connection that the reactor itself has accepted or made."""
 
 
 class Registration:
     """
-    One descriptor while somebody is interested in it.
+    One descriptor, for as long as it has a reader or a writer.
 
-    The engine makes a new one whenever interest in a descriptor begins, and
-    never uses it again once the last interest has ended.  Numbers are reused
-    by the kernel, registrations are not: an event that carries an ended
-    registration finds no interest in it and goes nowhere.
+    The engine makes a new registration whenever a descriptor gets its first reader or
+    writer, and never uses it again when the last one is removed.  The kernel reuses
+    descriptor numbers; registrations are not reused.  So an event for a registration
+    that has ended finds no interest, and is ignored.
 
     :ivar descriptor: the file descriptor.
-    :ivar reader: the selectable that wants to read, or None.
-    :ivar writer: the selectable that wants to write, or None.
-    :ivar interest: the directions with a reader or a writer, ``READ | WRITE``.
-    :ivar origin: who may hold the open file description.
-    :ivar tells_drained: its reader tells whether it has emptied the descriptor,
-        so that its events may come as plain input (see ``Notifier.wait``).
-    :ivar edges: set by the notifier: the directions whose next change the
-        kernel will announce by itself.  The others need a level check every
-        time.
-    :ivar generation: set by a notifier whose kernel carries a number along with
-        each event: the one of this registration, which no other has.
+    :ivar reader: the selectable whose ``doRead`` is called, or None.
+    :ivar writer: the selectable whose ``doWrite`` is called, or None.
+    :ivar interest: the directions with a reader or a writer: ``READ | WRITE``.
+    :ivar origin: where the descriptor comes from.
+    :ivar tells_drained: whether the reader tells if it has emptied the descriptor.
+        Then events may be reported as plain input (see :meth:`Notifier.wait`).
+    :ivar edges: the directions whose next change the kernel will report by itself; set
+        by the notifier.  The other directions need a level check each time.
+    :ivar generation: a number that no other registration has, for kernels that return a
+        number with each event; set by the notifier.
     """
 
     __slots__ = (
