@@ -1,6 +1,6 @@
 """
-Linux realtime signals: the kernel queues a signal whenever something happens
-to a descriptor, and signalfd(2) hands them over in batches.
+Linux realtime signals: the kernel queues a signal whenever something happens to a
+descriptor, and signalfd(2) returns the queued signals in batches.
 
 References: fcntl(2) under "Signal-driven I/O", signalfd(2), signal(7), and
 ``fs/fcntl.c`` of the kernel.
@@ -35,61 +35,61 @@ from twisted_rtsig.notifiers.signal_queue import (
 # Some facts about realtime-signal I/O
 # ------------------------------------
 #
-# A descriptor is armed by three calls: F_SETOWN_EX names the thread that gets
-# the signals, F_SETSIG chooses a realtime signal (those are queued, and carry
-# the descriptor and a band, a mask like poll's), and FIOASYNC switches them
-# on.  All three change the open file description, not the descriptor.  From
-# that follows most of what this file does:
+# A descriptor is armed by three calls.  F_SETOWN_EX names the thread that gets the
+# signals.  F_SETSIG chooses a realtime signal; these are queued, and carry the
+# descriptor and a band, which is a mask like that of poll(2).  FIOASYNC switches the
+# signals on.  All three calls change the open file description, not the descriptor.
+# Most of what this file does follows from that:
 #
-# * A description that two processes share has one owner.  Whoever arms it last
-#   makes the other one deaf for good.  And after a dup(2), si_fd tells the
-#   number that armed last, even if that is closed.  So only what this process
-#   has opened itself, and nobody else can hold, is armed: connections that the
-#   reactor accepted or made.  The rest is few (listening ports, pipes, the
-#   terminal, what was adopted or inherited), and stays in the set of poll(2).
-#   That also covers what has no fasync support (regular files, eventfd, pidfd,
-#   timerfd), terminals, which signal data but no hang-up, and UNIX datagram
-#   sockets, whose writers get no signal at all when the peer's queue drains.
+# * A description that two processes share has one owner.  When one process arms it,
+#   the other one gets no more signals, for good.  And after a dup(2), si_fd is the
+#   number that was armed last, even if that number is closed.  So only descriptions
+#   that this process has opened itself and cannot share are armed: connections that
+#   the reactor has accepted or made.  The others are few (listening ports, pipes, the
+#   terminal, adopted and inherited descriptors), and stay in the set of poll(2).  The
+#   same set has descriptors without fasync support (regular files, eventfd, pidfd,
+#   timerfd), terminals, which send signals for data but not for a hang-up, and UNIX
+#   datagram sockets, whose writers get no signal when the peer's queue drains.
 #
-# * A signal is an edge, and only a hint.  Data that waited before the
-#   descriptor was armed gives none.  It may be stale: si_fd was closed and its
-#   number is another's now.  Its band lies at the end of a connection: a reset
-#   comes without POLLIN, a close from a socketpair's other end likewise.
-#   Hence the rule: signals nominate, poll confirms.  Only a signal that tells
-#   of input and nothing else is believed as it stands, since it leads to a read
-#   of a socket that does not block.
+# * A signal is an edge, and only a hint.  There is no signal for data that was there
+#   before the descriptor was armed.  A signal may be stale: si_fd was closed, and its
+#   number was reused.  Its band is wrong at the end of a connection: a reset comes
+#   without POLLIN, and so does the close of the other end of a socketpair.  So a
+#   signal only makes a descriptor a candidate, and poll(2) confirms it.  Only a
+#   signal for input and nothing else is not confirmed: it leads to a read of a socket
+#   that does not block.
 #
-# * The end of a stream is not marked: a FIN arrives as plain input.  But data
-#   that carries a FIN queues two signals or three, never one.  So a read that
-#   comes back short has emptied the socket if exactly one signal came since it
-#   was last found empty.  If more came then only another poll tells.
-#   Urgent data (POLLPRI) stops reads at its mark, short of what is there; who
-#   ever showed it stays in the set of poll(2) from then on.
+# * The end of a stream is not marked: a FIN arrives as plain input.  But data that
+#   carries a FIN queues two signals or three, never one.  So a read that returns less
+#   than it asked for has emptied the socket if exactly one signal came since the
+#   socket was last found empty.  If more came, another poll is needed to know.
+#   Urgent data (POLLPRI) is an exception: a read stops at its mark, though there is
+#   more data.  So a descriptor that has ever had urgent data stays in the set of
+#   poll(2) from then on.
 #
-# * POLL_OUT is sent when the kernel knows that somebody waits for room: after
-#   a write that met a full buffer, or, for TCP, after a poll that found the
-#   socket not writable.  The poll of a UNIX stream leaves no such note, so its
+# * The kernel sends POLL_OUT when it knows that a process waits for room to write:
+#   after a write that met a full buffer, or, for TCP, after a poll that found the
+#   socket not writable.  The poll of a UNIX stream does not tell the kernel, so its
 #   writers stay in the set of poll(2) while they wait.
 #
-# * Signals cost something too: three calls to have them sent, one to silence
-#   them, and for each a record to be queued, read and looked up.  poll(2) is
-#   cheaper for a connection that is ready most of the times that it is polled,
-#   or will be closed soon, or sends several signals for each read (which would
-#   also fill the queue).  So a connection is armed only after it was found not
-#   ready a few times, and polled again when it sends more than one signal.
-#   Provos and Lever, "Scalable Network I/O in Linux" (2000), is about such
-#   hybrids.
+# * Signals have a cost too: three calls to switch them on, one to switch them off, and
+#   for each signal a record that is queued, read and looked up.  poll(2) is cheaper
+#   for a connection that is ready most of the times that it is polled, or is closed
+#   soon, or sends several signals for each read (which would also fill the queue).
+#   So a connection is armed only after it was found not ready a few times, and is
+#   polled again when it sends more than one signal.  Provos and Lever, "Scalable
+#   Network I/O in Linux" (2000), describe such hybrids.
 #
-# * The queue is finite: RLIMIT_SIGPENDING, for all processes of the user
-#   together.  When it is full the kernel sends one SIGIO instead, and then
-#   everything is checked.  The signals still queued are part of the truth.
+# * The queue is finite: RLIMIT_SIGPENDING, for all processes of the user together.
+#   When it is full, the kernel sends one SIGIO instead, and all descriptors are
+#   checked.  The signals that are still queued count as well.
 #
-# * The owner is a thread, and signalfd(2) reads the signals of the thread that
-#   calls read(2).  So all this happens in the thread that runs the reactor,
-#   not in the one that made it.
+# * The owner is a thread, and signalfd(2) reads the signals of the thread that calls
+#   read(2).  So all this happens in the thread that runs the reactor, which may be
+#   another one than the thread that made it.
 #
-# * A forked child shares every description with its parent, and never touches
-#   what it inherited: what it inherited is polled, what it opens is armed.
+# * A forked child shares all descriptions with its parent, and must not change them.
+#   It polls the descriptors that it has inherited, and arms those that it opens.
 
 _log = Logger()
 
@@ -98,13 +98,13 @@ _F_OWNER_TID = 0
 _ON = struct.pack("i", 1)
 _OFF = struct.pack("i", 0)
 
-# How often a connection is found not ready before it is armed: to be polled that
-# often costs about as much as to be armed.  Who was armed and has sent several
-# signals at once has shown that it is better polled.
+# How many times a connection is found not ready before it is armed.  Polling it that
+# often costs about as much as arming it.  The larger number is for a connection that
+# was armed and has sent several signals at once: polling it is cheaper.
 _PATIENCE = 16
 _PATIENCE_WITH_THE_NOISY = 128
 
-# The directions of which a signal will tell, once found not ready.
+# The directions for which a signal comes when they become ready.
 _EDGES = {Origin.SHARED: 0, Origin.OWN_TCP: READ | WRITE, Origin.OWN_UNIX: READ}
 
 # Indexed by interest: nothing, READ, WRITE, READ | WRITE.
@@ -119,13 +119,13 @@ _READY = tuple(
     for revents in range(64)
 )
 
-# More than one signal came for the descriptor; beside the flags of its band.
+# A flag beside those of the band: more than one signal came for the descriptor.
 _SEVERAL = 1 << 16
 
 
 def _probe(signal_number: int) -> None:
     """
-    Try what the notifier will need, on a socket of its own.
+    Try the calls of the notifier on a socket made for it.
 
     :raises UnsupportedReactorError: if the kernel refuses.
     """
@@ -144,8 +144,10 @@ def _probe(signal_number: int) -> None:
 
 class RealtimeSignalNotifier:
     """
+    Realtime signals for connections of the reactor, and poll(2) for the rest.
+
     :param signal_number: the realtime signal to use.
-    :raises UnsupportedReactorError: where there is no realtime-signal I/O.
+    :raises UnsupportedReactorError: on systems without realtime-signal I/O.
     """
 
     def __init__(self, signal_number: int) -> None:
@@ -154,10 +156,10 @@ class RealtimeSignalNotifier:
         self._registrations: dict[int, Registration] = {}
         self._poll = select.poll()
         self._polled: dict[int, int] = {}
-        # Those that may be armed, but are polled still: how often they may yet
-        # be found not ready.
+        # For each registration that may be armed but is still polled: how many more
+        # times it may be found not ready before it is armed.
         self._patience: dict[Registration, int] = {}
-        # To be checked once more, since they were armed after the last check.
+        # Registrations that were armed after the last check, and need another one.
         self._just_armed: dict[Registration, int] = {}
         self._queue: SignalQueue | None = None
         self._thread = 0
@@ -212,7 +214,7 @@ class RealtimeSignalNotifier:
         """See :meth:`Notifier.watch`."""
         if self._forks != forks.count:
             self._inherit()
-        # Fails with EBADF where poll would only say so later.
+        # Fails with EBADF now; poll would find out later.
         fcntl.fcntl(registration.descriptor, fcntl.F_GETFD)
         self._registrations[registration.descriptor] = registration
         self.update(registration)
@@ -244,7 +246,7 @@ class RealtimeSignalNotifier:
     def wait(self, timeout: float | None, unchecked: Unchecked) -> Reported:
         """See :meth:`Notifier.wait`."""
         queue = self._queue
-        # As is_of_this_thread(), without the call: each pass comes here.
+        # is_of_this_thread() without the call, as each pass comes here.
         if (
             queue is None
             or self._forks != forks.count
@@ -285,7 +287,7 @@ class RealtimeSignalNotifier:
                 and registration.tells_drained
                 and not registration.edges
             ):
-                # Polled each time, so that nothing is missed.
+                # It is polled in each pass, so no event is missed.
                 plain.append(registration)
             else:
                 ready[registration] = _READY[revents & 63]
@@ -326,8 +328,9 @@ class RealtimeSignalNotifier:
     @property
     def poller(self) -> Any:
         """
-        What the notifier sleeps in; it may be replaced by a wrapper, to measure how
-        long ``poll`` takes.  Confirmations call that as well, with a timeout of 0.
+        The object whose ``poll`` the notifier sleeps in.  A wrapper may replace it, to
+        measure how long ``poll`` takes.  The notifier also calls ``poll`` with a
+        timeout of 0, to confirm signals.
         """
         return self._poll
 
@@ -335,7 +338,7 @@ class RealtimeSignalNotifier:
     def poller(self, poller: Any) -> None:
         self._poll = poller
 
-    # Signals nominate
+    # Signals make candidates
 
     def _take_signals(
         self, queue: SignalQueue, ready: dict[Registration, int]
@@ -343,7 +346,7 @@ class RealtimeSignalNotifier:
         descriptors, bands, overflowed = queue.read()
         self._signals += len(descriptors)
         registrations = self._registrations
-        # Nearly always there is nothing but plain input, one signal for each.
+        # Nearly always there is only plain input, and one signal for each descriptor.
         count = len(descriptors)
         if bands.count(PLAIN_INPUT) == count and not ready:
             if count == 1:
@@ -370,7 +373,7 @@ class RealtimeSignalNotifier:
             if registration is None:
                 strangers = True
             elif not registration.edges:
-                # Stale: it is polled each time.
+                # The signal is stale.  The descriptor is polled in each pass.
                 continue
             elif band & ~_SEVERAL != PLAIN_INPUT:
                 if band & select.POLLPRI:
@@ -388,8 +391,8 @@ class RealtimeSignalNotifier:
             self._overflow()
             suspects = {each: 0 for each in registrations.values() if each.edges}
         if overflowed or strangers:
-            # Reactors that run in turn in this thread share the queue, and
-            # SIGIO is one for all queues.
+            # Reactors that run in turn in this thread share the queue, and the same
+            # SIGIO stands for all queues.
             for member in members_in_this_thread():
                 if member is not self:
                     member._check_all = True  # type: ignore[attr-defined]
@@ -399,8 +402,8 @@ class RealtimeSignalNotifier:
 
     def _distrust(self, registration: Registration) -> None:
         """
-        A read stops at the mark of urgent data, so that a short one proves
-        nothing any more.
+        Poll from now on: a read stops at the mark of urgent data, so a short read does
+        not prove any more that the descriptor is empty.
         """
         self._disarm(registration)
         self.update(registration)
@@ -419,7 +422,7 @@ class RealtimeSignalNotifier:
     # Poll confirms
 
     def _poll_too(self, unchecked: Mapping[Registration, int]) -> list[Registration]:
-        """Put what must be checked beside what is always polled."""
+        """Add the registrations that must be checked to the set of poll."""
         checking = []
         registrations = self._registrations
         for registration in unchecked:
@@ -437,7 +440,7 @@ class RealtimeSignalNotifier:
             if mask is not None:
                 self._poll.register(descriptor, mask)
                 continue
-            # Not there any more if a signal handler has ended the interest.
+            # It is not in the set any more if a signal handler has ended the interest.
             with contextlib.suppress(KeyError):
                 self._poll.unregister(descriptor)
 
@@ -451,11 +454,11 @@ class RealtimeSignalNotifier:
             self._poll_no_more(checking)
         for descriptor, revents in polled:
             registration = self._registrations.get(descriptor)
-            # Others of the set have just been polled.
+            # The others in the set were polled by the wait.
             if registration is not None and registration in suspects:
                 ready[registration] = ready.get(registration, 0) | _READY[revents & 63]
 
-    # Who is polled, and who is armed
+    # Polled or armed
 
     def _begin_with_poll(self, registration: Registration) -> None:
         self.update(registration)
@@ -463,13 +466,13 @@ class RealtimeSignalNotifier:
             self._patience[registration] = _PATIENCE
 
     def _arm_the_idle(self, idle: Set[Registration]) -> None:
-        """Those that were polled and found not ready."""
+        """Arm registrations that were polled and found not ready often enough."""
         for registration in idle:
             self._patience[registration] -= 1
             if self._patience[registration]:
                 continue
             del self._patience[registration]
-            # Closed meanwhile: then poll says so.
+            # If it was closed meanwhile, poll will find out.
             with contextlib.suppress(OSError):
                 if self._arm(registration):
                     self.update(registration)
@@ -479,8 +482,9 @@ class RealtimeSignalNotifier:
 
     def _arm(self, registration: Registration) -> bool:
         """
-        Have signals sent to this thread, if nobody else can hold the descriptor.
+        Have signals sent to this thread, if the description cannot be shared.
 
+        :return: whether it was done.
         :raises OSError: EBADF
         """
         edges = _EDGES[registration.origin]
@@ -496,27 +500,27 @@ class RealtimeSignalNotifier:
         return True
 
     def _disarm(self, registration: Registration) -> None:
-        """Events would go on after the interest in them has ended."""
+        """Have no more signals sent, which would go on after the interest has ended."""
         if not registration.edges:
             return
         registration.edges = 0
         try:
             fcntl.ioctl(registration.descriptor, termios.FIOASYNC, _OFF)
         except OSError:
-            # Closed while it was watched.  If it was duplicated before, then
-            # its signals go on.
+            # It was closed while it was watched.  If there is a duplicate of it, the
+            # signals go on.
             if self._queue is not None:
                 self._queue.keep_blocked = True
 
     def _inherit(self) -> None:
-        """This is a forked child, and its parent may go on with the reactor."""
+        """Start anew in a forked child, whose parent may go on with the reactor."""
         self._forks = forks.count
         self._queue = None
         self._poll = select.poll()
         self._polled = {}
         self._patience.clear()
         self._just_armed.clear()
-        # Also the ones that nobody watches now: a paused connection.
+        # This includes descriptors that are not watched now, of paused connections.
         for name in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):
                 self._inherited.add(os.fstat(int(name)).st_ino)

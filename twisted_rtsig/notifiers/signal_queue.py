@@ -1,11 +1,10 @@
 """
-The queue of realtime signals of one thread, read in batches through
-signalfd(2), and shared by all reactors that run in that thread.
+The queue of realtime signals of one thread, read in batches through signalfd(2), and
+shared by all reactors that run in that thread.
 
-It keeps the process clean: the signals are blocked only while a queue is open
-and only in its thread; a forked child unblocks them before it does anything
-else, and :func:`signal_mask` leaves them out of the mask of a spawned one, so that no
-program started by the reactor inherits them blocked.
+The signals are blocked only while a queue is open, and only in its thread.  No program
+that the reactor starts inherits them blocked: a forked child unblocks them first, and
+:mod:`twisted_rtsig.notifiers.signal_mask` leaves them out of the mask of a spawned one.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ _SIGSET_BYTES = 128
 
 _SIGIO = int(signal.SIGIO) if hasattr(signal, "SIGIO") else 0
 
-# poll(2) flags as they arrive in ssi_band; POLLRDNORM goes with POLLIN.
+# The flags of poll(2) as they arrive in ssi_band: POLLIN, with which POLLRDNORM comes.
 PLAIN_INPUT = 0x001 | 0x040
-"""The band of a signal that tells of input and nothing else."""
+"""The band of a signal for input and nothing else."""
 
 
 def _sigset(signals: set[int]) -> bytes:
@@ -50,17 +49,17 @@ def _sigset(signals: set[int]) -> bytes:
 
 
 def refuse(why: str) -> UnsupportedReactorError:
-    """The error that says why realtime signals cannot be had, and what can."""
+    """The error that says why realtime signals do not work here, and what to use."""
     return UnsupportedReactorError(f"{why}; {_ALTERNATIVES}")
 
 
 def open_signalfd(signals: set[int]) -> int:
     """
-    A new descriptor of signalfd(2), which CPython lacks.
-    (``signal.sigwaitinfo`` would do, but its result leaves out the
-    descriptor.)
+    A new descriptor of signalfd(2), which CPython does not have.
 
-    :raises UnsupportedReactorError: if the system has none to give.
+    (``signal.sigwaitinfo`` could be used, but its result lacks the descriptor.)
+
+    :raises UnsupportedReactorError: if the system cannot make one.
     """
     try:
         signalfd = ctypes.CDLL(None, use_errno=True).signalfd
@@ -82,13 +81,13 @@ def _parse(name: str) -> int:
 
 def choose_signal(requested: int | None = None) -> int:
     """
-    A realtime signal that nobody in this process handles.
+    Choose a realtime signal that nothing in this process handles.
 
-    :param requested: a signal number to use; None for the one named by the
-        environment variable ``TWISTED_RTSIG_SIGNAL``, or else for the first
-        free one from SIGRTMIN up.
-    :raises UnsupportedReactorError: if there is none, or if the requested one
-        is no realtime signal.
+    :param requested: the signal number to use.  None is the one that the environment
+        variable ``TWISTED_RTSIG_SIGNAL`` names, or else the first free one from
+        SIGRTMIN on.
+    :raises UnsupportedReactorError: if none is free, or if the requested one is no
+        realtime signal.
     """
     if not sys.platform.startswith("linux"):
         raise refuse(
@@ -125,8 +124,9 @@ def choose_signal(requested: int | None = None) -> int:
 
 def _signals_in_use() -> int:
     """
-    A bit for each signal that is caught, ignored or blocked.  Only the kernel
-    knows: ``signal.getsignal`` does not see a handler that C code has set.
+    A bit for each signal that is caught, ignored or blocked.
+
+    The kernel is asked, as ``signal.getsignal`` does not see a handler set by C code.
     """
     taken = 0
     try:
@@ -140,7 +140,7 @@ def _signals_in_use() -> int:
                             mask &= ~(1 << (number - 1))
                     taken |= mask
     except FileNotFoundError:
-        # No /proc here: what Python knows must do.
+        # There is no /proc here, so use what Python knows.
         for number in range(int(signal.SIGRTMIN), int(signal.SIGRTMAX) + 1):
             if signal.getsignal(number) is not signal.SIG_DFL:
                 taken |= 1 << (number - 1)
@@ -149,8 +149,10 @@ def _signals_in_use() -> int:
 
 class _Thread:
     """
-    :ivar ident: of the thread; 0 once it has ended, since a later thread may
-        get the same.
+    A thread.
+
+    :ivar ident: its identifier; 0 once it has ended, since a later thread may get the
+        same identifier.
     """
 
     def __init__(self) -> None:
@@ -158,7 +160,9 @@ class _Thread:
 
 
 class _EndOfThread:
-    """Goes with the local storage of a thread."""
+    """
+    An object in the local storage of a thread, which is collected with the thread.
+    """
 
     def __init__(self, thread: _Thread) -> None:
         self._thread = thread
@@ -168,7 +172,7 @@ class _EndOfThread:
 
 
 class _ThisThread(threading.local):
-    """What this package has done to the calling thread."""
+    """The queues of the calling thread, and the signals blocked in it."""
 
     def __init__(self) -> None:
         self.thread = _Thread()
@@ -183,7 +187,7 @@ class _ThisThread(threading.local):
         signal_mask.blocked.update(self.blocked)
 
     def unblock(self, signals: set[int]) -> None:
-        """What was blocked already when we came stays so."""
+        """Unblock those of ``signals`` that this package has blocked."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.blocked & signals)
         self.blocked -= signals
 
@@ -193,14 +197,14 @@ _this_thread = _ThisThread()
 
 class SignalQueue:
     """
-    Use :meth:`join` to get the one of the calling thread.
+    A queue of signals.  :meth:`join` returns that of the calling thread.
 
-    :ivar descriptor: readable whenever signals are waiting.
-    :ivar thread: whose signals it reads.
+    :ivar descriptor: the descriptor of signalfd(2), readable while signals are queued.
+    :ivar thread: the thread whose signals it reads.
     :ivar members: the notifiers that share the queue.
-    :ivar keep_blocked: set when a descriptor may still send signals though
-        nobody watches it.  Then the signal stays blocked when the queue
-        closes, since the default action of a realtime signal ends the process.
+    :ivar keep_blocked: set when a descriptor that is not watched any more may still
+        send signals.  Then the signal stays blocked when the queue is closed, since the
+        default action of a realtime signal is to end the process.
     """
 
     def __init__(self, number: int) -> None:
@@ -213,14 +217,14 @@ class SignalQueue:
         self._buffer = bytearray(_RECORD_BYTES * _BATCH)
         self._words = memoryview(self._buffer).cast("i")
         self.descriptor = open_signalfd(self.signals)
-        # The quickest of Python's ways to read into a buffer.
+        # The fastest way to read into a buffer in Python.
         self._read_into = io.FileIO(self.descriptor, closefd=False).readinto
 
     @classmethod
     def join(cls, number: int, member: object) -> SignalQueue:
         """
-        The queue of the calling thread for signal ``number``, with ``member``
-        in it.
+        Return the queue of the calling thread for signal ``number``, with ``member``
+        added to it.
 
         :raises UnsupportedReactorError: if it cannot be opened.
         """
@@ -233,15 +237,15 @@ class SignalQueue:
         return queue
 
     def is_of_this_thread(self) -> bool:
-        """Whether the calling thread is the one that joined it."""
+        """Whether the calling thread is the one whose signals it reads."""
         return self.thread.ident == threading.get_ident()
 
     def leave(self, member: object) -> None:
         """
-        ``member`` watches nothing any more.  The last one closes the queue, and
-        signals that are still in it are thrown away.
+        Remove ``member``, which watches nothing any more.
 
-        Call it in the thread of the queue.
+        When the last one is removed, the queue is closed, and the signals that are
+        still in it are dropped.  Call this in the thread of the queue.
         """
         self.members.discard(member)
         if self.members or not self.is_of_this_thread():
@@ -258,11 +262,11 @@ class SignalQueue:
 
     def read(self) -> tuple[list[int], list[int], bool]:
         """
-        One batch of signals.
+        Read a batch of signals.
 
-        :return: the descriptors that were named, in order and as often as they
-            were; the band (``ssi_band``) of each; and whether the kernel said
-            that its queue was full, so that other signals were lost.
+        :return: the descriptor of each signal; the band (``ssi_band``) of each; and
+            whether the kernel has reported that its queue was full, so that other
+            signals were lost.
         """
         size = self._read_into(self._buffer)
         words = self._words
@@ -274,20 +278,20 @@ class SignalQueue:
         end = size // _RECORD_BYTES * _RECORD_WORDS
         descriptors = words[_FD:end:_RECORD_WORDS].tolist()
         bands = words[_BAND:end:_RECORD_WORDS].tolist()
-        # F_SETSIG: when the queue is full the kernel sends SIGIO instead, with
-        # an empty band.
+        # When the queue is full, the kernel sends SIGIO in place of the signal that was
+        # set by F_SETSIG, with an empty band.
         overflowed = 0 in bands and _SIGIO in words[_SIGNO:end:_RECORD_WORDS].tolist()
         return descriptors, bands, overflowed
 
     def close(self) -> None:
-        """Close the descriptor; does nothing the second time."""
+        """Close the descriptor; a second call does nothing."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
     def __del__(self) -> None:
-        # The thread has ended without leaving; its blocked signals and what
-        # was pending have ended with it.
+        # The thread has ended without leaving the queue.  Its signal mask and its
+        # pending signals have ended with it.
         self.close()
 
 
@@ -298,9 +302,11 @@ def members_in_this_thread() -> list[object]:
 
 def _after_fork_in_child() -> None:
     """
-    Signals are queued for the thread that owns a descriptor, which is one of
-    the parent's: nothing is pending here, so that to unblock is safe.  Only
-    the thread that forked exists in the child.
+    Unblock the signals.
+
+    That is safe, since none are pending here: signals are queued for the thread that
+    owns a descriptor, which is a thread of the parent.  The child has only the thread
+    that has forked.
     """
     for queue in _this_thread.queues.values():
         queue.close()
