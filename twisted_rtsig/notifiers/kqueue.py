@@ -29,55 +29,56 @@ from twisted_rtsig.notifiers.registration import READ, WRITE, Origin, Registrati
 # Some facts about kqueue
 # -----------------------
 #
-# * kevent(2) takes a list of changes, and then waits.  So a change costs no call:
-#   it goes with the next wait, which happens anyway.
+# * kevent(2) takes a list of changes, and then waits.  So a change needs no call of
+#   its own: it is passed to the next wait, which happens anyway.
 #
-# * A change that fails comes back among the events, marked EV_ERROR, with its
-#   errno in ``data``, as long as there is room for it.  If any failed, then the
-#   call returns at once, and tells of nothing else.  An errno of 0 is a receipt.
+# * A change that fails comes back among the events, if there is room for it.  It is
+#   marked EV_ERROR, and has its errno in ``data``.  If any change fails, the call
+#   returns at once, and reports no other events.  An errno of 0 is a receipt.
 #
-# * What is watched is a pair of a number and a filter (a "knote"), reading and
-#   writing apart.  Without EV_CLEAR it is level-triggered: it is told of in each
-#   wait for as long as it is ready.  That needs no check ever.  With EV_CLEAR a
-#   read that leaves something behind would have to say so.
+# * The kernel watches a pair of a number and a filter (a "knote"); reading and writing
+#   have a filter each.  Without EV_CLEAR a knote is level-triggered: each wait reports
+#   it for as long as it is ready, so it never needs a check.  With EV_CLEAR, a reader
+#   would have to tell when a read has left data.
 #
-# * To close a number removes its knotes, whoever else has a duplicate.  So who
-#   stops to read is not taken out: nearly always it is closed next, and a removal
-#   would fail and cost another call.  If it was only paused and something comes,
-#   then it is taken out.  And who reads again is always put in again, since the
-#   number may have been closed, and opened, in between.
+# * close(2) removes the knotes of the number, even if the description has other
+#   descriptors.  So when a reader is removed, its knote stays: nearly always the
+#   descriptor is closed next, and removing the knote would fail and cost another call.
+#   If the descriptor was only paused and gets input, the knote is removed then.  When a
+#   reader is added again, its knote is always added again, since the number may have
+#   been closed and reused in between.
 #
-# * Room to write is there nearly always, so that nobody waits for it before a
-#   write has met a full buffer.  EV_ONESHOT tells of it once, and needs no
-#   removal.
+# * There is nearly always room to write, so nothing waits for it until a write has met
+#   a full buffer.  EV_ONESHOT reports it once, and needs no removal.
 #
-# * Events carry what came with EV_ADD in ``udata``: the generation, which tells
-#   an event for the former owner of a number.
+# * An event has the ``udata`` of its EV_ADD.  That is the generation, by which an event
+#   for a former owner of the number is recognized.
 #
-# * EV_EOF says that the other side sends no more, or takes no more, and ``fflags``
-#   may hold an errno.  Neither is an excuse not to look: there may be ``data`` to
-#   be read before the end, and a refused connection has ``data`` as well (the room
-#   in its buffer).  recv(2), send(2) and SO_ERROR find out what has happened.
+# * EV_EOF says that the other side will not send any more, or not receive any more, and
+#   ``fflags`` may hold an errno.  The descriptor must be read or written all the same.
+#   There may be ``data`` to read before the end, and a refused connection has ``data``
+#   as well (the room in its buffer).  recv(2), send(2) and SO_ERROR find out what has
+#   happened.
 #
-# * A pipe whose other end was closed before is refused, with EPIPE by FreeBSD and
-#   with EBADF by NetBSD: the same as an event, since write(2) will say so too.
+# * A pipe whose other end was closed before is refused: by FreeBSD with EPIPE, by
+#   NetBSD with EBADF.  That counts as an event, since write(2) will fail likewise.
 #
-# * Of a regular file, kqueue says that it is readable until its end, and of the
-#   end nothing; poll(2) holds it to be always ready, and so does this file.  Some
-#   systems refuse some terminals and devices.  Those are left to select(2), which
-#   takes the descriptor of a kqueue as well.  (poll(2) on macOS takes no devices.)
+# * kqueue reports a regular file as readable until its end, and does not report the
+#   end.  For poll(2) files are always ready, and so they are here.  Some systems refuse
+#   some terminals and devices.  These are watched by select(2), which can watch the
+#   descriptor of a kqueue as well.  (poll(2) on macOS does not support devices.)
 #
-# * EVFILT_USER is an event that another thread sets off.
+# * EVFILT_USER is an event that another thread triggers.
 #
-# * EVFILT_PROC tells of the end of a child, whether anybody listens to SIGCHLD or
-#   not, but a moment before waitpid(2) does.  Some systems refuse a child that has
-#   begun to end (ESRCH), or one that runs a setuid program (EACCES).  So who was
-#   told, or refused, asks waitpid until that knows.
+# * EVFILT_PROC reports the end of a child, even if nothing handles SIGCHLD, but a
+#   moment before waitpid(2) does.  Some systems refuse a child that has begun to end
+#   (ESRCH), or one that runs a setuid program (EACCES).  So after the report, or the
+#   refusal, waitpid is called until it knows of the end.
 #
-# * A forked child does not inherit the queue.  Its number may be another's there,
-#   so that the child must not even close it.
+# * A forked child does not inherit the queue.  Its number may belong to another file
+#   there, so the child must not even close it.
 
-# The same everywhere, unlike the filters.
+# These are the same on all systems, unlike the filters.
 _EV_ADD = 0x0001
 _EV_DELETE = 0x0002
 _EV_ONESHOT = 0x0010
@@ -87,20 +88,22 @@ _EV_EOF = 0x8000
 _NOTE_EXIT = 0x80000000
 _NOTE_TRIGGER = 0x01000000
 
-# What one wait may tell of; the rest is told of by the next one.
+# The most events that one wait reports; the next wait reports the rest.
 _EVENTS = 512
 
 # In seconds.  Some systems refuse a timeout of years.
 _LONGEST = 24 * 60 * 60
 
-# In seconds: how long after the end of a child, or a refusal, to ask again whether
-# it was reaped, and again after twice as long, up to the second one.
+# In seconds: the pause after the end of a child, or a refusal, before the callback is
+# called again to ask whether the child was reaped.  It is doubled each time, up to the
+# longest one.
 _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 1.0
 
 _log = Logger()
 
-# Some Pythons close them when they are collected, in a child as well.
+# Queues of parent processes, kept alive: some Pythons close a queue when it is
+# collected, in a child as well.
 _inherited: list[KernelQueue] = []
 
 
@@ -114,11 +117,11 @@ def _is_open(descriptor: int) -> bool:
 
 class KQueueNotifier:
     """
-    Kqueue, level-triggered for input and once for output.
+    Kqueue, level-triggered for input and one-shot for output.
 
-    :param calls: the system's, or a test's.
-    :ivar can_wake: whether there is :meth:`wake`.
-    :raises OSError: if there are no descriptors left.
+    :param calls: the calls of the system, or of a test.
+    :ivar can_wake: whether :meth:`wake` works on this system.
+    :raises OSError: if no descriptors are left.
     """
 
     def __init__(self, calls: KernelCalls) -> None:
@@ -126,19 +129,20 @@ class KQueueNotifier:
         self._registrations: dict[int, Registration] = {}
         self._queue: KernelQueue | None = None
         self._forks = forks.count
-        # Not used twice: 0 is for what is of no registration.
+        # The generation 0 is for events that belong to no registration.
         self._generations = itertools.count(1)
-        # Whose input the kernel was told to watch.
+        # Registrations whose input the kernel watches.
         self._reading: set[Registration] = set()
-        # For the next wait, beside those that follow from what is unchecked.
+        # Changes for the next wait, besides those for unchecked directions.
         self._changes: list[KernelEvent] = []
         self._check_all = False
         self._always_ready: set[Registration] = set()
         self._selected: set[Registration] = set()
         self._gone: list[Registration] = []
-        # By generation: the process, and whom to call.
+        # For each watched child, by generation: its process ID, and the callback.
         self._exits: dict[int, tuple[int, Callable[[], bool]]] = {}
-        # Whom to call again, at a time, after which pause.
+        # Callbacks of children that are not reaped yet; when to call them again; and
+        # the pause before that.
         self._ending: list[Callable[[], bool]] = []
         self._ending_due = 0.0
         self._pause = _FIRST_PAUSE
@@ -182,14 +186,14 @@ class KQueueNotifier:
     def daemonized(self) -> None:
         """See :meth:`Notifier.daemonized`."""
         self._forks = forks.count
-        # They are children of the process that was.
+        # The children are those of the former process.
         self._exits.clear()
         self._ending.clear()
 
     def watch(self, registration: Registration) -> None:
         """See :meth:`Notifier.watch`."""
         if registration.origin is Origin.SHARED:
-            # Fails with EBADF where the next wait would only say so later.
+            # Fails with EBADF now; the next wait would find out later.
             mode = os.fstat(registration.descriptor).st_mode
             if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
                 self._always_ready.add(registration)
@@ -237,7 +241,7 @@ class KQueueNotifier:
         self._waits += 1
         self._events += len(happened)
         if changes:
-            # Only now: an interrupt before this leaves them to the next wait.
+            # Not earlier: after an interrupt before this, the next wait makes them.
             self._were_made(changes)
         calls = self._calls
         registrations = self._registrations
@@ -257,8 +261,9 @@ class KQueueNotifier:
                     if registration.tells_drained:
                         plain.append(registration)
                     elif event.flags & _EV_EOF and not event.data:
-                        # Nothing will ever come: who ignores that is told to go.
-                        # Of a terminal that was revoked, nobody is told twice.
+                        # No input will come any more.  A reader that ignores this is
+                        # disconnected in the end.  The kernel does not report a revoked
+                        # terminal a second time.
                         self._reading.discard(registration)
                         ready[registration] = HANGUP
                     else:
@@ -288,9 +293,9 @@ class KQueueNotifier:
         """
         See :meth:`Notifier.statistics`.
 
-        ``armed`` counts the connections, ``waits`` the passes, ``events`` what
-        kevent(2) has told, ``checks`` the changes that it was given, and
-        ``selected`` what is left to select(2) at the moment.
+        ``armed`` counts the connections, ``waits`` the passes, ``events`` the events of
+        kevent(2), ``checks`` the changes passed to it, and ``selected`` the descriptors
+        that select(2) watches at the moment.
         """
         return {
             "armed": sum(1 for each in self._reading if each.tells_drained),
@@ -303,16 +308,17 @@ class KQueueNotifier:
     # Beyond the contract
 
     def wake(self) -> None:
-        """From any thread: end the wait under way, or else the next one."""
+        """End the wait under way, or else the next one; from any thread."""
         if not self._set_off():
             self._woken = True
-            # It may have been opened in between, and sleep already.
+            # The queue may have been opened in between, and its thread may sleep
+            # already.
             self._set_off()
 
     def watch_exit(self, process: int, call: Callable[[], bool]) -> None:
         """
-        Call ``call`` from within a wait when the child ends, and again some time
-        later for as long as it returns True: waitpid(2) may know nothing yet.
+        Call ``call`` within a wait when the child ends, and again after a pause for as
+        long as it returns True: waitpid(2) may not know of the end yet.
         """
         if self._forks != forks.count:
             self._inherit()
@@ -324,7 +330,7 @@ class KQueueNotifier:
     # Changes
 
     def _changes_to_check(self, unchecked: Unchecked) -> list[KernelEvent]:
-        """What the kernel is to be told, in order."""
+        """The changes to pass to the kernel, in order."""
         changes = list(self._changes)
         kevent, calls = self._calls.kevent, self._calls
         for registration, directions in unchecked.items():
@@ -356,7 +362,7 @@ class KQueueNotifier:
         self._checks += len(changes)
         self._check_all = False
         if self._changes:
-            # A signal handler may have added others in the middle of the sleep.
+            # A signal handler may have added others during the sleep.
             made = {id(each) for each in changes}
             self._changes = [each for each in self._changes if id(each) not in made]
         for change in changes:
@@ -371,28 +377,28 @@ class KQueueNotifier:
                 self._reading.add(registration)
 
     def _is_not_for_anybody(self, event: KernelEvent) -> None:
-        """Input for who has stopped to read: take it out."""
+        """Remove a knote whose reader was removed."""
         registration = self._registrations.get(event.ident)
         if registration is not None and registration.interest & READ:
-            # Another has the number now, and is about to be put in.
+            # The number was reused, and the next wait adds it anew.
             return
         self._changes.append(self._calls.kevent(event.ident, event.filter, _EV_DELETE))
 
     def _has_failed(self, event: KernelEvent, ready: dict[Registration, int]) -> None:
-        """A change came back, with what became of it in ``data``."""
+        """Handle a change that came back, with its errno in ``data``."""
         registration = self._registrations.get(event.ident)
         if not event.data:
             return
         if event.filter == self._calls.process:
-            # It has ended already, or will not be told of.
+            # It has ended already, or its end will not be reported.
             self._has_ended(event)
         elif (
             registration is not None
             and registration.generation == event.udata
             and event.filter in (self._calls.read, self._calls.write)
         ):
-            # (What was to be taken out, and is of no registration, has gone by
-            # itself.)
+            # (A removal has generation 0, and is not meant here: the knote has
+            # disappeared by itself.)
             if event.filter == self._calls.read:
                 self._reading.discard(registration)
             if event.data == errno.EPIPE or (
@@ -420,7 +426,11 @@ class KQueueNotifier:
             self._ending_due = time.monotonic() + self._pause
 
     def _tell_again(self, timeout: float | None) -> float | None:
-        """How long the wait may take for those that are not reaped yet."""
+        """
+        Call the callbacks of children that are not reaped yet, if it is time.
+
+        :return: how long the wait may take then.
+        """
         now = time.monotonic()
         if now >= self._ending_due:
             self._ending = [call for call in self._ending if call()]
@@ -431,7 +441,7 @@ class KQueueNotifier:
         left = self._ending_due - now
         return left if timeout is None else min(timeout, left)
 
-    # What kqueue does not watch
+    # Descriptors that kqueue refuses
 
     def _leave_to_select(self, registration: Registration, error: int) -> None:
         if registration in self._selected:
@@ -441,7 +451,7 @@ class KQueueNotifier:
         try:
             select.select([descriptor], [], [], 0)
         except (OSError, ValueError):
-            # It was closed; or its number is too high for select(2).
+            # It was closed, or its number is too high for select(2).
             self._gone.append(registration)
         else:
             _log.warn(
@@ -460,7 +470,7 @@ class KQueueNotifier:
         changes: Sequence[KernelEvent] | None,
         ready: dict[Registration, int],
     ) -> list[KernelEvent]:
-        """Sleep in select(2), which watches the queue as well."""
+        """Sleep in select(2), which also watches the queue."""
         happened = queue.control(changes, max(_EVENTS, len(changes or ())), 0)
         if happened:
             timeout = 0
@@ -480,7 +490,7 @@ class KQueueNotifier:
             ]
             return happened
         except ValueError:
-            # It is the number of the queue itself that is too high.
+            # The number of the queue itself is too high.
             self._gone.extend(self._selected)
             return happened
         for descriptor in readable:
@@ -507,24 +517,28 @@ class KQueueNotifier:
         return True
 
     def _set_off(self) -> bool:
-        """Set off the event for which the wait listens, if there is a queue."""
+        """
+        Trigger the event that ends a wait.
+
+        :return: False if there is no queue.
+        """
         queue = self._queue
         if queue is None or self._forks != forks.count or self._wake_up is None:
             return False
         try:
             queue.control([self._wake_up], 0, 0)
         except (OSError, ValueError):
-            # Closed in the meantime.
+            # It was closed meanwhile.
             return False
         return True
 
     def _inherit(self) -> None:
-        """This is a forked child, and its parent may go on with the reactor."""
+        """Start anew in a forked child, whose parent may go on with the reactor."""
         self._forks = forks.count
         queue, self._queue = self._queue, None
         if queue is not None:
             _inherited.append(queue)
-        # They are children of the parent.
+        # The children are those of the parent.
         self._exits.clear()
         self._ending.clear()
         self.close()

@@ -1,8 +1,8 @@
 """
-Finding kqueue(2) and kevent(2) for the kqueue notifier.
+kqueue(2) and kevent(2) for the kqueue notifier.
 
-They are those of ``select``, which exist on BSD and macOS only.  Nothing else of
-this package touches them, so that a test can hand over others.
+They are those of :mod:`select`, which exist on BSD and macOS only.  Nothing else of
+this package uses them, so a test can replace them by others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from twisted_rtsig.notifiers import UnsupportedReactorError
 
 
 class KernelEvent(Protocol):
-    """What ``select.kevent`` makes: a change, or an event."""
+    """A change or an event: an object of ``select.kevent``."""
 
     ident: int
     filter: int
@@ -28,7 +28,7 @@ class KernelEvent(Protocol):
 
 
 class KernelQueue(Protocol):
-    """What ``select.kqueue`` makes."""
+    """A queue: an object of ``select.kqueue``."""
 
     def control(
         self,
@@ -40,18 +40,18 @@ class KernelQueue(Protocol):
         """Call kevent(2) once."""
 
     def fileno(self) -> int:
-        """Its descriptor, which is readable while there are events."""
+        """The descriptor of the queue, which is readable while there are events."""
 
     def close(self) -> None:
-        """Give it back."""
+        """Close the queue."""
 
 
 @dataclass(frozen=True)
 class KernelCalls:
     """
-    A system's kqueue, and the numbers of its filters, which differ.
+    The kqueue of a system, and the numbers of its filters, which differ by system.
 
-    :ivar user: None where there is no EVFILT_USER.
+    :ivar user: the number of EVFILT_USER; None if the system does not have it.
     """
 
     kqueue: Callable[[], KernelQueue]
@@ -62,7 +62,7 @@ class KernelCalls:
     user: int | None
 
 
-# From sys/event.h of each: ``select`` leaves EVFILT_USER out.
+# From sys/event.h of each system, as ``select`` does not define EVFILT_USER.
 _EVFILT_USER = {
     "darwin": -10,
     "dragonfly": -9,
@@ -74,7 +74,7 @@ _EVFILT_USER = {
 
 def native_calls() -> KernelCalls:
     """
-    What this system has.
+    The calls of this system.
 
     :raises UnsupportedReactorError: if it has no kqueue.
     """
