@@ -30,7 +30,7 @@ from twisted_rtsig.coro import (
     spawn,
     timeout,
 )
-from twisted_rtsig.coro.children import ProcessOptions
+from twisted_rtsig.coro.commands import ProcessOptions
 from twisted_rtsig.engine.processes import ChildProcess
 
 pytestmark = pytest.mark.processes

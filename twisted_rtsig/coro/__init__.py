@@ -8,9 +8,9 @@ See ``docs/coroutines.md``.  Importing this imports no reactor.
 from twisted_rtsig.asyncio_support.deferreds import (
     install as _let_asyncio_await_deferreds,
 )
+from twisted_rtsig.coro.capturing import OutputLimitExceeded, run_process
 from twisted_rtsig.coro.channel_ends import ChannelReceiver, ChannelSender
 from twisted_rtsig.coro.channels import Channel, ChannelStatistics
-from twisted_rtsig.coro.commands import OutputLimitExceeded, run_process
 from twisted_rtsig.coro.counts import (
     ChannelCounts,
     ServerCounts,

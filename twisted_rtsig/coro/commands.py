@@ -1,388 +1,338 @@
-"""Commands that run to their end, with all of their output."""
+"""
+Commands: what to start, and how.
+
+A :class:`Command` checks the parameters of ``open_process`` and ``run_process``, finds
+the program, and starts it.  ``children.py`` signals the process and waits for it.
+"""
 
 from __future__ import annotations
 
-import locale
+import contextlib
+import errno
 import os
+import shutil
+import stat
 import sys
-from collections.abc import Sequence
-from subprocess import (
-    DEVNULL,
-    PIPE,
-    CalledProcessError,
-    CompletedProcess,
-    SubprocessError,
-)
-from typing import Any, Final, Literal, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from subprocess import DEVNULL, PIPE, STDOUT
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorProcess
 from twisted.internet.protocol import ProcessProtocol
-from twisted.python.failure import Failure
 
-from twisted_rtsig.coro.children import (
-    GRACE,
-    Argument,
-    Child,
-    Command,
-    ProcessOptions,
-    StandardStream,
-    check_grace,
-)
-from twisted_rtsig.coro.forgotten import must_be_awaited
-from twisted_rtsig.coro.operations import Operation, Wait
-from twisted_rtsig.coro.scheduler import Scheduler
-from twisted_rtsig.coro.tasks import scheduler_for, spawn
+if TYPE_CHECKING:
+    from twisted_rtsig.engine.processes import ChildOptions
 
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-else:
-    from typing_extensions import Unpack
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR})
 
-MAX_OUTPUT: Final = 1 << 26
-"""How much output is collected by default: 64 MiB of either kind."""
-
-Data = bytes | bytearray | memoryview
+Argument = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Variables = Mapping[str, Argument] | Mapping[bytes, Argument]
 
 
-class OutputLimitExceeded(SubprocessError):
+class HasFileno(Protocol):
+    """A file, socket or pipe."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+
+
+StandardStream = int | HasFileno | None
+"""
+``subprocess.PIPE``, ``DEVNULL`` or ``STDOUT``, a file or a descriptor; None for that of
+this process.
+"""
+
+
+class ProcessOptions(TypedDict, total=False):
+    """The options of ``open_process`` that ``run_process`` takes as well."""
+
+    env: Variables | None
+    cwd: Argument | None
+    pass_fds: Sequence[int]
+    start_new_session: bool
+    process_group: int | None
+    signal_group: bool
+    user: str | int | None
+    group: str | int | None
+    umask: int
+    grace: float
+    reactor: Any | None
+
+
+@dataclass
+class Command:
     """
-    A program has written more than the ``max_bytes`` of ``run_process``.
+    What to start, and how: the parameters of ``open_process``, checked and in the
+    types that the system takes.
 
-    :ivar cmd: the command.
-    :ivar limit: how many bytes it could have written.
-    :ivar stdout: what was collected of its output, in bytes; None if nothing was to be.
-    :ivar stderr: the same of its standard error.
+    :raises ValueError: if the arguments contradict each other, or the system has
+        nothing of the kind.
+    :raises OSError: if the program cannot be executed, or ``cwd`` not be entered.
     """
 
-    def __init__(
-        self,
-        cmd: Sequence[Argument],
-        limit: int,
-        stdout: bytes | None,
-        stderr: bytes | None,
-    ) -> None:
-        super().__init__(cmd, limit, stdout, stderr)
-        self.cmd = cmd
-        self.limit = limit
-        self.stdout = stdout
-        self.stderr = stderr
+    command: Sequence[Argument]
+    stdin: StandardStream
+    stdout: StandardStream
+    stderr: StandardStream
+    env: Variables | None = None
+    cwd: Argument | None = None
+    pass_fds: Sequence[int] = ()
+    start_new_session: bool = False
+    process_group: int | None = None
+    signal_group: bool = False
+    user: str | int | None = None
+    group: str | int | None = None
+    umask: int = -1
 
-    def __str__(self) -> str:
-        return (
-            f"{self.cmd!r} has written more than {self.limit} bytes and was stopped: "
-            "give run_process a greater max_bytes, or read the output from the stream "
-            "of open_process"
+    def __post_init__(self) -> None:
+        if isinstance(self.command, str | bytes | os.PathLike):
+            raise TypeError(
+                f"command={self.command!r}: give the program and its arguments as a "
+                "list"
+            )
+        if not self.command:
+            raise ValueError("the command is empty: give the program and its arguments")
+        for name in ("stdin", "stdout"):
+            if getattr(self, name) == STDOUT:
+                raise ValueError(f"{name}=STDOUT: only stderr can be STDOUT")
+        if sys.platform == "win32":
+            for field in fields(self):
+                value = getattr(self, field.name)
+                if field.name in _NOT_ON_WINDOWS and value != field.default:
+                    raise ValueError(
+                        f"{field.name}={value!r}: Windows has nothing of the kind"
+                    )
+        if self.start_new_session and self.process_group is not None:
+            raise ValueError(
+                f"process_group={self.process_group} together with start_new_session: "
+                "a new session has a new process group"
+            )
+        if self.signal_group and self.process_group:
+            raise ValueError(
+                f"signal_group together with process_group={self.process_group}: that "
+                "group has other members; only a new one (0) is signalled as a whole"
+            )
+        self.arguments: list[Any] = [_native(each) for each in self.command]
+        self.variables: dict[Any, Any] | None = None
+        if self.env is not None:
+            self.variables = {
+                _native(name): _native(value) for name, value in self.env.items()
+            }
+        self.folder: Any | None = None if self.cwd is None else _native(self.cwd)
+        if self.folder is not None:
+            _check(self.folder, os.fsdecode(self.folder), stat.S_ISDIR, errno.ENOTDIR)
+        self.program: str = _find_program(
+            os.fsdecode(self.arguments[0]), self.variables, self.folder
+        )
+
+    def start(self, reactor: Any, protocol: ProcessProtocol) -> None:
+        """
+        Start it.
+
+        :raises OSError: if the system cannot, or a descriptor is not open.
+        :raises NotImplementedError: if the reactor has no means for it.
+        """
+        if sys.platform == "win32":
+            self._start_on_windows(reactor, protocol)
+        else:
+            self._start_on_posix(reactor, protocol)
+
+    def _start_on_posix(self, reactor: Any, protocol: ProcessProtocol) -> None:
+        from twisted.internet.posixbase import PosixReactorBase
+
+        from twisted_rtsig.engine.processes import (
+            ChildOptions,
+            ProcessReactor,
+            start_child,
+        )
+
+        group = self.process_group
+        if self.signal_group and not self.start_new_session:
+            group = 0
+        options = ChildOptions(
+            self.start_new_session,
+            group,
+            None if self.umask < 0 else self.umask,
+            self.stderr == STDOUT,
+        )
+        uid, gid = _number_of_user(self.user), _number_of_group(self.group)
+        if (uid, gid) != (None, None) and 0 not in (os.getuid(), os.geteuid()):
+            raise PermissionError(
+                errno.EPERM, "only root can start a program as another user or group"
+            )
+        spawns = getattr(type(reactor), "spawnProcess", None)
+        with self._descriptors() as descriptors:
+            arguments = (protocol, self.program, self.arguments, self.variables)
+            if isinstance(reactor, PosixReactorBase) and spawns in (
+                PosixReactorBase.spawnProcess,
+                ProcessReactor.spawnProcess,
+            ):
+                start_child(
+                    *(reactor, *arguments, self.folder, uid, gid),
+                    *(descriptors, options),
+                )
+            elif options == ChildOptions():
+                IReactorProcess(reactor).spawnProcess(
+                    *(*arguments, self.folder, uid, gid), childFDs=descriptors
+                )
+            else:
+                raise NotImplementedError(_cannot(reactor, options))
+
+    @contextlib.contextmanager
+    def _descriptors(self) -> Iterator[dict[int, Any]]:
+        """What each descriptor of the child is, as ``spawnProcess`` takes it."""
+        with contextlib.ExitStack() as opened:
+            descriptors: dict[int, Any] = {}
+            for number, what in enumerate((self.stdin, self.stdout, self.stderr)):
+                if what is None:
+                    # A daemon may have closed its own.
+                    with contextlib.suppress(OSError):
+                        descriptors[number] = _open_descriptor(number)
+                elif what == PIPE:
+                    descriptors[number] = "r" if number else "w"
+                elif what == DEVNULL:
+                    null = os.open(os.devnull, os.O_RDWR)
+                    opened.callback(os.close, null)
+                    descriptors[number] = null
+                elif what != STDOUT:
+                    descriptors[number] = _open_descriptor(
+                        what if isinstance(what, int) else what.fileno()
+                    )
+            for each in self.pass_fds:
+                descriptors.setdefault(each, _open_descriptor(each))
+            yield descriptors
+
+    def _start_on_windows(self, reactor: Any, protocol: ProcessProtocol) -> None:
+        from twisted_rtsig.iocpreactor import CompletionPortReactor
+        from twisted_rtsig.windows.processes import WindowsProcess
+
+        if not isinstance(reactor, CompletionPortReactor):
+            raise NotImplementedError(
+                f"on Windows, {type(reactor).__name__} has no streams for child "
+                "processes: install the reactor of twisted_rtsig.iocpreactor"
+            )
+        WindowsProcess(
+            *(reactor._port, protocol, self.program, self.arguments),
+            *(self.variables, self.folder, (self.stdin, self.stdout, self.stderr)),
         )
 
 
-@overload
-def run_process(
-    command: Sequence[Argument],
-    *,
-    input: Data | None = None,
-    stdin: StandardStream = DEVNULL,
-    stdout: StandardStream = PIPE,
-    stderr: StandardStream = PIPE,
-    check: bool = True,
-    text: Literal[False] = False,
-    encoding: None = None,
-    errors: None = None,
-    max_bytes: int | None = MAX_OUTPUT,
-    **options: Unpack[ProcessOptions],
-) -> Deferred[CompletedProcess[bytes]]: ...
+_NOT_ON_WINDOWS = frozenset(
+    {
+        *("pass_fds", "start_new_session", "process_group", "signal_group"),
+        *("user", "group", "umask"),
+    }
+)
 
 
-@overload
-def run_process(
-    command: Sequence[Argument],
-    *,
-    text: Literal[True],
-    input: str | None = None,
-    stdin: StandardStream = DEVNULL,
-    stdout: StandardStream = PIPE,
-    stderr: StandardStream = PIPE,
-    check: bool = True,
-    encoding: str | None = None,
-    errors: str | None = None,
-    max_bytes: int | None = MAX_OUTPUT,
-    **options: Unpack[ProcessOptions],
-) -> Deferred[CompletedProcess[str]]: ...
-
-
-@overload
-def run_process(
-    command: Sequence[Argument],
-    *,
-    encoding: str,
-    input: str | None = None,
-    stdin: StandardStream = DEVNULL,
-    stdout: StandardStream = PIPE,
-    stderr: StandardStream = PIPE,
-    check: bool = True,
-    text: bool = False,
-    errors: str | None = None,
-    max_bytes: int | None = MAX_OUTPUT,
-    **options: Unpack[ProcessOptions],
-) -> Deferred[CompletedProcess[str]]: ...
-
-
-@overload
-def run_process(
-    command: Sequence[Argument],
-    *,
-    errors: str,
-    input: str | None = None,
-    stdin: StandardStream = DEVNULL,
-    stdout: StandardStream = PIPE,
-    stderr: StandardStream = PIPE,
-    check: bool = True,
-    text: bool = False,
-    encoding: str | None = None,
-    max_bytes: int | None = MAX_OUTPUT,
-    **options: Unpack[ProcessOptions],
-) -> Deferred[CompletedProcess[str]]: ...
-
-
-@must_be_awaited
-def run_process(
-    command: Sequence[Argument],
-    *,
-    input: Data | str | None = None,
-    stdin: StandardStream = DEVNULL,
-    stdout: StandardStream = PIPE,
-    stderr: StandardStream = PIPE,
-    check: bool = True,
-    text: bool = False,
-    encoding: str | None = None,
-    errors: str | None = None,
-    max_bytes: int | None = MAX_OUTPUT,
-    grace: float = GRACE,
-    reactor: Any | None = None,
-    **options: Any,
-) -> Deferred[Any]:
-    """
-    Run a command to its end, and collect what it writes::
-
-        done = await run_process(["sort", "-n"], input=b"10\\n9\\n")
-        print(done.stdout, done.returncode)
-
-    If the wait is cancelled, by ``timeout`` for example, then the program is stopped as
-    ``Process.stop`` does, and the cancellation takes effect when it has ended.
-
-    :param input: what it reads from its standard input; by default nothing.
-    :param stdin: as for ``open_process``, if there is no ``input``.
-    :param stdout: as for ``open_process``.  Only what is a ``PIPE`` is collected.
-    :param stderr: as ``stdout``; or ``STDOUT``, to be collected together with that.
-    :param check: raise an error if its exit status is not 0.
-    :param text: ``input`` and what is collected is ``str``, in the encoding of the
-        locale, and each ``"\\r\\n"`` or ``"\\r"`` of the output is ``"\\n"``.
-    :param encoding: the same, in this encoding.
-    :param errors: the same, with this error handler of ``codecs``.
-    :param max_bytes: how much it may write, to each of the two; None for no limit.
-    :param grace: as for ``open_process``: when it has to be stopped.
-    :param options: the further parameters of ``open_process``.
-    :return: fires with a ``subprocess.CompletedProcess``, when the program has ended
-        and its outputs are closed.
-    :raises subprocess.CalledProcessError: (when awaited) if its exit status is not 0,
-        with the output.
-    :raises OutputLimitExceeded: (when awaited) if it writes too much.  The program is
-        stopped.
-    :raises UnicodeDecodeError: (when awaited) if the output is not in the encoding.
-    :raises TypeError: if ``input`` is not what ``text`` says.
-    :raises OSError: as ``open_process``, and so are further errors.
-    """
-    check_grace(grace)
-    if max_bytes is not None and max_bytes < 0:
-        raise ValueError(f"max_bytes={max_bytes}: 0 is the least, and None no limit")
-    codec = _Codec(encoding, errors) if text or encoding or errors else None
-    data = None
-    if input is not None:
-        if stdin != DEVNULL:
-            raise ValueError("give either input or stdin, and not both")
-        data = _encoded(input, codec)
-        stdin = PIPE
-    elif stdin == PIPE:
-        raise ValueError("stdin=PIPE: give run_process what to write as input")
-    what = Command(command, stdin, stdout, stderr, **options)
-    scheduler = scheduler_for(reactor)
-    closed: Operation[None] = Wait()
-    run = _Run(scheduler, what, closed, max_bytes, data)
-    what.start(scheduler.reactor, run)
-    running = spawn(
-        run.finish(closed, grace, check, codec),
-        name=f"run_process({os.fsdecode(command[0])!r})",
-        reactor=scheduler.reactor,
+def _cannot(reactor: Any, options: ChildOptions) -> str:
+    return (
+        f"{type(reactor).__name__} starts child processes in a way of its own, which "
+        f"knows nothing of {options}"
     )
-    return running.as_deferred()
 
 
-class _Run(ProcessProtocol):
+def _open_descriptor(number: int) -> int:
     """
-    Collects the output of a program.  The owner of an operation: see :attr:`_closed`.
+    Check that a descriptor is open.
+
+    :raises OSError: if it is not.
     """
-
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        command: Command,
-        closed: Operation[None],
-        limit: int | None,
-        data: bytes | None,
-    ) -> None:
-        self._child = Child(scheduler, command.signal_group)
-        self._command = command
-        self._limit = limit
-        self._data = data
-        # What was written, by descriptor; and how much that is.
-        self._output: dict[int, list[bytes]] = {}
-        self._sizes: dict[int, int] = {}
-        # Whether what it writes is still wanted.
-        self._collects = True
-        # Finished when the program has ended and its outputs are closed, or with an
-        # error when it has written too much; None from then on, since the traceback of
-        # the error holds the frames that hold this.
-        self._closed: Operation[None] | None = closed
-        closed.owner = self
-
-    async def finish(
-        self,
-        closed: Operation[None],
-        grace: float,
-        check: bool,
-        codec: _Codec | None,
-    ) -> CompletedProcess[Any]:
-        """
-        Wait for all of it; stop the program if anything goes wrong.
-
-        :param closed: the operation.  This may begin when it is finished already.
-        """
-        child = self._child
-        try:
-            try:
-                await closed
-            finally:
-                # The traceback of its error holds this frame.
-                del closed
-        except BaseException as error:
-            self._collects = False
-            try:
-                if isinstance(error, GeneratorExit):
-                    # Nothing can resume this any more.
-                    child._kill_now()
-                elif child.returncode is None:
-                    await child._end(grace)
-            finally:
-                # Processes that it has started may hold them open.
-                child._transport.loseConnection()
-            raise
-        status = child.returncode
-        assert status is not None
-        stdout, stderr = self._collected(1), self._collected(2)
-        if codec is None:
-            return _result(self._command.command, status, stdout, stderr, check)
-        text = codec.decode(stdout), codec.decode(stderr)
-        return _result(self._command.command, status, *text, check)
-
-    def _collected(self, descriptor: int) -> bytes | None:
-        parts = self._output.get(descriptor)
-        return None if parts is None else b"".join(parts)
-
-    # ProcessProtocol
-
-    def connectionMade(self) -> None:
-        transport: Any = self.transport
-        self._child._started(transport)
-        for descriptor in (1, 2):
-            if descriptor in transport.pipes:
-                self._output[descriptor] = []
-                self._sizes[descriptor] = 0
-        data, self._data = self._data, None
-        if data is not None:
-            # It is closed when all of that was written, or when the program has
-            # closed it.
-            if data:
-                transport.writeToChild(0, data)
-            transport.closeChildFD(0)
-
-    def childDataReceived(self, childFD: int, data: bytes) -> None:
-        if not self._collects:
-            return
-        size = self._sizes[childFD] + len(data)
-        if self._limit is not None and size > self._limit:
-            data = data[: self._limit - self._sizes[childFD]]
-        self._output[childFD].append(data)
-        self._sizes[childFD] = size
-        if self._limit is not None and size > self._limit:
-            self._collects = False
-            closed = self._take_closed()
-            if closed is not None:
-                closed.fail(
-                    OutputLimitExceeded(
-                        self._command.command,
-                        self._limit,
-                        self._collected(1),
-                        self._collected(2),
-                    )
-                )
-
-    def processExited(self, reason: Failure) -> None:
-        self._child._exited(reason)
-
-    def processEnded(self, reason: Failure) -> None:
-        closed = self._take_closed()
-        if closed is not None:
-            closed.succeed(None)
-
-    def _take_closed(self) -> Operation[None] | None:
-        closed, self._closed = self._closed, None
-        if closed is not None:
-            closed.owner = None
-        return closed
-
-    def forget(self, operation: Operation[Any]) -> None:
-        """See ``Owner.forget``: the program is stopped."""
-        self._take_closed()
-
-    def waits_for(self, operation: Operation[Any]) -> str:
-        """See ``Owner.waits_for``."""
-        return f"the end of process {self._child.pid} and of its output"
+    os.fstat(number)
+    return number
 
 
-def _result(
-    command: Sequence[Argument], status: int, stdout: Any, stderr: Any, check: bool
-) -> CompletedProcess[Any]:
-    if check and status:
-        raise CalledProcessError(status, command, stdout, stderr)
-    return CompletedProcess(command, status, stdout, stderr)
+def _number_of_user(user: str | int | None) -> int | None:
+    if not isinstance(user, str):
+        return user
+    import pwd
+
+    return _number_of("user", user, lambda: pwd.getpwnam(user).pw_uid)
 
 
-class _Codec:
-    """What the text of a program is encoded in."""
+def _number_of_group(group: str | int | None) -> int | None:
+    if not isinstance(group, str):
+        return group
+    import grp
 
-    def __init__(self, encoding: str | None, errors: str | None) -> None:
-        self._encoding = encoding or locale.getpreferredencoding(False)
-        self._errors = errors or "strict"
-
-    def encode(self, text: str) -> bytes:
-        if sys.platform == "win32":
-            # As subprocess has it.
-            text = text.replace("\n", os.linesep)
-        return text.encode(self._encoding, self._errors)
-
-    def decode(self, data: bytes | None) -> str | None:
-        if data is None:
-            return None
-        text = data.decode(self._encoding, self._errors)
-        return text.replace("\r\n", "\n").replace("\r", "\n")
+    return _number_of("group", group, lambda: grp.getgrnam(group).gr_gid)
 
 
-def _encoded(data: Data | str, codec: _Codec | None) -> bytes:
-    if codec is None:
-        if isinstance(data, str):
-            raise TypeError(
-                "input is text: give it in bytes, or say text=True or an encoding"
+def _number_of(kind: str, name: str, look_up: Callable[[], int]) -> int:
+    """:raises ValueError: if the system does not know the name."""
+    try:
+        return look_up()
+    except KeyError:
+        raise ValueError(f"{kind}={name!r}: there is no such {kind}") from None
+
+
+def _native(argument: Argument) -> Any:
+    """An argument as the system takes it: bytes, or text on Windows."""
+    text = os.fsdecode(argument)
+    if "\0" in text:
+        raise ValueError(f"{argument!r} has a null byte in it")
+    return text if sys.platform == "win32" else os.fsencode(text)
+
+
+def _find_program(name: str, env: dict[Any, Any] | None, cwd: Any) -> str:
+    """
+    The path of a program, from the root on: the child may look for it in another
+    environment and from another folder.
+
+    :raises OSError: as ``execvp`` does.  In a child that is forked it could only be
+        told from the exit status.
+    """
+    start = os.path.join(os.getcwd(), os.fsdecode(cwd or ""))
+    has_folder = bool(os.path.dirname(name))
+    why = (
+        os.strerror(errno.ENOENT) if has_folder else "there is no such program in PATH"
+    )
+    missing = FileNotFoundError(errno.ENOENT, why, name)
+    if sys.platform == "win32":
+        if has_folder:
+            found = shutil.which(os.path.join(start, name))
+        else:
+            variables = (env or {}).items()
+            search = next(
+                (each[1] for each in variables if each[0].upper() == "PATH"), None
             )
-        return bytes(data)
-    if not isinstance(data, str):
-        raise TypeError(f"input={data!r}: with text or an encoding it is a str")
-    return codec.encode(data)
+            found = shutil.which(name, path=search)
+        if found is None:
+            raise missing
+        return found
+    failure: OSError = missing
+    for folder in [""] if has_folder else os.get_exec_path(env):
+        path = os.path.join(start, folder, name)
+        try:
+            _check(path, name, stat.S_ISREG, errno.EACCES)
+        except OSError as error:
+            # Why one cannot be executed says more than where there is none.
+            if has_folder or (error.errno not in _NOT_THERE and failure is missing):
+                failure = error
+        else:
+            return path
+    raise failure
+
+
+def _check(path: Any, name: str, is_right: Callable[[int], bool], wrong: int) -> None:
+    """
+    Check that something is there, of the right kind, and can be executed or entered.
+
+    :param name: what it is called in the error.
+    :param wrong: the error if it is of another kind.
+    :raises OSError: if it is not.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        code = error.errno or errno.ENOENT
+    else:
+        effective = os.access in os.supports_effective_ids
+        if not is_right(mode):
+            code = wrong
+        elif os.access(path, os.X_OK, effective_ids=effective):
+            return
+        else:
+            code = errno.EACCES
+    raise OSError(code, os.strerror(code), name)

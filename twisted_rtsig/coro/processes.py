@@ -12,15 +12,8 @@ from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
-from twisted_rtsig.coro.children import (
-    GRACE,
-    Argument,
-    Child,
-    Command,
-    StandardStream,
-    Variables,
-    check_grace,
-)
+from twisted_rtsig.coro.children import GRACE, Child, check_grace
+from twisted_rtsig.coro.commands import Argument, Command, StandardStream, Variables
 from twisted_rtsig.coro.errors import StreamError
 from twisted_rtsig.coro.operations import Operation, failed
 from twisted_rtsig.coro.scheduler import Scheduler
