@@ -8,20 +8,16 @@ See ``docs/stackful.md``.
 from __future__ import annotations
 
 import errno
-import io
 import operator
 import os
 import socket
 import struct
 import sys
 import warnings
-from collections.abc import Awaitable
 from typing import (
-    IO,
     TYPE_CHECKING,
     Any,
     Final,
-    Literal,
     NoReturn,
     TypeVar,
     overload,
@@ -29,21 +25,24 @@ from typing import (
 
 from twisted.internet.address import IPv6Address, UNIXAddress
 from twisted.internet.error import ConnectionClosed, ConnectionDone
-from twisted.internet.error import TimeoutError as ConnectTimeout
 
-from twisted_rtsig.coro.errors import ConnectFailed, IncompleteRead, StreamError
+from twisted_rtsig.coro.blocking_connecting import (
+    check_timeout,
+    connect_tcp,
+    connect_to_host,
+    connect_unix,
+)
+from twisted_rtsig.coro.blocking_errors import os_error, unsupported
+from twisted_rtsig.coro.blocking_files import SocketFiles
+from twisted_rtsig.coro.errors import IncompleteRead, StreamError
 from twisted_rtsig.coro.interfaces import Address
 from twisted_rtsig.coro.locks import Lock
-from twisted_rtsig.coro.opening import open_tcp, open_unix
-from twisted_rtsig.coro.operations import Done, Operation
+from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.coro.output import below_tls
 from twisted_rtsig.coro.scheduler import cancel_call
+from twisted_rtsig.coro.stacks import check_can_wait, wait
 from twisted_rtsig.coro.streams import MAX_BYTES, TURNS_TO_RECEIVE, Stream
 from twisted_rtsig.coro.tasks import scheduler_for, sleep
-from twisted_rtsig.coro.threads import in_thread
-
-if sys.version_info < (3, 11):
-    from exceptiongroup import ExceptionGroup
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -66,48 +65,12 @@ _MSG_DONTWAIT: Final[int] = getattr(socket, "MSG_DONTWAIT", 0)
 _MSG_WAITALL: Final[int] = getattr(socket, "MSG_WAITALL", 0)
 _MSG_NOSIGNAL: Final[int] = getattr(socket, "MSG_NOSIGNAL", 0)
 
-_EAI_ADDRFAMILY: Final[int] = getattr(socket, "EAI_ADDRFAMILY", socket.EAI_NONAME)
-
 # Options that do nothing to a socket that the reactor polls.
 _TIMEOUT_OPTIONS: Final = (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)
 _NO_LINGER: Final = struct.Struct("HH" if sys.platform == "win32" else "ii")
 
 
-def wait(awaitable: Awaitable[T]) -> T:
-    """See ``stackful.wait``."""
-    # It imports this module.
-    from twisted_rtsig.coro.stackful import wait
-
-    try:
-        return wait(awaitable)
-    finally:
-        # The traceback of an error holds this frame, and an operation its error.
-        del awaitable
-
-
-def check_can_wait() -> None:
-    """
-    Called before anything begins that would be left behind.
-
-    :raises NoStackError: if no function of a stackful task calls this.
-    """
-    wait(_NO_TIME)
-
-
-_NO_TIME: Final = Done()
-
-
-def unsupported(what: str) -> io.UnsupportedOperation:
-    """The error of what only a socket of the operating system can do."""
-    return io.UnsupportedOperation(what)
-
-
-def os_error(number: int) -> OSError:
-    """As the operating system reports it."""
-    return OSError(number, os.strerror(number))
-
-
-class BlockingSocket:
+class BlockingSocket(SocketFiles):
     """
     A stream, with the methods of a connected ``socket.socket``, for libraries that
     were written for blocking sockets::
@@ -130,7 +93,6 @@ class BlockingSocket:
     """
 
     _stream: Stream | None = None
-    _closed: bool = False
     # Why nothing more can be read or sent by this side.
     _read_shut = False
     _write_shut = False
@@ -154,8 +116,6 @@ class BlockingSocket:
         self._kind = socket.SocketKind(kind)
         self._proto = proto
         self._timeout: float | None = socket.getdefaulttimeout()
-        # How many files of makefile() keep it open.
-        self._io_refs = 0
         # Options that were set before it was connected.
         self._options: list[tuple[Any, ...]] = []
         # Held by the task that reads.
@@ -184,12 +144,15 @@ class BlockingSocket:
         self._check_open()
         if self._stream is not None:
             raise os_error(errno.EISCONN)
-        _check_timeout(self._timeout)
+        check_timeout(self._timeout)
         check_can_wait()
         if self._family == _AF_UNIX:
-            stream = self._connect_unix(address)
+            stream = connect_unix(address, self._timeout)
         else:
-            stream = self._connect_tcp(address)
+            stream = connect_tcp(
+                *(address, self._family, self._kind, self._proto),
+                *(self._timeout, self._source),
+            )
         if self._closed:
             stream.abort()
             raise os_error(errno.EBADF)
@@ -201,28 +164,6 @@ class BlockingSocket:
         options, self._options = self._options, []
         for option in options:
             self.setsockopt(*option)
-
-    def _connect_tcp(self, address: Any) -> Stream:
-        host, port = address[:2]
-        if not isinstance(port, int):
-            raise TypeError("a port must be an integer")
-        if not 0 <= port < 1 << 16:
-            raise OverflowError("connect(): port must be 0-65535.")
-        # A family is wanted, and the scope of a link-local address is a number here.
-        found = getaddrinfo(host, port, self._family, self._kind, self._proto)
-        where = found[0][4]
-        numeric = str(where[0])
-        if len(address) == 4 and address[3] and "%" not in numeric:
-            numeric = f"{numeric}%{address[3]}"
-        return _open(numeric, port, self._timeout, self._source)
-
-    def _connect_unix(self, address: Any) -> Stream:
-        limit = 1e9 if self._timeout is None else self._timeout
-        path = os.fsdecode(address)
-        try:
-            return wait(open_unix(path, connect_timeout=limit))
-        except ConnectFailed as error:
-            raise _as_os_error(error.errors[-1]) from None
 
     def connect_ex(self, address: Any) -> int:
         """
@@ -430,136 +371,6 @@ class BlockingSocket:
             self._ended = True
             return os_error(errno.ECONNRESET)
         return os_error(errno.EPIPE)
-
-    def sendfile(
-        self, file: IO[bytes], offset: int = 0, count: int | None = None
-    ) -> int:
-        """
-        Send a file that is open in binary mode, up to its end or ``count`` bytes.
-
-        The file is read in the reactor's thread, which a slow disk blocks:
-        ``Stream.send_file`` does not.
-
-        :return: how many bytes.
-        :raises ValueError: if the file is not in binary mode, or the socket has the
-            timeout 0.
-        """
-        if "b" not in getattr(file, "mode", "b"):
-            raise ValueError("file should be opened in binary mode")
-        if count is not None and count <= 0:
-            raise ValueError(f"count must be a positive integer (got {count!r})")
-        if self._timeout == 0:
-            raise ValueError("non-blocking sockets are not supported")
-        before = file.tell() if offset else 0
-        if offset:
-            file.seek(offset)
-        sent = 0
-        try:
-            while count is None or sent < count:
-                data = file.read(_PIECE if count is None else min(_PIECE, count - sent))
-                if not data:
-                    break
-                sent += self.send(data)
-        finally:
-            # Behind what was sent, as socket leaves it.
-            if sent or offset:
-                file.seek(offset + sent if sent else before)
-        return sent
-
-    # Files
-
-    @overload
-    def makefile(
-        self,
-        mode: Literal["b", "rb", "br", "wb", "bw", "rwb", "rbw", "wrb", "wbr"],
-        buffering: Literal[0],
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
-    ) -> socket.SocketIO: ...
-
-    @overload
-    def makefile(
-        self,
-        mode: Literal["rwb", "rbw", "wrb", "wbr"],
-        buffering: Literal[-1, 1] | None = None,
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
-    ) -> io.BufferedRWPair: ...
-
-    @overload
-    def makefile(
-        self,
-        mode: Literal["b", "rb", "br"],
-        buffering: Literal[-1, 1] | None = None,
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
-    ) -> io.BufferedReader: ...
-
-    @overload
-    def makefile(
-        self,
-        mode: Literal["wb", "bw"],
-        buffering: Literal[-1, 1] | None = None,
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
-    ) -> io.BufferedWriter: ...
-
-    @overload
-    def makefile(
-        self,
-        mode: Literal["b", "rb", "br", "wb", "bw", "rwb", "rbw", "wrb", "wbr"],
-        buffering: int,
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
-    ) -> io.IOBase: ...
-
-    @overload
-    def makefile(
-        self,
-        mode: Literal["r", "w", "rw", "wr", ""] = "r",
-        buffering: int | None = None,
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
-    ) -> io.TextIOWrapper: ...
-
-    def makefile(
-        self,
-        mode: str = "r",
-        buffering: int | None = None,
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
-    ) -> Any:
-        """
-        A file of the socket: see ``socket.socket.makefile``.
-
-        The socket stays open until its files are closed as well.
-        """
-        # It is a function of Python, which calls recv_into(), send() and
-        # _decref_socketios().
-        make: Any = socket.socket.makefile
-        return make(
-            self, mode, buffering, encoding=encoding, errors=errors, newline=newline
-        )
-
-    def _decref_socketios(self) -> None:
-        if self._io_refs > 0:
-            self._io_refs -= 1
-        if self._closed:
-            self.close()
 
     # Timeouts
 
@@ -852,67 +663,15 @@ def create_connection(
     """
     if timeout is _DEFAULT_TIMEOUT:
         timeout = socket.getdefaulttimeout()
-    _check_timeout(timeout)
+    check_timeout(timeout)
     host, port = address
-    stream = _open(host or "localhost", port, timeout, source_address, all_errors)
+    stream = connect_to_host(
+        host or "localhost", port, timeout, source_address, all_errors
+    )
     made = BlockingSocket(stream)
     made.settimeout(timeout)
     made._connected(stream)
     return made
-
-
-def _open(
-    host: str,
-    port: int | str,
-    timeout: float | None,
-    source: tuple[str, int] | None,
-    all_errors: bool = False,
-) -> Stream:
-    check_can_wait()
-    number: Any = port
-    if isinstance(port, str):
-        # It may be the name of a service.
-        number = getaddrinfo(None, port, type=socket.SOCK_STREAM)[0][4][1]
-    if not number:
-        raise os_error(errno.ECONNREFUSED)
-    try:
-        return wait(
-            open_tcp(host, number, local_address=source, connect_timeout=timeout)
-        )
-    except ConnectFailed as error:
-        failed = error
-    except ValueError as error:
-        # Neither a name nor an address; or the port is out of range.
-        raise socket.gaierror(socket.EAI_NONAME, str(error)) from None
-    error_to_raise = _of_create_connection(failed, source is not None, all_errors)
-    try:
-        raise error_to_raise
-    finally:
-        # The traceback holds this frame.
-        del failed, error_to_raise
-
-
-def _of_create_connection(
-    failed: ConnectFailed, bound: bool, all_errors: bool
-) -> Exception:
-    """What ``create_connection`` raises."""
-    if not failed.errors:
-        code = _EAI_ADDRFAMILY if bound else socket.EAI_NONAME
-        return socket.gaierror(code, str(failed))
-    causes = [_as_os_error(each) for each in failed.errors]
-    if all_errors:
-        return ExceptionGroup("create_connection failed", causes)
-    return causes[-1]
-
-
-def _as_os_error(error: Exception) -> OSError:
-    """An error of Twisted's, as a socket has it."""
-    number = getattr(error, "osError", None)
-    if isinstance(number, int):
-        return os_error(number)
-    if isinstance(error, ConnectTimeout):
-        return TimeoutError("timed out")
-    return OSError(str(error))
 
 
 def _expire(operation: Operation[Any]) -> None:
@@ -920,18 +679,6 @@ def _expire(operation: Operation[Any]) -> None:
         if operation.owner is not None:
             operation.owner.forget(operation)
         operation.fail(TimeoutError("timed out"), quietly=True)
-
-
-def _check_timeout(seconds: float | None) -> None:
-    """That a connection can be made with it."""
-    if seconds is None:
-        return
-    if not seconds >= 0:
-        raise ValueError("Timeout value out of range")
-    if not seconds:
-        raise unsupported(
-            "a socket of the reactor cannot connect with the timeout 0: set it later"
-        )
 
 
 def _check_flags(flags: int, allowed: int) -> None:
@@ -971,26 +718,3 @@ def _plain(address: Address) -> Any:
     if isinstance(address, IPv6Address):
         return address.host, address.port, address.flowInfo, 0
     return address.host, address.port
-
-
-# Names: the functions of socket, in a thread of the reactor's
-
-
-def getaddrinfo(
-    host: bytes | str | None,
-    port: bytes | str | int | None,
-    family: int = 0,
-    type: int = 0,
-    proto: int = 0,
-    flags: int = 0,
-) -> list[tuple[Any, Any, int, str, Any]]:
-    """As ``socket.getaddrinfo``; the task waits for the resolver."""
-    try:
-        # An address needs no resolver.
-        return socket.getaddrinfo(
-            host, port, family, type, proto, flags | socket.AI_NUMERICHOST
-        )
-    except socket.gaierror:
-        if flags & socket.AI_NUMERICHOST:
-            raise
-    return wait(in_thread(socket.getaddrinfo, host, port, family, type, proto, flags))

@@ -20,15 +20,15 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from twisted_rtsig.coro.blocking_connecting import getaddrinfo
+from twisted_rtsig.coro.blocking_errors import unsupported
 from twisted_rtsig.coro.blocking_sockets import (
     BlockingSocket,
     ClientSocket,
     create_connection,
-    getaddrinfo,
-    unsupported,
-    wait,
 )
 from twisted_rtsig.coro.polling import BlockingPoll, BlockingSelector, blocking_select
+from twisted_rtsig.coro.stacks import wait
 from twisted_rtsig.coro.tasks import sleep
 from twisted_rtsig.coro.threads import in_thread
 

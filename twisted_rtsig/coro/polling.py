@@ -10,12 +10,14 @@ import selectors
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from twisted_rtsig.coro.blocking_sockets import BlockingSocket, unsupported, wait
+from twisted_rtsig.coro.blocking_errors import unsupported
+from twisted_rtsig.coro.blocking_sockets import BlockingSocket
 from twisted_rtsig.coro.blocking_tls import BlockingSSLSocket
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.coro.output import descriptor
 from twisted_rtsig.coro.scopes import move_on_after
+from twisted_rtsig.coro.stacks import wait
 from twisted_rtsig.coro.streams import TURNS_TO_RECEIVE
 from twisted_rtsig.coro.tasks import sleep
 
@@ -32,7 +34,7 @@ _POLLOUT: Final[int] = getattr(select, "POLLOUT", 0x004)
 _POLLRDHUP: Final[int] = getattr(select, "POLLRDHUP", 0)
 
 
-class _Poll:
+class _SocketPoll:
     """One wait for sockets that can be read or written."""
 
     def __init__(self) -> None:
@@ -117,7 +119,7 @@ def blocking_select(
     writers = [_checked(each) for each in wlist]
     for each in xlist:
         _checked(each)
-    poll = _Poll()
+    poll = _SocketPoll()
     for sock in readers:
         poll.add(sock, READ)
     for sock in writers:
@@ -158,7 +160,7 @@ class BlockingPoll:
 
         :return: the numbers of descriptors, which nothing else can poll.
         """
-        poll = _Poll()
+        poll = _SocketPoll()
         for sock, mask in self._masks.items():
             poll.add(sock, _events(mask))
         seconds = None if timeout is None or timeout < 0 else timeout / 1000
@@ -216,7 +218,7 @@ class BlockingSelector(selectors.BaseSelector):
         self, timeout: float | None = None
     ) -> list[tuple[selectors.SelectorKey, int]]:
         """See ``selectors.BaseSelector.select``."""
-        poll = _Poll()
+        poll = _SocketPoll()
         for sock, key in self._keys.items():
             poll.add(sock, key.events)
         ready = poll.wait(None if timeout is None else max(0.0, timeout))

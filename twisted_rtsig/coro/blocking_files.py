@@ -1,0 +1,159 @@
+"""Files of blocking sockets: those of ``makefile``, and those that are sent."""
+
+from __future__ import annotations
+
+import io
+import socket
+from typing import IO, TYPE_CHECKING, Any, Final, Literal, overload
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+# The size in which sendfile() reads a file.
+_PIECE: Final = 1 << 16
+
+
+class SocketFiles:
+    """The methods of a :class:`BlockingSocket` that have to do with files."""
+
+    # Whether close() was called.
+    _closed: bool = False
+    # The number of files of makefile() that keep the socket open.
+    _io_refs: int = 0
+    _timeout: float | None
+
+    def send(self, data: ReadableBuffer, flags: int = 0, /) -> int:
+        """See ``BlockingSocket.send``."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """See ``BlockingSocket.close``."""
+        raise NotImplementedError
+
+    @overload
+    def makefile(
+        self,
+        mode: Literal["b", "rb", "br", "wb", "bw", "rwb", "rbw", "wrb", "wbr"],
+        buffering: Literal[0],
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> socket.SocketIO: ...
+
+    @overload
+    def makefile(
+        self,
+        mode: Literal["rwb", "rbw", "wrb", "wbr"],
+        buffering: Literal[-1, 1] | None = None,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> io.BufferedRWPair: ...
+
+    @overload
+    def makefile(
+        self,
+        mode: Literal["b", "rb", "br"],
+        buffering: Literal[-1, 1] | None = None,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> io.BufferedReader: ...
+
+    @overload
+    def makefile(
+        self,
+        mode: Literal["wb", "bw"],
+        buffering: Literal[-1, 1] | None = None,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> io.BufferedWriter: ...
+
+    @overload
+    def makefile(
+        self,
+        mode: Literal["b", "rb", "br", "wb", "bw", "rwb", "rbw", "wrb", "wbr"],
+        buffering: int,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> io.IOBase: ...
+
+    @overload
+    def makefile(
+        self,
+        mode: Literal["r", "w", "rw", "wr", ""] = "r",
+        buffering: int | None = None,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> io.TextIOWrapper: ...
+
+    def makefile(
+        self,
+        mode: str = "r",
+        buffering: int | None = None,
+        *,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> Any:
+        """
+        A file of the socket: see ``socket.socket.makefile``.
+
+        The socket stays open until its files are closed as well.
+        """
+        # It is a function of Python, which calls recv_into(), send() and
+        # _decref_socketios().
+        make: Any = socket.socket.makefile
+        return make(
+            self, mode, buffering, encoding=encoding, errors=errors, newline=newline
+        )
+
+    def _decref_socketios(self) -> None:
+        if self._io_refs > 0:
+            self._io_refs -= 1
+        if self._closed:
+            self.close()
+
+    def sendfile(
+        self, file: IO[bytes], offset: int = 0, count: int | None = None
+    ) -> int:
+        """
+        Send a file that is open in binary mode, up to its end or ``count`` bytes.
+
+        The file is read in the reactor's thread, which a slow disk blocks:
+        ``Stream.send_file`` does not.
+
+        :return: how many bytes.
+        :raises ValueError: if the file is not in binary mode, or the socket has the
+            timeout 0.
+        """
+        if "b" not in getattr(file, "mode", "b"):
+            raise ValueError("file should be opened in binary mode")
+        if count is not None and count <= 0:
+            raise ValueError(f"count must be a positive integer (got {count!r})")
+        if self._timeout == 0:
+            raise ValueError("non-blocking sockets are not supported")
+        before = file.tell() if offset else 0
+        if offset:
+            file.seek(offset)
+        sent = 0
+        try:
+            while count is None or sent < count:
+                data = file.read(_PIECE if count is None else min(_PIECE, count - sent))
+                if not data:
+                    break
+                sent += self.send(data)
+        finally:
+            # Behind what was sent, as socket leaves it.
+            if sent or offset:
+                file.seek(offset + sent if sent else before)
+        return sent
