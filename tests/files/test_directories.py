@@ -79,7 +79,7 @@ def test_many_at_a_time_and_never_all(
     for number in range(2500):
         (tmp_path / str(number)).touch()
     read = 0
-    scan = directories._scan
+    scan = directories.scan
 
     def counting(path: Any) -> Any:
         nonlocal read
@@ -87,7 +87,7 @@ def test_many_at_a_time_and_never_all(
             read += 1
             yield each
 
-    monkeypatch.setattr(directories, "_scan", counting)
+    monkeypatch.setattr(directories, "scan", counting)
     # However slow the machine is.
     monkeypatch.setattr(directories, "_LONGEST", DEADLINE)
 
@@ -140,13 +140,13 @@ def test_a_wait_that_is_cancelled_loses_nothing(
     reactor: Any, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate()
-    scan = directories._scan
+    scan = directories.scan
 
     def slow(path: Any) -> Any:
         gate.wait()
         return scan(path)
 
-    monkeypatch.setattr(directories, "_scan", slow)
+    monkeypatch.setattr(directories, "scan", slow)
 
     async def main() -> None:
         entries = scandir(tree)

@@ -19,7 +19,7 @@ from tests.coro.support import run
 from tests.files.support import SlowDisk, open_in
 from tests.support import DEADLINE
 from twisted_rtsig.coro import IncompleteRead, Stream, connect, sleep
-from twisted_rtsig.files.opening import open_descriptor
+from twisted_rtsig.files.open_calls import open_descriptor
 
 with warnings.catch_warnings():
     # Twisted's own, about its own.

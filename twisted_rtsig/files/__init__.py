@@ -5,8 +5,9 @@ platform.
 See ``docs/files.md``.  Importing this imports no reactor.
 """
 
-from twisted_rtsig.files.asyncfile import AsyncFile, open_file
+from twisted_rtsig.files.asyncfile import AsyncFile
 from twisted_rtsig.files.directories import Entries, scandir, walk
+from twisted_rtsig.files.opening import open_file
 from twisted_rtsig.files.path import Path
 from twisted_rtsig.files.paths import listdir, remove, rename, stat, write_file
 from twisted_rtsig.files.producer import FileProducer

@@ -214,10 +214,10 @@ def scandir(path: Any = None, *, reactor: Any | None = None) -> Entries[Any]:
     :raises OSError: (when awaited) if it cannot be read.
     """
     where: Any = "." if path is None else path
-    return Entries(f"to list {where!r}", workers_of(reactor), lambda: _scan(where))
+    return Entries(f"to list {where!r}", workers_of(reactor), lambda: scan(where))
 
 
-def _scan(path: Any) -> Iterator[Any]:
+def scan(path: Any) -> Iterator[Any]:
     # Closed when this is collected, without a warning.
     with os.scandir(path) as entries:
         yield from entries
@@ -248,12 +248,32 @@ def walk(
     :return: for each directory its path, and the names of the directories and of the
         others in it.
     """
+
+    def find(told: bool) -> Iterator[Any]:
+        return _with_errors(top, topdown, told, followlinks)
+
+    return walk_with(find, top, topdown, onerror, reactor)
+
+
+def walk_with(
+    find: Callable[[bool], Iterator[T | OSError]],
+    top: object,
+    top_down: bool,
+    on_error: OnError | None,
+    reactor: object = None,
+) -> Entries[T]:
+    """
+    The directories that ``find`` finds: one at a time from the top down, so that the
+    names of the next ones can be changed before they are visited.
+
+    :param find: called in a thread with whether to return errors as well.
+    """
     return Entries(
         f"to walk {top!r}",
         workers_of(reactor),
-        lambda: _with_errors(top, topdown, onerror is not None, followlinks),
-        1 if topdown else _MOST,
-        onerror,
+        lambda: find(on_error is not None),
+        1 if top_down else _MOST,
+        on_error,
     )
 
 
@@ -263,12 +283,12 @@ def _with_errors(
     """``os.walk``, with its errors in between."""
     errors: list[OSError] = []
     for each in os.walk(top, topdown, errors.append if told else None, followlinks):
-        yield from _taken(errors)
+        yield from without_tracebacks(errors)
         yield each
-    yield from _taken(errors)
+    yield from without_tracebacks(errors)
 
 
-def _taken(errors: list[OSError]) -> list[OSError]:
+def without_tracebacks(errors: list[OSError]) -> list[OSError]:
     taken = [each.with_traceback(None) for each in errors]
     errors.clear()
     return taken

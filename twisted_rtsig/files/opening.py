@@ -1,131 +1,237 @@
-"""
-Opening files: the calls that block, and the one that does not.
-
-Linux opens a file without waiting for a disk if all of its path is cached:
-openat2(2) with RESOLVE_CACHED.
-"""
+"""Opening files, of bytes and of text, by their modes."""
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
-import stat
 import sys
-from typing import Any
+from typing import Any, Final, Literal, TypedDict, overload
 
-from twisted_rtsig.files.descriptors import Descriptor, SeekingDescriptor
+from twisted_rtsig.coro.forgotten import must_be_awaited
+from twisted_rtsig.coro.operations import Finished, Operation
+from twisted_rtsig.files.asyncfile import AsyncFile
+from twisted_rtsig.files.open_calls import open_cached, open_descriptor, open_text
+from twisted_rtsig.files.textfile import AsyncTextFile
+from twisted_rtsig.files.turns import Path
+from twisted_rtsig.files.workers import Job, Workers, finish, workers_of
 
-# Of a FIFO, to open one would wait for the other side.
-_NEVER_WAIT: int = getattr(os, "O_NONBLOCK", 0)
-_BINARY: int = getattr(os, "O_BINARY", 0)
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack
+
+# By mode, without its "b".
+_FLAGS: Final = {
+    "r": os.O_RDONLY,
+    "r+": os.O_RDWR,
+    "w": os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
+    "w+": os.O_RDWR | os.O_CREAT | os.O_TRUNC,
+    "a": os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+    "a+": os.O_RDWR | os.O_CREAT | os.O_APPEND,
+    "x": os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+    "x+": os.O_RDWR | os.O_CREAT | os.O_EXCL,
+}
+
+BytesMode = Literal[
+    "rb",
+    "br",
+    "r+b",
+    "rb+",
+    "wb",
+    "bw",
+    "w+b",
+    "wb+",
+    "ab",
+    "ba",
+    "a+b",
+    "ab+",
+    "xb",
+    "bx",
+    "x+b",
+    "xb+",
+]
+TextMode = Literal[
+    "r",
+    "rt",
+    "r+",
+    "r+t",
+    "rt+",
+    "w",
+    "wt",
+    "w+",
+    "w+t",
+    "wt+",
+    "a",
+    "at",
+    "a+",
+    "a+t",
+    "at+",
+    "x",
+    "xt",
+    "x+",
+    "x+t",
+    "xt+",
+]
 
 
-class _How(ctypes.Structure):
-    """``struct open_how`` of openat2(2)."""
+class TextOptions(TypedDict, total=False):
+    """How a file of text is encoded: see :func:`open_file`."""
 
-    _fields_ = (
-        ("flags", ctypes.c_uint64),
-        ("mode", ctypes.c_uint64),
-        ("resolve", ctypes.c_uint64),
-    )
+    encoding: str | None
+    errors: str | None
+    newline: str | None
 
 
-_SYS_OPENAT2 = 437
-_AT_FDCWD = -100
-_RESOLVE_CACHED = 0x20
+class OpenOptions(TextOptions, total=False):
+    """The options of :func:`open_file` for text, but for the reactor."""
+
+    permissions: int
 
 
-class _CachedOpener:
+@overload
+def open_file(
+    path: Path,
+    mode: BytesMode = "rb",
+    *,
+    permissions: int = 0o666,
+    reactor: object = None,
+) -> Operation[AsyncFile]: ...
+
+
+@overload
+def open_file(
+    path: Path,
+    mode: TextMode,
+    *,
+    reactor: object = None,
+    **options: Unpack[OpenOptions],
+) -> Operation[AsyncTextFile]: ...
+
+
+@overload
+def open_file(
+    path: Path,
+    mode: str,
+    *,
+    reactor: object = None,
+    **options: Unpack[OpenOptions],
+) -> Operation[Any]: ...
+
+
+@must_be_awaited
+def open_file(
+    path: Path,
+    mode: str = "rb",
+    *,
+    encoding: str | None = None,
+    errors: str | None = None,
+    newline: str | None = None,
+    permissions: int = 0o666,
+    reactor: object = None,
+) -> Operation[Any]:
     """
-    Opens files to be read whose names are all cached: openat2(2), from Linux 5.12 on.
+    Open a regular file::
 
-    It fails with EAGAIN where it would have to wait, and so does what may change
-    something: to create a file, or to truncate one.
+        async with await open_file("data") as file:
+
+    :param mode: as that of Python's ``open``: ``r``, ``w``, ``a`` or ``x``, and ``+``
+        for both directions.  With ``b`` the file is an :class:`AsyncFile`, of bytes,
+        and without an :class:`AsyncTextFile`.
+    :param encoding: of text; by default that of the locale.
+    :param errors: of text: the error handler of ``codecs``.
+    :param newline: of text: how lines end, as for Python's ``open``.
+    :param permissions: those of a file that is made, less the umask.
+    :param reactor: whose threads do what blocks; by default that of the task.
+    :raises ValueError: if the mode is none of these, or is for bytes and there is an
+        encoding.
+    :raises OSError: (when awaited) if it cannot be opened, or is no regular file.
     """
-
-    def __init__(self) -> None:
-        self._works = sys.platform.startswith("linux")
-        if self._works:
-            flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | _NEVER_WAIT
-            self._how = _How(flags, 0, _RESOLVE_CACHED)
-            self._syscall = ctypes.CDLL(None, use_errno=True).syscall
-            self._syscall.restype = ctypes.c_long
-            self._syscall.argtypes = (
-                *(ctypes.c_long, ctypes.c_int, ctypes.c_char_p),
-                *(ctypes.c_void_p, ctypes.c_size_t),
-            )
-
-    def open(self, path: bytes) -> int:
-        """The number of a descriptor; -1 if it would wait, or of any error."""
-        if not (self._works and hasattr(os, "RWF_NOWAIT")) or b"\0" in path:
-            return -1
-        how = self._how
-        number: int = self._syscall(
-            _SYS_OPENAT2, _AT_FDCWD, path, ctypes.byref(how), ctypes.sizeof(how)
+    binary = check_mode(mode, encoding, errors, newline)
+    workers = workers_of(reactor)
+    if not binary:
+        opening_text = _OpenText(path, mode, newline, workers)
+        workers.run(
+            *(opening_text, open_text, path, mode, permissions),
+            *(encoding, errors, newline),
         )
-        if number < 0 and ctypes.get_errno() in (errno.ENOSYS, errno.EINVAL):
-            # An older kernel.
-            self._works = False
-        return number
+        return opening_text.operation
+    flags = _FLAGS[mode.replace("b", "")]
+    opened = open_cached(path) if flags == os.O_RDONLY else None
+    if opened is not None:
+        finished: Finished[AsyncFile] = Finished()
+        finished.result = AsyncFile(opened[0], path, mode, opened[1], workers)
+        return finished
+    opening = _Open(path, mode, workers)
+    workers.run(opening, open_descriptor, path, flags, permissions)
+    return opening.operation
 
 
-_open_cached = _CachedOpener().open
-
-
-def open_cached(path: Any) -> Opened | None:
+def check_mode(
+    mode: str, encoding: str | None, errors: str | None, newline: str | None
+) -> bool:
     """
-    Open a file to be read, if that can be done without waiting.
+    Check the arguments of :func:`open_file`.
 
-    :return: it, and what it was then; None if it cannot.
+    :return: whether the file is opened for bytes.
     """
-    number = _open_cached(os.fsencode(path))
-    if number < 0:
-        return None
-    try:
-        return _opened(number, path)
-    except OSError:
-        # Whoever opens it again is told.
-        return None
+    kind = mode.replace("b", "", 1) if "b" in mode else mode.replace("t", "", 1)
+    if kind not in _FLAGS:
+        raise ValueError(
+            f"mode={mode!r}: a file is opened for text with 'r', 'w', 'a' or 'x', for "
+            "bytes with 'b' as well, and with '+' for both directions"
+        )
+    if "b" not in mode:
+        if newline not in (None, "", "\n", "\r", "\r\n"):
+            raise ValueError(
+                f"newline={newline!r}: use None, '', '\\n', '\\r' or '\\r\\n'"
+            )
+        return False
+    if (encoding, errors, newline) != (None, None, None):
+        raise ValueError(
+            f"mode={mode!r} is for bytes, which have neither encoding, errors nor "
+            "newline: leave out the 'b' for text"
+        )
+    return True
 
 
-def open_descriptor(path: Any, flags: int, permissions: int) -> Opened:
-    """
-    Open a file, which blocks.
+class _OpenText(Job[AsyncTextFile]):
+    __slots__ = ("_mode", "_newline", "_path", "_workers")
 
-    :return: it, and what it was then.
-    :raises OSError: if it cannot be opened, or is no regular file.
-    """
-    if sys.platform == "win32" and sys.maxsize > 2**32:
-        from twisted_rtsig.files.handles import open_handle
+    def __init__(
+        self, path: Path, mode: str, newline: str | None, workers: Workers
+    ) -> None:
+        super().__init__(f"to open {path!r}")
+        self._path = path
+        self._mode = mode
+        self._newline = newline
+        self._workers = workers
 
-        number = open_handle(path, flags, permissions)
-    else:
-        number = os.open(path, flags | _NEVER_WAIT | _BINARY, permissions)
-    return _opened(number, path)
-
-
-Opened = tuple[Descriptor, os.stat_result]
-
-
-def _opened(number: int, path: Any) -> Opened:
-    try:
-        found = os.fstat(number)
-        if stat.S_ISDIR(found.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "Not a regular file", path)
-        if sys.platform != "win32":
-            os.set_blocking(number, True)
-    except BaseException:
-        os.close(number)
-        raise
-    return _descriptor(number, found.st_size), found
+    def end(self, result: Any, error: BaseException | None) -> None:
+        file = None
+        if error is None:
+            file = AsyncTextFile(
+                *(result, self._path, self._mode, self._newline, self._workers)
+            )
+            if self.operation.called:
+                # It was cancelled too late.
+                file.close()
+        finish(self.operation, file, error)
 
 
-def _descriptor(number: int, size: int) -> Descriptor:
-    if sys.platform == "win32" and sys.maxsize > 2**32:
-        from twisted_rtsig.files.handles import HandleDescriptor
+class _Open(Job[AsyncFile]):
+    __slots__ = ("_mode", "_path", "_workers")
 
-        return HandleDescriptor(number, size)
-    return Descriptor(number) if hasattr(os, "pread") else SeekingDescriptor(number)
+    def __init__(self, path: Path, mode: str, workers: Workers) -> None:
+        super().__init__(f"to open {path!r}")
+        self._path = path
+        self._mode = mode
+        self._workers = workers
+
+    def end(self, result: Any, error: BaseException | None) -> None:
+        file = None
+        if error is None:
+            descriptor, found = result
+            file = AsyncFile(descriptor, self._path, self._mode, found, self._workers)
+        if file is not None and self.operation.called:
+            # It was cancelled too late.
+            file.close()
+        finish(self.operation, file, error)

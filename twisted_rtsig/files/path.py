@@ -16,10 +16,22 @@ from typing import Any, TypeVar, overload
 
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation
-from twisted_rtsig.files.asyncfile import AsyncFile, BytesMode, TextMode, open_file
-from twisted_rtsig.files.directories import _MOST, Entries, OnError, _scan, _taken
+from twisted_rtsig.files.asyncfile import AsyncFile
+from twisted_rtsig.files.directories import (
+    Entries,
+    OnError,
+    scan,
+    walk_with,
+    without_tracebacks,
+)
+from twisted_rtsig.files.opening import BytesMode, OpenOptions, TextMode, open_file
 from twisted_rtsig.files.textfile import AsyncTextFile
 from twisted_rtsig.files.workers import workers_of
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack
 
 if sys.platform == "win32":
     from pathlib import PureWindowsPath as _PurePath
@@ -300,25 +312,11 @@ class Path(_PurePath):
 
     @overload
     def open(
-        self,
-        mode: TextMode = "r",
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
-        permissions: int = 0o666,
+        self, mode: TextMode = "r", **options: Unpack[OpenOptions]
     ) -> Operation[AsyncTextFile]: ...
 
     @overload
-    def open(
-        self,
-        mode: str,
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
-        permissions: int = 0o666,
-    ) -> Operation[Any]: ...
+    def open(self, mode: str, **options: Unpack[OpenOptions]) -> Operation[Any]: ...
 
     @must_be_awaited
     def open(self, mode: str = "r", **options: Any) -> Operation[Any]:
@@ -368,7 +366,7 @@ class Path(_PurePath):
         What is in the directory, in no particular order, for ``async for``.  It is
         never in memory as a whole.
         """
-        return self._entries(lambda: (self / each.name for each in _scan(self)))
+        return self._entries(lambda: (self / each.name for each in scan(self)))
 
     def glob(
         self, pattern: str, *, case_sensitive: bool | None = None
@@ -398,13 +396,11 @@ class Path(_PurePath):
         All directories from this one on, for ``async for``, as ``pathlib.Path.walk`` of
         Python 3.12: see also :func:`walk`.
         """
-        return Entries(
-            f"to walk {str(self)!r}",
-            workers_of(None),
-            lambda: _walk(self, top_down, on_error is not None, follow_symlinks),
-            1 if top_down else _MOST,
-            on_error,
-        )
+
+        def find(told: bool) -> Iterator[_Walked | OSError]:
+            return _walk(self, top_down, told, follow_symlinks)
+
+        return walk_with(find, str(self), top_down, on_error)
 
     def _matches(
         self, name: str, pattern: str, case_sensitive: bool | None
@@ -515,11 +511,15 @@ def _read_text(
         return file.read()
 
 
+# A directory, and the names of the directories and of the others in it.
+_Walked = tuple[Path, list[str], list[str]]
+
+
 def _walk(
     top: Path, top_down: bool, told: bool, follow_symlinks: bool
-) -> Iterator[tuple[Path, list[str], list[str]] | OSError]:
+) -> Iterator[_Walked | OSError]:
     """As ``pathlib.Path.walk``, with the errors in between if they are to be told."""
-    pending: list[Path | tuple[Path, list[str], list[str]]] = [top]
+    pending: list[Path | _Walked] = [top]
     while pending:
         path = pending.pop()
         if isinstance(path, tuple):
@@ -528,12 +528,12 @@ def _walk(
         directories: list[str] = []
         files: list[str] = []
         try:
-            for entry in _scan(path):
+            for entry in scan(path):
                 is_directory = _is_directory(entry, follow_symlinks)
                 (directories if is_directory else files).append(entry.name)
         except OSError as error:
             if told:
-                yield from _taken([error])
+                yield from without_tracebacks([error])
             continue
         if top_down:
             yield path, directories, files

@@ -22,13 +22,9 @@ from twisted.python.failure import Failure
 from twisted_rtsig.coro.closing import ClosedAtExit
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation
-from twisted_rtsig.files.asyncfile import (
-    AsyncFile,
-    BytesMode,
-    TextMode,
-    check_mode,
-)
+from twisted_rtsig.files.asyncfile import AsyncFile
 from twisted_rtsig.files.descriptors import Descriptor, SeekingDescriptor
+from twisted_rtsig.files.opening import BytesMode, TextMode, TextOptions, check_mode
 from twisted_rtsig.files.spooled import SpooledDescriptor, SpooledRaw
 from twisted_rtsig.files.textfile import AsyncTextFile
 from twisted_rtsig.files.turns import Call
@@ -99,12 +95,8 @@ class TemporaryOptions(TypedDict, total=False):
     reactor: object
 
 
-class TemporaryTextOptions(TemporaryOptions, total=False):
+class TemporaryTextOptions(TemporaryOptions, TextOptions, total=False):
     """The same for a file of text, and how text is encoded."""
-
-    encoding: str | None
-    errors: str | None
-    newline: str | None
 
 
 class _Temporary(ClosedAtExit, Generic[F]):

@@ -8,13 +8,10 @@ thread.  See ``docs/files.md``.
 
 from __future__ import annotations
 
-import errno
 import io
 import operator
 import os
 import re
-import stat
-import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, TypeVar
@@ -116,7 +113,7 @@ class AsyncTextFile(OpenFile):
             raise ValueError(f"size={size}: 0 is the least")
         if not self._turns and len(self._ahead) - self._start >= size:
             return _finished(self._take(size))
-        return self._in_turn(_Read(self, size))
+        return self._in_turn(_ReadText(self, size))
 
     @must_be_awaited
     def read_line(self, max_characters: int = MAX_CHARACTERS) -> Operation[str]:
@@ -137,7 +134,7 @@ class AsyncTextFile(OpenFile):
             end = self._end_of_line(limit)
             if end is not None:
                 return _finished(self._take(end - self._start))
-        return self._in_turn(_ReadLine(self, limit))
+        return self._in_turn(_ReadTextLine(self, limit))
 
     async def lines(self, max_characters: int = MAX_CHARACTERS) -> AsyncIterator[str]:
         """
@@ -254,7 +251,7 @@ def _finished(text: str) -> Operation[str]:
     return finished
 
 
-class _Reading(Turn[str]):
+class _ReadingText(Turn[str]):
     """A read, for which more may have to be read ahead."""
 
     __slots__ = ("_limit",)
@@ -309,7 +306,7 @@ class _Reading(Turn[str]):
         return 0
 
 
-class _Read(_Reading):
+class _ReadText(_ReadingText):
     __slots__ = ()
 
     def __init__(self, file: AsyncTextFile, size: int) -> None:
@@ -323,7 +320,7 @@ class _Read(_Reading):
         return self._limit - (len(file._ahead) - file._start)
 
 
-class _ReadLine(_Reading):
+class _ReadTextLine(_ReadingText):
     __slots__ = ()
 
     def __init__(self, file: AsyncTextFile, limit: int) -> None:
@@ -386,40 +383,6 @@ class _Settled(Turn[Any]):
 
 
 # In threads
-
-
-def open_text(
-    path: Any,
-    mode: str,
-    permissions: int,
-    encoding: str | None,
-    errors: str | None,
-    newline: str | None,
-) -> io.TextIOWrapper:
-    """
-    Open a text file, which blocks.
-
-    :raises OSError: if it cannot be opened, or is no regular file.
-    """
-
-    def opener(path: Any, flags: int) -> int:
-        # Of a FIFO, to open one would wait for the other side.
-        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), permissions)
-
-    file = open(  # noqa: SIM115
-        path, mode, encoding=encoding, errors=errors, newline=newline, opener=opener
-    )
-    assert isinstance(file, io.TextIOWrapper)
-    try:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "Not a regular file", path)
-        if sys.platform != "win32":
-            os.set_blocking(file.fileno(), True)
-    except BaseException:
-        file.close()
-        raise
-    return file
 
 
 def _read_more(file: io.TextIOWrapper, size: int) -> tuple[int, str]:

@@ -27,7 +27,7 @@ from twisted_rtsig.coro.scopes import shield
 from twisted_rtsig.coro.tasks import spawn
 from twisted_rtsig.files.asyncfile import AsyncFile
 from twisted_rtsig.files.descriptors import FURTHEST, Descriptor
-from twisted_rtsig.files.opening import open_cached, open_descriptor
+from twisted_rtsig.files.open_calls import open_cached, open_descriptor
 from twisted_rtsig.files.producer import FileProducer, Part
 from twisted_rtsig.files.workers import workers_of
 
