@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import io
 import socket
-from typing import IO, TYPE_CHECKING, Any, Final, Literal, overload
+import sys
+from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypedDict, overload
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 # The size in which sendfile() reads a file.
 _PIECE: Final = 1 << 16
+
+
+class MakefileOptions(TypedDict, total=False):
+    """How a file of text is encoded."""
+
+    encoding: str | None
+    errors: str | None
+    newline: str | None
 
 
 class SocketFiles:
@@ -35,10 +49,7 @@ class SocketFiles:
         self,
         mode: Literal["b", "rb", "br", "wb", "bw", "rwb", "rbw", "wrb", "wbr"],
         buffering: Literal[0],
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
+        **options: Unpack[MakefileOptions],
     ) -> socket.SocketIO: ...
 
     @overload
@@ -46,10 +57,7 @@ class SocketFiles:
         self,
         mode: Literal["rwb", "rbw", "wrb", "wbr"],
         buffering: Literal[-1, 1] | None = None,
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
+        **options: Unpack[MakefileOptions],
     ) -> io.BufferedRWPair: ...
 
     @overload
@@ -57,10 +65,7 @@ class SocketFiles:
         self,
         mode: Literal["b", "rb", "br"],
         buffering: Literal[-1, 1] | None = None,
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
+        **options: Unpack[MakefileOptions],
     ) -> io.BufferedReader: ...
 
     @overload
@@ -68,10 +73,7 @@ class SocketFiles:
         self,
         mode: Literal["wb", "bw"],
         buffering: Literal[-1, 1] | None = None,
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
+        **options: Unpack[MakefileOptions],
     ) -> io.BufferedWriter: ...
 
     @overload
@@ -79,10 +81,7 @@ class SocketFiles:
         self,
         mode: Literal["b", "rb", "br", "wb", "bw", "rwb", "rbw", "wrb", "wbr"],
         buffering: int,
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
+        **options: Unpack[MakefileOptions],
     ) -> io.IOBase: ...
 
     @overload
@@ -90,10 +89,7 @@ class SocketFiles:
         self,
         mode: Literal["r", "w", "rw", "wr", ""] = "r",
         buffering: int | None = None,
-        *,
-        encoding: str | None = None,
-        errors: str | None = None,
-        newline: str | None = None,
+        **options: Unpack[MakefileOptions],
     ) -> io.TextIOWrapper: ...
 
     def makefile(

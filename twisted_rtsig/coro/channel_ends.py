@@ -19,10 +19,28 @@ if TYPE_CHECKING:
     from twisted_rtsig.coro.channels import Channel
 
 T = TypeVar("T")
-E = TypeVar("E", bound="_End[Any]")
+E = TypeVar("E", bound="_ChannelEnd[Any]")
+R = TypeVar("R", bound="AsyncReceiver[Any]")
 
 
-class _End(Generic[T]):
+class AsyncReceiver(Generic[T]):
+    """Values for ``async for``, which ends with :class:`EndOfChannel`."""
+
+    def receive(self) -> Operation[T]:
+        """See ``Channel.receive``."""
+        raise NotImplementedError
+
+    def __aiter__(self: R) -> R:
+        return self
+
+    async def __anext__(self) -> T:
+        try:
+            return await self.receive()
+        except EndOfChannel:
+            raise StopAsyncIteration from None
+
+
+class _ChannelEnd(Generic[T]):
     """
     One end of a channel: it is closed at the end of a ``with`` block, or by ``close``.
 
@@ -94,7 +112,7 @@ class _End(Generic[T]):
         return f"<{type(self).__name__} at {id(self):#x}:{closed} of {self.channel!r}>"
 
 
-class ChannelSender(_End[T]):
+class ChannelSender(_ChannelEnd[T]):
     """
     An end of a channel to send to it.  When the last one is closed, so is the channel.
 
@@ -139,14 +157,14 @@ class ChannelSender(_End[T]):
         self._check()
         self.channel.try_send(value)
 
-    def sending(self, value: T) -> SendingThrough[T]:
+    def sending(self, value: T) -> SenderCase[T]:
         """
         As :meth:`Channel.sending`.
 
         :raises ChannelClosed: from ``select``, also if this is closed, or becomes so
             while it waits.
         """
-        return SendingThrough(self, value)
+        return SenderCase(self, value)
 
     def close(self) -> None:
         """
@@ -161,7 +179,7 @@ class ChannelSender(_End[T]):
             self.channel._sender_closed()
 
 
-class SendingThrough(Generic[T]):
+class SenderCase(Generic[T]):
     """
     To send a value through a :class:`ChannelSender`: for :func:`select`.
 
@@ -191,7 +209,7 @@ class SendingThrough(Generic[T]):
         return f"<Sending to {self.sender!r}>"
 
 
-class ChannelReceiver(_End[T]):
+class ChannelReceiver(_ChannelEnd[T], AsyncReceiver[T]):
     """
     An end of a channel to receive from it.  When the last one is closed, so is the
     channel: senders get ``ChannelClosed``, and the values that are left are dropped.
@@ -240,15 +258,6 @@ class ChannelReceiver(_End[T]):
         """
         self._check()
         return self.channel.try_receive()
-
-    def __aiter__(self) -> ChannelReceiver[T]:
-        return self
-
-    async def __anext__(self) -> T:
-        try:
-            return await self.receive()
-        except EndOfChannel:
-            raise StopAsyncIteration from None
 
     def close(self) -> None:
         """

@@ -10,7 +10,11 @@ from collections import deque
 from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 
 from twisted_rtsig.coro.census import Registry
-from twisted_rtsig.coro.channel_ends import ChannelReceiver, ChannelSender
+from twisted_rtsig.coro.channel_ends import (
+    AsyncReceiver,
+    ChannelReceiver,
+    ChannelSender,
+)
 from twisted_rtsig.coro.errors import ChannelClosed, EndOfChannel, WouldBlock
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import (
@@ -54,7 +58,7 @@ class ChannelStatistics(NamedTuple):
     open_receivers: int
 
 
-class Channel(Generic[T]):
+class Channel(AsyncReceiver[T]):
     """
     A queue of values between tasks: any number may send, any number receive.
 
@@ -143,9 +147,9 @@ class Channel(Generic[T]):
         if not self._give(value):
             raise WouldBlock(f"{self!r} has no room: use send(), which waits")
 
-    def sending(self, value: T) -> Sending[T]:
+    def sending(self, value: T) -> SendCase[T]:
         """To send a value: for :func:`select`, which does it or does not."""
-        return Sending(self, value)
+        return SendCase(self, value)
 
     def _give(self, value: T) -> bool:
         """Whether a receiver, or the buffer, has taken it."""
@@ -212,15 +216,6 @@ class Channel(Generic[T]):
         if value is NOTHING:
             raise WouldBlock(f"{self!r} is empty: use receive(), which waits")
         return cast(T, value)
-
-    def __aiter__(self) -> Channel[T]:
-        return self
-
-    async def __anext__(self) -> T:
-        try:
-            return await self.receive()
-        except EndOfChannel:
-            raise StopAsyncIteration from None
 
     def _take(self) -> Any:
         """The next value, whoever waits for it; ``NOTHING`` if there is none."""
@@ -412,7 +407,7 @@ channels: Final[Registry[Channel[Any]]] = Registry()
 """All channels of the process."""
 
 
-class Sending(Generic[T]):
+class SendCase(Generic[T]):
     """
     To send a value: for :func:`select`, which does it or does not.
 

@@ -178,13 +178,13 @@ class CapacityLimiter:
         """
         operation: Operation[T] = Operation()
         call = ThreadCall(operation, function, args, kwargs)
-        borrower = _Thread(function)
+        borrower = _ThreadBorrower(function)
         call.when_ended = functools.partial(self.release_on_behalf_of, borrower)
         acquiring = self.acquire_on_behalf_of(borrower)
         if acquiring.called:
             call.start()
         else:
-            operation.owner = _ThreadToCome(acquiring, call)
+            operation.owner = _ThreadToStart(acquiring, call)
         return operation
 
     def statistics(self) -> CapacityLimiterStatistics:
@@ -255,7 +255,7 @@ class CapacityLimiter:
         )
 
 
-class _Thread:
+class _ThreadBorrower:
     """Borrows the token for a function in a thread."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -265,7 +265,7 @@ class _Thread:
         return f"<{self._function!r} in a thread>"
 
 
-class _ThreadToCome:
+class _ThreadToStart:
     """The owner of the operation until there is a token, and the thread starts."""
 
     def __init__(self, acquiring: Operation[None], call: ThreadCall) -> None:

@@ -151,11 +151,11 @@ def select(*cases: Any) -> Operation[tuple[Any, Any]]:
     selectables = [(each, _selectable(each)) for each in cases]
     first = random.randrange(len(cases))
     selectables = selectables[first:] + selectables[:first]
-    calls: list[_Call] = []
+    calls: list[_CallCase] = []
     again = False
     while True:
         for case, selectable in selectables:
-            if type(selectable) is _Call and not again:
+            if type(selectable) is _CallCase and not again:
                 calls.append(selectable)
             try:
                 value = selectable.poll()
@@ -219,7 +219,7 @@ class _Selection:
     """Owns the operation of a :func:`select` that waits."""
 
     def __init__(
-        self, selectables: list[tuple[Any, Selectable[Any]]], calls: list[_Call]
+        self, selectables: list[tuple[Any, Selectable[Any]]], calls: list[_CallCase]
     ) -> None:
         self.operation: Operation[tuple[Any, Any]] = Operation()
         self.operation.owner = self
@@ -309,7 +309,7 @@ def _selectable(case: Any) -> Selectable[Any]:
         return _DeferredCase(case)
     if not hasattr(case, "unwatch"):
         if callable(case):
-            return _Call(case)
+            return _CallCase(case)
         raise TypeError(
             f"select() cannot wait for {case!r}: give it a Channel, what sending() "
             "returns, an Event, a Deadline, a Task, a Deferred or a function"
@@ -318,7 +318,7 @@ def _selectable(case: Any) -> Selectable[Any]:
     return selectable
 
 
-class _Call:
+class _CallCase:
     """What a function returns, which belongs to the select that has called it."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
@@ -372,7 +372,7 @@ class _Call:
             waiting.addErrback(_ignore_cancelled)
 
 
-def _cancel(calls: list[_Call]) -> None:
+def _cancel(calls: list[_CallCase]) -> None:
     for call in calls:
         call.cancel()
 

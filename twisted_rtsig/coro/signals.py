@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncIterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Final
 
 from twisted_rtsig.coro.errors import BusyResourceError
@@ -80,12 +80,7 @@ class SignalReceiver:
         self._reactor.callWhenRunning(self._handle_again)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._open = False
         for number in self._signals:
             _handling_of(number).remove(self)
