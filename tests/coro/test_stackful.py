@@ -187,7 +187,7 @@ def test_what_cannot_be_awaited(
     clock: Clock, start: Callable[..., Task[Any]], what: Any
 ) -> None:
     task = start(lambda: wait(what), reactor=clock)
-    with pytest.raises(TypeError, match=r"^wait\(\) needs what can be awaited, not "):
+    with pytest.raises(TypeError, match=r"^wait\(\) needs an awaitable, not "):
         finish(clock, task)
 
 

@@ -812,7 +812,7 @@ def test_resumed_in_another_thread(clock: Clock) -> None:
     other = threading.Thread(target=clock.advance, args=[1])
     other.start()
     other.join()
-    with pytest.raises(RuntimeError, match="start it where the reactor runs"):
+    with pytest.raises(RuntimeError, match="start it in the reactor's thread"):
         task.result()
     spawn_stackful(lambda: None, reactor=clock)
     assert seen == [threading.get_ident()]
@@ -932,7 +932,9 @@ def test_a_greenlet_that_ends_elsewhere(clock: Clock) -> None:
     root = getcurrent()
 
     def main() -> str:
-        with pytest.raises(RuntimeError, match="a greenlet has ended in the place of"):
+        with pytest.raises(
+            RuntimeError, match="a greenlet has ended whose parent is not"
+        ):
             greenlet(lambda: "wrong", root).switch()
         try:
             return wait(returns())

@@ -97,7 +97,7 @@ def test_modes(reactor: Any, tmp_path: Path) -> None:
         with pytest.raises(FileExistsError):
             await open_file(path, "x+b")
         for mode in ("b", "rwb", "rbb", "rb++", "rbt"):
-            with pytest.raises(ValueError, match="for bytes with 'b'"):
+            with pytest.raises(ValueError, match="add 'b' for bytes"):
                 open_file(path, mode)
 
     run(reactor, main)

@@ -207,7 +207,7 @@ def test_bad_arguments(reactor: Any, tmp_path: Path) -> None:
             options: dict[str, Any] = {"encoding": "ascii"}
             with pytest.raises(ValueError, match="is for bytes"):
                 kind("w+b", **options)
-            with pytest.raises(ValueError, match="opened for text"):
+            with pytest.raises(ValueError, match="add 'b' for bytes"):
                 kind("z")  # type: ignore[call-overload]
             with pytest.raises(LookupError):
                 await kind("w", encoding="nonsense", dir=tmp_path).open()

@@ -276,7 +276,7 @@ def test_encodings_and_errors(reactor: Any, tmp_path: Path) -> None:
 def test_bad_arguments(reactor: Any, tmp_path: Path) -> None:
     path = tmp_path / "file"
     for mode in ("", "t", "rwt", "rtt", "rbt", "U"):
-        with pytest.raises(ValueError, match="opened for text"):
+        with pytest.raises(ValueError, match="add 'b' for bytes"):
             open_file(path, mode, reactor=reactor)
     with pytest.raises(ValueError, match="newline"):
         open_file(path, "r", newline="x", reactor=reactor)

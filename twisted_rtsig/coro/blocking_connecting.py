@@ -42,7 +42,8 @@ def connect_tcp(
         raise TypeError("a port must be an integer")
     if not 0 <= port < 1 << 16:
         raise OverflowError("connect(): port must be 0-65535.")
-    # A family is wanted, and the scope of a link-local address is a number here.
+    # Resolve here, since only addresses of one family are allowed, and the scope of a
+    # link-local address is given as a number.
     found = getaddrinfo(host, port, family, kind, proto)
     where = found[0][4]
     numeric = str(where[0])
@@ -72,7 +73,7 @@ def connect_to_host(
     check_can_wait()
     number: Any = port
     if isinstance(port, str):
-        # It may be the name of a service.
+        # The port may be the name of a service.
         number = getaddrinfo(None, port, type=socket.SOCK_STREAM)[0][4][1]
     if not number:
         raise os_error(errno.ECONNREFUSED)
@@ -83,20 +84,20 @@ def connect_to_host(
     except ConnectFailed as error:
         failed = error
     except ValueError as error:
-        # Neither a name nor an address; or the port is out of range.
+        # The host is neither a name nor an address, or the port is out of range.
         raise socket.gaierror(socket.EAI_NONAME, str(error)) from None
     error_to_raise = _of_create_connection(failed, source is not None, all_errors)
     try:
         raise error_to_raise
     finally:
-        # The traceback holds this frame.
+        # The traceback refers to this frame.
         del failed, error_to_raise
 
 
 def _of_create_connection(
     failed: ConnectFailed, bound: bool, all_errors: bool
 ) -> Exception:
-    """What ``create_connection`` raises."""
+    """The error that ``socket.create_connection`` raises."""
     if not failed.errors:
         code = _EAI_ADDRFAMILY if bound else socket.EAI_NONAME
         return socket.gaierror(code, str(failed))
@@ -107,7 +108,12 @@ def _of_create_connection(
 
 
 def check_timeout(seconds: float | None) -> None:
-    """That a connection can be made with it."""
+    """
+    Check a timeout for connecting.
+
+    :raises ValueError: if it is negative.
+    :raises io.UnsupportedOperation: if it is 0.
+    """
     if seconds is None:
         return
     if not seconds >= 0:
@@ -118,7 +124,7 @@ def check_timeout(seconds: float | None) -> None:
         )
 
 
-# Names: the functions of socket, in a thread of the reactor's
+# Names: the functions of socket, in a thread of the reactor
 
 
 def getaddrinfo(
@@ -129,9 +135,9 @@ def getaddrinfo(
     proto: int = 0,
     flags: int = 0,
 ) -> list[tuple[Any, Any, int, str, Any]]:
-    """As ``socket.getaddrinfo``; the task waits for the resolver."""
+    """As ``socket.getaddrinfo``; a thread asks the resolver, and the task waits."""
     try:
-        # An address needs no resolver.
+        # A numeric address needs no resolver.
         return socket.getaddrinfo(
             host, port, family, type, proto, flags | socket.AI_NUMERICHOST
         )

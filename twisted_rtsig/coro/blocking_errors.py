@@ -9,17 +9,17 @@ from twisted.internet.error import TimeoutError as ConnectTimeout
 
 
 def unsupported(what: str) -> io.UnsupportedOperation:
-    """The error of what only a socket of the operating system can do."""
+    """The error of an operation that needs a socket of the operating system."""
     return io.UnsupportedOperation(what)
 
 
 def os_error(number: int) -> OSError:
-    """As the operating system reports it."""
+    """The error that the operating system raises with this number."""
     return OSError(number, os.strerror(number))
 
 
 def as_os_error(error: Exception) -> OSError:
-    """An error of Twisted's, as a socket has it."""
+    """The error that a socket raises where Twisted has this one."""
     number = getattr(error, "osError", None)
     if isinstance(number, int):
         return os_error(number)

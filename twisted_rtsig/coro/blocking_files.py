@@ -1,4 +1,4 @@
-"""Files of blocking sockets: those of ``makefile``, and those that are sent."""
+"""Blocking sockets and files: ``makefile`` and ``sendfile``."""
 
 from __future__ import annotations
 
@@ -102,12 +102,12 @@ class SocketFiles:
         newline: str | None = None,
     ) -> Any:
         """
-        A file of the socket: see ``socket.socket.makefile``.
+        Make a file of the socket: see ``socket.socket.makefile``.
 
         The socket stays open until its files are closed as well.
         """
-        # It is a function of Python, which calls recv_into(), send() and
-        # _decref_socketios().
+        # That method is written in Python, and calls recv_into(), send() and
+        # _decref_socketios() of this object.
         make: Any = socket.socket.makefile
         return make(
             self, mode, buffering, encoding=encoding, errors=errors, newline=newline
@@ -125,12 +125,12 @@ class SocketFiles:
         """
         Send a file that is open in binary mode, up to its end or ``count`` bytes.
 
-        The file is read in the reactor's thread, which a slow disk blocks:
-        ``Stream.send_file`` does not.
+        The file is read in the reactor's thread, so a slow disk blocks the reactor.
+        With ``Stream.send_file`` it does not.
 
-        :return: how many bytes.
-        :raises ValueError: if the file is not in binary mode, or the socket has the
-            timeout 0.
+        :return: the number of bytes that were sent.
+        :raises ValueError: if the file is not in binary mode, or the timeout of the
+            socket is 0.
         """
         if "b" not in getattr(file, "mode", "b"):
             raise ValueError("file should be opened in binary mode")
@@ -149,7 +149,7 @@ class SocketFiles:
                     break
                 sent += self.send(data)
         finally:
-            # Behind what was sent, as socket leaves it.
+            # As socket.sendfile(), leave the position behind the data that was sent.
             if sent or offset:
                 file.seek(offset + sent if sent else before)
         return sent

@@ -1,6 +1,6 @@
 """
-Sockets for code that was written for blocking ones, in stackful tasks: a call that
-would block the thread lets the task wait.
+Sockets for code that was written for blocking sockets.  They work in stackful tasks: a
+call that would block the thread makes the task wait.
 
 See ``docs/stackful.md``.
 """
@@ -50,14 +50,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 S = TypeVar("S", bound="BlockingSocket")
 
-# What the functions of socket have as the default of timeout.
+# The default of the timeout in the functions of socket.
 _DEFAULT_TIMEOUT: Final[Any] = vars(socket)["_GLOBAL_DEFAULT_TIMEOUT"]
 
-# In how large pieces sendall() hands data to the transport, which holds little more.
+# The size of the pieces that sendall() passes to the transport, which then holds little
+# more than one piece.
 _PIECE: Final = 1 << 16
 
-# After how many seconds without progress a closed socket is given up whose peer does
-# not take what is left.
+# If the peer takes nothing of the remaining output of a closed socket for this many
+# seconds, the connection is given up.
 _LINGER: Final = 60.0
 
 _AF_UNIX: Final[int | None] = getattr(socket, "AF_UNIX", None)
@@ -65,15 +66,15 @@ _MSG_DONTWAIT: Final[int] = getattr(socket, "MSG_DONTWAIT", 0)
 _MSG_WAITALL: Final[int] = getattr(socket, "MSG_WAITALL", 0)
 _MSG_NOSIGNAL: Final[int] = getattr(socket, "MSG_NOSIGNAL", 0)
 
-# Options that do nothing to a socket that the reactor polls.
+# Options without effect on a non-blocking socket, as those of the reactor are.
 _TIMEOUT_OPTIONS: Final = (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)
 _NO_LINGER: Final = struct.Struct("HH" if sys.platform == "win32" else "ii")
 
 
 class BlockingSocket(SocketFiles):
     """
-    A stream, with the methods of a connected ``socket.socket``, for libraries that
-    were written for blocking sockets::
+    A stream with the methods of a connected ``socket.socket``, for libraries that were
+    written for blocking sockets::
 
         def fetch(stream: Stream) -> bytes:
             with BlockingSocket(stream) as connection:
@@ -81,29 +82,30 @@ class BlockingSocket(SocketFiles):
                 connection.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
                 return connection.makefile("rb").read()
 
-    They can be called in stackful tasks only, and raise what those of a blocking socket
-    raise: ``ConnectionResetError``, ``BrokenPipeError`` and ``TimeoutError``.  What
-    needs a socket of the operating system raises ``io.UnsupportedOperation``, which is
-    an ``OSError``.
+    The methods can be called in stackful tasks only.  They raise the errors of a
+    blocking socket: ``ConnectionResetError``, ``BrokenPipeError`` and ``TimeoutError``.
+    A method that needs a socket of the operating system raises
+    ``io.UnsupportedOperation``, which is an ``OSError``.
 
-    The socket owns the stream from now on.  It can be shared by several tasks: of
-    those that read, each gets a part.
+    The socket owns the stream from now on.  Several tasks can share it: if several
+    read, each gets a part of the data.
 
     :param stream: the connection, for example of :func:`open_tcp`.
     """
 
     _stream: Stream | None = None
-    # Why nothing more can be read or sent by this side.
+    # Whether shutdown() has closed this direction.
     _read_shut = False
     _write_shut = False
-    # The end of what comes was reported, or a reset, as the kernel does it only once.
+    # Whether the end of the input or a reset was reported: the kernel reports a reset
+    # only once.
     _ended = False
-    # What was received behind the end of TLS.
+    # Data that was received behind the end of TLS.
     _unread: bytes = b""
-    # Whether close() discards what was not sent.
+    # Whether close() discards the output that was not sent (SO_LINGER with 0 seconds).
     _abortive = False
     _source: tuple[str, int] | None = None
-    # The read that is waiting.
+    # The read that waits.
     _reading: Operation[bytes] | None = None
 
     def __init__(self, stream: Stream) -> None:
@@ -116,13 +118,17 @@ class BlockingSocket(SocketFiles):
         self._kind = socket.SocketKind(kind)
         self._proto = proto
         self._timeout: float | None = socket.getdefaulttimeout()
-        # Options that were set before it was connected.
+        # Options that were set before the socket was connected.
         self._options: list[tuple[Any, ...]] = []
-        # Held by the task that reads.
+        # The task that reads holds it.
         self._turn = Lock()
 
     def _opened(self) -> Stream:
-        """The stream, for what needs a connection."""
+        """
+        The stream.
+
+        :raises OSError: if the socket is not connected, or closed.
+        """
         stream = self._stream
         if stream is None:
             raise os_error(errno.EBADF if self._closed else errno.ENOTCONN)
@@ -138,8 +144,8 @@ class BlockingSocket(SocketFiles):
         """
         Connect: see ``socket.socket.connect``.
 
-        :raises OSError: if it fails, or the socket is connected already.
-        :raises TimeoutError: if that takes longer than the timeout.
+        :raises OSError: if the connection fails, or the socket is connected already.
+        :raises TimeoutError: if connecting takes longer than the timeout.
         """
         self._check_open()
         if self._stream is not None:
@@ -167,7 +173,7 @@ class BlockingSocket(SocketFiles):
 
     def connect_ex(self, address: Any) -> int:
         """
-        As :meth:`connect`; return the number of the error, or 0.
+        As :meth:`connect`, but return the number of an ``OSError``, or 0.
 
         :raises socket.gaierror: if the name has no address.
         """
@@ -184,7 +190,7 @@ class BlockingSocket(SocketFiles):
         return 0
 
     def bind(self, address: Any) -> None:
-        """Connect from this address, a host and a port (0 for any)."""
+        """Set the local address to connect from: a host and a port (0 for any)."""
         if self._stream is not None:
             raise os_error(errno.EINVAL)
         if self._family == _AF_UNIX:
@@ -196,10 +202,10 @@ class BlockingSocket(SocketFiles):
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
         """
-        Receive 1 to ``bufsize`` bytes; none at the end.
+        Receive 1 to ``bufsize`` bytes; none at the end of the input.
 
         :param flags: ``MSG_PEEK``, ``MSG_DONTWAIT`` and ``MSG_WAITALL``.
-        :raises TimeoutError: if nothing comes within the timeout.
+        :raises TimeoutError: if nothing arrives within the timeout.
         :raises ConnectionResetError: if the connection was reset.
         """
         bufsize = operator.index(bufsize)
@@ -211,12 +217,12 @@ class BlockingSocket(SocketFiles):
     def recv_into(
         self, buffer: WriteableBuffer, nbytes: int = 0, flags: int = 0
     ) -> int:
-        """As :meth:`recv`, into a buffer; return how many bytes."""
+        """As :meth:`recv`, into a buffer; return the number of bytes."""
         if nbytes < 0:
             raise ValueError("negative buffersize in recv_into")
         with memoryview(buffer).cast("B") as view:
             if view.readonly:
-                # Before anything is taken.
+                # Checked before any data is received, which would be lost.
                 raise TypeError("recv_into() needs a buffer that can be written to")
             size = nbytes or len(view)
             if size > len(view):
@@ -227,9 +233,9 @@ class BlockingSocket(SocketFiles):
 
     def _receive(self, size: int, flags: int, deadline: float | None) -> bytes:
         """
-        Receive what arrives on the stream.
+        Receive data from the stream.
 
-        :raises BlockingIOError: if nothing is there, without time to wait.
+        :raises BlockingIOError: if there is no data, and the call may not wait.
         """
         at_once = deadline == 0 or bool(flags & _MSG_DONTWAIT)
         self._take_turn(deadline, at_once)
@@ -239,7 +245,7 @@ class BlockingSocket(SocketFiles):
             self._turn.release()
 
     def _take_turn(self, deadline: float | None, at_once: bool) -> None:
-        """Of several tasks that read, let one be the first."""
+        """Acquire the lock for reading: several tasks read one after another."""
         check_can_wait()
         if at_once and self._turn.locked:
             raise os_error(errno.EAGAIN)
@@ -263,7 +269,7 @@ class BlockingSocket(SocketFiles):
             if peeks:
                 data = self._read(stream.peek(min(size, MAX_BYTES)), deadline)
             elif flags & _MSG_WAITALL and deadline is None and not at_once:
-                # With a timeout the kernel does not wait for all.
+                # With a timeout the kernel ignores MSG_WAITALL.
                 data = self._read(stream.read_exactly(size), None)
             else:
                 data = self._read(stream.read(size), deadline)
@@ -285,14 +291,15 @@ class BlockingSocket(SocketFiles):
             return self._wait(reading, deadline)
         finally:
             self._reading = None
-            # As in wait().
+            # The traceback of an error refers to this frame, and an operation to its
+            # error.
             del reading
 
     def _poll(self, stream: Stream) -> None:
         """
-        Let the reactor receive what the kernel holds.
+        Let the reactor receive the data that the kernel has.
 
-        :raises BlockingIOError: if that is nothing.
+        :raises BlockingIOError: if there is none.
         """
         peeking = stream.peek(1)
         try:
@@ -313,10 +320,11 @@ class BlockingSocket(SocketFiles):
 
     def send(self, data: ReadableBuffer, flags: int = 0, /) -> int:
         """
-        Send, when there is room; all of it, however long.
+        Send all of the data, however long, as soon as the transport has room.
 
-        :return: how many bytes.
-        :raises TimeoutError: if there is no room within the timeout: nothing was sent.
+        :return: the number of bytes.
+        :raises TimeoutError: if there is no room within the timeout.  Nothing was sent
+            then.
         :raises ConnectionResetError: if the connection was reset.
         :raises BrokenPipeError: if nothing can be sent any more.
         """
@@ -329,8 +337,8 @@ class BlockingSocket(SocketFiles):
 
     def sendall(self, data: ReadableBuffer, flags: int = 0, /) -> None:
         """
-        As :meth:`send`.  The timeout is for all of it; how much was sent until then is
-        not known.
+        As :meth:`send`, but the timeout is for the whole call.  After a
+        ``TimeoutError`` it is unknown how much was sent.
         """
         _check_flags(flags, _MSG_DONTWAIT | _MSG_NOSIGNAL)
         deadline = 0 if flags & _MSG_DONTWAIT else self._deadline()
@@ -344,7 +352,7 @@ class BlockingSocket(SocketFiles):
             self._opened().write(bytes(data))
 
     def _until_room(self, deadline: float | None) -> None:
-        """Wait until the peer has taken enough of what was sent before."""
+        """Wait until the peer has taken enough of the earlier output."""
         stream = self._opened()
         while True:
             error = stream._unwritable
@@ -361,9 +369,9 @@ class BlockingSocket(SocketFiles):
 
     def _lost(self, stream: Stream) -> OSError:
         """
-        The error of sending when nothing can be sent any more: the first one is of a
-        reset, if that was not reported and the peer had not closed, as the kernel has
-        it.
+        The error of a send when nothing can be sent any more.  As from the kernel,
+        the first error after a reset is ``ECONNRESET``, unless the reset was reported
+        before or the peer had closed; all others are ``EPIPE``.
         """
         if stream.lost and not (
             self._write_shut or self._ended or isinstance(stream._lost, ConnectionDone)
@@ -376,9 +384,9 @@ class BlockingSocket(SocketFiles):
 
     def settimeout(self, value: float | None, /) -> None:
         """
-        Limit how many seconds each call may wait; None for no limit.  With 0 none
-        waits: it raises ``BlockingIOError`` if there is nothing to receive, after the
-        reactor has looked at the sockets.
+        Limit the seconds that each call may wait; None for no limit.  With 0 no call
+        waits: if there is no data, it raises ``BlockingIOError``, after the reactor has
+        looked at the sockets.
         """
         if value is not None:
             if not isinstance(value, int | float):
@@ -392,7 +400,7 @@ class BlockingSocket(SocketFiles):
         return self._timeout
 
     def setblocking(self, flag: bool, /) -> None:
-        """``settimeout(None)`` or, if not, ``settimeout(0)``."""
+        """``settimeout(None)`` if the flag is true, else ``settimeout(0)``."""
         self._timeout = None if flag else 0.0
 
     def getblocking(self) -> bool:
@@ -406,8 +414,8 @@ class BlockingSocket(SocketFiles):
 
     def _deadline(self) -> float | None:
         """
-        Until when a call that begins now may wait, in the time of the reactor; 0 if it
-        may not wait, and None without a limit.
+        The deadline of a call that begins now, in the time of the reactor; 0 if it may
+        not wait, and None without a limit.
         """
         seconds = self._timeout
         if not seconds:
@@ -430,15 +438,15 @@ class BlockingSocket(SocketFiles):
             return wait(operation)
         finally:
             cancel_call(call)
-            # As in wait(); the call holds the operation.
+            # As in _read(); the delayed call refers to the operation.
             del operation, call
 
     # The end
 
     def shutdown(self, how: int, /) -> None:
         """
-        Half close: see ``socket.socket.shutdown``.  A read that waits in another task
-        ends with no bytes after ``SHUT_RD``.
+        Close one direction or both: see ``socket.socket.shutdown``.  With ``SHUT_RD`` a
+        read that waits in another task returns no bytes.
         """
         stream = self._opened()
         if how not in (socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR):
@@ -460,9 +468,9 @@ class BlockingSocket(SocketFiles):
 
     def close(self) -> None:
         """
-        Close the socket: the transport sends what is left, and then ends the
-        connection.  The files of :meth:`makefile` can still be used, and it ends when
-        they are closed.
+        Close the socket.  The transport sends the remaining output, and then closes
+        the connection.  Files of :meth:`makefile` stay usable: the connection is closed
+        when they are closed.
         """
         self._closed = True
         if self._io_refs > 0:
@@ -472,8 +480,9 @@ class BlockingSocket(SocketFiles):
             self._end(stream)
 
     def _end(self, stream: Stream) -> None:
-        # A kernel resets a connection if something was not read.  What it would have
-        # sent before may still be in the transport, unless the peer does not take it.
+        # A kernel resets the connection if input was not read, and has sent the output
+        # before.  Here the output may still be in the transport.  So with unread input
+        # reset only if the peer does not take the output.
         if self._abortive or (stream.full and stream._buffer.data):
             stream.abort()
         else:
@@ -484,11 +493,11 @@ class BlockingSocket(SocketFiles):
         if stream is None or stream.lost:
             return
         if not self._closed:
-            # As a socket that is not closed.
+            # The warning of a socket that was not closed.
             warnings.warn(
                 f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2
             )
-        # It is collected at any time, and in any thread.
+        # The garbage collector may run this at any time, and in any thread.
         stream._scheduler.reactor.callFromThread(self._end, stream)
 
     def __enter__(self: S) -> S:
@@ -498,11 +507,11 @@ class BlockingSocket(SocketFiles):
         if not self._closed:
             self.close()
 
-    # What it is
+    # Addresses and options
 
     @property
     def family(self) -> socket.AddressFamily:
-        """The family of its addresses."""
+        """The address family."""
         return self._family
 
     @property
@@ -512,11 +521,11 @@ class BlockingSocket(SocketFiles):
 
     @property
     def proto(self) -> int:
-        """The number of its protocol, or 0."""
+        """The number of the protocol, or 0."""
         return self._proto
 
     def getpeername(self) -> Any:
-        """The address of the other side, in the form of its family."""
+        """The address of the peer, in the form of its family."""
         stream = self._opened()
         if stream.lost:
             raise os_error(errno.ENOTCONN)
@@ -534,10 +543,10 @@ class BlockingSocket(SocketFiles):
 
     def fileno(self) -> int:
         """
-        -1 if it is closed.
+        Return -1 if the socket is closed.
 
-        :raises io.UnsupportedOperation: if not, since the reactor reads from the
-            descriptor: nothing else can poll it, and ``ssl`` cannot take it over.
+        :raises io.UnsupportedOperation: if it is open.  The reactor reads from the
+            descriptor, so nothing else can poll it, and ``ssl`` cannot take it over.
         """
         if self._closed and self._stream is None:
             return -1
@@ -549,8 +558,8 @@ class BlockingSocket(SocketFiles):
 
     def setsockopt(self, level: int, optname: int, *value: Any) -> None:
         """
-        Set an option of the socket of the operating system: ``TCP_NODELAY`` and
-        ``SO_KEEPALIVE`` for example.  It can be set before ``connect``.
+        Set an option of the socket of the operating system: ``TCP_NODELAY`` or
+        ``SO_KEEPALIVE``, for example.  Options can be set before ``connect``.
         """
         self._check_open()
         if level == socket.SOL_SOCKET and optname in _TIMEOUT_OPTIONS:
@@ -559,7 +568,7 @@ class BlockingSocket(SocketFiles):
         stream = self._stream
         handle = None if stream is None else _handle(stream)
         if handle is None:
-            # It tells whether there is such an option.
+            # The system raises an error if there is no such option.
             with self._throwaway() as handle:
                 handle.setsockopt(*option)
             if stream is None:
@@ -577,7 +586,7 @@ class BlockingSocket(SocketFiles):
     def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes: ...
 
     def getsockopt(self, level: int, optname: int, *buflen: int) -> int | bytes:
-        """An option of the socket of the operating system."""
+        """Get an option of the socket of the operating system."""
         self._check_open()
         handle = None if self._stream is None else _handle(self._stream)
         if handle is not None:
@@ -588,7 +597,7 @@ class BlockingSocket(SocketFiles):
             return plain.getsockopt(level, optname, *buflen)
 
     def _throwaway(self) -> socket.socket:
-        """A socket of the operating system that is not connected."""
+        """A new socket of the operating system, which is not connected."""
         return socket.socket(self._family, self._kind, self._proto)
 
     def __repr__(self) -> str:
@@ -609,9 +618,10 @@ class BlockingSocket(SocketFiles):
 class ClientSocket(BlockingSocket):
     """
     A :class:`BlockingSocket` that is not connected yet, with the parameters of
-    ``socket.socket``: its ``connect`` connects it, by TCP or to a UNIX socket.
+    ``socket.socket``.  ``connect`` connects it, by TCP or to a UNIX socket.
 
-    :raises io.UnsupportedOperation: if it is not for a stream, or for a descriptor.
+    :raises io.UnsupportedOperation: if the type is not ``SOCK_STREAM``, the family is
+        another one, or a descriptor is given.
     """
 
     def __init__(
@@ -649,17 +659,17 @@ def create_connection(
 ) -> BlockingSocket:
     """
     Connect by TCP, as ``socket.create_connection``; the addresses of a name are tried
-    as :func:`open_tcp` does it.
+    as by :func:`open_tcp`.
 
     :param address: host and port.
-    :param timeout: how many seconds each attempt may take, and later each call of the
-        socket; by default what ``socket.getdefaulttimeout`` returns.
-    :param source_address: the address and the port (0 for any) of this side.
+    :param timeout: the seconds that each attempt may take, and later each call of the
+        socket; by default that of ``socket.getdefaulttimeout``.
+    :param source_address: the local address and port (0 for any).
     :param all_errors: if no attempt succeeds, raise an ``ExceptionGroup`` of all errors
-        in place of the last one.
+        instead of the last error.
     :raises socket.gaierror: if the name has no address.
-    :raises OSError: if it fails: ``ConnectionRefusedError``, for example.
-    :raises TimeoutError: if it takes too long.
+    :raises OSError: if the connection fails: ``ConnectionRefusedError``, for example.
+    :raises TimeoutError: if connecting takes longer than the timeout.
     """
     if timeout is _DEFAULT_TIMEOUT:
         timeout = socket.getdefaulttimeout()
@@ -690,7 +700,7 @@ def _check_flags(flags: int, allowed: int) -> None:
 
 
 def _handle(stream: Stream) -> socket.socket | None:
-    """The socket of the operating system; None without one, or if it is closed."""
+    """The socket of the operating system; None if there is none, or it is closed."""
     try:
         handle = below_tls(stream.transport).getHandle()
     except AttributeError:
@@ -712,7 +722,7 @@ def _kind_of(stream: Stream) -> tuple[int, int, int]:
 
 
 def _plain(address: Address) -> Any:
-    """An address, in the form that the functions of socket have."""
+    """An address in the form of the functions of socket."""
     if isinstance(address, UNIXAddress):
         return os.fsdecode(address.name or b"")
     if isinstance(address, IPv6Address):

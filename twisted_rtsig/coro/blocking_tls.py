@@ -1,9 +1,9 @@
 """
 TLS for blocking sockets, with the ``SSLContext`` of the caller.
 
-OpenSSL works in memory (``ssl.SSLObject``), and what it reads and writes goes over the
-stream.  So all settings of the context count, its checks are made, and its errors are
-raised, as in a socket of ``ssl``; and pyOpenSSL is not needed.
+OpenSSL works in memory (``ssl.SSLObject``), and its input and output go over the
+stream.  So all settings and checks of the context apply, and its errors are raised, as
+with a socket of ``ssl``.  pyOpenSSL is not needed.
 """
 
 from __future__ import annotations
@@ -23,25 +23,24 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 C = TypeVar("C", bound=ssl.SSLContext)
 
-# How much is received of a stream at once, for OpenSSL: some records.
+# The most that one read of the stream receives for OpenSSL: some records.
 _PIECE = 1 << 16
 
 
 class BlockingSSLSocket(BlockingSocket):
     """
-    What ``wrap_socket`` of an ``SSLContext`` returns for a :class:`BlockingSocket`: see
-    :func:`allow_blocking_sockets`.  It has the methods of an ``ssl.SSLSocket``, and
-    raises its errors.
+    The result of ``SSLContext.wrap_socket`` for a :class:`BlockingSocket`: see
+    :func:`allow_blocking_sockets`.  It has the methods and the errors of an
+    ``ssl.SSLSocket``.
 
-    :ivar context: the context.
     :ivar server_side: whether this side is the server.
     :ivar server_hostname: the name of the server, for SNI and the check of the
         certificate.
     """
 
-    # None while it is not connected, and after unwrap().
+    # None until the socket is connected, and after unwrap().
     _tls: ssl.SSLObject | None = None
-    # How often something was received for it.
+    # Counts the reads of the stream for OpenSSL.
     _fills: int = 0
 
     def __init__(
@@ -78,7 +77,7 @@ class BlockingSSLSocket(BlockingSocket):
         self._outgoing = ssl.MemoryBIO()
         if sock._stream is None:
             sock._check_open()
-        # It takes over, as an SSLSocket does: the other one is closed.
+        # As an SSLSocket, take over the connection: the other socket is closed.
         self._options, self._source = sock._options, sock._source
         self._abortive, self._unread = sock._abortive, sock._unread
         self._read_shut, self._write_shut = sock._read_shut, sock._write_shut
@@ -104,7 +103,7 @@ class BlockingSSLSocket(BlockingSocket):
                     )
                 self.do_handshake()
         except BaseException:
-            # Where an SSLSocket would be closed by its collection.
+            # An SSLSocket would be closed when it is collected.
             self.close()
             raise
 
@@ -121,9 +120,9 @@ class BlockingSSLSocket(BlockingSocket):
 
     def _run(self, function: Callable[..., T], what: str, *args: Any) -> T:
         """
-        Call a function of OpenSSL, and receive what it needs.
+        Call a function of OpenSSL, and receive the input that it needs.
 
-        :param what: the operation, for the error of a timeout.
+        :param what: the name of the operation, for the error of a timeout.
         """
         deadline = self._deadline()
         while True:
@@ -140,11 +139,11 @@ class BlockingSSLSocket(BlockingSocket):
             except TimeoutError:
                 raise TimeoutError(f"The {what} operation timed out") from None
             finally:
-                # The traceback holds this frame.
+                # The traceback refers to this frame.
                 del wants
 
     def _fill(self, deadline: float | None) -> None:
-        """Receive something for OpenSSL, unless another task does that meanwhile."""
+        """Receive input for OpenSSL, unless another task does so meanwhile."""
         fills = self._fills
         at_once = deadline == 0
         self._take_turn(deadline, at_once)
@@ -161,19 +160,21 @@ class BlockingSSLSocket(BlockingSocket):
             self._turn.release()
 
     def _flush(self) -> None:
-        """Send what OpenSSL has written, in its order: nothing waits in between."""
+        """
+        Send the output of OpenSSL.  Nothing waits in between, so it stays in order.
+        """
         data = self._outgoing.read()
         stream = self._stream
         if data and stream is not None:
-            # An error is reported where something is received or sent next.
+            # The next receive or send reports an error.
             stream.write(data)
 
     def do_handshake(self, block: bool = False) -> None:
         """
         See ``ssl.SSLSocket.do_handshake``.
 
-        :raises ssl.SSLError: if it fails; ``SSLCertVerificationError``, if the
-            certificate of the peer is not accepted.
+        :raises ssl.SSLError: if the handshake fails; it is an
+            ``SSLCertVerificationError`` if the certificate of the peer is not accepted.
         """
         before = self._timeout
         if block and before == 0:
@@ -267,14 +268,14 @@ class BlockingSSLSocket(BlockingSocket):
             )
 
     def pending(self) -> int:
-        """How many bytes can be received without waiting."""
+        """The number of bytes that can be received without waiting."""
         return 0 if self._tls is None else self._tls.pending()
 
     # The end
 
     def unwrap(self) -> BlockingSocket:
         """
-        End TLS: tell the peer, and wait until it does the same.
+        End TLS: notify the peer, and wait for its notification.
 
         :return: this socket, which is not encrypted any more.
         """
@@ -284,7 +285,7 @@ class BlockingSSLSocket(BlockingSocket):
         return self
 
     def shutdown(self, how: int, /) -> None:
-        """See ``ssl.SSLSocket.shutdown``: TLS is over, without a word to the peer."""
+        """See ``ssl.SSLSocket.shutdown``: it ends TLS without notifying the peer."""
         self._opened()
         self._tls = None
         super().shutdown(how)
@@ -293,7 +294,7 @@ class BlockingSSLSocket(BlockingSocket):
         super()._end(stream)
         self._tls = None
 
-    # What was negotiated
+    # Negotiated parameters
 
     @property
     def context(self) -> ssl.SSLContext:
@@ -308,7 +309,7 @@ class BlockingSSLSocket(BlockingSocket):
 
     @property
     def session(self) -> ssl.SSLSession | None:
-        """The session of TLS, for the next connection to the same server."""
+        """The TLS session, for the next connection to the same server."""
         return self._session if self._tls is None else self._tls.session
 
     @session.setter
@@ -319,7 +320,7 @@ class BlockingSSLSocket(BlockingSocket):
 
     @property
     def session_reused(self) -> bool | None:
-        """Whether it goes on with an earlier session."""
+        """Whether an earlier session was resumed."""
         return None if self._tls is None else self._tls.session_reused
 
     @overload
@@ -370,7 +371,7 @@ class BlockingSSLSocket(BlockingSocket):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # What later versions of Python add.
+            # Methods that later versions of Python add.
             tls = self._tls
             if tls is not None and not name.startswith("_") and hasattr(tls, name):
                 return getattr(tls, name)
@@ -382,10 +383,10 @@ class BlockingSSLSocket(BlockingSocket):
 
 def allow_blocking_sockets(context: C) -> C:
     """
-    Let ``context.wrap_socket`` take a :class:`BlockingSocket` as well, and return a
-    :class:`BlockingSSLSocket` for it.  Other sockets it takes as before.
+    Make ``context.wrap_socket`` accept a :class:`BlockingSocket` as well, for which it
+    returns a :class:`BlockingSSLSocket`.  Other sockets are wrapped as before.
 
-    :param context: an ``ssl.SSLContext``, whose ``sslsocket_class`` is replaced.
+    :param context: an ``ssl.SSLContext``; its ``sslsocket_class`` is replaced.
     :return: the same context.
     """
     kind: Any = context.sslsocket_class
@@ -398,7 +399,7 @@ def _takes_both(kind: Any) -> Any:
     if getattr(kind, "takes_blocking_sockets", False):
         return kind
 
-    # It is called with names only.
+    # wrap_socket() calls it with keyword arguments only.
     def create(cls: Any, /, sock: Any, **arguments: Any) -> Any:
         if isinstance(sock, BlockingSocket):
             return BlockingSSLSocket(sock, **arguments)

@@ -1,4 +1,4 @@
-"""Commands that run to their end, with all of their output."""
+"""Running a command to its end, and capturing its output."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ else:
     from typing_extensions import Unpack
 
 MAX_OUTPUT: Final = 1 << 26
-"""How much output is collected by default: 64 MiB of either kind."""
+"""The default limit of the output: 64 MiB of either stream."""
 
 Data = bytes | bytearray | memoryview
 
@@ -47,9 +47,9 @@ class OutputLimitExceeded(SubprocessError):
     A program has written more than the ``max_bytes`` of ``run_process``.
 
     :ivar cmd: the command.
-    :ivar limit: how many bytes it could have written.
-    :ivar stdout: what was collected of its output, in bytes; None if nothing was to be.
-    :ivar stderr: the same of its standard error.
+    :ivar limit: the limit in bytes.
+    :ivar stdout: the output that was collected, in bytes; None if it is not collected.
+    :ivar stderr: the same for the standard error.
     """
 
     def __init__(
@@ -149,35 +149,35 @@ def run_process(
     **options: Any,
 ) -> Deferred[Any]:
     """
-    Run a command to its end, and collect what it writes::
+    Run a command to its end, and collect its output::
 
         done = await run_process(["sort", "-n"], input=b"10\\n9\\n")
         print(done.stdout, done.returncode)
 
-    If the wait is cancelled, by ``timeout`` for example, then the program is stopped as
-    ``Process.stop`` does, and the cancellation takes effect when it has ended.
+    If the wait is cancelled, by ``timeout`` for example, the program is stopped as by
+    ``Process.stop``, and the cancellation takes effect when the program has ended.
 
-    :param input: what it reads from its standard input; by default nothing.
+    :param input: the data for the standard input; by default none.
     :param stdin: as for ``open_process``, if there is no ``input``.
-    :param stdout: as for ``open_process``.  Only what is a ``PIPE`` is collected.
-    :param stderr: as ``stdout``; or ``STDOUT``, to be collected together with that.
-    :param check: raise an error if its exit status is not 0.
-    :param text: ``input`` and what is collected is ``str``, in the encoding of the
-        locale, and each ``"\\r\\n"`` or ``"\\r"`` of the output is ``"\\n"``.
-    :param encoding: the same, in this encoding.
-    :param errors: the same, with this error handler of ``codecs``.
-    :param max_bytes: how much it may write, to each of the two; None for no limit.
-    :param grace: as for ``open_process``: when it has to be stopped.
-    :param options: the further parameters of ``open_process``.
+    :param stdout: as for ``open_process``.  Only a ``PIPE`` is collected.
+    :param stderr: as ``stdout``; or ``STDOUT``, to be collected together with it.
+    :param check: whether to raise an error if the exit status is not 0.
+    :param text: whether ``input`` and the output are ``str``, in the encoding of the
+        locale.  Each ``"\\r\\n"`` and ``"\\r"`` of the output becomes ``"\\n"``.
+    :param encoding: as ``text``, with this encoding.
+    :param errors: as ``text``, with this error handler of ``codecs``.
+    :param max_bytes: the limit of each of the two outputs; None for no limit.
+    :param grace: as for ``open_process``, if the program has to be stopped.
+    :param options: further parameters of ``open_process``.
     :return: fires with a ``subprocess.CompletedProcess``, when the program has ended
         and its outputs are closed.
-    :raises subprocess.CalledProcessError: (when awaited) if its exit status is not 0,
-        with the output.
-    :raises OutputLimitExceeded: (when awaited) if it writes too much.  The program is
-        stopped.
+    :raises subprocess.CalledProcessError: (when awaited) if the exit status is not 0;
+        the error has the output.
+    :raises OutputLimitExceeded: (when awaited) if the program writes more than
+        ``max_bytes``.  It is stopped then.
     :raises UnicodeDecodeError: (when awaited) if the output is not in the encoding.
-    :raises TypeError: if ``input`` is not what ``text`` says.
-    :raises OSError: as ``open_process``, and so are further errors.
+    :raises TypeError: if ``input`` has not the type that ``text`` asks for.
+    :raises OSError: as ``open_process``, which has further errors.
     """
     check_grace(grace)
     if max_bytes is not None and max_bytes < 0:
@@ -206,7 +206,7 @@ def run_process(
 
 class _Run(ProcessProtocol):
     """
-    Collects the output of a program.  The owner of an operation: see :attr:`_closed`.
+    Collects the output of a program.  The owner of the operation ``_closed``.
     """
 
     def __init__(
@@ -221,14 +221,14 @@ class _Run(ProcessProtocol):
         self._command = command
         self._limit = limit
         self._data = data
-        # What was written, by descriptor; and how much that is.
+        # The output by descriptor, and its size.
         self._output: dict[int, list[bytes]] = {}
         self._sizes: dict[int, int] = {}
-        # Whether what it writes is still wanted.
+        # False once the output is discarded.
         self._collects = True
-        # Finished when the program has ended and its outputs are closed, or with an
-        # error when it has written too much; None from then on, since the traceback of
-        # the error holds the frames that hold this.
+        # Succeeds when the program has ended and its outputs are closed; fails when it
+        # has written too much.  None from then on, since the traceback of the error
+        # refers to frames that refer to this object.
         self._closed: Operation[None] | None = closed
         closed.owner = self
 
@@ -240,27 +240,27 @@ class _Run(ProcessProtocol):
         codec: _Codec | None,
     ) -> CompletedProcess[Any]:
         """
-        Wait for all of it; stop the program if anything goes wrong.
+        Wait for the end of the program and its output; stop it after an error.
 
-        :param closed: the operation.  This may begin when it is finished already.
+        :param closed: the operation, which may be finished before this begins.
         """
         child = self._child
         try:
             try:
                 await closed
             finally:
-                # The traceback of its error holds this frame.
+                # The traceback of its error refers to this frame.
                 del closed
         except BaseException as error:
             self._collects = False
             try:
                 if isinstance(error, GeneratorExit):
-                    # Nothing can resume this any more.
+                    # A coroutine that is being closed cannot wait.
                     child._kill_now()
                 elif child.returncode is None:
                     await child._end(grace)
             finally:
-                # Processes that it has started may hold them open.
+                # Processes that the program has started may keep the outputs open.
                 child._transport.loseConnection()
             raise
         status = child.returncode
@@ -286,8 +286,7 @@ class _Run(ProcessProtocol):
                 self._sizes[descriptor] = 0
         data, self._data = self._data, None
         if data is not None:
-            # It is closed when all of that was written, or when the program has
-            # closed it.
+            # The pipe is closed when all data is written, or the program closes it.
             if data:
                 transport.writeToChild(0, data)
             transport.closeChildFD(0)
@@ -328,7 +327,7 @@ class _Run(ProcessProtocol):
         return closed
 
     def forget(self, operation: Operation[Any]) -> None:
-        """See ``Owner.forget``: the program is stopped."""
+        """See ``Owner.forget``: ``finish`` stops the program."""
         self._take_closed()
 
     def waits_for(self, operation: Operation[Any]) -> str:
@@ -345,7 +344,7 @@ def _result(
 
 
 class _Codec:
-    """What the text of a program is encoded in."""
+    """The encoding of the input and the output of a program."""
 
     def __init__(self, encoding: str | None, errors: str | None) -> None:
         self._encoding = encoding or locale.getpreferredencoding(False)
@@ -353,7 +352,7 @@ class _Codec:
 
     def encode(self, text: str) -> bytes:
         if sys.platform == "win32":
-            # As subprocess has it.
+            # As subprocess does.
             text = text.replace("\n", os.linesep)
         return text.encode(self._encoding, self._errors)
 
@@ -368,9 +367,9 @@ def _encoded(data: Data | str, codec: _Codec | None) -> bytes:
     if codec is None:
         if isinstance(data, str):
             raise TypeError(
-                "input is text: give it in bytes, or say text=True or an encoding"
+                "input is text: give bytes, or say text=True or an encoding"
             )
         return bytes(data)
     if not isinstance(data, str):
-        raise TypeError(f"input={data!r}: with text or an encoding it is a str")
+        raise TypeError(f"input={data!r}: with text=True or an encoding give a str")
     return codec.encode(data)

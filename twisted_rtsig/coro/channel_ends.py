@@ -1,5 +1,5 @@
 """
-The ends of a channel, which is closed with the last one of either side.
+The ends of a channel.  The channel is closed when the last end of either side is.
 
 See ``docs/channels.md``.
 """
@@ -47,27 +47,27 @@ class _ChannelEnd(Generic[T]):
     :ivar channel: the channel.
     """
 
-    # Set when it is made; False is for __del__, after an error in __init__.
+    # Set in __init__.  This default is for __del__ after an error there.
     _open = False
 
     def __init__(self, channel: Channel[T]) -> None:
         self.channel = channel
-        # What waits through this end: operations, and cases of a select.
+        # The operations and the cases of select() that wait through this end.
         self._waiting: WeakSet[Any] = WeakSet()
         self._open = True
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether this end was closed."""
         return not self._open
 
     def _close(self, waiters: Waiters) -> None:
-        """Close it, and let nothing wait through it any more."""
+        """Close this end.  Everything that waits through it fails."""
         self._open = False
         waiting = list(self._waiting)
         self._waiting.clear()
         for each in waiting:
-            # It may be given up by what is told before.
+            # A task that was resumed before may have given it up.
             if not each.called:
                 waiters.forget(each)
                 each.fail(self._is_closed())
@@ -82,7 +82,7 @@ class _ChannelEnd(Generic[T]):
         )
 
     def _watch(self, entry: Entry) -> None:
-        """This waits through this end, if it waits at all."""
+        """Remember that ``entry`` waits through this end, if it waits at all."""
         if not entry.called:
             self._waiting.add(entry)
 
@@ -94,13 +94,13 @@ class _ChannelEnd(Generic[T]):
         self.close()
 
     def close(self) -> None:
-        """Close it."""
+        """Close this end."""
         raise NotImplementedError
 
     def __del__(self) -> None:
         if self._open:
             warnings.warn(
-                f"{self!r} was not closed, so that the channel is not: use it in a "
+                f"{self!r} was not closed, and keeps its channel open: use it in a "
                 "with block",
                 ResourceWarning,
                 stacklevel=1,
@@ -114,10 +114,10 @@ class _ChannelEnd(Generic[T]):
 
 class ChannelSender(_ChannelEnd[T]):
     """
-    An end of a channel to send to it.  When the last one is closed, so is the channel.
+    The sending end of a channel.  When the last one is closed, so is the channel.
 
-    Made by :meth:`Channel.open_sender`.  Each task that sends should have one of its
-    own, and use it in a ``with`` block::
+    Made by :meth:`Channel.open_sender`.  Each task that sends should have a sender of
+    its own, and use it in a ``with`` block::
 
         with channel.open_sender() as sender:
             await sender.send(value)
@@ -127,9 +127,9 @@ class ChannelSender(_ChannelEnd[T]):
 
     def clone(self) -> ChannelSender[T]:
         """
-        Another one of the same channel, open.
+        Open another sender of the same channel.
 
-        :raises ChannelClosed: if this one, or the channel, is closed.
+        :raises ChannelClosed: if this sender or the channel is closed.
         """
         self._check()
         return self.channel.open_sender()
@@ -138,8 +138,9 @@ class ChannelSender(_ChannelEnd[T]):
         """
         As :meth:`Channel.send`.
 
-        :raises ChannelClosed: (when awaited) also if this is closed, or becomes so
-            while it waits, or if the last :class:`ChannelReceiver` is.
+        :raises ChannelClosed: (when awaited) also if this sender is closed, or is
+            closed while the send waits, or if the last :class:`ChannelReceiver` is
+            closed.
         """
         if not self._open:
             return failed(self._is_closed())
@@ -151,8 +152,8 @@ class ChannelSender(_ChannelEnd[T]):
         """
         As :meth:`Channel.try_send`.
 
-        :raises WouldBlock: if there is no room for the value.
-        :raises ChannelClosed: if this or the channel is closed.
+        :raises WouldBlock: if the channel has no room for the value.
+        :raises ChannelClosed: if this sender or the channel is closed.
         """
         self._check()
         self.channel.try_send(value)
@@ -161,18 +162,18 @@ class ChannelSender(_ChannelEnd[T]):
         """
         As :meth:`Channel.sending`.
 
-        :raises ChannelClosed: from ``select``, also if this is closed, or becomes so
-            while it waits.
+        :raises ChannelClosed: (from ``select``) also if this sender is closed, or is
+            closed while ``select`` waits.
         """
         return SenderCase(self, value)
 
     def close(self) -> None:
         """
-        Close this end, and if it is the last sender the channel: receivers get what was
-        sent, and then the end.
+        Close this sender, and the channel if it is the last one: receivers get the
+        values that were sent, and then the end.
 
-        What waits in :meth:`send` of this sender gets ``ChannelClosed``.  Does nothing
-        the second time.
+        A :meth:`send` of this sender that waits fails with ``ChannelClosed``.  Closing
+        it again does nothing.
         """
         if self._open:
             self._close(self.channel._senders)
@@ -181,9 +182,9 @@ class ChannelSender(_ChannelEnd[T]):
 
 class SenderCase(Generic[T]):
     """
-    To send a value through a :class:`ChannelSender`: for :func:`select`.
+    A case for :func:`select`: to send a value through a :class:`ChannelSender`.
 
-    :raises ChannelClosed: from ``select``, if the sender or the channel is closed.
+    :raises ChannelClosed: (from ``select``) if the sender or the channel is closed.
     """
 
     def __init__(self, sender: ChannelSender[T], value: T) -> None:
@@ -211,10 +212,10 @@ class SenderCase(Generic[T]):
 
 class ChannelReceiver(_ChannelEnd[T], AsyncReceiver[T]):
     """
-    An end of a channel to receive from it.  When the last one is closed, so is the
-    channel: senders get ``ChannelClosed``, and the values that are left are dropped.
+    The receiving end of a channel.  When the last one is closed, so is the channel:
+    senders get ``ChannelClosed``, and the remaining values are dropped.
 
-    Made by :meth:`Channel.open_receiver`.  It can be given to ``select``::
+    Made by :meth:`Channel.open_receiver`.  It can also be a case of ``select``::
 
         with channel.open_receiver() as receiver:
             async for value in receiver:
@@ -225,9 +226,9 @@ class ChannelReceiver(_ChannelEnd[T], AsyncReceiver[T]):
 
     def clone(self) -> ChannelReceiver[T]:
         """
-        Another one of the same channel, open.
+        Open another receiver of the same channel.
 
-        :raises ChannelClosed: if this one is closed.
+        :raises ChannelClosed: if this receiver is closed.
         """
         self._check()
         return self.channel.open_receiver()
@@ -239,8 +240,8 @@ class ChannelReceiver(_ChannelEnd[T], AsyncReceiver[T]):
 
         :raises EndOfChannel: (when awaited) if all senders were closed, and all values
             received.
-        :raises ChannelClosed: (when awaited) if this is closed, or becomes so while it
-            waits.
+        :raises ChannelClosed: (when awaited) if this receiver is closed, or is closed
+            while the receive waits.
         """
         if not self._open:
             return failed(self._is_closed())
@@ -254,23 +255,23 @@ class ChannelReceiver(_ChannelEnd[T], AsyncReceiver[T]):
 
         :raises WouldBlock: if there is no value yet.
         :raises EndOfChannel: if all senders were closed, and all values received.
-        :raises ChannelClosed: if this is closed.
+        :raises ChannelClosed: if this receiver is closed.
         """
         self._check()
         return self.channel.try_receive()
 
     def close(self) -> None:
         """
-        Close this end, and if it is the last receiver the channel.
+        Close this receiver, and the channel if it is the last one.
 
-        What waits in :meth:`receive` of this receiver gets ``ChannelClosed``.  Does
-        nothing the second time.
+        A :meth:`receive` of this receiver that waits fails with ``ChannelClosed``.
+        Closing it again does nothing.
         """
         if self._open:
             self._close(self.channel._receivers)
             self.channel._receiver_closed()
 
-    # In select
+    # As a case of select
 
     def poll(self) -> Any:
         """See ``Selectable.poll``."""

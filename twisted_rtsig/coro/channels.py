@@ -1,5 +1,5 @@
 """
-Channels: values that pass from one task to another. A sender that is too fast waits.
+Channels pass values from one task to another.  A sender that is too fast waits.
 
 See ``docs/channels.md``.
 """
@@ -31,22 +31,22 @@ from twisted_rtsig.coro.waiting import Entry, Waiters
 
 T = TypeVar("T")
 
-# How many values a channel takes and gives at once, before all others have their
-# turn.
+# The number of values that a channel passes on at once.  After that it waits for the
+# next turn of the scheduler, so that other tasks run.
 _AT_ONCE_IN_A_TURN = 256
 
 
 class ChannelStatistics(NamedTuple):
     """
-    What a :class:`Channel` is doing.
+    The state of a :class:`Channel`.
 
-    :ivar buffered: how many values were sent and not received yet.
-    :ivar capacity: how many of them there may be.
-    :ivar senders: how many sends wait.
-    :ivar receivers: how many receives wait.
-    :ivar closed: whether nothing can be sent any more.
-    :ivar open_senders: how many :class:`ChannelSender` objects are open.
-    :ivar open_receivers: how many :class:`ChannelReceiver` objects are open.
+    :ivar buffered: the number of values that were sent and not received yet.
+    :ivar capacity: the limit of ``buffered``.
+    :ivar senders: the number of sends that wait.
+    :ivar receivers: the number of receives that wait.
+    :ivar closed: whether the channel takes no more values.
+    :ivar open_senders: the number of :class:`ChannelSender` objects that are open.
+    :ivar open_receivers: the number of :class:`ChannelReceiver` objects that are open.
     """
 
     buffered: int
@@ -60,13 +60,13 @@ class ChannelStatistics(NamedTuple):
 
 class Channel(AsyncReceiver[T]):
     """
-    A queue of values between tasks: any number may send, any number receive.
+    A queue of values between tasks: any number of tasks may send and receive.
 
-    First come, first served.  All of it belongs into the reactor's thread.
+    First come, first served.  Use a channel in the reactor's thread only.
 
-    :param capacity: how many values there may be that nobody has received yet.
-        With 0 each sender waits until a receiver takes the value.
-    :raises ValueError: if it is negative.
+    :param capacity: the number of values that the channel holds until they are
+        received.  With 0 each sender waits until a receiver takes its value.
+    :raises ValueError: if the capacity is negative.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -79,9 +79,10 @@ class Channel(AsyncReceiver[T]):
         self._closed = False
         self._open_senders = 0
         self._open_receivers = 0
-        # Whether the last of its ChannelReceivers was closed.
+        # Whether the last ChannelReceiver was closed.
         self._abandoned = False
-        # How much more is done at once; at 0 all wait for the turn that is to come.
+        # How many more values pass at once in this turn.  At 0 all sends and receives
+        # wait for the next turn.
         self._at_once = _AT_ONCE_IN_A_TURN
         channels.add(self)
 
@@ -89,24 +90,24 @@ class Channel(AsyncReceiver[T]):
 
     def send(self, value: T) -> Operation[None]:
         """
-        Send a value.  The operation is done when there is room for it.
+        Send a value.  The operation is done when the channel has room for the value.
 
         A send that is cancelled has sent nothing.
 
-        :raises ChannelClosed: (when awaited) if the channel is closed, or becomes so
-            while it waits: nobody receives the value.
+        :raises ChannelClosed: (when awaited) if the channel is closed, or is closed
+            while the send waits: the value is not received.
         """
         done: Operation[None]
         receivers = self._receivers
         entries = receivers.entries
         if entries and self._at_once:
-            # There is no value then, no sender and no end.  Not counted, since that
-            # one has to have its turn.
+            # A receiver waits only while the channel is open and has neither values
+            # nor senders.  This send is not counted: the receiver needs a turn anyway.
             receiver = entries.popleft()
             if receivers.given_up:
                 receivers.strip()
             if type(receiver) is Operation and (waiter := receiver.waiter) is not None:
-                # As succeed(), without the call: most values go through here.
+                # This is succeed() written out, since most values go through here.
                 receiver.waiter = OVER
                 receiver.called = True
                 receiver.result = value
@@ -139,7 +140,7 @@ class Channel(AsyncReceiver[T]):
         """
         Send a value without waiting.
 
-        :raises WouldBlock: if there is no room for it.
+        :raises WouldBlock: if the channel has no room for it.
         :raises ChannelClosed: if the channel is closed.
         """
         if self._closed:
@@ -148,13 +149,13 @@ class Channel(AsyncReceiver[T]):
             raise WouldBlock(f"{self!r} has no room: use send(), which waits")
 
     def sending(self, value: T) -> SendCase[T]:
-        """To send a value: for :func:`select`, which does it or does not."""
+        """A case for :func:`select`: to send the value."""
         return SendCase(self, value)
 
     def _give(self, value: T) -> bool:
-        """Whether a receiver, or the buffer, has taken it."""
+        """Give the value to a receiver or to the buffer; return whether one took it."""
         senders = self._senders.entries
-        # While they wait for the turn, there may be receivers and senders.
+        # Receivers and senders may both be waiting, for the next turn.
         if (
             self._receivers.entries
             and not self._values
@@ -181,10 +182,10 @@ class Channel(AsyncReceiver[T]):
     @must_be_awaited
     def receive(self) -> Operation[T]:
         """
-        The next value.
+        Receive the next value.
 
-        :raises EndOfChannel: (when awaited) if the channel is closed, and all that
-            was sent has been received.
+        :raises EndOfChannel: (when awaited) if the channel is closed and all values
+            have been received.
         """
         if self._values or self._senders.entries:
             if self._at_once:
@@ -196,18 +197,19 @@ class Channel(AsyncReceiver[T]):
             return failed(EndOfChannel(self))
         operation: Operation[T] = Operation()
         operation.owner = self
-        # Looked at when it is awaited, and found in less time than the default.
+        # The same as the default of the class, which takes longer to look up when the
+        # operation is awaited.
         operation.waiter = None
         self._receivers.entries.append(operation)
         return operation
 
     def try_receive(self) -> T:
         """
-        The next value, without waiting.
+        Receive the next value without waiting.
 
-        :raises WouldBlock: if there is none yet.
-        :raises EndOfChannel: if the channel is closed, and all that was sent has
-            been received.
+        :raises WouldBlock: if there is no value yet.
+        :raises EndOfChannel: if the channel is closed and all values have been
+            received.
         """
         if self._at_end:
             raise EndOfChannel(self)
@@ -218,7 +220,9 @@ class Channel(AsyncReceiver[T]):
         return cast(T, value)
 
     def _take(self) -> Any:
-        """The next value, whoever waits for it; ``NOTHING`` if there is none."""
+        """
+        Take the next value, even if receivers wait; ``NOTHING`` if there is none.
+        """
         if self._values:
             value: Any = self._values.popleft()
             if self._senders.entries and not self._closed:
@@ -231,7 +235,7 @@ class Channel(AsyncReceiver[T]):
         return NOTHING
 
     def _admit(self, sender: Entry) -> None:
-        """There is room for the value of a sender that has waited."""
+        """Put the value of a waiting sender into the buffer, which has room."""
         self._values.append(sender.value)
         sender.succeed(None)
 
@@ -243,17 +247,18 @@ class Channel(AsyncReceiver[T]):
 
     def close(self) -> None:
         """
-        Take no more values.  Receivers get what was sent, and then the end; those
-        who wait to send are told that they have not.
+        Take no more values.  Receivers get the values that were sent, and then the
+        end.  A send that waits fails with :class:`ChannelClosed`.
 
-        Does nothing to a channel that is closed already.
+        Closing a channel again does nothing.
         """
         if self._closed:
             return
         if not self._abandoned:
             self._match()
         self._closed = True
-        # Who receives in a callback waits until it is known what is left.
+        # A receive in a callback of these sends has to wait, until _match() has given
+        # the remaining values to the receivers before it.
         self._at_once = 0
         while self._senders.entries:
             self._senders.next().fail(self._no_more())
@@ -263,8 +268,8 @@ class Channel(AsyncReceiver[T]):
 
     def open_sender(self) -> ChannelSender[T]:
         """
-        An end to send to.  When the last one is closed, the channel is: receivers get
-        what was sent, and then the end.
+        Open an end to send to.  When the last one is closed, the channel is closed:
+        receivers get the values that were sent, and then the end.
 
         :raises ChannelClosed: if the channel is closed.
         """
@@ -275,8 +280,8 @@ class Channel(AsyncReceiver[T]):
 
     def open_receiver(self) -> ChannelReceiver[T]:
         """
-        An end to receive from.  When the last one is closed, the channel is: senders
-        get ``ChannelClosed``, and values that are left are dropped.
+        Open an end to receive from.  When the last one is closed, the channel is
+        closed: senders get ``ChannelClosed``, and the remaining values are dropped.
         """
         self._open_receivers += 1
         return ChannelReceiver(self)
@@ -296,7 +301,7 @@ class Channel(AsyncReceiver[T]):
                 self.close()
 
     def statistics(self) -> ChannelStatistics:
-        """What it is doing."""
+        """The state of the channel."""
         return ChannelStatistics(
             len(self._values),
             self._capacity,
@@ -318,9 +323,9 @@ class Channel(AsyncReceiver[T]):
     # Turns
 
     def _count(self) -> None:
-        """Something was done at once."""
+        """Count a value that was passed on at once."""
         if not self._at_once:
-            # Who was resumed by that has used up the turn meanwhile.
+            # The task that this resumed has used up the turn meanwhile.
             return
         self._at_once -= 1
         if not self._at_once:
@@ -328,22 +333,22 @@ class Channel(AsyncReceiver[T]):
             if scheduler is not None:
                 scheduler.next_turn(self._match)
             else:
-                # Whoever drives this sees to the turns.
+                # Outside of the scheduler, the caller gives other code its turns.
                 self._at_once = _AT_ONCE_IN_A_TURN
 
     def _match(self) -> None:
-        """Serve those who had to wait for a turn."""
-        # Callbacks may come back here, and are not to overtake anybody.
+        """Serve the operations that waited for this turn."""
+        # Callbacks may send and receive here; they must not overtake what waits.
         self._at_once = 0
         while True:
             if self._receivers.entries and self._values:
                 self._receivers.next().succeed(self._values.popleft())
             elif self._senders.entries and len(self._values) < self._capacity:
                 self._admit(self._senders.next())
-            elif (pair := self._who_meet()) is not None:
+            elif (pair := self._matching_pair()) is not None:
                 sender, receiver = pair
-                # Whoever is told first may go on at once, and make the other one wait
-                # no more.
+                # The task that is resumed first may cancel the other operation.  So
+                # settle both before either task is resumed.
                 self._receivers.forget(receiver)
                 receiver.settle(sender.value)
                 self._senders.forget(sender)
@@ -356,8 +361,11 @@ class Channel(AsyncReceiver[T]):
                 self._receivers.next().fail(EndOfChannel(self))
         self._at_once = _AT_ONCE_IN_A_TURN
 
-    def _who_meet(self) -> tuple[Entry, Entry] | None:
-        """The first sender with a receiver, and that one: no select meets itself."""
+    def _matching_pair(self) -> tuple[Entry, Entry] | None:
+        """
+        The first sender that has a receiver, and that receiver.  Two cases of the same
+        ``select`` are no pair.
+        """
         return next(
             (
                 (sender, receiver)
@@ -369,7 +377,7 @@ class Channel(AsyncReceiver[T]):
             None,
         )
 
-    # Those who wait
+    # Waiting operations
 
     def forget(self, operation: Operation[Any]) -> None:
         """See ``Owner.forget``."""
@@ -383,7 +391,7 @@ class Channel(AsyncReceiver[T]):
     def _waiters_with(self, operation: Operation[Any]) -> Waiters:
         return self._receivers if operation.value is NOTHING else self._senders
 
-    # To receive, in select
+    # As a case of select: to receive
 
     def poll(self) -> T:
         """See ``Selectable.poll``."""
@@ -409,9 +417,9 @@ channels: Final[Registry[Channel[Any]]] = Registry()
 
 class SendCase(Generic[T]):
     """
-    To send a value: for :func:`select`, which does it or does not.
+    A case for :func:`select`: to send a value.
 
-    :raises ChannelClosed: from ``select``, if the channel is closed.
+    :raises ChannelClosed: (from ``select``) if the channel is closed.
     """
 
     def __init__(self, channel: Channel[T], value: T) -> None:

@@ -1,5 +1,5 @@
 """
-Child processes without their streams: how they are signalled and waited for.
+Child processes without their streams: signalling them and waiting for them.
 
 ``commands.py`` starts them, ``processes.py`` gives them streams, and ``capturing.py``
 runs a command and collects its output.
@@ -22,12 +22,12 @@ from twisted_rtsig.coro.operations import Finished, Operation
 from twisted_rtsig.coro.scheduler import Scheduler, cancel_call
 
 GRACE: Final = 5.0
-"""How many seconds a program has to end after it was asked to, by default."""
+"""The seconds between ``SIGTERM`` and ``SIGKILL``, by default."""
 
 
 class Child:
     """
-    A child process that was started, or is about to be.
+    A child process that was started, or is about to be started.
 
     :param signal_group: whether signals go to its process group.
     """
@@ -39,27 +39,29 @@ class Child:
         self._waiters: dict[Operation[int], None] = {}
         self._transport: Any = None
         self._group = 0
-        # The delayed call that kills it; and whether it was asked to end.
+        # The delayed call that kills the process, and whether stop() was called.
         self._kill_call: Any = None
         self._stopping = False
         processes.add(self)
 
     @property
     def pid(self) -> int | None:
-        """The number of the process; None once it has ended."""
+        """The identifier of the process; None once it has ended."""
         pid: int | None = self._transport.pid
         return pid
 
     @property
     def returncode(self) -> int | None:
-        """The exit status, as :meth:`wait` returns it; None as long as it runs."""
+        """The exit status, as :meth:`wait` returns it; None while the process runs."""
         return self._status
 
     @must_be_awaited
     def wait(self) -> Operation[int]:
         """
-        The exit status, when it has exited: negative is the number of the signal
-        that has ended it.  What it has written before may still be read.
+        Wait until the process has exited.  Its output can still be read after that.
+
+        :return: the exit status; the negative number of the signal that has ended the
+            process, if one did.
         """
         if self._status is not None:
             finished: Finished[int] = Finished()
@@ -72,12 +74,13 @@ class Child:
 
     def send_signal(self, signal: int | str) -> None:
         """
-        Send a signal: to its process group, if it was opened with ``signal_group``.
+        Send a signal to the process; or to its process group, if it was opened with
+        ``signal_group``.
 
         :param signal: a number, or a name with or without ``SIG``: ``"TERM"``.
         :raises ProcessLookupError: if the process has ended.
-        :raises ValueError: if there is no such signal; on Windows for any but INT,
-            TERM and KILL, each of which terminates the process.
+        :raises ValueError: if there is no such signal.  Windows has only INT, TERM and
+            KILL, each of which terminates the process.
         """
         number = _number_of_signal(signal)
         if self._signal_group and self.pid is not None:
@@ -97,29 +100,30 @@ class Child:
 
     def terminate(self) -> None:
         """
-        Ask it to end, by ``SIGTERM``.  On Windows as :meth:`kill`.
+        Ask the process to end, by ``SIGTERM``.  On Windows this is :meth:`kill`.
 
-        :raises ProcessLookupError: if it has ended.
+        :raises ProcessLookupError: if the process has ended.
         """
         self.send_signal("TERM")
 
     def kill(self) -> None:
         """
-        End it at once, by ``SIGKILL``.
+        End the process at once, by ``SIGKILL``.
 
-        :raises ProcessLookupError: if it has ended.
+        :raises ProcessLookupError: if the process has ended.
         """
         self.send_signal("KILL")
 
     def stop(self, grace: float = GRACE) -> Operation[int]:
         """
-        End it: terminate it now, and kill it if it has not ended within ``grace``
-        seconds, whether this is awaited or not.  Can be called again, with less time.
+        Stop the process: terminate it now, and kill it if it has not ended within
+        ``grace`` seconds, whether this is awaited or not.  It can be called again with
+        less time.
 
-        If it was opened with ``signal_group``, then what is left of its process group
-        is killed when the process itself has ended.
+        If the process was opened with ``signal_group``, the other processes of its
+        group are killed when the process itself has ended.
 
-        :return: as :meth:`wait`, also if it has ended already.
+        :return: as :meth:`wait`, also if the process has ended already.
         :raises ValueError: if the time is negative.
         """
         check_grace(grace)
@@ -141,7 +145,7 @@ class Child:
 
     def _kill_now(self) -> None:
         self._cancel_kill_call()
-        # It may have ended, and the reactor not know yet.
+        # The process may have ended without the reactor knowing yet.
         with contextlib.suppress(ProcessLookupError):
             self.kill()
 
@@ -151,17 +155,18 @@ class Child:
 
     async def _end(self, grace: float) -> None:
         """
-        Stop it and wait for its end.  If that is cancelled, kill it and wait again.
+        Stop the process and wait for its end.  If the wait is cancelled, kill the
+        process and wait again.
         """
         try:
             await self.stop(grace)
         except ProcessLookupError:
-            # Other code in this process has called waitpid: the status is lost.
+            # Other code of this program has called waitpid(): the status is lost.
             raise
         except BaseException as error:
             if self._status is None:
                 self._kill_now()
-                # Unless nothing can resume this any more.
+                # A coroutine that is being closed cannot wait.
                 if not isinstance(error, GeneratorExit):
                     await self.wait()
             raise
@@ -174,11 +179,11 @@ class Child:
         """See ``Owner.waits_for``."""
         return f"the end of process {self.pid}"
 
-    # From the protocol
+    # Called by the protocol
 
     def _started(self, transport: Any) -> None:
         self._transport = transport
-        # Of a new group: that of the process.
+        # The number of a new group is that of its first process.
         self._group = transport.pid
 
     def _exited(self, reason: Failure) -> None:
@@ -191,23 +196,27 @@ class Child:
                 os.killpg(self._group, signal.SIGKILL)
         waiters, self._waiters = self._waiters, {}
         for operation in waiters:
-            # One that is resumed may cancel another.
+            # A task that was resumed before may have cancelled this wait.
             if not operation.called:
                 operation.succeed(self._status)
 
 
 processes: Final[Registry[Child]] = Registry()
-"""Those of all reactors, as long as anything refers to them."""
+"""The child processes of all reactors, as long as anything refers to them."""
 
 
 def check_grace(grace: float) -> None:
-    """:raises ValueError: if it is negative."""
+    """
+    Check a time of grace.
+
+    :raises ValueError: if it is negative.
+    """
     if not grace >= 0:
         raise ValueError(f"grace={grace}: 0 seconds is the least")
 
 
 def _number_of_signal(name: int | str) -> Any:
-    """As the transport takes it: a number, or on Windows a name."""
+    """A signal as the transport takes it: a number, or on Windows a name."""
     if isinstance(name, str):
         short = name.removeprefix("SIG")
     else:

@@ -34,13 +34,13 @@ class HasFileno(Protocol):
     """A file, socket or pipe."""
 
     def fileno(self) -> int:
-        """Its descriptor."""
+        """The file descriptor."""
 
 
 StandardStream = int | HasFileno | None
 """
-``subprocess.PIPE``, ``DEVNULL`` or ``STDOUT``, a file or a descriptor; None for that of
-this process.
+``subprocess.PIPE``, ``DEVNULL`` or ``STDOUT``, a file or a descriptor; None for the one
+of this process.
 """
 
 
@@ -63,12 +63,12 @@ class ProcessOptions(TypedDict, total=False):
 @dataclass
 class Command:
     """
-    What to start, and how: the parameters of ``open_process``, checked and in the
-    types that the system takes.
+    The program to start, and its options: the parameters of ``open_process``, checked
+    and in the types that the system takes.
 
-    :raises ValueError: if the arguments contradict each other, or the system has
-        nothing of the kind.
-    :raises OSError: if the program cannot be executed, or ``cwd`` not be entered.
+    :raises ValueError: if the arguments contradict each other, or the system does not
+        support one of them.
+    :raises OSError: if the program cannot be executed, or ``cwd`` cannot be entered.
     """
 
     command: Sequence[Argument]
@@ -101,7 +101,7 @@ class Command:
                 value = getattr(self, field.name)
                 if field.name in _NOT_ON_WINDOWS and value != field.default:
                     raise ValueError(
-                        f"{field.name}={value!r}: Windows has nothing of the kind"
+                        f"{field.name}={value!r}: Windows does not support it"
                     )
         if self.start_new_session and self.process_group is not None:
             raise ValueError(
@@ -128,10 +128,10 @@ class Command:
 
     def start(self, reactor: Any, protocol: ProcessProtocol) -> None:
         """
-        Start it.
+        Start the process.
 
-        :raises OSError: if the system cannot, or a descriptor is not open.
-        :raises NotImplementedError: if the reactor has no means for it.
+        :raises OSError: if the system cannot start it, or a descriptor is not open.
+        :raises NotImplementedError: if the reactor does not support an option.
         """
         if sys.platform == "win32":
             self._start_on_windows(reactor, protocol)
@@ -181,12 +181,12 @@ class Command:
 
     @contextlib.contextmanager
     def _descriptors(self) -> Iterator[dict[int, Any]]:
-        """What each descriptor of the child is, as ``spawnProcess`` takes it."""
+        """The descriptors of the child, as ``spawnProcess`` takes them."""
         with contextlib.ExitStack() as opened:
             descriptors: dict[int, Any] = {}
             for number, what in enumerate((self.stdin, self.stdout, self.stderr)):
                 if what is None:
-                    # A daemon may have closed its own.
+                    # A daemon may have closed its standard streams.
                     with contextlib.suppress(OSError):
                         descriptors[number] = _open_descriptor(number)
                 elif what == PIPE:
@@ -228,14 +228,14 @@ _NOT_ON_WINDOWS = frozenset(
 
 def _cannot(reactor: Any, options: ChildOptions) -> str:
     return (
-        f"{type(reactor).__name__} starts child processes in a way of its own, which "
-        f"knows nothing of {options}"
+        f"{type(reactor).__name__} has a spawnProcess of its own, which does not "
+        f"support {options}"
     )
 
 
 def _open_descriptor(number: int) -> int:
     """
-    Check that a descriptor is open.
+    Check that a descriptor is open, and return it.
 
     :raises OSError: if it is not.
     """
@@ -268,20 +268,20 @@ def _number_of(kind: str, name: str, look_up: Callable[[], int]) -> int:
 
 
 def _native(argument: Argument) -> Any:
-    """An argument as the system takes it: bytes, or text on Windows."""
+    """An argument as the system takes it: bytes, or on Windows text."""
     text = os.fsdecode(argument)
     if "\0" in text:
-        raise ValueError(f"{argument!r} has a null byte in it")
+        raise ValueError(f"{argument!r} contains a null byte")
     return text if sys.platform == "win32" else os.fsencode(text)
 
 
 def _find_program(name: str, env: dict[Any, Any] | None, cwd: Any) -> str:
     """
-    The path of a program, from the root on: the child may look for it in another
-    environment and from another folder.
+    Find a program: its absolute path, since the child may have another ``PATH`` and
+    another working directory than this process.
 
-    :raises OSError: as ``execvp`` does.  In a child that is forked it could only be
-        told from the exit status.
+    :raises OSError: as ``execvp`` does.  A failure of ``execvp`` in the forked child
+        would show in its exit status only.
     """
     start = os.path.join(os.getcwd(), os.fsdecode(cwd or ""))
     has_folder = bool(os.path.dirname(name))
@@ -307,7 +307,7 @@ def _find_program(name: str, env: dict[Any, Any] | None, cwd: Any) -> str:
         try:
             _check(path, name, stat.S_ISREG, errno.EACCES)
         except OSError as error:
-            # Why one cannot be executed says more than where there is none.
+            # Report a file that cannot be executed rather than one that is missing.
             if has_folder or (error.errno not in _NOT_THERE and failure is missing):
                 failure = error
         else:
@@ -317,11 +317,11 @@ def _find_program(name: str, env: dict[Any, Any] | None, cwd: Any) -> str:
 
 def _check(path: Any, name: str, is_right: Callable[[int], bool], wrong: int) -> None:
     """
-    Check that something is there, of the right kind, and can be executed or entered.
+    Check that a path exists, has the right type, and can be executed or entered.
 
-    :param name: what it is called in the error.
-    :param wrong: the error if it is of another kind.
-    :raises OSError: if it is not.
+    :param name: the path to show in the error.
+    :param wrong: the error number if the path has another type.
+    :raises OSError: if the check fails.
     """
     try:
         mode = os.stat(path).st_mode

@@ -1,5 +1,5 @@
 """
-Limiters: a number of borrowers at a time, each of which is known.
+Limiters: up to a number of borrowers at a time, and which they are is known.
 
 See ``docs/channels.md``.
 """
@@ -28,13 +28,13 @@ P = ParamSpec("P")
 
 class CapacityLimiterStatistics(NamedTuple):
     """
-    What a :class:`CapacityLimiter` is doing.
+    The state of a :class:`CapacityLimiter`.
 
-    :ivar borrowed_tokens: how many tokens are borrowed.
-    :ivar total_tokens: how many there are.
-    :ivar borrowers: what has borrowed them: tasks, or what ``acquire_on_behalf_of`` was
-        given.
-    :ivar tasks_waiting: how many acquires wait.
+    :ivar borrowed_tokens: the number of tokens that are borrowed.
+    :ivar total_tokens: the number of tokens.
+    :ivar borrowers: the borrowers: tasks, or the objects that
+        ``acquire_on_behalf_of`` was given.
+    :ivar tasks_waiting: the number of acquires that wait.
     """
 
     borrowed_tokens: int
@@ -49,34 +49,35 @@ class CapacityLimiter:
 
         async with limiter:
 
-    As a semaphore, but it knows which tasks have borrowed its tokens, and the number of
-    tokens can be changed.  First come, first served.  All of it belongs into the
-    reactor's thread.
+    This is a semaphore that knows which tasks have borrowed its tokens, and whose
+    number of tokens can be changed.  First come, first served.  Use it in the reactor's
+    thread only.
 
-    :param total_tokens: how many there are: an ``int``, or ``math.inf``.
-    :raises TypeError: if it is something else.
-    :raises ValueError: if it is negative.
+    :param total_tokens: the number of tokens: an ``int``, or ``math.inf``.
+    :raises TypeError: if the number is neither.
+    :raises ValueError: if the number is negative.
     """
 
     def __init__(self, total_tokens: float) -> None:
         self._total = _checked(total_tokens)
-        # In the order in which they have borrowed.
+        # Used as an ordered set: the first borrower first.
         self._borrowers: dict[object, None] = {}
         self._waiting: set[object] = set()
         self._waiters = Waiters()
-        # Whether tokens are handed out, by a call further up the stack.
+        # Whether a call of _grant() further up the stack is handing out tokens.
         self._granting = False
 
     @property
     def total_tokens(self) -> float:
         """
-        How many tokens there are.
+        The number of tokens.
 
-        It can be set.  If there are fewer then than are borrowed, nothing is taken
-        back, and no more are lent until enough were returned.
+        It can be set.  If more tokens are borrowed than the new number, none is taken
+        back, and none is lent until enough were returned.
 
-        :raises TypeError: if it is set to what is no ``int`` and not ``math.inf``.
-        :raises ValueError: if it is set to less than 0.
+        :raises TypeError: if it is set to something other than an ``int`` or
+            ``math.inf``.
+        :raises ValueError: if it is set to a negative number.
         """
         return self._total
 
@@ -87,20 +88,20 @@ class CapacityLimiter:
 
     @property
     def borrowed_tokens(self) -> int:
-        """How many tokens are borrowed."""
+        """The number of tokens that are borrowed."""
         return len(self._borrowers)
 
     @property
     def available_tokens(self) -> float:
-        """How many tokens are left."""
+        """The number of tokens that are left."""
         return max(0, self._total - len(self._borrowers))
 
     @must_be_awaited
     def acquire(self) -> Operation[None]:
         """
-        Borrow a token for the task that calls this, as soon as it is its turn.
+        Borrow a token for the calling task, as soon as it is its turn.
 
-        :raises RuntimeError: if that task has one, or waits for one.
+        :raises RuntimeError: if the task has a token, or waits for one.
         :raises NoTaskError: outside of a task: use ``acquire_on_behalf_of``.
         """
         return self.acquire_on_behalf_of(task_of_caller("acquire() of a limiter"))
@@ -108,10 +109,10 @@ class CapacityLimiter:
     @must_be_awaited
     def acquire_on_behalf_of(self, borrower: object) -> Operation[None]:
         """
-        Borrow a token for anything else, as soon as it is its turn.
+        Borrow a token for another borrower, as soon as it is its turn.
 
-        :param borrower: anything that can be the key of a dictionary.
-        :raises RuntimeError: if it has one, or waits for one.
+        :param borrower: any hashable object.
+        :raises RuntimeError: if the borrower has a token, or waits for one.
         """
         if self._lend(borrower):
             done: Operation[None] = Done()
@@ -125,38 +126,39 @@ class CapacityLimiter:
 
     def try_acquire(self) -> None:
         """
-        Borrow a token for the task that calls this, without waiting.
+        Borrow a token for the calling task, without waiting.
 
-        :raises WouldBlock: if there is none.
-        :raises RuntimeError: if that task has one, or waits for one.
+        :raises WouldBlock: if no token is left.
+        :raises RuntimeError: if the task has a token, or waits for one.
         :raises NoTaskError: outside of a task: use ``try_acquire_on_behalf_of``.
         """
         self.try_acquire_on_behalf_of(task_of_caller("try_acquire() of a limiter"))
 
     def try_acquire_on_behalf_of(self, borrower: object) -> None:
         """
-        Borrow a token for anything else, without waiting.
+        Borrow a token for another borrower, without waiting.
 
-        :raises WouldBlock: if there is none.
-        :raises RuntimeError: if it has one, or waits for one.
+        :param borrower: any hashable object.
+        :raises WouldBlock: if no token is left.
+        :raises RuntimeError: if the borrower has a token, or waits for one.
         """
         if not self._lend(borrower):
             raise WouldBlock(f"{self!r} has no token left: use acquire(), which waits")
 
     def release(self) -> None:
         """
-        Return the token of the task that calls this.
+        Return the token of the calling task.
 
-        :raises RuntimeError: if it has none.
+        :raises RuntimeError: if the task has no token.
         :raises NoTaskError: outside of a task: use ``release_on_behalf_of``.
         """
         self.release_on_behalf_of(task_of_caller("release() of a limiter"))
 
     def release_on_behalf_of(self, borrower: object) -> None:
         """
-        Return the token of anything else.
+        Return the token of another borrower.
 
-        :raises RuntimeError: if it has none.
+        :raises RuntimeError: if the borrower has no token.
         """
         if borrower not in self._borrowers:
             raise RuntimeError(
@@ -173,7 +175,7 @@ class CapacityLimiter:
         """
         As :func:`in_thread`, with a token.
 
-        The thread has the token until the function has ended, also if the wait was
+        The thread keeps the token until the function has ended, even if the wait was
         cancelled before.
         """
         operation: Operation[T] = Operation()
@@ -188,7 +190,7 @@ class CapacityLimiter:
         return operation
 
     def statistics(self) -> CapacityLimiterStatistics:
-        """What it is doing."""
+        """The state of the limiter."""
         return CapacityLimiterStatistics(
             len(self._borrowers),
             self._total,
@@ -206,15 +208,15 @@ class CapacityLimiter:
         traceback: TracebackType | None,
     ) -> None:
         if isinstance(error, GeneratorExit):
-            # Of a task that the garbage collector has found, with this limiter, the
-            # coroutine is closed outside of the task.
+            # The garbage collector has found the task and this limiter.  It closes the
+            # coroutine outside of the task, which then is not the calling task.
             with contextlib.suppress(RuntimeError):
                 self.release()
         else:
             self.release()
 
     def _lend(self, borrower: object) -> bool:
-        """Whether it has got a token; not before others that wait."""
+        """Lend a token, unless others wait for one; return whether it was lent."""
         if borrower in self._borrowers or borrower in self._waiting:
             has = "has" if borrower in self._borrowers else "waits for"
             raise RuntimeError(f"{borrower!r} {has} a token of {self!r} already")
@@ -224,10 +226,10 @@ class CapacityLimiter:
         return True
 
     def _grant(self) -> None:
-        """Hand out what there is to what waits."""
+        """Hand out the tokens that are left to the operations that wait."""
         if self._granting:
-            # A callback has released its token: a loop hands it out, since to do it
-            # here would recurse as often as there are waiters.
+            # A callback has released its token.  The loop further up the stack hands it
+            # out: to do it here would recurse as often as there are waiters.
             return
         self._granting = True
         try:
@@ -256,7 +258,7 @@ class CapacityLimiter:
 
 
 class _ThreadBorrower:
-    """Borrows the token for a function in a thread."""
+    """The borrower of a token for a function that runs in a thread."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -266,7 +268,7 @@ class _ThreadBorrower:
 
 
 class _ThreadToStart:
-    """The owner of the operation until there is a token, and the thread starts."""
+    """The owner of the operation until it has a token and the thread starts."""
 
     def __init__(self, acquiring: Operation[None], call: ThreadCall) -> None:
         self._acquiring = acquiring

@@ -1,9 +1,9 @@
 """
 Events, semaphores, locks and conditions, for tasks that share something.
 
-First come, first served.  Nobody who is cancelled takes anything with him: a lock
-that is granted to a task is its own, and it is cancelled where it waits next.
-All of it belongs into the reactor's thread.
+First come, first served.  No cancellation loses anything: a task that was granted a
+lock has it, even if it is cancelled before it runs; the cancellation takes effect where
+the task waits next.  Use them in the reactor's thread only.
 
 See ``docs/channels.md``.
 """
@@ -24,7 +24,7 @@ from twisted_rtsig.coro.waiting import Entry, Waiters
 
 
 class _Queued:
-    """What many wait for: the owner of their operations."""
+    """Something that many operations wait for: their owner."""
 
     def __init__(self) -> None:
         self._waiters = Waiters()
@@ -45,7 +45,7 @@ class _Queued:
 
 
 class Event(_Queued):
-    """Something that happens once, which many can wait for."""
+    """Something that happens once, and that many tasks can wait for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,9 +57,12 @@ class Event(_Queued):
         return self._set
 
     def set(self) -> None:
-        """It happens.  All who wait go on, and whoever comes later does not wait."""
+        """
+        Set the event: all waiting tasks go on, and later waits return at once.
+        """
         if self._set:
-            # Whoever sets it in a callback need tell nobody: that would recurse.
+            # A callback may set it again.  The loop below, further up the stack, does
+            # the rest; to do it here would recurse.
             return
         self._set = True
         while self._waiters.entries:
@@ -89,13 +92,14 @@ class Event(_Queued):
 
 class Semaphore(_Queued):
     """
-    So many may have it at the same time::
+    Allow up to ``value`` concurrent holders::
 
         async with semaphore:
 
-    :param value: how many.
-    :param max_value: if given, to release it more often than that is an error.
-    :raises ValueError: if it begins with less than 0, or more than ``max_value``.
+    :param value: the number of holders.
+    :param max_value: if given, a release that would raise the value above this is an
+        error.
+    :raises ValueError: if the value is negative, or greater than ``max_value``.
     """
 
     def __init__(self, value: int, max_value: int | None = None) -> None:
@@ -107,18 +111,19 @@ class Semaphore(_Queued):
             )
         self._value = value
         self._max_value = max_value
-        # To how many more of those who wait it is given; and whether one is told.
+        # How many waiting operations are still to be granted it, and whether the loop
+        # of release() that grants it is running.
         self._given = 0
         self._telling = False
 
     @property
     def value(self) -> int:
-        """How many more may have it now."""
+        """How many more can acquire it now."""
         return self._value
 
     @must_be_awaited
     def acquire(self) -> Operation[None]:
-        """Get it, as soon as it is this one's turn."""
+        """Acquire the semaphore, as soon as it is the caller's turn."""
         if not self._value:
             return self._wait()
         self._value -= 1
@@ -127,9 +132,9 @@ class Semaphore(_Queued):
 
     def try_acquire(self) -> None:
         """
-        Get it without waiting.
+        Acquire the semaphore without waiting.
 
-        :raises WouldBlock: if it is not to be had at once.
+        :raises WouldBlock: if that would have to wait.
         """
         if not self._value:
             raise WouldBlock(f"{self!r} is taken: use acquire(), which waits")
@@ -137,28 +142,29 @@ class Semaphore(_Queued):
 
     def release(self) -> None:
         """
-        Give it back: to the first who waits.
+        Release the semaphore: to the first waiting operation, if there is one.
 
-        :raises RuntimeError: if that is once too often.
+        :raises RuntimeError: if it is released more often than it was acquired, and
+            there is a ``max_value``.
         """
         if self._value == self._max_value:
             raise RuntimeError(
-                f"{self!r} was released more often than acquired: whoever acquires it "
-                "releases it once"
+                f"{self!r} was released more often than acquired: release it once "
+                "after each acquire"
             )
         if self._waiters.waiting <= self._given:
             self._value += 1
             return
         self._given += 1
         if self._telling:
-            # One who is told releases it in a callback: to tell the next one here
-            # would recurse as often as there are some who wait.
+            # A callback has released it.  The loop further up the stack grants it to
+            # the next: to do it here would recurse as often as there are waiters.
             return
         self._telling = True
         try:
             while self._given:
                 self._given -= 1
-                # Unless they were cancelled meanwhile.
+                # The waiters may have been cancelled meanwhile.
                 if self._waiters.entries:
                     self._waiters.next().succeed(None)
                 else:
@@ -186,7 +192,7 @@ class Semaphore(_Queued):
 
 class Lock(Semaphore):
     """
-    Only one may have it at a time::
+    A lock that one task can hold at a time::
 
         async with lock:
     """
@@ -196,19 +202,19 @@ class Lock(Semaphore):
 
     @property
     def locked(self) -> bool:
-        """Whether somebody has it."""
+        """Whether the lock is held."""
         return not self._value
 
 
 class Condition(_Queued):
     """
-    Something that may become true under a lock::
+    A condition variable: something that may become true under a lock::
 
         async with condition:
             while not ready():
                 await condition.wait()
 
-    :param lock: by default one of its own.
+    :param lock: the lock; by default a new one.
     """
 
     def __init__(self, lock: Lock | None = None) -> None:
@@ -218,12 +224,13 @@ class Condition(_Queued):
     @must_be_awaited
     def wait(self) -> Deferred[None]:
         """
-        Release the lock, wait until somebody notifies this, and have the lock again.
+        Release the lock, wait for a notification, and acquire the lock again.
 
-        One that is cancelled has the lock again, too.  One that is cancelled after
-        it was notified goes on, and is cancelled where it waits next.
+        A wait that is cancelled acquires the lock again, too.  A wait that is
+        cancelled after it was notified goes on, and the cancellation takes effect
+        where the task waits next.
 
-        :raises RuntimeError: if nobody has the lock.
+        :raises RuntimeError: if the lock is not held.
         """
         self._check("wait()")
         waiting = _Reacquiring(self._wait(), self)
@@ -233,18 +240,19 @@ class Condition(_Queued):
     @must_be_awaited
     def wait_for(self, predicate: Callable[[], bool]) -> Deferred[None]:
         """
-        Wait until ``predicate()`` is true; it is called with the lock, now and
-        whenever somebody notifies this.
+        Wait until ``predicate()`` is true.  It is called with the lock held, now and
+        after each notification.
 
-        :raises RuntimeError: (when awaited) if nobody has the lock, and it is not true.
+        :raises RuntimeError: (when awaited) if the lock is not held, and the predicate
+            is not true.
         """
         return _UntilTrue(predicate, self)
 
     def notify(self, count: int = 1) -> None:
         """
-        Let so many of those who wait go on, once they have the lock.
+        Notify up to ``count`` waiting tasks.  Each goes on once it has the lock.
 
-        :raises RuntimeError: if nobody has the lock.
+        :raises RuntimeError: if the lock is not held.
         """
         self._check("notify()")
         while self._waiters.entries and count > 0:
@@ -253,9 +261,9 @@ class Condition(_Queued):
 
     def notify_all(self) -> None:
         """
-        As :meth:`notify`, with all of them.
+        Notify all waiting tasks.
 
-        :raises RuntimeError: if nobody has the lock.
+        :raises RuntimeError: if the lock is not held.
         """
         self.notify(self._waiters.waiting)
 
@@ -282,9 +290,9 @@ class Condition(_Queued):
 
 class _Reacquiring(Deferred[None]):
     """
-    A wait for a condition, and then for its lock, whatever the first one came to.
+    A wait for a notification, and then for the lock, whatever the first wait returned.
 
-    No ``Operation``, since also who is cancelled waits for the lock.
+    This is not an ``Operation``, since a cancelled wait has to wait for the lock too.
     """
 
     def __init__(self, notified: Operation[None], condition: Condition) -> None:
@@ -311,7 +319,7 @@ class _Reacquiring(Deferred[None]):
 
 
 class _UntilTrue(Deferred[None]):
-    """A wait for a condition, again and again."""
+    """A wait for notifications, until the predicate is true."""
 
     def __init__(self, predicate: Callable[[], bool], condition: Condition) -> None:
         super().__init__()

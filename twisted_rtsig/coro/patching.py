@@ -1,5 +1,5 @@
 """
-Libraries with blocking sockets: one module at a time sees those of the reactor.
+Libraries with blocking sockets: single modules get the sockets of the reactor.
 
 See ``docs/stackful.md``.
 """
@@ -32,7 +32,7 @@ from twisted_rtsig.coro.stacks import wait
 from twisted_rtsig.coro.tasks import sleep
 from twisted_rtsig.coro.threads import in_thread
 
-# The block that the code which runs is in, or was spawned in.
+# The innermost block that the running code is in, or was spawned in.
 _inside: contextvars.ContextVar[_Block | None] = contextvars.ContextVar(
     "patched_modules", default=None
 )
@@ -41,50 +41,53 @@ _inside: contextvars.ContextVar[_Block | None] = contextvars.ContextVar(
 @contextlib.contextmanager
 def patched(*modules: types.ModuleType) -> Iterator[None]:
     """
-    Let the code of a library use sockets of the reactor, as long as the block lasts::
+    Make the code of a library use sockets of the reactor within the block::
 
         def send(message: EmailMessage) -> None:
             with patched(smtplib), smtplib.SMTP("localhost", timeout=10) as server:
                 server.send_message(message)
 
-    In the modules the names ``socket``, ``ssl``, ``select``, ``selectors`` and ``time``
-    mean modules that have :func:`create_connection`, :class:`ClientSocket`, functions
-    that resolve names without blocking, contexts whose ``wrap_socket`` takes a
-    :class:`BlockingSocket`, and a ``sleep`` that lets the task wait; all else they have
-    from the standard library.  What a module has imported from these by name is
-    replaced as well.
+    In these modules the names ``socket``, ``ssl``, ``select``, ``selectors`` and
+    ``time`` stand for replacements.  These have :func:`create_connection`,
+    :class:`ClientSocket`, functions that resolve names without blocking, contexts whose
+    ``wrap_socket`` takes a :class:`BlockingSocket`, and a ``sleep`` that makes the task
+    wait.  Everything else they have from the standard library.  Names that a module has
+    imported from these modules are replaced as well.
 
-    Only what runs in the block sees that: the task, and the tasks that it spawns there,
-    until they end.  Other tasks and threads that use the same modules have the sockets
-    of the operating system, and so have other modules.  Blocks may be nested, and
-    several tasks may be in blocks with the same module.
+    Only code that runs in the block sees the replacements: the task, and the tasks that
+    it spawns there, until they end.  Other tasks and threads that use the same modules
+    have the sockets of the operating system, and so have other modules.  Blocks may be
+    nested, and several tasks may be in blocks with the same module.
 
-    :param modules: what to patch; of a package all of its modules that are imported
-        by now.
-    :raises TypeError: if one of them is no module.
+    :param modules: the modules to patch; for a package all of its modules that are
+        imported so far.
+    :raises TypeError: if one of them is not a module.
     """
     patches = [patch for module in modules for patch in _patches_of(module)]
     token = _inside.set(_Block(patches, _inside.get()))
     try:
         yield
     finally:
-        # In another context, if this is the collector: that of the block goes as well.
+        # The garbage collector runs this in another context, and reset() fails.  The
+        # context of the block is collected as well, so nothing has to be reset.
         with contextlib.suppress(ValueError):
             _inside.reset(token)
-        # The traceback of an error holds this frame.
+        # The traceback of an error refers to this frame.
         del token
 
 
 class _Block:
     """
-    A block in which modules are patched.  The contexts of what runs in it, and of what
-    was spawned there, refer to this: when nothing does, the modules are as before.
+    A block in which modules are patched.  The contexts of the code that runs in it, and
+    of the tasks that were spawned there, refer to this object.  When it is collected,
+    the modules are restored.
 
-    :param outer: the block around it.
+    :param outer: the block around this one.
     """
 
     def __init__(self, patches: list[_Patch], outer: _Block | None) -> None:
-        # A function that in_thread() runs has the context of its task.
+        # A function that in_thread() runs has the context of its task too, but is in
+        # another thread, where the replacements do not work.
         self._thread = threading.get_ident()
         self._outer = outer
         self._installed: list[_Patch] = []
@@ -93,7 +96,7 @@ class _Block:
             self._installed.append(patch)
 
     def patches(self, patch: _Patch) -> bool:
-        """Whether what runs in it has this patch."""
+        """Whether the code that runs in this block has this patch."""
         if self._thread != threading.get_ident():
             return False
         outer = self._outer
@@ -105,22 +108,22 @@ class _Block:
 
 
 class _Patch:
-    """What is replaced in one module."""
+    """The replaced names of one module."""
 
     def __init__(self, module: types.ModuleType) -> None:
         self._module = module
-        # In how many blocks it is; and while it is in some, the names that were
-        # replaced, with what they were and what they are.
+        # The number of blocks with this patch; and while there are any, the replaced
+        # names with their old and new values.
         self._blocks = 0
         self._replaced: dict[str, tuple[Any, Any]] = {}
 
     def inside(self) -> bool:
-        """Whether what runs is in a block with this module."""
+        """Whether the running code is in a block with this module."""
         block = _inside.get()
         return block is not None and block.patches(self)
 
     def install(self) -> None:
-        """A block begins."""
+        """Install the patch for one more block."""
         with _lock:
             if not self._blocks:
                 for name, value in list(vars(self._module).items()):
@@ -132,13 +135,13 @@ class _Patch:
             self._blocks += 1
 
     def uninstall(self) -> None:
-        """A block ends."""
+        """Uninstall the patch for a block that ends."""
         with _lock:
             self._blocks -= 1
             if self._blocks:
                 return
             for name, (value, replacement) in self._replaced.items():
-                # Unless the program has put something else there meanwhile.
+                # The program may have set the name to something else meanwhile.
                 if vars(self._module).get(name) is replacement:
                     setattr(self._module, name, value)
             self._replaced.clear()
@@ -151,14 +154,14 @@ class _Patch:
         return None if ours is None else _either(value, ours, self.inside)
 
 
-# A block may be collected while this is held.
+# Reentrant, since a block may be collected while the lock is held.
 _lock: Final = threading.RLock()
 _patches: Final[dict[types.ModuleType, _Patch]] = {}
 
 
 def _patches_of(module: types.ModuleType) -> list[_Patch]:
     if not isinstance(module, types.ModuleType):
-        raise TypeError(f"patched() takes modules, and {module!r} is none")
+        raise TypeError(f"patched() takes modules, and {module!r} is not one")
     found = [module]
     if hasattr(module, "__path__"):
         prefix = module.__name__ + "."
@@ -173,7 +176,8 @@ def _patches_of(module: types.ModuleType) -> list[_Patch]:
 
 class _Module(types.ModuleType):
     """
-    Stands for a module of the standard library: what is not replaced it has from there.
+    A replacement of a module of the standard library.  All names that are not replaced
+    come from the real module.
     """
 
     def __init__(
@@ -183,7 +187,7 @@ class _Module(types.ModuleType):
         inside: Callable[[], bool],
     ) -> None:
         super().__init__(real.__name__)
-        # To set attributes would set those of the real module.
+        # Setting attributes of this object sets those of the real module.
         vars(self).update(_real=real, _members=members, _inside=inside, _made={})
 
     def __getattribute__(self, name: str) -> Any:
@@ -213,7 +217,7 @@ class _Module(types.ModuleType):
 
 
 def _either(real: Any, ours: Any, inside: Callable[[], bool]) -> Any:
-    """What is the one in a block, and the other elsewhere."""
+    """A function or class that is ``ours`` in a block, and ``real`` elsewhere."""
     if isinstance(real, type):
         return _EitherClass(real.__name__, (), {"choice": (real, ours, inside)})
 
@@ -226,7 +230,8 @@ def _either(real: Any, ours: Any, inside: Callable[[], bool]) -> Any:
 
 class _EitherClass(type):
     """
-    A class that makes instances of one class in a block, and of another one elsewhere.
+    The type of classes that make instances of one class in a block, and of another one
+    elsewhere.
     """
 
     choice: tuple[type, Any, Callable[[], bool]]
@@ -247,12 +252,12 @@ class _EitherClass(type):
         return getattr(cls.choice[0], name)
 
 
-# What isinstance() takes for an instance of a class, in addition.
+# For each class, another one whose instances isinstance() accepts as well.
 _INSTANCES: Final[dict[type, Any]] = {socket.socket: BlockingSocket}
 
 
 def _threaded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that asks the resolver, in a thread of the reactor's."""
+    """A function that asks the resolver in a thread of the reactor."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return wait(in_thread(function, *args, **kwargs))
@@ -270,7 +275,7 @@ def _sleep(seconds: float, /) -> None:
 
 @functools.cache
 def _members() -> dict[types.ModuleType, dict[str, Any]]:
-    """What is replaced in each module of the standard library."""
+    """The replacements for each module of the standard library."""
     members: dict[types.ModuleType, dict[str, Any]] = {
         socket: {
             "create_connection": create_connection,
@@ -325,8 +330,9 @@ def _members() -> dict[types.ModuleType, dict[str, Any]]:
 @functools.cache
 def _by_id() -> dict[int, Any]:
     """
-    What is replaced that a module has imported by name, by the ``id`` of that.  To
-    compare it with what else a module has would run the methods of that.
+    The replacements by the ``id`` of the real object, for names that a module has
+    imported.  Comparing these objects with the values of a module would run the methods
+    of those values.
     """
     return {
         id(getattr(module, name)): ours

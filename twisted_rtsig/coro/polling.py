@@ -1,6 +1,6 @@
 """
 ``select.select``, ``select.poll`` and ``selectors`` for blocking sockets: a stackful
-task waits until one of them can be read or written.
+task waits until one of the sockets is readable or writable.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 READ: Final = selectors.EVENT_READ
 WRITE: Final = selectors.EVENT_WRITE
 
-# As on Linux, for platforms that have no poll().
+# On platforms without poll(), the values of Linux.
 _POLLIN: Final[int] = getattr(select, "POLLIN", 0x001)
 _POLLPRI: Final[int] = getattr(select, "POLLPRI", 0x002)
 _POLLOUT: Final[int] = getattr(select, "POLLOUT", 0x004)
@@ -35,7 +35,7 @@ _POLLRDHUP: Final[int] = getattr(select, "POLLRDHUP", 0)
 
 
 class _SocketPoll:
-    """One wait for sockets that can be read or written."""
+    """One wait for sockets that are readable or writable."""
 
     def __init__(self) -> None:
         self.ready: dict[BlockingSocket, int] = {}
@@ -43,7 +43,7 @@ class _SocketPoll:
         self._changed = Event()
 
     def add(self, sock: BlockingSocket, events: int) -> None:
-        """Wait for a socket."""
+        """Add a socket to wait for."""
         stream = sock._opened()
         if events & READ:
             if sock._unread or sock._read_shut or _holds_records(sock):
@@ -58,7 +58,7 @@ class _SocketPoll:
     ) -> None:
         if not operation.called:
             self._waiting.append(operation)
-        # Also of an error, which the next call of the socket reports.
+        # After an error the socket is ready too: its next call reports the error.
         operation.addBoth(lambda _: self._note(sock, event))
 
     def _note(self, sock: BlockingSocket, event: int) -> None:
@@ -67,9 +67,9 @@ class _SocketPoll:
 
     def wait(self, seconds: float | None) -> dict[BlockingSocket, int]:
         """
-        Wait until one is ready.
+        Wait until a socket is ready.
 
-        :return: which are, and for what.
+        :return: the sockets that are ready, and their events.
         """
         try:
             if self.ready:
@@ -99,8 +99,8 @@ def _holds_records(sock: BlockingSocket) -> bool:
 def _checked(sock: Any) -> BlockingSocket:
     if not isinstance(sock, BlockingSocket):
         raise unsupported(
-            f"a task can poll a BlockingSocket, and not {sock!r}: the reactor watches "
-            "other descriptors"
+            f"a task can poll a BlockingSocket, and not {sock!r}: use the reactor to "
+            "watch other descriptors"
         )
     return sock
 
@@ -112,7 +112,9 @@ def blocking_select(
     timeout: float | None = None,
     /,
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    """As ``select.select``, for blocking sockets.  None of them is in ``xlist``."""
+    """
+    As ``select.select``, for blocking sockets.  The third list of the result is empty.
+    """
     if timeout is not None and timeout < 0:
         raise ValueError("timeout must be non-negative")
     readers = [_checked(each) for each in rlist]
@@ -133,7 +135,7 @@ def blocking_select(
 
 
 class BlockingPoll:
-    """As what ``select.poll`` returns, for blocking sockets."""
+    """A polling object as of ``select.poll``, for blocking sockets."""
 
     def __init__(self) -> None:
         self._masks: dict[BlockingSocket, int] = {}
@@ -158,7 +160,7 @@ class BlockingPoll:
         """
         See ``select.poll.poll``.
 
-        :return: the numbers of descriptors, which nothing else can poll.
+        :return: descriptors and their events.  Nothing else can poll these descriptors.
         """
         poll = _SocketPoll()
         for sock, mask in self._masks.items():

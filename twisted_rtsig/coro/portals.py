@@ -1,4 +1,4 @@
-"""Portals: tasks for threads, on a reactor that runs in another thread."""
+"""Portals: other threads run tasks in the reactor's thread."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Args = TypeVarTuple("Args")
 
 class Portal:
     """
-    Runs tasks for threads, on a reactor that runs in another thread::
+    Runs tasks in the reactor's thread for other threads::
 
         async with Portal() as portal:
             thread = threading.Thread(target=work, args=(portal,))
@@ -44,9 +44,9 @@ class Portal:
         def work(portal):
             line = portal.call(fetch, "example.com")
 
-    At the end of the block no more tasks are accepted, and those of the portal are
-    waited for; if the block raises, they are cancelled before.  Without the block call
-    :meth:`stop`.  A portal is made in the reactor's thread, or before the reactor runs.
+    At the end of the block the portal accepts no more tasks, and waits for its tasks to
+    end.  If the block raises, it cancels them first.  Without a block, call
+    :meth:`stop`.  Make a portal in the reactor's thread, or before the reactor runs.
 
     :param reactor: an ``IReactorThreads`` provider; by default that of the task.
     """
@@ -55,7 +55,7 @@ class Portal:
         self._reactor = scheduler_for(reactor).reactor
         self._calls = calls_of(self._reactor)
         self._lock = threading.Lock()
-        # These are used with the lock.
+        # The lock protects these.
         self._stopped = False
         self._futures: dict[Future[Any], None] = {}
         self._all_ended = Event()
@@ -82,14 +82,15 @@ class Portal:
     ) -> Any:
         """
         Run ``function(*args)`` as a task in the reactor's thread, with the context
-        variables of this thread, and wait for what it returns or raises.
+        variables of this thread, and wait for its result.
 
         If the wait is interrupted, by Ctrl-C for example, the task is cancelled.
 
-        :param function: whatever :func:`spawn` takes.
+        :param function: anything that :func:`spawn` takes.
+        :return: the result of the task.  An exception that it raises is raised here.
         :raises CancelledError: if the task is cancelled.
-        :raises ReactorNotRunning: if the reactor stops before the task has ended, which
-            is cancelled then.
+        :raises ReactorNotRunning: if the reactor stops before the task has ended.  The
+            task is cancelled then.
         :raises RuntimeError: in the reactor's own thread, which would wait for itself;
             or after :meth:`stop`.
         """
@@ -123,13 +124,12 @@ class Portal:
         self, function: Callable[..., Any], *args: Any, name: str | None = None
     ) -> Future[Any]:
         """
-        As :meth:`call`, and do not wait.
+        As :meth:`call`, without waiting.
 
-        To cancel the future cancels the task.  If the task fails, and nothing ever asks
-        the future for its result, the error is logged.
+        Cancelling the future cancels the task.  If the task fails, and the result of
+        the future is never asked for, the error is logged.
 
-        :param name: what the task is called in logs; by default the name of the
-            function.
+        :param name: the name of the task in logs; by default that of the function.
         :return: a ``concurrent.futures.Future`` of the result.
         """
         return self._submit(function, args, name)
@@ -138,15 +138,15 @@ class Portal:
         self, function: Callable[..., Any], *args: object, name: str | None = None
     ) -> tuple[Future[Any], Any]:
         """
-        As :meth:`spawn`, and wait until the task says that it is ready, as
+        As :meth:`spawn`, and wait until the task reports that it is ready, as
         ``TaskGroup.start`` does.
 
-        :param function: called with ``args``, and with ``task_status``, a
-            :class:`TaskStatus`.
-        :return: the future of the task, and what ``task_status.started`` was called
-            with.
-        :raises RuntimeError: as :meth:`call` does; or if the task has returned and not
-            called ``task_status.started``.
+        :param function: called with ``args``, and with the keyword argument
+            ``task_status``, a :class:`TaskStatus`.
+        :return: the future of the task, and the value that it has passed to
+            ``task_status.started``.
+        :raises RuntimeError: as :meth:`call`; or if the task returns without a call of
+            ``task_status.started``.
         """
         ready: Future[Any] = Future()
         status: TaskStatus[Any] = TaskStatus(_Ready(ready))
@@ -160,8 +160,8 @@ class Portal:
         self, manager: contextlib.AbstractAsyncContextManager[T]
     ) -> Iterator[T]:
         """
-        An asynchronous context manager for ``with`` in this thread.  It is entered and
-        left in one task in the reactor's thread::
+        Use an asynchronous context manager in a ``with`` statement of this thread.  It
+        is entered and left in one task in the reactor's thread::
 
             connection = portal.call(open_tcp, "example.com", 80)
             with portal.wrap_async_context_manager(connection) as stream:
@@ -189,7 +189,7 @@ class Portal:
             if error is not None and not swallowed:
                 raise error
         finally:
-            # The traceback holds this frame.
+            # Its traceback refers to this frame.
             del error
 
     def _submit(
@@ -207,7 +207,7 @@ class Portal:
                 self._futures[future] = None
             self._calls.submit(future, function, args, name, self._ended)
         except BaseException:
-            # After a KeyboardInterrupt the task may be under way, or not.
+            # After a KeyboardInterrupt the task may have been submitted or not.
             future.cancel()
             self._reactor.callFromThread(self._calls.forget, future, self._ended)
             raise
@@ -217,10 +217,10 @@ class Portal:
 
     def stop(self, cancel: bool = False) -> Deferred[None]:
         """
-        Accept no more tasks: threads that ask for one get a ``RuntimeError``.  To be
-        called in the reactor's thread.
+        Accept no more tasks: threads that submit one get a ``RuntimeError``.  Call this
+        in the reactor's thread.
 
-        :param cancel: cancel the tasks of the portal.
+        :param cancel: whether to cancel the tasks of the portal.
         :return: fires when all tasks of the portal have ended.
         """
         with self._lock:
@@ -253,7 +253,7 @@ class Portal:
     ) -> None:
         stopped = self.stop(cancel=error is not None)
         if isinstance(error, GeneratorExit):
-            # Nothing can resume this any more.
+            # The coroutine is being closed, and cannot wait any more.
             stopped.addErrback(ignore)
             return
         try:
@@ -262,9 +262,9 @@ class Portal:
             raise
         except BaseException:
             if error is None:
-                # The tasks are cancelled once, so that they can clean up.
+                # Cancel the tasks only once, so that they can clean up.
                 self.stop(cancel=True).addErrback(ignore)
-            # As the block of a task group, this ends when they have ended.
+            # As a task group, the block ends when its tasks have ended.
             with shield():
                 await self.stop()
             raise
@@ -279,7 +279,11 @@ async def _hold(
     entered: Future[T],
     leaving: Deferred[BaseException | None],
 ) -> bool | None:
-    """Enter, and leave when the thread does: whether its error was swallowed."""
+    """
+    Enter a context manager, and leave it when the thread does.
+
+    :return: whether the context manager has swallowed the error.
+    """
     value = await manager.__aenter__()
     try:
         _Ready(entered).started(value)
@@ -293,28 +297,30 @@ async def _hold(
     try:
         return await manager.__aexit__(type(error), error, error.__traceback__)
     finally:
-        # The traceback of the error may lead here.
+        # Its traceback may refer to this frame.
         del error
 
 
 class _Ready:
-    """Tells a thread that a task is ready."""
+    """Reports to a thread that a task is ready."""
 
     def __init__(self, ready: Future[Any]) -> None:
         self._ready = ready
 
     def started(self, value: Any) -> None:
         """See ``TaskStatus.started``."""
-        # Unless the thread was interrupted meanwhile.
+        # False if the thread was interrupted meanwhile, and has cancelled the future.
         if self._ready.set_running_or_notify_cancel():
             self._ready.set_result(value)
 
 
 def _wait_until_ready(ready: Future[T], running: Future[Any]) -> T:
     """
-    What a task passes when it is ready; or its error, if it ends before.
+    Wait until a task is ready.
 
-    :param running: of the result of the task.
+    :param running: the future of the result of the task.
+    :return: the value that the task has passed to ``started``.
+    :raises BaseException: the error of the task, if it ends before.
     """
     running.add_done_callback(functools.partial(_give_up, ready))
     try:
@@ -341,9 +347,9 @@ def _give_up(ready: Future[Any], running: Future[Any]) -> None:
 
 
 class _TaskFuture(Future[T]):
-    """What a task returns or raises."""
+    """The future of the result of a task."""
 
-    # What logs the error unless it is seen.
+    # Logs the error of the task when it is collected, unless it was seen.
     _unseen: Any = None
 
     def _fail(self, task: Task[Any]) -> None:
@@ -372,16 +378,17 @@ class _TaskFuture(Future[T]):
 
 def wait_for(future: Future[Any]) -> Any:
     """
-    What a task returns or raises, in the thread that has submitted it.
+    Wait for the result of a task, in the thread that has submitted it.
 
-    :raises CancelledError: if it was cancelled.
+    :raises CancelledError: if the task was cancelled.
+    :raises BaseException: the error of the task.
     """
     try:
         error = future.exception()
     except FutureCancelled:
         raise CancelledError("the task was cancelled") from None
     except BaseException:
-        # A KeyboardInterrupt: nothing will ask for the result.
+        # A KeyboardInterrupt: the result is not needed any more.
         future.cancel()
         raise
     if error is None:
@@ -389,7 +396,7 @@ def wait_for(future: Future[Any]) -> Any:
     try:
         raise error
     finally:
-        # The traceback holds this frame.
+        # The traceback refers to this frame.
         del future, error
 
 
@@ -401,18 +408,18 @@ class Calls:
     """
     The tasks that threads have submitted to one reactor.
 
-    :ivar thread: the number of the thread that the reactor runs in, if that is known.
+    :ivar thread: the identifier of the reactor's thread; None until it is known.
     """
 
     def __init__(self, reactor: Any) -> None:
-        # The reactor leads here, and may be dropped.
+        # Weak, since the reactor refers to this: it must stay collectable.
         self._reactor = weakref.ref(reactor)
-        # Which thread is going to run the reactor is not known before.
+        # Unknown until the reactor runs.
         self.thread: int | None = None
-        # None for those that are not begun.
+        # None for a task that has not begun.
         self._tasks: dict[Future[Any], Task[Any] | None] = {}
         self._stopped = False
-        # The threads add, and the reactor's thread removes.
+        # The other threads add tasks, and the reactor's thread removes them.
         self._lock = threading.Lock()
 
     @property
@@ -421,11 +428,16 @@ class Calls:
         return self._reactor()
 
     def note_thread(self) -> None:
-        """The reactor runs in this thread, whichever has made it."""
+        """Remember this thread as the reactor's; another one may have made this."""
         self.thread = threading.get_ident()
 
     def check_thread(self, what: str) -> None:
-        """:raises RuntimeError: in the reactor's thread."""
+        """
+        Check that this is not the reactor's thread.
+
+        :param what: the subject of the error message.
+        :raises RuntimeError: in the reactor's thread.
+        """
         if threading.get_ident() == self.thread:
             raise RuntimeError(
                 f"{what} is for other threads than the reactor's, which would wait for "
@@ -443,8 +455,8 @@ class Calls:
         ended: Callable[[Future[Any]], object] = _nothing,
     ) -> None:
         """
-        Run a task, and tell ``future`` how it has ended; and then call ``ended``, in
-        the reactor's thread.
+        Run a task.  When it ends, settle ``future``, and then call ``ended`` in the
+        reactor's thread.
 
         :raises ReactorNotRunning: if the reactor has stopped.
         """
@@ -484,7 +496,7 @@ class Calls:
         ended: Callable[[Future[Any]], object],
     ) -> None:
         if future.done():
-            # It was cancelled, or told that the reactor stops.
+            # It was cancelled, or failed by stop().
             if self._take(future):
                 future.set_running_or_notify_cancel()
             ended(future)
@@ -500,7 +512,7 @@ class Calls:
             task._when_done(functools.partial(self._ended, future, ended))
 
     def _take(self, future: Future[Any]) -> bool:
-        """Whether the future waits to be told."""
+        """Take over a future, to settle it; return False if stop() has done so."""
         with self._lock:
             return self._tasks.pop(future, self) is not self
 
@@ -510,7 +522,7 @@ class Calls:
         ended: Callable[[Future[Any]], object],
         task: Task[Any],
     ) -> None:
-        """The task has ended for which a thread waits, unless the reactor stops."""
+        """Settle the future of a task that has ended, unless stop() has done so."""
         if self._take(future):
             if task.cancelled:
                 future.cancel()
@@ -522,7 +534,7 @@ class Calls:
         ended(future)
 
     def cancel(self, future: Future[Any]) -> None:
-        """Cancel the task of a future, or do not begin it."""
+        """Cancel the task of a future; if it has not begun, it never will."""
         task = self._tasks.get(future)
         if task is not None:
             task.cancel()
@@ -533,8 +545,8 @@ class Calls:
         self, future: Future[Any], ended: Callable[[Future[Any]], object]
     ) -> None:
         """
-        A thread did not come to the end of ``submit``.  If the task was handed over, it
-        tells of its end itself.
+        Clean up after a ``submit`` that was interrupted.  If the task has begun, its
+        own end calls ``ended``.
         """
         if self._tasks.get(future) is None:
             if self._take(future):
@@ -542,11 +554,15 @@ class Calls:
             ended(future)
 
     def stop(self) -> None:
-        """The reactor stops: it will run no more tasks, and waits for its threads."""
+        """
+        Fail all futures, since the reactor stops: it runs no more tasks, and waits for
+        its threads.
+        """
         with self._lock:
             self._stopped = True
             waiting, self._tasks = self._tasks, {}
-        # Before any task is cancelled, since that may be the end of another one.
+        # Before any task is cancelled: that may end another one, which would settle its
+        # future in another way.
         for future in waiting:
             if future.set_running_or_notify_cancel():
                 future.set_exception(_stopped())
@@ -566,13 +582,14 @@ _calls: Final[weakref.WeakKeyDictionary[Any, Calls]] = weakref.WeakKeyDictionary
 
 
 def calls_of(reactor: Any) -> Calls:
-    """Those of a reactor.  To be called in its thread."""
+    """The calls of a reactor.  Call this in the reactor's thread."""
     calls = _calls.get(reactor)
     if calls is None:
         calls = _calls[reactor] = Calls(reactor)
         reactor.callWhenRunning(calls.note_thread)
         reactor.addSystemEventTrigger("during", "shutdown", calls.stop)
-        # The reactor joins its threads in the same phase, which has to come later.
+        # The reactor joins its threads in the same phase.  It has to do so after
+        # calls.stop, since the threads may wait for tasks.
         joins = getattr(reactor, "threadpoolShutdownID", None)
         if joins is not None:
             reactor.removeSystemEventTrigger(joins)

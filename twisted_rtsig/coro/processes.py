@@ -22,13 +22,13 @@ from twisted_rtsig.coro.tasks import scheduler_for
 
 _INPUT, _OUTPUT, _ERRORS = 0, 1, 2
 
-# How much of the standard error is kept at most if it was not asked for; and half of
-# it at least.
+# The most that is kept of the standard error before it is asked for.  When that is
+# exceeded, the oldest half is dropped.
 _MOST_ERRORS = 1 << 17
 
 
 class _Pipes:
-    """A stream's transport: one pipe of a child to read, and one to write, or none."""
+    """The transport of a stream: a pipe of a child to read, and maybe one to write."""
 
     def __init__(self, process: Any, reads: int, writes: int | None) -> None:
         self._process = process
@@ -71,7 +71,7 @@ class _Pipes:
         self._process.closeChildFD(self._reads)
 
     def fileno(self) -> int:
-        """The descriptor of the pipe that is read; -1 without one."""
+        """The descriptor of the pipe to read; -1 without one."""
         pipe = self._pipe(self._reads)
         number: int = -1 if pipe is None else pipe.fileno()
         return number
@@ -84,15 +84,15 @@ class _Pipes:
 
 
 class _WriteOnly(Stream):
-    """The stream of a process whose standard output is no pipe."""
+    """The stream of a process whose standard output is not a pipe."""
 
     __slots__ = ()
 
     def _read(self, *_: Any) -> Operation[bytes]:
         return failed(
             StreamError(
-                f"the standard output of {self.peer} is no pipe: open_process with "
-                "stdout=PIPE, the default, to read it"
+                f"the standard output of {self.peer} is not a pipe: call open_process "
+                "with stdout=PIPE, the default, to read it"
             )
         )
 
@@ -101,12 +101,12 @@ class Process(Child):
     """
     A child process.  Made by :func:`open_process`.
 
-    As an asynchronous context manager it closes the pipes and waits for the end of the
-    process, as ``subprocess.Popen`` does: the standard input once everything is
-    written, and the outputs at once, so that a process which writes more gets
-    ``SIGPIPE``, and cannot hold up the block.  If the block, or that wait, ends by an
-    exception, it stops the process: see :meth:`stop`.  What the process writes
-    meanwhile is discarded.
+    At the end of its ``async with`` block it closes the pipes and waits for the end of
+    the process, as ``subprocess.Popen`` does.  It closes the standard input once
+    everything is written, and the outputs at once: a process that writes more gets
+    ``SIGPIPE``, and cannot hold up the block.  If the block or that wait raises an
+    exception, it stops the process (see :meth:`stop`), and discards the output until
+    then.
     """
 
     def __init__(self, scheduler: Scheduler, signal_group: bool, grace: float) -> None:
@@ -119,10 +119,10 @@ class Process(Child):
     @property
     def stream(self) -> Stream:
         """
-        Writes to its standard input, and reads from its standard output.
+        The stream that writes to the standard input and reads from the standard output.
 
-        :raises StreamError: if neither is a pipe.  If one is, the other direction
-            raises it.
+        :raises StreamError: if neither is a pipe.  If only one is a pipe, the methods
+            for the other direction raise it.
         """
         if self._stream is None:
             _no_pipe(self, "standard input and output", "stdin=PIPE or stdout=PIPE")
@@ -131,14 +131,13 @@ class Process(Child):
     @property
     def errors(self) -> Stream:
         """
-        Reads from its standard error.
+        The stream that reads from the standard error.
 
-        A process is never held up because this is not read: as long as it was not
-        asked for, only the newest output is kept, 64 KiB at least.  From then on
-        nothing is discarded, and a process that writes faster than this is read has to
-        wait.
+        Until this property is used for the first time, only the newest output is kept,
+        64 KiB at least, so that the process never has to wait.  From then on nothing is
+        discarded, and the process waits if it writes faster than the stream is read.
 
-        :raises StreamError: if it is no pipe.
+        :raises StreamError: if the standard error is not a pipe.
         """
         if self._error_stream is None:
             _no_pipe(self, "standard error", "stderr=PIPE")
@@ -158,7 +157,7 @@ class Process(Child):
             if error is None:
                 if self._stream is not None:
                     self._stream.write_eof()
-                # Not by stream.close(), which would wait for a file that is being sent.
+                # stream.close() would wait for a file that is being sent.
                 for output in (_OUTPUT, _ERRORS):
                     self._transport.closeChildFD(output)
                 await self.wait()
@@ -168,7 +167,7 @@ class Process(Child):
         finally:
             try:
                 if self._status is None:
-                    # If nothing can resume this any more, it cannot be waited for.
+                    # A coroutine that is being closed cannot wait.
                     if isinstance(error, GeneratorExit):
                         self.kill()
                     else:
@@ -183,7 +182,7 @@ class Process(Child):
         return [stream for stream in both if stream is not None]
 
     def _discard_output(self) -> None:
-        """Keep a process that is to end from waiting until its output is read."""
+        """Discard the output, so that the process does not wait for it to be read."""
         for stream in self._streams():
             stream._discard_input()
 
@@ -191,7 +190,7 @@ class Process(Child):
         errors = self._error_stream
         assert errors is not None
         if not self._errors_asked_for:
-            # Stream.feed would stop reading at the limit.
+            # At its limit Stream.feed() would stop reading, so make room before.
             buffer = errors._buffer
             excess = buffer.size + len(data) - _MOST_ERRORS
             if excess > 0:
@@ -201,8 +200,8 @@ class Process(Child):
 
 def _no_pipe(process: Process, what: str, instead: str) -> NoReturn:
     raise StreamError(
-        f"the {what} of process {process.pid} is no pipe: open_process with {instead}, "
-        "the default, to use it"
+        f"the {what} of process {process.pid} is not a pipe: call open_process with "
+        f"{instead}, the default, to use it"
     )
 
 
@@ -218,14 +217,14 @@ class _ChildProtocol(ProcessProtocol):
             kind = Stream if _OUTPUT in pipes else _WriteOnly
             inputs = _Pipes(transport, _OUTPUT, _INPUT)
             process._stream = kind(inputs, process._scheduler)
-            # All reads of one without are answered by its _read.
+            # Without a pipe _WriteOnly._read() fails every read.
             process._stream._ended = _OUTPUT not in pipes
             if _INPUT in pipes:
                 inputs.registerProducer(process._stream, True)
             else:
                 process._stream._unwritable = StreamError(
-                    f"the standard input of process {process.pid} is no pipe: "
-                    "open_process with stdin=PIPE, the default, to write to it"
+                    f"the standard input of process {process.pid} is not a pipe: "
+                    "call open_process with stdin=PIPE, the default, to write to it"
                 )
         if _ERRORS in pipes:
             errors = _Pipes(transport, _ERRORS, None)
@@ -283,41 +282,42 @@ def open_process(
             lines = [line async for line in sort.stream.lines()]
             status = await sort.wait()
 
-    The program is looked for as ``subprocess`` does on POSIX: in the ``PATH`` of
-    ``env``; or from ``cwd`` on, if its name has a directory in it.
+    The program is searched for as ``subprocess`` does on POSIX: in the ``PATH`` of
+    ``env``; or, if its name contains a directory, relative to ``cwd``.
 
-    The parameters are those of ``subprocess.Popen``, but for ``signal_group``,
+    The parameters are those of ``subprocess.Popen``, except for ``signal_group``,
     ``grace`` and ``reactor``.
 
     :param command: the program and its arguments.
     :param stdin: ``subprocess.PIPE``, ``DEVNULL``, a file or a descriptor; or None for
         the standard input of this process.
     :param stdout: as ``stdin``.
-    :param stderr: as ``stdin``, or ``subprocess.STDOUT`` for what ``stdout`` is.
-    :param env: its environment; by default that of this process.  (On Windows: what is
-        added to that of this process.)
-    :param cwd: its working directory; by default that of this process.
-    :param pass_fds: further descriptors that it inherits, with the same numbers.
-    :param start_new_session: start it in a session of its own.
-    :param process_group: the process group that it joins, or 0 for a new one; by
-        default that of this process.
-    :param signal_group: send signals to all processes of its group, which is a new one.
-    :param user: the user that it runs as: a name or a number.  Only root may use this.
-        The supplementary groups are those of that user.
-    :param group: the same for its group.
-    :param umask: its umask; by default that of this process.
-    :param grace: how many seconds it has to end after ``SIGTERM``, before ``SIGKILL``,
-        if the block of ``async with`` ends by an exception.
+    :param stderr: as ``stdin``; or ``subprocess.STDOUT`` for the same as ``stdout``.
+    :param env: the environment; by default that of this process.  On Windows these
+        variables are added to the environment of this process.
+    :param cwd: the working directory; by default that of this process.
+    :param pass_fds: further descriptors to inherit, with the same numbers.
+    :param start_new_session: whether to start the process in a new session.
+    :param process_group: the process group to join, or 0 for a new one; by default
+        that of this process.
+    :param signal_group: whether to make a new process group, and to send signals to
+        all its processes.
+    :param user: the user to run as: a name or a number.  Only root may use this.  The
+        supplementary groups are those of that user.
+    :param group: the group to run as: a name or a number.  Only root may use this.
+    :param umask: the umask; by default that of this process.
+    :param grace: the seconds between ``SIGTERM`` and ``SIGKILL``, if the block of
+        ``async with`` raises an exception.
     :param reactor: an ``IReactorProcess`` provider; by default that of the task.
-    :raises FileNotFoundError: if there is no such program, or no such ``cwd``.
-    :raises PermissionError: if the program may not be executed, or ``cwd`` not entered,
-        or the user or group not changed.
-    :raises NotADirectoryError: if ``cwd`` is no directory.
+    :raises FileNotFoundError: if the program or ``cwd`` does not exist.
+    :raises PermissionError: if there is no permission to execute the program, to enter
+        ``cwd``, or to change the user or the group.
+    :raises NotADirectoryError: if ``cwd`` is not a directory.
     :raises OSError: if a descriptor is not open.
-    :raises ValueError: if the command is empty, an argument has a null byte in it, the
-        time is negative, arguments contradict each other, or Windows does not have
-        what they ask for.
-    :raises NotImplementedError: if the reactor cannot do what they ask for.
+    :raises ValueError: if the command is empty, an argument contains a null byte, the
+        time is negative, arguments contradict each other, or Windows does not support
+        an option.
+    :raises NotImplementedError: if the reactor does not support an option.
     """
     check_grace(grace)
     what = Command(

@@ -45,21 +45,21 @@ Value = TypeVar("Value", covariant=True)
 
 
 class Selectable(Protocol[Value]):
-    """What :func:`select` can wait for."""
+    """A case of :func:`select`."""
 
     def poll(self) -> Value:
         """
-        Take what is there.
+        Take the value, if there is one.
 
-        :return: a value; or ``NOTHING``, of which type checkers need not know.
-        :raises Exception: in place of a value.
+        :return: the value; or ``NOTHING``, which the type leaves out.
+        :raises Exception: if the case has failed.
         """
 
     def watch(self, entry: Entry) -> None:
-        """Call ``entry.succeed`` or ``entry.fail`` once there is something."""
+        """Call ``entry.succeed`` or ``entry.fail`` as soon as it has a result."""
 
     def unwatch(self, entry: Entry) -> None:
-        """Do not."""
+        """Stop watching for ``entry``."""
 
 
 Source: TypeAlias = (
@@ -71,7 +71,7 @@ Source: TypeAlias = (
 )
 
 
-# Cases of one kind: the one that is chosen is of that kind.
+# Cases of one type: the case that is chosen has that type.
 
 
 @overload
@@ -86,7 +86,7 @@ def select(*cases: Task[T]) -> Operation[tuple[Task[T], T]]: ...
 def select(*cases: Deferred[T]) -> Operation[tuple[Deferred[T], T]]: ...
 
 
-# Cases of several kinds.
+# Cases of several types.
 
 
 @overload
@@ -131,20 +131,21 @@ def select(*cases: Any) -> Operation[tuple[Any, Any]]:
         if chosen is requests:
             ...
 
-    Exactly one of them happens.  If there is one already, nobody waits; if there
-    are several, chance decides, so that each has its turn.
+    Exactly one case happens.  If one is ready already, select does not wait.  If
+    several are ready, it chooses one at random, so that no case starves another.
 
-    :param cases: a :class:`Channel` to receive from; what ``Channel.sending``
-        returns; an :class:`Event`; a :class:`Deadline`; a :class:`Task` or a
-        Deferred, which goes on if it is not chosen; or a function without parameters
-        that can wait, which is called, and cancelled if it is not chosen.
-    :return: the one that was chosen, and its value: None of one that has none.
-    :raises EndOfChannel: if a channel was chosen that is at its end: ``channel`` of
-        the error is which.
-    :raises ChannelClosed: if a channel was chosen to which nothing can be sent.
+    :param cases: each is one of these: a :class:`Channel`, to receive from it; the
+        result of ``Channel.sending``; an :class:`Event`; a :class:`Deadline`; a
+        :class:`Task` or a Deferred, which goes on if it is not chosen; or a function
+        without parameters that can wait, which is called, and cancelled if it is not
+        chosen.
+    :return: the case that was chosen, and its value, or None if it has no value.
+    :raises EndOfChannel: if the chosen case is a channel at its end; the attribute
+        ``channel`` of the error is that channel.
+    :raises ChannelClosed: if the chosen case sends to a channel that is closed.
     :raises ValueError: if there are no cases.
-    :raises TypeError: if one of them is something else; or (when awaited) if a function
-        returns what cannot be waited for.
+    :raises TypeError: if a case is something else; or (when awaited) if a function
+        returns something that cannot be awaited.
     """
     if not cases:
         raise ValueError("select() without anything to wait for would wait for ever")
@@ -173,12 +174,13 @@ def select(*cases: Any) -> Operation[tuple[Any, Any]]:
                 return done
         if not calls or again:
             return _Selection(selectables, calls).operation
-        # A function that was called may have made happen what was looked at before.
+        # The functions were called in this pass, and may have made an earlier case
+        # ready.  So poll all cases once more.
         again = True
 
 
 class _Case:
-    """One of the things that a :func:`select` waits for: an ``Entry``."""
+    """A case of a :func:`select` that waits: an ``Entry``."""
 
     __slots__ = ("__weakref__", "_case", "called", "owner", "selectable", "value")
 
@@ -191,32 +193,32 @@ class _Case:
         selectable.watch(self)
 
     def succeed(self, value: Any) -> None:
-        """This is the one, and this its value."""
+        """Choose this case, with its value."""
         self.owner.give_up(self)
         self.owner.operation.succeed((self._case, value))
 
     def settle(self, value: Any) -> None:
-        """This is the one, and ``tell`` tells of it."""
+        """Choose this case, with its value; ``tell`` resumes the task later."""
         self.owner.give_up(self)
         self.owner.operation.settle((self._case, value))
 
     def tell(self) -> None:
-        """Tell of what it was settled with."""
+        """Resume the task with the value that this case was settled with."""
         self.owner.operation.tell()
 
     def fail(self, error: BaseException) -> None:
-        """This is the one, and it has failed."""
+        """Choose this case, with its error."""
         self.owner.give_up(self)
         self.owner.operation.fail(error)
 
     def give_up(self) -> None:
-        """It is another."""
+        """Stop waiting: another case was chosen."""
         self.selectable.unwatch(self)
         self.called = True
 
 
 class _Selection:
-    """Owns the operation of a :func:`select` that waits."""
+    """The owner of the operation of a :func:`select` that waits."""
 
     def __init__(
         self, selectables: list[tuple[Any, Selectable[Any]]], calls: list[_CallCase]
@@ -227,17 +229,22 @@ class _Selection:
         self._cases = [_Case(self, *each) for each in selectables]
 
     def give_up(self, chosen: _Case | None) -> None:
-        """Wait for none of them, of which ``chosen`` does not wait already."""
-        # Another case may be in the same queue, and look at this one.
+        """
+        Stop waiting for all cases.
+
+        :param chosen: the case that was chosen, which does not wait any more; None if
+            the operation is given up.
+        """
+        # Another case may be in the same queue, which looks at ``called`` of this one.
         if chosen is not None:
             chosen.called = True
         for case in self._cases:
             if case is not chosen:
                 case.give_up()
-        # They hold each other.
+        # The cases and this refer to each other.
         self._cases = []
         self.operation.owner = None
-        # What is cancelled may run other code: only now, when no case is watched.
+        # To cancel a call may run any code.  So do it last, when no case is watched.
         calls, self._calls = self._calls, []
         if chosen is not None:
             calls = [each for each in calls if each is not chosen.selectable]
@@ -252,11 +259,11 @@ class _Selection:
 
 class Deadline:
     """
-    A point in time, for :func:`select`.
+    A point in time, as a case of :func:`select`.
 
-    :param seconds: how far it is from now.
+    :param seconds: the time from now.
     :param reactor: an ``IReactorTime`` provider; by default that of the task.
-    :raises ValueError: if it is in the past.
+    :raises ValueError: if ``seconds`` is negative.
     """
 
     def __init__(self, seconds: float, reactor: object = None) -> None:
@@ -269,7 +276,7 @@ class Deadline:
 
     @property
     def remaining(self) -> float:
-        """How many seconds are left; 0 when it has passed."""
+        """The number of seconds that are left; 0 after the deadline."""
         left: float = self._time - self._reactor.seconds()
         return max(0.0, left)
 
@@ -286,14 +293,14 @@ class Deadline:
     def unwatch(self, entry: Entry) -> None:
         """See ``Selectable.unwatch``."""
         self._waiters.forget(entry)
-        # Not one that is told of it just now.
+        # While _pass() runs, there is no call to cancel.
         if not self._waiters.entries and self._call is not None:
             cancel_call(self._call)
             self._call = None
 
     def _pass(self) -> None:
         self._call = None
-        # Clocks count in fractions that do not always add up.
+        # Floating-point times do not always add up, and ``remaining`` has to be 0 now.
         self._time = self._reactor.seconds()
         while self._waiters.entries:
             self._waiters.next().succeed(None)
@@ -319,11 +326,15 @@ def _selectable(case: Any) -> Selectable[Any]:
 
 
 class _CallCase:
-    """What a function returns, which belongs to the select that has called it."""
+    """
+    The result of a function that select has called, and that it cancels if another case
+    is chosen.
+    """
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._function = function
-        # None before the call, and once nothing is to be cancelled.
+        # The result, to be cancelled.  None before the call, and when there is nothing
+        # to cancel any more.
         self._waiting: Task[Any] | Deferred[Any] | None = None
         self._selectable: Selectable[Any] | None = None
 
@@ -358,7 +369,7 @@ class _CallCase:
         self._selectable.unwatch(entry)
 
     def cancel(self) -> None:
-        """Another case was chosen, or none."""
+        """Cancel the result: another case was chosen, or select was given up."""
         waiting, self._waiting = self._waiting, None
         if isinstance(waiting, Task):
             waiting.cancel("select() does not wait for it any more")
@@ -368,7 +379,7 @@ class _CallCase:
             except Exception as error:
                 message = "The canceller of {deferred} has failed"
                 log_failure(_log, message, error, deferred=waiting)
-            # That it was cancelled is no news; any other error is logged.
+            # CancelledError is expected; any other error is logged.
             waiting.addErrback(_ignore_cancelled)
 
 
@@ -406,8 +417,8 @@ class _DeferredCase:
 
     def __init__(self, deferred: Deferred[Any]) -> None:
         self._deferred = deferred
-        # Kept there, since an error leads back to whoever holds the Deferred: in
-        # _hooks, both would stay for ever.
+        # Kept on the Deferred.  In _hooks it would keep the Deferred for ever: its
+        # error has a traceback, whose frames may refer to the Deferred.
         hook: _Hook | None = vars(deferred).get(HOOK)
         if hook is None:
             hook = _Hook()
@@ -431,9 +442,9 @@ class _DeferredCase:
 
 class _Hook:
     """
-    Tells any number of selects of one end, and is told itself only once.
+    One callback on a task or a Deferred, which serves any number of selects.
 
-    :ivar result: of a Deferred: the value or the failure, once it has fired.
+    :ivar result: of a Deferred: its value or failure; ``NOTHING`` until it has fired.
     """
 
     __slots__ = ("_settled", "result", "waiters")
@@ -441,7 +452,7 @@ class _Hook:
     def __init__(self) -> None:
         self.result: Any = NOTHING
         self.waiters = Waiters()
-        # Those that are told of the value when the operation does.
+        # Entries that were settled, and are told when the operation fires.
         self._settled: list[Any] = []
 
     def task_ended(self, task: Task[Any]) -> None:
@@ -453,7 +464,7 @@ class _Hook:
                 waiter.succeed(task._value)
 
     def settle(self, value: Any) -> None:
-        """The operation was settled: it is too late to choose anything else."""
+        """Settle all entries, since the operation was settled with its value."""
         while self.waiters.entries:
             entry = self.waiters.next()
             self._settled.append(entry)
@@ -470,10 +481,10 @@ class _Hook:
         elif self.waiters.entries:
             while self.waiters.entries:
                 self.waiters.next().fail(error_of(result))
-            # They have seen to it.
+            # The selects have handled the error.
             return None
         return result
 
 
-# Of the tasks that were selected.
+# The hooks of tasks that were cases of a select.
 _hooks: WeakKeyDictionary[Task[Any], _Hook] = WeakKeyDictionary()

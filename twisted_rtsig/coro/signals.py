@@ -1,4 +1,4 @@
-"""Signals of the operating system, for a task to receive."""
+"""Receiving signals of the operating system in tasks."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ class SignalReceiver:
         self._signals = signals
         self._reactor = reactor
         self._open = False
-        # Signals that have come, each of them once, in their order.
+        # The pending signals, in the order of their first arrival.
         self._pending: dict[int, None] = {}
         self._receiving: Operation[int] | None = None
-        # Whether the reactor is to call _deliver.
+        # Whether a call of _deliver is scheduled in the reactor.
         self._called = False
 
     @must_be_awaited
     def receive(self) -> Operation[int]:
         """
-        The number of the next signal: a ``signal.Signals`` where it has a name.  A
-        signal that comes several times before it is received is received once.
+        Receive the next signal.  A signal that arrives several times before it is
+        received is received once.
 
+        :return: its number, as a ``signal.Signals`` if it has a name.
         :raises BusyResourceError: if another task receives already.
         :raises RuntimeError: outside of the ``with`` block.
         """
@@ -76,7 +77,7 @@ class SignalReceiver:
                 _handling_of(number).remove(self)
             raise
         self._open = True
-        # When it starts, the reactor handles SIGTERM by itself.
+        # The reactor installs its own handler of SIGTERM when it starts.
         self._reactor.callWhenRunning(self._handle_again)
         return self
 
@@ -87,7 +88,7 @@ class SignalReceiver:
         receiving, self._receiving = self._receiving, None
         if receiving is not None and not receiving.called:
             receiving.fail(self._not_open(), quietly=True)
-        # Nothing is lost that came meanwhile: it is the turn of the handlers before.
+        # Raise the pending signals again, for the handlers that were there before.
         pending, self._pending = self._pending, {}
         _raise_all(list(pending))
 
@@ -102,7 +103,7 @@ class SignalReceiver:
         )
 
     def came(self, number: int) -> None:
-        """In the handler of the signal, which interrupts any code of this thread."""
+        """Called in the signal handler, which can interrupt any code of this thread."""
         self._pending[number] = None
         if not self._called:
             self._called = True
@@ -116,7 +117,8 @@ class SignalReceiver:
             receiving.succeed(self._next())
 
     def _next(self) -> int:
-        # A further signal may come at any step, but not while the list is made.
+        # A signal handler may run between any two steps and add to the dict.  To make
+        # a list of it is one step.
         number = list(self._pending)[0]  # noqa: RUF015
         del self._pending[number]
         return _named(number)
@@ -135,7 +137,7 @@ class SignalReceiver:
 
 
 def _raise_all(numbers: list[int]) -> None:
-    """Raise signals, all of them even if a handler raises an exception."""
+    """Raise all signals, even if a handler raises an exception."""
     if numbers:
         try:
             signal.raise_signal(numbers[0])
@@ -145,10 +147,10 @@ def _raise_all(numbers: list[int]) -> None:
 
 class _Handling:
     """
-    The receivers of one signal.  The one that was opened last gets it.
+    The receivers of one signal.  The receiver that was opened last gets the signal.
 
-    Each :class:`SignalReceiver` could save and restore the handler by itself, if they
-    were always closed in the opposite order.
+    Receivers may be closed in any order.  So the handler from before is kept here, and
+    not by each :class:`SignalReceiver`.
     """
 
     def __init__(self, number: int) -> None:
@@ -158,7 +160,9 @@ class _Handling:
 
     def add(self, receiver: SignalReceiver) -> None:
         """
-        :raises OSError: if the system lets no process handle the signal.
+        Add a receiver.
+
+        :raises OSError: if no process can handle the signal.
         :raises ValueError: if there is no such signal, or a reactor needs it.
         """
         if not self._receivers:
@@ -166,7 +170,7 @@ class _Handling:
         self._receivers.append(receiver)
 
     def install(self) -> None:
-        """Handle the signal, unless it is handled here already."""
+        """Install the handler, unless it is installed already."""
         previous = signal.getsignal(self._number)
         if previous == self._handle:
             return
@@ -184,11 +188,11 @@ class _Handling:
         self._previous = previous
 
     def remove(self, receiver: SignalReceiver) -> None:
-        """Restore the handler that was there before, unless others receive."""
+        """Remove a receiver; with the last one, restore the handler from before."""
         self._receivers.remove(receiver)
         if not self._receivers:
             previous, self._previous = self._previous, None
-            # Unless another handler was set meanwhile, which knows of this one.
+            # A handler that was installed meanwhile stays; it may call this one.
             if signal.getsignal(self._number) == self._handle:
                 signal.signal(self._number, previous)
             del _handled[self._number]
@@ -214,7 +218,7 @@ def _named(number: int) -> int:
     try:
         return signal.Signals(number)
     except ValueError:
-        # Of the realtime signals only the first and the last have names.
+        # Only the first and the last of the realtime signals have names.
         return number
 
 
@@ -225,26 +229,25 @@ def _name(number: int) -> str:
 
 def open_signal_receiver(*signals: int, reactor: Any | None = None) -> SignalReceiver:
     """
-    Receive signals, in place of the handlers that they have::
+    Receive signals, in place of their handlers::
 
         with open_signal_receiver(signal.SIGHUP, signal.SIGTERM) as received:
             async for number in received:
                 ...
 
-    For the time of the block the signals do nothing else: a reactor does not stop at
-    ``SIGTERM``.  At its end the handlers are restored, and what was not received is
-    raised again.  If there are several receivers of one signal, then the one that was
+    Within the block the signals have no other effect: ``SIGTERM`` does not stop the
+    reactor.  At the end of the block the handlers are restored, and signals that were
+    not received are raised again.  If a signal has several receivers, the one that was
     opened last gets it.
 
-    :param signals: their numbers.
+    :param signals: the numbers of the signals.
     :param reactor: an ``IReactorFromThreads`` provider; by default that of the task.
     :raises TypeError: if there are no signals.
     :raises ValueError: if there is no such signal, or a reactor of this package needs
         it.
-    :raises OSError: (at the beginning of the block) if no process can receive it, as
-        ``SIGKILL``.
-    :raises RuntimeError: (at the beginning of the block) in another thread than the
-        main one.
+    :raises OSError: (at the beginning of the block) if no process can receive the
+        signal: ``SIGKILL``, for example.
+    :raises RuntimeError: (at the beginning of the block) outside of the main thread.
     """
     if not signals:
         raise TypeError("open_signal_receiver() needs signals to receive")

@@ -62,15 +62,15 @@ def spawn_stackful(
     reactor: object = None,
 ) -> Task[T]:
     """
-    Run a plain function, ``function(*args)``, as a task: in it, and in all that it
-    calls, :func:`wait` waits.
+    Run a plain function, ``function(*args)``, as a task.  In the function, and in all
+    functions that it calls, :func:`wait` waits.
 
-    It begins as one that :func:`spawn` starts.
+    The task begins as one of :func:`spawn` does.
 
-    :param name: what it is called in logs; by default the name of the function.
+    :param name: the name of the task in logs; by default that of the function.
     :param reactor: an ``IReactorTime`` provider, ``task.Clock`` for example; by
-        default that of the task that calls this, or the installed one.
-    :raises TypeError: if it is no plain function.
+        default that of the calling task, or the installed one.
+    :raises TypeError: if the function is not a plain one.
     """
     _check(function, "spawn_stackful()", "spawn()")
     scheduler = scheduler_for(reactor)
@@ -84,13 +84,13 @@ def in_stackful(
     function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 ) -> Coroutine[Any, Any, T]:
     """
-    Run a plain function in the task of the coroutine that awaits this: in it, and in
-    all that it calls, :func:`wait` waits.
+    Run a plain function in the task of the coroutine that awaits this.  In the
+    function, and in all functions that it calls, :func:`wait` waits.
 
     In a group ``group.spawn(in_stackful(function, *args))`` starts a task.
 
-    :return: a coroutine, of what the function returns.
-    :raises TypeError: if it is no plain function.
+    :return: a coroutine that returns the result of the function.
+    :raises TypeError: if the function is not a plain one.
     """
     _check(function, "in_stackful()", "await")
     coroutine: Any = _await_driver(function, args, kwargs)
@@ -112,7 +112,10 @@ async def _await_driver(
 def _make_runnable(
     function: Callable[..., T], *args: Any, **kwargs: Any
 ) -> Generator[Any, Any, T]:
-    """What a task runs that is spawned with ``in_stackful``: no coroutine around it."""
+    """
+    The body of a task that is spawned with ``in_stackful``: the driver itself, without
+    a coroutine around it.
+    """
     _check(function, "in_stackful()", "await")
     driver: Any = drive(stack_of((function, args, kwargs, None, None)), True)
     driver.__qualname__ = name_of(function)
@@ -128,7 +131,7 @@ def _check(function: object, what: str, instead: str) -> None:
         return
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         raise TypeError(
-            f"{what} is for plain functions, and {function!r} is none: use {instead}"
+            f"{what} is for plain functions, and {function!r} is not one: use {instead}"
         )
     if inspect.isasyncgenfunction(function):
         raise TypeError(
@@ -150,12 +153,13 @@ _NOT_PLAIN: Final = (
 @contextlib.contextmanager
 def entering(manager: AbstractAsyncContextManager[T, bool | None]) -> Iterator[T]:
     """
-    What is for ``async with``, for ``with`` in a plain function of a stackful task::
+    Use an asynchronous context manager in a ``with`` statement of a stackful task::
 
         with entering(TaskGroup()) as group:
             group.spawn(in_stackful(serve, first))
     """
-    # Looked up as by ``async with``, which leaves nothing if it could not enter.
+    # As ``async with``: look up both methods first, and do not leave what could not be
+    # entered.
     kind: Any = type(manager)
     leave = kind.__aexit__
     value: T = wait(kind.__aenter__(manager))
@@ -170,7 +174,7 @@ def entering(manager: AbstractAsyncContextManager[T, bool | None]) -> Iterator[T
 
 def iterate(values: AsyncIterable[T]) -> Iterator[T]:
     """
-    What is for ``async for``, for ``for`` in a plain function of a stackful task::
+    Use an asynchronous iterable in a ``for`` statement of a stackful task::
 
         for line in iterate(stream.lines()):
             ...

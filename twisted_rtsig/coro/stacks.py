@@ -4,12 +4,12 @@ Stacks: plain functions that may wait anywhere in their calls, on greenlet.
 See ``docs/stackful.md``.  ``stackful.py`` is the public module.
 
 The function of a stackful task runs on a stack of its own, which is a greenlet.  The
-task is as every other: it runs a generator, the driver, which switches to the stack.
-:func:`wait` switches back, with what there is to wait for.  The driver waits for that
-as any generator or coroutine would, and switches to the stack again.
+task itself is like any other: it runs a generator, the driver, which switches to the
+stack.  :func:`wait` switches back with an awaitable.  The driver waits for it as any
+generator or coroutine would, and switches to the stack again.
 
-The garbage collector does not see what the variables on a stack refer to.  So all that
-belongs to a wait is kept by the driver, and the stack refers to nothing of it.
+The garbage collector does not see the variables on a stack.  So the driver keeps all
+objects that belong to a wait, and the stack refers to none of them.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ T = TypeVar("T")
 _log = Logger()
 
 _throw: Final[Callable[..., Any]] = greenlet.throw
-# Its attributes are those of a Stack.
+# Any, since the current greenlet may be a Stack, with further attributes.
 _current: Final[Callable[[], Any]] = getcurrent
 
 
 class NoStackError(NoTaskError):
-    """``wait`` was called where no function of a stackful task runs."""
+    """``wait`` was called outside of a stackful task."""
 
     def __init__(self, message: str) -> None:
         RuntimeError.__init__(self, message)
@@ -61,12 +61,14 @@ class NoStackError(NoTaskError):
 
 class Stack(greenlet):
     """
-    The stack of a function, which must not refer to it: nothing could drop it then.
+    The stack of a function.  Its variables must not refer to it: the garbage collector
+    could not free the stack then.
 
-    :ivar awaited: what it hands over to be waited for; before it begins, the ``_Call``;
-        None while it runs; once it was dropped, how often it has tried to wait.
-    :ivar task: while it runs, the task that runs it, if any does; ``_DROPPED`` once
-        nothing will resume it.
+    :ivar awaited: the awaitable that the function waits for; before it begins, the
+        ``_Call``; None while it runs; once the stack was dropped, the number of times
+        that the function has tried to wait.
+    :ivar task: while the function runs, the task that runs it, if there is one;
+        ``_DROPPED`` once nothing will resume it.
     """
 
     __slots__ = ("awaited", "task")
@@ -77,13 +79,14 @@ class Stack(greenlet):
 
 _DROPPED: Final = object()
 
-# After so many waits a function that was dropped is given up, which goes on whatever is
-# raised.  More than one may be right: each ``finally`` block can have some.
+# A function may ignore the exceptions in a dropped stack, and go on.  It is abandoned
+# after this many attempts to wait.  More than one attempt is legitimate: each
+# ``finally`` block may wait.
 _MOST_WAITS_TO_END: Final = 100
 
 
-# A function, its arguments, the error that is being handled where it is called, and,
-# unless a task has called it, a weak reference to the stack.
+# A function, its arguments, the error that is being handled where it is called, and a
+# weak reference to the stack, unless the function is the body of a task.
 _Call = tuple[
     Callable[..., Any],
     tuple[Any, ...],
@@ -95,7 +98,7 @@ _Call = tuple[
 
 def stack_of(call: _Call | None) -> Stack:
     stack = Stack(_run)
-    # As an argument of the first switch it would be kept until the end.
+    # greenlet would keep an argument of the first switch until the end.
     stack.awaited = call
     return stack
 
@@ -103,16 +106,17 @@ def stack_of(call: _Call | None) -> Stack:
 @types.coroutine
 def drive(stack: Stack, in_task: bool) -> Generator[Any, Any, Any]:
     """
-    Run a stack, and wait for what it hands over.
+    Run a stack, and wait for the awaitables that it passes.
 
-    Each variable takes memory of every task.
+    Each variable here takes memory in every task.
 
-    :param in_task: whether this is what a task runs, so that the scheduler takes it.
+    :param in_task: whether this is the body of a task.  Then the scheduler takes
+        operations as they are.
     """
-    # The context itself, so that each side sees what the other one sets.
+    # The stack uses the same context, not a copy: each side sees what the other sets.
     stack.gr_context = getcurrent().gr_context
     if stack.gr_context is None:
-        # The first one in this thread.
+        # This thread has no context yet: copy_context() makes it.
         copy_context()
         stack.gr_context = getcurrent().gr_context
     value: Any = None
@@ -121,21 +125,21 @@ def drive(stack: Stack, in_task: bool) -> Generator[Any, Any, Any]:
     try:
         while True:
             current = getcurrent()
-            # Another one, where a task runs the tasks of another reactor.
+            # Another greenlet, if a task runs the tasks of another reactor.
             if stack.parent is not current:
                 try:
                     stack.parent = current
                 except ValueError as raised:
                     raise RuntimeError(
-                        "a stackful task cannot be resumed in another thread than that "
-                        "which it has begun in: start it where the reactor runs"
+                        "a stackful task cannot be resumed in another thread than the "
+                        "one it has begun in: start it in the reactor's thread"
                     ) from raised
             del current
             stack.task = running.task
             if error is None:
                 value = stack.switch(value)
             else:
-                # greenlet drops the traceback that an error has.
+                # Passed explicitly, since greenlet drops the traceback of the error.
                 value = _throw(stack, type(error), error, error.__traceback__)
                 error = None
             stack.task = None
@@ -143,10 +147,11 @@ def drive(stack: Stack, in_task: bool) -> Generator[Any, Any, Any]:
             if awaited is None:
                 if stack.dead:
                     return value
-                # It has not called wait(): it switched to a greenlet, which has ended.
+                # The switch did not come from wait(): the function has switched to a
+                # greenlet, and that has ended.
                 error = RuntimeError(
-                    "a greenlet has ended in the place of the function that switched "
-                    "to it: make it with greenlet(run, getcurrent()) there"
+                    "a greenlet has ended whose parent is not the function that "
+                    "switched to it: make it with greenlet(run, getcurrent()) there"
                 )
                 continue
             stack.awaited = None
@@ -162,39 +167,39 @@ def drive(stack: Stack, in_task: bool) -> Generator[Any, Any, Any]:
                 _drop(stack)
                 raise
             except GreenletExit as raised:
-                # As where the function raises it itself: see _run.
+                # As if the function had raised it: see _run.
                 error = Cancelled(_GREENLET_EXIT)
                 error.__cause__ = raised
             except BaseException as raised:
                 error = raised
             awaited = None
     finally:
-        # The traceback of an error holds this frame.
+        # The traceback of an error refers to this frame.
         del stack, value, awaited, error
 
 
-# The reason of a cancellation.
+# The reason of the cancellation.
 _GREENLET_EXIT: Final = "it has raised GreenletExit"
 
-# What the scheduler takes from a generator.
+# The types that the scheduler takes from a generator.
 _KNOWN: Final = (Deferred, Task)
 
 
 def _steps_of(awaited: Any) -> Any:
-    """What ``yield from`` is for, to wait for something."""
+    """The iterator that ``yield from`` needs, to wait for an awaitable."""
     if inspect.iscoroutine(awaited) or inspect.isgenerator(awaited):
         return awaited
     return awaited.__await__()
 
 
 def _drop(stack: Stack) -> None:
-    """Nothing will resume it: let its functions clean up."""
+    """Let the functions on the stack clean up, since nothing will resume it."""
     stack.task = _DROPPED
     try:
         stack.parent = getcurrent()
     except ValueError:
-        # The collector runs in another thread.  When the stack goes, greenlet ends it
-        # in its own one.
+        # The garbage collector runs in another thread.  When the stack is deallocated,
+        # greenlet ends it in its own thread.
         return
     _throw(stack, GeneratorExit)
     if not stack.dead:
@@ -203,9 +208,10 @@ def _drop(stack: Stack) -> None:
 
 def _run(nothing: None) -> Any:
     """
-    What a stack runs: a function, and where an error is being handled, within that.
+    The outermost function of a stack.  If an error is being handled where the stack is
+    started, the function runs while that error is handled here, too.
 
-    ``reference`` is for what looks at the frame.
+    ``reference`` is read from the frame: see ``_Stacks``.
     """
     stack = _current()
     call: _Call = stack.awaited
@@ -227,7 +233,7 @@ def _run(nothing: None) -> Any:
     except StopIteration as error:
         raise RuntimeError(f"{name_of(function)} has raised StopIteration") from error
     except GreenletExit as error:
-        # greenlet would take it for the result.
+        # greenlet would return the exception as the result.
         raise Cancelled(_GREENLET_EXIT) from error
     except GeneratorExit:
         if _current().task is not _DROPPED:
@@ -237,8 +243,8 @@ def _run(nothing: None) -> Any:
 @atexit.register
 def _drop_all() -> None:
     """
-    Let the functions that still wait when the process ends clean up.  Python does this
-    for coroutines, which its garbage collector finds.
+    When the process ends, let the functions clean up that still wait.  For coroutines
+    Python does this, since its garbage collector finds them.
     """
     for scheduler in schedulers():
         for task in scheduler.active_tasks():
@@ -259,7 +265,7 @@ class _Stacks(Stacks):
             return None
         reference: ref[Stack] | None = frame.f_locals["reference"]
         if reference is None:
-            # That of the driver.
+            # The frame of the driver.
             body = None if running.task is None else running.task._body
             return body.gi_frame if inspect.isgenerator(body) else None
         stack = reference()
@@ -274,7 +280,7 @@ class _Stacks(Stacks):
             inner = None if stack is None else stack.gr_frame
             while inner is not None:
                 frames.append(inner)
-                # On PyPy the frames of a greenlet form a circle.
+                # Stop here: on PyPy the frames of a greenlet form a circle.
                 inner = None if inner.f_code is _OUTERMOST else inner.f_back
         return frames[::-1]
 
@@ -290,14 +296,14 @@ running.stacks = _Stacks()
 
 def wait(awaited: Awaitable[T] | Generator[Any, Any, T]) -> T:
     """
-    Wait, in a plain function of a stackful task, for what a coroutine would await.
+    Wait in a plain function of a stackful task, as ``await`` does in a coroutine.
 
-    :param awaited: an operation, a Deferred, a task, a coroutine, or anything else that
-        can be awaited; with the reactor ``rtsig-asyncio`` a future of asyncio.
-    :return: its result.
-    :raises NoStackError: if no function of a stackful task calls this.
-    :raises TypeError: if it cannot be awaited.
-    :raises Cancelled: if the task was cancelled, or a scope around this.
+    :param awaited: an operation, a Deferred, a task, a coroutine, or any other
+        awaitable; with the reactor ``rtsig-asyncio`` also a future of asyncio.
+    :return: the result.
+    :raises NoStackError: outside of a stackful task.
+    :raises TypeError: if the argument cannot be awaited.
+    :raises Cancelled: if the task or a scope around the call was cancelled.
     """
     stack = _current()
     if type(stack) is not Stack or stack.task is not running.task:
@@ -309,13 +315,13 @@ def wait(awaited: Awaitable[T] | Generator[Any, Any, T]) -> T:
         _check_awaited(awaited)
     stack.awaited = awaited
     parent: Any = stack.parent
-    # The stack must not refer to itself, nor to what would resume it.
+    # The stack must not refer to itself, nor to the operation that would resume it.
     del stack, awaited
     try:
         return cast(T, parent.switch())
     except GreenletExit:
         stack = _current()
-        # Unset, as it is being deallocated.
+        # The stack is being deallocated, and its attributes are unset.
         stack.task, stack.awaited = _DROPPED, None
         del stack
         raised: BaseException = GeneratorExit()
@@ -323,7 +329,7 @@ def wait(awaited: Awaitable[T] | Generator[Any, Any, T]) -> T:
         if error.__context__ is not None:
             raise
         raised = error
-    # Here its context becomes what the caller handles.
+    # Raised here, the error gets as its context the error that the caller handles.
     try:
         raise raised
     finally:
@@ -332,9 +338,10 @@ def wait(awaited: Awaitable[T] | Generator[Any, Any, T]) -> T:
 
 def check_can_wait() -> None:
     """
-    Called before anything begins that would be left behind.
+    Check that :func:`wait` can wait here.  Called before work begins that an error of
+    ``wait`` would leave behind.
 
-    :raises NoStackError: if no function of a stackful task calls this.
+    :raises NoStackError: outside of a stackful task.
     """
     wait(_NO_TIME)
 
@@ -344,11 +351,11 @@ _NO_TIME: Final = Done()
 
 def _check_awaited(awaited: object) -> None:
     if not (isinstance(awaited, Awaitable) or inspect.isgenerator(awaited)):
-        raise TypeError(f"wait() needs what can be awaited, not {awaited!r}")
+        raise TypeError(f"wait() needs an awaitable, not {awaited!r}")
 
 
 def _wait_elsewhere(stack: Any, awaited: Any) -> Any:
-    """Wait on a stack that was dropped, or say that there is none."""
+    """Wait on a dropped stack; or raise an error outside of a stackful task."""
     if type(stack) is Stack and stack.task is _DROPPED:
         _check_awaited(awaited)
         try:
@@ -374,18 +381,19 @@ def _wait_elsewhere(stack: Any, awaited: Any) -> Any:
 
 
 def _leave_for_good() -> NoReturn:
-    """Leave a stack whose function would never end."""
+    """Abandon a stack whose function would never end."""
     while True:
-        # greenlet still tries to end it when it goes, and says that it cannot.
+        # When the stack is deallocated, greenlet tries to end it, and reports that it
+        # cannot.
         with contextlib.suppress(BaseException):
             _current().parent.switch()
 
 
 def _without_waiting(awaited: Any) -> Any:
     """
-    What ``awaited`` returns, if it does at once.
+    The result of ``awaited``, if it has one at once.
 
-    :raises GeneratorExit: if not.
+    :raises GeneratorExit: if it would have to wait.
     """
     steps = _steps_of(awaited)
     try:

@@ -1,4 +1,4 @@
-"""Blocking functions in threads, for tasks, and the way back."""
+"""Blocking functions in threads, and calls from there back into the reactor."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def in_thread(
     function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 ) -> Operation[T]:
     """
-    Run a function that blocks in a thread of the reactor's pool, with the context
-    variables of the task that calls this.
+    Run a blocking function in a thread of the reactor's pool, with the context
+    variables of the calling task.
 
-    If the wait is cancelled, the thread goes on to the end of the function, and
-    its result is dropped.  The reactor waits for such threads when it stops.
+    If the wait is cancelled, the thread goes on to the end of the function, and the
+    result is dropped.  When the reactor stops, it waits for these threads.
     """
     operation: Operation[T] = Operation()
     ThreadCall(operation, function, args, kwargs).start()
@@ -44,10 +44,10 @@ class ThreadCall:
     """
     A function that runs in a thread: the owner of the operation.
 
-    :ivar operation: None once it is finished, since the traceback of an error holds
-        the frames of the thread, and so this.
-    :ivar when_ended: called in the reactor's thread when the function has ended; None
-        for nothing.
+    :ivar operation: the operation; None once it is finished.  The traceback of its
+        error refers to the frames of the thread, and these to this object.
+    :ivar when_ended: called in the reactor's thread when the function has ended; or
+        None.
     """
 
     __slots__ = ("_call", "_function", "_reactor", "operation", "when_ended")
@@ -70,13 +70,13 @@ class ThreadCall:
         self.when_ended: Callable[[], object] | None = None
 
     def start(self) -> None:
-        """Run it."""
+        """Start the thread."""
         if self.operation is not None:
             self.operation.owner = self
         self._reactor.getThreadPool().callInThread(self.run, self._reactor)
 
     def run(self, reactor: Any) -> None:
-        """In a thread."""
+        """Called in a thread."""
         try:
             result = self._call()
         except BaseException as error:
@@ -133,14 +133,17 @@ def from_thread(  # type: ignore[misc]
     function: Callable[..., Any] | Runnable[Any], *args: Any
 ) -> Any:
     """
-    From a function that :func:`in_thread` runs: run ``function(*args)`` as a task
-    in the reactor's thread, with the context variables of this thread, and wait for
-    what it returns or raises.  In other threads there is :class:`Portal`.
+    Run ``function(*args)`` as a task in the reactor's thread, with the context
+    variables of this thread, and wait for its result.
 
-    :param function: whatever :func:`spawn` takes.
-    :raises ReactorNotRunning: if the reactor stops before the task has ended, which
-        is cancelled then.
-    :raises RuntimeError: in any other thread, that of the reactor included.
+    Call this in a function that :func:`in_thread` runs.  In other threads use a
+    :class:`Portal`.
+
+    :param function: anything that :func:`spawn` takes.
+    :return: the result of the task.  An exception that it raises is raised here.
+    :raises ReactorNotRunning: if the reactor stops before the task has ended.  The
+        task is cancelled then.
+    :raises RuntimeError: in any other thread, including the reactor's.
     """
     way_back = _way_back.get(None)
     if way_back is None:
@@ -151,5 +154,5 @@ def from_thread(  # type: ignore[misc]
     return way_back.call(function, args)
 
 
-# What leads back from the function that runs in a thread.
+# The way back to the reactor, for a function that in_thread() runs.
 _way_back: contextvars.ContextVar[Calls] = contextvars.ContextVar("way_back")

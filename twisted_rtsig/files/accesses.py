@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 class Access(Turn[T]):
     """
-    Something that is done with an open file: in turn, or at an offset of its own.
+    An operation of an open file: in turn, or at an offset of its own.
 
-    :cvar writes: whether the position is behind it even if it was cancelled.
-    :cvar changes: whether what was read of the file before may be untrue after it.
+    :cvar writes: whether the position moves even if the operation was cancelled.
+    :cvar changes: whether data that was read ahead is stale after the operation.
     """
 
     __slots__ = ("_offset",)
@@ -39,16 +39,16 @@ class Access(Turn[T]):
 
     @property
     def position(self) -> int:
-        """Where it is done, now that it is its turn."""
+        """The offset of the operation, once its turn has come."""
         return self._file._position if self._offset is None else self._offset
 
     def begin(self) -> None:
-        """It is its turn."""
+        """See ``Turn.begin``."""
         file = self._file
         file._workers.run(self, self.block, file._descriptor, self.position)
 
     def block(self, descriptor: Descriptor, position: int) -> tuple[T, int]:
-        """In a thread: do it.  Return the result, and the position behind it."""
+        """Called in a thread: do the operation.  Return its result and new position."""
         raise NotImplementedError
 
     def end(self, result: Any, error: BaseException | None) -> None:
@@ -73,9 +73,9 @@ class Access(Turn[T]):
 
 class Reading(Access[bytes]):
     """
-    A read of a file, some of which may be cached.
+    A read that is done at once if the data is cached.
 
-    :ivar size: how much is read first.
+    :param size: the number of bytes to read first.
     """
 
     __slots__ = ("_size",)
@@ -89,7 +89,7 @@ class Reading(Access[bytes]):
     def begin(self) -> None:
         file = self._file
         if self.operation.called:
-            # It was given up while it waited for the next turn of the reactor.
+            # It was cancelled while it waited for the next turn of the reactor.
             self.drop()
         elif file._workers.left <= 0 and file._descriptor.reads_cached:
             file._workers.when_there_is_more(self.begin)
@@ -103,7 +103,11 @@ class Reading(Access[bytes]):
                 super().begin()
 
     def _has_read(self, data: bytes | None) -> None:
-        """So much was read without a thread; nothing if that has failed."""
+        """
+        Use the data that was read without a thread.
+
+        :param data: the data; None if the read has failed.
+        """
         result = None if data is None else self.result_of(data)
         if result is None:
             super().begin()
@@ -111,7 +115,7 @@ class Reading(Access[bytes]):
             self.end((result, self.position + len(result)), None)
 
     def result_of(self, data: bytes) -> bytes | None:
-        """The result, if what was read first is enough for it."""
+        """The result; None if more has to be read for it."""
         raise NotImplementedError
 
 
@@ -148,7 +152,10 @@ class ReadLine(Reading):
 
 
 def line_of(data: bytes, size: int) -> bytes | None:
-    """The line that was read, if it was to be that many bytes; None if it is longer."""
+    """
+    The first line of the data, which a read of ``size`` bytes has returned; None if the
+    line is longer.
+    """
     end = data.find(b"\n") + 1
     if end:
         return data[:end]
@@ -188,7 +195,11 @@ class Write(Access[None]):
             super().begin()
 
     def _has_written(self, done: bool) -> None:
-        """It was written without a thread, or that has failed."""
+        """
+        End a write without a thread.
+
+        :param done: whether it has succeeded; if not, a thread tries again.
+        """
         if done:
             self.end((None, self.position + len(self._data)), None)
         else:
@@ -257,5 +268,5 @@ class Seek(Access[int]):
         if position < 0:
             error = OSError(errno.EINVAL, f"Position {position} is before the file")
         elif position > FURTHEST:
-            error = OSError(errno.EINVAL, f"Position {position} is behind all files")
+            error = OSError(errno.EINVAL, f"Position {position} is beyond any file")
         return (position, position), error

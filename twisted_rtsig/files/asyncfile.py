@@ -1,9 +1,9 @@
 """
 A file that is read and written without blocking the reactor.
 
-What is cached is read at once, if the system can say that it is.  Everything else
-that may wait for a disk is done in a thread, or in the background where the reactor
-has a completion port.  See ``docs/files.md``.
+Cached data is read at once, if the system can tell that it is cached.  Everything else
+that may wait for a disk is done in a thread, or in the background if the reactor has a
+completion port.  See ``docs/files.md``.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ T = TypeVar("T")
 Data = bytes | bytearray | memoryview
 
 MAX_BYTES: Final = 1 << 16
-"""How long a line may be, and how much of a file comes in a chunk, by default."""
+"""The default limit of a line, and the default size of a chunk."""
 
 
 class AsyncFile(OpenFile):
     """
     An open file.  Made by :func:`open_file`.
 
-    What has no offset of its own (``read``, ``write``, ``seek`` and the like) is done
-    in turn, at the position where the one before has left it, whether that was
-    awaited or not.  ``read_at`` and ``write_at`` are done at the same time as
-    whatever else.
+    Operations without an offset of their own (``read``, ``write``, ``seek`` and the
+    like) are done in turn, whether they are awaited or not.  Each begins at the
+    position where the one before has ended.  ``read_at`` and ``write_at`` do not wait
+    for a turn.
 
     A read that is cancelled leaves the position where it was.  A write that is
-    cancelled after it has begun is done all the same.
+    cancelled after it has begun is still done.
 
-    :ivar name: the path it was opened with.
-    :ivar mode: how.
+    :ivar name: the path that the file was opened with.
+    :ivar mode: the mode that it was opened with.
     """
 
     def __init__(
@@ -70,20 +70,20 @@ class AsyncFile(OpenFile):
         super().__init__(name, mode, workers)
         if workers.port is not None:
             descriptor.report_to(workers.port)
-        # What it was then.
+        # The result of fstat() when the file was opened.
         self._opened = opened
         self._position = opened.st_size if "a" in mode else 0
         # The number of operations under way at offsets of their own.
         self._elsewhere = 0
-        # How often it was written or truncated.
+        # Counts writes and truncations.
         self._changes = 0
 
     def fileno(self) -> int:
-        """The descriptor; -1 once it is closed."""
+        """The descriptor; -1 once the file is closed."""
         return self._descriptor.number
 
     def tell(self) -> int:
-        """The position, after all that has been done in turn by now."""
+        """The position after the operations that are done by now."""
         return self._position
 
     # Reading
@@ -91,10 +91,11 @@ class AsyncFile(OpenFile):
     @must_be_awaited
     def read(self, size: int) -> Operation[bytes]:
         """
-        The next ``size`` bytes.  Fewer only at the end of the file, and none after it.
+        Read the next ``size`` bytes: fewer only at the end of the file, and none after
+        the end.
 
-        :raises ValueError: if the file is closed, or the size negative.
-        :raises OSError: (when awaited) if it cannot be read.
+        :raises ValueError: if the file is closed, or the size is negative.
+        :raises OSError: (when awaited) if the file cannot be read.
         """
         if not self._turns:
             data = self._read_cached(size, self._position)
@@ -108,7 +109,7 @@ class AsyncFile(OpenFile):
 
     @must_be_awaited
     def read_at(self, offset: int, size: int) -> Operation[bytes]:
-        """As :meth:`read`, from an offset; the position stays where it is."""
+        """As :meth:`read`, at an offset; the position stays where it is."""
         data = self._read_cached(size, offset)
         if data is not None:
             finished: Finished[bytes] = Finished()
@@ -121,11 +122,11 @@ class AsyncFile(OpenFile):
     @must_be_awaited
     def read_line(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
         """
-        The next line, with the newline at its end, which only the last one of the
-        file may lack.  Nothing at the end of the file.
+        Read the next line, with its newline.  Only the last line of the file may have
+        none.  At the end of the file return nothing.
 
-        :param max_bytes: how long the line may be, without the newline.
-        :raises DelimiterNotFound: (when awaited) if it is longer.
+        :param max_bytes: the limit of the line, without the newline.
+        :raises DelimiterNotFound: (when awaited) if the line is longer.
         """
         if not self._turns:
             line = self._read_cached_line(max_bytes, self._position)
@@ -139,16 +140,16 @@ class AsyncFile(OpenFile):
 
     async def lines(self, max_bytes: int = MAX_BYTES) -> AsyncIterator[bytes]:
         """
-        Each line from the position on, as :meth:`read_line` returns it::
+        The lines from the position on, each as :meth:`read_line` returns it::
 
             async for line in file.lines():
 
-        The position is behind the line that was the last to come.  ``async for line
+        The position moves behind each line as the line is returned.  ``async for line
         in file`` is the same.
 
         :raises DelimiterNotFound: if a line is too long.
         """
-        # What was read from the position on, and where the next line begins there.
+        # The data that was read ahead, and where the next line begins in it.
         ahead = b""
         start = 0
         position = self._position
@@ -157,14 +158,14 @@ class AsyncFile(OpenFile):
             if self._turns:
                 await self.seek(0, os.SEEK_CUR)
             if self._position != position or self._changes != changes:
-                # It was written or sought meanwhile.
+                # The file was written or the position was set meanwhile.
                 position = self._position
                 changes = self._changes
                 ahead, start = b"", 0
             end = ahead.find(b"\n", start) + 1
             if not end:
                 rest = ahead[start:]
-                # As much again, so that a long line is not copied all the time.
+                # Double what is there, so that a long line is not copied many times.
                 size = max(MAX_BYTES, len(rest))
                 more = await self.read_at(position + len(rest), size)
                 if more and len(rest) <= max_bytes:
@@ -185,7 +186,7 @@ class AsyncFile(OpenFile):
 
     async def chunks(self, size: int = MAX_BYTES) -> AsyncIterator[bytes]:
         """
-        All from the position on, so many bytes at a time::
+        The content from the position on, in chunks of ``size`` bytes::
 
             async for chunk in file.chunks():
         """
@@ -193,7 +194,11 @@ class AsyncFile(OpenFile):
             yield data
 
     def _read_cached(self, size: int, offset: int) -> bytes | None:
-        """What is cached, unless something else has to be done for it."""
+        """
+        Read cached data.
+
+        :return: the data; None if it is not cached, or may not be read at once.
+        """
         workers = self._workers
         descriptor = self._descriptor
         if (
@@ -221,11 +226,12 @@ class AsyncFile(OpenFile):
 
     def write(self, data: Data) -> Operation[None]:
         """
-        Write all of it, at the position; or at the end of the file, if it was opened
-        with ``a``.
+        Write all of the data at the position; or at the end of the file, if it was
+        opened with ``a``.
 
-        :raises OSError: (when awaited) if it cannot be written.  Its
-            ``characters_written`` is how much was, and the position is behind that.
+        :raises OSError: (when awaited) if the data cannot be written.  Its attribute
+            ``characters_written`` is the number of bytes that were written, and the
+            position is behind them.
         """
         self._check_writable()
         return self._in_turn(Write(self, copy_of(data)))
@@ -249,17 +255,19 @@ class AsyncFile(OpenFile):
         self, socket: int, offset: int, size: int
     ) -> Operation[tuple[int, bool]]:
         """
-        Send a part of the file to a socket that does not block.
+        Send a part of the file to a non-blocking socket.
 
-        :return: how much the socket has taken, and whether it is of no use to try
-            again: at the end of the file, or after an error.
+        :return: the number of bytes that the socket has taken; and whether to stop: at
+            the end of the file, or after an error.
         """
         self._check_readable()
         return self._elsewhere_at(SendTo(self, socket, offset, size))
 
     def truncate(self, size: int | None = None) -> Operation[int]:
         """
-        Make the file as long as this, or end at the position; return that.
+        Set the size of the file; return it.
+
+        :param size: the size in bytes; by default the position.
         """
         self._check_writable()
         if size is not None:
@@ -269,24 +277,24 @@ class AsyncFile(OpenFile):
     @must_be_awaited
     def sync(self) -> Operation[None]:
         """
-        Wait until what was written is on the disk: all that comes before this in
-        turn, and each ``write_at`` that is done.
+        Wait until the written data is on the disk: that of all operations before this
+        one in turn, and of each ``write_at`` that is done.
 
-        :raises OSError: (when awaited) if the disk has failed.
+        :raises OSError: (when awaited) if the disk fails.
         """
         self._check_open()
         return self._in_turn(Sync("to sync", self))
 
-    # Of the whole
+    # The position and the size
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> Operation[int]:
         """
         Set the position; return it.
 
-        :param whence: where the offset is from: ``os.SEEK_SET`` for the beginning of
-            the file, ``os.SEEK_CUR`` for the position, ``os.SEEK_END`` for the end.
-        :raises OSError: (when awaited) if it would be negative, or further than any
-            file can be long.
+        :param whence: where the offset counts from: ``os.SEEK_SET`` for the beginning
+            of the file, ``os.SEEK_CUR`` for the position, ``os.SEEK_END`` for the end.
+        :raises OSError: (when awaited) if the position would be negative, or beyond the
+            largest offset of any file.
         """
         self._check_open()
         if whence not in (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END):
@@ -295,7 +303,7 @@ class AsyncFile(OpenFile):
 
     @must_be_awaited
     def size(self) -> Operation[int]:
-        """How long the file is, when it is the turn of this."""
+        """The size of the file in bytes, when the turn of this operation comes."""
         self._check_open()
         return self._in_turn(Size("the size of", self))
 
@@ -316,12 +324,12 @@ class AsyncFile(OpenFile):
 
 
 def copy_of(data: Data) -> bytes:
-    """What is not changed by anybody before it is written."""
+    """A copy of the data, which the caller cannot change before it is written."""
     return data if type(data) is bytes else bytes(memoryview(data))
 
 
 def _not_negative(name: str, value: int) -> int:
-    # What is no number is refused before it waits for its turn.
+    # A bad argument raises at once, and not when its turn comes.
     number = operator.index(value)
     if number < 0:
         raise ValueError(f"{name}={value}: 0 is the least")

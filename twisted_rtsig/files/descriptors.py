@@ -1,17 +1,17 @@
 """
-Descriptors of open files, read and written at an offset: what blocks, and the few
-things that do not.  Those of Windows are in ``handles``.
+Descriptors of open files, read and written at an offset: the calls that block, and the
+few that do not.  Those of Windows are in ``handles``.
 
-Linux can read from a file without waiting for a disk.  preadv2(2) with
-RWF_NOWAIT copies what is in the page cache, and where that ends the read is
-short, or fails with EAGAIN.  Not every file system knows how to (tmpfs does not):
-EOPNOTSUPP.  Three things have to be minded:
+Linux can read from a file without waiting for a disk.  preadv2(2) with RWF_NOWAIT
+copies data from the page cache.  At the end of the cached data the read is short, or
+fails with EAGAIN.  File systems without support, such as tmpfs, fail with EOPNOTSUPP.
+Three details matter:
 
-- A short read may be the end of the file, or only that of what is cached.
+- A short read may mean the end of the file, or only the end of the cached data.
 - Linux 5.9 and 5.10 return 0 where nothing is cached, as at the end of the file
   (preadv2(2), BUGS).  So only the size of the file tells whether it has ended.
-- Newer kernels begin to read what is missing, and older ones do not.  None waits
-  for it, so that it must be read in a way that blocks.
+- Newer kernels begin to read the missing data, and older ones do not.  None waits for
+  it, so it has to be read by a blocking call.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from collections.abc import Callable
 from typing import Any, Final
 
 MOST_LINES: Final = 1 << 12
-"""How much is read first of a line: most are shorter."""
+"""The size of the first read for a line: most lines are shorter."""
 
 FURTHEST: Final = (1 << 63) - 1
-"""No system knows an offset beyond this."""
+"""The greatest offset on any system."""
 
-# More is read only if there is more.
+# Before a read of more than this, look at the size of the file.
 _MUCH: Final = 1 << 20
 
 
 class Descriptor:
     """
-    An open file.
+    The descriptor of an open file.
 
-    :ivar number: -1 once it is closed.
-    :ivar reads_cached: whether what is cached can be read without waiting, as far
-        as is known.
+    :ivar number: the descriptor; -1 once it is closed.
+    :ivar reads_cached: whether cached data can be read without waiting, as far as is
+        known.
     """
 
     __slots__ = ("__weakref__", "_has_read_cached", "number", "reads_cached")
@@ -48,14 +48,14 @@ class Descriptor:
         self.reads_cached: bool = hasattr(os, "RWF_NOWAIT")
         self._has_read_cached = False
 
-    # What does not block
+    # Calls that do not block
 
     def read_cached(self, window: memoryview, offset: int) -> int:
         """
-        Read what is cached.
+        Read cached data into ``window``.
 
-        :return: how much; -1 if neither the whole window nor all up to the end of
-            the file is cached.
+        :return: the number of bytes; -1 unless the whole window, or everything up to
+            the end of the file, is cached.
         """
         number = self.number
         try:
@@ -65,7 +65,7 @@ class Descriptor:
         except OSError as error:
             if error.errno in _UNSUPPORTED:
                 self.reads_cached = False
-            # Of any other the blocking read will tell.
+            # The blocking read will report any other error.
             return -1
         if size < len(window) and os.fstat(number).st_size > offset + size:
             return -1
@@ -74,25 +74,26 @@ class Descriptor:
 
     def closes_at_once(self) -> bool:
         """
-        Whether to close it waits for nothing, if nobody has written to it: not for a
-        network, as its file system has shown, nor for a file to be deleted.
+        Whether closing a file that was only read does not block.  It may block on a
+        network file system, which does not support reads of cached data; or delete the
+        file, if that has no name any more.
         """
         return self._has_read_cached and os.fstat(self.number).st_nlink > 0
 
-    # What goes on in the background, where a completion port tells when it is over
+    # Calls in the background, for a completion port
 
     def report_to(self, port: Any) -> None:
-        """Use this completion port, if there is any use for one."""
+        """Use this completion port, if the descriptor supports one."""
 
     def begin_read(
         self, size: int, offset: int, done: Callable[[bytes | None], object]
     ) -> bool:
         """
-        Begin to read all of it, or up to the end of the file.
+        Begin to read ``size`` bytes, or up to the end of the file.
 
-        :param done: called with that; or with nothing, and then the blocking read
-            tells why.
-        :return: whether it has begun, and may be over.
+        :param done: called with the data; or with None after an error, which the
+            blocking read will report.
+        :return: whether the read has begun; it may be over.
         """
         return False
 
@@ -100,26 +101,26 @@ class Descriptor:
         self, data: bytes, offset: int, done: Callable[[bool], object]
     ) -> bool:
         """
-        Begin to write all of it.
+        Begin to write all of the data.
 
-        :param done: called with whether it was written; if not, then the blocking
-            write tells why.
-        :return: whether it has begun.
+        :param done: called with whether all was written; if not, the blocking write
+            will report the error.
+        :return: whether the write has begun; it may be over.
         """
         return False
 
-    # What blocks
+    # Calls that block
 
     def read(self, size: int, offset: int) -> bytes:
-        """Read all of it, or up to the end of the file."""
+        """Read ``size`` bytes, or up to the end of the file."""
         at_once = size
         if size > _MUCH:
-            # The system takes memory for as much as it is asked for.
+            # A read allocates memory for the whole size that is asked for.
             at_once = min(size, max(self.size() - offset, _MUCH))
         data = self._read_some(at_once, offset)
         if len(data) in (0, size):
             return data
-        # Signals, network file systems and the like, or the end.
+        # A signal or a network file system may cut a read short, or the file has ended.
         parts = [data]
         done = len(data)
         while done < size and (
@@ -131,8 +132,8 @@ class Descriptor:
 
     def read_line(self, limit: int, offset: int) -> bytes:
         """
-        Read up to the next newline and with it, or up to the end of the file; or
-        more than ``limit`` bytes without one.
+        Read up to the next newline, inclusively, or up to the end of the file.  If the
+        line is longer than ``limit`` bytes, return more than that, without a newline.
         """
         line = b""
         while len(line) <= limit:
@@ -148,10 +149,10 @@ class Descriptor:
 
     def send_to(self, socket: int, offset: int, size: int) -> tuple[int, bool]:
         """
-        Send to a socket that does not block.
+        Send to a non-blocking socket.
 
-        :return: how much it has taken, and whether that will be all: at the end of the
-            file, or after an error, of whichever side.
+        :return: the number of bytes that it has taken; and whether to stop: at the end
+            of the file, or after an error of the file or of the socket.
         """
         done = 0
         try:
@@ -168,14 +169,15 @@ class Descriptor:
 
     def write(self, data: bytes, offset: int) -> None:
         """
-        Write all of it.
+        Write all of the data.
 
-        :raises OSError: whose ``characters_written`` is how much was.
+        :raises OSError: if that fails.  Its attribute ``characters_written`` is the
+            number of bytes that were written.
         """
         self._write_all(data, lambda rest, done: self._write_some(rest, offset + done))
 
     def append(self, data: bytes) -> int:
-        """As :meth:`write`, at the end of the file; return where that is then."""
+        """As :meth:`write`, at the end of the file; return where the file ends then."""
         self._write_all(data, lambda rest, done: os.write(self.number, rest))
         return os.lseek(self.number, 0, os.SEEK_CUR)
 
@@ -196,25 +198,25 @@ class Descriptor:
         return os.pwrite(self.number, data, offset)
 
     def size(self) -> int:
-        """How long the file is."""
+        """The size of the file in bytes."""
         return os.fstat(self.number).st_size
 
     def truncate(self, size: int) -> None:
-        """Make it longer or shorter."""
+        """Set the size of the file."""
         os.ftruncate(self.number, size)
 
     def sync(self) -> None:
-        """Wait until all of it is on the disk."""
+        """Wait until all written data is on the disk."""
         os.fsync(self.number)
 
     def close(self) -> None:
-        """Close it.  There must be nobody left who uses it."""
+        """Close the descriptor.  Nothing may be using it any more."""
         number, self.number = self.number, -1
         os.close(number)
 
 
 class SeekingDescriptor(Descriptor):
-    """One for platforms on which a file is read where it has been sought to."""
+    """For platforms without pread(): each read and write seeks first."""
 
     __slots__ = ("_lock",)
 

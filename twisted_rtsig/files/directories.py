@@ -1,5 +1,5 @@
 """
-Directories, read in threads: many entries at a time, and no more than are asked for.
+Directories, read in threads: many entries at a time, and only as they are asked for.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from twisted_rtsig.files.workers import Job, Workers, workers_of
 
 T = TypeVar("T")
 
-# How many entries a thread finds before the reactor gets them, and for how many
-# seconds it looks for them at most.
+# A thread passes entries to the reactor after this many, and after this many seconds.
 _MOST: Final = 1000
 _LONGEST: Final = 0.05
 
@@ -28,12 +27,12 @@ OnError = Callable[[OSError], object]
 
 class Entries(Generic[T], AsyncIterator[T]):
     """
-    What is found in directories, one after the other::
+    The entries that are found in directories, one after the other::
 
         async for entry in scandir(path):
 
-    Generators, which have no ``async for``, call :meth:`next_batch`.  If the wait for
-    one is cancelled, then nothing is lost.  One task at a time may ask.
+    Generators, which have no ``async for``, call :meth:`next_batch`.  If the wait for a
+    batch is cancelled, no entry is lost.  Only one task at a time may wait.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class Entries(Generic[T], AsyncIterator[T]):
         self._iterate = iterate
         self._most = most
         self._on_error = on_error
-        # Made by the first thread.
+        # Made in the first thread.
         self._iterator: Iterator[T | OSError] | None = None
         self._found: deque[T] = deque()
         self._ended = False
@@ -60,11 +59,11 @@ class Entries(Generic[T], AsyncIterator[T]):
     @must_be_awaited
     def next_batch(self) -> Operation[list[T]]:
         """
-        The next entries: as many as a thread finds before it is time for others.  None
-        at the end.
+        The next entries: as many as a thread finds before it has to let others run.  An
+        empty list at the end.
 
         :raises OSError: (when awaited) if a directory cannot be read.
-        :raises BusyResourceError: if another task waits for the next already.
+        :raises BusyResourceError: if another task waits for the next batch already.
         """
         if self._waiting is not None:
             raise BusyResourceError(f"another task waits for {self._what} already")
@@ -98,9 +97,10 @@ class Entries(Generic[T], AsyncIterator[T]):
 
     def _find(self) -> tuple[list[T | OSError], bool, BaseException | None]:
         """
-        In a thread: find some.
+        Called in a thread: find entries.
 
-        :return: what was found, whether that is all, and why it has ended.
+        :return: the entries and errors that were found, whether this is the end, and
+            the error that has ended it, if one did.
         """
         found: list[T | OSError] = []
         end = perf_counter() + _LONGEST
@@ -112,7 +112,7 @@ class Entries(Generic[T], AsyncIterator[T]):
                 if perf_counter() > end:
                     return found, False, None
         except OSError as error:
-            # The traceback would hold this by its frames.
+            # The frames of the traceback refer to this object.
             return found, True, error.with_traceback(None)
         except BaseException as error:
             return found, True, error
@@ -121,7 +121,7 @@ class Entries(Generic[T], AsyncIterator[T]):
     def _has_found(
         self, found: list[T | OSError], ended: bool, error: BaseException | None
     ) -> None:
-        """A thread has found some."""
+        """Take the entries that a thread has found, and resume the waiting task."""
         self._under_way = False
         self._ended = ended
         self._error = error
@@ -148,7 +148,7 @@ class Entries(Generic[T], AsyncIterator[T]):
             if batch or self._ended:
                 operation.succeed(batch)
             else:
-                # There were errors alone, and this is not the end.
+                # The thread has found only errors, and there is more: go on.
                 operation.owner = self
                 self._waiting = operation
                 self._under_way = True
@@ -158,7 +158,7 @@ class Entries(Generic[T], AsyncIterator[T]):
             operation.fail(error)
 
     def forget(self, operation: Operation[Any]) -> None:
-        """See ``Owner.forget``: what is found is kept for the next."""
+        """See ``Owner.forget``: the entries are kept for the next wait."""
         operation.owner = None
         self._waiting = None
 
@@ -177,7 +177,7 @@ class _Batch(Job[None]):
     def end(self, result: Any, error: BaseException | None) -> None:
         """See ``Job.end``."""
         entries = self._entries
-        # They hold each other.
+        # The operation and the job refer to each other.
         self.operation.owner = None
         if error is None:
             entries._has_found(*result)
@@ -204,21 +204,21 @@ def scandir(path: Any = None, *, reactor: Any | None = None) -> Entries[Any]:
         async for entry in scandir("folder"):
             print(entry.name, entry.is_dir())
 
-    A directory of any size is never in memory as a whole.
+    The directory is never in memory as a whole, however large it is.
 
-    :param path: by default the current directory.
-    :param reactor: whose threads do it; by default that of the task.
+    :param path: the directory; by default the current one.
+    :param reactor: the reactor whose threads are used; by default that of the task.
     :return: ``os.DirEntry`` objects.  Their ``name``, ``path`` and ``inode`` do not
         block, and on most file systems ``is_dir``, ``is_file`` and ``is_symlink`` do
         not.
-    :raises OSError: (when awaited) if it cannot be read.
+    :raises OSError: (when awaited) if the directory cannot be read.
     """
     where: Any = "." if path is None else path
     return Entries(f"to list {where!r}", workers_of(reactor), lambda: scan(where))
 
 
 def scan(path: Any) -> Iterator[Any]:
-    # Closed when this is collected, without a warning.
+    # The block closes it without a warning when this generator is collected.
     with os.scandir(path) as entries:
         yield from entries
 
@@ -236,17 +236,17 @@ def walk(
 
         async for folder, directories, files in walk("/etc"):
 
-    A thread reads a directory when it is asked for, so that what is removed from
-    ``directories`` is not visited.  With ``topdown=False``, where that has no effect,
-    it reads as many as it can.
+    A thread reads one directory at a time, when it is asked for.  So directories that
+    you remove from ``directories`` are not visited.  With ``topdown=False`` that has no
+    effect, and the thread reads as many as it can.
 
-    :param topdown: whether a directory comes before those that are in it.
-    :param onerror: called with each ``OSError``, which is ignored by default.  What it
-        raises ends the walk.
-    :param followlinks: whether to visit directories that symbolic links lead to.
-    :param reactor: whose threads do it; by default that of the task.
-    :return: for each directory its path, and the names of the directories and of the
-        others in it.
+    :param topdown: whether a directory comes before its subdirectories.
+    :param onerror: called with each ``OSError``; by default they are ignored.  An
+        exception that it raises ends the walk.
+    :param followlinks: whether to follow symbolic links to directories.
+    :param reactor: the reactor whose threads are used; by default that of the task.
+    :return: for each directory its path, the names of its subdirectories, and the names
+        of its other entries.
     """
 
     def find(told: bool) -> Iterator[Any]:
@@ -263,10 +263,10 @@ def walk_with(
     reactor: object = None,
 ) -> Entries[T]:
     """
-    The directories that ``find`` finds: one at a time from the top down, so that the
-    names of the next ones can be changed before they are visited.
+    The directories that ``find`` yields.  From the top down it is one at a time, so
+    that the caller can remove subdirectories before they are visited.
 
-    :param find: called in a thread with whether to return errors as well.
+    :param find: called in a thread; its argument is whether to yield errors as well.
     """
     return Entries(
         f"to walk {top!r}",

@@ -3,19 +3,19 @@ Files of Windows, which are read and written in the background: overlapped.
 
 Some facts about overlapped files:
 
-- The end of such an operation is a packet in the completion port that the handle
-  reports to, also if it is over before the call returns; unless the call itself
-  fails, or the lowest bit of its event is set.  Then who waits for that event is all
-  who is told, so that threads can use the handle as well.
-- It begins where its OVERLAPPED says, and the position of the handle is nobody's.
-  What is written at the offset 2**64 - 1 comes at the end of the file.
-- To read at the end of a file is an error: ERROR_HANDLE_EOF.
-- What is cached is copied before the call returns.  So little is read and written in
-  the reactor's thread.
-- Windows does not extend a file in the background, but while the caller waits.  So a
-  thread does that.
-- Who opens a file without FILE_SHARE_DELETE keeps all others from renaming and
-  removing it.  CPython does; here it is as on POSIX.
+- The end of an operation is queued as a packet in the completion port of the handle,
+  even if the operation is over before the call returns.  No packet is queued if the
+  call itself fails, or if the lowest bit of the event in its OVERLAPPED is set.  With
+  that bit only the event is signalled, so threads can use the handle as well.
+- An operation begins at the offset in its OVERLAPPED; the handle has no position.  The
+  offset 2**64 - 1 writes at the end of the file.
+- A read at the end of the file fails with ERROR_HANDLE_EOF.
+- Cached data is copied before the call returns.  So the reactor's thread reads and
+  writes only a little at once.
+- Windows extends a file while the caller waits, and not in the background.  So a thread
+  does that.
+- A file that is opened without FILE_SHARE_DELETE cannot be renamed or removed.  CPython
+  opens files that way; here it is as on POSIX.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class HandleDescriptor(Descriptor):
         self.reads_cached = False
         self._handle: int = windows.msvcrt.get_osfhandle(number)
         self._port: CompletionPortNotifier | None = None
-        # To write beyond this may be to extend the file.
+        # A write beyond this offset may extend the file.
         self._written = size
 
     def report_to(self, port: CompletionPortNotifier) -> None:
         """See ``Descriptor.report_to``."""
-        # Threads can do it all.
+        # Without a port, threads read and write the file.
         with contextlib.suppress(OSError):
             port.adopt(self._handle)
             self._port = port
@@ -86,12 +86,12 @@ class HandleDescriptor(Descriptor):
         if port is None or offset > FURTHEST:
             return False
         operation = _operation(offset, 0)
-        # What it reads into, or writes, it keeps until it is over.
+        # The operation keeps its buffer until it is over.
         address = operation.address
 
         def ended() -> None:
             if operation.pending:
-                # That was about another one, which has been at this address.
+                # The packet was for an earlier operation at the same address.
                 port.call_once_completed(address, ended)
                 return
             try:
@@ -111,7 +111,7 @@ class HandleDescriptor(Descriptor):
             done(nothing)
         return True
 
-    # What blocks
+    # Calls that block
 
     def append(self, data: bytes) -> int:
         """See ``Descriptor.append``."""
@@ -156,13 +156,13 @@ class HandleDescriptor(Descriptor):
 
 
 def _check_offset(offset: int) -> None:
-    # What is cut off to fit leads to some other part of the file.
+    # A larger offset would be truncated, and lead to another part of the file.
     if offset > FURTHEST:
-        raise OverflowError(f"offset {offset} is behind all files")
+        raise OverflowError(f"offset {offset} is beyond any file")
 
 
 def _operation(offset: int, event: int | None = None) -> Any:
-    """One at an offset; by default with an event, instead of a packet."""
+    """An operation at an offset; by default with an event in place of a packet."""
     if event is None:
         operation = windows.overlapped.Overlapped()
     else:
@@ -183,7 +183,7 @@ def open_handle(path: Any, flags: int, permissions: int) -> int:
     """
     As ``os.open``, for :class:`HandleDescriptor`.
 
-    :raises OSError: if it cannot be opened.
+    :raises OSError: if the file cannot be opened.
     """
     name = os.fsdecode(path)
     if "\0" in name:

@@ -17,7 +17,7 @@ from typing import Any
 
 from twisted_rtsig.files.descriptors import Descriptor, SeekingDescriptor
 
-# Of a FIFO, to open one would wait for the other side.
+# To open a FIFO would wait for its other side.
 _NEVER_WAIT: int = getattr(os, "O_NONBLOCK", 0)
 _BINARY: int = getattr(os, "O_BINARY", 0)
 
@@ -39,10 +39,10 @@ _RESOLVE_CACHED = 0x20
 
 class _CachedOpener:
     """
-    Opens files to be read whose names are all cached: openat2(2), from Linux 5.12 on.
+    Opens files for reading whose paths are cached: openat2(2), from Linux 5.12 on.
 
-    It fails with EAGAIN where it would have to wait, and so does what may change
-    something: to create a file, or to truncate one.
+    The call fails with EAGAIN if it would have to wait.  It always does with flags that
+    may change something, such as to create or to truncate a file.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class _CachedOpener:
             )
 
     def open(self, path: bytes) -> int:
-        """The number of a descriptor; -1 if it would wait, or of any error."""
+        """A new descriptor; -1 if the call would wait, or after any error."""
         if not (self._works and hasattr(os, "RWF_NOWAIT")) or b"\0" in path:
             return -1
         how = self._how
@@ -76,9 +76,10 @@ _open_cached = _CachedOpener().open
 
 def open_cached(path: Any) -> Opened | None:
     """
-    Open a file to be read, if that can be done without waiting.
+    Open a file for reading, if that does not have to wait.
 
-    :return: it, and what it was then; None if it cannot.
+    :return: the descriptor, and the result of ``fstat``; None if it would wait, or
+        cannot be opened.
     """
     number = _open_cached(os.fsencode(path))
     if number < 0:
@@ -86,7 +87,7 @@ def open_cached(path: Any) -> Opened | None:
     try:
         return _opened(number, path)
     except OSError:
-        # Whoever opens it again is told.
+        # The blocking call reports the error.
         return None
 
 
@@ -94,8 +95,8 @@ def open_descriptor(path: Any, flags: int, permissions: int) -> Opened:
     """
     Open a file, which blocks.
 
-    :return: it, and what it was then.
-    :raises OSError: if it cannot be opened, or is no regular file.
+    :return: the descriptor, and the result of ``fstat``.
+    :raises OSError: if the file cannot be opened, or is not a regular file.
     """
     if sys.platform == "win32" and sys.maxsize > 2**32:
         from twisted_rtsig.files.handles import open_handle
@@ -120,9 +121,10 @@ def _opened(number: int, path: Any) -> Opened:
 
 def _checked(number: int, path: Any) -> os.stat_result:
     """
-    Check what was opened, and let it block as files do.
+    Check that a regular file was opened, and remove ``O_NONBLOCK``.
 
-    :raises OSError: if it is no regular file.
+    :return: the result of ``fstat``.
+    :raises OSError: if it is not a regular file.
     """
     found = os.fstat(number)
     if stat.S_ISDIR(found.st_mode):
@@ -153,7 +155,7 @@ def open_text(
     """
     Open a text file, which blocks.
 
-    :raises OSError: if it cannot be opened, or is no regular file.
+    :raises OSError: if the file cannot be opened, or is not a regular file.
     """
 
     def opener(path: Any, flags: int) -> int:

@@ -133,17 +133,19 @@ def open_file(
 
         async with await open_file("data") as file:
 
-    :param mode: as that of Python's ``open``: ``r``, ``w``, ``a`` or ``x``, and ``+``
-        for both directions.  With ``b`` the file is an :class:`AsyncFile`, of bytes,
-        and without an :class:`AsyncTextFile`.
-    :param encoding: of text; by default that of the locale.
-    :param errors: of text: the error handler of ``codecs``.
-    :param newline: of text: how lines end, as for Python's ``open``.
-    :param permissions: those of a file that is made, less the umask.
-    :param reactor: whose threads do what blocks; by default that of the task.
-    :raises ValueError: if the mode is none of these, or is for bytes and there is an
-        encoding.
-    :raises OSError: (when awaited) if it cannot be opened, or is no regular file.
+    :param mode: as for Python's ``open``: ``r``, ``w``, ``a`` or ``x``, and ``+`` for
+        both directions.  With ``b`` the file is an :class:`AsyncFile`, of bytes;
+        without ``b`` it is an :class:`AsyncTextFile`.
+    :param encoding: the encoding of text; by default that of the locale.
+    :param errors: for text, the error handler of ``codecs``.
+    :param newline: for text, the ends of lines, as for Python's ``open``.
+    :param permissions: the permissions of a new file, less the umask.
+    :param reactor: the reactor in whose threads the blocking calls run; by default
+        that of the task.
+    :raises ValueError: if the mode is not one of these, or is for bytes and there is
+        an encoding.
+    :raises OSError: (when awaited) if the file cannot be opened, or is not a regular
+        file.
     """
     binary = check_mode(mode, encoding, errors, newline)
     workers = workers_of(reactor)
@@ -172,12 +174,13 @@ def check_mode(
     Check the arguments of :func:`open_file`.
 
     :return: whether the file is opened for bytes.
+    :raises ValueError: if they are wrong or contradict each other.
     """
     kind = mode.replace("b", "", 1) if "b" in mode else mode.replace("t", "", 1)
     if kind not in _FLAGS:
         raise ValueError(
-            f"mode={mode!r}: a file is opened for text with 'r', 'w', 'a' or 'x', for "
-            "bytes with 'b' as well, and with '+' for both directions"
+            f"mode={mode!r}: use 'r', 'w', 'a' or 'x' for text, add 'b' for bytes, and "
+            "'+' for both directions"
         )
     if "b" not in mode:
         if newline not in (None, "", "\n", "\r", "\r\n"):
@@ -187,8 +190,8 @@ def check_mode(
         return False
     if (encoding, errors, newline) != (None, None, None):
         raise ValueError(
-            f"mode={mode!r} is for bytes, which have neither encoding, errors nor "
-            "newline: leave out the 'b' for text"
+            f"mode={mode!r} is for bytes, which have no encoding, errors or newline: "
+            "leave out the 'b' for text"
         )
     return True
 

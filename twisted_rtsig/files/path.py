@@ -1,5 +1,5 @@
 """
-``pathlib.Path`` for tasks: what looks at the disk is done in a thread, and is awaited.
+``pathlib.Path`` for tasks: methods that access the disk run in a thread.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ Name = str | os.PathLike[str]
 
 class Path(_PurePath):
     """
-    A path, as ``pathlib.Path``.  What only computes, as ``/``, ``name``, ``parent`` and
-    ``with_suffix``, is that of ``pathlib.PurePath``.  What looks at the disk returns a
-    Deferred, and is done in a thread::
+    A path, as ``pathlib.Path``.  Pure operations such as ``/``, ``name``, ``parent``
+    and ``with_suffix`` are those of ``pathlib.PurePath``.  Methods that access the disk
+    run in a thread, and return a Deferred::
 
         path = Path("folder") / "file"
         await path.parent.mkdir(exist_ok=True)
         await path.write_text("hello", encoding="utf-8")
 
-    ``iterdir``, ``glob``, ``rglob`` and ``walk`` are for ``async for``; see
-    :class:`Entries` for generators.
+    ``iterdir``, ``glob``, ``rglob`` and ``walk`` are for ``async for``; for generators
+    see :class:`Entries`.
 
-    All functions that take a path take this one.  It is equal to a ``pathlib.Path``
-    with the same content.
+    Every function that takes a path takes this one.  It is equal to a ``pathlib.Path``
+    of the same text.
     """
 
     __slots__ = ()
 
-    # Of the process
+    # Paths of the process
 
     @classmethod
     def cwd(cls) -> Operation[Path]:
@@ -73,20 +73,20 @@ class Path(_PurePath):
         """
         The home directory of the user.
 
-        :raises RuntimeError: (when awaited) if it is not known.
+        :raises RuntimeError: (when awaited) if it cannot be determined.
         """
         return _call("the home directory", lambda: cls(pathlib.Path.home()))
 
     @classmethod
     def from_uri(cls, uri: str) -> Path:
-        """The path that a ``file:`` URI names; from Python 3.13 on."""
+        """The path of a ``file:`` URI; from Python 3.13 on."""
         return cls(getattr(pathlib.Path, "from_uri")(uri))  # noqa: B009
 
     # Other paths
 
     @must_be_awaited
     def absolute(self) -> Operation[Path]:
-        """This path from the root on; links stay as they are."""
+        """The absolute path; symbolic links are not resolved."""
         return self._path("to make absolute", "absolute")
 
     @must_be_awaited
@@ -96,22 +96,22 @@ class Path(_PurePath):
 
     @must_be_awaited
     def readlink(self) -> Operation[Path]:
-        """What a symbolic link leads to."""
+        """The target of a symbolic link."""
         return self._path("to read the link", "readlink")
 
     @must_be_awaited
     def resolve(self, strict: bool = False) -> Operation[Path]:
-        """This path from the root on, without links and ``..``."""
+        """The absolute path, without symbolic links and ``..``."""
         return self._path("to resolve", "resolve", strict)
 
     @must_be_awaited
     def rename(self, target: Name) -> Operation[Path]:
-        """Give it another name; return that."""
+        """Rename the file or directory; return the new path."""
         return self._path("to rename", "rename", os.fspath(target))
 
     @must_be_awaited
     def replace(self, target: Name) -> Operation[Path]:
-        """As :meth:`rename`; a file that has the name is replaced on each platform."""
+        """As :meth:`rename`, replacing an existing file on every platform."""
         return self._path("to rename", "replace", os.fspath(target))
 
     # Copies
@@ -125,16 +125,16 @@ class Path(_PurePath):
         preserve_metadata: bool = False,
     ) -> Operation[Path]:
         """
-        Copy this file, or this directory with all that is in it; return the target.
+        Copy this file, or this directory and its content; return the target.
 
-        A file replaces a file that has the name of the target.  A directory replaces
-        nothing.  As ``pathlib.Path.copy`` of Python 3.14, on each Python.
+        A file replaces an existing target.  A directory does not.  This is
+        ``pathlib.Path.copy`` of Python 3.14, on every Python.
 
-        :param follow_symlinks: copy what a link leads to; or make a link that leads to
-            the same.
-        :param preserve_metadata: copy times, permissions and the like as well.
-        :raises OSError: (when awaited) if it cannot be copied: the target is this file,
-            or is within this directory, for example.
+        :param follow_symlinks: whether to copy the target of a symbolic link; otherwise
+            the copy is a link to the same target.
+        :param preserve_metadata: whether to copy times, permissions and the like too.
+        :raises OSError: (when awaited) if it cannot be copied, for example because the
+            target is this file, or is within this directory.
         """
         return self._to(
             "copy", self._copied, type(self)(target), follow_symlinks, preserve_metadata
@@ -161,9 +161,9 @@ class Path(_PurePath):
     @must_be_awaited
     def move(self, target: Name) -> Operation[Path]:
         """
-        Move this file, or this directory with all that is in it; return the target.
+        Move this file, or this directory and its content; return the target.
 
-        As :meth:`replace`; to another file system it is copied, and then removed.
+        This is :meth:`replace`.  To another file system it copies, and then removes.
 
         :raises OSError: (when awaited) if it cannot be moved.
         """
@@ -178,11 +178,11 @@ class Path(_PurePath):
         """
         return self._to("move", self._moved, self._within(target_dir))
 
-    # What there is
+    # Tests and properties
 
     @must_be_awaited
     def exists(self, *, follow_symlinks: bool = True) -> Operation[bool]:
-        """Whether there is anything of this name."""
+        """Whether the path exists."""
         if follow_symlinks:
             return self._do("to look at", "exists")
         return _call(f"to look at {str(self)!r}", os.path.lexists, str(self))
@@ -219,7 +219,7 @@ class Path(_PurePath):
 
     @must_be_awaited
     def is_mount(self) -> Operation[bool]:
-        """Whether a file system is mounted there."""
+        """Whether it is a mount point."""
         return self._do("to look at", "is_mount")
 
     @must_be_awaited
@@ -234,7 +234,7 @@ class Path(_PurePath):
 
     @must_be_awaited
     def samefile(self, other: Name) -> Operation[bool]:
-        """Whether both are names of the same file."""
+        """Whether both paths lead to the same file."""
         return self._do("to look at", "samefile", os.fspath(other))
 
     @must_be_awaited
@@ -244,41 +244,41 @@ class Path(_PurePath):
 
     @must_be_awaited
     def lstat(self) -> Operation[os.stat_result]:
-        """As :meth:`stat`, of a link itself."""
+        """As :meth:`stat`, for a link itself."""
         return self._do("to stat", "lstat")
 
     @must_be_awaited
     def owner(self) -> Operation[str]:
-        """The name of the user it belongs to."""
+        """The name of the user that owns it."""
         return self._do("the owner of", "owner")
 
     @must_be_awaited
     def group(self) -> Operation[str]:
-        """The name of the group it belongs to."""
+        """The name of the group that owns it."""
         return self._do("the group of", "group")
 
     # Changes
 
     @must_be_awaited
     def chmod(self, mode: int, *, follow_symlinks: bool = True) -> Operation[None]:
-        """Change its permissions."""
+        """Change the permissions."""
         return self._do("to change", "chmod", mode, follow_symlinks=follow_symlinks)
 
     @must_be_awaited
     def lchmod(self, mode: int) -> Operation[None]:
-        """As :meth:`chmod`, of a link itself."""
+        """As :meth:`chmod`, for a link itself."""
         return self._do("to change", "lchmod", mode)
 
     @must_be_awaited
     def hardlink_to(self, target: Name) -> Operation[None]:
-        """Make it a further name of another file."""
+        """Make this path a hard link to ``target``."""
         return self._do("to link", "hardlink_to", os.fspath(target))
 
     @must_be_awaited
     def symlink_to(
         self, target: Name, target_is_directory: bool = False
     ) -> Operation[None]:
-        """Make it a symbolic link."""
+        """Make this path a symbolic link to ``target``."""
         return self._do("to link", "symlink_to", os.fspath(target), target_is_directory)
 
     @must_be_awaited
@@ -295,7 +295,7 @@ class Path(_PurePath):
 
     @must_be_awaited
     def touch(self, mode: int = 0o666, exist_ok: bool = True) -> Operation[None]:
-        """Make a file, or set the time of one that is there."""
+        """Make an empty file, or set the modification time of an existing one."""
         return self._do("to touch", "touch", mode, exist_ok)
 
     @must_be_awaited
@@ -320,12 +320,12 @@ class Path(_PurePath):
 
     @must_be_awaited
     def open(self, mode: str = "r", **options: Any) -> Operation[Any]:
-        """As :func:`open_file`; by default for text."""
+        """As :func:`open_file`; the default mode is for text."""
         return open_file(self, mode, **options)
 
     @must_be_awaited
     def read_bytes(self) -> Operation[bytes]:
-        """All that is in the file."""
+        """The content of the file."""
         return self._do("to read", "read_bytes")
 
     @must_be_awaited
@@ -335,7 +335,7 @@ class Path(_PurePath):
         errors: str | None = None,
         newline: str | None = None,
     ) -> Operation[str]:
-        """All that is in the file, as text."""
+        """The content of the file, as text."""
         return _call(
             *(f"to read {str(self)!r}", _read_text, str(self)),
             *(encoding, errors, newline),
@@ -343,7 +343,7 @@ class Path(_PurePath):
 
     @must_be_awaited
     def write_bytes(self, data: bytes | bytearray | memoryview) -> Operation[int]:
-        """Let this be all that is in the file; return how much it is."""
+        """Replace the content of the file; return the number of bytes."""
         return self._do("to write", "write_bytes", bytes(memoryview(data)))
 
     @must_be_awaited
@@ -354,17 +354,17 @@ class Path(_PurePath):
         errors: str | None = None,
         newline: str | None = None,
     ) -> Operation[int]:
-        """As :meth:`write_bytes`, of text; return how many characters it is."""
+        """As :meth:`write_bytes`, for text; return the number of characters."""
         if not isinstance(data, str):
-            raise TypeError(f"{data!r} is no text: use write_bytes() for bytes")
+            raise TypeError(f"{data!r} is not text: use write_bytes() for bytes")
         return self._do("to write", "write_text", data, encoding, errors, newline)
 
     # Directories
 
     def iterdir(self) -> Entries[Path]:
         """
-        What is in the directory, in no particular order, for ``async for``.  It is
-        never in memory as a whole.
+        The paths in the directory, in no particular order, for ``async for``.  The list
+        is never in memory as a whole.
         """
         return self._entries(lambda: (self / each.name for each in scan(self)))
 
@@ -372,11 +372,12 @@ class Path(_PurePath):
         self, pattern: str, *, case_sensitive: bool | None = None
     ) -> Entries[Path]:
         """
-        What matches a pattern, for ``async for``.
+        The paths that match a pattern, for ``async for``.
 
-        :param case_sensitive: by default as the platform has it; from Python 3.12 on.
+        :param case_sensitive: whether case matters, by default as on the platform;
+            from Python 3.12 on.
         :raises ValueError: (when awaited) if the pattern is empty.
-        :raises NotImplementedError: (when awaited) if it begins at the root.
+        :raises NotImplementedError: (when awaited) if the pattern is absolute.
         """
         return self._matches("glob", pattern, case_sensitive)
 
@@ -393,8 +394,8 @@ class Path(_PurePath):
         follow_symlinks: bool = False,
     ) -> Entries[tuple[Path, list[str], list[str]]]:
         """
-        All directories from this one on, for ``async for``, as ``pathlib.Path.walk`` of
-        Python 3.12: see also :func:`walk`.
+        This directory and all directories below it, for ``async for``, as
+        ``pathlib.Path.walk`` of Python 3.12.  See also :func:`walk`.
         """
 
         def find(told: bool) -> Iterator[_Walked | OSError]:
@@ -420,7 +421,7 @@ class Path(_PurePath):
         return _call(f"{what} {str(self)!r}", method)
 
     def _path(self, what: str, name: str, *args: Any) -> Operation[Path]:
-        """The same for one that returns a path."""
+        """As :meth:`_do`, for a method that returns a path."""
         method = getattr(pathlib.Path(self), name)
         return _call(f"{what} {str(self)!r}", lambda: type(self)(method(*args)))
 
@@ -488,7 +489,7 @@ def _copy(
 
 def _refuse_same(source: str, target: str) -> None:
     same = False
-    # Most targets do not exist yet.
+    # Usually the target does not exist, which is an error here.
     with contextlib.suppress(OSError):
         same = os.path.samefile(source, target)
     if same:
@@ -518,7 +519,11 @@ _Walked = tuple[Path, list[str], list[str]]
 def _walk(
     top: Path, top_down: bool, told: bool, follow_symlinks: bool
 ) -> Iterator[_Walked | OSError]:
-    """As ``pathlib.Path.walk``, with the errors in between if they are to be told."""
+    """
+    As ``pathlib.Path.walk``.
+
+    :param told: whether to yield the errors in between.
+    """
     pending: list[Path | _Walked] = [top]
     while pending:
         path = pending.pop()

@@ -1,4 +1,4 @@
-"""Functions that take the name of a file. All of them run in threads."""
+"""Functions of files by their paths.  All of them run in threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def stat(
     """
     As ``os.stat``.
 
-    :param reactor: whose threads do it; by default that of the task.
+    :param reactor: the reactor whose threads are used; by default that of the task.
     :raises OSError: (when awaited) if there is no such file.
     """
     return workers_of(reactor).call(f"to stat {path!r}", _stat, path, follow_symlinks)
@@ -48,10 +48,10 @@ def listdir(
 @must_be_awaited
 def listdir(path: Path = ".", *, reactor: object = None) -> Operation[Any]:
     """
-    The names in a directory, sorted, in the type of the path.
+    The names in a directory, sorted, and of the same type as the path.
 
-    :param reactor: whose threads do it; by default that of the task.
-    :raises OSError: (when awaited) if it cannot be read.
+    :param reactor: the reactor whose threads are used; by default that of the task.
+    :raises OSError: (when awaited) if the directory cannot be read.
     """
     return workers_of(reactor).call(f"to list {path!r}", _list, path)
 
@@ -63,10 +63,10 @@ def _list(path: Any) -> list[Any]:
 @must_be_awaited
 def rename(source: Path, target: Path, *, reactor: object = None) -> Operation[None]:
     """
-    Give a file another name.  One that has it already is replaced, on each platform.
+    Rename a file, replacing an existing one on every platform.
 
-    :param reactor: whose threads do it; by default that of the task.
-    :raises OSError: (when awaited) if it cannot be done.
+    :param reactor: the reactor whose threads are used; by default that of the task.
+    :raises OSError: (when awaited) if the file cannot be renamed.
     """
     return workers_of(reactor).call(
         f"to rename {source!r} to {target!r}", os.replace, source, target
@@ -78,8 +78,8 @@ def remove(path: Path, *, reactor: object = None) -> Operation[None]:
     """
     Remove a file.
 
-    :param reactor: whose threads do it; by default that of the task.
-    :raises OSError: (when awaited) if it cannot be removed.
+    :param reactor: the reactor whose threads are used; by default that of the task.
+    :raises OSError: (when awaited) if the file cannot be removed.
     """
     return workers_of(reactor).call(f"to remove {path!r}", os.remove, path)
 
@@ -93,17 +93,16 @@ def write_file(
     reactor: object = None,
 ) -> Operation[None]:
     """
-    Let a file have this content, whole or not at all: whatever happens, whoever
-    opens it finds what it was before, or ``data``.  When this is done, it is on the
-    disk.
+    Replace the content of a file atomically: whatever happens, the file has either its
+    old content or ``data``.  When this is done, the data is on the disk.
 
-    A file that is there keeps its permissions, but not that it runs as its owner,
-    who may be another now.  If it is a symbolic link, then the file is written that
-    it leads to.
+    An existing file keeps its permissions, except for set-user-ID and set-group-ID,
+    since its owner may change.  If the path is a symbolic link, its target is written.
 
-    :param permissions: those of a new file, less the umask.
-    :param reactor: whose threads do it; by default that of the task.
-    :raises OSError: (when awaited) if it cannot be written, or is no regular file.
+    :param permissions: the permissions of a new file, less the umask.
+    :param reactor: the reactor whose threads are used; by default that of the task.
+    :raises OSError: (when awaited) if the file cannot be written, or is not a regular
+        file.
     """
     return workers_of(reactor).call(
         f"to write {path!r}", _write_file, path, copy_of(data), permissions
@@ -112,27 +111,29 @@ def write_file(
 
 def _write_file(path: Path, data: bytes, permissions: int) -> None:
     target = os.path.realpath(os.fsdecode(path))
-    # Those of a file that is there.
+    # The permissions of an existing file.
     kept: int | None = None
     with contextlib.suppress(FileNotFoundError):
         mode = os.stat(target).st_mode
         if modes.S_ISDIR(mode):
-            # Windows would call that a matter of permissions.
+            # Windows would report missing permissions.
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         if not modes.S_ISREG(mode):
-            # A device, a FIFO or the like, which would be there no more.
+            # A device, a FIFO or the like, which would be replaced.
             raise OSError(errno.EINVAL, "Not a regular file", path)
         kept = mode & _PERMISSIONS
     folder = os.path.dirname(target)
-    # Not of its name, which may be as long as a name can be.
+    # The temporary name does not contain the name of the file, which may be as long as
+    # a name can be.
     temporary = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    # Nobody may open it meanwhile who may not open the other.
+    # With the permissions of the existing file, so that no other user can open the new
+    # one in the meantime.
     number = os.open(temporary, flags, permissions if kept is None else kept)
     try:
         with os.fdopen(number, "wb") as file:
             if kept is not None:
-                # In spite of the umask.
+                # os.open() has applied the umask.
                 os.chmod(temporary, kept)
             file.write(data)
             file.flush()
@@ -142,7 +143,7 @@ def _write_file(path: Path, data: bytes, permissions: int) -> None:
         os.remove(temporary)
         raise
     if hasattr(os, "O_DIRECTORY"):
-        # So that the name is on the disk as well.
+        # The new name has to be on the disk as well.
         number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(number)

@@ -1,4 +1,4 @@
-"""A file for Twisted's consumers: requests, transports, protocols."""
+"""A producer that writes a file to Twisted's consumers: requests and transports."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from twisted_rtsig.coro.operations import Operation, Wait
 from twisted_rtsig.coro.tasks import Task, spawn
 from twisted_rtsig.files.asyncfile import AsyncFile
 
-# Twice as much takes longer, since the memory for it comes from the system each time.
+# Twice as much takes longer: memory of that size comes from the system each time.
 _CHUNK = 1 << 16
 
 Part = tuple[bytes, int, int]
-"""What comes before a part of a file; its offset; how much of it."""
+"""Data to write before a part of a file, and the offset and the size of the part."""
 
 
 @implementer(IPushProducer)
 class FileProducer:
     """
-    Writes a part of a file to a consumer, as fast as that takes it::
+    Writes a part of a file to a consumer, as fast as the consumer takes it::
 
         FileProducer(file).start(transport).addCallback(lambda size: ...)
 
-    :param count: how much; by default up to the end of the file.
-    :ivar produced: how much was written by now.
+    :param offset: where the part begins.
+    :param count: the size of the part; by default up to the end of the file.
+    :ivar produced: the number of bytes that were written so far.
     """
 
     def __init__(
@@ -52,22 +53,23 @@ class FileProducer:
 
     @classmethod
     def of_parts(cls, file: AsyncFile, parts: Sequence[Part]) -> FileProducer:
-        """One that writes several parts of a file, with something before each."""
+        """A producer of several parts of a file, with other data before each."""
         producer = cls(file)
         producer._parts = parts
         return producer
 
     def start(self, consumer: IConsumer, reactor: Any | None = None) -> Deferred[int]:
         """
-        Register with a consumer, write all of it, and unregister.
+        Register with a consumer, write all of the part, and unregister.
 
-        :param reactor: by default that of the task, or the installed one.
-        :return: fires with ``produced`` when that is done.  To cancel it is to stop.
+        :param reactor: the reactor; by default that of the task, or the installed one.
+        :return: fires with ``produced`` when that is done.  Cancelling it stops the
+            producer.
         :raises FileEnded: (of the Deferred) if the file is shorter.
-        :raises OSError: (of the Deferred) if it cannot be read.
-        :raises StreamError: (of the Deferred) if the consumer has stopped this.  It
-            is not logged if it is never asked for, since a client that leaves early
-            is no fault of the program.
+        :raises OSError: (of the Deferred) if the file cannot be read.
+        :raises StreamError: (of the Deferred) if the consumer stops the producer.  This
+            error is not logged if it stays unhandled, since a client that leaves early
+            is not a fault of the program.
         """
         operation: Operation[int] = Operation()
         operation.owner = self
@@ -85,7 +87,8 @@ class FileProducer:
         if not (task.failed or task.cancelled):
             operation.succeed(self.produced)
         elif self._stopped:
-            # Also if the file was closed since then.
+            # Report the stop, even if the task has failed for another reason: the file
+            # was closed, for example.
             operation.fail(self._was_stopped(), quietly=True)
         else:
             assert error is not None
@@ -93,7 +96,7 @@ class FileProducer:
 
     def _unregister(self) -> None:
         consumer, self._consumer = self._consumer, None
-        # A consumer that stops its producer has unregistered it.
+        # A consumer that has stopped its producer has unregistered it already.
         if consumer is not None and not self._stopped:
             consumer.unregisterProducer()
 

@@ -1,6 +1,6 @@
 """
-Spooled files: what is written is kept in memory, and in a temporary file once it is too
-much.
+Spooled files: their content is kept in memory, and moves to a temporary file when it
+gets too large.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ from twisted_rtsig.files.workers import AT_ONCE
 
 class SpooledDescriptor(Descriptor):
     """
-    An open file that does not exist before it has more than ``max_size`` bytes.
+    The descriptor of a file that is made once it has more than ``max_size`` bytes.
 
     :param make: makes the file.
-    :ivar number: -1 as long as there is no file, and once it is closed.
+    :ivar number: the descriptor; -1 until there is a file, and once it is closed.
     """
 
     __slots__ = ("_file", "_make", "_max_size", "_memory", "_rolling")
 
     def __init__(self, max_size: int, make: Callable[[], Descriptor]) -> None:
         super().__init__(-1)
-        # What is in memory is read at once by begin_read.
+        # begin_read reads the content in memory at once.
         self.reads_cached = False
         self._max_size = max_size
         self._make = make
         self._memory: bytearray | None = bytearray()
         self._file: Descriptor | None = None
-        # Held while the content changes, or moves to a file.
+        # Held while the content in memory is changed or moved to a file.
         self._rolling = threading.Lock()
 
     def roll_over(self) -> None:
         """
         Move the content to a file.
 
-        :raises OSError: if it cannot be made or written; then it stays in memory.
+        :raises OSError: if the file cannot be made or written.  The content stays in
+            memory then.
         """
         with self._rolling:
             self._roll_over()
@@ -60,7 +61,7 @@ class SpooledDescriptor(Descriptor):
         # From here on other threads use the file.
         self._memory = None
 
-    # What does not block
+    # Calls that do not block
 
     def begin_read(
         self, size: int, offset: int, done: Callable[[bytes | None], object]
@@ -76,7 +77,7 @@ class SpooledDescriptor(Descriptor):
         self, data: bytes, offset: int, done: Callable[[bool], object]
     ) -> bool:
         """See ``Descriptor.begin_write``."""
-        # A thread that moves the content to a file is not waited for.
+        # Do not wait for a thread that is moving the content to a file.
         if not self._rolling.acquire(blocking=False):
             return False
         memory = self._memory
@@ -94,7 +95,11 @@ class SpooledDescriptor(Descriptor):
         return written
 
     def _write_to_memory(self, data: bytes | memoryview, offset: int) -> bool:
-        """Write, unless that would be too much or the content is in a file."""
+        """
+        Write to memory, unless that gets too large or the content is in a file.
+
+        :return: whether the data was written.
+        """
         memory = self._memory
         if memory is None or offset + len(data) > self._max_size:
             return False
@@ -103,7 +108,7 @@ class SpooledDescriptor(Descriptor):
         memory[offset : offset + len(data)] = data
         return True
 
-    # What blocks
+    # Calls that block
 
     def append(self, data: bytes) -> int:
         """See ``Descriptor.append``."""
@@ -153,7 +158,7 @@ class SpooledDescriptor(Descriptor):
         super().truncate(size)
 
     def sync(self) -> None:
-        """See ``Descriptor.sync``: what is in memory goes to no disk."""
+        """See ``Descriptor.sync``: content in memory is not written to a disk."""
         if self._memory is None:
             super().sync()
 
@@ -165,7 +170,7 @@ class SpooledDescriptor(Descriptor):
 
 
 class SpooledRaw(io.RawIOBase):
-    """What a file of text is read from and written to: a spooled descriptor."""
+    """The raw file below a file of text: it reads and writes a spooled descriptor."""
 
     def __init__(self, descriptor: SpooledDescriptor) -> None:
         super().__init__()
@@ -215,7 +220,7 @@ class SpooledRaw(io.RawIOBase):
         return size
 
     def fileno(self) -> int:
-        """The descriptor; -1 as long as there is no file."""
+        """The descriptor; -1 until there is a file."""
         return self.descriptor.number
 
     def close(self) -> None:

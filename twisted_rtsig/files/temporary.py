@@ -1,7 +1,7 @@
 """
 Temporary files and directories: those of ``tempfile``, made and removed in threads.
 
-What was made is removed, even if what waits for it was cancelled meanwhile.  See
+A file that was made is removed again, even if the wait for it was cancelled.  See
 ``docs/files.md``.
 """
 
@@ -41,11 +41,12 @@ F = TypeVar("F", AsyncFile, AsyncTextFile)
 
 class _Making(Job[T]):
     """
-    Makes something.
+    Makes a file or a directory in a thread.
 
-    :param found: called in the reactor's thread with what a thread has made; returns
-        the result.
-    :param undo: called in a thread with what was made, if it is not wanted any more.
+    :param found: called in the reactor's thread with the result of the thread; returns
+        the result of the operation.
+    :param undo: called in a thread with the result of the thread, if the operation was
+        cancelled meanwhile.
     """
 
     __slots__ = ("_found", "_undo", "_workers")
@@ -74,12 +75,12 @@ class _Making(Job[T]):
 
 
 class _Certain(Job[None]):
-    """Something that is done whether it is waited for or not."""
+    """A job that runs even if the wait for it is cancelled."""
 
     __slots__ = ()
 
     def forget(self, operation: Operation[Any]) -> None:
-        """See ``Owner.forget``: it is done all the same."""
+        """See ``Owner.forget``: the job runs anyway."""
         operation.owner = None
 
 
@@ -87,7 +88,7 @@ class _Certain(Job[None]):
 
 
 class TemporaryOptions(TypedDict, total=False):
-    """Where a temporary file is made, and by the threads of which reactor."""
+    """The name and place of a temporary file, and the reactor whose threads make it."""
 
     suffix: str | None
     prefix: str | None
@@ -96,11 +97,11 @@ class TemporaryOptions(TypedDict, total=False):
 
 
 class TemporaryTextOptions(TemporaryOptions, TextOptions, total=False):
-    """The same for a file of text, and how text is encoded."""
+    """The options of a temporary file of text."""
 
 
 class _Temporary(ClosedAtExit, Generic[F]):
-    """A temporary file, before, while and after it is open."""
+    """The base class of temporary files: not yet open, open, or closed."""
 
     def __init__(
         self,
@@ -124,9 +125,9 @@ class _Temporary(ClosedAtExit, Generic[F]):
     @must_be_awaited
     def open(self) -> Operation[F]:
         """
-        Make the file, for what has no ``async with``.  It is removed by :meth:`close`.
+        Make the file, in code that has no ``async with``.  :meth:`close` removes it.
 
-        :raises OSError: (when awaited) if it cannot be made.
+        :raises OSError: (when awaited) if the file cannot be made.
         """
         making: _Making[F] = _Making(
             "to make a temporary file", self._workers, self._opened, self._undo
@@ -136,9 +137,9 @@ class _Temporary(ClosedAtExit, Generic[F]):
 
     def close(self) -> Operation[None]:
         """
-        Close the file, and remove it, also if the wait for that is cancelled.
+        Close the file and remove it, even if the wait for that is cancelled.
 
-        :raises RuntimeError: if it is not open.
+        :raises RuntimeError: if the file was not opened.
         """
         if self._file is None:
             raise RuntimeError(f"{type(self).__name__} was not opened: await open()")
@@ -166,7 +167,7 @@ class _Temporary(ClosedAtExit, Generic[F]):
     # In threads
 
     def _make(self) -> tuple[Any, Any]:
-        """Make the file; return what is open, and its name."""
+        """Make the file; return the open file, and its name."""
         raise NotImplementedError
 
     def _undo(self, made: tuple[Any, Any]) -> None:
@@ -176,11 +177,11 @@ class _Temporary(ClosedAtExit, Generic[F]):
         return os.fstat(made.number)
 
     def _wrap(self, number: int) -> io.TextIOWrapper | Descriptor:
-        """What reads and writes an open file."""
+        """The object that reads and writes the descriptor."""
         if self._binary:
             return _descriptor_of(number)
         encoding, errors, newline = self._text_options
-        # It closes the descriptor if there is no such encoding.
+        # open() closes the descriptor if there is no such encoding.
         file = open(  # noqa: SIM115
             *(number, self._mode), encoding=encoding, errors=errors, newline=newline
         )
@@ -194,19 +195,20 @@ def _descriptor_of(number: int) -> Descriptor:
 
 class TemporaryFile(_Temporary[F]):
     """
-    A file without a name, which is gone when it is closed::
+    A file without a name, which disappears when it is closed::
 
         async with TemporaryFile() as file:
             await file.write(data)
 
-    It is what :func:`open_file` returns for the mode.  Generators call :meth:`open` and
-    :meth:`close`.
+    The block gets the type of file that :func:`open_file` returns for the mode.
+    Generators call :meth:`open` and :meth:`close`.
 
-    :param mode: as for :func:`open_file`, as well as ``encoding``, ``errors`` and
+    :param mode: as for :func:`open_file`, and so are ``encoding``, ``errors`` and
         ``newline``.
-    :param suffix: as for ``tempfile``, as well as ``prefix`` and ``dir``.
-    :param reactor: whose threads do what blocks; by default that of the task.
-    :raises ValueError: if the mode is none of ``open_file``.
+    :param suffix: as for ``tempfile``, and so are ``prefix`` and ``dir``.
+    :param reactor: the reactor in whose threads the blocking calls run; by default
+        that of the task.
+    :raises ValueError: if ``open_file`` has no such mode.
     """
 
     @overload
@@ -240,22 +242,22 @@ def _open_nameless(
     with tempfile.TemporaryFile(
         buffering=0, suffix=suffix, prefix=prefix, dir=dir
     ) as file:
-        # It is gone when the last descriptor is closed, on Windows as well.
+        # The file disappears with its last descriptor, on Windows as well.
         return os.dup(file.fileno())
 
 
 class SpooledTemporaryFile(_Temporary[F]):
     """
     As :class:`TemporaryFile`, but kept in memory until it has more than ``max_size``
-    bytes: reads and writes of bytes are done at once until then::
+    bytes.  Until then reads and writes of bytes are done at once::
 
         async with SpooledTemporaryFile(1 << 20) as file:
             await file.write(data)
 
-    :param max_size: how many bytes are kept in memory; 0 for any number, so that only
-        :meth:`rollover` makes a file.
-    :param mode: as for :class:`TemporaryFile`, and so are all others.
-    :raises ValueError: if the size is negative, or the mode is none of ``open_file``.
+    :param max_size: the number of bytes that are kept in memory; with 0 there is no
+        limit, and only :meth:`rollover` makes a file.
+    :param mode: as for :class:`TemporaryFile`, and so are the other parameters.
+    :raises ValueError: if the size is negative, or ``open_file`` has no such mode.
     """
 
     @overload
@@ -288,12 +290,12 @@ class SpooledTemporaryFile(_Temporary[F]):
     @must_be_awaited
     def rollover(self) -> Operation[None]:
         """
-        Move the content from memory to a file, if it is not in one.
+        Move the content from memory to a file, unless that was done before.
 
-        :raises RuntimeError: if it was not opened.
-        :raises ValueError: if it is closed.
-        :raises OSError: (when awaited) if that cannot be made; the content stays in
-            memory then.
+        :raises RuntimeError: if the file was not opened.
+        :raises ValueError: if the file is closed.
+        :raises OSError: (when awaited) if the file cannot be made or written; the
+            content stays in memory then.
         """
         file: Any = self._file
         if file is None:
@@ -328,15 +330,17 @@ class NamedTemporaryFile(_Temporary[F]):
             await file.write(data)
             await run_process(["sort", file.name])
 
-    Others can open it meanwhile, on Windows as well.  The file may be closed within the
-    block.  Generators call :meth:`open` and :meth:`close`.
+    Within the block other programs can open it by its name, on Windows as well.  The
+    file may be closed within the block.  Generators call :meth:`open` and
+    :meth:`close`.
 
-    :param mode: as for :func:`open_file`, as well as ``encoding``, ``errors`` and
+    :param mode: as for :func:`open_file`, and so are ``encoding``, ``errors`` and
         ``newline``.
-    :param suffix: as for ``tempfile``, as well as ``prefix`` and ``dir``.
-    :param delete: whether it is removed.
-    :param reactor: whose threads do what blocks; by default that of the task.
-    :raises ValueError: if the mode is none of ``open_file``.
+    :param suffix: as for ``tempfile``, and so are ``prefix`` and ``dir``.
+    :param delete: whether to remove the file.
+    :param reactor: the reactor in whose threads the blocking calls run; by default
+        that of the task.
+    :raises ValueError: if ``open_file`` has no such mode.
     """
 
     @overload
@@ -376,7 +380,7 @@ class NamedTemporaryFile(_Temporary[F]):
         removing: _Certain = _Certain(f"to remove {file.name!r}")
 
         def closed(result: Any) -> None:
-            # Also if it could not be closed.
+            # Remove the file even if it could not be closed.
             error = result.value if isinstance(result, Failure) else None
             self._workers.run(removing, _remove, file.name, error)
 
@@ -397,7 +401,7 @@ class NamedTemporaryFile(_Temporary[F]):
 
 
 def _remove(path: Any, error: BaseException | None) -> None:
-    # Unless the program has done so.
+    # The program may have removed it.
     with contextlib.suppress(FileNotFoundError):
         os.remove(path)
     if error is not None:
@@ -409,16 +413,17 @@ def _remove(path: Any, error: BaseException | None) -> None:
 
 class TemporaryDirectory(ClosedAtExit):
     """
-    A directory that is removed at the end of the block, with all that is in it::
+    A directory that is removed at the end of the block, with its content::
 
         async with TemporaryDirectory() as path:
             await write_file(os.path.join(path, "file"), data)
 
     Generators call :meth:`create` and :meth:`cleanup`.
 
-    :param suffix: as for ``tempfile``, as well as ``prefix``, ``dir`` and
+    :param suffix: as for ``tempfile``, and so are ``prefix``, ``dir`` and
         ``ignore_cleanup_errors``.
-    :param reactor: whose threads do what blocks; by default that of the task.
+    :param reactor: the reactor in whose threads the blocking calls run; by default
+        that of the task.
     """
 
     def __init__(
@@ -443,7 +448,7 @@ class TemporaryDirectory(ClosedAtExit):
     @must_be_awaited
     def create(self) -> Operation[str]:
         """
-        Make it; return its path.
+        Make the directory; return its path.
 
         :raises OSError: (when awaited) if it cannot be made.
         """
@@ -460,9 +465,9 @@ class TemporaryDirectory(ClosedAtExit):
 
     def cleanup(self) -> Operation[None]:
         """
-        Remove it, and all that is in it, also if the wait for that is cancelled.
+        Remove the directory and its content, even if the wait for that is cancelled.
 
-        :raises RuntimeError: if it was not made.
+        :raises RuntimeError: if the directory was not made.
         :raises OSError: (when awaited) if something cannot be removed.
         """
         directory = self._directory
@@ -514,11 +519,11 @@ def mkstemp(
     reactor: Any | None = None,
 ) -> Operation[Any]:
     """
-    As ``tempfile.mkstemp``: make a file that nothing removes.
+    As ``tempfile.mkstemp``: make a file, which you have to remove.
 
-    :param reactor: whose threads do it; by default that of the task.
-    :return: its descriptor, and its path.
-    :raises OSError: (when awaited) if it cannot be made.
+    :param reactor: the reactor whose threads are used; by default that of the task.
+    :return: the descriptor and the path of the file.
+    :raises OSError: (when awaited) if the file cannot be made.
     """
     return _make(
         *("to make a temporary file", reactor, _remove_file),
@@ -560,11 +565,11 @@ def mkdtemp(
     reactor: Any | None = None,
 ) -> Operation[Any]:
     """
-    As ``tempfile.mkdtemp``: make a directory that nothing removes.
+    As ``tempfile.mkdtemp``: make a directory, which you have to remove.
 
-    :param reactor: whose threads do it; by default that of the task.
-    :return: its path.
-    :raises OSError: (when awaited) if it cannot be made.
+    :param reactor: the reactor whose threads are used; by default that of the task.
+    :return: the path of the directory.
+    :raises OSError: (when awaited) if the directory cannot be made.
     """
     return _make(
         *("to make a temporary directory", reactor, os.rmdir),
@@ -588,11 +593,11 @@ def _make(
 @must_be_awaited
 def gettempdir(*, reactor: Any | None = None) -> Operation[str]:
     """
-    As ``tempfile.gettempdir``: the directory of temporary files, which is searched for
-    the first time.
+    As ``tempfile.gettempdir``: the directory of temporary files.  The first call
+    searches for it.
 
-    :param reactor: whose threads do it; by default that of the task.
-    :raises FileNotFoundError: (when awaited) if there is none.
+    :param reactor: the reactor whose threads are used; by default that of the task.
+    :raises FileNotFoundError: (when awaited) if no directory can be used.
     """
     return workers_of(reactor).call("to find a directory", tempfile.gettempdir)
 

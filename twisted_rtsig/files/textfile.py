@@ -1,8 +1,8 @@
 """
 A text file that is read and written without blocking the reactor.
 
-Python's own ``TextIOWrapper`` does the work, in a thread, so encodings, newlines and
-positions are those of ``open``.  It reads ahead by so much that most lines need no
+Python's own ``TextIOWrapper`` does the work in a thread, so encodings, newlines and
+positions are those of ``open``.  The file reads ahead, so that most lines need no
 thread.  See ``docs/files.md``.
 """
 
@@ -25,20 +25,20 @@ from twisted_rtsig.files.workers import Workers
 T = TypeVar("T")
 
 MAX_CHARACTERS: Final = 1 << 16
-"""How long a line may be, in characters, by default; and how much is read ahead."""
+"""The default limit of a line, and the size of reading ahead, in characters."""
 
-# Where a line ends, by the newline parameter of open.
+# The pattern of a line's end, by the newline parameter of open().
 _LINE_ENDS: Final = {
     None: re.compile("\n"),
     "\n": re.compile("\n"),
     "\r": re.compile("\r"),
     "\r\n": re.compile("\r\n"),
-    # A \r at the end of what was read ahead may be half of a line's end.
+    # A \r at the end of the text read ahead may be the first half of \r\n.
     "": re.compile("\r\n|\n|\r(?!\\Z)", re.DOTALL),
 }
 
-# A position in the file, as TextIOWrapper.tell has it, and how many characters the
-# reader is behind it.
+# A position in the file, as TextIOWrapper.tell() returns it, and the number of
+# characters from there to the position of the reader.
 _Position = tuple[int, int]
 
 
@@ -46,12 +46,12 @@ class AsyncTextFile(OpenFile):
     """
     An open text file.  Made by :func:`open_file`, with a mode that has no ``b``.
 
-    Reads, writes and all others are done in turn, whether they are awaited or not.  A
-    read that is cancelled leaves the position where it was.  A write that is cancelled
-    after it has begun is done all the same.
+    All operations are done in turn, whether they are awaited or not.  A read that is
+    cancelled leaves the position where it was.  A write that is cancelled after it has
+    begun is still done.
 
-    :ivar name: the path it was opened with.
-    :ivar mode: how.
+    :ivar name: the path that the file was opened with.
+    :ivar mode: the mode that it was opened with.
     """
 
     def __init__(
@@ -65,13 +65,14 @@ class AsyncTextFile(OpenFile):
         self._file = file
         super().__init__(name, mode, workers)
         self._line_end = _LINE_ENDS[newline]
-        # Whether each \r ends a line and is part of the text.
+        # Whether a \r alone ends a line as well, and stays in the text.
         self._universal = newline == ""
-        # What was read ahead, and how many characters of it are read by now.
+        # The text that was read ahead, and how many characters of it the reader has.
         self._ahead = ""
         self._start = 0
-        # The positions where reads have begun, as TextIOWrapper.tell has them, and how
-        # many characters came; and how many of the first are no longer in the above.
+        # For each piece that was read ahead: its position, as TextIOWrapper.tell()
+        # returns it, and its length in characters.  And how many characters of the
+        # first piece are no longer in _ahead.
         self._pieces: deque[tuple[int, int]] = deque()
         self._passed = 0
 
@@ -87,12 +88,12 @@ class AsyncTextFile(OpenFile):
 
     @property
     def newlines(self) -> str | tuple[str, ...] | None:
-        """The ends of lines that were found by now, as Python's files have it."""
+        """The ends of lines that were found so far, as in ``io.TextIOBase``."""
         found: str | tuple[str, ...] | None = self._file.newlines
         return found
 
     def fileno(self) -> int:
-        """The descriptor; -1 once it is closed."""
+        """The descriptor; -1 once the file is closed."""
         return -1 if self._file.closed else self._file.fileno()
 
     # Reading
@@ -100,12 +101,12 @@ class AsyncTextFile(OpenFile):
     @must_be_awaited
     def read(self, size: int) -> Operation[str]:
         """
-        The next ``size`` characters.  Fewer only at the end of the file, and none after
-        it.
+        Read the next ``size`` characters: fewer only at the end of the file, and none
+        after the end.
 
-        :raises ValueError: if the file is closed, or the size negative.
-        :raises OSError: (when awaited) if it cannot be read.
-        :raises UnicodeDecodeError: (when awaited) if it is not in the encoding.
+        :raises ValueError: if the file is closed, or the size is negative.
+        :raises OSError: (when awaited) if the file cannot be read.
+        :raises UnicodeDecodeError: (when awaited) if the file is not in the encoding.
         """
         self._check_readable()
         size = operator.index(size)
@@ -118,11 +119,11 @@ class AsyncTextFile(OpenFile):
     @must_be_awaited
     def read_line(self, max_characters: int = MAX_CHARACTERS) -> Operation[str]:
         """
-        The next line, with the newline at its end, which only the last one of the
-        file may lack.  Nothing at the end of the file.
+        Read the next line, with its newline.  Only the last line of the file may have
+        none.  At the end of the file return an empty text.
 
-        :param max_characters: how long the line may be, without the newline.
-        :raises DelimiterNotFound: (when awaited) if it is longer.
+        :param max_characters: the limit of the line, without the newline.
+        :raises DelimiterNotFound: (when awaited) if the line is longer.
         :raises OSError: (when awaited) as :meth:`read`, and so is
             ``UnicodeDecodeError``.
         """
@@ -138,7 +139,7 @@ class AsyncTextFile(OpenFile):
 
     async def lines(self, max_characters: int = MAX_CHARACTERS) -> AsyncIterator[str]:
         """
-        Each line from the position on, as :meth:`read_line` returns it::
+        The lines from the position on, each as :meth:`read_line` returns it::
 
             async for line in file.lines():
 
@@ -158,14 +159,14 @@ class AsyncTextFile(OpenFile):
         return text
 
     def _end_of_line(self, limit: int) -> int | None:
-        """Where the next line ends in what was read ahead; None if it is not there."""
+        """The end of the next line in the text read ahead; None if that has no end."""
         found = self._line_end.search(self._ahead, self._start)
         if found is None or found.start() - self._start > limit:
             return None
         return found.end()
 
     def _read_ahead(self, begins: int, text: str) -> None:
-        """More was read, from this position on."""
+        """Add text that was read ahead from the position ``begins`` on."""
         pieces = self._pieces
         passed = self._passed + self._start
         while pieces and passed >= pieces[0][1]:
@@ -175,13 +176,13 @@ class AsyncTextFile(OpenFile):
         self._passed, self._start = passed, 0
 
     def _position(self) -> _Position | None:
-        """Where the reader is; None if the file is there as well."""
+        """The position of the reader; None if it is that of the file."""
         if not self._pieces:
             return None
         return self._pieces[0][0], self._passed + self._start
 
     def _forget_ahead(self) -> None:
-        """The file is where the reader is."""
+        """Drop the text read ahead: the file is at the position of the reader."""
         self._ahead = ""
         self._start = self._passed = 0
         self._pieces.clear()
@@ -190,20 +191,22 @@ class AsyncTextFile(OpenFile):
 
     def write(self, text: str) -> Operation[None]:
         """
-        Write all of it, at the position; or at the end of the file, if it was opened
-        with ``a``.
+        Write all of the text at the position; or at the end of the file, if it was
+        opened with ``a``.
 
-        :raises OSError: (when awaited) if it cannot be written.
-        :raises UnicodeEncodeError: (when awaited) if the encoding does not have it.
+        :raises OSError: (when awaited) if the text cannot be written.
+        :raises UnicodeEncodeError: (when awaited) if the encoding lacks a character.
         """
         self._check_writable()
         if not isinstance(text, str):
-            raise TypeError(f"{text!r} is no text: open the file with 'b' for bytes")
+            raise TypeError(f"{text!r} is not text: open the file with 'b' for bytes")
         return self._in_turn(_Settled("to write to", self, _write, text))
 
     def truncate(self, size: int | None = None) -> Operation[int]:
         """
-        Make the file as long as this, in bytes, or end at the position; return that.
+        Set the size of the file; return it.
+
+        :param size: the size in bytes; by default the position.
         """
         self._check_writable()
         return self._in_turn(_Settled("to truncate", self, _truncate, size))
@@ -211,19 +214,19 @@ class AsyncTextFile(OpenFile):
     @must_be_awaited
     def sync(self) -> Operation[None]:
         """
-        Wait until what was written is on the disk.
+        Wait until the written text is on the disk.
 
-        :raises OSError: (when awaited) if the disk has failed.
+        :raises OSError: (when awaited) if the disk fails.
         """
         self._check_open()
         return self._in_turn(_Settled("to sync", self, _sync))
 
-    # Of the whole
+    # The position
 
     @must_be_awaited
     def tell(self) -> Operation[int]:
         """
-        The position, for :meth:`seek`.  It is no number of characters, nor of bytes.
+        The position, for :meth:`seek`.  It counts neither characters nor bytes.
         """
         self._check_open()
         return self._in_turn(_Settled("the position in", self, _tell))
@@ -232,10 +235,11 @@ class AsyncTextFile(OpenFile):
         """
         Set the position; return it.
 
-        :param position: what :meth:`tell` has returned, or 0.
+        :param position: 0, or a result of :meth:`tell`.
         :param whence: as for Python's text files: with ``os.SEEK_CUR`` and
             ``os.SEEK_END`` the position can only be 0.
-        :raises OSError: (when awaited) if it is negative, or not 0 as above.
+        :raises OSError: (when awaited) if the position is negative, or is not 0 with
+            ``SEEK_CUR`` or ``SEEK_END``.
         """
         self._check_open()
         position = operator.index(position)
@@ -252,7 +256,7 @@ def _finished(text: str) -> Operation[str]:
 
 
 class _ReadingText(Turn[str]):
-    """A read, for which more may have to be read ahead."""
+    """A read, which may have to read further ahead."""
 
     __slots__ = ("_limit",)
 
@@ -268,7 +272,7 @@ class _ReadingText(Turn[str]):
     def _go_on(self, ended: bool) -> None:
         file = self._file
         if self.operation.called:
-            # It was cancelled, and what was read for it stays there.
+            # It was cancelled: the text stays there for the next read.
             self._finish(None, None)
             return
         try:
@@ -279,7 +283,7 @@ class _ReadingText(Turn[str]):
         if size is not None:
             self._finish(file._take(size), None)
             return
-        # As much again, so that a long line is not copied all the time.
+        # Double what is there, so that a long line is not copied many times.
         more = max(MAX_CHARACTERS, len(file._ahead) - file._start)
         file._workers.run(self, _read_more, file._file, max(more, self.least()))
 
@@ -295,14 +299,14 @@ class _ReadingText(Turn[str]):
 
     def size(self, ended: bool) -> int | None:
         """
-        How many characters are the result; None if more is to be read ahead.
+        The number of characters of the result; None if more has to be read ahead.
 
-        :param ended: whether there is nothing more.
+        :param ended: whether the file has ended.
         """
         raise NotImplementedError
 
     def least(self) -> int:
-        """How many characters are missing at least."""
+        """The least number of characters that are missing."""
         return 0
 
 
@@ -333,16 +337,22 @@ class _ReadTextLine(_ReadingText):
             return end - file._start
         rest = len(file._ahead) - file._start
         if ended and file._universal and file._ahead.endswith("\r"):
-            # It is the end of a line after all.
+            # The \r at the end of the file is a line's end, and not half of one.
             return self._checked(rest, 1)
         if ended:
             return self._checked(rest, 0)
-        # One more character may be half of the line's end.
+        # One character over the limit may be the first half of a line's end.
         self._checked(rest, 1)
         return None
 
     def _checked(self, size: int, end: int) -> int:
-        """A size with that of the line's end, unless it is more than allowed."""
+        """
+        Check the size of a line.
+
+        :param size: the size, including the line's end.
+        :param end: the size of the line's end.
+        :raises DelimiterNotFound: if the line is too long.
+        """
         if size > self._limit + end:
             raise DelimiterNotFound(f"a line of {self._file!r}", self._limit)
         return size
@@ -350,8 +360,8 @@ class _ReadTextLine(_ReadingText):
 
 class _Settled(Turn[Any]):
     """
-    Something for which the file must be where the reader is, and not where it has read
-    ahead to.
+    An operation for which the file has to be moved back to the position of the reader,
+    since it has read ahead.
     """
 
     __slots__ = ("_args", "_function")
@@ -391,7 +401,7 @@ def _read_more(file: io.TextIOWrapper, size: int) -> tuple[int, str]:
     try:
         return begins, file.read(size)
     except BaseException:
-        # So that the next read finds the same.
+        # The next read begins at the same position.
         file.seek(begins)
         raise
 
@@ -406,7 +416,7 @@ def _settle_and_call(
         begins, passed = position
         file.seek(begins)
         file.read(passed)
-        # TextIOWrapper has read ahead in its turn, and would write behind that.
+        # TextIOWrapper has read ahead as well, and would write behind that.
         file.seek(file.tell())
     return function(file, *args)
 
@@ -422,7 +432,7 @@ def _truncate(file: io.TextIOWrapper, size: int | None) -> int:
 
 def _sync(file: io.TextIOWrapper) -> None:
     file.flush()
-    # A spooled file is in memory perhaps.
+    # A spooled file may still be in memory.
     if file.fileno() >= 0:
         os.fsync(file.fileno())
 

@@ -1,6 +1,6 @@
 """
-What open files have in common, of bytes and of text: operations at the position are
-done one after the other, and ``close`` waits for all of them.
+The common part of open files of bytes and of text: operations at the position are done
+one after the other, and ``close`` waits for all of them.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class OpenFile(ClosedAtExit):
     """
     The base class of open files.
 
-    :ivar name: the path it was opened with.
-    :ivar mode: the mode it was opened with.
+    :ivar name: the path that the file was opened with.
+    :ivar mode: the mode that it was opened with.
     """
 
     def __init__(self, name: Path, mode: str, workers: Workers) -> None:
         self.name: Path = name
         self.mode: str = mode
         self._workers = workers
-        # The operations at the position.  The first one may be under way.
+        # The pending operations at the position.  The first one may be under way.
         self._turns: deque[Turn[Any]] = deque()
         self._under_way = False
         self._taking_turns = False
@@ -49,15 +49,15 @@ class OpenFile(ClosedAtExit):
         return self._closing is not None
 
     def fileno(self) -> int:
-        """The descriptor; -1 once it is closed."""
+        """The descriptor; -1 once the file is closed."""
         raise NotImplementedError
 
     def close(self) -> Operation[None]:
         """
-        Close it, when all that is under way is done.
+        Close the file, when all pending operations are done.
 
-        :raises OSError: (when awaited) if what was written is lost.  The file is
-            closed then, too.
+        :raises OSError: (when awaited) if written data is lost.  The file is closed
+            then, too.
         """
         if self._closing is not None and self._closing.ended:
             closed: Operation[None] = Done()
@@ -76,23 +76,23 @@ class OpenFile(ClosedAtExit):
             closing.begin()
 
     def _is_idle(self) -> bool:
-        """Whether nothing is under way, or waits for its turn."""
+        """Whether no operation is under way or waits for its turn."""
         return not self._turns
 
     def _close_at_exit(self) -> Operation[None]:
         return self.close()
 
     def _closes_at_once(self) -> bool:
-        """Whether to close it cannot block."""
+        """Whether closing the file cannot block."""
         return False
 
     def _close_file(self) -> None:
-        """Close what the system has open: in a thread, if that can block."""
+        """Close the descriptor.  Called in a thread, if that can block."""
         raise NotImplementedError
 
     def forget(self, operation: Operation[Any]) -> None:
-        """See ``Owner.forget``: it is closed all the same."""
-        # When an operation is told that the file is closed, it is no longer here.
+        """See ``Owner.forget``: the file is closed anyway."""
+        # end() has taken the operations out before it finishes them.
         self._closers.pop(operation, None)
 
     def waits_for(self, operation: Operation[Any]) -> str:
@@ -135,7 +135,8 @@ class OpenFile(ClosedAtExit):
 
     def _take_turns(self) -> None:
         if self._taking_turns:
-            # An operation that ends at once calls this again, and many may do so.
+            # An operation that ends at once calls this again.  The loop further up the
+            # stack goes on, since many such calls would recurse too deep.
             return
         self._taking_turns = True
         turns = self._turns
@@ -151,7 +152,7 @@ class OpenFile(ClosedAtExit):
 
 
 class Turn(Job[T]):
-    """An operation of an open file that is done when its turn comes."""
+    """An operation of an open file, which begins when its turn comes."""
 
     __slots__ = ("_file",)
 
@@ -160,7 +161,7 @@ class Turn(Job[T]):
         self._file = file
 
     def begin(self) -> None:
-        """Its turn has come."""
+        """Begin the operation, since its turn has come."""
         raise NotImplementedError
 
     def drop(self) -> None:
@@ -179,7 +180,7 @@ class Turn(Job[T]):
 
 
 class Call(Turn[T]):
-    """A function that is called in a thread when its turn comes."""
+    """A function that runs in a thread when its turn comes."""
 
     __slots__ = ("_function",)
 
@@ -200,7 +201,7 @@ class _Close(Job[None]):
     """
     Closes a file, once.
 
-    :ivar ended: whether that is over.
+    :ivar ended: whether the file is closed.
     """
 
     __slots__ = ("_begun", "_file", "ended")
@@ -212,7 +213,7 @@ class _Close(Job[None]):
         self.ended = False
 
     def begin(self) -> None:
-        """Nothing else is under way."""
+        """Close the file, since no other operation is under way."""
         if self._begun:
             return
         self._begun = True

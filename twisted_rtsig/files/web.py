@@ -1,8 +1,8 @@
 """
 A resource of ``twisted.web`` that serves files without blocking the reactor.
 
-What it says of a file is what ``twisted.web.static.File`` says: that one is asked.
-But it neither looks for the file, nor opens or reads it.
+The headers are those of ``twisted.web.static.File``, which makes them here, too.  But
+that class does not look for the file, and neither opens nor reads it.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from twisted_rtsig.files.workers import workers_of
 
 _log = Logger()
 
-# So much is written without a producer.
+# Up to this size a file is written without a producer.
 _LITTLE = 1 << 16
 
 INDEX_NAMES = ("index.html", "index.htm", "index")
-"""The files that stand for their folder, by default."""
+"""The names of index files, by default."""
 
 
 class StaticResource(Resource):
     """
-    Serves a folder and all that is in it, or a file: with ranges, conditional
-    requests and types as ``twisted.web.static.File`` has them, and listings of
-    folders without an index.
+    Serves a folder and its content, or a file.  It supports ranges, conditional
+    requests and types as ``twisted.web.static.File`` does, and lists folders that have
+    no index.
 
-    :param path: that of the folder or the file.
-    :param default_type: the type of files whose name does not tell.
-    :param index_names: the files that stand for their folder.
+    :param path: the path of the folder or the file.
+    :param default_type: the type of files whose name does not tell their type.
+    :param index_names: the names of index files, which are served for their folder.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class StaticResource(Resource):
     render_HEAD = render_GET
 
     def serve(self, request: Any, names: list[bytes]) -> int:
-        """Serve what is below, by the names on the way to it."""
-        # Why the client is not there any more.
+        """Serve the file or folder at a path below this resource."""
+        # The reason why the client has left, once it has.
         gone: list[Failure] = []
         task = spawn(self._serve, request, names, gone)
 
@@ -94,7 +94,7 @@ class StaticResource(Resource):
         if path is None:
             request.render(pages.notFound())
             return
-        # The file is to be closed, whatever happens to the request meanwhile.
+        # A file that is found has to be closed, even if the client leaves meanwhile.
         with shield():
             found = await self._find(path, names[-1:] == [b""], request)
         if not isinstance(found, AsyncFile):
@@ -102,7 +102,8 @@ class StaticResource(Resource):
                 request.render(found)
             return
         async with found as file:
-            # What is cached is read without a wait, where this would be cancelled.
+            # Reading cached data does not wait, so the cancellation would not take
+            # effect there.
             parts = [] if gone else self._parts(request, file)
             if parts:
                 await self._send(request, file, parts)
@@ -110,7 +111,7 @@ class StaticResource(Resource):
                 request.finish()
 
     def _path_of(self, names: list[bytes]) -> FilePath[str] | None:
-        """Where something is; None if it can be nowhere."""
+        """The path of a file or folder; None if these names cannot be a path."""
         path = self._root
         for each in names[:-1] if names[-1:] == [b""] else names:
             try:
@@ -124,7 +125,7 @@ class StaticResource(Resource):
     async def _find(
         self, path: FilePath[str], is_folder: bool, request: Any
     ) -> AsyncFile | IResource:
-        """A file to be sent, or what is to be rendered in its place."""
+        """The file to send, or a resource to render in its place."""
         workers = workers_of(None)
         name = os.path.join(path.path, *self._index_names[:1] if is_folder else ())
         opened = open_cached(name)
@@ -137,7 +138,7 @@ class StaticResource(Resource):
         except PermissionError:
             return pages.forbidden()
         except ValueError:
-            # No file has such a name.
+            # No file can have such a name.
             return pages.notFound()
         except OSError as error:
             if error.errno not in _NOT_FOUND:
@@ -152,7 +153,7 @@ class StaticResource(Resource):
         return AsyncFile(descriptor, name, "rb", stat, workers)
 
     def _open(self, path: str, is_folder: bool, uri: bytes) -> _Found:
-        """In a thread: open it, or an index."""
+        """Called in a thread: open the file, or the index of the folder."""
         if not os.path.isdir(path):
             if is_folder:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -171,15 +172,15 @@ class StaticResource(Resource):
         return static.Data(lister.render(page), page.type.decode())
 
     def _parts(self, request: Any, file: AsyncFile) -> list[Part]:
-        """Set the headers; return what is to be sent."""
+        """Set the headers; return the parts of the file to send."""
         request.setHeader(b"accept-ranges", b"bytes")
         asked = request.requestHeaders
         if (
             asked.hasHeader(b"if-none-match")
             or _date(request, b"if-modified-since") is None
         ):
-            # It does not count beside the other (RFC 9110, 13.1.3); and Twisted fails
-            # at some values that are no date.
+            # With If-None-Match it is ignored (RFC 9110, 13.1.3).  And Twisted raises
+            # exceptions for some values that are not dates.
             asked.removeHeader(b"if-modified-since")
         cached = request.setLastModified(file._opened.st_mtime) is http.CACHED
         if _is_another_version(request):
@@ -192,7 +193,8 @@ class StaticResource(Resource):
         headers = self._headers
         headers.describe(str(file.name), file._opened.st_size)
         if request.method == b"HEAD" or not headers.find_ranges(request):
-            # A range is of what is sent.
+            # The header applies only to content that is sent.  Twisted must not see
+            # this one.
             asked.removeHeader(b"range")
         producer = headers.makeProducer(request, None)
         if request.method == b"HEAD":
@@ -216,7 +218,7 @@ class StaticResource(Resource):
 
 
 class _Below(Resource):
-    """What is below a :class:`StaticResource`."""
+    """The resources below a :class:`StaticResource`."""
 
     isLeaf = True
 
@@ -232,10 +234,10 @@ class _Below(Resource):
 
 
 class _Headers(static.File):
-    """What Twisted says of a file, without a look at it."""
+    """Makes the headers of a file as Twisted does, without looking at the file."""
 
     def describe(self, name: str, size: int) -> None:
-        """The next file has this name and size."""
+        """Set the name and the size of the next file."""
         self.type, self.encoding = static.getTypeAndEncoding(
             name, self.contentTypes, self.contentEncodings, self.defaultType
         )
@@ -249,17 +251,18 @@ class _Headers(static.File):
         """
         Find out which ranges of the file a request asks for.
 
-        :return: whether only they are to be sent.  If not, ``Range`` counts for nothing
-            (RFC 9110, 14.2): it is malformed, or asks for too much.
+        :return: whether to send only these.  If not, ``Range`` is ignored (RFC 9110,
+            14.2): it is malformed, or asks for too much.
         """
         self._ranges = _ranges(request)
         sent = sum(self._rangeToOffsetAndSize(*each)[1] for each in self._ranges)
         if sent > 2 * self._size:
-            # So more than two of them overlap, of which a few kilobytes of a request
-            # can name enough to bring many times the file.
+            # More than two of the ranges overlap.  A request of a few kilobytes could
+            # ask for many times the size of the file.
             return False
         if not self._size and any(start is None and end for start, end in self._ranges):
-            # The last bytes of an empty file can be had, but have no Content-Range.
+            # The last bytes of an empty file are a valid range, but cannot be written
+            # as a Content-Range.
             return False
         return bool(self._ranges)
 
@@ -270,14 +273,17 @@ class _Headers(static.File):
         self, start: int | None, end: int | None
     ) -> tuple[int, int]:
         if start is None and end is not None:
-            # More from the end than there is, is all of it.
+            # More bytes from the end than the file has means the whole file.
             end = min(end, self._size)
         found: tuple[int, int] = super()._rangeToOffsetAndSize(start, end)
         return found
 
 
 class _Page:
-    """What a listing knows of the request; in a thread, which has no other."""
+    """
+    The request that a listing is rendered for: in a thread, which must not use the real
+    one.
+    """
 
     def __init__(self, uri: bytes) -> None:
         self.uri = uri
@@ -287,19 +293,19 @@ class _Page:
         self.type = value
 
 
-# The first and the last byte; without a first, how many there are up to the end.
+# The first and the last byte.  Without a first byte, the number of bytes at the end.
 _Range = tuple[int | None, int | None]
 
 _RANGE = re.compile(rb"(?!-$)(\d*)-(\d*)")
 
-# As Apache has it.
+# As in Apache.
 _MOST_RANGES = 200
 
-# A file, a listing, or nothing: a folder whose name lacks the slash.
+# A file, a listing, or None: a folder that was asked for without the slash.
 _Found = tuple[str, Descriptor, os.stat_result] | Resource | None
 
 
-# That there is no such file, or none that can be served: a FIFO, for example.
+# The file does not exist, or cannot be served: it is a FIFO, for example.
 _NOT_FOUND = frozenset(
     {
         *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL),
@@ -309,7 +315,7 @@ _NOT_FOUND = frozenset(
 
 
 def _can_be_asked_for(name: str) -> bool:
-    """Whether a URL can have this name in it, which is UTF-8 then."""
+    """Whether a URL can contain this name: whether it can be encoded as UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -318,12 +324,12 @@ def _can_be_asked_for(name: str) -> bool:
 
 
 def _ranges(request: Any) -> list[_Range]:
-    """The ranges that a request asks for, if it is well-formed; or none."""
+    """The ranges that a request asks for; none if the header is malformed."""
     header = request.getHeader(b"range")
     if header is None:
         return []
     unit, _, value = header.partition(b"=")
-    # No entity tag was ever given (RFC 9110, 13.1.5).
+    # This resource sends no entity tags, so none can match (RFC 9110, 13.1.5).
     condition = request.getHeader(b"if-range")
     if unit.lower() != b"bytes" or condition not in (
         None,
@@ -366,10 +372,10 @@ def _date(request: Any, name: bytes) -> int | None:
 
 
 def _is_another_version(request: Any) -> bool:
-    """Whether the client wants only a version that this is not (RFC 9110, 13.2.2)."""
+    """Whether the client asks for another version of the file (RFC 9110, 13.2.2)."""
     match = request.getHeader(b"if-match")
     if match is not None:
-        # No entity tag was ever given.
+        # This resource sends no entity tags, so none can match.
         return bool(match != b"*")
     date = _date(request, b"if-unmodified-since")
     return date is not None and request.lastModified > date
@@ -382,10 +388,10 @@ def _tell_failure(failure: Failure, request: Any, gone: list[Failure]) -> None:
     if gone or request.startedWriting:
         _log.failure("{uri} was not served", failure, uri=request.uri)
         if not request.finished:
-            # What was sent is less than what was promised.
+            # Less was sent than Content-Length has announced.
             request.loseConnection()
     else:
-        # What was to be sent is not.
+        # The headers of the file do not belong to the error page.
         for name in (b"accept-ranges", b"content-encoding", b"content-range"):
             request.responseHeaders.removeHeader(name)
         request.lastModified = None

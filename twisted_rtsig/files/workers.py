@@ -1,10 +1,10 @@
 """
-The threads and the completion port that read and write files for a reactor, and how
-much is read without them before the reactor gets a turn.
+The threads and the completion port that read and write files for a reactor, and the
+limit of reading without them until the reactor gets a turn.
 
-A job is a function that blocks, together with the operation that it finishes.  It
-runs in the reactor's thread pool.  A reactor that has no threads, as
-``task.Clock`` in tests, runs it at once.
+A job is a blocking function, together with the operation that it finishes.  It runs in
+the reactor's thread pool.  A reactor without threads, such as ``task.Clock`` in tests,
+runs it at once.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 AT_ONCE: Final = 1 << 18
-"""How much is read outside of the threads in one call: some 30 µs of copying."""
+"""The most that one call reads outside of the threads: about 30 µs of copying."""
 
-# How much is read outside of the threads before the reactor gets a turn, and what
-# the smallest read counts.  A nanosecond counts as much as a byte: on a machine that
-# has given its memory away, to copy what is cached may take 40 times as long.
+# The most that is read outside of the threads until the reactor gets a turn, and the
+# least that a read counts.  A nanosecond counts as much as a byte: on a machine that
+# has given its memory away (to the host, for example), to copy cached data may take 40
+# times as long.
 _IN_A_TURN = 1 << 19
 _LEAST = 1 << 12
 
 
 class Job(Generic[T]):
     """
-    A function that blocks, and who waits for it: the owner of the operation.
+    A blocking function and the operation that waits for it: the owner of the operation.
 
-    :ivar operation: is finished when the function is.
-    :ivar what: what the operation waits for, in words.
+    :ivar operation: finished when the function has returned.
+    :ivar what: a description of the operation.
     """
 
     __slots__ = ("_claims", "operation", "what")
@@ -49,16 +50,17 @@ class Job(Generic[T]):
         self.operation: Operation[T] = Operation()
         self.operation.owner = self
         self.what: str = what
-        # Whoever takes it decides whether the function runs: a thread, or the
-        # reactor's when it is given up.  The interpreter lets only one have it.
+        # Holds one item while the function can still be prevented from running.  The
+        # thread pops it to run the function, and the reactor's thread pops it to give
+        # the job up.  list.pop is atomic, so only one of them gets it.
         self._claims: list[None] = []
 
     def submit(self) -> None:
-        """It is handed to a thread."""
+        """Mark the job as submitted to a thread."""
         self._claims.append(None)
 
     def claim(self) -> bool:
-        """Whether it was handed to a thread and did not begin before this call."""
+        """Claim the job; return False if it has begun, or was claimed before."""
         try:
             self._claims.pop()
         except IndexError:
@@ -67,17 +69,17 @@ class Job(Generic[T]):
 
     def end(self, result: Any, error: BaseException | None) -> None:
         """
-        In the reactor's thread: the function has returned or raised, whether
-        anybody still waits for it or not.
+        Called in the reactor's thread when the function has returned or raised, even if
+        the operation was cancelled.
         """
         finish(self.operation, result, error)
 
     def drop(self) -> None:
-        """It was given up in time, and the function does not run."""
+        """Called when the job was given up before the function began."""
 
     def forget(self, operation: Operation[Any]) -> None:
         """See ``Owner.forget``."""
-        # They hold each other.
+        # The operation and the job refer to each other.
         operation.owner = None
         if self.claim():
             self.drop()
@@ -104,8 +106,8 @@ class Workers:
     """
     The threads of a reactor.
 
-    :ivar port: its completion port, if it has one.
-    :ivar left: how much more may be read outside of them in this turn.
+    :ivar port: the completion port of the reactor, if it has one.
+    :ivar left: how many more bytes may be read outside of the threads in this turn.
     """
 
     def __init__(self, reactor: Any) -> None:
@@ -114,7 +116,7 @@ class Workers:
         self.port: CompletionPortNotifier | None = _port_of(reactor)
         self.left: int = _IN_A_TURN
         self._waiting: list[Callable[[], object]] = []
-        # What is read outside of threads comes here first, whoever reads it.
+        # The buffer of all reads outside of threads.
         self._memory: memoryview | None = None
         self._window = memoryview(b"")
 
@@ -134,8 +136,8 @@ class Workers:
 
     def call(self, what: str, function: Callable[..., T], *args: Any) -> Operation[T]:
         """
-        Run a function in a thread.  One that has begun comes to its end, even if
-        the operation is cancelled.
+        Run a function in a thread.  Once it has begun, it runs to its end, even if the
+        operation is cancelled.
         """
         job: Job[T] = Job(what)
         self.run(job, function, *args)
@@ -144,7 +146,7 @@ class Workers:
     # Outside of threads
 
     def window(self, size: int) -> memoryview:
-        """Where to read that many bytes to, at most ``AT_ONCE``."""
+        """A buffer of that many bytes, at most ``AT_ONCE``."""
         window = self._window
         if len(window) == size:
             return window
@@ -154,12 +156,12 @@ class Workers:
         return window
 
     def count(self, size: int, nanoseconds: int) -> None:
-        """So much was read, and took so long."""
+        """Count a read outside of threads: its size and its time."""
         if self._has_threads:
             self.left -= max(size, nanoseconds, _LEAST)
 
     def when_there_is_more(self, function: Callable[[], object]) -> None:
-        """Nothing is left: call a function when the reactor has had a turn."""
+        """``left`` is used up: call a function after the next turn of the reactor."""
         if not self._waiting:
             self._reactor.callLater(0, self._turn)
         self._waiting.append(function)
@@ -168,7 +170,7 @@ class Workers:
         self.left = _IN_A_TURN
         waiting, self._waiting = self._waiting, []
         for function in waiting:
-            # Of too many, the rest waits again.
+            # If they use up ``left``, the remaining ones wait again.
             function()
 
 
@@ -187,7 +189,7 @@ def _outcome(
     try:
         return function(*args), None
     except OSError as error:
-        # The traceback would show this package alone, and hold the job by its frames.
+        # The traceback shows only this package, and its frames refer to the job.
         return None, error.with_traceback(None)
     except BaseException as error:
         return None, error
@@ -197,7 +199,9 @@ _workers: WeakKeyDictionary[Scheduler, Workers] = WeakKeyDictionary()
 
 
 def workers_of(reactor: Any | None) -> Workers:
-    """Those of a reactor; by default of the one of the task, or the installed one."""
+    """
+    The workers of a reactor; by default of the task's reactor, or the installed one.
+    """
     scheduler = scheduler_for(reactor)
     workers = _workers.get(scheduler)
     if workers is None:
