@@ -177,7 +177,7 @@ def run_process(
         ``max_bytes``.  It is stopped then.
     :raises UnicodeDecodeError: (when awaited) if the output is not in the encoding.
     :raises TypeError: if ``input`` has not the type that ``text`` asks for.
-    :raises OSError: as ``open_process``, which has further errors.
+    :raises OSError: as ``open_process``, whose other errors are raised as well.
     """
     check_grace(grace)
     if max_bytes is not None and max_bytes < 0:

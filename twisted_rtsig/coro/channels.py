@@ -257,8 +257,8 @@ class Channel(AsyncReceiver[T]):
         if not self._abandoned:
             self._match()
         self._closed = True
-        # A receive in a callback of these sends has to wait, until _match() has given
-        # the remaining values to the receivers before it.
+        # A receive in a callback of these sends has to wait for _match() below: only
+        # then is it known which values remain.
         self._at_once = 0
         while self._senders.entries:
             self._senders.next().fail(self._no_more())

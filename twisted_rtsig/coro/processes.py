@@ -23,7 +23,7 @@ from twisted_rtsig.coro.tasks import scheduler_for
 _INPUT, _OUTPUT, _ERRORS = 0, 1, 2
 
 # The most that is kept of the standard error before it is asked for.  When that is
-# exceeded, the oldest half is dropped.
+# exceeded, the oldest half or more is dropped, and the newest half or more is kept.
 _MOST_ERRORS = 1 << 17
 
 
