@@ -739,6 +739,7 @@ def test_wrong_arguments(reactor: EngineReactor) -> None:
         drain(reactor, 1, keep_alive=-1)
 
 
+@pytest.mark.processes
 def test_it_is_a_trigger_of_the_end() -> None:
     output = run_program(
         """

@@ -39,6 +39,7 @@ from twisted_rtsig.workers.status import Status, read_status
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="workers need a POSIX system"),
     pytest.mark.slow,
+    pytest.mark.processes,
 ]
 
 LINES = 9000

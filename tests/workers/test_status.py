@@ -93,6 +93,7 @@ def metrics_of(twistd: Twistd) -> dict[str, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_the_status_of_workers(tmp_path: Path) -> None:
     """That of an application with twisted.web and with coroutines."""
     os.mkfifo(tmp_path / "pipe")
@@ -181,6 +182,7 @@ def test_the_status_of_workers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_no_socket_is_left_by_a_supervisor_that_was_killed(tmp_path: Path) -> None:
     tac = write_tac(tmp_path, APPLICATION)
     with Twistd(tmp_path, "--count", "1", "-y", tac) as twistd:
@@ -194,6 +196,7 @@ def test_no_socket_is_left_by_a_supervisor_that_was_killed(tmp_path: Path) -> No
 # The command
 
 
+@pytest.mark.processes
 def test_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = str(tmp_path / "twistd.pid")
     assert main(["status", missing]) == 1
@@ -409,6 +412,7 @@ def test_passes_are_counted(reactor: EngineReactor) -> None:
     assert monitor.passes.count == 1
 
 
+@pytest.mark.processes
 def test_a_reader_that_has_ended(tmp_path: Path) -> None:
     """As head does."""
     answer = '{"metrics": [], "pid": 1, "age": 0, "count": 0, "workers": []}'

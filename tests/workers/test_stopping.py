@@ -12,6 +12,8 @@ import pytest
 
 from tests.workers.support import DEADLINE, Twistd, is_running, write_tac
 
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
+
 APPLICATION = """
 import os, time
 from twisted.application.service import Application, Service
@@ -52,7 +54,6 @@ Other().setServiceParent(application)
 """
 
 
-@pytest.mark.slow
 def test_requests_under_way(tmp_path: Path) -> None:
     tac = write_tac(tmp_path, APPLICATION)
     options = "--count", "1", "--grace", "1000", "-y", tac
@@ -84,7 +85,6 @@ def test_requests_under_way(tmp_path: Path) -> None:
         assert not is_running(worker)
 
 
-@pytest.mark.slow
 def test_after_the_grace(tmp_path: Path) -> None:
     """What is left is aborted, and counted."""
     tac = write_tac(tmp_path, APPLICATION)

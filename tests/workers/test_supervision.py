@@ -25,9 +25,10 @@ from tests.workers.support import (
 )
 from twisted_rtsig.workers.supervisor import pause_before_restart
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(os, "fork"), reason="workers need a POSIX system"
-)
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="workers need a POSIX system"),
+    pytest.mark.processes,
+]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from tests.workers.torture import parser, torture
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_no_request_is_lost(tmp_path: Path) -> None:
     short = "--workers 2 --clients 8 --reloads 1 --scalings 2 --kills 1 --connections 0"
     options = parser().parse_args(short.split())

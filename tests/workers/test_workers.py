@@ -30,9 +30,10 @@ from tests.workers.support import (
 from twisted import version  # type: ignore[attr-defined]
 from twisted_rtsig.workers.options import Options
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(os, "fork"), reason="workers need a POSIX system"
-)
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="workers need a POSIX system"),
+    pytest.mark.processes,
+]
 
 # The exit status of twistd.
 WRONG_OPTIONS = 0 if version < Version("Twisted", 24, 3, 0) else 1
