@@ -202,9 +202,8 @@ def test_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["status", missing]) == 1
     assert capsys.readouterr() == (
         "",
-        f"{missing}: No such file or directory: give the pid file of a "
-        "'twistd workers' that runs, as its option --pidfile says, or its status "
-        "socket\n",
+        f"{missing}: No such file or directory: give the pid file of a running "
+        "'twistd workers' (its option --pidfile), or its status socket\n",
     )
     pidfile = tmp_path / "twistd.pid"
     pidfile.write_text("1")
@@ -342,7 +341,9 @@ def test_a_question(reactor: EngineReactor, path: str) -> None:
 )
 def test_garbage(reactor: EngineReactor, path: str, garbage: bytes) -> None:
     answer = json.loads(_ask(reactor, path, garbage))
-    assert answer == {"error": 'send a JSON object as {"tasks": false}, in a line'}
+    assert answer == {
+        "error": 'send a JSON object such as {"tasks": false} in one line'
+    }
     assert not reactor.getDelayedCalls()
 
 

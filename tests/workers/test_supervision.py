@@ -39,7 +39,7 @@ def test_count(tmp_path: Path) -> None:
         twistd.wait_until_ready(1)
         port = twistd.port()
         twistd.send(signal.SIGTTOU)
-        twistd.wait_for("There is one worker only, which stays")
+        twistd.wait_for("The only worker is not stopped")
         twistd.send(signal.SIGTTIN)
         (added,) = twistd.wait_until_ready(1, number=1)
         seen: set[int] = set()
@@ -215,7 +215,7 @@ def test_reload_during_a_reload(tmp_path: Path) -> None:
         # One less meanwhile.
         twistd.send(signal.SIGTTOU)
         twistd.wait_for("The reload is complete")
-        twistd.wait_for("There are to be 1 workers now")
+        twistd.wait_for("The wanted number of workers is now 1")
         assert {ask(("127.0.0.1", port))[2] for _ in range(10)} == {3}
 
 
@@ -327,7 +327,7 @@ def test_sigterm_twice(tmp_path: Path) -> None:
         twistd.wait_for("Stopping all workers")
         twistd.send(signal.SIGTERM)
         assert twistd.wait() == -signal.SIGTERM
-        assert "A second signal: all workers are killed" in twistd.output
+        assert "Second signal: killing all workers" in twistd.output
         assert not is_running(worker)
 
 
@@ -481,7 +481,7 @@ reactor.callLater(0.1, write)
     with Twistd(tmp_path, "-c", "1", "-y", "app.tac") as twistd:
         (worker,) = twistd.wait_until_ready(1)
         port = twistd.port()
-        twistd.wait_for("The control channel brought .*nonsense")
+        twistd.wait_for("The control channel received .*nonsense")
         twistd.wait_for("a message of an unknown type: '7'")
         assert ask(("127.0.0.1", port))[1] == worker
         os.kill(worker, signal.SIGKILL)

@@ -1,7 +1,7 @@
 """
-The same application on all cores: ``twistd --reactor=rtsig-auto workers web``.
+Run an application on all cores: ``twistd --reactor=rtsig-auto workers web``.
 
-A supervisor holds the listening sockets, and starts, watches and replaces the worker
+A supervisor holds the listening sockets.  It starts, watches and replaces the worker
 processes.  See ``docs/workers.md``.
 """
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Worker:
     """
-    What a worker knows of itself.
+    The number of a worker process, and how many workers there are.
 
-    :ivar number: from 0 to ``count`` - 1.  The successor of a worker that has ended has
-        the same number.
-    :ivar count: how many workers there were to be when this one was started.
+    :ivar number: from 0 to ``count`` - 1.  When a worker ends, its successor gets the
+        same number.
+    :ivar count: the wanted number of workers at the time this one was started.
     """
 
     number: int
@@ -33,9 +33,10 @@ _current: Worker | None = None
 
 def current() -> Worker | None:
     """
-    The worker that this process is; None in other processes.
+    Return the :class:`Worker` that describes this process; None in a process that is
+    not a worker.
 
-    Let one worker do the periodic work, for example::
+    For example, let one worker alone do the periodic work::
 
         worker = current()
         if worker is None or worker.number == 0:
@@ -45,8 +46,8 @@ def current() -> Worker | None:
 
 
 def __getattr__(name: str) -> object:
-    # A worker begins here, and Twisted is not to be imported before the environment is
-    # as the application has to find it.
+    # Imported on demand: a worker process imports this package first, and must not
+    # import Twisted before it has set up the environment for the application.
     if name in ("Drained", "IDrainable", "drain"):
         from twisted_rtsig.workers import draining
 

@@ -1,5 +1,9 @@
 """
-The status of ``twistd workers``: ``python -m twisted_rtsig.workers status PIDFILE``.
+Print the status of ``twistd workers``.
+
+::
+
+    python -m twisted_rtsig.workers status PIDFILE
 
 See ``docs/workers.md``.
 """
@@ -55,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        # A pager or head has ended.  Python would fail to flush once more.
+        # The reader (a pager, or head) has ended.  Python flushes stdout again at exit,
+        # which must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -63,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m twisted_rtsig.workers")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    status = commands.add_parser("status", help="print what the workers do")
+    status = commands.add_parser("status", help="print the state of each worker")
     status.add_argument(
         "path",
         metavar="PIDFILE-or-SOCKET",
@@ -72,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     form = status.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument(
-        "--metrics", action="store_true", help="print the sums for Prometheus"
+        "--metrics",
+        action="store_true",
+        help="print the sums over all workers, for Prometheus",
     )
     status.add_argument(
         "--tasks", action="store_true", help="describe the tasks of all workers"
@@ -155,7 +162,8 @@ def _details(worker: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    # What is said in place of figures may be longer than a column.
+    # A row that ends early has a sentence in its last cell, which may be longer than
+    # the column.
     whole = [row for row in rows if len(row) == len(rows[0])]
     widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
     for row in rows:
@@ -170,10 +178,6 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
 
 
 if __name__ == "__main__":

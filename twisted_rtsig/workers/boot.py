@@ -1,4 +1,4 @@
-"""What the supervisor tells a worker that starts."""
+"""The descriptors and the settings that the supervisor passes to a new worker."""
 
 from __future__ import annotations
 
@@ -6,36 +6,37 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 CONTROL: Final = 3
-"""The descriptor of the control channel in a worker that starts."""
+"""The descriptor of the control channel, in a worker that starts."""
 SOCKETS: Final = 4
-"""That of the channel on which it asks for listening sockets."""
+"""The descriptor on which the worker asks for listening sockets."""
 LIFELINE: Final = 5
-"""That of the pipe that ends when the supervisor does."""
+"""The descriptor of a pipe that reaches its end when the supervisor ends."""
 INHERITED: Final = 6
-"""The first of those that systemd has passed."""
+"""The first of the descriptors that systemd passed to the supervisor."""
 
 
 @dataclass(frozen=True)
 class Boot:
     """
-    How a worker is to run the application.
+    The settings with which a worker runs the application.
 
     :ivar number: the number of its slot.
-    :ivar count: how many workers there are to be.
+    :ivar count: the wanted number of workers.
     :ivar reactor: the short name of the reactor.
     :ivar path: ``sys.path``.
-    :ivar folder: the working directory in which the application is loaded; None to
-        stay where the process is.
-    :ivar arguments: options of ``twistd``, and the command with its own.
-    :ivar uid: the user to become before anything is loaded, or None.
-    :ivar gid: the group, or None.
-    :ivar euid: whether to set only the effective ones.
-    :ivar text_log: whether log lines are written to standard output as text; else the
-        options say where the log goes.
+    :ivar folder: the working directory in which to load the application; None to
+        keep the current one.
+    :ivar arguments: the arguments of ``twistd``: its options, the command, and the
+        options of the command.
+    :ivar uid: the user to become before the application is loaded, or None.
+    :ivar gid: the group to become, or None.
+    :ivar euid: whether to set only the effective user and group.
+    :ivar text_log: whether to write log lines as text to standard output; otherwise
+        the arguments configure the log.
     :ivar supervisor: the process id of the supervisor.
-    :ivar pidfile: that of the supervisor; empty if there is none.
-    :ivar inherited: the names of sockets passed by systemd.
-    :ivar grace: how many seconds the worker has to finish if something else than the
+    :ivar pidfile: the path of the supervisor's pid file; empty if it has none.
+    :ivar inherited: the names of the sockets that systemd passed.
+    :ivar grace: how many seconds the worker has to finish if something other than the
         supervisor stops it.
     """
 
@@ -55,12 +56,12 @@ class Boot:
     grace: float
 
     def to_message(self) -> dict[str, Any]:
-        """As a message of the control channel."""
+        """Return the settings as a message of the control channel."""
         return {"type": "boot", **asdict(self)}
 
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> Boot:
-        """From what :meth:`to_message` has returned."""
+        """Make the settings from a message that :meth:`to_message` made."""
         return cls(**{key: value for key, value in message.items() if key != "type"})
 
 

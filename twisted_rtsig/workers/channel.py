@@ -1,6 +1,6 @@
 """
 The control channel between the supervisor and a worker: a pair of UNIX sockets that
-carries JSON objects, one a line, in both directions.
+carries JSON objects, one per line, in both directions.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from zope.interface import implementer
 _log = Logger()
 
 Message = dict[str, Any]
-"""Its ``"type"`` says what it is."""
+"""A JSON object whose key ``"type"`` names the kind of message."""
 
 _READ: Final = 64 * 1024
 
 # The most bytes of one message, and of messages that the other end has not read yet.
-# A worker answers with all its tasks in words.
+# It is large because a worker may be asked to describe all its tasks.
 LIMIT: Final = 16 * 1024 * 1024
 
 
@@ -31,11 +31,11 @@ class Channel:
     """
     One end of a control channel.
 
-    :param connection: the socket.  It is made non-blocking, and belongs to the channel.
+    :param connection: the socket.  The channel owns it, and makes it non-blocking.
     :param received: called with each message.
-    :param lost: called once when the other end is gone, unless :meth:`close` was called
-        before.
-    :param rest: what was read of it before.
+    :param lost: called once when the other end has closed the connection or is gone,
+        unless :meth:`close` was called before.
+    :param rest: bytes that were read from the connection before.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Channel:
         self.closed = False
 
     def start(self) -> None:
-        """Begin to read."""
+        """Start reading."""
         self._reactor.addReader(self)
         self._take_lines()
 
@@ -64,8 +64,8 @@ class Channel:
         """
         Send a message.
 
-        :return: whether it goes out; False if the channel is closed, or the other end
-            does not read.
+        :return: False if the channel is closed, or if the other end does not read and
+            too much is queued already.
         """
         data = json.dumps(message).encode() + b"\n"
         if self.closed or len(self._output) + len(data) > LIMIT:
@@ -75,7 +75,7 @@ class Channel:
         return not self.closed
 
     def close(self) -> None:
-        """Close it.  Nothing is called from here on."""
+        """Close the channel.  No callback is called afterwards."""
         if not self.closed:
             self.closed = True
             self._reactor.removeReader(self)
@@ -83,18 +83,18 @@ class Channel:
             self._socket.close()
 
     def read_all(self) -> None:
-        """Read what has arrived: after the other end is gone, its last messages."""
+        """Read all that has arrived: the last messages of a process that has ended."""
         while not self.closed and self._read():
             pass
 
-    # As a selectable.
+    # IReadWriteDescriptor
 
     def fileno(self) -> int:
-        """Its descriptor."""
+        """Return the descriptor."""
         return self._socket.fileno()
 
     def logPrefix(self) -> str:
-        """What log entries are marked with."""
+        """Return the prefix of log entries."""
         return "workers"
 
     def doRead(self) -> None:
@@ -102,11 +102,11 @@ class Channel:
         self._read()
 
     def doWrite(self) -> None:
-        """Write what is left."""
+        """Write queued messages."""
         self._flush()
 
     def connectionLost(self, reason: object) -> None:
-        """The reactor of this end disconnects everything."""
+        """Close the channel, as the reactor of this process disconnects everything."""
         self.close()
 
     def _read(self) -> bool:
@@ -123,7 +123,9 @@ class Channel:
         if b"\n" in data:
             self._take_lines()
         elif len(self._input) > LIMIT:
-            _log.error("A message on the control channel is too long: it is closed")
+            _log.error(
+                "A message on the control channel is too long: the channel is closed"
+            )
             self._end()
         return not self.closed
 
@@ -141,7 +143,7 @@ class Channel:
                 raise ValueError("not an object with a type")
         except ValueError as error:
             _log.error(
-                "The control channel brought {line!r}, which is ignored: {error}",
+                "The control channel received {line!r}, which is ignored: {error}",
                 line=line[:200],
                 error=error,
             )
@@ -149,7 +151,7 @@ class Channel:
         try:
             self._received(message)
         except Exception:
-            _log.failure("Handling {received!r} has failed", received=message)
+            _log.failure("Cannot handle the message {received!r}", received=message)
 
     def _flush(self) -> None:
         try:
@@ -159,8 +161,8 @@ class Channel:
             self._reactor.addWriter(self)
             return
         except OSError:
-            # What the other end has sent before it went is still to be read: the end
-            # is noticed there.
+            # The other end is gone.  Its last messages may still be unread, so that
+            # only reading reports the end.
             self._output.clear()
         self._reactor.removeWriter(self)
 

@@ -1,5 +1,5 @@
 """
-Draining: a process that is about to end answers what it has begun, and goes.
+Draining: before a process ends, it finishes the requests that are in progress.
 
 See ``docs/workers.md``.
 """
@@ -31,34 +31,34 @@ from twisted_rtsig.engine.transports import ServerTransport
 _log = Logger()
 
 KEEP_ALIVE: Final = 1.0
-"""How many seconds an idle HTTP connection has for a last request, by default."""
+"""By default, how many seconds an idle HTTP connection has to send a last request."""
 
-# All connections are looked at so often.
+# The connections are not checked more often than this, in seconds.
 _SHORTEST_KEEP_ALIVE: Final = 0.01
 
 CANCEL_TIMEOUT: Final = 1.0
-"""How many seconds cancelled coroutine handlers have to end after the grace."""
+"""How many seconds coroutine handlers have to end when they are cancelled."""
 
 
 class IDrainable(Interface):
     """
-    A protocol that is told when its process is about to end: for protocols of which a
-    connection lasts long.
+    A protocol that wants to know when its process is about to end, because its
+    connections are long-lived.
     """
 
     def drain() -> None:
         """
-        The process is about to end.  Finish what is under way, and close the connection
-        then: it is aborted when the grace is over.
+        Called when the process is about to end.  Finish what is in progress, then close
+        the connection: a connection that is still open after the grace is aborted.
         """
 
 
 class Drained(NamedTuple):
     """
-    How the server connections of a process have ended.
+    How the server connections of a process ended.
 
-    :ivar finished: how many ended within the grace.
-    :ivar aborted: how many were aborted after it.
+    :ivar finished: how many connections ended within the grace.
+    :ivar aborted: how many connections were aborted after it.
     """
 
     finished: int
@@ -66,46 +66,48 @@ class Drained(NamedTuple):
 
 
 class Draining(Protocol):
-    """A connection of a protocol that :func:`drain` knows, and that is to end."""
+    """A connection that is being drained, of a protocol that :func:`drain` supports."""
 
     @property
     def channel(self) -> object:
-        """The protocol: the one of ``twisted.web`` may be replaced, by HTTP/2."""
+        """The protocol.  ``twisted.web`` may replace it, when HTTP/2 is negotiated."""
 
     def close_if_idle(self) -> None:
-        """Called again and again, until the connection is lost."""
+        """Called at intervals until the connection is lost."""
 
 
 def drain(
     reactor: Any, grace: float, *, keep_alive: float = KEEP_ALIVE
 ) -> Deferred[Drained]:
     """
-    End all server connections, and lose nothing that clients have begun.  A worker does
-    this when it is asked to stop.  Another program can do it when its reactor stops::
+    End all server connections, without losing a request that a client has sent.  A
+    worker does this when it is asked to stop.  Another program can do it when its
+    reactor stops::
 
         reactor.addSystemEventTrigger("before", "shutdown", drain, reactor, 30)
 
-    1. The stream ports accept the connections that wait in their backlogs, and listen
-       no more.
-    2. Connections of ``twisted.web`` are closed after the answer under way, which says
-       ``Connection: close``.  An idle one is closed if no request comes within
-       ``keep_alive`` seconds; if one comes, it is answered in the same way.  Clients of
-       HTTP/2 get GOAWAY, and all streams that are open are answered.
+    1. The stream ports accept the connections in their backlogs, then stop listening.
+    2. A connection of ``twisted.web`` is closed after the response in progress, which
+       says ``Connection: close``.  An idle connection is closed if no request arrives
+       within ``keep_alive`` seconds; a request that arrives is answered with
+       ``Connection: close``.  HTTP/2 clients get GOAWAY, and all open streams are
+       answered.
     3. Coroutine servers stop, as by :meth:`CoroutineFactory.stop`: ``stopping`` of
-    their
-       streams is set, and their handlers have the grace.
-    4. Protocols that provide :class:`IDrainable` are told.
-    5. All server connections are waited for, of whatever protocol, and aborted when the
-       grace is over.  Connections that this process has made are left alone.
+       their streams is set, and their handlers have the grace to end.
+    4. ``drain`` of each protocol that provides :class:`IDrainable` is called.
+    5. All server connections are awaited, whatever their protocol.  Those that are open
+       after the grace are aborted.  Connections that this process opened as a client
+       are left alone.
 
-    A second call waits for the same, and the grace ends at the earlier of both times.
+    A second call waits for the same end; the earlier end of the two graces counts.
 
-    :param reactor: one of this package's.
-    :param grace: how many seconds there are.
-    :param keep_alive: see above; at most half of the grace.
-    :return: a :class:`Drained`, when the last server connection is lost and all
-        coroutine handlers have ended: at the latest a second after the grace.
-    :raises TypeError: if the reactor is not one of this package's.
+    :param reactor: a reactor of this package.
+    :param grace: in seconds.
+    :param keep_alive: in seconds; at most half of the grace is used.
+    :return: a Deferred that fires with :class:`Drained` when the last server connection
+        is lost and all coroutine handlers have ended: at the latest a second after the
+        grace.
+    :raises TypeError: if the reactor is not one of this package.
     :raises ValueError: if one of the times is less than 0.
     """
     if not isinstance(reactor, EngineReactor):
@@ -118,7 +120,7 @@ def drain(
             raise ValueError(f"{name}={seconds}: 0 is the least")
     drainage = _drainages.get(reactor)
     if drainage is None:
-        # Idle connections are to be closed before those that are left are aborted.
+        # Idle connections must be closed before the remaining ones are aborted.
         keep_alive = max(min(keep_alive, grace / 2), _SHORTEST_KEEP_ALIVE)
         drainage = _drainages[reactor] = _Drainage(reactor, keep_alive)
     return drainage.wait(grace)
@@ -126,7 +128,7 @@ def drain(
 
 class _Drainage:
     """
-    The end of the server connections of a reactor.
+    Drains the server connections of one reactor.
 
     :param keep_alive: see :func:`drain`.
     """
@@ -135,21 +137,21 @@ class _Drainage:
         self._reactor = reactor
         self._keep_alive = keep_alive
         self._waiting: list[Deferred[Drained]] = []
-        # When the grace is over, in the reactor's time.
+        # The end of the grace, in the reactor's time.
         self._end: float | None = None
         self._end_call: Any = None
         self._sweep_call: Any = None
-        # The connections that were seen and may not be lost yet.
+        # Connections that were found and, at the last check, were not lost.
         self._draining: dict[ServerTransport, Draining | None] = {}
         self._seen = 0
         self._aborted = 0
-        # HTTP factories whose access logs stay open until the end.
+        # HTTP factories whose access logs are kept open until the end.
         self._logging: list[Any] = []
-        # How many stops of coroutine servers are under way.
+        # How many coroutine servers are stopping.
         self._stops = 0
 
     def wait(self, grace: float) -> Deferred[Drained]:
-        """Drain, for at most ``grace`` seconds from now on."""
+        """Drain, for at most ``grace`` seconds from now."""
         waiting: Deferred[Drained] = Deferred()
         self._waiting.append(waiting)
         reactor = self._reactor
@@ -161,7 +163,8 @@ class _Drainage:
             self._end = end
             cancel_call(self._end_call)
             self._end_call = reactor.callLater(grace, self._abort)
-            # After the backlogs were accepted: a server that stops refuses connections.
+            # After _sweep has accepted the backlogs, as a stopping server refuses new
+            # connections.
             for server in servers:
                 if server.is_on(reactor):
                     self._stop(server, grace)
@@ -169,7 +172,7 @@ class _Drainage:
         return waiting
 
     def _sweep(self) -> None:
-        """Look at all ports and connections, of which some may be new."""
+        """Check all ports and connections, including new ones."""
         for reader in self._reactor.getReaders():
             if isinstance(reader, Port):
                 self._stop_listening(reader)
@@ -177,7 +180,7 @@ class _Drainage:
             try:
                 self._look_at(connection)
             except Exception:
-                _log.failure("cannot drain {connection!r}", connection=connection)
+                _log.failure("Cannot drain {connection!r}", connection=connection)
         for connection in self._draining.keys() - self._reactor.server_connections:
             del self._draining[connection]
         self._sweep_call = self._reactor.callLater(self._keep_alive, self._sweep)
@@ -186,7 +189,8 @@ class _Drainage:
         self._keep_logging(port.factory)
         accept_backlog(port)
         port.stopReading()
-        # Its service may close it now, too, and Twisted's ports take that only once.
+        # Its service may close the port in this pass too.  A Twisted port can be closed
+        # only once.
         self._reactor.callLater(0, self._close, port)
 
     def _close(self, port: Any) -> None:
@@ -194,7 +198,12 @@ class _Drainage:
             port.connectionLost(Failure(CONNECTION_DONE))
 
     def _keep_logging(self, factory: Any) -> None:
-        """A factory closes its access log when the last port is closed that uses it."""
+        """
+        Keep an access log open.
+
+        A factory closes its log when its last port is closed, but requests are still
+        answered after that.
+        """
         http = sys.modules.get("twisted.web.http")
         while http is not None and factory is not None:
             if isinstance(factory, http.HTTPFactory):
@@ -231,18 +240,19 @@ class _Drainage:
 
         server.stop(grace, CANCEL_TIMEOUT).addErrback(
             lambda failure: _log.failure(
-                "cannot stop {name}", failure, name=server.name
+                "Cannot stop the server {name}", failure, name=server.name
             )
         ).addCallback(stopped)
 
     # The end
 
     def _abort(self) -> None:
-        """The grace is over."""
+        """Abort the remaining connections: the grace is over."""
         left = list(self._reactor.server_connections)
         self._aborted = len(left)
         for connection in left:
-            # The servers of coroutines cancel their handlers, and abort then.
+            # A coroutine server aborts its connections itself, after it has cancelled
+            # their handlers.
             if not any(isinstance(p, StreamProtocol) for p in protocols_of(connection)):
                 connection.abortConnection()
         if left:
@@ -252,7 +262,7 @@ class _Drainage:
             )
 
     def _check(self) -> None:
-        """Whether all has ended."""
+        """Finish if all connections and handlers have ended."""
         if self._reactor.server_connections or self._stops:
             return
         if _drainages.pop(self._reactor, None) is None:
@@ -272,7 +282,7 @@ _drainages: Final[WeakKeyDictionary[EngineReactor, _Drainage]] = WeakKeyDictiona
 
 
 def protocols_of(connection: ServerTransport) -> Iterator[Any]:
-    """The protocol of a connection; behind it, those that it wraps, TLS for example."""
+    """Yield the protocol of a connection, then each one that it wraps (as TLS does)."""
     protocol: Any = connection.protocol
     while protocol is not None:
         yield protocol
@@ -280,7 +290,7 @@ def protocols_of(connection: ServerTransport) -> Iterator[Any]:
 
 
 def _web() -> Any:
-    """The module for ``twisted.web``, if this process uses that."""
+    """Return the module that drains ``twisted.web``, if this process uses that."""
     if "twisted.web.http" not in sys.modules:
         return None
     from twisted_rtsig.workers import web

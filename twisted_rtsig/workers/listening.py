@@ -2,13 +2,14 @@
 The listening sockets of all workers, which the supervisor holds.
 
 There is one socket for each slot and TCP address, with SO_REUSEPORT: the kernel gives
-each new connection to one of them, and its worker accepts it.  To close such a socket
-resets the connections that wait in its queue, so that it stays open as long as the
-address is used.  A worker's successor in the slot gets the same socket.  While the slot
-has no worker, another worker accepts from it as well.
+each new connection to one of these sockets, and the worker in that slot accepts it.
+Closing such a socket resets the connections in its backlog, so it stays open as long as
+the address is used.  When a worker ends, its successor in the slot gets the same
+socket.  While the slot has no worker, another worker borrows the socket and accepts
+from it.
 
-Where the kernel cannot do that (it is Linux and FreeBSD that can), and for UNIX paths,
-all workers accept from one socket.
+On kernels that cannot do that (only Linux and FreeBSD can), and for UNIX paths, all
+workers accept from one shared socket.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ _log = Logger()
 if sys.platform.startswith("linux"):
     _REUSEPORT: int | None = socket.SO_REUSEPORT
 elif sys.platform.startswith("freebsd"):
-    # Python has a name for it since 3.14 only.
+    # SO_REUSEPORT_LB, which the socket module has only since Python 3.14.
     _REUSEPORT = 0x00010000
 else:
-    # Where the option exists, it does not spread connections.
+    # If the option exists here, it does not spread connections over the sockets.
     _REUSEPORT = None
 
-# With it, FreeBSD must know before bind(2); see _bind_all.
+# Linux takes the option after bind(2) too; FreeBSD only before.  See _bind_all.
 _AFTERWARDS: Final = sys.platform.startswith("linux")
 
 SHARED: Final = "shared"
-"""The identity of a socket that all workers accept from."""
+"""The identity of a socket that all workers share."""
 
 Listener = Any
 """
-A worker: its ``number``, whether it ``accepts`` connections, and ``goes_on``: it does
-not stop, but may be starting.
+A worker, with the attributes ``number``, ``accepts`` (it accepts connections) and
+``goes_on`` (it is not stopping, but may still be starting).
 """
 
 
@@ -58,14 +59,16 @@ class Address:
     """
     An address on which the application listens.
 
-    :ivar key: the kind, the address, and which of several requests for port 0 it is.
-    :ivar sockets: by slot; one for all with the key None.
-    :ivar listening: the slots whose sockets listen, in the order in which they began.
-        A socket that is bound and does not listen gets no connections.
-    :ivar listeners: the workers that have asked for it, the latest last.
+    :ivar key: the kind, the address, and an index that tells several requests for port
+        0 apart.
+    :ivar sockets: by slot; a shared socket has the key None.
+    :ivar listening: the slots whose sockets listen, in the order in which they started
+        to.  A socket that is bound and does not listen gets no connections.
+    :ivar listeners: the workers that have asked for the address, the latest last.
     :ivar borrowers: by slot, the worker of another slot that accepts from its socket.
     :ivar owned: whether this process has made the sockets, and the file of a UNIX path.
-    :ivar turns: what gives each socket its turn, where the system can do that.
+        If not, systemd passed them.
+    :ivar turns: distributes connections round-robin, if the system allows that.
     """
 
     key: tuple[Any, ...]
@@ -83,16 +86,16 @@ class Address:
         return None in self.sockets
 
     def accepting(self) -> dict[int, Listener]:
-        """By slot, the workers that accept connections."""
+        """Return, by slot, the workers that accept connections."""
         return {each.number: each for each in self.listeners if each.accepts}
 
     @property
     def used(self) -> bool:
-        """Whether there is a worker for which the connections can wait."""
+        """Whether a worker listens on the address, or will when it has started."""
         return any(each.goes_on for each in self.listeners)
 
     def of(self, worker: Listener) -> list[tuple[str, socket.socket]]:
-        """The sockets that ``worker`` is to accept from, its own first."""
+        """Return the sockets that ``worker`` accepts from, its own first."""
         if self.shared:
             return [(SHARED, self.sockets[None])]
         slots = [self.own_slot(worker)]
@@ -100,7 +103,7 @@ class Address:
         return [(str(slot), self.sockets[slot]) for slot in slots]
 
     def own_slot(self, worker: Listener) -> int:
-        """Its number, or if that has no socket, one that it shares."""
+        """Return the slot of a worker, or one to share if its own has no socket."""
         number: int = worker.number
         if number in self.sockets:
             return number
@@ -109,9 +112,9 @@ class Address:
 
     def listen(self, worker: Listener, backlog: int) -> None:
         """
-        Have the socket of ``worker`` listen.
+        Make the socket of ``worker`` listen.
 
-        :param backlog: also of a socket that listens already.
+        :param backlog: its backlog, which is changed if the socket listens already.
         """
         if not self.owned:
             return
@@ -123,23 +126,23 @@ class Address:
         if slot not in self.listening:
             self.listening.append(slot)
             if len(self.listening) == 1:
-                # Most systems allow that to root only.
+                # On most systems, only root may do that.
                 with contextlib.suppress(OSError):
                     self.turns = RoundRobin(self.sockets[slot])
 
     def lend(self) -> set[Listener]:
         """
-        See that each socket has a worker that accepts from it.
+        Make sure that a worker accepts from each socket.
 
-        :return: the workers for which something has changed.
+        :return: the workers whose sockets have changed.
         """
         if self.shared:
             return set()
         accepting = self.accepting()
         served = {self.own_slot(each) for each in accepting.values()}
         if self.turns is not None:
-            # The others get no new connections, and only have to get rid of those that
-            # wait.
+            # The sockets of other slots get no new connections.  Their borrowers only
+            # accept what is in their backlogs.
             self.turns.choose(
                 [place for place, slot in enumerate(self.listening) if slot in served]
             )
@@ -163,7 +166,7 @@ class Address:
         return changed
 
     def close(self) -> None:
-        """Close the sockets, which resets what waits in their queues."""
+        """Close the sockets, which resets the connections in their backlogs."""
         if not self.owned:
             return
         for each in self.sockets.values():
@@ -183,10 +186,10 @@ class Listening:
     """
     The sockets of all addresses.
 
-    :param slots: the numbers of the slots for which sockets are made at once.  Later,
-        this process may lack the privileges.
-    :param shared: whether to have one socket for each address instead.
-    :param inherited: listening sockets that systemd has passed.
+    :param slots: the slots for which sockets are made together with the first one, as
+        this process may have dropped its privileges later.
+    :param shared: whether all workers share one socket for each address.
+    :param inherited: listening sockets that systemd passed.
     """
 
     def __init__(
@@ -203,7 +206,7 @@ class Listening:
         self, worker: Listener, request: Message
     ) -> list[tuple[str, socket.socket]]:
         """
-        The sockets from which ``worker`` is to accept, its own first.
+        Return the sockets that ``worker`` accepts from, its own first.
 
         :raises OSError: if they cannot be made.
         """
@@ -219,26 +222,26 @@ class Listening:
         return address.of(worker)
 
     def release(self, worker: Listener, request: Message) -> None:
-        """The application in ``worker`` has closed its port."""
+        """Handle that the application in ``worker`` has closed its port."""
         address = self._addresses.get(_key(request))
         if address is None or worker not in address.listeners:
             return
         address.listeners.remove(worker)
         if worker.goes_on and not address.used:
-            # As Twisted closes a port: connections are refused from now on.
+            # As in Twisted, a closed port refuses connections.
             self._remove(address)
 
     def ended(self, worker: Listener) -> None:
-        """``worker`` has ended.  Its sockets stay, for its successor."""
+        """Handle the end of ``worker``.  Its sockets stay open, for its successor."""
         for address in self._addresses.values():
             if worker in address.listeners:
                 address.listeners.remove(worker)
 
     def lend(self) -> set[Listener]:
         """
-        See that each socket has a worker that accepts from it.
+        Make sure that a worker accepts from each socket.
 
-        :return: the workers that have to ask for their sockets again.
+        :return: the workers that must ask for their sockets again.
         """
         changed: set[Listener] = set()
         for address in self._addresses.values():
@@ -247,20 +250,20 @@ class Listening:
 
     def close_unused(self) -> None:
         """
-        Close the addresses on which no worker listens any more, since the application
-        has changed.
+        Close the addresses on which no worker listens any more, because the reloaded
+        application does not use them.
         """
         for address in list(self._addresses.values()):
             if not address.used:
                 self._remove(address)
 
     def close(self) -> None:
-        """Close everything."""
+        """Close all sockets."""
         for address in list(self._addresses.values()):
             self._remove(address)
 
     def addresses(self) -> Iterator[Address]:
-        """All addresses."""
+        """Yield all addresses."""
         yield from self._addresses.values()
 
     def _remove(self, address: Address) -> None:
@@ -294,7 +297,7 @@ class Listening:
             if not lock.lock():
                 raise OSError(errno.EADDRINUSE, "Cannot acquire lock")
             if not lock.clean:
-                # What a process has left behind that was killed.
+                # The previous owner of the lock was killed, and left its socket.
                 with contextlib.suppress(OSError):
                     if stat.S_ISSOCK(os.stat(path).st_mode):
                         os.unlink(path)
@@ -317,8 +320,8 @@ class Listening:
             added = _bound(first.family, first.getsockname(), _REUSEPORT)
         except OSError as error:
             _log.warn(
-                "Worker {number} shares the socket of another one for {address}: it "
-                "cannot have its own ({error})",
+                "Worker {number} shares another worker's socket for {address}, as its "
+                "own cannot be made: {error}",
                 number=number,
                 address=first.getsockname()[:2],
                 error=error,
@@ -334,7 +337,7 @@ def _unlink(path: str) -> None:
         pass
     except OSError as error:
         # With --uid, the user may not be allowed to write to the folder.
-        _log.warn("{path} cannot be removed: {error}", path=path, error=error)
+        _log.warn("Cannot remove {path}: {error}", path=path, error=error)
 
 
 def _key(request: Message) -> tuple[Any, ...]:
@@ -344,17 +347,17 @@ def _key(request: Message) -> tuple[Any, ...]:
 
 
 def _path(request: Message) -> str:
-    """That of a UNIX socket, from where this process is."""
+    """Return the path of a UNIX socket, for use in this process."""
     path: str = request["path"]
     folder = request["folder"]
-    # A relative path is left as it is where it can be: a socket's must be short.
+    # A path is kept relative if possible, as sun_path is limited to about 100 bytes.
     if path.startswith("\0") or folder == current_folder():
         return path
     return os.path.join(folder, path)
 
 
 def current_folder() -> str:
-    """The working directory; an empty string if it was removed."""
+    """Return the working directory; an empty string if it was removed."""
     try:
         return os.getcwd()
     except FileNotFoundError:
@@ -363,7 +366,7 @@ def current_folder() -> str:
 
 def _name(family: int, interface: str, port: int) -> tuple[Any, ...]:
     if family == socket.AF_INET6:
-        # As Twisted resolves it; the scope may be the name of a network interface.
+        # As Twisted does.  The scope may be the name of a network interface.
         flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
         name: tuple[Any, ...] = socket.getaddrinfo(interface, port, flags=flags)[0][4]
         return name
@@ -384,7 +387,7 @@ _ANY: Final = "0.0.0.0"
 def _bound(
     family: int, name: tuple[Any, ...], reuseport: int | None = None
 ) -> socket.socket:
-    """A socket as Twisted binds it, which does not listen yet."""
+    """Return a socket bound as Twisted binds it, which does not listen yet."""
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
         made.setblocking(False)
@@ -403,8 +406,9 @@ def _bind_all(
 ) -> dict[int | None, socket.socket]:
     first, *others = slots
     assert _REUSEPORT is not None
-    # On Linux the first one is bound without the option.  Otherwise another server of
-    # the same user that has it would silently get a part of the connections.
+    # On Linux the first socket is bound without the option, so that bind(2) fails if
+    # another server of the same user has the address with that option.  Otherwise that
+    # server would silently get a part of the connections.
     made = _bound(family, name, None if _AFTERWARDS else _REUSEPORT)
     sockets: dict[int | None, socket.socket] = {first: made}
     try:

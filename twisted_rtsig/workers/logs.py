@@ -1,9 +1,9 @@
 """
-The log of all workers in that of the supervisor.
+Writes the log of all workers to the log of the supervisor.
 
-A worker writes whole lines to a pipe, and the supervisor alone writes to the log file
-of ``twistd``: so rotation and SIGUSR1 work as ever.  The pipe is read a few times a
-second while much comes, so that a line costs next to nothing.
+A worker writes whole lines to a pipe.  Only the supervisor writes to the log file of
+``twistd``, so rotation and SIGUSR1 work as usual.  While a worker logs a lot, its pipe
+is read only a few times a second, so that a line costs next to nothing.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from twisted.logger import (
 from twisted.python.logfile import BaseLogFile
 from zope.interface import implementer
 
-# Seconds between two reads of a pipe, by the room that it has.
+# Seconds between two reads of a pipe, by whether its capacity is large.
 _PAUSES: Final = {True: 0.1, False: 0.02}
 _LARGE: Final = 512 * 1024
 
 _READ: Final = 64 * 1024
 
-# The longest piece of a line that is waited for.
+# The most bytes of a line that are kept until the rest of it arrives.
 _LINE: Final = 1024 * 1024
 
-# Bytes that a pipe is to have room for, and that it has on other systems than Linux.
+# The wanted capacity of a pipe in bytes, and the assumed one on systems without
+# F_SETPIPE_SZ.
 _CAPACITY: Final = 1024 * 1024
 _SMALL_CAPACITY: Final = 16 * 1024
 
 
 def make_pipe() -> tuple[int, int]:
-    """A pipe with room for what a worker writes while it is not read."""
+    """Make a pipe with room for what a worker writes between two reads."""
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     if hasattr(fcntl, "F_SETPIPE_SZ"):
-        # Users may have a limit.
+        # Users other than root have limits (pipe(7)).
         with contextlib.suppress(OSError):
             fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _CAPACITY)
     return reading, writing
@@ -51,8 +52,8 @@ def make_pipe() -> tuple[int, int]:
 
 def text_output() -> Callable[[bytes], None] | None:
     """
-    What writes text to where ``twistd`` logs to: a file or standard output.  None if it
-    logs elsewhere (``--syslog``, ``--logger``).
+    Return a function that writes text to the log of ``twistd``: a file or standard
+    output.  None if it logs elsewhere (``--syslog``, ``--logger``).
     """
     for observer in globalLogPublisher._observers:
         if isinstance(observer, FileLogObserver):
@@ -68,7 +69,7 @@ def text_output() -> Callable[[bytes], None] | None:
             if takes_bytes:
                 file.write(data)
             else:
-                # A terminal may lack some characters.
+                # The encoding of a terminal may lack some characters.
                 text = data.decode("utf-8", "replace")
                 file.write(text.encode(encoding, "backslashreplace").decode(encoding))
             file.flush()
@@ -79,9 +80,9 @@ def text_output() -> Callable[[bytes], None] | None:
 @implementer(IReadDescriptor)
 class LogPipe:
     """
-    Reads what one worker writes.
+    Reads the log of one worker.
 
-    :param descriptor: the end of the pipe to read from, which belongs to this.
+    :param descriptor: the read end of the pipe, which this object owns.
     :param write: called with whole lines.
     """
 
@@ -102,19 +103,19 @@ class LogPipe:
         self._seconds = _PAUSES[capacity >= _LARGE]
 
     def start(self) -> None:
-        """Begin to read."""
+        """Start reading."""
         self._reactor.addReader(self)
 
     def fileno(self) -> int:
-        """Its descriptor."""
+        """Return the descriptor."""
         return self._descriptor
 
     def logPrefix(self) -> str:
-        """What log entries are marked with."""
+        """Return the prefix of log entries."""
         return "workers"
 
     def doRead(self) -> None:
-        """Read what is there; then look from time to time, as long as more comes."""
+        """Read what has arrived, then poll the pipe as long as more arrives."""
         self._reactor.removeReader(self)
         self._look()
 
@@ -136,7 +137,7 @@ class LogPipe:
         """
         Read once.
 
-        :return: how many bytes there were; 0 at the end, None if there is nothing yet.
+        :return: how many bytes were read; 0 at the end, None if nothing has arrived.
         """
         try:
             data = os.read(self._descriptor, _READ)
@@ -157,13 +158,13 @@ class LogPipe:
         return len(data)
 
     def connectionLost(self, reason: object) -> None:
-        """The reactor disconnects everything."""
+        """Close the pipe, as the reactor disconnects everything."""
         self.close()
 
     def finish(self) -> None:
         """
-        The worker has ended: read what is left.  If a child of the worker writes to the
-        pipe as well, it is read until that ends.
+        Read the rest, after the worker has ended.  If a child of the worker still has
+        the pipe, go on reading until that child ends too.
         """
         self._finished = True
         while self._descriptor >= 0:
@@ -174,7 +175,7 @@ class LogPipe:
                 self.close()
 
     def close(self) -> None:
-        """Close it."""
+        """Close the pipe."""
         if self._descriptor < 0:
             return
         if self._pause is not None and self._pause.active():
@@ -187,13 +188,13 @@ class LogPipe:
 
 
 def worker_observer(number: int) -> Any:
-    """The log observer of a worker: text lines with its number, to standard output."""
+    """Return a log observer that writes lines with the worker's number to stdout."""
     mark = f" [worker {number}: "
 
     def emit(event: dict[str, Any]) -> None:
         text = formatEventAsClassicLogText(event)
         if text is not None:
-            # The time, and then what Twisted calls the system.
+            # A line is: the time, then the log system in brackets, then the text.
             data = text.replace(" [", mark, 1).encode("utf-8", "backslashreplace")
             with contextlib.suppress(OSError):
                 while data:
@@ -203,7 +204,7 @@ def worker_observer(number: int) -> Any:
 
 
 class LineLog:
-    """Logs what workers print, where the log is no text."""
+    """Logs each line that a worker prints, if the log of ``twistd`` is not text."""
 
     _log = Logger()
 
@@ -211,7 +212,7 @@ class LineLog:
         self._number = number
 
     def __call__(self, data: bytes) -> None:
-        """Log lines."""
+        """Log each line of ``data``."""
         for line in data.decode("utf-8", "replace").splitlines():
             self._log.info(
                 "worker {number} has printed: {line}", number=self._number, line=line

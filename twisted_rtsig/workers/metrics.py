@@ -1,7 +1,7 @@
 """
-The metrics of all workers, added up, in the names of ``docs/metrics.md``.
+The sums of the metrics of all workers, with the names in ``docs/metrics.md``.
 
-Counters only grow: what workers have counted that have ended stays in the sum.
+Counters only grow: the sums include the counts of workers that have ended.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ HISTOGRAM: Final = "histogram"
 
 Value: TypeAlias = "float | list[float]"
 """
-A number; of a histogram, the sum of its samples and then the number of samples in each
-bucket of :class:`Histogram`.
+A number; for a histogram, a list of the sum of its samples and then the number of
+samples in each bucket of :class:`~twisted_rtsig.coro.Histogram`.
 """
 
 
@@ -27,8 +27,8 @@ class Metric(NamedTuple):
     """
     One number, or one histogram.
 
-    :ivar name: the name of the family.
-    :ivar labels: names and values, in order.
+    :ivar name: the name of its family.
+    :ivar labels: pairs of a label's name and value, in order.
     """
 
     name: str
@@ -36,34 +36,40 @@ class Metric(NamedTuple):
     value: Value
 
 
+_TABLE: Final = """\
+twisted_workers             gauge     Worker processes.
+twisted_workers_ended       counter   Workers that have ended.
+twisted_worker_cpu_seconds  counter   CPU time of the workers.
+twisted_worker_memory_bytes gauge     Resident memory of the workers.
+twisted_worker_connections  gauge     Open server connections, of any protocol.
+twisted_worker_requests     counter   Requests that twisted.web has answered.
+twisted_tasks               gauge     Tasks that have not ended.
+twisted_tasks_spawned       counter   Tasks.
+twisted_tasks_ended         counter   Tasks that have ended.
+twisted_connections         gauge     Open connections.
+twisted_connections_made    counter   Connections.
+twisted_pending_bytes       gauge     Bytes that wait in the workers.
+twisted_server_connections  gauge     Connections of a server.
+twisted_server_limits       counter   Connections that a limit has refused or aborted.
+twisted_channels            gauge     Values in channels, and operations that wait.
+twisted_threads             gauge     Threads of the pools.
+twisted_processes           gauge     Child processes.
+twisted_pass_seconds        histogram Passes of the reactors.
+"""
+
 FAMILIES: Final[Mapping[str, tuple[str, str]]] = {
-    "twisted_workers": (GAUGE, "Worker processes."),
-    "twisted_workers_ended": (COUNTER, "Workers that have ended."),
-    "twisted_worker_cpu_seconds": (COUNTER, "CPU time of the workers."),
-    "twisted_worker_memory_bytes": (GAUGE, "Resident memory of the workers."),
-    "twisted_worker_connections": (GAUGE, "Open server connections, of any protocol."),
-    "twisted_worker_requests": (COUNTER, "Requests that twisted.web has answered."),
-    "twisted_tasks": (GAUGE, "Tasks that have not ended."),
-    "twisted_tasks_spawned": (COUNTER, "Tasks."),
-    "twisted_tasks_ended": (COUNTER, "Tasks that have ended."),
-    "twisted_connections": (GAUGE, "Open connections."),
-    "twisted_connections_made": (COUNTER, "Connections."),
-    "twisted_pending_bytes": (GAUGE, "Bytes that wait in the workers."),
-    "twisted_server_connections": (GAUGE, "Connections of a server."),
-    "twisted_server_limits": (
-        COUNTER,
-        "Connections that a limit of a server has refused or aborted.",
-    ),
-    "twisted_channels": (GAUGE, "Values in channels, and operations that wait."),
-    "twisted_threads": (GAUGE, "Threads of the pools."),
-    "twisted_processes": (GAUGE, "Child processes."),
-    "twisted_pass_seconds": (HISTOGRAM, "Passes of the reactors."),
+    name: (kind, description)
+    for name, kind, description in (line.split(None, 2) for line in _TABLE.splitlines())
 }
-"""By name: the type of each family, and its description."""
+"""By the name of each family: its type and its description."""
 
 
 def metrics_of(snapshot: Mapping[str, Any]) -> Iterator[Metric]:
-    """What :func:`twisted_rtsig.workers.snapshot.Observer.snapshot` has counted."""
+    """
+    Yield the metrics of a snapshot of a worker.
+
+    :param snapshot: see :meth:`twisted_rtsig.workers.snapshot.Observer.snapshot`.
+    """
     coroutines = snapshot["coroutines"]
     tasks, streams = coroutines["tasks"], coroutines["streams"]
     yield Metric("twisted_worker_cpu_seconds", (), snapshot["cpu"])
@@ -97,12 +103,12 @@ def metrics_of(snapshot: Mapping[str, Any]) -> Iterator[Metric]:
 
 
 def is_gauge(metric: Metric) -> bool:
-    """Whether it counts what there is now."""
+    """Whether the metric is a gauge, which counts what exists now."""
     return FAMILIES[metric.name][0] == GAUGE
 
 
 def add_up(metrics: Iterable[Metric]) -> list[Metric]:
-    """One of each name and labels, with the sum of the values."""
+    """Return one metric for each name and labels, with the sum of the values."""
     sums: dict[tuple[str, tuple[tuple[str, str], ...]], Value] = {}
     for name, labels, value in metrics:
         so_far = sums.get((name, labels))
@@ -116,18 +122,18 @@ def add_up(metrics: Iterable[Metric]) -> list[Metric]:
 
 
 def to_json(metrics: Iterable[Metric]) -> list[Any]:
-    """As what JSON has."""
+    """Return metrics as lists and dictionaries, for JSON."""
     return [[name, dict(labels), value] for name, labels, value in metrics]
 
 
 def from_json(metrics: Iterable[Any]) -> list[Metric]:
-    """What :func:`to_json` has returned."""
+    """Return the metrics that :func:`to_json` converted."""
     return [Metric(name, tuple(labels.items()), v) for name, labels, v in metrics]
 
 
 def exposition(metrics: Iterable[Metric]) -> str:
     """
-    Text as Prometheus reads it (its text-based format, version 0.0.4).
+    Return metrics as Prometheus reads them (its text-based format, version 0.0.4).
 
     :raises KeyError: if a name is not one of :data:`FAMILIES`.
     """

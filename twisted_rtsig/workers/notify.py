@@ -1,4 +1,4 @@
-"""What systemd is told (sd_notify(3)), and what it passes (sd_listen_fds(3))."""
+"""Notifies systemd (sd_notify(3)), and takes its sockets (sd_listen_fds(3))."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _FIRST: Final = 3
 
 class Notifier:
     """
-    Tells systemd of the state of this service, if it asks for that.
+    Tells systemd the state of this service, if systemd asks for it.
 
-    It takes its variables out of the environment: the workers are no services.
+    It removes systemd's variables from the environment, as the workers are not services
+    of their own.
     """
 
     def __init__(self) -> None:
@@ -24,28 +25,28 @@ class Notifier:
         pid = os.environ.pop("WATCHDOG_PID", "")
         microseconds = os.environ.pop("WATCHDOG_USEC", "")
         self.watchdog: float | None = None
-        """After how many seconds without a sign of life systemd restarts the service;
-        None if it does not look after that."""
+        """systemd restarts the service after so many seconds without :meth:`alive`;
+        None if it does not watch the service."""
         ours = not pid or pid == str(os.getpid())
         if self._address and ours and microseconds.isdecimal() and int(microseconds):
             self.watchdog = int(microseconds) / 1e6
 
     def ready(self) -> None:
-        """The service has started, or has loaded its new code."""
-        # MAINPID: it may have become a daemon since.
+        """Tell that the service has started, or has loaded its new code."""
+        # MAINPID, as the process may have become a daemon meanwhile.
         self._send("READY=1", f"MAINPID={os.getpid()}")
 
     def reloading(self) -> None:
-        """The service loads its new code."""
+        """Tell that the service loads its new code."""
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._send("RELOADING=1", f"MONOTONIC_USEC={now}")
 
     def stopping(self) -> None:
-        """The service stops."""
+        """Tell that the service stops."""
         self._send("STOPPING=1")
 
     def alive(self) -> None:
-        """The service is alive."""
+        """Tell that the service is alive."""
         self._send("WATCHDOG=1")
 
     def _send(self, *lines: str) -> None:
@@ -54,7 +55,7 @@ class Notifier:
         address = self._address
         if address.startswith("@"):
             address = "\0" + address[1:]
-        # Systemd may be restarting, and the message is not worth an error.
+        # systemd may be restarting, which is no error of this service.
         with (
             contextlib.suppress(OSError),
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sending,
@@ -65,9 +66,10 @@ class Notifier:
 
 def passed_sockets() -> tuple[list[socket.socket], list[str]]:
     """
-    The sockets that systemd has passed to this process, and their names.
+    Return the sockets that systemd passed to this process, and their names.
 
-    They are taken out of the environment, and no child inherits them by itself.
+    Their variables are removed from the environment, and their descriptors are closed
+    in child processes.
     """
     pid = os.environ.pop("LISTEN_PID", "")
     count = os.environ.pop("LISTEN_FDS", "")
@@ -76,8 +78,8 @@ def passed_sockets() -> tuple[list[socket.socket], list[str]]:
     if pid == str(os.getpid()) and count.isdecimal():
         descriptors = list(range(_FIRST, _FIRST + int(count)))
     elif (endpoints := sys.modules.get("twisted.internet.endpoints")) is not None:
-        # A plugin has imported it.  It takes the variables when it is imported, and
-        # keeps what they say.
+        # A plugin has imported this module, which takes the variables out of the
+        # environment when it is imported, and keeps their values.
         descriptors = endpoints._SystemdParser._sddaemon.inheritedDescriptors()
     sockets = []
     for descriptor in descriptors:

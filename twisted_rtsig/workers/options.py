@@ -14,7 +14,7 @@ from twisted.plugin import getPlugins
 from twisted.python import usage
 
 NAME: Final = "workers"
-"""That of the command."""
+"""The name of the command."""
 
 
 def _count(text: str) -> int:
@@ -43,7 +43,7 @@ _seconds.coerceDoc = "Must be a number of seconds."  # type: ignore[attr-defined
 
 class _Command(usage.Options):
     """
-    Takes the options of another command as they are: the workers parse them.
+    Takes the arguments of another command without parsing them, as the workers do that.
 
     :param plugin: the ``IServiceMaker`` of the command.
     """
@@ -57,27 +57,27 @@ class _Command(usage.Options):
         """See ``usage.Options``."""
         self.arguments = list(options or [])
         if {"--help", "--version"} & set(self.arguments):
-            # They print something and exit.
+            # These options print something and exit.
             real = self._plugin.options()
             real.parent = self.parent
             real.parseOptions(self.arguments)
 
 
 class Options(usage.Options):
-    """What ``twistd workers`` is told."""
+    """The options of ``twistd workers``."""
 
     synopsis = "[options] COMMAND [options of the command]"
     longdesc = (
         "Runs another command of twistd, or an application file, in several worker "
         "processes, which share the listening sockets. SIGHUP replaces the workers by "
-        "new ones, SIGTTIN and SIGTTOU start one more and stop one."
+        "new ones, SIGTTIN starts one more worker, and SIGTTOU stops one."
     )
 
     optFlags: ClassVar[list[Any]] = [
         [
             "shared-socket",
             None,
-            "Let all workers accept from one socket, instead of one for each.",
+            "Let all workers accept from one socket, instead of one socket each.",
         ],
     ]
 
@@ -86,14 +86,14 @@ class Options(usage.Options):
             "count",
             "c",
             "auto",
-            "How many workers; auto is one for each CPU that may be used.",
+            "How many workers; auto is one for each CPU that this process may use.",
             _count,
         ],
         [
             "grace",
             "g",
             30.0,
-            "How many seconds a worker has to finish what it does when it is to stop.",
+            "How many seconds a worker has to finish its requests when it stops.",
             _seconds,
         ],
         [
@@ -112,7 +112,7 @@ class Options(usage.Options):
 
     @property
     def subCommands(self) -> Iterator[tuple[Any, ...]]:
-        """The other commands of ``twistd``."""
+        """Yield the other commands of ``twistd``."""
         plugins = getPlugins(service.IServiceMaker)
         for plugin in sorted(plugins, key=attrgetter("tapname")):
             if plugin.tapname != NAME:
@@ -125,9 +125,9 @@ class Options(usage.Options):
 
     def postOptions(self) -> None:
         """
-        Check what cannot work.
+        Check the options.
 
-        :raises usage.UsageError: if something cannot.
+        :raises usage.UsageError: if they cannot work.
         """
         if sys.platform == "win32":
             raise usage.UsageError(
@@ -148,18 +148,18 @@ class Options(usage.Options):
                 raise usage.UsageError(f"there is no file {self['python']}")
         twistd: Any = self.parent
         self["reactor-name"] = _reactor_name(twistd)
-        # Until twistd has imported it.
+        # Still a name: twistd replaces it by the object that it imports.
         self["logger-name"] = twistd["logger"]
         chroot = twistd["chroot"]
         if chroot is not None and not os.path.exists(chroot + sys.executable):
             raise usage.UsageError(
                 f"--chroot={chroot} has no {sys.executable}, which the workers run: "
-                "install Python in there at the same path, or leave the change of the "
-                "root to what starts twistd (RootDirectory= of systemd)"
+                "install Python there at the same path, or let the program that starts "
+                "twistd change the root (as systemd does with RootDirectory=)"
             )
 
     def command(self) -> list[str]:
-        """What the workers give to ``twistd``."""
+        """Return the command and its arguments, which workers pass to ``twistd``."""
         if self["python"] is not None:
             return ["--python", self["python"]]
         command: Any = self.subOptions
@@ -168,9 +168,9 @@ class Options(usage.Options):
 
 def _reactor_name(parent: Any) -> str:
     """
-    The short name of the reactor that is installed.
+    Return the short name of the installed reactor.
 
-    :raises usage.UsageError: if it is not one of this package.
+    :raises usage.UsageError: if it is not a reactor of this package.
     """
     from twisted_rtsig.engine.reactor import EngineReactor
 
@@ -195,12 +195,12 @@ def _reactor_name(parent: Any) -> str:
 
 
 def makeService(options: Options) -> Any:
-    """The supervisor as a service of ``twistd``."""
+    """Return the supervisor, as a service for ``twistd``."""
     from twisted.internet import reactor
 
     from twisted_rtsig.workers.notify import Notifier, passed_sockets
 
-    # Before the next import: Twisted's endpoints take them.
+    # Before the next import: twisted.internet.endpoints would take the variables.
     sockets, names = passed_sockets()
 
     from twisted_rtsig.workers.supervisor import Settings, Supervisor
@@ -217,7 +217,7 @@ def makeService(options: Options) -> Any:
     if options["logger-name"] is not None:
         log_arguments += ["--logger", options["logger-name"]]
     arguments: list[str] = []
-    # The default leaves the application in a folder to which it goes by itself.
+    # With the default, an application that changes its folder by itself stays there.
     if twistd["chroot"] is None and twistd["rundir"] != ".":
         arguments = ["--rundir", os.path.abspath(twistd["rundir"])]
     settings = Settings(

@@ -1,4 +1,4 @@
-"""One worker process, as the supervisor sees it."""
+"""A worker process, from the side of the supervisor."""
 
 from __future__ import annotations
 
@@ -30,46 +30,48 @@ _log = Logger()
 # The most bytes of a request for sockets.
 _REQUEST: Final = 64 * 1024
 
-# How many seconds more than the grace a worker has to end by itself.
+# How many seconds a worker has to end after the grace, before it is killed.
 _MARGIN: Final = 2.0
 
 
 class Events:
-    """What a worker process tells the supervisor of; its methods do nothing."""
+    """The events of worker processes.  The supervisor overrides the methods."""
 
     def ready(self, worker: WorkerProcess) -> None:
-        """It has started, and listens."""
+        """Called when ``worker`` has started and listens."""
 
     def ended(self, worker: WorkerProcess) -> None:
-        """It has ended; ``worker.reason`` says how."""
+        """Called when ``worker`` has ended; ``worker.reason`` says how."""
 
     def message(self, worker: WorkerProcess, message: Message) -> None:
-        """It has sent a message of another type."""
+        """Called when ``worker`` has sent a message of another type than ``ready``."""
 
     def listen(
         self, worker: WorkerProcess, request: Message
     ) -> list[tuple[str, socket.socket]]:
         """
-        It asks for listening sockets.
+        Return the listening sockets that ``worker`` asks for.
 
-        :raises OSError: if it cannot have them.
+        :raises OSError: if they cannot be made.
         """
         raise NotImplementedError
 
     def release(self, worker: WorkerProcess, request: Message) -> None:
-        """Its application has closed a port."""
+        """Called when the application in ``worker`` has closed a port."""
 
 
 @dataclass(frozen=True)
 class Start:
     """
-    How worker processes are started.
+    The parameters with which worker processes are started.
 
-    :ivar reactor: the supervisor's.
-    :ivar lifeline: the descriptor of the pipe that ends when the supervisor does.
-    :ivar inherited: the sockets that systemd has passed.
-    :ivar path: the folder in which they start, or None for that of the supervisor.
-    :ivar write_log: what a worker's log lines are given to, by its number.
+    :ivar reactor: the reactor of the supervisor.
+    :ivar lifeline: the descriptor of the pipe that reaches its end when the supervisor
+        ends.
+    :ivar inherited: the sockets that systemd passed.
+    :ivar path: the working directory of the workers; None for that of the supervisor.
+    :ivar write_log: given the number of a worker, returns a function that writes its
+        log lines.
     """
 
     reactor: Any
@@ -83,13 +85,13 @@ class WorkerProcess(ProcessProtocol):
     """
     A worker process.
 
-    :ivar number: that of its slot.
+    :ivar number: the number of its slot.
     :ivar pid: its process id.
-    :ivar started: when it was started, by the reactor's clock.
+    :ivar started: the time at which it was started, by the reactor's clock.
     :ivar ready: whether it has started and listens.
-    :ivar stopping: whether it was asked to stop.
+    :ivar stopping: whether it was asked to stop, or stops by itself.
     :ivar ended: whether it has ended.
-    :ivar reason: how it has ended, in words.
+    :ivar reason: how it ended: ``by SIGKILL``, for example, or ``with status 1``.
     """
 
     def __init__(self, start: Start, boot: Boot, events: Events) -> None:
@@ -142,7 +144,7 @@ class WorkerProcess(ProcessProtocol):
 
     @property
     def goes_on(self) -> bool:
-        """Whether it is neither stopping nor at its end."""
+        """Whether it is not stopping and has not ended."""
         return not (self.stopping or self.ended)
 
     @property
@@ -151,32 +153,33 @@ class WorkerProcess(ProcessProtocol):
         return self.ready and self.goes_on
 
     def send(self, message: Message) -> bool:
-        """Send it a message; return whether that goes out."""
+        """Send the worker a message; return False if it cannot be sent."""
         return self.control.send(message)
 
     def stop(self, grace: float) -> None:
-        """Ask it to stop, and kill it if it has not ended after the grace."""
+        """Ask the worker to stop, and kill it if it has not ended after the grace."""
         if self.ended or self.stopping:
             return
         self.send({"type": "stop", "grace": grace})
         self.stops_by_itself(grace)
 
     def stops_by_itself(self, grace: float) -> None:
-        """It has said so: kill it if it has not ended after the grace."""
+        """Note that the worker is stopping; kill it if it runs on after the grace."""
         self.stopping = True
         self._kill_later = self._reactor.callLater(grace + _MARGIN, self._overdue)
 
     def kill(self) -> None:
-        """End it now."""
+        """Kill the worker."""
         if not self.ended:
             with contextlib.suppress(ProcessExitedAlready):
                 self._process.signalProcess(signal.SIGKILL)
 
     def wait(self, seconds: float) -> None:
         """
-        Without the reactor: handle what comes until it is ready or has ended.
+        Block until the worker is ready or has ended.  Its messages are handled without
+        the reactor, which does not run yet.
 
-        :param seconds: at most so many.
+        :param seconds: the longest time to block.
         """
         import select
 
@@ -220,7 +223,7 @@ class WorkerProcess(ProcessProtocol):
             self.reason = f"by {name}"
         if self._kill_later is not None and self._kill_later.active():
             self._kill_later.cancel()
-        # Its last messages, and what it has printed.
+        # Handle its last messages and its last output.
         self.control.read_all()
         self.control.close()
         self._requests.close()
@@ -239,7 +242,7 @@ class WorkerProcess(ProcessProtocol):
     def _received(self, message: Message) -> None:
         if message["type"] == "ready":
             self.ready = True
-            # What it has logged until now, in order.
+            # So that what it has logged comes before "is ready" in the log.
             self._log_pipe.read()
             self._events.ready(self)
         else:
@@ -256,7 +259,7 @@ _SIGNALS: Final = signal.valid_signals()
 
 
 def _flags() -> list[str]:
-    """The options of this interpreter."""
+    """Return the command-line options of this interpreter."""
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     if sys.version_info >= (3, 11) and "-P" not in flags:
         flags.append("-P")
@@ -264,13 +267,18 @@ def _flags() -> list[str]:
 
 
 def _entry(boot: Boot) -> list[str]:
-    """The arguments of Python: those after the number are for lists of processes."""
+    """
+    Return the arguments of Python.
+
+    Only the module matters.  The number and the arguments of ``twistd`` follow so that
+    ps(1) shows them.
+    """
     module = "twisted_rtsig.workers.worker"
-    # The worker gets the path of this process.  Before, it must take no module from the
-    # folder in which it starts: a json.py there would hide that of Python.
+    # The worker gets the sys.path of this process.  Until then, it must not import from
+    # its working directory: a json.py there would hide Python's own module.
     start = ["-m", module]
     if sys.version_info < (3, 11):
-        # Python has no -P.
+        # Without -P, which came with Python 3.11.
         code = "import sys; sys.path[:] = filter(None, sys.path)"
         start = ["-c", f"{code}; from {module} import main; main()"]
     return [*_flags(), *start, str(boot.number), *boot.arguments]
@@ -279,9 +287,9 @@ def _entry(boot: Boot) -> list[str]:
 @implementer(IReadDescriptor)
 class _Requests:
     """
-    Answers a worker that asks for listening sockets, or releases them.
+    Answers the requests of a worker, which asks for listening sockets or releases them.
 
-    :param answer: returns sockets, and raises ``OSError`` if it cannot.
+    :param answer: returns the sockets for a request, or raises :class:`OSError`.
     """
 
     def __init__(
@@ -340,12 +348,13 @@ class _Requests:
                 "error": error.strerror or str(error),
             }
         except Exception:
-            _log.failure("The request for a socket {request!r} failed", request=request)
-            message = {"errno": 0, "error": "the supervisor has failed: see its log"}
+            _log.failure("Cannot answer the request {request!r}", request=request)
+            message = {"errno": 0, "error": "an error in the supervisor: see its log"}
         else:
             message = {"sockets": [identity for identity, _ in sockets]}
         data = json.dumps(message).encode() + b"\n"
-        # There is always room: a worker waits for one answer before it asks again.
+        # The socket buffer has room, as a worker waits for each answer before it sends
+        # its next request.
         with contextlib.suppress(OSError):
             socket.send_fds(
                 self._socket, [data], [each.fileno() for _, each in sockets]

@@ -1,4 +1,4 @@
-"""Runs the application in a worker, with ``twistd``'s own machinery."""
+"""Runs the application in a worker, by means of ``twistd``'s own code."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from twisted_rtsig.workers.status import socket_path
 
 _log = Logger()
 
-# Seconds after the end of the channel within which the lifeline tells of the
-# supervisor's end.
+# If the supervisor has ended, the lifeline reports it within so many seconds after the
+# control channel was closed.
 _LIFELINE_TIMEOUT: Final = 1.0
 
 
@@ -48,9 +48,11 @@ def run(
     """
     Run the application until it ends.
 
-    :param connection: the control channel, and ``rest`` what was read of it.
+    :param connection: the control channel.
+    :param rest: bytes that were read from the control channel already.
     :param sockets: the channel on which to ask for listening sockets.
-    :param lifeline: a pipe that ends when the supervisor does.
+    :param lifeline: the descriptor of a pipe that reaches its end when the supervisor
+        ends.
     """
     options = ServerOptions()
     try:
@@ -78,10 +80,11 @@ def run(
 
 class WorkerSide:
     """
-    The worker's end of what connects it to the supervisor.
+    The connection to the supervisor, from the side of the worker.
 
     :ivar held: the listening sockets.
-    :ivar handlers: called with a message of the supervisor, by its type.
+    :ivar handlers: by the type of a message from the supervisor, the function that
+        handles it.
     """
 
     def __init__(
@@ -107,20 +110,20 @@ class WorkerSide:
         self._observer = Observer(reactor)
         self._grace = boot.grace
         self._stopping = False
-        # Before the application has triggers: the ports accept what waits in their
-        # backlogs, and the connections are told, before its services stop.
+        # Added before the application adds its triggers, so that draining begins before
+        # its services stop.
         reactor.addSystemEventTrigger("before", "shutdown", self._drain)
 
     def start(self) -> None:
-        """The reactor is about to run."""
+        """Start reading the control channel, as the reactor is about to run."""
         self.control.start()
-        # After all that the application does when the reactor runs.
+        # Called after the functions that the application has registered.
         self.reactor.callWhenRunning(self._ready)
 
     def supervisor_lost(self) -> NoReturn:
         """
-        End at once, since the supervisor has: without it nothing looks after this
-        process.  Called in any thread.
+        End this process at once, because the supervisor has ended and nothing else
+        manages it.  May be called in any thread.
         """
         try:
             self._clean_up()
@@ -141,24 +144,26 @@ class WorkerSide:
 
     def _channel_lost(self) -> None:
         """
-        If the supervisor has ended, the lifeline tells.  Otherwise, the application has
-        closed the channel by mistake, and the files of the supervisor must stay.
+        Stop, unless the lifeline reports the end of the supervisor first.
+
+        Without such a report, the application has closed the channel by mistake, and
+        the supervisor's files must stay.
         """
         self.reactor.callLater(_LIFELINE_TIMEOUT, self._stop_reactor)
 
     def _stop_reactor(self) -> None:
-        # The application may have stopped it in this pass.
+        # The application may have stopped the reactor already.
         with contextlib.suppress(ReactorNotRunning):
             self.reactor.stop()
 
     def _drain(self) -> Deferred[Drained]:
-        """The reactor stops, for whatever reason."""
+        """Drain, because the reactor stops, for whatever reason."""
         self._stopping = True
         self.control.send({"type": "stopping"})
 
         def tell_all(drained: Drained) -> Drained:
-            # What it has counted until its end.  During the shutdown, the reactor
-            # disconnects the channel.
+            # Report the final counts now, as the reactor disconnects the channel during
+            # the shutdown.
             self._tell_status({})
             return drained
 
@@ -172,12 +177,15 @@ class WorkerSide:
     def _received(self, message: Message) -> None:
         handler = self.handlers.get(message["type"])
         if handler is None:
-            _log.error("The supervisor has sent {received!r}", received=message)
+            _log.error(
+                "The supervisor sent a message of an unknown type: {received!r}",
+                received=message,
+            )
         else:
             handler(message)
 
     def _clean_up(self) -> None:
-        """Remove the files that the supervisor would have removed."""
+        """Remove the files that the supervisor removes when it ends normally."""
         supervisor = str(self.boot.supervisor)
         if self.boot.pidfile:
             with contextlib.suppress(OSError), open(self.boot.pidfile) as file:
@@ -187,7 +195,7 @@ class WorkerSide:
         for path, file_id, locked in self.held.files():
             with contextlib.suppress(OSError):
                 status = os.stat(path)
-                # Not that of another supervisor, which may have started already.
+                # Another supervisor may have started already, and made its own file.
                 if (status.st_dev, status.st_ino) == file_id:
                     os.unlink(path)
             if locked:
@@ -197,14 +205,14 @@ class WorkerSide:
 
 
 def _watch(lifeline: int, side: WorkerSide) -> None:
-    """In a thread: wait for the supervisor's end, also while the worker computes."""
+    """Wait for the supervisor's end, in a thread, as the main one may be computing."""
     while os.read(lifeline, 1):
         pass
     side.supervisor_lost()
 
 
 class WorkerLogger(UnixAppLogger):
-    """Logs to where the supervisor logs."""
+    """Logs to the log of the supervisor."""
 
     def _getLogObserver(self) -> Any:
         worker = current()
@@ -213,7 +221,7 @@ class WorkerLogger(UnixAppLogger):
 
 
 class _Runner(UnixApplicationRunner):
-    """Runs an application as ``twistd`` does."""
+    """Runs the application as ``twistd`` does."""
 
     def __init__(self, options: Any, boot: Boot, side: WorkerSide) -> None:
         self._side = side
@@ -222,7 +230,7 @@ class _Runner(UnixApplicationRunner):
         super().__init__(options)
 
     def startReactor(self, *args: Any, **kwargs: Any) -> None:
-        """As ``twistd`` does, and tell the supervisor when it runs."""
+        """Start the reactor, and tell the supervisor when it runs."""
         self._side.start()
         super().startReactor(*args, **kwargs)
 

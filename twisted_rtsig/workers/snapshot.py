@@ -1,4 +1,4 @@
-"""What a worker tells of itself, for ``python -m twisted_rtsig.workers status``."""
+"""The status of one worker, for ``python -m twisted_rtsig.workers status``."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any, Final
 from twisted_rtsig.coro import Histogram, format_tasks, statistics
 
 SLOW: Final = 0.1
-"""After how many seconds a pass of the reactor is called slow."""
+"""A pass of the reactor that takes longer than this, in seconds, counts as slow."""
 
 
 class Observer:
     """
-    Counts what a worker does.
+    Counts the passes of the reactor and the requests of a worker.
 
-    :ivar passes: of the reactor, each from one wait for events to the next.
-    :ivar slow_passes: those that took longer than :data:`SLOW`.
+    :ivar passes: the durations of the passes.  A pass is the time between two waits for
+        events.
+    :ivar slow_passes: how many passes took longer than :data:`SLOW`.
     :ivar requests: how many requests ``twisted.web`` has answered; None if the worker
         does not use it.
     """
@@ -30,9 +31,9 @@ class Observer:
         self.passes = Histogram()
         self.slow_passes = 0
         self.requests: int | None = None
-        # The start of the program is no pass.
+        # None until the first pass begins: the start of the program is not a pass.
         self._pass_began: int | None = None
-        # Not as an instrument: with one, each task is looked at.
+        # Not an instrument, as that would observe each step of each task.
         reactor.observe_passes(self._pass_begins, self._pass_ends, self)
 
     def _pass_begins(self) -> None:
@@ -47,7 +48,7 @@ class Observer:
             self.slow_passes += 1
 
     def count_requests(self) -> None:
-        """Count requests from now on.  The application has imported what it needs."""
+        """Start counting requests.  The application must have imported its modules."""
         http = sys.modules.get("twisted.web.http")
         if http is None:
             return
@@ -55,7 +56,7 @@ class Observer:
         log = http.HTTPFactory.log
 
         def count_and_log(factory: Any, request: Any) -> None:
-            # HTTPFactory logs each request that is answered.
+            # HTTPFactory.log is called for each request that was answered.
             self.requests += 1  # type: ignore[operator]
             log(factory, request)
 
@@ -63,7 +64,7 @@ class Observer:
 
     def snapshot(self, tasks: bool = False) -> dict[str, Any]:
         """
-        What there is now, for JSON.
+        Return the current figures, for JSON.
 
         :param tasks: whether to describe the tasks.
         """
@@ -84,12 +85,12 @@ class Observer:
 
 
 def _memory(usage: resource.struct_rusage) -> int:
-    """The bytes of resident memory; at most so many, where the system has only that."""
+    """Return the resident memory in bytes; its maximum where only that is known."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        # macOS counts bytes, others kilobytes.
+        # ru_maxrss is in bytes on macOS, and in kilobytes on other systems.
         return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

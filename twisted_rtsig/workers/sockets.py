@@ -1,6 +1,6 @@
 """
-The listening sockets of a worker: it asks the supervisor for them, and a port of
-Twisted accepts from them.
+The listening sockets of a worker.  It asks the supervisor for them, and Twisted's ports
+accept connections from them.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ class Held:
     """
     The sockets for one address.
 
-    :ivar request: what the worker has asked for.
-    :ivar identities: which sockets these are, the first of which is the worker's own.
+    :ivar request: the request that the worker has sent.
+    :ivar identities: the identities of the sockets, that of the worker's own first.
     :ivar sockets: the sockets, in the same order.
     :ivar file: for a UNIX path, the device and inode of its file.
+    :ivar changed: called when the sockets have changed.
     """
 
     request: Message
@@ -53,8 +54,8 @@ class HeldSockets:
     """
     All listening sockets that the supervisor holds for this worker.
 
-    :param connection: a socket to the supervisor.  Requests and answers block, so that
-        they are in order.
+    :param connection: a socket connected to the supervisor.  It blocks, so that
+        requests and answers stay in order.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -67,14 +68,14 @@ class HeldSockets:
         """
         Ask for the sockets of an address.
 
-        :raises OSError: what the supervisor got when it made them.
+        :raises OSError: the error that the supervisor got when it made the sockets.
         """
         same = [
             each.request["index"]
             for each in self._held
             if _address(each.request) == _address(request)
         ]
-        # Port 0 may be asked for again, and is another port each time.
+        # Each request for port 0 is for another port; the index tells them apart.
         index = next(n for n in range(len(same) + 1) if n not in same)
         if index and request.get("port") != 0:
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
@@ -85,15 +86,15 @@ class HeldSockets:
         return held
 
     def release(self, held: Held) -> None:
-        """The port of these sockets is closed."""
+        """Tell the supervisor that the port of these sockets is closed."""
         if held in self._held:
             self._held.remove(held)
-            # This process may be ending because the supervisor has.
+            # The supervisor may have ended already.
             with contextlib.suppress(OSError):
                 self._ask({"type": "release", **held.request})
 
     def renew(self) -> None:
-        """Ask for all of them again: they have changed."""
+        """Ask for all sockets again, as some have changed."""
         for held in list(self._held):
             try:
                 identities, sockets = self._ask({"type": "listen", **held.request})
@@ -116,7 +117,7 @@ class HeldSockets:
             held.changed()
 
     def files(self) -> Iterator[tuple[str, tuple[int, int], bool]]:
-        """The UNIX paths: each with its device and inode, and whether it is locked."""
+        """Yield each UNIX path, its device and inode, and whether it has a lock."""
         for held in list(self._held):
             if held.file is not None:
                 yield held.request["path"], held.file, bool(held.request["lock"])
@@ -142,7 +143,7 @@ class HeldSockets:
             raise OSError(message["errno"], message["error"])
         identities: list[str] = message["sockets"]
         if len(sockets) < len(identities):
-            # The kernel has dropped those for which there was no descriptor.
+            # The kernel drops sockets if the process has too many open descriptors.
             for each in sockets:
                 each.close()
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -154,7 +155,7 @@ def _address(request: Message) -> tuple[object, ...]:
 
 
 def use(reactor: Any, sockets: HeldSockets) -> None:
-    """Have ``reactor`` listen on the sockets of the supervisor from now on."""
+    """Make ``reactor`` listen on the supervisor's sockets from now on."""
 
     class WorkerTCPPort(_WorkerTCPPort):
         held_sockets = sockets
@@ -186,8 +187,8 @@ class _WorkerTCPPort(TCPPort):
             held = self.held_sockets.take(request)
         except OSError as error:
             raise CannotListenError(self.interface, self.port, error) from None
-        # Twisted then closes it in the end without shutting it down, which would shut
-        # it down for all workers.
+        # Twisted does not call shutdown(2) on a preexisting socket, which would shut it
+        # down for all workers.
         self._preexistingSocket = held.sockets[0]
         try:
             super().startListening()
@@ -199,13 +200,13 @@ class _WorkerTCPPort(TCPPort):
         self._sockets_changed()
 
     def startReading(self) -> None:
-        """Accept from all its sockets."""
+        """Start accepting from all sockets."""
         super().startReading()
         for each in self._others.values():
             each.startReading()
 
     def stopReading(self) -> None:
-        """Stop to accept."""
+        """Stop accepting from all sockets."""
         super().stopReading()
         for each in self._others.values():
             each.stopReading()
@@ -234,9 +235,9 @@ class _WorkerTCPPort(TCPPort):
 
 class _AnotherSocket(TCPPort):
     """
-    A second listening socket of a port.
+    A further listening socket of a port.
 
-    :param port: what accepts on it as well.
+    :param port: the port that accepts connections from it.
     """
 
     def __init__(self, port: _WorkerTCPPort, listening: socket.socket) -> None:
@@ -257,21 +258,25 @@ class _AnotherSocket(TCPPort):
         self.numberAccepts = 100
 
     def end(self) -> None:
-        """Accept from it no more."""
+        """Stop accepting from the socket, and close it."""
         if self.connected:
             self.connected = False
             self.stopReading()
             self.socket.close()
 
     def connectionLost(self, reason: Any) -> None:
-        """The reactor disconnects everything.  The port tells the factory."""
+        """
+        Close the socket, as the reactor disconnects everything.
+
+        The port itself notifies the factory.
+        """
         self.end()
 
 
 class _WorkerUNIXPort(UNIXPort):
     """
     A UNIX port whose socket and file the supervisor holds; or an adopted one, whose
-    file is there for the other workers, too.
+    file the other workers use as well.
     """
 
     held_sockets: HeldSockets
@@ -317,7 +322,7 @@ class _WorkerUNIXPort(UNIXPort):
         self.startReading()
 
     def connectionLost(self, reason: Any) -> None:
-        """As in Twisted, but for the file, which the supervisor removes."""
+        """As in Twisted, but leave the file, which the supervisor removes."""
         held, self._held = self._held, None
         tcp.Port.connectionLost(self, reason)
         if held is not None:

@@ -2,16 +2,16 @@
 Spreads the connections evenly over the sockets of an address.
 
 The kernel picks one of the sockets with SO_REUSEPORT by a hash of the peer's address
-and port.  That is random: of 400 connections to 4 workers, the busiest often gets 1.25
-times as many as the least busy.  A program in the kernel (eBPF, which socket(7) calls
-SO_ATTACH_REUSEPORT_EBPF) takes the sockets in turn instead, and leaves out those
-without a worker of their own.  To load it takes root, or CAP_BPF.  Without it the hash
-remains.
+and port.  That is random: of 400 connections to 4 workers, the busiest worker often
+gets 1.25 times as many as the least busy one.  Instead, an eBPF program in the kernel
+(SO_ATTACH_REUSEPORT_EBPF in socket(7)) picks the sockets round-robin, and leaves out
+those without a worker of their own.  Loading it takes root or CAP_BPF.  Without these
+privileges the hash remains.
 
-A program of the older kind (SO_ATTACH_REUSEPORT_CBPF) needs no privileges, but sees
-the packet only, and counts nothing.  The ports of a client's connections rise by random
-steps since Linux 5.18, so that picking by the port is hardly better than the hash; and
-the client could choose its worker.
+A classic BPF program (SO_ATTACH_REUSEPORT_CBPF) needs no privileges, but sees only the
+packet and cannot count.  Since Linux 5.18 the ports of a client's connections rise by
+random steps, so that picking by the port is hardly better than the hash; and a client
+could choose its worker.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-# The system call bpf(2), where instructions are little-endian.
+# The number of the system call bpf(2), on little-endian machines.
 _BPF: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361}
 
 _SO_ATTACH_REUSEPORT_EBPF: Final = 52
@@ -37,21 +37,22 @@ _ARRAY: Final = 2
 _MMAPABLE: Final = 1 << 10
 _SOCKET_FILTER: Final = 1
 
-# What the array holds, in numbers of 8 bytes: how many connections there were, how many
-# sockets take their turn, and which.
+# The entries of the array, 8 bytes each: how many connections there were, how many
+# sockets are in the rotation, and the indices of these sockets.
 _COUNT, _SOCKETS, _FIRST = range(3)
 _ENTRIES: Final = 512
 
-# "Jump if the register is 0".
+# The code of "jump if the register is 0".  _load fills in the distance to the end.
 _TO_THE_END: Final = 0x15
 
 
 class RoundRobin:
     """
-    Has the sockets of one group take their turn.
+    Distributes connections round-robin over the sockets of one SO_REUSEPORT group.
 
-    :param member: a socket of the group, which listens.
-    :raises OSError: if this process or this system cannot.
+    :param member: a listening socket of the group.
+    :raises OSError: if the system does not support it, or the process lacks the
+        privileges.
     """
 
     def __init__(self, member: socket.socket) -> None:
@@ -68,17 +69,17 @@ class RoundRobin:
 
     def choose(self, indices: Sequence[int]) -> None:
         """
-        Choose the sockets that take their turn.
+        Choose the sockets that get connections.
 
-        :param indices: their positions in the order in which the sockets began to
-            listen.  If there are none, the hash decides.
+        :param indices: their positions in the order in which the sockets started to
+            listen.  If there are none, the kernel's hash decides.
         """
         for number, index in enumerate(indices, _FIRST):
             self._set(number, index)
         self._set(_SOCKETS, len(indices))
 
     def close(self) -> None:
-        """Give the array back.  The program ends with the sockets."""
+        """Release the array.  The kernel drops the program with the last socket."""
         self._array.close()
 
     def _set(self, entry: int, number: int) -> None:
@@ -87,9 +88,10 @@ class RoundRobin:
 
 def _load(array: int) -> int:
     """
-    Load the program.
+    Load the program into the kernel.
 
-    :return: its descriptor.
+    :param array: the descriptor of the array.
+    :return: the descriptor of the program.
     """
     lookup = [
         # The key is at the top of the stack.
@@ -124,7 +126,7 @@ def _load(array: int) -> int:
         for position, each in enumerate(program)
     ]
     program += [
-        _instruction(0xB7, 0, imm=-1),  # r0 = -1: by hash, since none is in that place
+        _instruction(0xB7, 0, imm=-1),  # r0 = -1: no socket has that index, so by hash
         _instruction(0x95),  # return r0
     ]
     code = ctypes.create_string_buffer(b"".join(program))
@@ -151,7 +153,7 @@ def _bpf(command: int, attributes: bytes) -> int:
     if number is None or not sys.platform.startswith("linux") or sys.maxsize < 2**32:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     libc = ctypes.CDLL(None, use_errno=True)
-    # The kernel takes what is longer than it knows, if the rest is zero.
+    # The kernel accepts a longer structure than it knows if the rest is zero.
     buffer = ctypes.create_string_buffer(attributes, 128)
     descriptor: int = libc.syscall(number, command, buffer, 128)
     if descriptor < 0:

@@ -1,7 +1,8 @@
 """
-The status of all workers: a UNIX socket of the supervisor that tells it, and what asks.
+The status of all workers: the supervisor's UNIX socket that reports it, and the client.
 
-A client sends one line, a JSON object, and gets one.  Then the connection is closed.
+A client sends one line with a JSON object, and receives one.  Then the supervisor
+closes the connection.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ if TYPE_CHECKING:
 _log = Logger()
 
 ANSWER_TIMEOUT: Final = 2.0
-"""How many seconds a worker has to answer."""
+"""How many seconds a worker has to report its status."""
 
-# How many seconds a client has to ask, and to take the answer.
+# How many seconds a client has to send its request, and again to receive the answer.
 _CLIENT_TIMEOUT: Final = 5.0
 
 _MOST_CLIENTS: Final = 16
@@ -51,14 +52,13 @@ _REQUEST: Final = 1024
 
 
 def socket_path(pidfile: str) -> str:
-    """The path of the status socket of the supervisor that has this pid file."""
+    """Return the path of the status socket of the supervisor with this pid file."""
     return f"{pidfile}.status"
 
 
 class Status:
     """
-    What the supervisor knows of its workers, and the socket that tells it.
-
+    Collects the status of all workers, and serves it on a UNIX socket.
     """
 
     def __init__(self, supervisor: Supervisor) -> None:
@@ -66,9 +66,9 @@ class Status:
         self._supervisor = supervisor
         self._started = self.reactor.seconds()
         self._port: Any = None
-        # What each worker has told last.
+        # The latest snapshot of each worker.
         self._last: dict[WorkerProcess, Message] = {}
-        # What workers have counted that have ended, and how these have ended.
+        # The final counters of the workers that have ended, and how many ended how.
         self._past: list[Metric] = []
         self._ends: Counter[str] = Counter(stopped=0, died=0)
         self._questions: list[_Question] = []
@@ -80,7 +80,8 @@ class Status:
         """
         Open the socket beside a pid file.  If that fails, a line in the log says why.
 
-        :param uid: the user that the process is about to become; None if it stays.
+        :param uid: the user that the process is about to become; None to keep its user.
+        :param gid: the group, in the same way.
         """
         path = socket_path(pidfile)
         umask = os.umask(0o177)
@@ -92,12 +93,13 @@ class Status:
                 folder = os.stat(os.path.dirname(path))
                 if uid is None or os.geteuid() != 0 or folder.st_uid == uid:
                     raise
-                # The user has no right to write to that folder, nor can take it.
+                # The user cannot write to that folder, and so cannot have replaced the
+                # path by a symbolic link: root may create the socket.
                 self._open(path)
                 os.chown(path, uid, -1 if gid is None else gid, follow_symlinks=False)
         except Exception as error:
             _log.warn(
-                "No status can be asked for: {path} cannot be opened: {error}",
+                "The status is not available, as {path} cannot be opened: {error}",
                 path=path,
                 error=error,
             )
@@ -109,18 +111,18 @@ class Status:
         self._port = self.reactor.listenUNIX(path, _Factory(self), mode=0o600)
 
     def close(self) -> None:
-        """Close the socket, and remove it.  The reactor may not have another turn."""
+        """Close and remove the socket now, as the reactor may not run another pass."""
         port, self._port = self._port, None
         if port is not None and port.connected:
             port.stopReading()
-            # The file may be gone already; or with --uid, the folder may be root's.
+            # The file may be gone; or with --uid, only root may write to the folder.
             with contextlib.suppress(OSError):
                 port.connectionLost(Failure(CONNECTION_DONE))
 
     # The workers
 
     def ended(self, worker: WorkerProcess) -> None:
-        """``worker`` has ended: what it has counted stays."""
+        """Handle the end of ``worker``: keep its counters in the sums."""
         self._ends["stopped" if worker.stopping else "died"] += 1
         last = self._last.pop(worker, None)
         if last is not None:
@@ -131,11 +133,11 @@ class Status:
 
     def ask(self, tasks: bool, answer: Callable[[Message], None]) -> None:
         """
-        Ask all workers.
+        Ask all workers for their status.
 
-        :param tasks: whether they are to describe their tasks.
-        :param answer: called with the status of all, at the latest after
-            :data:`ANSWER_TIMEOUT`.
+        :param tasks: whether they describe their tasks.
+        :param answer: called with the status of all workers, after
+            :data:`ANSWER_TIMEOUT` at the latest.
         """
         _Question(self._supervisor, self._questions, tasks, self._answer(answer))
 
@@ -189,8 +191,8 @@ class Status:
                     for how, count in self._ends.items()
                 ),
                 *self._past,
-                # Of a worker that does not answer, what it has told last: a counter
-                # that falls is taken for one that begins anew.
+                # A worker that does not answer counts with its latest snapshot, as
+                # Prometheus takes a counter that falls for one that was reset.
                 *(each for last in self._last.values() for each in metrics_of(last)),
             ]
         )
@@ -203,7 +205,7 @@ def _state(worker: WorkerProcess) -> str:
 
 
 class _Question:
-    """What the workers are asked, until all have answered or the time is over."""
+    """One request to all workers, until all have answered or the time is over."""
 
     _numbers = 0
 
@@ -226,13 +228,13 @@ class _Question:
         self._timeout = supervisor.reactor.callLater(ANSWER_TIMEOUT, self._end)
         question = {"type": "status", "number": self.number, "tasks": tasks}
         for worker in list(self._unanswered):
-            # One that starts does not read its channel yet.
+            # A worker that is starting does not read its channel yet.
             if not (worker.ready and worker.send(question)):
                 self._unanswered.discard(worker)
         self._check()
 
     def answered(self, worker: WorkerProcess, snapshot: Message | None) -> None:
-        """``worker`` has answered, or ended."""
+        """Handle the answer of ``worker``; None if it has ended."""
         if worker in self._unanswered:
             self._unanswered.discard(worker)
             self._answers[worker] = snapshot
@@ -252,7 +254,7 @@ class _Question:
 
 
 class _Connection(LineReceiver, TimeoutMixin):
-    """A client: it sends one line, gets one, and has some seconds for each."""
+    """A client, which has some seconds to send a line and some to receive one."""
 
     delimiter = b"\n"
     MAX_LENGTH = _REQUEST
@@ -273,12 +275,14 @@ class _Connection(LineReceiver, TimeoutMixin):
 
     def lineReceived(self, line: bytes) -> None:
         """See ``LineReceiver.lineReceived``."""
-        # A request is all that there is to read, and all that is taken of what was.
+        # Only one request is read, and only the first line of what has arrived counts.
         self.pauseProducing()
         try:
             tasks = bool(json.loads(line)["tasks"])
         except (ValueError, TypeError, KeyError, RecursionError):
-            self._answer({"error": 'send a JSON object as {"tasks": false}, in a line'})
+            self._answer(
+                {"error": 'send a JSON object such as {"tasks": false} in one line'}
+            )
         else:
             self.factory.status.ask(tasks, self._answer)
 
@@ -292,7 +296,7 @@ class _Connection(LineReceiver, TimeoutMixin):
         self.factory.clients.discard(self)
 
     def _answer(self, message: Message) -> None:
-        # It may be gone by now.
+        # The client may have disconnected.
         if self in self.factory.clients:
             self.resetTimeout()
             self._transport().write(json.dumps(message).encode() + b"\n")
@@ -320,10 +324,11 @@ class _Factory(ServerFactory):
 @contextlib.contextmanager
 def _as_user(uid: int | None, gid: int | None) -> Iterator[None]:
     """
-    Do something with the rights of a user: if root did it in a folder of that user, a
-    symbolic link could lead it to any other file.
+    Do something with the rights of a user.  If root did it in a folder of that user, a
+    symbolic link could direct it to any other file.
 
-    :param uid: None to remain the user that this process has.
+    :param uid: the user; None to keep the user of this process.
+    :param gid: the group; None to keep the group.
     """
     if uid is None or os.geteuid() != 0:
         yield
@@ -340,23 +345,24 @@ def _as_user(uid: int | None, gid: int | None) -> Iterator[None]:
 
 
 def _remove(path: str) -> None:
-    """Remove a socket that a supervisor has left behind."""
+    """Remove a socket that an earlier supervisor left."""
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISSOCK(os.stat(path).st_mode):
             os.unlink(path)
 
 
 class NoStatus(Exception):
-    """There is no supervisor that tells its status; the message says why."""
+    """No supervisor reports its status; the message says why."""
 
 
 def read_status(path: str, tasks: bool = False) -> Message:
     """
-    Ask a supervisor.  Blocks, for some seconds if a worker computes.
+    Ask a supervisor for the status of its workers.  This blocks; for some seconds if a
+    worker does not answer.
 
-    :param path: its pid file, or its status socket.
+    :param path: the supervisor's pid file, or its status socket.
     :param tasks: whether to describe the tasks of all workers.
-    :raises NoStatus: if that cannot be.
+    :raises NoStatus: if no supervisor answers.
     """
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
@@ -364,8 +370,8 @@ def read_status(path: str, tasks: bool = False) -> Message:
             os.stat(path)
     except OSError as error:
         raise NoStatus(
-            f"{path}: {error.strerror}: give the pid file of a 'twistd workers' that "
-            "runs, as its option --pidfile says, or its status socket"
+            f"{path}: {error.strerror}: give the pid file of a running "
+            "'twistd workers' (its option --pidfile), or its status socket"
         ) from None
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(ANSWER_TIMEOUT + _CLIENT_TIMEOUT)
@@ -379,7 +385,9 @@ def read_status(path: str, tasks: bool = False) -> Message:
         except OSError as error:
             raise NoStatus(f"{path}: {error.strerror}") from None
         except ValueError:
-            raise NoStatus(f"{path}: this is no status socket, or it is busy") from None
+            raise NoStatus(
+                f"{path}: this is not a status socket, or it has too many clients"
+            ) from None
     if "error" in answer:
         raise NoStatus(f"{path}: {answer['error']}")
     return answer

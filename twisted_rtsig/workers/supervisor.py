@@ -1,5 +1,5 @@
 """
-The supervisor: a service that starts workers, replaces those that end, and handles the
+The supervisor: a service that starts workers, replaces those that end, and handles
 signals.
 """
 
@@ -29,28 +29,29 @@ from twisted_rtsig.workers.status import Status
 _log = Logger()
 
 MOST_WORKERS: Final = 250
-"""One message can carry the sockets of so many (SCM_RIGHTS in unix(7))."""
+"""A message can carry about 250 sockets (SCM_RIGHTS in unix(7)), one per worker."""
 
-# Seconds: a worker that ends so early after it was ready is a failure of its slot.
+# A worker that ends within so many seconds of its start is a failure of its slot.
 _LIVED: Final = 60.0
 _FIRST_PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 60.0
 
-# Seconds after a reload in which the new workers may still begin to listen: the
-# application may connect to a database before.
+# After a reload, the new workers have so many seconds to start listening.  An
+# application may connect to a database first.
 _UNUSED: Final = 10.0
 
-# With --uid, for how many more workers than at the start there are sockets.
+# With --uid, the least number of workers that can be added later: their sockets are
+# made at the start.
 _SPARE: Final = 8
 
 
 class WorkerStartError(Exception):
-    """No worker can start."""
+    """No worker can be started."""
 
 
 def pause_before_restart(failures: int) -> float:
     """
-    How many seconds a slot has to wait for its next worker.
+    Return how many seconds to wait before a slot gets its next worker.
 
     :param failures: how many workers in a row have ended early.
     """
@@ -62,22 +63,24 @@ def pause_before_restart(failures: int) -> float:
 @dataclass(frozen=True)
 class Settings:
     """
-    How to run the workers.
+    The settings of the supervisor.
 
-    :ivar count: how many to begin with.
-    :ivar grace: how many seconds a worker has to finish when it is to stop.
-    :ivar start_timeout: how many seconds it has to start.
+    :ivar count: how many workers to start with.
+    :ivar grace: how many seconds a worker has to finish when it stops.
+    :ivar start_timeout: how many seconds a worker has to start.
     :ivar shared_socket: whether all workers accept from one socket.
-    :ivar reactor: the short name of their reactor.
+    :ivar reactor: the short name of the workers' reactor.
     :ivar path: ``sys.path``.
     :ivar folder: the folder in which the application is loaded.
     :ivar chroot: whether this process changes its root.
-    :ivar arguments: options of ``twistd``, and the command with its own.
-    :ivar log_arguments: other options of ``twistd``, if the workers log by themselves.
+    :ivar arguments: the arguments of ``twistd``: its options, the command, and the
+        options of the command.
+    :ivar log_arguments: further options of ``twistd``, for workers that log by
+        themselves.
     :ivar uid: the user to become, or None.
-    :ivar gid: the group, or None.
-    :ivar euid: whether to set only the effective ones.
-    :ivar pidfile: its path, or an empty string.
+    :ivar gid: the group to become, or None.
+    :ivar euid: whether to set only the effective user and group.
+    :ivar pidfile: the path of the pid file, or an empty string.
     """
 
     count: int
@@ -99,12 +102,14 @@ class Settings:
 @dataclass(eq=False)
 class Slot:
     """
-    The place of one worker.
+    The place of one worker and its successors.
 
-    :ivar worker: the one that serves, or starts; None during a pause.
-    :ivar replacement: one that starts while the other one still serves.
+    :ivar worker: the worker that serves, or starts; None during a pause.
+    :ivar replacement: the new worker that starts, in a reload, while the former one
+        still serves.
     :ivar failures: how many workers in a row have ended early.
     :ivar restarts: how many workers were started after the first.
+    :ivar pause: the delayed call that starts the next worker, or None.
     """
 
     number: int
@@ -115,7 +120,7 @@ class Slot:
     pause: Any = None
 
     def workers(self) -> list[WorkerProcess]:
-        """Those that are there."""
+        """Return the worker and the replacement, as far as they exist."""
         return [each for each in (self.worker, self.replacement) if each is not None]
 
 
@@ -123,9 +128,10 @@ class Supervisor(Service, Events):
     """
     Runs an application in several processes.
 
-    :ivar slots: by number.
-    :ivar retired: workers that were asked to stop, and have not ended.
-    :ivar handlers: called with a worker and its message, by the message's type.
+    :ivar slots: the slots, by number.
+    :ivar retired: workers that were asked to stop and have not ended.
+    :ivar handlers: by the type of a message from a worker, the function that handles
+        it.
     """
 
     def __init__(
@@ -147,7 +153,8 @@ class Supervisor(Service, Events):
         self._passed = passed
         self._passed_names = passed_names
         self._notifier = notifier
-        # Those that are added after the privileges are gone have sockets as well.
+        # Workers may be added after the privileges were dropped, so their sockets are
+        # made at the start.
         spare = max(settings.count, _SPARE) if settings.uid is not None else 0
         self.listening = Listening(
             range(settings.count + spare), settings.shared_socket, passed
@@ -155,25 +162,25 @@ class Supervisor(Service, Events):
         self._start: Start | None = None
         self._text_log = True
         self._lifeline: int | None = None
-        # The slots that are to be replaced, in a reload.
+        # In a reload, the slots whose workers are still to be replaced.
         self._to_replace: set[int] = set()
         self._replacing: Slot | None = None
-        # Closes the addresses that are not used any more.
+        # The delayed call that closes unused addresses after a reload.
         self._close_unused: Any = None
         self._stopped: Deferred[None] | None = None
         self._start_limits: dict[WorkerProcess, Any] = {}
         self._watchdog: Any = None
         self._signals: dict[int, Any] = {}
         self._asked_to_end = False
-        # Whether its hang-up ends this process; see _handle_early.
+        # Whether a hang-up of the terminal ends this process; see _handle_early.
         self._had_terminal = False
 
-    # As a service
+    # IService
 
     def privilegedStartService(self) -> None:
         """
-        Start the first worker and wait until it is ready: before the process gives up
-        its privileges, since some ports need them.
+        Start the first worker and wait until it is ready.  This happens before the
+        process drops its privileges, which some ports need.
 
         :raises WorkerStartError: if the worker ends, or takes too long.
         """
@@ -195,7 +202,7 @@ class Supervisor(Service, Events):
                 reason = f"has ended {worker.reason} before it was ready"
             self.listening.close()
             raise WorkerStartError(
-                f"the first worker {reason}; the log has what it has printed"
+                f"the first worker {reason}; its output is in the log"
             )
         settings = self.settings
         if settings.pidfile:
@@ -228,7 +235,7 @@ class Supervisor(Service, Events):
     # Signals
 
     def reload(self) -> None:
-        """Replace each worker by a new one, which loads the application again."""
+        """Replace each worker by a new one, which loads the application anew."""
         if self._stopped is not None:
             return
         _log.info("Reloading: each worker is replaced by a new one")
@@ -239,26 +246,26 @@ class Supervisor(Service, Events):
         self._replace_next()
 
     def add_worker(self) -> None:
-        """One more."""
+        """Start one more worker."""
         if self._stopped is not None:
             return
         if len(self.slots) >= MOST_WORKERS:
-            _log.warn("There are {count} workers already", count=len(self.slots))
+            _log.warn("No worker is added: {count} are the most", count=len(self.slots))
             return
         number = len(self.slots)
         slot = self.slots[number] = Slot(number)
-        _log.info("There are to be {count} workers now", count=len(self.slots))
+        _log.info("The wanted number of workers is now {count}", count=len(self.slots))
         self._fill(slot)
 
     def remove_worker(self) -> None:
-        """One less, but not less than one."""
+        """Stop one worker, unless it is the only one."""
         if self._stopped is not None:
             return
         if len(self.slots) == 1:
-            _log.warn("There is one worker only, which stays")
+            _log.warn("The only worker is not stopped")
             return
         slot = self.slots.pop(len(self.slots) - 1)
-        _log.info("There are to be {count} workers now", count=len(self.slots))
+        _log.info("The wanted number of workers is now {count}", count=len(self.slots))
         if slot.pause is not None:
             slot.pause.cancel()
         self._to_replace.discard(slot.number)
@@ -269,7 +276,7 @@ class Supervisor(Service, Events):
             self._replace_next()
 
     def kill_all(self) -> None:
-        """End all workers now."""
+        """Kill all workers."""
         for slot in self.slots.values():
             for worker in slot.workers():
                 worker.kill()
@@ -277,7 +284,7 @@ class Supervisor(Service, Events):
             worker.kill()
 
     def workers(self) -> list[WorkerProcess]:
-        """All processes."""
+        """Return all worker processes, including those that are stopping."""
         serving = [each for slot in self.slots.values() for each in slot.workers()]
         return [*serving, *self.retired]
 
@@ -435,7 +442,7 @@ class Supervisor(Service, Events):
             self._limit(slot.worker)
 
     def _refill(self, slot: Slot) -> None:
-        """Start a worker at once in a slot that has none, or one that starts."""
+        """Start a worker now in a slot without one, or with one that is starting."""
         if slot.pause is not None:
             slot.pause.cancel()
         if slot.worker is not None:
@@ -486,18 +493,18 @@ class Supervisor(Service, Events):
         if worker.ready:
             worker.stop(self.settings.grace)
         else:
-            # It has taken no connection yet.
+            # It has not accepted a connection yet.
             worker.stopping = True
             worker.kill()
         self._lend()
 
     def _stops_by_itself(self, worker: WorkerProcess, message: Message) -> None:
-        """It is stopping; if this has not asked for it, start its successor."""
+        """Start the successor of a worker that stops without having been asked to."""
         slot = self.slots.get(worker.number)
         if worker.stopping or slot is None or worker is not slot.worker:
             return
         if not worker.ready:
-            # It has failed to start; its end tells why.
+            # It has failed to start; ended() reports that.
             return
         _log.info(
             "Worker {number} is stopping by itself (process {pid})",
@@ -539,7 +546,8 @@ class Supervisor(Service, Events):
             slot = self._replacing = self.slots[min(self._to_replace)]
             self._to_replace.discard(slot.number)
             if slot.worker is None or not slot.worker.ready:
-                # In a pause, or it may have loaded the old code.
+                # The slot pauses, or its worker is starting and may have loaded the old
+                # code.
                 slot.failures = 0
                 self._refill(slot)
                 return
@@ -564,7 +572,7 @@ class Supervisor(Service, Events):
         self._notifier.ready()
         why = "" if worker is None else f": the new worker has ended {worker.reason}"
         _log.error(
-            "The reload has failed{why}; the other workers go on as they are", why=why
+            "The reload has failed{why}; the other workers keep running", why=why
         )
 
     # Sockets
@@ -590,8 +598,8 @@ class Supervisor(Service, Events):
         self._watchdog = self.reactor.callLater(pause, self._feed_watchdog, pause)
 
     def _handle_early(self) -> None:
-        """Signals that come while the first worker starts wait for the reactor."""
-        # A daemon has left its terminal by now.  nohup(1) lets SIGHUP be ignored.
+        """Handle signals from now on; until the reactor runs, they wait."""
+        # A daemon has left its terminal already.  nohup(1) makes SIGHUP ignored.
         nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         self._had_terminal = not nohup and _has_terminal()
         for number, function in (
@@ -602,7 +610,7 @@ class Supervisor(Service, Events):
             self._handle(number, partial(self._call, function))
 
     def _handle_late(self) -> None:
-        """Signals that the reactor handles as well, from when it runs."""
+        """Handle the signals for which the reactor has installed its own handlers."""
         for number in (signal.SIGINT, signal.SIGTERM):
             former = signal.getsignal(number)
             self._handle(number, partial(self._end_by_signal, former))
@@ -617,13 +625,13 @@ class Supervisor(Service, Events):
     def _end_by_signal(self, former: Any, number: int, frame: object) -> None:
         if not self._asked_to_end and self._stopped is None and callable(former):
             self._asked_to_end = True
-            # That of the reactor, which stops it, and the services with it.
+            # The handler of the reactor, which stops the reactor and the services.
             former(number, frame)
         else:
             self.reactor.callFromThread(self._end_now)
 
     def _end_now(self) -> None:
-        _log.warn("A second signal: all workers are killed")
+        _log.warn("Second signal: killing all workers")
         self.kill_all()
 
     def _hang_up(self) -> None:
@@ -635,7 +643,7 @@ class Supervisor(Service, Events):
 
 
 def _has_terminal() -> bool:
-    """Whether a terminal controls this process: a shell runs it in the foreground."""
+    """Whether this process has a controlling terminal, as in a shell's foreground."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
     except OSError:

@@ -1,6 +1,6 @@
 """
-A worker process: ``python -m twisted_rtsig.workers.worker``, which the supervisor
-starts.
+The program of a worker process: ``python -m twisted_rtsig.workers.worker``, started by
+the supervisor.
 
 It runs the application as ``twistd`` does, with the sockets of the supervisor.
 """
@@ -18,7 +18,7 @@ from typing import Final
 from twisted_rtsig import workers
 from twisted_rtsig.workers.boot import CONTROL, INHERITED, LIFELINE, SOCKETS, Boot
 
-# Where the descriptors that systemd passes begin.
+# The first descriptor that systemd passes to a service.
 _SYSTEMD: Final = 3
 
 
@@ -31,8 +31,8 @@ def main() -> None:
     boot, rest = _read_boot(connection)
     _take_inherited(boot)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
-        # A terminal sends them to all processes: they are the supervisor's to handle.
-        # Children have the default, as they would not if it were ignored.
+        # A terminal sends them to all processes, but only the supervisor handles them.
+        # A handler, as SIG_IGN would be inherited by child processes.
         signal.signal(number, _ignore)
     sys.path[:] = boot.path
     if boot.folder is not None:
@@ -42,7 +42,8 @@ def main() -> None:
 
     from twisted.python.util import switchUID
 
-    # The supervisor has done so before it starts the successors of this one.
+    # Only the first worker starts as root: the supervisor has switched its own user
+    # before it starts the others.
     if (boot.uid is not None or boot.gid is not None) and os.geteuid() == 0:
         switchUID(boot.uid, boot.gid, boot.euid)
 
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def _take(descriptor: int) -> int:
-    """The same with another number, which no child inherits."""
+    """Move a descriptor to a high number, which no child process inherits."""
     # PyPy has no F_DUPFD_CLOEXEC.
     taken = fcntl.fcntl(descriptor, fcntl.F_DUPFD, 64)
     os.set_inheritable(taken, False)
@@ -61,7 +62,7 @@ def _take(descriptor: int) -> int:
 
 
 def _read_boot(connection: socket.socket) -> tuple[Boot, bytes]:
-    """The first message, and what has come of the next ones."""
+    """Read the first message; return it, and the bytes that follow it."""
     data = b""
     while b"\n" not in data:
         more = connection.recv(65536)
@@ -74,7 +75,7 @@ def _read_boot(connection: socket.socket) -> tuple[Boot, bytes]:
 
 
 def _take_inherited(boot: Boot) -> None:
-    """Put the sockets that systemd has passed where applications look for them."""
+    """Move the sockets that systemd passed to the numbers that applications expect."""
     count = len(boot.inherited)
     for number in range(count):
         os.dup2(INHERITED + number, _SYSTEMD + number, inheritable=False)
@@ -87,7 +88,7 @@ def _take_inherited(boot: Boot) -> None:
 
 
 def _ignore(number: int, frame: object) -> None:
-    """The handler of signals that are the supervisor's."""
+    """Ignore a signal that the supervisor handles."""
 
 
 if __name__ == "__main__":
