@@ -1,6 +1,6 @@
 """
-Fails each test that leaves something behind in the reactor, or has logged a failure,
-as trial does; and cleans up after it.
+Fails each test that leaves something behind in the reactor or logs a failure, as trial
+does, and cleans up after it.
 """
 
 from __future__ import annotations
@@ -23,46 +23,49 @@ from twisted_rtsig.coro.tasks import Task
 from twisted_rtsig.pytest_reactor import CURRENT_TEST, GRACE, ReactorRunner
 
 ALLOW_UNCLEAN: Final = "twisted_allow_unclean"
-"""The mark of tests that may leave something behind."""
+"""The mark of a test that may leave something behind."""
 
 OTHER_PLUGINS: Final = ("anyio", "asyncio", "trio")
 """The marks of tests that other plugins run."""
 
-# Connections need some turns of the reactor to end, and tasks to see that.  So many
-# seconds pass between one look and the next.
+# The pauses between checks, in seconds.  Connections need some passes of the reactor to
+# end, and tasks need some more to notice.
 _LOOKS: Final = [0.001 * 2**n for n in range(8)]
 
-# What registers something with a reactor.
+# The methods of a reactor that register something.
 _METHODS: Final = ("callLater", "addReader", "addWriter")
 
 
 class Janitor:
     """
-    A plugin.  It knows what was there before a test, and what the test's own code has
-    made: from the context that this runs in.  What else is new was made by something
-    that the reactor has called.  That counts only if nothing of another test or of a
-    fixture of a wider scope was there that may have made it.
+    A plugin that finds what a test has left behind.
+
+    It records what existed before a test, and what the test's own code has made, which
+    it tells by the context (:data:`CURRENT_TEST`) in which that code runs.  Other new
+    objects were made by a function that the reactor has called.  They count as the
+    test's only if nothing existed that belongs to another test or to a fixture of a
+    wider scope, and could have made them.
     """
 
     def __init__(self, runner: ReactorRunner) -> None:
         self._runner = runner
         self._reactor = runner.reactor
-        # All active tasks on the reactor.  It refers to them: whether one that
-        # nothing else refers to counts must not depend on the garbage collector.
+        # All active tasks on the reactor, strongly referenced: whether a task without
+        # another reference counts must not depend on the garbage collector.
         self._tasks: dict[Task[Any], None] = {}
         self._observer = cast(ILogObserver, self._observe)
-        # The test under way, unless it is allowed to leave something behind.
+        # The running test, unless it may leave something behind.
         self._test: pytest.Item | None = None
         self._passed = False
         self._failures: list[Failure] = []
-        # What the test's own code has made, and what was there without it, by id.
+        # What the test's own code has made; and what others have made, by id.
         self._own: WeakSet[Any] = WeakSet()
         self._others: dict[int, Any] = {}
 
     # The session
 
     def pytest_configure(self) -> None:
-        """Watch what tasks and what else there is."""
+        """Start recording tasks, and what is registered with the reactor."""
         globalLogPublisher.addObserver(self._observer)
         for name in _METHODS:
             method = getattr(self._reactor, name, None)
@@ -80,7 +83,7 @@ class Janitor:
         Task.__init__ = __init__  # type: ignore[method-assign, assignment]
 
     def pytest_unconfigure(self) -> None:
-        """Leave everything as it was."""
+        """Stop recording."""
         globalLogPublisher.removeObserver(self._observer)
         for name in _METHODS:
             vars(self._reactor).pop(name, None)
@@ -88,7 +91,7 @@ class Janitor:
 
     def cancel(self, tasks: list[Task[Any]]) -> None:
         """Cancel tasks, and give them some seconds to end."""
-        # What they raise then is of no interest.
+        # Errors that they raise now are ignored.
         ends = DeferredList([each.as_deferred() for each in tasks], consumeErrors=True)
         for each in tasks:
             each.cancel("the test has ended")
@@ -102,12 +105,12 @@ class Janitor:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Look at what is there before it."""
+        """Record what exists before the test."""
         self._failures.clear()
         self._own.clear()
         self._others.clear()
         self._passed = False
-        # trial's test cases see to all this themselves.
+        # trial's test cases check all this themselves.
         by_trial = hasattr(getattr(item, "cls", None), "flushLoggedErrors")
         allowed = by_trial or any(
             map(item.get_closest_marker, (ALLOW_UNCLEAN, *OTHER_PLUGINS))
@@ -120,7 +123,7 @@ class Janitor:
     def pytest_fixture_setup(
         self, fixturedef: pytest.FixtureDef[Any]
     ) -> Iterator[None]:
-        """What a fixture of a wider scope makes is not the test's."""
+        """Record what a fixture of a wider scope makes, which is not the test's."""
         if fixturedef.scope == "function":
             yield
             return
@@ -131,15 +134,15 @@ class Janitor:
             self._acquit()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Whether it has passed."""
+        """Record whether the test has passed."""
         if report.when == "call":
             self._passed = report.passed
 
     @pytest.hookimpl(hookwrapper=True, trylast=True)
     def pytest_runtest_teardown(self) -> Iterator[None]:
         """
-        When its fixtures are gone, see what is left, and remove it: also if one of them
-        has failed, which is reported alone.
+        When the fixtures are torn down, find what is left and remove it.  If a fixture
+        fails, that alone is reported.
         """
         outcome: Any = yield
         CURRENT_TEST.set(None)
@@ -157,11 +160,11 @@ class Janitor:
             )
 
     def _clean_up(self) -> list[str]:
-        """Remove what is left, and return what is to be said of it."""
-        # Failures that nothing refers to are logged with this test, and no later one.
+        """Remove what is left, and return the lines that report it."""
+        # Log unhandled failures without a reference now, and not during a later test.
         gc.collect(1)
         left = self._settle()
-        # One that has failed could not clean up, and has said why.
+        # A test that has failed could not clean up, and its failure is reported.
         complaints = [
             f"It left behind {_in_words(each)}" for each in left if self._passed
         ]
@@ -177,9 +180,9 @@ class Janitor:
     @pytest.fixture
     def flush_logged_errors(self) -> Callable[..., list[Failure]]:
         """
-        As trial's ``flushLoggedErrors``: a function that returns the failures that were
-        logged since the test began, and forgets them.  With types of exceptions: those
-        alone.
+        Return a function like trial's ``flushLoggedErrors``.  It returns the failures
+        that were logged since the test began, and forgets them.  Given types of
+        exceptions, it returns and forgets only failures of these types.
         """
 
         def flush(*types: type[BaseException]) -> list[Failure]:
@@ -191,7 +194,7 @@ class Janitor:
 
         return flush
 
-    # What there is
+    # What exists
 
     def _observe(self, event: LogEvent) -> None:
         failure = event.get("log_failure")
@@ -201,7 +204,7 @@ class Janitor:
     def _recording(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             result = method(*args, **kwargs)
-            # A delayed call, or the reader or writer.
+            # callLater returns a delayed call; the others register their argument.
             self._record(args[0] if result is None else result)
             return result
 
@@ -210,12 +213,12 @@ class Janitor:
     def _record(self, thing: Any) -> None:
         test = CURRENT_TEST.get()
         if test is not None and test is self._test:
-            # Not everything can be referred to weakly.
+            # Some objects do not support weak references.
             with contextlib.suppress(TypeError):
                 self._own.add(thing)
 
     def _everything(self) -> Iterator[Any]:
-        """Tasks, delayed calls, sockets and pipes; not what the reactor needs."""
+        """Yield tasks, delayed calls, sockets and pipes, but not the reactor's own."""
         reactor = self._reactor
         yield from self._tasks
         yield from reactor.getDelayedCalls()
@@ -225,18 +228,18 @@ class Janitor:
             yield from (each for each in selectables if each not in internal)
 
     def _acquit(self) -> None:
-        """The test under way has not made what there is now."""
+        """Record that the running test has not made what exists now."""
         self._others.update((id(each), each) for each in self._everything())
 
     def _left(self) -> list[Any]:
-        """What the test has made."""
+        """Return what the test has made and left."""
         new = [each for each in self._everything() if id(each) not in self._others]
         return [each for each in new if not self._others or each in self._own]
 
     # The end
 
     def _settle(self) -> list[Any]:
-        """What is left when the reactor has had some turns to end it."""
+        """Return what is left after the reactor has run some passes to end it."""
         left = self._left()
         for seconds in _LOOKS:
             if not left:

@@ -1,15 +1,15 @@
 """
-A pytest plugin: run the tests on any reactor that is installed, by its short name.
+A pytest plugin that runs tests on a reactor, chosen by its short name.
 
-As ``pytest --twisted-reactor=rtsig``, or in the configuration of pytest::
+Choose it by ``pytest --twisted-reactor=rtsig``, or in the configuration of pytest::
 
     [tool.pytest.ini_options]
     twisted_reactor = "rtsig"
 
 Then tests and fixtures may be ``async def``, and tests may return a Deferred.  A test
-that leaves something behind in the reactor fails.  Awaits that were forgotten are
-warned of, unless ``TWISTED_RTSIG_DEBUG=0`` is in the environment.  Without a name the
-plugin does nothing at all.
+that leaves something behind in the reactor fails.  A forgotten ``await`` causes a
+warning, unless ``TWISTED_RTSIG_DEBUG=0`` is in the environment.  Without the name of a
+reactor, the plugin does nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from twisted_rtsig.pytest_reactor import GRACE, ReactorRunner, Timeout
 
 _TIMEOUT: Final = "twisted_timeout"
 
-# Returns the seconds that are left for something; None for no limit.
+# Returns how many seconds are left; None for no limit.
 _Limit = Callable[[], float | None]
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ P = ParamSpec("P")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Beside the other options of pytest."""
+    """Add the options of this plugin."""
     group = parser.getgroup("twisted-rtsig")
     for name, metavar, what in (
         (
@@ -66,7 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Whether a reactor was chosen or not, tests may be marked."""
+    """Register the marks, even if no reactor was chosen."""
     for mark in (
         f"{ALLOW_UNCLEAN}: the test may leave tasks, delayed calls, connections and "
         "logged failures behind",
@@ -77,7 +77,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    """Install the reactor before anything of the user's imports one."""
+    """Install the reactor before the user's code imports one."""
     name = early_config.known_args_namespace.twisted_reactor
     name = name or early_config.getini("twisted_reactor")
     if name:
@@ -94,7 +94,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
 
 def _seconds(text: Any) -> float | None:
-    """A limit; None for none."""
+    """Return a limit in seconds; None for no limit."""
     try:
         seconds = float(text)
     except (TypeError, ValueError):
@@ -120,10 +120,10 @@ def _install(name: str) -> None:
             if before is reactor
             else "one of Twisted's plugins imports twisted.internet.reactor, and to "
             "list the reactors has imported that plugin; run twistd --help once, as a "
-            "user who may write into its folder, so that Twisted keeps a list"
+            "user with write access to its folder, so that Twisted caches the list"
         )
         raise pytest.UsageError(
-            f"the reactor cannot be {name!r}, since {type(reactor).__name__} is "
+            f"the reactor cannot be {name!r}, as {type(reactor).__name__} is "
             f"installed already: {why}"
         ) from None
     except (ImportError, UnsupportedReactorError) as error:
@@ -131,18 +131,18 @@ def _install(name: str) -> None:
 
 
 class _Plugin:
-    """The part that is there once a reactor was chosen."""
+    """The part of the plugin that runs if a reactor was chosen."""
 
     def __init__(
         self, name: str, limit: float | None, runner: ReactorRunner, janitor: Janitor
     ) -> None:
         self._name = name
         self._limit = limit
-        # That of the test under way.
+        # The limit of the running test.
         self._limit_now: float | None = None
         self._runner = runner
         self._janitor = janitor
-        # Whether pytest was interrupted, and tears down what is left.
+        # Whether pytest was interrupted, and tears down the remaining fixtures.
         self._ending = False
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -152,8 +152,8 @@ class _Plugin:
         limit = "" if self._limit is None else f", {self._limit:g} s for each test"
         return f"reactor: {self._name} ({type(self._runner.reactor).__name__}){limit}"
 
-    # Both below put something else in its place and return None, so that pytest goes
-    # on with that.
+    # pytest_pyfunc_call and pytest_fixture_setup replace the function by a synchronous
+    # one and return None, so that pytest goes on and calls the replacement.
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -164,7 +164,7 @@ class _Plugin:
         if any(pyfuncitem.get_closest_marker(other) for other in OTHER_PLUGINS):
             return
         limit = self._from_now_on()
-        # What hypothesis calls for each example.
+        # A test of hypothesis calls inner_test for each example.
         given = getattr(pyfuncitem.obj, "hypothesis", None)
         if given is None:
             pyfuncitem.obj = self._synchronous(pyfuncitem.obj, limit)
@@ -175,8 +175,8 @@ class _Plugin:
     @pytest.hookimpl(tryfirst=True)
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> None:
         function = fixturedef.func
-        # The time of a fixture of a wider scope is not that of one test.
-        # A fixture is wrapped once, for all tests.
+        # The limit is per test, so it does not apply to a fixture of a wider scope.  A
+        # fixture is wrapped only once, for all tests.
         narrow = fixturedef.scope == "function"
 
         def limit() -> float | None:
@@ -190,7 +190,7 @@ class _Plugin:
         else:
             return
         if inspect.ismethod(function):
-            # Which pytest binds to the object of the test.
+            # pytest binds the method to the instance of the test class.
             replacement = types.MethodType(replacement, function.__self__)
         vars(fixturedef)["func"] = replacement
 
@@ -205,7 +205,7 @@ class _Plugin:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        """End its threads, for which Python would wait, and whatever else it has."""
+        """Shut the reactor down: Python would wait for its threads at exit."""
         reactor = self._runner.reactor
         shut_down: Deferred[None] = Deferred()
         reactor.addSystemEventTrigger("after", "shutdown", shut_down.callback, None)
@@ -227,7 +227,7 @@ class _Plugin:
         return _seconds(mark.args[0])
 
     def _from_now_on(self) -> _Limit:
-        """The limit of the test under way, for all examples of hypothesis together."""
+        """Return the limit of the running test; hypothesis examples share it."""
         limit, seconds = self._limit_now, self._runner.reactor.seconds
         began = seconds()
         return lambda: limit and max(began + limit - seconds(), 0.001)
@@ -239,7 +239,7 @@ class _Plugin:
         name: str,
         limit: _Limit | None = None,
     ) -> Any:
-        # Once the user has pressed Ctrl-C, nothing may take for ever.
+        # After Ctrl-C nothing may block for ever.
         if self._runner.interrupted:
             return self._runner.wait_for(deferred, cancel, name, GRACE)
         left = limit and limit()
@@ -251,17 +251,18 @@ class _Plugin:
 
     @contextlib.contextmanager
     def _tearing_down(self, name: str) -> Iterator[None]:
-        """Whatever happens there, the rest is to be torn down as well."""
+        """Report an error of a tear-down, so that the other tear-downs still run."""
         try:
             yield
         except (GeneratorExit, ChannelClosed, EndOfChannel):
             raise
         except BaseException as error:
             if self._ending:
-                # pytest would end with a stack.
+                # Raised now, it would end pytest with a traceback of pytest's own code.
                 self._runner.show(name, f"After the interruption it failed: {error!r}")
             elif isinstance(error, KeyboardInterrupt):
-                # This very error would keep pytest from the other fixtures of the test.
+                # A KeyboardInterrupt would keep pytest from tearing down the other
+                # fixtures of the test.
                 self._session.shouldstop = "Ctrl-C"
                 message = f"{name} was interrupted"
                 raise pytest.fail.Exception(message, pytrace=False) from None
@@ -271,7 +272,7 @@ class _Plugin:
     def _synchronous(
         self, function: Callable[..., Any], limit: _Limit
     ) -> Callable[..., Any]:
-        """The same, but it returns when it has ended."""
+        """Wrap a function: run its coroutine or Deferred to the end, then return."""
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -280,7 +281,7 @@ class _Plugin:
             if inspect.iscoroutine(result):
                 return self._wait_for_task(spawn(result, name=name), limit)
             if isinstance(result, Deferred):
-                # Of what is in it, pytest would say that a test should return nothing.
+                # The result is dropped: pytest warns of a test that returns something.
                 self._wait_for(result, result.cancel, name, limit)
                 return None
             return result
@@ -293,8 +294,8 @@ class _Plugin:
         limit: _Limit,
     ) -> Callable[..., Generator[Any, None, None]]:
         """
-        The same, but an ordinary generator.  All of it is one task, so that it can
-        yield within a group of tasks.
+        Wrap an asynchronous generator as an ordinary one.  All of it runs in one task,
+        so that it can yield within a task group.
         """
 
         @functools.wraps(function)
@@ -310,7 +311,7 @@ class _Plugin:
                             await turns.send(value)
                             await turns.receive()
                         except Cancelled as cancelled:
-                            # A group that it yields within has failed, say.
+                            # For example, a task group around the yield has failed.
                             with contextlib.suppress(StopAsyncIteration):
                                 await fixture.athrow(cancelled)
 
@@ -325,7 +326,7 @@ class _Plugin:
                 with self._tearing_down(name):
                     go_on = spawn(turns.send, None, name=name).as_deferred()
                     self._wait_for(go_on, task.cancel, name, limit)
-                    # One too many.
+                    # A second value: pytest reports that the fixture yields twice.
                     yield next_value()
             with self._tearing_down(name):
                 self._wait_for_task(task, limit)
@@ -335,10 +336,10 @@ class _Plugin:
 
 class _Late(BaseException):
     """
-    An example of hypothesis was out of time.
+    A hypothesis example has reached the time limit.
 
-    hypothesis would look for a smaller example after any ``Exception`` and after
-    ``pytest.fail.Exception``, for far longer than the limit.
+    This is not an ``Exception`` or ``pytest.fail.Exception``: after these, hypothesis
+    searches for a smaller example, for far longer than the limit.
     """
 
     def __init__(self, timeout: Timeout) -> None:
@@ -346,7 +347,7 @@ class _Late(BaseException):
 
 
 def _last_if_late(function: Callable[P, T]) -> Callable[P, T]:
-    """What hypothesis calls for each example: after a timeout it calls it no more."""
+    """Wrap the function for one example: after a timeout, no further example runs."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -361,7 +362,7 @@ def _last_if_late(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _failing_if_late(function: Callable[P, T]) -> Callable[P, T]:
-    """What pytest calls: the timeout of an example fails the test."""
+    """Wrap the test function: the timeout of an example fails the test."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,6 +1,6 @@
 """
-Running the reactor within a pytest session: until a Deferred has fired, the time is
-over, or the user presses Ctrl-C.
+Runs the reactor within a pytest session: until a Deferred fires, a time limit is
+reached, or the user presses Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from twisted_rtsig.coro.errors import ChannelClosed, EndOfChannel
 from twisted_rtsig.coro.inspection import format_tasks
 
 GRACE: Final = 5.0
-"""Seconds that something has to end after it was cancelled."""
+"""How many seconds a test or fixture has to end after it was cancelled."""
 
 CURRENT_TEST: Final[ContextVar[object]] = ContextVar("CURRENT_TEST", default=None)
 """
-The test whose code runs, or has started the task that runs; None in fixtures of a
-wider scope, and in what the reactor calls.
+The test whose code is running, or which has started the running task; None in fixtures
+of a wider scope, and in functions that the reactor calls.
 """
 
 _SIGNALS: Final = [
@@ -37,14 +37,14 @@ _SIGNALS: Final = [
 
 
 class Timeout(pytest.fail.Exception):  # type: ignore[misc, name-defined]
-    """Something took longer than its limit."""
+    """A test or fixture took longer than its limit."""
 
 
 class ReactorRunner:
     """
     Runs the installed reactor for one session.
 
-    :ivar interrupted: whether the session was interrupted, and only cleans up.
+    :ivar interrupted: whether the session was interrupted, and now only cleans up.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -53,7 +53,7 @@ class ReactorRunner:
         self.reactor: Any = reactor
         self.interrupted = False
         self._plugins = config.pluginmanager
-        # The results that the current run waits for; None between two runs.
+        # The list that gets the result of the current run; None between two runs.
         self._awaited: list[Any] | None = None
         self._late = False
         self._signalled = False
@@ -61,7 +61,7 @@ class ReactorRunner:
         self._replace_stop()
 
     def close(self) -> None:
-        """Leave the reactor as it was."""
+        """Restore the reactor's own ``stop``."""
         vars(self.reactor).pop("stop", None)
 
     def wait_for(
@@ -75,13 +75,13 @@ class ReactorRunner:
         """
         Run the reactor until ``deferred`` has fired, and return its result.
 
-        If that takes too long, or the reactor is stopped before, call ``cancel``, and
-        wait for at most :data:`GRACE` seconds for what then comes.
+        If that takes too long, or the reactor is stopped first, call ``cancel``, and
+        wait at most :data:`GRACE` seconds for the result.
 
-        :param cancel: cancels what ``deferred`` waits for.
-        :param name: what it is, for the error.
-        :param limit: how many seconds it may take.
-        :param left: how many of these are left; by default all.
+        :param cancel: cancels the operation that ``deferred`` waits for.
+        :param name: the name of the operation, for the error.
+        :param limit: how many seconds the operation may take.
+        :param left: how many of these seconds are left; by default all.
         :raises KeyboardInterrupt: at the first Ctrl-C of the session, and if something
             stops the reactor.
         :raises Timeout: if it took longer than ``limit``.
@@ -115,10 +115,11 @@ class ReactorRunner:
         self, seconds: float, deferred: Deferred[Any] | None = None
     ) -> None:
         """
-        Run the reactor for so many seconds, or until ``deferred`` has fired.
+        Run the reactor for some seconds, or until ``deferred`` has fired.
 
+        :param seconds: the longest time to run.
         :raises KeyboardInterrupt: at the first Ctrl-C of the session; a later one only
-            ends this.
+            ends this run.
         """
         results: list[Any] = []
         if deferred is not None:
@@ -129,12 +130,12 @@ class ReactorRunner:
             raise KeyboardInterrupt
 
     def interrupt(self, name: str) -> None:
-        """The user has pressed Ctrl-C while ``name`` was running: show all tasks."""
+        """Handle Ctrl-C while ``name`` is running: show all tasks."""
         self.interrupted = True
         self.show(f"{name} was interrupted", format_tasks(self.reactor))
 
     def show(self, title: str, text: str) -> None:
-        """Write to the terminal, also while pytest captures the output."""
+        """Write to the terminal, even while pytest captures the output."""
         capture = self._plugins.getplugin("capturemanager")
         terminal = self._plugins.getplugin("terminalreporter")
         with contextlib.ExitStack() as stack:
@@ -149,13 +150,13 @@ class ReactorRunner:
                 terminal.write_line(text)
 
     def _end(self, results: list[Any], cancel: Callable[[], object], name: str) -> str:
-        """Cancel it, wait for its end, and return what is unusual about that."""
+        """Cancel an operation, wait for its end, and describe an unusual end."""
         cancel()
         self._run(results, GRACE)
         if not results:
             return ", and did not end when it was cancelled"
         [result] = results
-        # The channel is that of a fixture, which closes it at its end.
+        # A fixture closes its channel when it ends, which is the usual end.
         if isinstance(result, Failure) and not result.check(
             CancelledError, ChannelClosed, EndOfChannel
         ):
@@ -164,15 +165,15 @@ class ReactorRunner:
 
     def _run(self, results: list[Any], limit: float | None) -> bool:
         """
-        Run the reactor until there are results, or for ``limit`` seconds.
+        Run the reactor until ``results`` has an item, or for ``limit`` seconds.
 
-        :return: whether it was stopped before.
+        :return: whether the reactor was stopped before that.
         """
         if results:
             return False
         self._awaited = results
         self._late = self._signalled = False
-        # trial's test cases replace it by their own, and then delete that.
+        # trial's test cases replace ``stop`` by their own function and then delete it.
         self._replace_stop()
         token = CURRENT_TEST.set(None)
         call = limit and self.reactor.callLater(limit, self._give_up)
@@ -187,7 +188,7 @@ class ReactorRunner:
         return self._signalled or not (results or self._late)
 
     def _crash(self, results: list[Any]) -> None:
-        """End a run; one that has ended already is not meant any more."""
+        """End the run that waits for ``results``, unless it has ended already."""
         if self._awaited is results:
             self.reactor.crash()
 
@@ -196,13 +197,13 @@ class ReactorRunner:
         self.reactor.crash()
 
     def _replace_stop(self) -> None:
-        # A reactor that was stopped cannot run again.
+        # After its own stop(), a reactor cannot run again.
         vars(self.reactor)["stop"] = self._stop
 
     def _stop(self) -> None:
-        """What ``reactor.stop`` does meanwhile."""
+        """Replaces ``reactor.stop`` during the session."""
         if self._awaited is None:
-            # It is not running, as this says.
+            # This raises ReactorNotRunning.
             self._original_stop()
         else:
             self.reactor.crash()
@@ -210,10 +211,10 @@ class ReactorRunner:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """
-        Let Ctrl-C end the run.
+        Make Ctrl-C end the run.
 
-        Twisted never takes its signal handlers back; after the run they would keep
-        Ctrl-C from a test that does not use the reactor.
+        Twisted never removes its signal handlers.  After the run they would keep Ctrl-C
+        from interrupting a test that does not use the reactor.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -231,7 +232,7 @@ class ReactorRunner:
 
     def _ctrl_c(self, number: int, frame: object) -> None:
         if self._signalled:
-            # The code that runs has not returned to the reactor since the first one.
+            # Since the first Ctrl-C, the running code has not returned to the reactor.
             raise KeyboardInterrupt
         self._signalled = True
         self.reactor.callFromThread(self._crash, self._awaited)
