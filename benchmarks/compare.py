@@ -1,48 +1,42 @@
 """
-Compare what a request costs a server on each event loop, side by side.
+Compare the cost of a request to a server on each event loop, side by side.
 
     python benchmarks/compare.py [--work NAME,...] [--contenders NAME,...]
         [--rounds N] [--seconds N] [--json FILE]
     python benchmarks/compare.py --list
 
-The main figure is the CPU time of the server's process, user and system, for each
-request.  It leaves out what the kernel does on the client's core.
+The main figure is the CPU time of the server process per request, user and system.  It
+does not include the work of the kernel on the client's core.
 
-All servers are pinned to one core, and their clients to another.  In each round,
-every contender has a fresh server with a client of its own.  They are all there
-together, and take short turns, while the others sleep: so whatever else the
-machine does meets all alike, and the ratios hold even where the figures do not.
+All servers are pinned to one core, and their clients to another.  In each round, every
+contender has a fresh server with a client of its own.  All servers run together and
+take short turns, in which the others sleep.  So any other load on the machine affects
+all contenders alike, and the ratios hold even where the absolute figures do not.
 
-What a server has when it is ready is kept from the garbage collector (gc.freeze):
-otherwise those that import more would be charged for it with each collection.
+When a server is ready, its objects are hidden from the garbage collector (gc.freeze).
+Otherwise each collection would cost more for contenders that import more.
 
-The exit status is 1 if one of the bars is missed (report.py).
+The exit status is 1 if a bar is missed (see report.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import os
-import platform
 import resource
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import report
+from console import add_options, environment, names_of, parser_of, say
 from servers import CONTENDERS
 from works import WORKS, Subject, Turn, Work, prepare
 
 TURN = 0.2
-"""Seconds, about."""
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+"""The approximate length of a turn, in seconds."""
 
 
 def measure(
@@ -53,9 +47,9 @@ def measure(
     core: int,
     folder: Path,
 ) -> list[report.Sample]:
-    """One round of one work."""
+    """Measure one round of one work."""
     work = WORKS[name]
-    # wrk does not do less than a second, and redis-benchmark is slow to start.
+    # wrk runs for at least a second, and redis-benchmark is slow to start.
     turns = 1 if work.client in ("wrk", "redis") else max(1, round(seconds / TURN))
     with contextlib.ExitStack() as stack:
         subjects = [
@@ -95,17 +89,6 @@ def sample(
     }
 
 
-def environment(*packages: str) -> str:
-    """Where it was measured, and what with."""
-    kernel = platform.release().split("-")[0]
-    python = f"{platform.python_implementation()} {platform.python_version()}"
-    parts = [f"{platform.system()} {kernel} on {platform.machine()}", python]
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            parts.append(f"{name} {importlib.metadata.version(name)}")
-    return ", ".join(parts)
-
-
 def allow_many_descriptors(works: list[Work]) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -117,54 +100,34 @@ def allow_many_descriptors(works: list[Work]) -> None:
         )
 
 
-def names_of(allowed: Mapping[str, object]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in allowed:
-                raise argparse.ArgumentTypeError(f"{name}: see --list")
-        return names
-
-    return parse
-
-
 def parse() -> argparse.Namespace:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
-    add = parser.add_argument
-    add(
-        "--work",
-        type=names_of(WORKS),
-        metavar="NAME,...",
-        default=list(WORKS),
-        help="what is measured (all)",
-    )
-    add(
+    parser = parser_of(__doc__)
+    add_options(parser, WORKS, rounds=5)
+    parser.add_argument(
         "--contenders",
         type=names_of(CONTENDERS),
         metavar="NAME,...",
         default=list(CONTENDERS),
-        help="who is measured (all)",
+        help="which servers to measure (all)",
     )
-    add("--rounds", type=int, metavar="N", default=5, help="how often (5)")
-    add(
+    parser.add_argument(
         "--seconds",
         type=float,
         metavar="N",
         default=1.0,
-        help="of each contender in a round (1); wrk takes whole ones",
+        help="how long each contender is measured in a round (1); wrk rounds it",
     )
-    add(
+    parser.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
         default=report.LATEST,
-        help="where all samples go (results/latest.json beside this file)",
+        help="where to write all samples (results/latest.json beside this file)",
     )
-    add("--list", action="store_true", help="list works and contenders")
+    parser.add_argument("--list", action="store_true", help="list works and contenders")
     options = parser.parse_args()
-    if options.rounds < 1 or options.seconds <= 0:
-        parser.error("there is nothing to measure")
+    if options.seconds <= 0:
+        parser.error(f"--seconds {options.seconds:g}: give more than 0")
     return options
 
 

@@ -1,6 +1,6 @@
 """
-Measure what files cost: cached reads, sending and serving, and how long the reactor is
-held up meanwhile.
+Measure the cost of files: of cached reads, of sending and of serving, and how long they
+hold up the reactor.
 
     python benchmarks/files.py [--work NAME,...] [--rounds N] [--size BYTES]
 
@@ -8,18 +8,18 @@ cached     reads of 4 KiB from the page cache, one after the other
 send       a file of 100 MB over TCP, from the page cache
 small      requests for a file of 1 KiB over HTTP, on 8 connections
 large      requests for a file of 1 MB over HTTP, on 8 connections
-late       a timer of 1 ms, while a file of 2 GB is read or sent that is not cached
+late       a timer of 1 ms, while a file of 2 GB that is not cached is read or sent
 
-The last one tells for which part of the time the reactor's thread has held up others:
-in passes that were longer than 1 ms.  A machine that has others to serve makes a timer
-late as well, and when nothing else is done it shows by how much.
+The work "late" reports for which part of the time the reactor's thread has held up
+other work, in passes longer than 1 ms.  Other load on the machine delays a timer as
+well; the contender that does nothing else shows by how much.
 
-A process of its own measures each contender, and all of them are measured in turns,
-round after round.  In the first four works it has one core, and the client another.
-The CPU time is that of the whole process, user and system, threads included.  Of time
-the least of all rounds is told and compared, since whatever else the machine does only
-ever adds to it, and of the delays the median of those of the rounds.  The quartiles
-are those of the ratios within a round.  The exit status is 1 if a bar is missed.
+Each contender is measured in a process of its own, and all of them in turns, round
+after round.  In the first four works this process has one core, and the client another.
+The CPU time is that of the whole process, user and system, including threads.  For
+times, the least of all rounds is reported and compared, since other load on the machine
+can only add to it.  For delays, it is the median of all rounds.  The quartiles are
+those of the ratios within each round.  The exit status is 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import argparse
 import asyncio
 import gc
 import importlib
-import importlib.util
 import json
 import os
 import resource
@@ -36,7 +35,6 @@ import selectors
 import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -46,47 +44,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from compare import environment, say
-from report import Spread, figure, markdown
-
-PATIENCE = 300.0
-"""Seconds after which a measurement is given up."""
+from console import environment
+from report import figure, markdown
+from rounds import (
+    Contender,
+    measure_in_rounds,
+    parser_with_rounds,
+    run_alone,
+    table_of_bars,
+    with_quartiles,
+)
 
 MB = 1_000_000
 READ = 4096
 CONNECTIONS = 8
 SENDS = 4
-"""How often a file is sent in one process: what comes but once counts the less."""
+"""How often a file is sent in one process, so that a cost at the start counts less."""
 
 TICK = 0.001
 
 Numbers = dict[str, float]
-"""What was measured, by name."""
+"""Figures, by name."""
 
 
 # In a process of its own
 
 
 class Meter:
-    """Measures a process from when it is made on."""
+    """Measures this process, from when the meter is made."""
 
     def __init__(self) -> None:
         self._cpu = time.process_time()
         self._start = time.perf_counter()
 
     def read(self, count: float = 1) -> Numbers:
-        """In seconds, for each."""
+        """Return the time and the CPU time so far, in seconds, divided by ``count``."""
         seconds = time.perf_counter() - self._start
         cpu = time.process_time() - self._cpu
         return {"seconds": seconds / count, "cpu": cpu / count}
 
 
 Talk = Callable[[int, int], float]
-"""Of a client, with the port, and how many requests it makes."""
+"""A client: given the port and the number of requests, returns what it has counted."""
 
 
 class Client:
-    """A process on another core, which talks to the server that it is told of."""
+    """A process on another core, which talks to a server once it knows the port."""
 
     def __init__(self, talk: Talk, count: int) -> None:
         waits, self._told = os.pipe()
@@ -100,17 +103,17 @@ class Client:
                 os._exit(0)
 
     def talk_to(self, port: int) -> float:
-        """Blocks until that is over."""
+        """Talk to the server on a port, and block until the client is done."""
         os.write(self._told, b"%d" % port)
         return float(os.read(self._result, 100))
 
 
 def fetch(port: int, count: int) -> float:
     """
-    Receive all that there is of one answer; how much that was.
+    Receive one whole response, and return its size.
 
-    It never sleeps: to wake a client up for every packet, or not, as it happens, costs
-    the server more than to send the file.
+    The client never sleeps.  Waking it up for some of the packets would cost the server
+    more than sending the file, and a random number of times.
     """
     memory = bytearray(1 << 20)
     with socket.create_connection(("127.0.0.1", port)) as connection:
@@ -128,18 +131,18 @@ def fetch(port: int, count: int) -> float:
 
 
 def fetch_again(port: int, count: int) -> float:
-    """The same, time after time: how much that was in all."""
+    """Receive several responses, one after the other; return their size."""
     return sum(fetch(port, 1) for _ in range(count))
 
 
 def request(port: int, count: int) -> float:
-    """Make requests on some connections, one after the other; how many there were."""
+    """Make requests on several connections at a time; return how many were answered."""
     ask = b"GET /file HTTP/1.1\r\nHost: here\r\n\r\n"
     memory = memoryview(bytearray(1 << 18))
     selector = selectors.DefaultSelector()
     for _ in range(CONNECTIONS):
         connection = socket.create_connection(("127.0.0.1", port))
-        # What is still to be received; None before the head has come.
+        # How many bytes of the body are still to come; None before the head.
         selector.register(connection, selectors.EVENT_READ, [None])
         connection.sendall(ask)
     answers = 0
@@ -165,7 +168,7 @@ def request(port: int, count: int) -> float:
 
 
 def in_reactor(name: str, function: Callable[[], Any]) -> None:
-    """Run a function as a task in a reactor, by its module; print what it returns."""
+    """Run a function as a task in a reactor, named by its module; print its result."""
     importlib.import_module(name).install()
     from twisted.internet import reactor
 
@@ -250,7 +253,7 @@ def cached_blocking(path: Path, count: int) -> None:
 
 
 def streams(path: Path) -> Any:
-    """Those who send a file to whoever asks."""
+    """Return a factory whose handlers send a file to each client."""
     from twisted_rtsig.coro import CoroutineFactory, Stream
     from twisted_rtsig.files import open_file
 
@@ -285,7 +288,7 @@ Serve = Callable[[Path], Any]
 def serving(
     reactor_name: str, factory: Serve, talk: Talk
 ) -> Callable[[Path, int], None]:
-    """Have a client talk to a server, and measure that one."""
+    """Return a function that measures a server while a client talks to it."""
 
     def run(path: Path, count: int) -> None:
         client = Client(talk, count)
@@ -308,7 +311,7 @@ def serving(
 
 
 def sending_bare(path: Path, count: int) -> None:
-    """What sendfile(2) itself takes, with no reactor around it."""
+    """Measure sendfile(2) alone, without a reactor."""
     client = Client(fetch_again, count)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with socket.create_server(("127.0.0.1", 0)) as listening, path.open("rb") as file:
@@ -330,20 +333,20 @@ def sending_bare(path: Path, count: int) -> None:
 
 
 class Moment:
-    """Now, as the reactor's thread sees it."""
+    """A point of time, by the clocks of the reactor's thread."""
 
     def __init__(self, scheduled: int) -> None:
         self.clock = time.perf_counter()
         self.cpu = time.thread_time()
-        # How long the thread would have run, but had no core.
+        # How long the thread was runnable without having a core.
         self.waited = int(os.pread(scheduled, 100, 0).split()[1]) / 1e9
         self.blocked = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
     def since(self, earlier: Moment) -> float:
         """
-        For how long the thread has held up the reactor itself: its CPU time, if it has
-        not blocked.  If it has, all of the time counts in which it did not wait for a
-        core, also that for which the host has stopped this machine.
+        Return for how long the thread has held up the reactor.  That is its CPU time if
+        it has not blocked.  If it has blocked, it is all the time in which the thread
+        did not wait for a core, even if the host has paused this machine.
         """
         if self.blocked == earlier.blocked:
             return self.cpu - earlier.cpu
@@ -352,8 +355,8 @@ class Moment:
 
 class Delays:
     """
-    A timer, and how late it has been; and how long each pass of the reactor was, from
-    the end of one sleep to the next.
+    Measures how late a timer is, and how long each pass of the reactor takes, from the
+    end of one sleep to the next sleep.
     """
 
     def __init__(self) -> None:
@@ -388,7 +391,7 @@ class Delays:
             self._start()
 
     async def stop(self) -> Numbers:
-        """How late it was, after one more time and a pass."""
+        """Wait for one more timer and one pass, and return the figures."""
         from twisted_rtsig.coro import sleep
 
         self._running = False
@@ -410,9 +413,9 @@ def late(
     prepare: Callable[..., Any], talk: Talk | None = None
 ) -> Callable[[Path, int], None]:
     """
-    Measure how late a timer is while something else is done.
+    Return a function that measures how late a timer is during some work.
 
-    :param prepare: returns what is to be done, which imports nothing any more.
+    :param prepare: returns the work, a function.  It imports all that the work needs.
     """
 
     def run(path: Path, count: int) -> None:
@@ -420,8 +423,8 @@ def late(
 
         async def main() -> Numbers:
             work = prepare(path, *client)
-            # To look through all that was imported takes the garbage collector tens of
-            # milliseconds, now and then and whoever it hits.
+            # Without this, a garbage collection goes through all imported modules at a
+            # random moment, which takes tens of milliseconds.
             gc.collect()
             gc.freeze()
             delays = Delays()
@@ -494,17 +497,11 @@ def sending(factory: Serve) -> Callable[[Path, Client], Any]:
 # What is measured
 
 
-class Contender(NamedTuple):
-    run: Callable[[Path, int], None]
-    needs: str = ""
-    """What it imports, unless that is there anyway."""
-
-
 class Column(NamedTuple):
     """
-    A figure, and how it is told.
+    A figure, and how it is reported.
 
-    :ivar least: the least of all rounds counts, not the median.
+    :ivar least: whether the least of all rounds counts; otherwise the median does.
     """
 
     name: str
@@ -535,10 +532,13 @@ HELD_UP = Column("held", "held up", "%", 100, False)
 @dataclass(frozen=True)
 class Work:
     """
-    :ivar size: of the file, in bytes.
-    :ivar cold: whether nothing of it is cached.
-    :ivar compared: in which figure all are compared with the first contender; none
-        where it may be 0.
+    A kind of use of files that is measured.
+
+    :ivar size: the size of the file, in bytes.
+    :ivar compared: the figure in which all are compared with the first contender; None
+        if figures may be 0.
+    :ivar count: how many reads or requests there are.
+    :ivar cold: whether the file is removed from the page cache first.
     """
 
     what: str
@@ -616,8 +616,8 @@ WORKS = {
         2000,
     ),
     "late": Work(
-        "how late a timer of 1 ms is, while a file of 2 GB is read or sent that is not "
-        "cached",
+        "how late a timer of 1 ms is, while a file of 2 GB that is not cached is read "
+        "or sent",
         2000 * MB,
         {
             "twisted.web.static.File": Contender(late(sending(twisteds_site), fetch)),
@@ -646,7 +646,7 @@ WORKS = {
 
 @dataclass(frozen=True)
 class Bar:
-    """How much of what another uses a contender may use."""
+    """A limit: a contender may use at most ``most`` times as much as another one."""
 
     work: str
     contender: str
@@ -661,22 +661,22 @@ BARS = [
 ]
 
 
-# What is told
+# The report
 
 Measured = dict[str, list[Numbers]]
-"""The figures of each contender at one work, of all rounds."""
+"""The figures of one work in all rounds, by contender."""
 
 
 def ratio(measured: Measured, column: Column, name: str, against: str) -> str:
-    """Of what counts, and its quartiles within a round."""
+    """Return the ratio of two contenders, and its quartiles over the rounds."""
     value = column.of(measured[name]) / column.of(measured[against])
     pairs = zip(measured[name], measured[against], strict=True)
-    spread = Spread(mine[column.name] / other[column.name] for mine, other in pairs)
-    return f"{value:.3g} ({spread.low:.3g} to {spread.high:.3g})"
+    ratios = (mine[column.name] / other[column.name] for mine, other in pairs)
+    return with_quartiles(value, ratios, ".3g")
 
 
 def table(work: Work, measured: Measured) -> str:
-    """A table of all who did a work, in Markdown."""
+    """Return a table of all contenders at a work, in Markdown."""
     first = next(iter(measured))
     titles = [each.title for each in work.columns]
     head = ["contender", *titles]
@@ -692,8 +692,8 @@ def table(work: Work, measured: Measured) -> str:
 
 
 def judge(results: dict[str, Measured]) -> tuple[str, bool]:
-    """A table of the bars whose figures are there, and whether all are met."""
-    rows, all_met = [], True
+    """Return a table of the measured bars, and whether all are met."""
+    rows = []
     for bar in BARS:
         measured = results.get(bar.work, {})
         if bar.contender not in measured or bar.against not in measured:
@@ -703,20 +703,17 @@ def judge(results: dict[str, Measured]) -> tuple[str, bool]:
         mine, other = (
             column.of(measured[each]) for each in (bar.contender, bar.against)
         )
-        met = mine <= bar.most * other
-        all_met = all_met and met
         said = ratio(measured, column, bar.contender, bar.against)
         row = [bar.work, bar.contender, column.title, bar.against]
-        rows.append([*row, said, f"{bar.most:.3g}", "good" if met else "MISSED"])
-    head = ["work", "of", "what", "compared with", "measured (quartiles)", "at most"]
-    return markdown([*head, ""], rows), all_met
+        rows.append(([*row, said, f"{bar.most:.3g}"], mine <= bar.most * other))
+    return table_of_bars(rows)
 
 
 # Measuring
 
 
 def make(path: Path, size: int) -> None:
-    """A file that is on the disk."""
+    """Make a file, and flush it to the disk."""
     block = os.urandom(min(size, 1 << 20))
     with path.open("wb") as file:
         while file.tell() < size:
@@ -734,70 +731,37 @@ def set_cached(path: Path, cached: bool) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(name: str, contender: str, path: Path, count: int) -> Numbers:
-    set_cached(path, not WORKS[name].cold)
-    command = [sys.executable, __file__, "--only", contender, "--work", name]
-    command += ["--folder", str(path.parent), "--count", str(count)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=PATIENCE)
-    numbers: Numbers = json.loads(done.stdout.splitlines()[-1])
-    return numbers
-
-
 def measure_all(
     name: str, rounds: int, folder: Path, size: int | None, count: int | None
 ) -> Measured:
     work = WORKS[name]
     path = folder / "file"
     make(path, size or work.size)
-    measured: Measured = {}
-    for contender, (_, needs) in work.contenders.items():
-        if needs and importlib.util.find_spec(needs) is None:
-            say(
-                f"{contender} is left out: there is no {needs} here "
-                "(pip install -e '.[bench]')."
-            )
-        else:
-            measured[contender] = []
-    for round_ in range(1, rounds + 1):
-        for contender, samples in measured.items():
-            samples.append(measure(name, contender, path, count or work.count))
-        told = work.compared or work.columns[0]
-        said = ", ".join(
-            f"{contender} {told.tell(samples[-1][told.name])}"
-            for contender, samples in measured.items()
-        )
-        say(f"{name}, round {round_} of {rounds}, {told.title}: {said}")
-    return measured
+    told = work.compared or work.columns[0]
+    options = ["--folder", str(folder), "--count", str(count or work.count)]
+
+    def measure(contender: str) -> Numbers:
+        set_cached(path, not work.cold)
+        numbers: Numbers = run_alone(__file__, name, contender, *options)
+        return numbers
+
+    return measure_in_rounds(
+        *(name, work.contenders, rounds, measure),
+        *(told.title, lambda sample: told.tell(sample[told.name])),
+    )
 
 
 def parse() -> argparse.Namespace:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
-    add = parser.add_argument
-    add(
-        "--work",
-        metavar="NAME,...",
-        default=",".join(WORKS),
-        help=f"what is measured ({', '.join(WORKS)})",
+    parser = parser_with_rounds(__doc__, WORKS)
+    for option, metavar, what in (
+        ("--size", "BYTES", "the size of each file, instead of that of the work"),
+        ("--count", "N", "how many reads or requests, instead of those of the work"),
+    ):
+        parser.add_argument(option, type=int, metavar=metavar, help=what)
+    parser.add_argument(
+        "--folder", help="where to make the files (in the folder of temporary files)"
     )
-    add("--rounds", type=int, metavar="N", default=4, help="how often (4)")
-    add("--size", type=int, metavar="BYTES", help="of each file, instead of its own")
-    add(
-        "--count",
-        type=int,
-        metavar="N",
-        help="of reads or requests, instead of its own",
-    )
-    add("--folder", help="on which disk (that of temporary files)")
-    add("--only", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    options.work = options.work.split(",")
-    for name in options.work:
-        if name not in WORKS:
-            parser.error(f"there is no {name}, only {', '.join(WORKS)}")
-    if options.rounds < 1:
-        parser.error("there is nothing to measure")
-    return options
+    return parser.parse_args()
 
 
 def main() -> int:

@@ -1,13 +1,13 @@
 """
-Measure the memory of a handler: many run at once, each in the middle of a conversation.
+Measure the memory of a handler, while many are in the middle of a conversation.
 
     python benchmarks/handlers.py [--handlers N] [--rounds N]
 
-Each has read a line and answered it, and waits for the next one.  The transports
-are in memory, and the same for all: what is measured is the handler's coroutine,
-its task, its stream and its protocol.  A process of its own measures each, in
-turns, by what becomes resident.  The exit status is 1 if a handler of this package
-takes more than one of asyncio's streams.
+Each handler has read a line and answered it, and waits for the next one.  All
+contenders have the same transports in memory, so that the figure is the size of the
+handler's coroutine, its task, its stream and its protocol.  Each contender is measured
+in a process of its own, in turns, by the growth of the resident set.  The exit status
+is 1 if a handler of this package takes more memory than one of asyncio's streams.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LINE = b"a line of 64 bytes" + b"." * 45 + b"\n"
 
 
 class Transport:
-    """Takes what is written, of Twisted and of asyncio, and forgets it."""
+    """A transport for Twisted and asyncio that discards what is written."""
 
     __slots__ = ("__weakref__", "written")
 
@@ -66,7 +66,7 @@ def coroutines(handler: Any, count: int, measured: Callable[[Kept], None]) -> No
         assert transport.written == len(LINE)
         kept.append(protocol)
     measured(kept)
-    # Nothing is left of them: they need not be told.
+    # Skip the clean-up of all the tasks.
     os._exit(0)
 
 
@@ -132,8 +132,8 @@ def resident() -> int:
 
 
 def measure(contender: str, count: int) -> None:
-    """In a process of its own: print the bytes for each handler."""
-    # What is imported is none of a handler's memory.
+    """In a process of its own: print how many bytes each handler takes."""
+    # Imported first, so that modules do not count as memory of the handlers.
     for module in ("twisted_rtsig.coro", "twisted.internet.task"):
         importlib.import_module(module)
     before = resident()

@@ -1,13 +1,13 @@
 """
-Tables of what compare.py has measured, one for each workload, and whether the targets
-are met.
+Print tables of what compare.py has measured, one for each workload, and whether the
+bars are met.
 
     python benchmarks/report.py [RESULTS]
 
-says it of what compare.py has saved.
+prints them for the results that compare.py has saved.
 
-Every ratio is taken within a round, of figures measured side by side, and only
-then are the median and the quartiles taken over the rounds.
+Each ratio is taken within a round, of figures that were measured side by side.  The
+median and the quartiles are those of these ratios over all rounds.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from works import WORKS
 RESULTS = Path(__file__).parent / "results"
 LATEST = RESULTS / "latest.json"
 PUBLISHED = RESULTS / "published.json"
-"""What README and docs quote."""
+"""The results that README and docs quote."""
 
 YARDSTICK = "epoll"
 
 
 class Sample(TypedDict):
-    """One contender at one work in one round."""
+    """The figures of one contender at one work in one round."""
 
     work: str
     round: int
     contender: str
     idle: int
-    """Idle connections."""
+    """How many idle connections there were."""
     rate: float
-    """Requests (or what else the work consists of) in a second."""
+    """Requests (or other units of the work) per second."""
     cpu: float
-    """Microseconds of the server's CPU for each of them."""
+    """The CPU time of the server per request, in microseconds."""
     p50: float | None
     p99: float | None
     """Latencies, in microseconds."""
     memory: float | None
-    """Bytes for each connection."""
+    """Bytes per connection."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """How many times less than another a contender has to use, at least."""
+    """A limit: a contender must use at least ``least`` times less than another one."""
 
     work: str
     against: str
@@ -69,7 +69,7 @@ BARS = [
     Bar("echo-100", "protocol-uvloop", 0.85),
     Bar("echo-1000", "epoll", 2.2),
     Bar("echo-idle", "epoll", 2.5),
-    # At most a tenth above.
+    # At most a tenth more.
     Bar("echo-idle", "python", 1 / 1.1, "penalty"),
     Bar("echo-1", "epoll", 1.3),
     Bar("echo-1", "epoll", 1.0, "p50"),
@@ -85,7 +85,7 @@ BARS = [
     Bar("echo-100", "streams-uvloop", 1.0, contender="coro"),
     Bar("lines-100", "streams-uvloop", 1.0, contender="coro"),
     Bar("redis", "streams", 2.0, contender="coro"),
-    # At most so many times the other's.
+    # The inverse of the most that the contender may use.
     Bar("echo-100", "rtsig-epoll", 1 / 1.05, contender="rtsig-asyncio"),
     Bar("echo-100", "asyncio", 3.0, contender="rtsig-asyncio"),
     Bar("echo-100", "protocol", 1 / 0.35, contender="protocol-rtsig"),
@@ -105,7 +105,7 @@ MEASURES = {
 
 
 class Spread:
-    """The median and the quartiles of some values, of at least one."""
+    """The median and the quartiles of one or more values."""
 
     def __init__(self, values: Iterable[float]) -> None:
         ordered = sorted(values)
@@ -140,7 +140,7 @@ class Results:
     def values(
         self, work: str, contender: str, measure: str, *, alone: bool = False
     ) -> dict[int, float]:
-        """A measure in each round; alone is without the work's idle connections."""
+        """Return a measure by round; ``alone`` is without the idle connections."""
         samples = self._samples.get((work, contender), {})
         if measure == "penalty":
             without = self.values(work, contender, "cpu", alone=True)
@@ -163,7 +163,7 @@ class Results:
     def times(
         self, work: str, contender: str, against: str, measure: str = "cpu"
     ) -> Spread | None:
-        """How many times less than the other the contender uses."""
+        """Return how many times less than the other one the contender uses."""
         mine = self.values(work, contender, measure)
         others = self.values(work, against, measure)
         ratios = [others[each] / mine[each] for each in mine if each in others]
@@ -197,7 +197,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def table(results: Results, work: str) -> str:
-    """A table of all who did a work, in Markdown."""
+    """Return a table of all contenders at a work, in Markdown."""
     unit, idle = WORKS[work].unit, WORKS[work].idle
     plural = unit if unit == "MiB" else f"{unit}s"
     head = ["contender", f"{plural}/s", f"CPU per {unit}"]
@@ -218,7 +218,7 @@ def table(results: Results, work: str) -> str:
 
 
 def judge(results: Results) -> tuple[str, bool]:
-    """A table of the bars whose figures are there, and whether all are met."""
+    """Return a table of the measured bars, and whether all are met."""
     rows, all_met = [], True
     for bar in BARS:
         times = results.times(bar.work, bar.contender, bar.against, bar.measure)
@@ -246,7 +246,7 @@ def judge(results: Results) -> tuple[str, bool]:
 
 
 def tell(file: Path) -> bool:
-    """Print what the samples in a file say; whether all bars are met."""
+    """Print the tables of a file of samples; return whether all bars are met."""
     results = load(file)
     print(results.about)
     for work in results.works():

@@ -1,23 +1,23 @@
 """
-Measure what tasks cost: passing a value, waiting, and transferring control.
+Measure the cost of tasks: of passing a value, of waiting, and of transferring control.
 
     python benchmarks/tasks.py [--work NAME,...] [--rounds N] [--count N]
 
 ping-pong  two coroutines and two queues for one value: a round trip
 parked     100,000 tasks that wait for an event: the memory and the CPU time of each
 group      100,000 tasks of a task group that wait for an event: as parked
-million    a million of them, of this package: the resident set
+million    a million parked tasks of this package: the resident set
 transfer   two symmetric coroutines: a transfer, beside a bare ``send``
 
-A process of its own measures each contender, and all of them are measured in turns,
-round after round, on the same core.  The time is the CPU time of the process, user
-and system, garbage collection included, of what is measured alone; a ping-pong and
-a transfer are warm by then, and go on for ten parts, of which the quickest counts.
-The memory is what becomes resident meanwhile.
+Each contender is measured in a process of its own, and all of them in turns, round
+after round, on the same core.  The time is the CPU time of the measured part of the
+process, user and system, including garbage collection.  A ping-pong and a transfer are
+warmed up first, and then run in ten parts, of which the quickest counts.  The memory is
+the growth of the resident set in the measured part.
 
-Of the CPU time the least of all rounds is told and compared, since whatever else the
-machine does only ever adds to it, and of the memory the median.  The quartiles are
-those of the ratios within a round.  The exit status is 1 if a bar is missed.
+For CPU time, the least of all rounds is reported and compared, since other load on the
+machine can only add to it; for memory, it is the median.  The quartiles are those of
+the ratios within each round.  The exit status is 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -26,24 +26,27 @@ import argparse
 import asyncio
 import contextvars
 import gc
-import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 import types
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-from compare import environment, say
-from report import Spread, figure, markdown
-
-PATIENCE = 300.0
-"""Seconds after which a measurement is given up."""
+from console import environment
+from report import figure, markdown
+from rounds import (
+    Contender,
+    measure_in_rounds,
+    parser_with_rounds,
+    run_alone,
+    table_of_bars,
+    with_quartiles,
+)
 
 WARM_UP = 10_000
 """How often something is done before it is measured, at most."""
@@ -571,12 +574,6 @@ def greenlet_switches(count: int, meter: Meter) -> None:
 # What is measured
 
 
-class Contender(NamedTuple):
-    run: Callable[[int, Meter], None]
-    needs: str = ""
-    """What it imports, unless that is there anyway."""
-
-
 @dataclass(frozen=True)
 class Sample:
     """One contender at one work in one round."""
@@ -760,8 +757,8 @@ def ratio(measured: Measured, measure: Measure, name: str, against: str) -> str:
     """Of what counts, and its quartiles within a round."""
     value = times(measured, measure, name, against)
     pairs = zip(measured[name], measured[against], strict=True)
-    spread = Spread(measure(mine) / measure(other) for mine, other in pairs)
-    return f"{value:.2f} ({spread.low:.2f} to {spread.high:.2f})"
+    ratios = (measure(mine) / measure(other) for mine, other in pairs)
+    return with_quartiles(value, ratios, ".2f")
 
 
 def times(measured: Measured, measure: Measure, name: str, against: str) -> float:
@@ -803,8 +800,8 @@ def compared(work: Work, measure: Measure) -> bool:
 
 
 def judge(results: dict[str, Measured]) -> tuple[str, bool]:
-    """A table of the bars whose figures are there, and whether all are met."""
-    rows, all_met = [], True
+    """Return a table of the measured bars, and whether all are met."""
+    rows = []
     for bar in BARS:
         measured = results.get(bar.work, {})
         if not measured or (bar.against and bar.against not in measured):
@@ -817,66 +814,32 @@ def judge(results: dict[str, Measured]) -> tuple[str, bool]:
             value = sum_up(bar.measure, measured[bar.contender])
             said = in_words(bar.measure, value)
             most = in_words(bar.measure, bar.most)
-        met = value <= bar.most
-        all_met = all_met and met
         row = [bar.work, bar.contender, MEASURES[bar.measure], bar.against or "-"]
-        rows.append([*row, said, most, "good" if met else "MISSED"])
-    head = ["work", "of", "what", "compared with", "measured (quartiles)", "at most"]
-    return markdown([*head, ""], rows), all_met
+        rows.append(([*row, said, most], value <= bar.most))
+    return table_of_bars(rows)
 
 
 # Measuring
 
 
-def measure(name: str, contender: str, count: int) -> Sample:
-    command = [sys.executable, __file__, "--only", contender]
-    command += ["--work", name, "--count", str(count)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=PATIENCE)
-    return Sample(count, *json.loads(done.stdout))
-
-
 def measure_all(name: str, rounds: int, count: int) -> Measured:
-    work = WORKS[name]
-    measured: Measured = {}
-    for contender, (_, needs) in work.contenders.items():
-        if needs and importlib.util.find_spec(needs) is None:
-            say(
-                f"{contender} is left out: there is no {needs} here "
-                "(pip install -e '.[bench]')."
-            )
-        else:
-            measured[contender] = []
-    for round_ in range(1, rounds + 1):
-        for contender, samples in measured.items():
-            samples.append(measure(name, contender, count))
-        costs = ", ".join(
-            f"{contender} {in_words(Sample.cpu, samples[-1].cpu())}"
-            for contender, samples in measured.items()
-        )
-        say(f"{name}, round {round_} of {rounds}, CPU: {costs}")
-    return measured
+    def measure(contender: str) -> Sample:
+        return Sample(count, *run_alone(__file__, name, contender, f"--count={count}"))
+
+    return measure_in_rounds(
+        *(name, WORKS[name].contenders, rounds, measure),
+        *("CPU", lambda sample: in_words(Sample.cpu, sample.cpu())),
+    )
 
 
 def parse() -> argparse.Namespace:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
-    add = parser.add_argument
-    add(
-        "--work",
-        metavar="NAME,...",
-        default=",".join(WORKS),
-        help=f"what is measured ({', '.join(WORKS)})",
+    parser = parser_with_rounds(__doc__, WORKS)
+    parser.add_argument(
+        "--count", type=int, metavar="N", help="of each work, instead of its own"
     )
-    add("--rounds", type=int, metavar="N", default=4, help="how often (4)")
-    add("--count", type=int, metavar="N", help="of each work, instead of its own")
-    add("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.work = options.work.split(",")
-    for name in options.work:
-        if name not in WORKS:
-            parser.error(f"there is no {name}, only {', '.join(WORKS)}")
-    if options.rounds < 1 or (options.count is not None and options.count < 2):
-        parser.error("there is nothing to measure")
+    if options.count is not None and options.count < 2:
+        parser.error(f"--count {options.count}: give at least 2")
     return options
 
 

@@ -1,6 +1,6 @@
 """
-The workloads that compare.py measures, and how one is run: the server's process on one
-core, and its clients on another.
+The workloads that compare.py measures, and how a workload runs: the server on one core,
+and its clients on another.
 """
 
 from __future__ import annotations
@@ -21,18 +21,22 @@ from servers import CONTENDERS, MIB
 
 HERE = Path(__file__).parent
 PATIENCE = 30.0
-"""Seconds after which a process that has closed its output is given up."""
+"""How many seconds a process has to end after it has closed its output."""
 
 
 @dataclass(frozen=True)
 class Work:
     """
-    :ivar client: what keeps the server busy: "load" (load.c), "tls"
-        (tls_load.py), "wrk", "redis" (redis-benchmark), or "" where the server
-        does so itself.
-    :ivar arguments: of the client; of load.c without port and idle connections.
-    :ivar connections: that are busy.
-    :ivar idle: further connections.  The work is measured without them, too.
+    A workload.
+
+    :ivar client: the program that keeps the server busy: "load" (load.c), "tls"
+        (tls_load.py), "wrk", "redis" (redis-benchmark), or "" if the server does so
+        itself.
+    :ivar arguments: the arguments of the client; for load.c without the port and the
+        number of idle connections.
+    :ivar connections: how many connections are busy.
+    :ivar idle: how many further connections are idle.  The work is measured without
+        them as well.
     """
 
     what: str
@@ -44,7 +48,7 @@ class Work:
     unit: str = "request"
 
     def missing(self) -> str:
-        """The sentence that says why it cannot be measured here, or nothing."""
+        """Return why the work cannot be measured here, or an empty string."""
         if self.client == "wrk" and not shutil.which("wrk"):
             return "wrk is not installed (apt-get install wrk)"
         if self.client == "redis" and not shutil.which("redis-benchmark"):
@@ -57,7 +61,7 @@ class Work:
         return ""
 
     def contenders(self) -> list[str]:
-        """Who can do it, if all that is needed is installed."""
+        """Return the contenders that support the work, installed or not."""
         return [
             name
             for name, contender in CONTENDERS.items()
@@ -144,7 +148,7 @@ WORKS = {
 
 
 def prepare(folder: Path, works: list[Work]) -> None:
-    """Make what servers and clients need: programs, a certificate, a file."""
+    """Make the programs, the certificate and the file that servers and clients need."""
     compiler = os.environ.get("CC") or "cc"
     if not shutil.which(compiler):
         raise SystemExit(
@@ -161,7 +165,7 @@ def prepare(folder: Path, works: list[Work]) -> None:
 
 
 def certificate() -> bytes:
-    """A key, and a certificate for it that lasts a day."""
+    """Return a certificate that is valid for a day, and its key."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -188,7 +192,7 @@ def certificate() -> bytes:
 
 
 class Process:
-    """A process that writes lines, and may be asked for them."""
+    """A process that writes lines, some of them as answers to lines that it reads."""
 
     def __init__(self, stack: contextlib.ExitStack, command: list[str]) -> None:
         self._command = " ".join(command)
@@ -215,12 +219,12 @@ class Process:
         return line
 
     def cpu(self) -> float:
-        """The seconds it has used, user and system, of all its threads."""
-        # What clock_getcpuclockid() gives for a process.
+        """Return the CPU time of all its threads in seconds, user and system."""
+        # The clock that clock_getcpuclockid(3) returns for the process.
         return time.clock_gettime((~self.pid << 3) | 2)
 
     def memory(self) -> int:
-        """The bytes that it has resident."""
+        """Return the size of its resident set, in bytes."""
         pages = Path(f"/proc/{self.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
@@ -238,7 +242,7 @@ end
 
 
 class Turn(TypedDict, total=False):
-    """What was done in a turn: seconds, and latencies in microseconds."""
+    """The results of a turn: times in seconds, and latencies in microseconds."""
 
     requests: int
     elapsed: float
@@ -269,7 +273,7 @@ class Subject:
         os.sched_setaffinity(self._server.pid, {core})
         self._client: Process | None = None
         self.memory: float | None = None
-        """Bytes for each connection, where there are idle ones."""
+        """Bytes per connection, if there are idle ones."""
 
     def _server_command(self) -> list[str]:
         if CONTENDERS[self.contender].serve is None:
@@ -288,7 +292,7 @@ class Subject:
         return [load, kind, self._port, *sizes, str(self.idle)]
 
     def connect(self) -> None:
-        """Once the server is there: start the client, and all connections."""
+        """Wait for the server, then start the client and make all connections."""
         self._port = self._server.answer().strip()
         if not self._work.client:
             self._client = self._server
