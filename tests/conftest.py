@@ -10,6 +10,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.quick import starts_programs
 from tests.support import ON_PYPY, Served, dispose, each_of, reactor_classes
 from twisted_rtsig.engine.reactor import EngineReactor
 
@@ -22,6 +23,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Its plugin imports it at the end of a run, and then trio's, if that is installed,
 # looks for an object that refers to another one, and finds none that is frozen.
 assert hypothesis
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if isinstance(item, pytest.Function) and starts_programs(item.function):
+        item.add_marker(pytest.mark.processes)
 
 
 def pytest_collection_finish() -> None:

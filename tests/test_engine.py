@@ -35,6 +35,7 @@ from twisted.python import context, log
 from twisted.python.failure import Failure
 from zope.interface import alsoProvides, implementer
 
+from tests.quick import examples
 from tests.scripted_notifier import (
     FAKE,
     EdgeNotifier,
@@ -1693,7 +1694,7 @@ def test_model(machine: type[EngineMachine]) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=250,
+            max_examples=examples(250),
             stateful_step_count=30,
             deadline=None,
             database=None,

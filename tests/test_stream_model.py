@@ -31,6 +31,7 @@ from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from zope.interface import alsoProvides
 
+from tests.quick import examples
 from tests.scripted_notifier import FAKE, StreamNotifier, StreamSocket
 from tests.support import dispose
 from tests.test_engine import LoggedFailures
@@ -540,7 +541,7 @@ def test_model() -> None:
     run_state_machine_as_test(
         StreamMachine,
         settings=settings(
-            max_examples=200,
+            max_examples=examples(200),
             stateful_step_count=25,
             deadline=None,
             database=None,

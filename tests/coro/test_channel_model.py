@@ -33,6 +33,7 @@ from twisted.internet.defer import TimeoutError as DeferredTimeoutError
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
+from tests.quick import examples
 from twisted_rtsig.coro import (
     Channel,
     ChannelClosed,
@@ -639,7 +640,7 @@ INTERFERENCE = st.lists(
 
 
 @settings(
-    max_examples=1_000,
+    max_examples=examples(1_000),
     deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),

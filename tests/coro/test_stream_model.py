@@ -28,6 +28,7 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
+from tests.quick import examples
 from twisted_rtsig.coro import (
     CoroutineFactory,
     DelimiterNotFound,
@@ -395,7 +396,7 @@ def test_model() -> None:
     run_state_machine_as_test(
         StreamMachine,
         settings=settings(
-            max_examples=300,
+            max_examples=examples(300),
             stateful_step_count=30,
             deadline=None,
             database=None,
