@@ -1,12 +1,12 @@
 """
-A web server of Twisted's that asks other servers with aiohttp's client.
+A Twisted web server that fetches pages from other servers with aiohttp's client.
 
     pip install 'twisted-rtsig[asyncio-libraries]'
     python examples/aiohttp_in_twisted.py [PORT]
     curl 'http://127.0.0.1:8080/?url=http://…&url=http://…'
 
-The answer tells the status and the length of each page.  All pages are fetched at the
-same time, and the fetches are cancelled if the client goes away before.
+The answer has the status and the length of each page.  All pages are fetched at the
+same time.  If the client disconnects first, the fetches are cancelled.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from twisted.internet import reactor as installed  # noqa: E402
 from twisted.web.resource import Resource  # noqa: E402
 from twisted.web.server import NOT_DONE_YET, Site  # noqa: E402
 
-# In seconds, for one page.
+# For one page, in seconds.
 LIMIT = aiohttp.ClientTimeout(total=10)
 MAX_URLS = 20
 
-# Twisted has not annotated its methods.
+# For type checkers: Twisted has not annotated the methods of reactors.
 reactor: Any = installed
 
 
@@ -44,7 +44,7 @@ class Lengths(Resource):
 
     def render_GET(self, request: Any) -> int:
         task = asyncio.ensure_future(self._answer(request))
-        # The client has gone away.
+        # The Deferred fails when the client disconnects.
         request.notifyFinish().addErrback(lambda _: task.cancel())
         return NOT_DONE_YET
 

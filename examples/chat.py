@@ -4,9 +4,9 @@ A chat room, for telnet.
     python examples/chat.py [PORT]
     telnet 127.0.0.1 2323
 
-Who connects is asked for a name.  Each line is told to all others; /who lists
-those who are there, and /quit leaves.  A member who does not read, so that what
-was said piles up here, is thrown out.
+A new member is asked for a name.  Each line goes to all other members; /who lists
+the members, and /quit leaves.  A member that does not read is disconnected, as its
+unread lines would pile up in the server.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ SECONDS_FOR_A_NAME = 60
 
 
 def printable(line: bytes) -> str:
-    """Without what could rearrange the terminals of the others."""
+    """Remove control characters, which could garble the terminals of other members."""
     return "".join(filter(str.isprintable, line.decode(errors="replace"))).strip()
 
 
 class Room:
-    """Who is in the room, by name."""
+    """The members of the room, by name."""
 
     def __init__(self) -> None:
         self.members: dict[str, Stream] = {}
 
     async def session(self, stream: Stream) -> None:
-        """One member, from the first line to the last."""
+        """Serve one member, from the first line to the last."""
         try:
             with timeout(SECONDS_FOR_A_NAME):
                 name = await self.ask_name(stream)
@@ -58,7 +58,7 @@ class Room:
         except DelimiterNotFound:
             await stream.write(b"That line is too long.\r\n")
         except IncompleteRead:
-            # The end, before a name or in the middle of a line.
+            # The connection has ended before a name, or in the middle of a line.
             pass
 
     async def ask_name(self, stream: Stream) -> str:
@@ -85,7 +85,7 @@ class Room:
 
     def tell_others(self, name: str, text: str) -> None:
         for other, stream in list(self.members.items()):
-            # To wait would let one who does not read hold up all.
+            # Awaiting the write would let a member that does not read block all others.
             if other != name and not stream.write(f"{text}\r\n".encode()).called:
                 stream.abort()
 

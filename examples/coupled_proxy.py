@@ -1,9 +1,10 @@
 """
-Two protocols coupled: netstrings with the clients, lines with the server behind.
+Couple two protocols: netstrings with the clients, lines with a server.
 
     python examples/coupled_proxy.py SERVER_PORT [PORT]
 
-Each is a loop that knows nothing of the other protocol, and hands over in the middle.
+Each protocol is a loop that knows nothing of the other one, and transfers control to it
+in the middle.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ from twisted_rtsig.coro import (
 )
 
 MAX_DIGITS = 4
-# int() would take a sign, spaces and underscores as well.
+# int() would accept a sign, spaces and underscores as well.
 SIZE = re.compile(rb"0|[1-9][0-9]*")
 
 
 async def talk_netstrings(client: Stream, back: Task[Any]) -> None:
-    """Until the client closes its side."""
+    """Pass on requests until the client closes its side."""
     while await client.peek(1):
         size = await client.read_until(b":", MAX_DIGITS)
         if not SIZE.fullmatch(size):
-            raise ValueError("that is no netstring")
+            raise ValueError("not a netstring")
         request = await client.read_exactly(int(size))
         if await client.read_exactly(1) != b"," or b"\n" in request:
-            raise ValueError("that is no netstring, or more than a line")
+            raise ValueError("not a netstring, or more than one line")
         reply = await transfer(back, request)
         await client.write(b"%d:%b," % (len(reply), reply))
 
@@ -52,7 +53,11 @@ async def talk_lines(server: Stream, front: Task[Any], request: bytes) -> None:
 
 
 class Proxy:
-    """:param server: an endpoint: where it is."""
+    """
+    Couples clients with the server.
+
+    :param server: the endpoint of the server.
+    """
 
     def __init__(self, server: Any) -> None:
         self.server = server
@@ -61,7 +66,7 @@ class Proxy:
         try:
             async with await connect(self.server) as server:
                 front = symmetric(talk_netstrings, client)
-                # The end of either, or its error, comes here or to the front.
+                # When one of them ends or fails, control returns here or to the front.
                 await transfer(front, symmetric(talk_lines, server, front))
         except (ValueError, StreamError, ConnectionClosed, ConnectError) as error:
             print(f"{client.peer}: {error}", file=sys.stderr)

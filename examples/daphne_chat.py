@@ -4,8 +4,8 @@ daphne, the server of Django Channels, on this reactor: a chat room over WebSock
     pip install 'twisted-rtsig[asyncio-libraries]'
     python examples/daphne_chat.py [PORT]
 
-A project of Django Channels begins its asgi.py with the two lines that install the
-reactor, before anything imports daphne; daphne keeps the reactor that it finds.
+In a Django Channels project, put the two lines that install the reactor at the top of
+asgi.py, before anything imports daphne.  daphne keeps a reactor that is installed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ async def application(scope: dict[str, Any], receive: Receive, send: Send) -> No
 
 
 async def chat(receive: Receive, send: Send) -> None:
-    """One person's connection: what it says goes to all in the room."""
+    """Serve one WebSocket: each text goes to all in the room."""
     while True:
         event = await receive()
         if event["type"] == "websocket.connect":

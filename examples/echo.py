@@ -1,11 +1,11 @@
 """
-An echo server that runs unchanged on Linux, BSD, macOS and Windows, on the
-reactor that this package has for each.
+An echo server that runs unchanged on Linux, BSD, macOS and Windows, each with its
+own reactor of this package.
 
     python examples/echo.py [PORT]
     telnet 127.0.0.1 7777
 
-The line that it begins with says which reactor it is.
+Its first line of output names the reactor.
 """
 
 from __future__ import annotations

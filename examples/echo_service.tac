@@ -1,10 +1,10 @@
 """
-An echo server as an application of Twisted.
+An echo server as a Twisted application.
 
     PORT=7777 twistd --reactor=rtsig-auto -noy examples/echo_service.tac
     telnet 127.0.0.1 7777
 
-On SIGTERM or Ctrl-C it listens no more, sends what it has received, and ends.
+On SIGTERM or Ctrl-C it stops listening, echoes what it has received, and ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ async def echo(stream: Stream) -> None:
 port = int(os.environ.get("PORT", "7777"))
 endpoint = TCP4ServerEndpoint(reactor, port, interface="127.0.0.1")
 
-# twistd looks for this name.
+# twistd runs the object of this name.
 application = Application("echo")
 service = CoroutineService(endpoint, echo, grace=10, max_connections=1000)
 service.setServiceParent(application)

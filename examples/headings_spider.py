@@ -1,11 +1,11 @@
 """
-A spider of Scrapy's on this reactor: the title of a page, and of all that it links to.
+A Scrapy spider on this reactor: the titles of a page and of all pages it links to.
 
     pip install 'twisted-rtsig[asyncio-libraries]'
     python examples/headings_spider.py URL
 
-It prints one JSON object for each page.  In a project of Scrapy's, the reactor is a
-line of settings.py: the value of TWISTED_REACTOR below.
+It prints one JSON object for each page.  In a Scrapy project, put TWISTED_REACTOR, as
+below, into settings.py.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ SETTINGS = {
 
 
 class Headings(scrapy.Spider):
-    """:ivar start_urls: where it begins."""
+    """Collects titles; its ``start_urls`` are the pages to start from."""
 
     name = "headings"
 
     async def parse(self, response: Response, **kwargs: Any) -> AsyncIterator[Any]:
-        """The page, and requests for all that it links to."""
-        # Anything of asyncio may be awaited here.
+        """Yield the title of the page, and a request for each page it links to."""
+        # Any asyncio coroutine can be awaited here.
         await asyncio.sleep(0)
         yield {"url": response.url, "title": response.css("title::text").get()}
         for link in response.css("a::attr(href)").getall():

@@ -1,6 +1,6 @@
 """
-A server from its first line to its last: it greets its clients, and on Ctrl-C or
-SIGTERM it lets those that are there finish.
+A complete server: it greets its clients, and on Ctrl-C or SIGTERM it lets the connected
+clients finish.
 
     python examples/hello_server.py [PORT]
     telnet 127.0.0.1 7777

@@ -1,6 +1,6 @@
 """
-Fetch a page with http.client, which is written for blocking sockets: many times at
-once, in one thread.
+Fetch a page many times at once, in one thread, with http.client, which is written for
+blocking sockets.
 
     python examples/http_client.py HOST:PORT PATH [TIMES]
 """
@@ -21,7 +21,7 @@ SECONDS = 60
 
 def fetch(host: str, path: str) -> tuple[int, bytes]:
     """
-    A plain function: nothing in it knows of the reactor.
+    Fetch a page: a plain function, without any code for the reactor.
 
     :return: the status and the body.
     """

@@ -3,8 +3,7 @@ Fetch a page over HTTP/1.1 through a proxy, within a time limit.
 
     python examples/http_fetch.py PROXY_HOST:PORT URL [SECONDS]
 
-The body may have a Content-Length, come in chunks, or last until the connection
-ends.
+The body may have a Content-Length, be sent in chunks, or end with the connection.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\0]*?)[ \t]*")
 
 
 class Response(NamedTuple):
-    """:ivar headers: values by names in lower case; those of equal names in a list."""
+    """:ivar headers: values by lower-case name; equal names are joined by commas."""
 
     status: int
     headers: dict[str, str]
@@ -36,19 +35,22 @@ class Response(NamedTuple):
 
 
 class BadResponse(Exception):
-    """Not what HTTP allows, or more than this takes."""
+    """The response is not valid HTTP, or exceeds a limit."""
 
 
 async def fetch(proxy: Any, url: str, seconds: float = 10) -> Response:
     """
+    Fetch a page through a proxy.
+
     :param proxy: an ``IStreamClientEndpoint`` provider.
+    :param seconds: the time limit.
     :raises TimeoutError: if it takes longer.
-    :raises BadResponse: if it is no HTTP, or too much.
-    :raises StreamError: if it ends in the middle.
+    :raises BadResponse: if the response is not valid HTTP, or too large.
+    :raises StreamError: if the response ends in the middle.
     :raises ConnectionClosed: if the connection is lost.
-    :raises ValueError: if that URL cannot be sent.
+    :raises ValueError: if the URL cannot be sent.
     """
-    # The fragment is for the client alone.
+    # The fragment is not sent to servers.
     url = url.partition("#")[0]
     host = host_of(url)
     request = f"GET {url} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
@@ -56,28 +58,28 @@ async def fetch(proxy: Any, url: str, seconds: float = 10) -> Response:
         async with await connect(proxy) as stream:
             await stream.write(request.encode())
             status, headers = await read_head(stream)
-            # What comes first may be hints: 100 Continue, 103 Early Hints.
+            # Interim responses may come first: 100 Continue, 103 Early Hints.
             while 100 <= status < 200:
                 status, headers = await read_head(stream)
             return Response(status, headers, await read_body(stream, status, headers))
 
 
 def host_of(url: str) -> str:
-    """The host and the port, of a URL that may be sent as it is."""
+    """Return the host and port of a URL; check that it can be sent as it is."""
     parts = urlsplit(url)
     if parts.scheme != "http" or not parts.hostname or not re.fullmatch("[!-~]+", url):
-        raise ValueError(f"not a URL that could be sent: {url!r}")
+        raise ValueError(f"not an http URL that can be sent: {url!r}")
     if "@" in parts.netloc:
-        raise ValueError("a user and a password do not belong in a URL")
+        raise ValueError("a URL with a user or a password is not sent")
     return parts.netloc
 
 
 async def read_head(stream: Stream) -> tuple[int, dict[str, str]]:
-    """The status, and the headers."""
+    """Read the status and the headers."""
     line = await stream.read_line(MAX_LINE)
     start = re.fullmatch(rb"HTTP/1\.[01] ([1-9]\d\d)( .*)?", line)
     if start is None:
-        raise BadResponse(f"no status of HTTP/1.1: {line!r}")
+        raise BadResponse(f"not a status line of HTTP/1.1: {line!r}")
     headers: dict[str, str] = {}
     for _ in range(MAX_HEADERS):
         line = await stream.read_line(MAX_LINE)
@@ -94,11 +96,11 @@ async def read_head(stream: Stream) -> tuple[int, dict[str, str]]:
 async def read_body(stream: Stream, status: int, headers: dict[str, str]) -> bytes:
     if status in (204, 304):
         return b""
-    # RFC 9112, 6.3.  Where these leave a doubt, someone else may see another body.
+    # RFC 9112, 6.3.  If these headers are ambiguous, a proxy may see another body.
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is not None:
         if coding.lower() != "chunked" or length is not None:
-            raise BadResponse(f"a body in {coding!r}, of a length of {length!r}")
+            raise BadResponse(f"cannot read a body with {coding=} and {length=}")
         return await read_chunks(stream)
     if length is not None:
         first, *more = (each.strip(" \t") for each in length.split(","))
@@ -118,18 +120,18 @@ async def read_chunks(stream: Stream) -> bytes:
         line = (await stream.read_line(MAX_LINE)).decode("latin-1")
         size = number(line.partition(";")[0].rstrip(" \t"), 16)
         if not size:
-            # Trailers, which nobody wants, and an empty line.
+            # Skip the trailers, up to an empty line.
             while await stream.read_line(MAX_LINE):
                 pass
             return bytes(body)
         check_size(len(body) + size)
         body += await stream.read_exactly(size)
         if await stream.read_line(MAX_LINE):
-            raise BadResponse("a chunk is longer than it says")
+            raise BadResponse("a chunk is longer than its size")
 
 
 def number(digits: str, base: int) -> int:
-    """Without the signs and underscores that ``int`` takes."""
+    """Convert digits, without the signs and underscores that ``int`` accepts."""
     if not re.fullmatch(r"[0-9a-fA-F]{1,16}" if base == 16 else r"[0-9]{1,16}", digits):
         raise BadResponse(f"not a size: {digits!r}")
     size = int(digits, base)
@@ -139,14 +141,14 @@ def number(digits: str, base: int) -> int:
 
 def check_size(size: int) -> None:
     if size > MAX_BODY:
-        raise BadResponse(f"a body of more than {MAX_BODY} bytes")
+        raise BadResponse(f"the body has more than {MAX_BODY} bytes")
 
 
 async def main(reactor: Any, proxy: str, url: str, seconds: str = "10") -> None:
     host, _, port = proxy.rpartition(":")
     try:
         endpoint = HostnameEndpoint(reactor, host, int(port))
-        # A timeout needs a task to be in.
+        # timeout() works in a task only.
         response = await spawn(fetch, endpoint, url, float(seconds))
     except (BadResponse, StreamError, ConnectError, ConnectionClosed) as error:
         sys.exit(f"{url}: {error!r}")

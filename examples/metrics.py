@@ -1,5 +1,5 @@
 """
-An echo server whose tasks, connections and delays Prometheus can scrape.
+An echo server that exports its tasks, connections and delays to Prometheus.
 
     pip install prometheus_client
     python examples/metrics.py [PORT [METRICS_PORT]]
@@ -40,7 +40,7 @@ from twisted_rtsig.coro import (
 
 
 class ReactorCollector(Collector):
-    """What runs on a reactor, for a registry of prometheus_client."""
+    """Collects what runs on a reactor, for a registry of prometheus_client."""
 
     def __init__(self, reactor: Any, monitor: LoopMonitor) -> None:
         self._reactor = reactor
@@ -117,7 +117,7 @@ class ReactorCollector(Collector):
 def gauge(
     name: str, documentation: str, value: float | None = None, **states: float
 ) -> Metric:
-    """A gauge of one value, or of one for each state."""
+    """Return a gauge with one value, or with one for each state."""
     if value is not None:
         return GaugeMetricFamily(name, documentation, value=value)
     return labelled(
@@ -129,7 +129,7 @@ def gauge(
 def counter(
     name: str, documentation: str, value: float | None = None, **how: float
 ) -> Metric:
-    """A counter of one value, or of one for each way in which something has ended."""
+    """Return a counter with one value, or with one for each kind of end."""
     if value is not None:
         return CounterMetricFamily(name, documentation, value=value)
     return labelled(
@@ -159,8 +159,8 @@ def histogram(name: str, documentation: str, of: Histogram) -> Metric:
 
 class MetricsResource(Resource):
     """
-    Answers scrapes in the reactor's thread: the resource of prometheus_client answers
-    them in another one.
+    Answers scrapes in the reactor's thread.  (The resource of prometheus_client answers
+    them in another thread.)
     """
 
     isLeaf = True
@@ -175,7 +175,7 @@ class MetricsResource(Resource):
 
 
 def serve_metrics(reactor: Any, port: int) -> Any:
-    """Measure a reactor, and let Prometheus scrape it; the port that listens."""
+    """Measure a reactor, and serve the metrics; return the listening port."""
     monitor = LoopMonitor()
     add_instrument(monitor, reactor)
     registry = CollectorRegistry()

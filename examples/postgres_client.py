@@ -1,10 +1,10 @@
 """
-Transfer money in PostgreSQL with pg8000, which is written for blocking sockets: many
-sessions at once, in one thread.
+Transfer money in PostgreSQL in many sessions at once, in one thread, with pg8000, which
+is written for blocking sockets.
 
     python examples/postgres_client.py USER PORT [SESSIONS]
 
-The server is on this machine, trusts the user, and allows as many connections.
+The server runs on this machine, trusts the user, and allows that many connections.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def create(user: str, port: int) -> None:
 
 
 def transfer(user: str, port: int, number: int) -> None:
-    """A plain function: nothing in it knows of the reactor."""
-    # In one order, so that no two transactions wait for each other.
+    """Transfer money: a plain function, without any code for the reactor."""
+    # Sorted, so that no two transactions wait for each other.
     moves = sorted([(number % 10, -1), ((number + 1) % 10, 1)])
     with connect(user, port) as connection:
         connection.run("BEGIN")

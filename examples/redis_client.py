@@ -1,10 +1,10 @@
 """
-Count with Redis and redis-py, which is written for blocking sockets: many clients at
-once, in one thread.
+Count in Redis by many clients at once, in one thread, with redis-py, which is written
+for blocking sockets.
 
     python examples/redis_client.py PORT [CLIENTS]
 
-The server is on this machine.
+The server runs on this machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEY = "visits"
 
 
 def count_visit(port: int) -> None:
-    """A plain function: nothing in it knows of the reactor."""
+    """Count one visit: a plain function, without any code for the reactor."""
     client = redis.Redis("127.0.0.1", port, socket_timeout=SECONDS)
     with client, client.pipeline() as pipeline:
         pipeline.incr(KEY)

@@ -1,13 +1,13 @@
 """
-A server that speaks the protocol of Redis (RESP2): strings, lists, BLPOP and
-PUBLISH, all in memory.
+A server with the protocol of Redis (RESP2): strings, lists, BLPOP and PUBLISH, all
+in memory.
 
     python examples/redis_server.py [PORT]
     redis-cli -p 6379
     redis-benchmark -p 6379 -P 16 -t ping,set,get,incr,lpush,rpop,lrange
 
-A client may send many commands without waiting for answers.  The transport sends
-the answers to all that has arrived at once.
+A client may send many commands without waiting for answers.  The transport sends the
+answers to all commands that have arrived in one write.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ MAX_COMMAND = 1 << 24
 MAX_ITEMS = 1 << 20
 MAX_INTEGER = (1 << 63) - 1
 MAX_DIGITS = 20
-# What Redis takes; int() and float() take signs, spaces, underscores and "inf" as well.
+# As Redis; int() and float() would accept signs, spaces, underscores and "inf" as well.
 INTEGER = re.compile(rb"0|-?[1-9][0-9]{0,18}")
 SECONDS = re.compile(rb"[0-9]{1,8}(\.[0-9]{0,17})?")
-# A subscriber that is behind by so many is disconnected.
+# A subscriber with more unread bytes than this is disconnected.
 MAX_BEHIND = 1 << 20
 
 OK, NIL, NIL_ARRAY = b"+OK\r\n", b"$-1\r\n", b"*-1\r\n"
@@ -40,11 +40,14 @@ FOR_SUBSCRIBERS = (b"SUBSCRIBE", b"UNSUBSCRIBE", b"PING", b"QUIT")
 
 
 class CommandError(Exception):
-    """What the client is told."""
+    """A command has failed; the client receives the message."""
 
 
 class ProtocolError(Exception):
-    """What the client is told at last: nobody knows where the next command begins."""
+    """
+    The client receives the message, and is disconnected: it is unknown where its next
+    command begins.
+    """
 
 
 def number(value: int) -> bytes:
@@ -73,7 +76,7 @@ def in_64_bits(value: int) -> int:
 
 def size_of(line: bytes, kind: bytes, limit: int) -> int:
     digits = line[1:]
-    # As INTEGER, in a third of the time: each command has several.
+    # A check as by INTEGER, in a third of the time, as each command has several sizes.
     if line[:1] == kind and digits.isdigit() and len(digits) < MAX_DIGITS:
         size = int(digits)
         if size <= limit and (digits == b"0" or not digits.startswith(b"0")):
@@ -82,11 +85,11 @@ def size_of(line: bytes, kind: bytes, limit: int) -> int:
 
 
 class Database:
-    """What all connections share."""
+    """The data that all connections share."""
 
     def __init__(self) -> None:
         self.values: dict[bytes, bytes | deque[bytes]] = {}
-        # Who waits in BLPOP, by key: first come, first served.
+        # By key, the clients that wait in BLPOP, in order of arrival.
         self.waiting: dict[bytes, OrderedDict[Deferred[bytes], None]] = {}
         self.subscribers: dict[bytes, dict[Connection, None]] = {}
 
@@ -118,7 +121,7 @@ class Database:
         waiting = self.waiting.get(key)
         while items and waiting:
             waiter, _ = waiting.popitem(last=False)
-            # It may wait for several keys, and have got another one.
+            # A client that waits for several keys may have got another one.
             if not waiter.called:
                 waiter.callback(array(bulk(key), bulk(items.popleft())))
         if not items:
@@ -229,7 +232,7 @@ class Connection:
             case [b"PUBLISH", channel, message]:
                 return number(self.publish(channel, message))
             case [b"CONFIG" | b"COMMAND", *_]:
-                # The tools ask, and go on without.
+                # The command-line tools ask, and do without.
                 return array()
             case [b"INFO", *_]:
                 return bulk(b"# Keyspace\r\ndb0:keys=%d\r\n" % len(database.values))
@@ -285,7 +288,7 @@ class Connection:
         data = array(bulk(b"message"), bulk(channel), bulk(message))
         subscribers = list(self.database.subscribers.get(channel, ()))
         for each in subscribers:
-            # To wait would let one who does not read hold up all.
+            # Awaiting the write would let a subscriber that does not read block others.
             written = each.stream.write(data)
             each.behind = 0 if written.called else each.behind + len(data)
             if each.behind > MAX_BEHIND:
@@ -295,7 +298,7 @@ class Connection:
 
 async def main(reactor: Any, port: str = "6379") -> None:
     endpoint = TCP4ServerEndpoint(reactor, int(port), interface="127.0.0.1")
-    # Whoever waits in BLPOP and goes must not take what comes to nowhere.
+    # A client that disconnects in BLPOP must not take a value with it.
     server = await serve(endpoint, Database().session, cancel_on_loss=True)
     print("redis-cli -p", server.port.getHost().port, flush=True)
     await Deferred()

@@ -1,10 +1,10 @@
 """
-Send messages with smtplib, which is written for blocking sockets: many at once, in one
-thread.
+Send many messages at once, in one thread, with smtplib, which is written for blocking
+sockets.
 
     python examples/smtp_client.py PORT CERTIFICATE.pem [MESSAGES]
 
-The server is on this machine, for example examples/smtp_server.py: the user is ann,
+The server runs on this machine, for example examples/smtp_server.py.  The user is ann,
 with the password secret.
 """
 
@@ -27,8 +27,8 @@ SECONDS = 60
 
 
 def send(port: int, context: ssl.SSLContext, message: EmailMessage) -> None:
-    """A plain function: nothing in it knows of the reactor."""
-    # One that is cancelled is to be closed at once, and not to say QUIT.
+    """Send a message: a plain function, without any code for the reactor."""
+    # closing(), as the context manager of SMTP would say QUIT after a cancellation.
     with closing(smtplib.SMTP(HOST, port, timeout=SECONDS)) as server:
         server.starttls(context=context)
         server.login("ann", "secret")
@@ -55,7 +55,7 @@ async def main(
     reactor: Any, port: str, certificate: str, messages: str = "500"
 ) -> None:
     context = allow_blocking_sockets(ssl.create_default_context(cafile=certificate))
-    # The certificate of the example's server is for localhost, and HOST an address.
+    # The certificate of the example server is for localhost, but HOST is an address.
     context.check_hostname = False
     await spawn(send_all, int(port), context, int(messages))
     print(messages, "messages are sent")

@@ -1,12 +1,12 @@
 """
-An SMTP server that takes messages from its users, and prints them: with STARTTLS,
-and AUTH PLAIN and LOGIN, which are allowed only after it.
+An SMTP server that accepts messages from its users and prints them.  It has STARTTLS,
+and AUTH PLAIN and LOGIN, which are allowed only over TLS.
 
     openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost \\
         -keyout server.pem -out server.pem
     python examples/smtp_server.py server.pem [PORT]
 
-The one user is ann, with the password secret.
+The only user is ann, with the password secret.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_MESSAGE = 1 << 24
 MAX_RECIPIENTS = 100
 MAX_FAILURES = 3
 VERBS = ("STARTTLS", "AUTH", "MAIL", "RCPT", "DATA")
-# What comes behind these.  Only a sender may be empty: that of an error message.
+# The arguments of MAIL and RCPT.  Only a sender may be empty, that of a bounce message.
 PATHS = {
     "MAIL": re.compile(r"FROM:<([!-;=?-~]*)>(?: SIZE=([0-9]{1,20}))?", re.IGNORECASE),
     "RCPT": re.compile(r"TO:<([!-;=?-~]+)>", re.IGNORECASE),
@@ -45,7 +45,11 @@ PATHS = {
 
 
 class Message(NamedTuple):
-    """:ivar user: who has sent it, as she has logged in."""
+    """
+    A received message.
+
+    :ivar user: the user that the client has logged in as.
+    """
 
     user: bytes
     sender: str
@@ -55,9 +59,11 @@ class Message(NamedTuple):
 
 class Server:
     """
-    :param context: for TLS: ``ssl.CertificateOptions``, say.
-    :param passwords: by user.
-    :param deliver: what is called with each message.
+    Serves SMTP.
+
+    :param context: the context for TLS, such as ``ssl.CertificateOptions``.
+    :param passwords: the passwords, by user.
+    :param deliver: called with each message.
     """
 
     def __init__(
@@ -74,18 +80,19 @@ class Server:
         try:
             await reply(stream, 220, "ready")
             if await self.talk(stream, secure=False):
-                # It all begins again, and what was said before does not count.
+                # The session starts anew (RFC 3207): the state so far is discarded.
                 await stream.start_tls(self.context)
                 await self.talk(stream, secure=True)
         except DelimiterNotFound:
-            await reply(stream, 500, "that line is too long")
+            await reply(stream, 500, "the line is too long")
         except (IncompleteRead, UnreadPlaintext):
-            # It has gone without a farewell; or somebody has slipped in commands
-            # behind STARTTLS, which would have counted as encrypted.
+            # The client disconnected without QUIT.  Or commands followed STARTTLS in
+            # plain text, which an attacker may have injected: they must not count as
+            # encrypted.
             pass
 
     async def talk(self, stream: Stream, secure: bool) -> bool:
-        """:return: whether to start TLS now; if not, it is the end."""
+        """Handle commands; return True to start TLS, and False at the end."""
         user: bytes | None = None
         sender: str | None = None
         recipients: list[str] = []
@@ -97,9 +104,9 @@ class Server:
             path = PATHS[verb].fullmatch(rest) if verb in PATHS else None
             match verb:
                 case "QUIT" | "RSET" | "DATA" | "STARTTLS" if rest:
-                    await reply(stream, 501, "nothing comes behind that")
+                    await reply(stream, 501, "the command takes no argument")
                 case "EHLO" | "HELO" | "AUTH" if not rest:
-                    await reply(stream, 501, "something is missing")
+                    await reply(stream, 501, "the command needs an argument")
                 case "QUIT":
                     await reply(stream, 221, "goodbye")
                     return False
@@ -120,45 +127,45 @@ class Server:
                     failures += code == 535
                     await reply(stream, code, "welcome" if user else "no")
                 case "MAIL" | "RCPT" | "DATA" if user is None:
-                    await reply(stream, 530, "STARTTLS and AUTH come first")
+                    await reply(stream, 530, "use STARTTLS and AUTH first")
                 case "MAIL" | "RCPT" if path is None:
-                    await reply(stream, 501, "that is no address, or has an option")
+                    await reply(stream, 501, "bad address, or unknown option")
                 case "MAIL" if path and sender is None:
                     if int(path[2] or 0) > MAX_MESSAGE:
-                        await reply(stream, 552, "that would be too long")
+                        await reply(stream, 552, "the message is too large")
                     else:
                         sender = path[1]
-                        await reply(stream, 250, "and for whom?")
+                        await reply(stream, 250, "sender accepted")
                 case "RCPT" if path and sender is not None:
                     if len(recipients) < MAX_RECIPIENTS:
                         recipients.append(path[1])
-                        await reply(stream, 250, "for whom else?")
+                        await reply(stream, 250, "recipient accepted")
                     else:
-                        await reply(stream, 452, "that is enough")
+                        await reply(stream, 452, "too many recipients")
                 case "DATA" if recipients:
                     assert user is not None
                     assert sender is not None
-                    await reply(stream, 354, "a line with nothing but a dot ends it")
+                    await reply(stream, 354, "end with a line of a single dot")
                     text = await read_text(stream)
                     if len(text) > MAX_MESSAGE:
-                        await reply(stream, 552, "that is too long")
+                        await reply(stream, 552, "the message is too large")
                     else:
                         self.deliver(Message(user, sender, recipients, text))
-                        await reply(stream, 250, "it is delivered")
+                        await reply(stream, 250, "delivered")
                     sender, recipients = None, []
                 case "VRFY":
-                    await reply(stream, 252, "send a message, and see")
+                    await reply(stream, 252, "send a message to find out")
                 case _ if verb in VERBS:
-                    await reply(stream, 503, "not now")
+                    await reply(stream, 503, "not allowed now")
                 case _:
-                    await reply(stream, 500, "what is that?")
+                    await reply(stream, 500, "unknown command")
         return False
 
     async def authenticate(
         self, stream: Stream, mechanism: str, *initial: str
     ) -> tuple[int, bytes | None]:
-        """:return: what to reply, and the user, if she knows the password."""
-        # What comes with the command answers the first question; "=" is nothing.
+        """Return the code of the reply, and the user if the password is right."""
+        # An initial response answers the first challenge; "=" is an empty one.
         answers = [b"" if each == "=" else each.encode() for each in initial]
 
         async def ask(question: bytes) -> bytes:
@@ -178,10 +185,10 @@ class Server:
                 role, user = b"", await ask(b"Username:")
                 password = await ask(b"Password:")
         except ValueError:
-            # Not base64, such as the "*" that gives up.
+            # Not base64; "*" cancels.
             return 501, None
         known = self.passwords.get(user)
-        # In the same time, however much of it is right.
+        # compare_digest takes the same time however much of the password is right.
         right = compare_digest(known or b"", password)
         if right and known is not None and role in (b"", user):
             return 235, user
@@ -189,13 +196,17 @@ class Server:
 
 
 async def read_line(stream: Stream) -> bytes:
-    """Not with read_line: a line that ends with a bare \\n here, and elsewhere does
-    not, can smuggle in a message of its own."""
+    """
+    Read a line that ends with CR LF.
+
+    Stream.read_line would also accept a bare LF.  If servers disagree on the end of
+    lines, a message can smuggle in another one.
+    """
     return await stream.read_until(b"\r\n", MAX_LINE)
 
 
 async def read_text(stream: Stream) -> bytes:
-    """A message; of one that is too long, the beginning."""
+    """Read a message; of one that is too large, keep only the beginning."""
     text = bytearray()
     while (line := await read_line(stream)) != b".":
         if len(text) <= MAX_MESSAGE:
@@ -217,7 +228,7 @@ async def main(reactor: Any, pem: str, port: str = "2525") -> None:
     )
     # RFC 5321, section 4.5.3.2.7: at least five minutes for each command.
     server = await serve(endpoint, handler, first_byte_timeout=None, idle_timeout=300)
-    # When the reactor is stopped, messages that are under way have some seconds.
+    # When the reactor stops, messages in progress have 5 seconds to finish.
     reactor.addSystemEventTrigger("before", "shutdown", server.stop, 5)
     print("SMTP on 127.0.0.1", server.port.getHost().port, flush=True)
     await Deferred()

@@ -1,6 +1,6 @@
 """
-A SOCKS5 proxy (RFC 1928): CONNECT to IPv4 and IPv6 addresses and to names,
-without authentication, so that it is for this machine only.
+A SOCKS5 proxy (RFC 1928): CONNECT to IPv4 and IPv6 addresses and to names.  It has no
+authentication, so it serves this machine only.
 
     python examples/socks5_proxy.py [PORT]
     curl --socks5-hostname 127.0.0.1:1080 http://example.com/
@@ -40,16 +40,20 @@ SECONDS_TO_ASK = SECONDS_TO_CONNECT = 20
 
 
 class Refused(Exception):
-    """The client does not get what it wants; the argument is the answer."""
+    """The request is refused; the argument is the answer to the client."""
 
 
 def answer(code: int) -> bytes:
-    """With the code, and without the address that nobody looks at."""
+    """Return an answer; its address is zero, as clients ignore it."""
     return bytes([VERSION, code, 0, IPV4, 0, 0, 0, 0, 0, 0])
 
 
 class Proxy:
-    """:param reactor: connects to where the clients want to go."""
+    """
+    Serves clients.
+
+    :param reactor: the reactor that connects to the targets.
+    """
 
     def __init__(self, reactor: Any) -> None:
         self.reactor = reactor
@@ -62,7 +66,7 @@ class Proxy:
         except Refused as refused:
             await client.write(refused.args[0])
         except (TimeoutError, IncompleteRead):
-            # It has not even asked.
+            # The client has not sent a complete request.
             client.abort()
         else:
             async with target:
@@ -82,7 +86,7 @@ class Proxy:
 
 
 async def read_request(client: Stream) -> tuple[str, int]:
-    """Greet, and return the host and the port that the client wants."""
+    """Negotiate, and return the host and the port of the target."""
     version, count = await client.read_exactly(2)
     methods = await client.read_exactly(count)
     if version != VERSION or NO_AUTHENTICATION not in methods:
@@ -106,13 +110,13 @@ async def read_request(client: Stream) -> tuple[str, int]:
 
 
 async def copy(source: Stream, target: Stream) -> None:
-    """Pass on all that comes, and its end; no faster than it is taken."""
+    """Copy all data and the end of the stream, no faster than the target reads."""
     try:
         while data := await source.read():
             await target.write(data)
         await target.write_eof()
     except ConnectionClosed:
-        # One of the two is lost, and there is nobody to tell but the other.
+        # One connection is lost: close the other one as well.
         source.abort()
         target.abort()
 

@@ -17,7 +17,7 @@ from twisted_rtsig.files.web import StaticResource
 folder = os.environ.get("FOLDER", ".")
 port = os.environ.get("PORT", "8080")
 
-# twistd looks for this name.
+# twistd runs the object of this name.
 application = Application("static")
 site = Site(StaticResource(folder))
 service(f"tcp:{port}:interface=127.0.0.1", site).setServiceParent(application)

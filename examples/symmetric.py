@@ -17,7 +17,7 @@ from twisted.internet.task import react
 
 from twisted_rtsig.coro import Task, current_task, spawn, symmetric, transfer
 
-# A producer and a consumer, neither of which calls the other
+# A producer and a consumer: neither calls the other
 
 
 async def produce(items: list[str], consumer: Task[Any]) -> str:
@@ -33,20 +33,20 @@ async def consume(producer: Task[Any], item: str) -> None:
 
 
 async def market(items: list[str]) -> str:
-    """What the producer returns comes here, where it was started."""
+    """The producer was started here, so its return value arrives here."""
     producer = symmetric(produce, items)
     consumer = symmetric(consume, producer)
     news: str = await transfer(producer, consumer)
     return news
 
 
-# Whether two trees have the same leaves, which are looked at one by one
+# Compare the leaves of two trees, one by one
 
 Tree = Any
 
 
 def walk(tree: Tree, reader: Task[Any]) -> Generator[Any, Any, None]:
-    """Hand over each leaf, and then None."""
+    """Transfer each leaf to the reader, and then return None."""
     if isinstance(tree, tuple):
         for branch in tree:
             yield from walk(branch, reader)
@@ -66,7 +66,7 @@ async def same_fringe(one: Tree, other: Tree) -> bool:
 
 
 # A parser that asks for the next token when it needs one, and a tokenizer that
-# hands it over in the middle of its loop
+# transfers it in the middle of its loop
 
 TOKEN = re.compile(r"\s*(?:([0-9]+)|(.))")
 OPERATORS: dict[str, tuple[int, Callable[[int, int], int]]] = {
@@ -78,21 +78,25 @@ OPERATORS: dict[str, tuple[int, Callable[[int, int], int]]] = {
 
 
 async def tokenize(text: str, parser: Task[Any]) -> None:
-    """At the end, None goes to whoever has started this."""
+    """Transfer each token; at the end, the task that started this receives None."""
     for match in TOKEN.finditer(text.strip()):
         number, sign = match.groups()
         await transfer(parser, sign if number is None else int(number))
 
 
 class Parser:
-    """:ivar token: the next one; None at the end."""
+    """
+    Evaluates an expression.
+
+    :ivar token: the next token; None at the end.
+    """
 
     def __init__(self, text: str) -> None:
         self.tokenizer = symmetric(tokenize, text)
         self.token: int | str | None = None
 
     async def advance(self) -> int | str | None:
-        """The token that was the next one, and go on to the one after it."""
+        """Return the next token, and read the one after it."""
         token = self.token
         if not self.tokenizer.done:
             self.token = await transfer(self.tokenizer, current_task())
@@ -113,11 +117,11 @@ class Parser:
         if token == "(":
             value = await self.expression()
             if await self.advance() != ")":
-                raise SyntaxError("a ) is missing")
+                raise SyntaxError("expected )")
             return value
         if isinstance(token, int):
             return token
-        raise SyntaxError(f"{token} where a number should be")
+        raise SyntaxError(f"expected a number, not {token}")
 
 
 async def calculate(text: str) -> int:
@@ -125,7 +129,7 @@ async def calculate(text: str) -> int:
     await parser.advance()
     value = await parser.expression()
     if parser.token is not None:
-        raise SyntaxError(f"{parser.token} where nothing more should be")
+        raise SyntaxError(f"expected the end, not {parser.token}")
     return value
 
 

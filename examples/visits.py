@@ -1,13 +1,13 @@
 """
-A protocol of Twisted's beside redis.asyncio: a line server that counts in Redis.
+A Twisted protocol that uses redis.asyncio: a line server that counts in Redis.
 
     pip install 'twisted-rtsig[asyncio-libraries]'
     python examples/visits.py [PORT [REDIS_URL]]
     nc 127.0.0.1 7000
 
-Each line is a name; the answer is how often it has been sent, to any server that counts
-in the same Redis.  ``WATCH`` makes the connection one that is told of all names, as
-they are counted.
+Each line is a name.  The answer is how often that name has been sent to all servers
+that count in the same Redis.  After ``WATCH``, a connection receives each name that is
+counted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Visits(LineReceiver):
     """
     One connection.
 
-    :param client: of Redis.
+    :param client: the Redis client.
     """
 
     delimiter = b"\n"
@@ -43,7 +43,7 @@ class Visits(LineReceiver):
         self._task: asyncio.Task[None] | None = None
 
     def lineReceived(self, line: bytes) -> None:
-        # One line after the other: the next one is read when this one is answered.
+        # One line at a time: the next one is read when this one is answered.
         self.pauseProducing()
         self._task = asyncio.ensure_future(self._do(line.strip()))
 
@@ -75,7 +75,7 @@ class Visits(LineReceiver):
 
 
 class VisitsFactory(Factory):
-    """Makes the protocols, which share one client of Redis."""
+    """Makes protocols that share one Redis client."""
 
     def __init__(self, client: redis.asyncio.Redis) -> None:
         self._client = client
@@ -91,7 +91,7 @@ def main() -> None:
     from twisted.internet import reactor as installed
     from twisted.internet.defer import Deferred
 
-    # Twisted has not annotated its methods.
+    # For type checkers: Twisted has not annotated the methods of reactors.
     reactor: Any = installed
     client = redis.asyncio.Redis.from_url(url)
     listening = reactor.listenTCP(port, VisitsFactory(client), interface="127.0.0.1")

@@ -1,11 +1,11 @@
 """
-A server with a command of its own for twistd.
+A server with its own twistd command.
 
     cd examples/twistd_plugin
     PYTHONPATH=. twistd --reactor=rtsig-auto -n greeter --listen tcp:7777
     telnet 127.0.0.1 7777
 
-``twisted/plugins/greeter_plugin.py`` tells twistd of it.
+``twisted/plugins/greeter_plugin.py`` registers the command.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Options(usage.Options):
     """The arguments of the command."""
 
     optParameters: ClassVar[list[list[object]]] = [
-        ["listen", "l", "tcp:7777:interface=127.0.0.1", "where, as an endpoint"],
-        ["grace", "g", 10.0, "how many seconds clients have when it stops", float],
+        ["listen", "l", "tcp:7777:interface=127.0.0.1", "the endpoint to listen on"],
+        ["grace", "g", 10.0, "how many seconds clients have to finish", float],
     ]
 
 
@@ -39,8 +39,8 @@ async def greet(stream: Stream) -> None:
 
 
 def makeService(options: Options) -> IService:
-    """What twistd runs."""
-    # Only now, when twistd has installed the reactor that it was told to.
+    """Return the service that twistd runs."""
+    # Imported here, when twistd has installed the chosen reactor.
     from twisted.internet import reactor
 
     endpoint = serverFromString(reactor, options["listen"])

@@ -54,11 +54,11 @@ def test_calculate(text: str, value: int) -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("", "None where a number"),
-        ("1 +", "None where a number"),
-        ("(1", "a [)] is missing"),
-        ("1 1", "1 where nothing more"),
-        ("*", "[*] where a number"),
+        ("", "expected a number, not None"),
+        ("1 +", "expected a number, not None"),
+        ("(1", "expected [)]"),
+        ("1 1", "expected the end, not 1"),
+        ("*", "expected a number, not [*]"),
     ],
 )
 def test_what_cannot_be_calculated(text: str, error: str) -> None:
@@ -76,7 +76,7 @@ def test_it_is_a_program() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("1 +", "None where a number should be"),
+        ("1 +", "expected a number, not None"),
         ("1 / 0", "division"),
         ("9" * 5000, "4300"),
         ("(" * 5000, "recursion"),

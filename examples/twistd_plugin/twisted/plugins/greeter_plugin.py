@@ -1,10 +1,10 @@
-"""For twistd, which imports this to list its commands: this imports no reactor."""
+"""twistd imports this to list its commands, so it must not import a reactor."""
 
 from twisted.application.service import ServiceMaker
 
 greeter = ServiceMaker(
-    "a greeter",
-    # Imported when the command is chosen.
+    "Greeter",
+    # This module is imported only when the command is chosen.
     "greeter",
     "A server that greets its clients.",
     "greeter",
