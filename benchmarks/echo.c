@@ -1,10 +1,10 @@
 /*
- * What the machine can do at most: the services of servers.py in C, on
- * level-triggered epoll.
+ * The services of servers.py in C, on level-triggered epoll, to show what the
+ * machine can do at most.
  *
  *     echo SERVICE
  *
- * SERVICE is echo, sink, source or udp; see servers.py.  The port goes to
+ * SERVICE is echo, sink, source or udp; see servers.py.  The port is printed on
  * standard output.
  */
 
@@ -25,8 +25,8 @@ enum { BLOCK = 1 << 20, EVENTS = 256, BACKLOG = 1024, READ = 1 << 16 };
 
 struct connection {
     int fd;
-    size_t received;            /* of a block, by a sink */
-    char *rest;                 /* what the kernel has not taken yet */
+    size_t received;            /* part of a block, by a sink */
+    char *rest;                 /* data that the kernel has not accepted yet */
     size_t sent, size;
 };
 

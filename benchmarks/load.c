@@ -1,18 +1,18 @@
 /*
- * The load that servers are put under: a closed loop, in which each connection
- * has one request outstanding, and makes the next one when it is answered.
+ * Makes the load for servers: a closed loop, in which each connection has one
+ * request outstanding, and sends the next one when that is answered.
  *
  *     load KIND PORT ACTIVE REQUEST ANSWER IDLE
  *
  * KIND is tcp, udp or connect.  With connect, each request has a connection of
- * its own, which waits for the server to close its end as well, and ACTIVE of
- * them are under way together.  REQUEST and ANSWER are sizes in bytes; REQUEST
- * may be the path of a file instead, which is what is sent.  IDLE further
- * connections are opened before, and make one request each.
+ * its own, which waits for the server to close its end as well, and ACTIVE
+ * connections are in use at a time.  REQUEST and ANSWER are sizes in bytes;
+ * REQUEST may instead be the path of a file with the request.  IDLE further
+ * connections are opened first, and make one request each.
  *
- * It says "ready" when everything is connected.  Then, for each number of
- * seconds on standard input, it makes requests for that long, waits for the
- * answers that are outstanding, and tells what it did as a line of JSON, with
+ * It prints "ready" when everything is connected.  Then, for each number of
+ * seconds read from standard input, it makes requests for that long, waits for
+ * the outstanding answers, and prints its results as a line of JSON, with
  * latencies in microseconds.
  */
 
@@ -89,7 +89,7 @@ static void watch(struct connection *c) {
     need(epoll_ctl(poller, EPOLL_CTL_ADD, c->fd, &event) == 0, "epoll_ctl");
 }
 
-/* Connect, and make one request on each, all of them together. */
+/* Connect, and make one request on each connection, all at the same time. */
 static void open_all(struct connection *c, size_t count) {
     for (size_t i = 0; i < count; i++) {
         c[i].fd = make_socket();
@@ -115,8 +115,8 @@ static void open_batches(struct connection *c, size_t count) {
         open_all(c + i, count - i < BATCH ? count - i : BATCH);
 }
 
-/* A connection of its own for the next request, from an address of its own, so
- * that the ports which are left in TIME_WAIT do not run out. */
+/* Open a connection for the next request, each from another address, so that
+ * ports in TIME_WAIT do not use up all ports. */
 static void reconnect(struct connection *c) {
     static uint32_t turn;
     struct sockaddr_in from = { .sin_family = AF_INET };

@@ -3,7 +3,7 @@ The servers that compare.py measures: each service on every event loop.
 
     python benchmarks/servers.py CONTENDER SERVICE [--folder FOLDER]
 
-serves on a port, whose number goes to standard output.  The services:
+serves on a free port, and prints its number.  The services:
 
 echo      answer with what was received (TCP)
 lines     the same, line by line
@@ -13,8 +13,8 @@ udp       answer with what was received (UDP)
 tls       echo over TLS, with FOLDER/server.pem
 web       FOLDER/file under /file, and a greeting under /hello (twisted.web)
 redis     a part of the protocol of Redis: examples/redis_server.py
-timers    no server: set and cancel timers.  For each number of seconds on
-          standard input, do so for that long, and tell as load.c does
+timers    no server: set and cancel timers.  For each number of seconds read from
+          standard input, do so for that long, and print the same JSON as load.c
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ TIMERS = 10_000
 """How many timers are set before they are cancelled."""
 
 
-# What is served, without a loop
+# The services, without an event loop
 
 
 class Sink:
-    """Of one connection."""
+    """Counts the bytes of one connection, and answers each whole MiB."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -78,8 +78,8 @@ def say(word: object) -> None:
 
 def ready(word: object) -> None:
     """
-    Say so.  From now on the garbage collector leaves alone what is there: how many
-    modules a contender has imported is not what is measured.
+    Print a word, when the server is ready.  The garbage collector ignores all objects
+    that exist now, so that the number of imported modules does not affect the results.
     """
     gc.collect()
     gc.freeze()
@@ -87,12 +87,12 @@ def ready(word: object) -> None:
 
 
 def timer_turns(later: Callable[[float, Callable[[], object]], Any]) -> Iterator[None]:
-    """Yields where the loop shall go round once."""
+    """Set and cancel timers; yield whenever the loop is to run one pass."""
 
     def never() -> None:
         raise AssertionError("a timer has not been cancelled")
 
-    # Spread as those of connections are, in no order.
+    # Delays as of many connections: spread, and in no order.
     delays = [30 + each * 7919 % TIMERS / TIMERS for each in range(TIMERS)]
     ready("ready")
     for line in sys.stdin:
@@ -232,7 +232,7 @@ def coroutines(reactor_module: str, service: str, folder: Path) -> None:
     handlers = {"echo": echo, "lines": echo_lines}
     factory = CoroutineFactory(
         redis_example().Database().session if service == "redis" else handlers[service],
-        # Thousands of connections say nothing.
+        # Thousands of connections are idle.
         max_connections=None,
         first_byte_timeout=None,
     )
@@ -257,7 +257,7 @@ def new_loop(module: str) -> asyncio.AbstractEventLoop:
 def reading_64k(
     serve: Callable[[str, str, Path], None], service: str, folder: Path
 ) -> None:
-    """The standard library's loop, whose transports read at most 64 KiB at a time."""
+    """Serve on asyncio's own loop, whose transports then read at most 64 KiB."""
     transport: Any = asyncio.selector_events._SelectorTransport  # type: ignore[attr-defined]
     transport.max_size = READ
     serve("asyncio", service, folder)
@@ -335,7 +335,7 @@ def asyncio_streams(loop_module: str, service: str, folder: Path) -> None:
     async def serve_redis(
         reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """The commands of the example, with another way to read and to write."""
+        """Serve the commands of the example, but read and write by asyncio."""
         assert example is not None
         connection = example.Connection(database, None)
         while line := await reader.readline():
@@ -375,7 +375,7 @@ def tls_context(service: str, folder: Path) -> ssl.SSLContext | None:
 
 
 def bare_loop(service: str, folder: Path) -> None:
-    """The leanest loop that is still one: what Python itself costs."""
+    """Serve with a minimal loop, to show the cost of Python itself."""
     if service == "udp":
         return bare_datagrams()
     echo = service == "echo"
@@ -452,10 +452,13 @@ CALLBACKS = SERVICES - {"redis"}
 @dataclass(frozen=True)
 class Contender:
     """
-    :ivar what: what it is, for a reader of the tables.
-    :ivar serve: serves a service; None where that is done in C.
-    :ivar needs: the module without which it is left out.
-    :ivar most: how many connections it can have, if not as many as the system.
+    One of the servers that are compared.
+
+    :ivar what: its name in the tables.
+    :ivar serve: a function that serves; None for the server in C.
+    :ivar services: the services that it supports.
+    :ivar needs: a module that it needs.
+    :ivar most: its limit of connections, if any.
     """
 
     what: str
@@ -483,7 +486,7 @@ CONTENDERS = {
     ),
     "epoll": reactor("Twisted's epoll reactor", "twisted.internet.epollreactor"),
     "poll": reactor("Twisted's poll reactor", "twisted.internet.pollreactor"),
-    # Of 1,024 descriptors, a few are not connections.
+    # select(2) takes 1,024 descriptors, of which a few are not connections.
     "select": reactor(
         "Twisted's select reactor", "twisted.internet.selectreactor", 1010
     ),
@@ -551,7 +554,7 @@ def main() -> None:
     parser.add_argument("service", choices=sorted(SERVICES))
     parser.add_argument("--folder", type=Path, default=Path())
     options = parser.parse_args()
-    # End with whoever started this, however that ended.
+    # End when the parent process ends, for whatever reason (PR_SET_PDEATHSIG).
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     serve = CONTENDERS[options.contender].serve
     if serve is None or options.service not in CONTENDERS[options.contender].services:

@@ -1,7 +1,7 @@
 """
-How many bytecode instructions a request takes: a measure that needs no quiet machine.
+Count the bytecode instructions of a request, a measure that needs no quiet machine.
 
-    python benchmarks/steps.py              compare with the figures that are recorded
+    python benchmarks/steps.py              compare with the recorded figures
     python benchmarks/steps.py --record     record them, for this Python and Twisted
 
 echo       TCP echo of 64 bytes, one connection
@@ -10,13 +10,13 @@ large      an answer of 1 MiB
 timers     a timer that is set and cancelled
 streams    TCP echo of 64 bytes by a coroutine: ``read`` and ``write``
 
-Counted are the instructions that the interpreter runs in the reactor's thread, on each
-reactor of REACTORS, with a client in another thread.  What the
-start costs is taken off: a long run is compared with a short one.  Time in the kernel
-and in C does not count, so that this shows what the package does more than before, and
-nothing about other servers.  Each is counted three times: the most is recorded, and the
-least is compared.  The exit status is 1 if that is more than 3% above what is recorded,
-or more than what WORSE_IN_PASSES allows.
+The figures are the instructions that the interpreter runs in the reactor's thread, on
+each reactor of REACTORS, with a client in another thread.  The cost of the start is
+subtracted, by comparing a long run with a short one.  Time in the kernel and in C does
+not count.  So the figures show whether the package does more work than before, and
+nothing about other servers.  Each figure is counted three times: the most is recorded,
+and the least is compared.  The exit status is 1 if that is more than 3% above the
+record, or more than WORSE_IN_PASSES allows.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ RECORD = Path(__file__).parent / "results" / "steps.json"
 WORSE: Final = 1.03
 
 WORSE_IN_PASSES: Final = {"connect": 1.25, "large": 2.0}
-"""Their passes depend on the client's thread, and on the room in the kernel."""
+"""The number of their passes depends on the client's thread and on kernel buffers."""
 
 FEW, MANY = 100, 300
-"""Requests of the two runs."""
+"""How many requests the short and the long run make."""
 
 MESSAGE = b"." * 64
 ANSWER = b"." * (1 << 20)
@@ -58,21 +58,21 @@ REACTORS: dict[str, Callable[[], Any]] = {
 
 
 class Echo(Protocol):
-    """Sends back what it gets."""
+    """Echoes all data."""
 
     def dataReceived(self, data: bytes) -> None:
         self.transport.write(data)  # type: ignore[union-attr]
 
 
 class Large(Protocol):
-    """Sends a large answer to whatever it gets."""
+    """Sends a large answer for each piece of data."""
 
     def dataReceived(self, data: bytes) -> None:
         self.transport.write(ANSWER)  # type: ignore[union-attr]
 
 
 async def echo(stream: Any) -> None:
-    """Echo, by a coroutine."""
+    """Echo all data, by a coroutine."""
     while data := await stream.read():
         await stream.write(data)
 
@@ -81,7 +81,7 @@ async def echo(stream: Any) -> None:
 
 
 def receive(client: socket.socket, size: int) -> None:
-    """Wait until so many bytes have come."""
+    """Receive ``size`` bytes."""
     while size:
         received = len(client.recv(size, socket.MSG_WAITALL))
         if not received:
@@ -90,7 +90,7 @@ def receive(client: socket.socket, size: int) -> None:
 
 
 def on_one_connection(answer: int, address: Any, requests: int) -> None:
-    """Make the requests one after the other."""
+    """Make requests on one connection, one after the other."""
     with socket.create_connection(address) as client:
         for _ in range(requests):
             client.sendall(MESSAGE)
@@ -108,7 +108,7 @@ def connect_for_each(address: Any, requests: int) -> None:
 # Workloads: what a reactor does, and its client
 
 failed: list[BaseException] = []
-"""What clients have raised."""
+"""Errors that clients have raised."""
 
 
 def serve(
@@ -117,7 +117,7 @@ def serve(
     reactor: Any,
     requests: int,
 ) -> None:
-    """A protocol's server, and a client for so many requests."""
+    """Serve a protocol, and let a client make requests."""
     factory = Factory.forProtocol(protocol)
     factory.noisy = False
     port = reactor.listenTCP(0, factory, interface="127.0.0.1")
@@ -125,7 +125,7 @@ def serve(
 
 
 def serve_streams(reactor: Any, requests: int) -> None:
-    """A coroutine's server, and its client."""
+    """Serve a coroutine, and let a client make requests."""
     from twisted_rtsig.coro import CoroutineFactory
 
     factory = CoroutineFactory(echo, reactor=reactor)
@@ -138,7 +138,7 @@ def serve_streams(reactor: Any, requests: int) -> None:
 def run_client(
     reactor: Any, client: Callable[[Any, int], None], port: int, requests: int
 ) -> None:
-    """Run a client in a thread, which stops the reactor."""
+    """Run a client in a thread, and stop the reactor when it is done."""
 
     def run() -> None:
         try:
@@ -152,7 +152,7 @@ def run_client(
 
 
 def set_timers(reactor: Any, timers: int) -> None:
-    """Set ten timers at a time, and cancel them in the next pass."""
+    """Set ten timers in each pass, and cancel them in the next one."""
 
     def turn(left: int, calls: list[Any]) -> None:
         for call in calls:
@@ -183,7 +183,7 @@ WORKS: dict[str, Callable[[Any, int], None]] = {
 
 
 def steps(reactor: Any, work: Callable[[Any, int], None], requests: int) -> int:
-    """How many instructions a run takes."""
+    """Return how many instructions a run takes."""
     counted = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -209,8 +209,8 @@ def steps(reactor: Any, work: Callable[[Any, int], None], requests: int) -> int:
 def steps_for_each(
     make_reactor: Callable[[], Any], work: Callable[[Any, int], None]
 ) -> int:
-    """How many instructions a request takes."""
-    # The first run fills caches: Twisted's, zope.interface's, the interpreter's.
+    """Return how many instructions a request takes."""
+    # The first run fills the caches of Twisted, zope.interface and the interpreter.
     _, few, many = (steps(make_reactor(), work, each) for each in (FEW, FEW, MANY))
     return round((many - few) / (MANY - FEW))
 
@@ -218,13 +218,13 @@ def steps_for_each(
 def fewest_and_most(
     make_reactor: Callable[[], Any], work: Callable[[Any, int], None]
 ) -> tuple[int, int]:
-    """The same, of three: on a busy machine what is one pass may become two."""
+    """Count three times, as one pass may become two on a busy machine."""
     counted = [steps_for_each(make_reactor, work) for _ in range(3)]
     return min(counted), max(counted)
 
 
 def key() -> str:
-    """What the figures depend on."""
+    """Return the versions on which the figures depend."""
     from twisted import __version__
 
     python = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -260,9 +260,9 @@ def main() -> None:
         RECORD.write_text(json.dumps(dict(sorted(record.items())), indent=4) + "\n")
         print(f"\nrecorded in {RECORD}")
     elif worse:
-        sys.exit(f"\nmore than recorded: {'; '.join(worse)}")
+        sys.exit(f"\nmore instructions than recorded: {'; '.join(worse)}")
     elif not recorded:
-        print("\nnothing is recorded for them: --record does so")
+        print("\nno record for these versions: --record makes one")
 
 
 if __name__ == "__main__":

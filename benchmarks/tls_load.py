@@ -1,11 +1,11 @@
 """
-The load of load.c over TLS: the same closed loop, and the same answers to
-seconds on standard input.
+The load of load.c over TLS: the same closed loop, which reads the same seconds from
+standard input, and prints the same JSON.
 
     python benchmarks/tls_load.py PORT CONNECTIONS SIZE
 
-OpenSSL does the work here, and Python waits between: it costs less than the
-servers do, and its cost is not counted.
+Python is fast enough here, as OpenSSL does the work: the client costs less than the
+servers, and its cost is not counted.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> None:
     port, count, size = map(int, sys.argv[1:])
     clients = [connect(port) for _ in range(count)]
     for client in clients:
-        # What the server sends after its handshake is read along with it.
+        # One echo, so that what the server sends after its handshake is read too.
         client.sendall(b"x" * size)
         receive(client, size)
     print("ready", flush=True)

@@ -7,17 +7,17 @@ request.
 echo-100   TCP echo of 64 bytes, 100 connections
 web-hello  twisted.web, a greeting, 100 connections
 
-The servers are processes of a real Windows Python under Wine (tests/wine.sh), and
-their clients programs of Linux, on another core.  In each round each reactor has a
-fresh server, and they take short turns.  What is compared is requests per second: the
-CPU time would leave out Wine's own server, which does a part of the work.
+The servers are processes of a real Windows Python under Wine (tests/wine.sh).  Their
+clients are Linux programs on another core.  In each round each reactor has a fresh
+server, and the servers take short turns.  The figure is requests per second, as the CPU
+time would leave out Wine's own server, which does a part of the work.
 
-Then strace counts the system calls that the process makes of Linux, without those of
-Wine's server.  They are not those that Windows would see, but there is at least one
-for each of them that is not answered within the process.
+Then strace counts the Linux system calls of the process, without those of Wine's
+server.  Windows would count other system calls, but each of them that leaves the
+process is at least one of these.
 
-These are figures of Wine.  They tell nothing about Windows but which reactor asks
-less of the system.  The exit status is 1 if another reactor is better than rtsig-iocp.
+These figures are about Wine.  For Windows they show only which reactor asks less of the
+system.  The exit status is 1 if another reactor is better than rtsig-iocp.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ REACTORS = {
     "select": "twisted.internet.selectreactor",
 }
 TURN = 0.5
-"""Seconds, about."""
+"""The approximate length of a turn, in seconds."""
 COUNTED = 5.0
-"""Seconds in which the system calls are counted, which slows everything down."""
+"""For how many seconds the system calls are counted, which slows the server down."""
 
 
 # Under Wine
@@ -106,7 +106,7 @@ class Server:
         self._load.answer()
 
     def _sizes_of_greeting(self) -> list[str]:
-        """What is sent to be greeted, as a file, and the size of the answer."""
+        """Return the path of a file with the request, and the size of the answer."""
         request = b"GET /hello HTTP/1.1\r\nHost: localhost\r\n\r\n"
         path = self._folder / "request"
         path.write_bytes(request)
@@ -122,7 +122,7 @@ class Server:
         return turn
 
     def calls_per_request(self) -> float:
-        """Counted by strace during one turn."""
+        """Return the system calls per request, counted by strace in one turn."""
         table = self._folder / "calls"
         strace = subprocess.Popen(
             ["strace", "-f", "-c", "-o", str(table), "-p", str(self.pid)],
@@ -148,7 +148,7 @@ def _is_server(process: Path, marker: str) -> bool:
 
 
 def compare(work: str, rounds: int, seconds: float, folder: Path) -> bool:
-    """Print a table; whether rtsig-iocp was the best."""
+    """Print a table; return whether rtsig-iocp was the best."""
     rates: dict[str, list[float]] = {name: [] for name in REACTORS}
     calls: dict[str, float] = {}
     turns = max(1, round(seconds / TURN))

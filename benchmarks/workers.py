@@ -1,25 +1,25 @@
 """
-Measure what workers bring, and what they cost.
+Measure the gain and the cost of workers.
 
     python benchmarks/workers.py [--rounds N] [--seconds N] [--access-log]
 
-Scaling: a handler computes one millisecond of Python for each request.  The figure is
-how many requests two workers answer on two cores, to one that one worker answers in
-the same time.  The client is wrk, which takes about a fiftieth of a core then.  All
-processes may run on both cores.
+Scaling: a handler computes for one millisecond, in Python, for each request.  The
+figure is the ratio of the requests that two workers answer on two cores to those that
+one worker answers in the same time.  The client is wrk, which takes about a fiftieth of
+a core at that rate.  All processes may run on both cores.
 
-Cost: twisted.web answers with a greeting.  The figure is the CPU time of a worker for
-each request, to that of a plain twistd.  There is one worker, with its supervisor,
-since two on one core would disturb each other as any two processes do.  Both servers
-are pinned to one core, and wrk to another.  The supervisor's own time is printed as
-well.
+Cost: twisted.web answers with a greeting.  The figure is the ratio of the CPU time per
+request of a worker to that of a plain twistd.  There is only one worker, with its
+supervisor, as two on one core would disturb each other as any two processes do.  Both
+servers are pinned to one core, and wrk to another.  The supervisor's own time is
+printed as well.
 
-The subjects are there together and take turns of some seconds, in which the others
-sleep, so that whatever else the machine does meets all alike.  The ratios are medians
-over the rounds.  What a server has when it is ready is kept from the garbage collector.
+All subjects run together and take turns of some seconds, in which the others sleep.  So
+any other load on the machine affects all of them alike.  The ratios are medians over
+the rounds.  When a server is ready, its objects are hidden from the garbage collector.
 
-It needs wrk, two cores, and the /proc of Linux.  The exit status is 1 if a bar is
-missed.
+The benchmark needs wrk, two cores, and the /proc of Linux.  The exit status is 1 if a
+bar is missed.
 """
 
 from __future__ import annotations
@@ -81,17 +81,17 @@ site = LoggingAtWill(Page())
 service("tcp:0:interface=127.0.0.1", site).setServiceParent(application)
 """
 
-# How long a server has to start.
+# How many seconds a server has to start.
 _START = 60.0
 
 
 @dataclass
 class Turn:
     """
-    What was measured while one subject was used.
+    The figures of one turn of a subject.
 
-    :ivar cpu: the seconds of CPU of the processes that answer.
-    :ivar supervisor: those of the supervisor.
+    :ivar cpu: the CPU time of the processes that answer, in seconds.
+    :ivar supervisor: the CPU time of the supervisor.
     """
 
     requests: int
@@ -102,10 +102,12 @@ class Turn:
 
 class Subject:
     """
-    A server.
+    A server to measure.
 
-    :param workers: how many there are; 0 for a plain twistd.
-    :param cores: on which it may run.
+    :param workers: how many workers there are; 0 for a plain twistd.
+    :param cores: the cores on which it may run.
+    :param loops: how many additions the handler computes.
+    :param access_log: whether twisted.web logs each request.
     """
 
     def __init__(
@@ -169,7 +171,7 @@ class Subject:
             server.wait()
 
     def take_turn(self, seconds: int, connections: int, cores: set[int]) -> Turn:
-        """Let wrk use it."""
+        """Let wrk make requests, and measure the server."""
         cpu = sum(map(_cpu, self._pids))
         supervisor = _cpu(self._pid)
         before = os.sched_getaffinity(0)
@@ -198,7 +200,7 @@ class Subject:
 
 
 def _cpu(pid: int) -> float:
-    """The seconds that the main thread of a process has run (proc(5), schedstat)."""
+    """Return for how many seconds the main thread of a process has run (schedstat)."""
     with open(f"/proc/{pid}/schedstat") as file:
         return int(file.read().split()[0]) / 1e9
 
@@ -222,7 +224,7 @@ def median_of(values: list[float]) -> str:
 
 
 def loops_of_a_millisecond() -> int:
-    """How often the handler is to add in a millisecond, by CPU time."""
+    """Return how many additions take a millisecond of CPU time."""
     best = min(_time_of(100_000) for _ in range(20))
     return round(100_000 * 1e-3 / best)
 
@@ -236,7 +238,7 @@ def _time_of(loops: int) -> float:
 
 
 def scaling(options: argparse.Namespace, folder: Path, cores: list[int]) -> float:
-    """How many times as many requests two workers answer as one."""
+    """Return the ratio of the requests that two workers answer to those of one."""
     both = set(cores[:2])
     loops = loops_of_a_millisecond()
     with contextlib.ExitStack() as stack:
@@ -265,7 +267,7 @@ def scaling(options: argparse.Namespace, folder: Path, cores: list[int]) -> floa
 
 
 def cost(options: argparse.Namespace, folder: Path, cores: list[int]) -> float:
-    """How many times as much CPU a request takes in a worker as in a plain twistd."""
+    """Return the ratio of the CPU time of a request in a worker to that in twistd."""
     server, client = {cores[0]}, {cores[1]}
     with contextlib.ExitStack() as stack:
         plain, worker = subjects = [

@@ -171,7 +171,7 @@ class Connection:
         stream = self.stream
         line = await stream.read_line()
         if line[:1] != b"*":
-            # As somebody types it.
+            # An inline command, as typed into telnet.
             return line.split()
         command: list[bytes] = []
         left = MAX_COMMAND

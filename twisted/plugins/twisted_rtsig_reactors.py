@@ -11,9 +11,10 @@ from zope.interface import implementer
 @implementer(IPlugin, IReactorInstaller)
 class _NotHere:
     """
-    A reactor that this system does not have.  ``--help-reactors`` lists it as not
-    available, and why; to choose it raises ``UnsupportedReactorError``, which says
-    what to use instead.
+    A reactor for other systems.
+
+    ``--help-reactors`` lists it as not available, with the reason.  Choosing it raises
+    ``UnsupportedReactorError``, which says what to use instead.
     """
 
     def __init__(self, reactor: Reactor, needs: str) -> None:
@@ -24,7 +25,7 @@ class _NotHere:
 
     @property
     def moduleName(self) -> str:
-        # What --help-reactors imports, to see whether it can be imported.
+        # --help-reactors imports this module to see whether it can be imported.
         raise ImportError(f"it needs {self._needs}, and this is {sys.platform}")
 
 

@@ -1,4 +1,4 @@
-"""The command ``twistd workers``; what it does is imported only when it is used."""
+"""The command ``twistd workers``, whose code is imported only when it is used."""
 
 from twisted.application.service import ServiceMaker
 
