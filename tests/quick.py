@@ -47,7 +47,8 @@ def _used_by(function: Callable[..., Any]) -> Iterator[object]:
             used = visited.__globals__.get(name)
             yield used
             if str(getattr(used, "__module__", "")).startswith("tests."):
-                to_visit.append(used.__init__ if isinstance(used, type) else used)
+                made_by = vars(used).get("__init__") if isinstance(used, type) else used
+                to_visit.append(made_by)
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import gc
 import ipaddress
 import os
@@ -242,7 +243,19 @@ def run_program(
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for this machine, and its key."""
+    """
+    Write a self-signed certificate for this machine, and its key.
+
+    All tests of a session have the same one.
+    """
+    paths = folder / "certificate.pem", folder / "key.pem"
+    for path, pem in zip(paths, _certificate_and_key(), strict=True):
+        path.write_bytes(pem)
+    return paths
+
+
+@functools.cache
+def _certificate_and_key() -> tuple[bytes, bytes]:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -262,18 +275,11 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
         )
         .sign(key, hashes.SHA256())
     )
-    certificate_path, key_path = folder / "certificate.pem", folder / "key.pem"
-    certificate_path.write_bytes(
-        certificate.public_bytes(serialization.Encoding.PEM),
+    return certificate.public_bytes(serialization.Encoding.PEM), key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
     )
-    key_path.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return certificate_path, key_path
 
 
 class Served:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import shutil
 import smtplib
@@ -67,8 +68,9 @@ def reactor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     dispose(made)
 
 
+@functools.cache
 def example(name: str) -> Any:
-    """An example, as a module of its own."""
+    """An example, as a module, which all tests share."""
     path = EXAMPLES / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"examples.{name}", path)
     assert spec is not None
@@ -201,9 +203,11 @@ def test_chat(
     assert failures(logged) == []
 
 
-def test_chat_without_a_name(reactor: Any, logged: list[Any]) -> None:
+def test_chat_without_a_name(
+    reactor: Any, logged: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     chat = example("chat")
-    chat.SECONDS_FOR_A_NAME = 0.05
+    monkeypatch.setattr(chat, "SECONDS_FOR_A_NAME", 0.05)
     meanwhile(reactor, time_out_in_chat, serving(reactor, chat.Room().session))
     assert failures(logged) == []
 

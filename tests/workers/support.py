@@ -1,4 +1,4 @@
-"""``twistd workers`` as a user starts it, and applications to run in it."""
+"""Runs ``twistd workers`` as a user does, and has applications to run in it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any
 
 DEADLINE = 60.0
-"""Seconds after which a test gives up: twistd and each worker import all of Twisted."""
+"""How many seconds a test waits, as twistd and each worker import all of Twisted."""
 
-WHO = """
+IDENTIFY = """
 import os
 from twisted.application import service, strports
 from twisted.internet.protocol import Factory, Protocol
@@ -28,7 +28,7 @@ from twisted_rtsig.workers import current
 
 VERSION = 1
 
-class Who(Protocol):
+class Identify(Protocol):
     def connectionMade(self):
         worker = current()
         self.transport.write(b"%d %d %d\\n" % (worker.number, os.getpid(), VERSION))
@@ -37,8 +37,8 @@ class Who(Protocol):
     def dataReceived(self, data):
         pass
 
-factory = Factory.forProtocol(Who)
-application = service.Application("who")
+factory = Factory.forProtocol(Identify)
+application = service.Application("identify")
 
 def listen(description):
     strports.service(description, factory).setServiceParent(application)
@@ -50,18 +50,18 @@ the version.
 
 RUN_TWISTD = "from twisted.scripts.twistd import run; run()"
 
-ON_PORT_0 = WHO + 'listen("tcp:0:interface=127.0.0.1")\n'
+ON_PORT_0 = IDENTIFY + 'listen("tcp:0:interface=127.0.0.1")\n'
 
 
 class Twistd:
     """
-    A ``twistd`` in the foreground, with its output.  It and its workers are killed in
-    the end, whatever has happened.
+    A ``twistd`` in the foreground, with its output.  At the end it and its workers are
+    killed in any case.
 
-    :param folder: where it starts.
-    :param arguments: those of the command.
-    :param options: those of ``twistd``.
-    :param prelude: what the process does before.
+    :param folder: its working directory.
+    :param arguments: the arguments of the command.
+    :param options: the options of ``twistd``.
+    :param prelude: code that the process runs first.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Twistd:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # Its session has all its processes.
+        # All its processes are in its session.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(DEADLINE)
@@ -119,7 +119,7 @@ class Twistd:
 
     @property
     def output(self) -> str:
-        """All that was printed until now."""
+        """All output so far."""
         with self._changed:
             return self._output
 
@@ -127,10 +127,10 @@ class Twistd:
         self, pattern: str, times: int = 1, seconds: float = DEADLINE
     ) -> list[str]:
         """
-        Wait until something was logged so often.
+        Wait until something was logged a number of times.
 
         :param pattern: a regular expression.
-        :return: all that has matched: its first group, or all of it.
+        :return: all matches: the first group of each, or the whole match.
         """
         end = time.monotonic() + seconds
         with self._changed:
@@ -146,20 +146,20 @@ class Twistd:
                 self._changed.wait(left)
 
     def wait_until_ready(self, workers: int, number: int | str = r"\d+") -> list[int]:
-        """Wait until so many workers were ready; return their processes."""
+        """Wait until a number of workers have been ready; return their process ids."""
         pattern = rf"Worker {number} is ready \(process (\d+)\)"
         return [int(each) for each in self.wait_for(pattern, workers)]
 
     def port(self) -> int:
-        """The first port on which a worker listens."""
+        """Return the first port on which a worker listens."""
         return int(self.wait_for(r"starting on (\d+)$")[0])
 
     def send(self, number: int) -> None:
-        """Send the supervisor a signal."""
+        """Send a signal to the supervisor."""
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        """Wait until it ends; return its status."""
+        """Wait until the supervisor ends; return its exit status."""
         status = self.process.wait(DEADLINE)
         self._reader.join(DEADLINE)
         return status
@@ -176,13 +176,13 @@ class Twistd:
 
 
 def write_tac(folder: Path, code: str, name: str = "app.tac") -> str:
-    """An application file; returns its name."""
+    """Write an application file; return its name."""
     (folder / name).write_text(textwrap.dedent(code))
     return name
 
 
 def ask(address: Any, family: int = socket.AF_INET) -> tuple[int, int, int]:
-    """Connect to :data:`WHO`: the worker's number, its process, and the version."""
+    """Connect to :data:`IDENTIFY`; return the worker's number, process and version."""
     with socket.socket(family) as client:
         client.settimeout(DEADLINE)
         client.connect(address)
@@ -190,7 +190,7 @@ def ask(address: Any, family: int = socket.AF_INET) -> tuple[int, int, int]:
 
 
 def read_answer(client: socket.socket) -> tuple[int, int, int]:
-    """What :data:`WHO` says on a connection."""
+    """Return the answer of :data:`IDENTIFY` on a connection."""
     data = b""
     while chunk := client.recv(100):
         data += chunk
@@ -208,16 +208,16 @@ def is_running(process: int) -> bool:
 
 
 def wait_until(condition: Any) -> None:
-    """Wait for what nothing tells of."""
+    """Poll a condition of which no event tells."""
     end = time.monotonic() + DEADLINE
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.01)
 
 
 @contextlib.contextmanager
 def waiting_connections(port: int, count: int) -> Iterator[list[socket.socket]]:
-    """Connections that are open, and of which nothing was read yet."""
+    """Open connections, and read nothing from them."""
     with contextlib.ExitStack() as stack:
         clients = []
         for _ in range(count):

@@ -23,9 +23,11 @@ def reactor_class(request: Any) -> Callable[[], EngineReactor]:
     return chosen
 
 
-def test_limits(reactor: EngineReactor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_limited(
+    reactor: EngineReactor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """
-    What the other end does not read fills no memory, nor does a line without an end.
+    Neither messages that the other end does not read nor an endless line fill memory.
     """
     monkeypatch.setattr(channel_module, "LIMIT", LIMIT)
     lost: list[None] = []
@@ -35,7 +37,7 @@ def test_limits(reactor: EngineReactor, monkeypatch: pytest.MonkeyPatch) -> None
         channel.start()
         while channel.send({"type": "filler", "text": "x" * 1000}):
             assert len(channel._output) <= LIMIT
-        # It is open, and goes on when the other end reads.
+        # The channel stays open, and works again when the other end reads.
         assert not channel.closed
         other.setblocking(False)
 

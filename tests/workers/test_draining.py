@@ -1,4 +1,4 @@
-"""Server connections of every kind, of a reactor that drains."""
+"""Draining the server connections of a reactor, of every kind."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.workers.draining import Drained, IDrainable, drain, protocols_of
 from twisted_rtsig.workers.web import DrainingHTTP1, channel_of
 
-# Of the certificate's library.
+# Raised by pyOpenSSL, about the certificate.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 GET = b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: example.org\r\nContent-Length: 4\r\n\r\n"
 LONG = 60.0
-"""More seconds than a test takes."""
+"""Longer than a test takes, in seconds."""
 SHORT = 0.02
 
 
 @pytest.fixture(params=reactor_classes()[:2][-1:], ids=lambda each: each.__name__)
 def reactor_class(request: Any) -> Callable[[], EngineReactor]:
-    """One: what differs between them has its own test."""
+    """One reactor; differences between reactors have tests of their own."""
     chosen: Callable[[], EngineReactor] = request.param
     return chosen
 
 
 @pytest.fixture(autouse=True)
 def installed(reactor: EngineReactor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HTTP/2 takes no other reactor."""
+    """Install the reactor, as Twisted's HTTP/2 always uses the installed one."""
     monkeypatch.setitem(sys.modules, "twisted.internet.reactor", reactor)
     monkeypatch.setattr("twisted.internet.reactor", reactor, raising=False)
 
@@ -72,7 +72,7 @@ def logged() -> Iterator[list[Any]]:
 
 
 class Later(Resource):
-    """Answers when the test says so."""
+    """Answers each request when the test calls :meth:`answer`."""
 
     isLeaf = True
 
@@ -92,7 +92,7 @@ class Later(Resource):
 
 
 class Web:
-    """A site on a reactor, and one client."""
+    """A site on a reactor, with one client."""
 
     def __init__(self, reactor: EngineReactor, **options: Any) -> None:
         self.reactor = reactor
@@ -109,18 +109,18 @@ class Web:
         spin_with_timers(self.reactor, until)
 
     def send(self, data: bytes, requests: int = 1) -> None:
-        """Send it, and wait until there are so many requests to be answered."""
+        """Send data, and wait for a number of unanswered requests."""
         self.client.sendall(data)
         self.wait(lambda: len(self.resource.requests) == requests)
 
     def drain(self, keep_alive: float = LONG) -> list[Drained]:
-        """Begin to drain; the result, once there is one."""
+        """Start draining; return a list that receives the result."""
         drained: list[Drained] = []
         drain(self.reactor, LONG, keep_alive=keep_alive).addCallback(drained.append)
         return drained
 
     def received(self, drained: list[Drained]) -> bytes:
-        """What the client receives until the connection is closed."""
+        """Return all that the client receives until the connection is closed."""
         self.wait(lambda: drained)
         return _read(self.client)
 
@@ -140,7 +140,7 @@ def web(reactor: EngineReactor) -> Iterator[Web]:
 # HTTP/1.1
 
 
-def test_an_answer_under_way_says_that_the_connection_is_closed(web: Web) -> None:
+def test_answer_in_progress_announces_the_end(web: Web) -> None:
     web.send(GET)
     drained = web.drain()
     settle(web.reactor)
@@ -157,7 +157,7 @@ def test_an_answer_under_way_says_that_the_connection_is_closed(web: Web) -> Non
     [(GET[:5], GET[5:]), (GET[:20], GET[20:]), (POST, b"body"), (POST + b"b", b"ody")],
     ids=["line", "headers", "no body yet", "body"],
 )
-def test_a_request_of_which_a_part_has_come_is_answered(
+def test_request_that_has_arrived_in_part_is_answered(
     web: Web, sent: bytes, rest: bytes
 ) -> None:
     web.client.sendall(sent)
@@ -165,7 +165,7 @@ def test_a_request_of_which_a_part_has_come_is_answered(
     web.wait(lambda: channel.requests or channel._buffer)
     drained = web.drain(SHORT)
     for _ in range(4):
-        # It is not taken for idle, however often it is looked at.
+        # The connection is not idle, however often it is checked.
         _look(web)
     web.send(rest)
     web.resource.answer()
@@ -180,14 +180,14 @@ def _channel(web: Web) -> Any:
 
 
 def _look(web: Web) -> None:
-    """Wait until it has looked for idle connections again."""
+    """Wait until idle connections were checked again."""
     looks: list[object] = []
     web.reactor.callLater(SHORT, looks.append, None)
     web.wait(lambda: looks)
 
 
 @pytest.mark.parametrize("answered", [False, True], ids=["new", "used"])
-def test_an_idle_connection_is_closed(web: Web, answered: bool) -> None:
+def test_idle_connection_is_closed(web: Web, answered: bool) -> None:
     if answered:
         web.send(GET)
         web.resource.answer()
@@ -195,7 +195,7 @@ def test_an_idle_connection_is_closed(web: Web, answered: bool) -> None:
     assert b"Connection: close" not in web.received(web.drain(SHORT))
 
 
-def test_a_request_on_an_idle_connection_is_answered(web: Web) -> None:
+def test_request_on_an_idle_connection_is_answered(web: Web) -> None:
     web.send(GET)
     web.resource.answer(b"first")
     settle(web.reactor)
@@ -208,11 +208,11 @@ def test_a_request_on_an_idle_connection_is_answered(web: Web) -> None:
     assert second.endswith(b"second")
 
 
-def test_a_request_that_waits_in_the_kernel_is_answered(web: Web) -> None:
+def test_request_that_is_still_in_the_kernel_is_answered(web: Web) -> None:
     (connection,) = web.reactor.server_connections
     draining = DrainingHTTP1(_channel(web), connection)
     web.client.sendall(GET)
-    # The reactor has not read it yet.
+    # The reactor has not read the request yet.
     draining.close_if_idle()
     drained = web.drain()
     web.send(b"")
@@ -220,8 +220,8 @@ def test_a_request_that_waits_in_the_kernel_is_answered(web: Web) -> None:
     assert b"Connection: close\r\n" in web.received(drained)
 
 
-def test_after_an_answer_that_has_begun_another_request_is_answered(web: Web) -> None:
-    """It has said that the connection persists, and the client may rely on that."""
+def test_request_after_an_answer_in_progress_is_answered(web: Web) -> None:
+    """The first answer has said that the connection persists, so it must."""
     web.send(GET)
     request = web.resource.requests.pop()
     request.setHeader(b"Content-Length", b"5")
@@ -237,7 +237,7 @@ def test_after_an_answer_that_has_begun_another_request_is_answered(web: Web) ->
     assert b"Connection: close\r\n" in second
 
 
-def test_after_an_answer_that_has_begun_an_idle_connection_is_closed(web: Web) -> None:
+def test_idle_connection_after_an_answer_in_progress_is_closed(web: Web) -> None:
     web.send(GET)
     request = web.resource.requests.pop()
     request.setHeader(b"Content-Length", b"5")
@@ -250,8 +250,8 @@ def test_after_an_answer_that_has_begun_an_idle_connection_is_closed(web: Web) -
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_requests_that_were_sent_together_are_all_answered(web: Web, when: str) -> None:
-    """The last of them says that the connection is closed."""
+def test_pipelined_requests_are_all_answered(web: Web, when: str) -> None:
+    """The last answer announces the end."""
     drained = web.drain() if when == "after" else []
     web.send(GET + POST + b"body" + GET)
     if when == "before":
@@ -273,7 +273,7 @@ def test_http_1_0(web: Web) -> None:
     assert web.received(drained).endswith(b"hello")
 
 
-def test_a_request_for_another_protocol_is_answered(web: Web) -> None:
+def test_upgrade_to_another_protocol(web: Web) -> None:
     drained = web.drain()
     web.send(GET.replace(b"\r\n\r\n", b"\r\nUpgrade: echo\r\n\r\n"))
     request = web.resource.requests.pop()
@@ -295,7 +295,7 @@ def test_the_access_log_stays_open_until_the_end(
     web = Web(reactor, logPath=str(log))
     web.send(GET)
     drained = web.drain()
-    # The port is closed by then, and with it the factory.
+    # Let the port close, and with it the factory.
     settle(reactor)
     web.resource.answer()
     web.received(drained)
@@ -307,7 +307,7 @@ def test_the_access_log_stays_open_until_the_end(
 
 
 class Secure(Web):
-    """A site over TLS, and a client in a thread."""
+    """A site over TLS, with a client in a thread."""
 
     def __init__(self, reactor: EngineReactor, folder: Path) -> None:
         self.files = make_certificate(folder)
@@ -320,7 +320,7 @@ class Secure(Web):
         return self.reactor.listenSSL(0, self.site, options, interface="127.0.0.1")
 
     def shake_hands(self, protocol: str = "http/1.1") -> Any:
-        """Of the client; in its thread."""
+        """Make the handshake of the client, in its thread."""
         context = ssl.create_default_context(cafile=str(self.files[0]))
         context.set_alpn_protocols([protocol])
         return context.wrap_socket(self.client, server_hostname="127.0.0.1")
@@ -331,7 +331,7 @@ class Secure(Web):
 
 
 class Client(threading.Thread):
-    """A function in a thread."""
+    """Runs a function in a thread."""
 
     result: Any = None
 
@@ -351,7 +351,7 @@ def secure(reactor: EngineReactor, tmp_path: Path) -> Iterator[Secure]:
     it.client.close()
 
 
-def test_an_answer_over_tls(secure: Secure) -> None:
+def test_answer_over_tls(secure: Secure) -> None:
     def ask() -> bytes:
         client = secure.shake_hands()
         client.sendall(GET)
@@ -367,8 +367,8 @@ def test_an_answer_over_tls(secure: Secure) -> None:
     assert answer.endswith(b"hello")
 
 
-def test_an_idle_connection_over_tls_is_closed(secure: Secure) -> None:
-    """After its handshake: as long as that goes on, it is not idle."""
+def test_idle_connection_over_tls_is_closed(secure: Secure) -> None:
+    """It is closed after its handshake; during the handshake it is not idle."""
     drained = secure.drain(SHORT)
     for _ in range(4):
         _look(secure)
@@ -378,12 +378,12 @@ def test_an_idle_connection_over_tls_is_closed(secure: Secure) -> None:
 
 
 class HTTP2:
-    """A client, in a thread, that opens streams and keeps what it has received."""
+    """A client in a thread, which opens streams and records received frames."""
 
     def __init__(self, secure: Secure) -> None:
         self.client = secure.shake_hands("h2")
         self.frames: list[Any] = []
-        # It is not told what comes, and so does not mind what comes after GOAWAY.
+        # It only makes frames.  It receives none, so GOAWAY does not change its state.
         self._opened = h2.connection.H2Connection()
         self._opened.initiate_connection()
         self.client.sendall(self._opened.data_to_send())
@@ -395,7 +395,7 @@ class HTTP2:
         self.client.sendall(self._opened.data_to_send())
 
     def read(self, until: Callable[[Any], bool] = lambda frame: False) -> Any:
-        """Frames, until one of a kind or the end."""
+        """Read frames until one fulfils a condition, or until the end."""
         while head := self._read(9):
             frame, length = Frame.parse_frame_header(memoryview(head))
             frame.parse_body(memoryview(self._read(length)))
@@ -417,7 +417,7 @@ class HTTP2:
         return [e.data for e in self.frames if isinstance(e, DataFrame) and e.data]
 
     def last_streams(self) -> list[int]:
-        """What each GOAWAY has said, none of which told of an error."""
+        """Return the last stream in each GOAWAY, none of which has an error."""
         goaways = [each for each in self.frames if isinstance(each, GoAwayFrame)]
         assert [each.error_code for each in goaways] == [0] * len(goaways)
         return [each.last_stream_id for each in goaways]
@@ -433,8 +433,8 @@ def _ends_stream(frame: Any) -> bool:
 
 def test_http_2(secure: Secure) -> None:
     """
-    An open stream is answered, and so is one that is opened after the first GOAWAY; the
-    second one tells which was the last.
+    An open stream is answered, and so is a stream that is opened after the first
+    GOAWAY.  The second GOAWAY names the last stream.
     """
 
     def ask() -> HTTP2:
@@ -462,8 +462,8 @@ def test_http_2(secure: Secure) -> None:
     assert _is_goaway(it.frames[-1])
 
 
-def test_streams_of_http_2_that_are_on_their_way(secure: Secure) -> None:
-    """For them the connection stays open for a while after the last answer."""
+def test_http_2_streams_on_their_way_are_answered(secure: Secure) -> None:
+    """For them, the connection stays open for a while after the last answer."""
 
     def ask() -> HTTP2:
         client = HTTP2(secure)
@@ -486,7 +486,7 @@ def test_streams_of_http_2_that_are_on_their_way(secure: Secure) -> None:
     assert it.last_streams() == [2**31 - 1]
 
 
-def test_an_idle_connection_of_http_2_is_closed(secure: Secure) -> None:
+def test_idle_http_2_connection_is_closed(secure: Secure) -> None:
     def ask() -> HTTP2:
         client = HTTP2(secure)
         client.read()
@@ -509,7 +509,7 @@ def _is_http_2(secure: Secure) -> bool:
 
 
 def test_coroutine_servers_stop(reactor: EngineReactor) -> None:
-    """Their handlers have the grace."""
+    """Their handlers have the grace to end."""
 
     async def handler(stream: Stream) -> None:
         await stream.write(b"hello\n")
@@ -526,7 +526,7 @@ def test_coroutine_servers_stop(reactor: EngineReactor) -> None:
 
 
 def _connected(reactor: EngineReactor, factory: Any) -> socket.socket:
-    """A client of a port of ``factory``."""
+    """Listen with a factory; return a connected client."""
     client = connect(reactor.listenTCP(0, factory, interface="127.0.0.1"))
     before = len(reactor.server_connections)
     spin_with_timers(reactor, lambda: len(reactor.server_connections) > before)
@@ -536,7 +536,7 @@ def _connected(reactor: EngineReactor, factory: Any) -> socket.socket:
 def test_coroutine_handlers_are_cancelled_after_the_grace(
     reactor: EngineReactor, logged: list[Any]
 ) -> None:
-    """They can clean up, and say so."""
+    """The handlers can clean up when they are cancelled."""
 
     async def handler(stream: Stream) -> None:
         try:
@@ -551,14 +551,14 @@ def test_coroutine_handlers_are_cancelled_after_the_grace(
     drained: list[Drained] = []
     drain(reactor, 0).addCallback(drained.append)
     spin_with_timers(reactor, lambda: drained)
-    # Its connection was not aborted before.
+    # The connection was not aborted before that.
     assert ended == [False]
     assert drained == [Drained(finished=0, aborted=1)]
     client.close()
 
 
 def test_connections_in_the_backlog_are_accepted(reactor: EngineReactor) -> None:
-    """To close the port would reset them."""
+    """Closing the port without that would reset them."""
 
     async def shout(stream: Stream) -> None:
         async for line in stream.lines():
@@ -578,7 +578,7 @@ def test_connections_in_the_backlog_are_accepted(reactor: EngineReactor) -> None
 
 
 @pytest.mark.parametrize("first", ["service", "drain"])
-def test_a_port_that_its_service_closes_as_well(
+def test_port_that_its_service_closes_too(
     reactor: EngineReactor, first: str, logged: list[Any]
 ) -> None:
     port = reactor.listenTCP(0, RecorderFactory(), interface="127.0.0.1")
@@ -597,7 +597,7 @@ def test_a_port_that_its_service_closes_as_well(
 
 @implementer(IDrainable)
 class Polite(Recorder):
-    """Says goodbye."""
+    """Sends a last message when it is drained."""
 
     def drain(self) -> None:
         transport: Any = self.transport
@@ -607,14 +607,14 @@ class Polite(Recorder):
 
 @implementer(IDrainable)
 class Faulty(Recorder):
-    """Fails to."""
+    """Fails when it is drained."""
 
     def drain(self) -> None:
         raise ZeroDivisionError
 
 
 @pytest.mark.parametrize("wrap", [lambda factory: factory, WrappingFactory])
-def test_a_protocol_is_told(reactor: EngineReactor, wrap: Any) -> None:
+def test_drainable_protocol(reactor: EngineReactor, wrap: Any) -> None:
     client = _connected(reactor, wrap(RecorderFactory(Polite)))
     drained: list[Drained] = []
     drain(reactor, LONG).addCallback(drained.append)
@@ -622,19 +622,19 @@ def test_a_protocol_is_told(reactor: EngineReactor, wrap: Any) -> None:
     assert _read(client) == b"bye"
 
 
-def test_it_does_not_look_without_end(reactor: EngineReactor) -> None:
-    """Even if idle connections have no time."""
+def test_connections_are_not_checked_too_often(reactor: EngineReactor) -> None:
+    """There is a pause between checks even with keep_alive=0."""
     client = _connected(reactor, RecorderFactory())
     drain(reactor, LONG, keep_alive=0)
     assert len(reactor.getDelayedCalls()) == 3
     pauses = [each.getTime() - reactor.seconds() for each in reactor.getDelayedCalls()]
-    # To close the port, to look again, and the grace.
+    # The calls close the port, check again, and end the grace.
     assert sorted(pauses)[1] > 0.005
     client.close()
     spin_with_timers(reactor, lambda: not reactor.server_connections)
 
 
-def test_a_protocol_that_fails_holds_up_no_other(
+def test_drainable_protocol_that_fails(
     reactor: EngineReactor, logged: list[Any]
 ) -> None:
     faulty = _connected(reactor, RecorderFactory(Faulty))
@@ -644,7 +644,7 @@ def test_a_protocol_that_fails_holds_up_no_other(
     spin_with_timers(reactor, lambda: drained)
     assert _read(polite) == b"bye"
     assert drained == [Drained(finished=1, aborted=1)]
-    # Not again each time that it looks.
+    # Its failure is logged once, and not at each check.
     failures = [each["log_failure"] for each in logged if "log_failure" in each]
     assert [each.type for each in failures] == [ZeroDivisionError]
     faulty.close()
@@ -653,17 +653,17 @@ def test_a_protocol_that_fails_holds_up_no_other(
 # The grace
 
 
-def test_idle_connections_of_http_are_closed_within_a_short_grace(web: Web) -> None:
+def test_idle_http_connections_are_closed_within_a_short_grace(web: Web) -> None:
     drained: list[Drained] = []
     drain(web.reactor, 4 * SHORT).addCallback(drained.append)
     assert web.received(drained) == b""
     assert drained == [Drained(finished=1, aborted=0)]
 
 
-def test_what_is_left_after_the_grace_is_aborted_and_counted(
+def test_connections_after_the_grace_are_aborted_and_counted(
     reactor: EngineReactor, logged: list[Any]
 ) -> None:
-    """Connections of any protocol, paused ones as well."""
+    """Even paused connections, of any protocol."""
     factory = RecorderFactory()
     clients = [_connected(reactor, factory) for _ in range(3)]
     factory.connections[1].transport.pauseProducing()
@@ -672,7 +672,7 @@ def test_what_is_left_after_the_grace_is_aborted_and_counted(
     clients.pop().close()
     spin_with_timers(reactor, lambda: len(reactor.server_connections) == 2)
     assert not drained
-    # A second call can shorten the grace, and waits for the same.
+    # A second call can shorten the grace, and waits for the same end.
     drain(reactor, SHORT).addCallback(drained.append)
     spin_with_timers(reactor, lambda: len(drained) == 2)
     assert drained == [Drained(finished=1, aborted=2)] * 2
@@ -688,7 +688,7 @@ def test_what_is_left_after_the_grace_is_aborted_and_counted(
     assert not reactor.getDelayedCalls()
 
 
-def test_a_second_call_does_not_lengthen_the_grace(reactor: EngineReactor) -> None:
+def test_second_call_does_not_lengthen_the_grace(reactor: EngineReactor) -> None:
     client = _connected(reactor, RecorderFactory())
     drained: list[Drained] = []
     drain(reactor, SHORT).addCallback(drained.append)
@@ -698,7 +698,7 @@ def test_a_second_call_does_not_lengthen_the_grace(reactor: EngineReactor) -> No
     client.close()
 
 
-def test_connections_of_clients_are_left_alone(reactor: EngineReactor) -> None:
+def test_client_connections_are_left_alone(reactor: EngineReactor) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         factory = RecorderFactory()
         clients = ClientFactory()
@@ -713,8 +713,8 @@ def test_connections_of_clients_are_left_alone(reactor: EngineReactor) -> None:
         spin_with_timers(reactor, lambda: factory.connections[0].lost)
 
 
-def test_a_reactor_can_drain_again(reactor: EngineReactor) -> None:
-    """And a port that is opened meanwhile is closed."""
+def test_drain_again(reactor: EngineReactor) -> None:
+    """Also, a port that is opened while draining is closed."""
     for _ in range(2):
         polite = _connected(reactor, RecorderFactory(Polite))
         silent = _connected(reactor, RecorderFactory())
@@ -740,7 +740,7 @@ def test_wrong_arguments(reactor: EngineReactor) -> None:
 
 
 @pytest.mark.processes
-def test_it_is_a_trigger_of_the_end() -> None:
+def test_drain_at_the_shutdown_of_a_reactor() -> None:
     output = run_program(
         """
         import socket, threading
@@ -771,7 +771,7 @@ def test_it_is_a_trigger_of_the_end() -> None:
     assert output == "b'done' b''\n"
 
 
-# What the reactors know
+# The connections that reactors list
 
 
 @pytest.mark.parametrize("adopted", [False, True], ids=["accepted", "adopted"])

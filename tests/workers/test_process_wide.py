@@ -1,4 +1,4 @@
-"""What twistd and systemd give to a process: logs, users, sockets, notifications."""
+"""Settings of twistd and systemd: logs, users, sockets, notifications."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ import twisted
 import twisted_rtsig
 from tests.workers.support import (
     DEADLINE,
+    IDENTIFY,
     ON_PORT_0,
     RUN_TWISTD,
-    WHO,
     Twistd,
     ask,
     wait_until,
@@ -67,9 +67,9 @@ def daemon(
     folder: Path, *arguments: str, launcher: tuple[str, ...] = ()
 ) -> Iterator[int]:
     """
-    A daemon, which is stopped in the end; its process.
+    Run a daemon; yield its process, and stop it at the end.
 
-    :param launcher: the command that starts it.
+    :param launcher: a command that starts the daemon.
     """
     command = (*launcher, sys.executable, "-c", RUN_TWISTD, "--reactor=rtsig-auto")
     done = subprocess.run(
@@ -87,20 +87,20 @@ def daemon(
         os.kill(process, signal.SIGTERM)
         wait_until(lambda: not pidfile.exists())
     finally:
-        # And its workers.
+        # Kill its workers as well.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(os.getpgid(process), signal.SIGKILL)
 
 
 def test_log_file(tmp_path: Path) -> None:
     """
-    A daemon: the lines of all workers are in its log file, whole, through rotation,
-    and SIGUSR1 begins a new one.
+    The log file of a daemon has the lines of all workers, whole, even when it is
+    rotated.  SIGUSR1 starts a new file.
     """
     write_tac(tmp_path, TALKS)
 
     def logged() -> str:
-        # The oldest first.
+        # The oldest file first.
         files = sorted(tmp_path.glob("log.*"), key=lambda each: -int(each.suffix[1:]))
         return "".join(each.read_text() for each in [*files, tmp_path / "log"])
 
@@ -120,7 +120,7 @@ def test_log_file(tmp_path: Path) -> None:
     ):
         assert number == of
         lines[number].append(int(line))
-    # Each worker, and its successor, which was perhaps stopped before its last.
+    # All lines of each worker, then those of its successor, which may stop early.
     for each in lines.values():
         assert each[:LINES] == list(range(LINES))
     assert set(lines) == {"0", "1"}
@@ -132,11 +132,11 @@ IN_TERMINAL = (
     "-c",
     "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))",
 )
-"""What runs a command in a terminal of its own."""
+"""A command that runs another command in a terminal of its own."""
 
 
 def test_daemon_started_in_a_terminal(tmp_path: Path) -> None:
-    """SIGHUP reloads it, although its terminal is gone."""
+    """SIGHUP reloads a daemon, although its terminal is gone."""
     write_tac(tmp_path, ON_PORT_0)
     arguments = ("-l", "log", "workers", "-c", "1", "-y", "app.tac")
     with daemon(tmp_path, *arguments, launcher=IN_TERMINAL) as process:
@@ -147,46 +147,45 @@ def test_daemon_started_in_a_terminal(tmp_path: Path) -> None:
 
 
 def test_nohup(tmp_path: Path) -> None:
-    """nohup(1) keeps it alive when its terminal is gone."""
-    write_tac(tmp_path, ON_PORT_0)
-    terminal, of_twistd = os.openpty()
-    with (
-        contextlib.closing(os.fdopen(terminal, "rb", buffering=0)) as file,
-        Twistd(
-            tmp_path,
-            *("-c", "1", "-y", "app.tac"),
-            prelude=TAKE_TERMINAL + IGNORE_SIGHUP,
-            env={"TERMINAL": os.ttyname(of_twistd)},
-        ) as twistd,
-    ):
-        twistd.wait_until_ready(1)
-        os.close(of_twistd)
-        file.close()
+    """nohup(1) keeps workers running when their terminal is gone."""
+    with without_terminal(tmp_path, IGNORE_SIGHUP) as twistd:
         twistd.wait_for("The reload is complete")
         assert "The terminal is gone" not in twistd.output
 
 
 def test_terminal_is_gone(tmp_path: Path) -> None:
-    """What was started in the foreground of a terminal stops with it."""
-    write_tac(tmp_path, ON_PORT_0)
+    """Workers that run in the foreground of a terminal stop when it is gone."""
+    with without_terminal(tmp_path) as twistd:
+        assert twistd.wait() == 0
+        assert "The terminal is gone" in twistd.output
+
+
+@contextlib.contextmanager
+def without_terminal(folder: Path, prelude: str = "") -> Iterator[Twistd]:
+    """
+    Start workers in the foreground of a terminal, and close the terminal.
+
+    :param prelude: code that the process runs first.
+    """
+    write_tac(folder, ON_PORT_0)
     terminal, of_twistd = os.openpty()
     with (
         contextlib.closing(os.fdopen(terminal, "rb", buffering=0)) as file,
         Twistd(
-            tmp_path,
+            folder,
             *("-c", "1", "-y", "app.tac"),
-            prelude=TAKE_TERMINAL,
+            prelude=TAKE_TERMINAL + prelude,
             env={"TERMINAL": os.ttyname(of_twistd)},
         ) as twistd,
     ):
         twistd.wait_until_ready(1)
         os.close(of_twistd)
         file.close()
-        assert twistd.wait() == 0
-        assert "The terminal is gone" in twistd.output
+        yield twistd
 
 
-# A session leader takes the first terminal that it opens.  nohup(1) may run the tests.
+# The first terminal that a session leader opens becomes its controlling terminal.  The
+# tests may run under nohup(1), so restore the default of SIGHUP.
 TAKE_TERMINAL = """
 import os, signal
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -198,8 +197,8 @@ IGNORE_SIGHUP = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
 
 def test_traceback_is_whole(tmp_path: Path) -> None:
     """
-    An entry of several lines stays together, a print is a line, and a child that
-    outlives its worker is heard.
+    The lines of an entry stay together, a print is a line, and the output of a child
+    that outlives its worker is logged.
     """
     write_tac(
         tmp_path,
@@ -212,7 +211,7 @@ from twisted.python import log
 def fail():
     print("sm\\u00f8rrebr\\u00f8d")
     os.write(2, b"from below\\n")
-    # Until the end of its standard input.
+    # It runs until its standard input ends.
     child = ["sh", "-c", "read line; echo from a child"]
     subprocess.Popen(child, stdin=subprocess.PIPE)
     log.err(ValueError("x" * 10000))
@@ -232,7 +231,7 @@ reactor.callWhenRunning(fail)
 
 
 def test_other_logger(tmp_path: Path) -> None:
-    """--logger is used by all processes, and what workers print is logged as well."""
+    """All processes use --logger, and the supervisor logs what workers print."""
     (tmp_path / "its_logger.py").write_text(
         textwrap.dedent(
             """
@@ -260,7 +259,7 @@ def test_other_logger(tmp_path: Path) -> None:
 
 
 def test_notifications(tmp_path: Path) -> None:
-    """systemd is told of the start, the reload, the stop, and signs of life."""
+    """systemd is notified of the start, reloads, the stop, and that it is alive."""
     write_tac(tmp_path, ON_PORT_0 + 'print("NOTIFY", "NOTIFY_SOCKET" in os.environ)\n')
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.settimeout(DEADLINE)
@@ -286,7 +285,7 @@ def test_notifications(tmp_path: Path) -> None:
             assert reloading["RELOADING"] == "1"
             assert int(reloading["MONOTONIC_USEC"]) > 0
             assert receive() == own
-            # Also after a reload that fails.
+            # The service is ready after a reload that fails, too.
             write_tac(tmp_path, "raise RuntimeError")
             twistd.send(signal.SIGHUP)
             assert receive()["RELOADING"] == "1"
@@ -309,13 +308,13 @@ def test_notifications(tmp_path: Path) -> None:
 def test_watchdog(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], seconds: float | None
 ) -> None:
-    """It counts only if it is meant for this process."""
+    """The variables count only if they are for this process."""
     monkeypatch.setenv("NOTIFY_SOCKET", "@nobody-listens-here")
     for name, value in variables.items():
         monkeypatch.setenv(name, str(os.getpid()) if value == "self" else value)
     notifier = Notifier()
     assert notifier.watchdog == seconds
-    # It is no error that nothing receives it.
+    # Nothing receives this, which is no error.
     notifier.alive()
     assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & set(os.environ)
 
@@ -323,7 +322,7 @@ def test_watchdog(
 PASS_SOCKETS = """
 import os, sys
 given = [int(each) for each in os.environ.pop("GIVEN").split()]
-# Out of the way of each other.
+# So that no descriptor is overwritten below.
 given = [os.dup(each) for each in given]
 for number, each in enumerate(given, 3):
     os.dup2(each, number)
@@ -336,8 +335,8 @@ os.environ["LISTEN_FDNAMES"] = "web:path"
 @pytest.mark.parametrize("before", ["", "import twisted.internet.endpoints"])
 def test_sockets_of_systemd(tmp_path: Path, before: str) -> None:
     """
-    They are used for the addresses that they are bound to, and ``systemd:`` endpoints
-    work in the workers.
+    Workers use the passed sockets for their addresses, and ``systemd:`` endpoints work
+    in workers.
     """
     with (
         socket.socket() as tcp,
@@ -350,7 +349,7 @@ def test_sockets_of_systemd(tmp_path: Path, before: str) -> None:
             each.listen()
         write_tac(
             tmp_path,
-            WHO
+            IDENTIFY
             + f"""
 listen("tcp:{port}:interface=127.0.0.1")
 listen("unix:{tmp_path}/path.sock")
@@ -369,14 +368,14 @@ listen("systemd:domain=UNIX:name=path")
             assert ask(str(tmp_path / "path.sock"), socket.AF_UNIX)[2] == 1
             twistd.send(signal.SIGTERM)
             twistd.wait()
-        # They are systemd's, and still listen.
+        # The sockets belong to systemd, and still listen.
         assert (tmp_path / "path.sock").exists()
         with socket.create_connection(("127.0.0.1", port), DEADLINE):
             pass
 
 
 def python_of_everyone() -> str | None:
-    """An interpreter that another user can run, together with :data:`PACKAGES`."""
+    """Return an interpreter that other users can run with :data:`PACKAGES`, or None."""
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for each in (sys.executable, shutil.which(name, path=os.defpath)):
         if each is None:
@@ -416,7 +415,7 @@ def public_folder() -> Iterator[Path]:
 )
 def test_privileged_port(public_folder: Path) -> None:
     """
-    With --uid the supervisor binds a port below 1024, and then sheds its privileges;
+    With --uid the supervisor binds a port below 1024, and then drops its privileges;
     workers have none.
     """
     python = python_of_everyone()
@@ -426,7 +425,7 @@ def test_privileged_port(public_folder: Path) -> None:
     port = privileged_port()
     write_tac(
         public_folder,
-        WHO
+        IDENTIFY
         + f"""
 listen("tcp:{port}:interface=127.0.0.1")
 listen("unix:path.sock")

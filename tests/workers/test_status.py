@@ -46,7 +46,7 @@ class Page(Resource):
 
     def render_GET(self, request):
         if request.path == b"/compute":
-            # As long as the test wants.
+            # Until the test closes the pipe.
             with open("pipe") as pipe:
                 pipe.read()
         return b"%d" % os.getpid()
@@ -64,13 +64,13 @@ CoroutineService(
 
 
 def get(port: int, path: str = "/") -> int:
-    """The process that has answered."""
+    """Get a page; return the process that has answered."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", None, DEADLINE) as it:
         return int(it.read())
 
 
 def status_of(twistd: Twistd, *options: str) -> str:
-    """What the command prints."""
+    """Return the output of the command."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert main(["status", str(twistd.pidfile), *options]) == 0
@@ -83,7 +83,7 @@ def by_pid(twistd: Twistd) -> dict[int, Any]:
 
 
 def metrics_of(twistd: Twistd) -> dict[str, float]:
-    """The sums, by the name of the sample and its labels."""
+    """Return the sums, by the name of the sample and its labels."""
     text = status_of(twistd, "--metrics")
     return {
         sample.name + "".join(sorted(sample.labels.values())): sample.value
@@ -94,8 +94,8 @@ def metrics_of(twistd: Twistd) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_the_status_of_workers(tmp_path: Path) -> None:
-    """That of an application with twisted.web and with coroutines."""
+def test_status(tmp_path: Path) -> None:
+    """An application with twisted.web and with coroutines."""
     os.mkfifo(tmp_path / "pipe")
     tac = write_tac(tmp_path, APPLICATION)
     with Twistd(tmp_path, "--count", "2", "-y", tac) as twistd:
@@ -148,9 +148,9 @@ def test_the_status_of_workers(tmp_path: Path) -> None:
         assert sums["twisted_pass_seconds_count"] > 10
         assert sums["twisted_pass_seconds_bucket+Inf"] > 10
 
-        # What a worker has counted stays in the sums when it has ended.
+        # The counts of a worker stay in the sums after it has ended.
         echoed.close()
-        # Nothing asks after this one before its worker stops.
+        # The status is not requested between this request and the end of the worker.
         get(port)
         twistd.send(signal.SIGHUP)
         twistd.wait_for("The reload is complete")
@@ -161,7 +161,7 @@ def test_the_status_of_workers(tmp_path: Path) -> None:
         assert sums["twisted_workers_ended_totalstopped"] == 2
         assert sums["twisted_server_connectionsecho"] == 0
 
-        # A worker that computes does not answer; the others do.
+        # A worker that is computing does not answer; the others do.
         with socket.create_connection(("127.0.0.1", port), DEADLINE) as client:
             client.sendall(b"GET /compute HTTP/1.0\r\n\r\n")
             pipe = os.open(tmp_path / "pipe", os.O_WRONLY)
@@ -183,7 +183,7 @@ def test_the_status_of_workers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_no_socket_is_left_by_a_supervisor_that_was_killed(tmp_path: Path) -> None:
+def test_socket_is_removed_after_the_supervisor_was_killed(tmp_path: Path) -> None:
     tac = write_tac(tmp_path, APPLICATION)
     with Twistd(tmp_path, "--count", "1", "-y", tac) as twistd:
         twistd.wait_until_ready(1)
@@ -197,7 +197,7 @@ def test_no_socket_is_left_by_a_supervisor_that_was_killed(tmp_path: Path) -> No
 
 
 @pytest.mark.processes
-def test_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_supervisor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = str(tmp_path / "twistd.pid")
     assert main(["status", missing]) == 1
     assert capsys.readouterr() == (
@@ -214,7 +214,7 @@ def test_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         check=False,
     )
     assert (done.returncode, done.stdout) == (1, b"")
-    # Its supervisor is gone.
+    # The supervisor has ended and left its socket.
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(socket_path(missing))
     assert main(["status", missing]) == 1
@@ -275,7 +275,7 @@ def test_metrics_are_added_up() -> None:
         assert (family.type, family.documentation) == FAMILIES[name]
 
 
-# Strangers
+# Unexpected clients
 
 
 @pytest.fixture(params=reactor_classes()[:1], ids=lambda each: each.__name__)
@@ -286,7 +286,7 @@ def reactor_class(request: Any) -> Callable[[], EngineReactor]:
 
 @pytest.fixture
 def path(reactor: EngineReactor, tmp_path: Path) -> str:
-    """The socket of a supervisor without workers."""
+    """Return the socket of a supervisor without workers."""
     supervisor: Any = SimpleNamespace(
         reactor=reactor, handlers={}, slots={}, workers=list
     )
@@ -296,7 +296,7 @@ def path(reactor: EngineReactor, tmp_path: Path) -> str:
 
 
 def _ask(reactor: EngineReactor, path: str, data: bytes) -> bytes:
-    """What is answered."""
+    """Send a request; return the answer."""
     client = _connected(path)
     client.sendall(data)
     return _answer(reactor, client)
@@ -324,13 +324,13 @@ def _answer(reactor: EngineReactor, client: socket.socket) -> bytes:
     end = time.monotonic() + DEADLINE
     while not ended():
         assert time.monotonic() < end
-        # No event of the reactor tells of it.
+        # The client is not on the reactor, so poll it.
         reactor.iterate(0.001)
     client.close()
     return b"".join(received)
 
 
-def test_a_question(reactor: EngineReactor, path: str) -> None:
+def test_request(reactor: EngineReactor, path: str) -> None:
     answer = json.loads(_ask(reactor, path, b'{"tasks": true}\n'))
     assert (answer["pid"], answer["workers"]) == (os.getpid(), [])
 
@@ -339,7 +339,7 @@ def test_a_question(reactor: EngineReactor, path: str) -> None:
     "garbage",
     [b"\n", b"GET / HTTP/1.0\r\n\r\n", b"{}\n", b"[]\n", b"7\n", b"\xff\n"],
 )
-def test_garbage(reactor: EngineReactor, path: str, garbage: bytes) -> None:
+def test_invalid_request(reactor: EngineReactor, path: str, garbage: bytes) -> None:
     answer = json.loads(_ask(reactor, path, garbage))
     assert answer == {
         "error": 'send a JSON object such as {"tasks": false} in one line'
@@ -347,11 +347,11 @@ def test_garbage(reactor: EngineReactor, path: str, garbage: bytes) -> None:
     assert not reactor.getDelayedCalls()
 
 
-def test_a_long_line(reactor: EngineReactor, path: str) -> None:
+def test_long_line(reactor: EngineReactor, path: str) -> None:
     assert _ask(reactor, path, b"[" * 100_000) == b""
 
 
-def test_a_client_that_says_nothing(
+def test_silent_client(
     reactor: EngineReactor, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(status_module, "_CLIENT_TIMEOUT", 0.02)
@@ -368,7 +368,7 @@ def test_many_clients(reactor: EngineReactor, path: str) -> None:
     assert json.loads(_ask(reactor, path, b'{"tasks": false}\n'))
 
 
-def test_a_client_that_is_gone_before_the_answer(
+def test_client_disconnects_before_the_answer(
     reactor: EngineReactor, tmp_path: Path
 ) -> None:
     class Worker:
@@ -386,7 +386,7 @@ def test_a_client_that_is_gone_before_the_answer(
     pidfile = str(tmp_path / "pid")
     status.listen(pidfile, None, None)
     client = _connected(socket_path(pidfile))
-    # Of many questions, one is asked.
+    # Of many requests on one connection, only the first is handled.
     client.sendall(b'{"tasks": false}\n' * 50)
     spin_with_timers(reactor, lambda: status._questions)
     assert len(status._questions) == 1
@@ -398,7 +398,7 @@ def test_a_client_that_is_gone_before_the_answer(
 
 
 def test_passes_are_counted(reactor: EngineReactor) -> None:
-    """Also while the application has an instrument that observes them."""
+    """Passes are counted even while an instrument of the application counts them."""
     observer = Observer(reactor)
     monitor = LoopMonitor()
     reactor.iterate(0)
@@ -414,8 +414,8 @@ def test_passes_are_counted(reactor: EngineReactor) -> None:
 
 
 @pytest.mark.processes
-def test_a_reader_that_has_ended(tmp_path: Path) -> None:
-    """As head does."""
+def test_reader_of_the_output_has_ended(tmp_path: Path) -> None:
+    """As head(1) does."""
     answer = '{"metrics": [], "pid": 1, "age": 0, "count": 0, "workers": []}'
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket"))

@@ -1,4 +1,4 @@
-"""Workers that stop while requests are under way: real ones."""
+"""Workers that stop while requests are in progress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Site
 
 def wait():
-    # As long as the test wants.
+    # Until the test creates this file.
     while not os.path.exists("go"):
         time.sleep(0.01)
 
@@ -54,14 +54,14 @@ Other().setServiceParent(application)
 """
 
 
-def test_requests_under_way(tmp_path: Path) -> None:
+def test_requests_in_progress_are_answered(tmp_path: Path) -> None:
     tac = write_tac(tmp_path, APPLICATION)
     options = "--count", "1", "--grace", "1000", "-y", tac
     with Twistd(tmp_path, *options) as twistd:
         twistd.wait_until_ready(1)
         port = twistd.port()
 
-        # A signal stops one worker, and its successor does not wait for its end.
+        # A signal stops one worker.  Its successor starts before it has ended.
         first = _ask(port)
         (worker,) = map(int, twistd.wait_for(r"handling (\d+)"))
         os.kill(worker, signal.SIGTERM)
@@ -78,15 +78,15 @@ def test_requests_under_way(tmp_path: Path) -> None:
         for client, process in ((first, worker), (second, successor)):
             answer = _read(client)
             assert b"\r\nConnection: close\r\n" in answer
-            # Its services have been stopped before.
+            # Its services were stopped before the answer.
             assert b"\r\n%d 1\r\n" % process in answer
         twistd.wait()
         assert "aborted" not in twistd.output
         assert not is_running(worker)
 
 
-def test_after_the_grace(tmp_path: Path) -> None:
-    """What is left is aborted, and counted."""
+def test_requests_after_the_grace_are_aborted(tmp_path: Path) -> None:
+    """They are counted in the log."""
     tac = write_tac(tmp_path, APPLICATION)
     options = "--count", "1", "--grace", "0.5", "-y", tac
     with Twistd(tmp_path, *options) as twistd:
@@ -99,7 +99,7 @@ def test_after_the_grace(tmp_path: Path) -> None:
         for each in (client, idle):
             with contextlib.suppress(ConnectionResetError):
                 assert _read(each) == b""
-        # For its thread.
+        # Let its thread end.
         (tmp_path / "go").touch()
         twistd.wait()
 

@@ -14,8 +14,8 @@ import pytest
 
 from tests.workers.support import (
     DEADLINE,
+    IDENTIFY,
     ON_PORT_0,
-    WHO,
     Twistd,
     ask,
     is_running,
@@ -32,8 +32,8 @@ pytestmark = [
 
 
 @pytest.mark.slow
-def test_count(tmp_path: Path) -> None:
-    """SIGTTIN and SIGTTOU: one more, and one less, but not less than one."""
+def test_add_and_remove_workers(tmp_path: Path) -> None:
+    """SIGTTIN adds a worker, and SIGTTOU stops one, but never the last."""
     write_tac(tmp_path, ON_PORT_0)
     with Twistd(tmp_path, "-c", "1", "-y", "app.tac") as twistd:
         twistd.wait_until_ready(1)
@@ -53,8 +53,8 @@ def test_count(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_waiting_connections_are_inherited(tmp_path: Path) -> None:
     """
-    Connections that wait for a worker that is killed, or that is one too many, are
-    accepted by another one; none is lost.
+    If a worker is killed or removed, another worker accepts the connections in its
+    backlog; none is lost.
     """
     write_tac(tmp_path, ON_PORT_0)
     with Twistd(tmp_path, "-c", "2", "-y", "app.tac") as twistd:
@@ -69,7 +69,7 @@ def test_waiting_connections_are_inherited(tmp_path: Path) -> None:
             assert len(answers) == 20
         twistd.wait_for("Worker . has ended by SIGKILL", 2)
         workers = twistd.wait_until_ready(4)[2:]
-        # The second one is stopped while connections wait for it.
+        # Remove the second worker while connections wait in its backlog.
         (second,) = twistd.wait_until_ready(2, number=1)[1:]
         os.kill(second, signal.SIGSTOP)
         with connections(port, 20) as clients:
@@ -88,7 +88,7 @@ def connections(port: int, count: int) -> Iterator[list[socket.socket]]:
 
 
 def test_reload(tmp_path: Path) -> None:
-    """SIGHUP: new workers with the new code, and no moment without one."""
+    """After SIGHUP new workers run the new code, and there is always a worker."""
     write_tac(tmp_path, ON_PORT_0)
     with Twistd(tmp_path, "-c", "2", "-y", "app.tac") as twistd:
         former = twistd.wait_until_ready(2)
@@ -98,11 +98,11 @@ def test_reload(tmp_path: Path) -> None:
         twistd.send(signal.SIGHUP)
         versions: set[int] = set()
         while versions != {2} or "The reload is complete" not in twistd.output:
-            # The connection is answered, and not reset, all the time.
+            # Connections are answered, and not reset, all the time.
             versions = {ask(("127.0.0.1", port))[2] for _ in range(4)}
         twistd.wait_for("Worker . has stopped", 2)
         assert not any(map(is_running, former))
-        # The same port, and the same numbers.
+        # The new workers have the same port and the same numbers.
         assert {ask(("127.0.0.1", port))[0] for _ in range(20)} <= {0, 1}
         assert set(twistd.wait_for(r"starting on (\d+)$", 4)) == {str(port)}
 
@@ -112,7 +112,7 @@ def test_reload(tmp_path: Path) -> None:
 def test_shared_sockets_outlive_a_worker(
     tmp_path: Path, shared: tuple[str, ...]
 ) -> None:
-    """A worker that stops does not shut down what all accept from."""
+    """A worker that stops does not shut down a socket that others accept from."""
     write_tac(tmp_path, ON_PORT_0 + 'listen("unix:path.sock")\n')
     with Twistd(tmp_path, "-c", "2", *shared, "-y", "app.tac") as twistd:
         workers = twistd.wait_until_ready(2)
@@ -124,7 +124,7 @@ def test_shared_sockets_outlive_a_worker(
 
 
 def test_reload_of_broken_code(tmp_path: Path) -> None:
-    """The workers go on, and the log says why."""
+    """The workers keep running, and the log says why the reload failed."""
     write_tac(tmp_path, ON_PORT_0)
     with Twistd(tmp_path, "-c", "2", "-y", "app.tac") as twistd:
         workers = set(twistd.wait_until_ready(2))
@@ -135,7 +135,7 @@ def test_reload_of_broken_code(tmp_path: Path) -> None:
         assert "broken version" in twistd.output
         while (seen := {ask(("127.0.0.1", port))[1] for _ in range(10)}) != workers:
             assert seen < workers
-        # And the next one that works is taken.
+        # A later reload with working code succeeds.
         write_tac(tmp_path, ON_PORT_0)
         twistd.send(signal.SIGHUP)
         twistd.wait_for("The reload is complete")
@@ -144,7 +144,7 @@ def test_reload_of_broken_code(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_reload_that_hangs(tmp_path: Path) -> None:
-    """A new worker that does not get ready is killed after the limit."""
+    """A new worker that does not become ready is killed after the limit."""
     write_tac(tmp_path, ON_PORT_0)
     arguments = ("-c", "1", "--start-timeout", "5", "-y", "app.tac")
     with Twistd(tmp_path, *arguments) as twistd:
@@ -158,15 +158,15 @@ def test_reload_that_hangs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_reload_closes_what_is_not_used_any_more(tmp_path: Path) -> None:
-    """An address on which the new version does not listen refuses connections."""
+def test_reload_closes_unused_addresses(tmp_path: Path) -> None:
+    """An address that the new version does not use refuses connections."""
     write_tac(tmp_path, ON_PORT_0 + 'listen("unix:old.sock")\n')
     prelude = "from twisted_rtsig.workers import supervisor; supervisor._UNUSED = 0.1"
     with Twistd(tmp_path, "-c", "1", "-y", "app.tac", prelude=prelude) as twistd:
         twistd.wait_until_ready(1)
         port = twistd.port()
         assert (tmp_path / "old.sock").exists()
-        write_tac(tmp_path, WHO + 'listen("unix:new.sock")\n')
+        write_tac(tmp_path, IDENTIFY + 'listen("unix:new.sock")\n')
         twistd.send(signal.SIGHUP)
         twistd.wait_for("The reload is complete")
         twistd.wait_for("Worker 0 has stopped")
@@ -178,10 +178,10 @@ def test_reload_closes_what_is_not_used_any_more(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_reload_of_an_application_that_listens_late(tmp_path: Path) -> None:
-    """Connections wait until it does."""
+    """Connections wait until the new worker listens."""
     write_tac(
         tmp_path,
-        WHO
+        IDENTIFY
         + """
 from twisted.internet import reactor
 
@@ -201,7 +201,7 @@ reactor.callWhenRunning(reactor.callLater, 1, listen)
 
 
 def test_reload_during_a_reload(tmp_path: Path) -> None:
-    """All workers have the code of the last one in the end."""
+    """All workers have the code of the last reload at the end."""
     write_tac(tmp_path, ON_PORT_0)
     with Twistd(tmp_path, "-c", "2", "-y", "app.tac") as twistd:
         twistd.wait_until_ready(2)
@@ -212,7 +212,7 @@ def test_reload_during_a_reload(tmp_path: Path) -> None:
             )
             twistd.send(signal.SIGHUP)
             twistd.wait_for("is starting", version + 1)
-        # One less meanwhile.
+        # Remove a worker meanwhile.
         twistd.send(signal.SIGTTOU)
         twistd.wait_for("The reload is complete")
         twistd.wait_for("The wanted number of workers is now 1")
@@ -221,7 +221,7 @@ def test_reload_during_a_reload(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_worker_dies_while_it_is_replaced(tmp_path: Path) -> None:
-    """Its replacement takes its place as soon as it is ready."""
+    """Its replacement takes its place when ready."""
     write_tac(tmp_path, ON_PORT_0)
     with Twistd(tmp_path, "-c", "1", "-y", "app.tac") as twistd:
         (worker,) = twistd.wait_until_ready(1)
@@ -236,7 +236,7 @@ def test_worker_dies_while_it_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_crash_loop(tmp_path: Path) -> None:
-    """A worker that ends again and again is started after longer and longer pauses."""
+    """A worker that ends again and again is restarted after ever longer pauses."""
     write_tac(
         tmp_path,
         ON_PORT_0
@@ -255,12 +255,12 @@ if os.path.exists("broken"):
         pauses = twistd.wait_for(r"the next one is started in ([\d.]+) s", 2)
         assert pauses == ["0.5", "1"]
         (tmp_path / "broken").unlink()
-        # What has come meanwhile has waited.
+        # Connections that arrived meanwhile have waited.
         assert ask(("127.0.0.1", port))[0] == 0
 
 
 def test_no_pause_after_a_long_life(tmp_path: Path) -> None:
-    """A worker that dies after a while is no failure of its slot."""
+    """A worker that dies after a long life is not a failure of its slot."""
     write_tac(tmp_path, ON_PORT_0)
     prelude = "from twisted_rtsig.workers import supervisor; supervisor._LIVED = 0"
     with Twistd(tmp_path, "-c", "1", "-y", "app.tac", prelude=prelude) as twistd:
@@ -272,7 +272,7 @@ def test_no_pause_after_a_long_life(tmp_path: Path) -> None:
 
 
 def test_pauses() -> None:
-    """None for the first failure; then doubled, up to a minute."""
+    """There is no pause after the first failure; then pauses double up to a minute."""
     assert [pause_before_restart(failures) for failures in range(6)] == [
         *(0, 0, 0.5, 1, 2, 4),
     ]
@@ -282,7 +282,7 @@ def test_pauses() -> None:
 
 @pytest.mark.slow
 def test_no_worker_can_start(tmp_path: Path) -> None:
-    """The supervisor ends with the reason, also as a daemon."""
+    """The supervisor ends and logs the reason."""
     write_tac(tmp_path, "raise RuntimeError('this cannot work')")
     with Twistd(tmp_path, "-y", "app.tac") as twistd:
         assert twistd.wait() == 1
@@ -293,7 +293,7 @@ def test_no_worker_can_start(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_first_worker_hangs(tmp_path: Path) -> None:
-    """It has a limit, too."""
+    """The start of the first worker has a limit as well."""
     write_tac(tmp_path, "import signal; signal.pause()")
     with Twistd(tmp_path, "--start-timeout", "2", "-y", "app.tac") as twistd:
         assert twistd.wait() == 1
@@ -318,7 +318,7 @@ reactor.callWhenRunning(reactor.callLater, 0.1, compute)
 
 @pytest.mark.slow
 def test_sigterm_twice(tmp_path: Path) -> None:
-    """The second one ends everything at once."""
+    """The second SIGTERM kills all workers at once."""
     write_tac(tmp_path, COMPUTES)
     with Twistd(tmp_path, "-c", "1", "-y", "app.tac") as twistd:
         (worker,) = twistd.wait_until_ready(1)
@@ -332,8 +332,8 @@ def test_sigterm_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_grace_is_over(tmp_path: Path) -> None:
-    """A worker that has not ended is killed."""
+def test_worker_is_killed_after_the_grace(tmp_path: Path) -> None:
+    """A worker that has not ended after the grace is killed."""
     write_tac(tmp_path, COMPUTES)
     with Twistd(tmp_path, "-c", "1", "--grace", "0", "-y", "app.tac") as twistd:
         (worker,) = twistd.wait_until_ready(1)
@@ -348,7 +348,7 @@ def test_grace_is_over(tmp_path: Path) -> None:
     "code", [ON_PORT_0, pytest.param(COMPUTES, marks=pytest.mark.slow)]
 )
 def test_supervisor_is_killed(tmp_path: Path, code: str) -> None:
-    """No process stays, no socket file and no pid file, also if a worker computes."""
+    """No process, socket file or pid file is left, even if a worker is computing."""
     write_tac(
         tmp_path,
         code
@@ -368,7 +368,7 @@ UNIXServer("locked.sock", factory, wantPID=True).setServiceParent(application)
             twistd.wait_for("COMPUTING", 2)
         assert all(map(is_running, workers))
         assert (tmp_path / "locked.sock").exists()
-        # What another server has put in the place of a file is not removed.
+        # A file by which another server has replaced one of these is not removed.
         taken = tmp_path / "taken over.sock"
         taken.unlink()
         other.bind(str(taken))
@@ -379,7 +379,7 @@ UNIXServer("locked.sock", factory, wantPID=True).setServiceParent(application)
 
 @pytest.mark.slow
 def test_worker_stops_by_itself(tmp_path: Path) -> None:
-    """A signal to one worker: it stops, and has a successor at once."""
+    """A worker that receives a signal stops, and its successor starts at once."""
     write_tac(tmp_path, ON_PORT_0)
     with Twistd(tmp_path, "-c", "1", "-y", "app.tac") as twistd:
         (worker,) = twistd.wait_until_ready(1)
@@ -393,7 +393,7 @@ def test_worker_stops_by_itself(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_descriptors(tmp_path: Path) -> None:
-    """A worker has no descriptors but its own, and its children have none of them."""
+    """A worker has only its own descriptors, and its children inherit none of them."""
     write_tac(
         tmp_path,
         ON_PORT_0
@@ -419,7 +419,7 @@ reactor.callWhenRunning(look)
         assert inherited
         twistd.wait_until_ready(2)
         kinds = [each.split() for each in twistd.wait_for(r"WORKER \[(.*)\]", 2)]
-        # The listening socket, and two channels.
+        # A worker has the listening socket and two channels.
         assert [sum("socket" in word for word in each) for each in kinds] == [3, 3]
         assert twistd.wait_for(r"CHILD \[(.*)\]", 2) == ["'0', '1', '2', '3'"] * 2
         before = descriptors(twistd.process.pid)
@@ -430,7 +430,7 @@ reactor.callWhenRunning(look)
         twistd.wait_until_ready(5)
         twistd.send(signal.SIGTTOU)
         twistd.wait_for("Worker 2 has stopped")
-        # The listening socket of the third slot stays.
+        # The listening socket of the third slot stays open.
         wait_until(lambda: descriptors(twistd.process.pid) <= before + 1)
 
 
@@ -442,8 +442,8 @@ def descriptors(process: int) -> int:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_to_all(tmp_path: Path, number: signal.Signals) -> None:
     """
-    Ctrl-C goes to all processes, and only the supervisor takes it.  If all get SIGTERM,
-    as from systemd, workers stop by themselves, and all end as well.
+    Ctrl-C goes to all processes, but only the supervisor handles it.  If all processes
+    get SIGTERM, as from systemd, the workers stop by themselves, and all end as well.
     """
     write_tac(tmp_path, ON_PORT_0)
     with Twistd(tmp_path, "-c", "2", "-y", "app.tac") as twistd:
@@ -459,8 +459,8 @@ def test_signal_to_all(tmp_path: Path, number: signal.Signals) -> None:
 
 
 @pytest.mark.slow
-def test_garbage_from_a_worker(tmp_path: Path) -> None:
-    """What an application writes to the channels by mistake does no harm."""
+def test_invalid_messages_from_a_worker(tmp_path: Path) -> None:
+    """Data that an application writes to the channels by mistake is ignored."""
     write_tac(
         tmp_path,
         ON_PORT_0
@@ -490,8 +490,8 @@ reactor.callLater(0.1, write)
 
 def test_lost_channel(tmp_path: Path) -> None:
     """
-    A worker whose application closes the channel by mistake stops and is replaced.  It
-    removes no files, as it would if the supervisor had ended.
+    If an application closes the channel by mistake, its worker stops and is replaced.
+    It does not remove files, as it does when the supervisor has ended.
     """
     write_tac(
         tmp_path,
@@ -503,7 +503,7 @@ from twisted.internet import reactor
 listen("unix:path.sock")
 
 def close():
-    # The first of its descriptors.
+    # The control channel has the first descriptor.
     control = socket.socket(fileno=64)
     assert control.family == socket.AF_UNIX
     control.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""The torture of workers, in short; see ``python -m tests.workers.torture``."""
+"""A short run of ``python -m tests.workers.torture``."""
 
 from __future__ import annotations
 

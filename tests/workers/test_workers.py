@@ -1,4 +1,4 @@
-"""What an application gets as a worker: its sockets, its number, its log."""
+"""Applications in workers: their sockets, their number, their log."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from twisted.python.versions import Version
 from tests.support import make_certificate
 from tests.workers.support import (
     DEADLINE,
+    IDENTIFY,
     ON_PORT_0,
-    WHO,
     Twistd,
     ask,
     is_running,
@@ -35,13 +35,13 @@ pytestmark = [
     pytest.mark.processes,
 ]
 
-# The exit status of twistd.
+# The exit status of twistd for wrong options.
 WRONG_OPTIONS = 0 if version < Version("Twisted", 24, 3, 0) else 1
 
 
 @pytest.mark.slow
 def test_web(tmp_path: Path) -> None:
-    """A command of twistd runs unchanged, and each worker answers."""
+    """A command of twistd runs unchanged, and all workers answer."""
     (tmp_path / "index.html").write_text("hello")
     with Twistd(
         tmp_path,
@@ -50,7 +50,7 @@ def test_web(tmp_path: Path) -> None:
     ) as twistd:
         twistd.wait_until_ready(2)
         port = twistd.port()
-        # All have the same port.
+        # All workers have the same port.
         assert set(twistd.wait_for(r"Site starting on (\d+)$", 2)) == {str(port)}
         seen = r"\[worker (\d): .*\"GET / HTTP/1.1\" 200"
         while len(set(re.findall(seen, twistd.output))) < 2:
@@ -69,16 +69,16 @@ def test_web(tmp_path: Path) -> None:
         pytest.param("rtsig-asyncio", marks=pytest.mark.slow),
     ],
 )
-def test_doors(tmp_path: Path, reactor: str) -> None:
+def test_kinds_of_listening(tmp_path: Path, reactor: str) -> None:
     """
-    An application file that listens in every way: port 0 twice, IPv6, TLS, a UNIX
-    path, an abstract UNIX name, a coroutine server.
+    An application listens in every way: on port 0 twice, IPv6, TLS, a UNIX path, an
+    abstract UNIX name, by a coroutine server.
     """
     certificate, key = make_certificate(tmp_path)
     write_tac(
         tmp_path,
         f"""
-        {WHO.replace(chr(10), chr(10) + " " * 8)}
+        {IDENTIFY.replace(chr(10), chr(10) + " " * 8)}
         from twisted_rtsig.coro.services import CoroutineService
         from twisted.application.internet import TCPServer, UNIXServer
 
@@ -135,8 +135,8 @@ def test_doors(tmp_path: Path, reactor: str) -> None:
 @pytest.mark.slow
 def test_spread(tmp_path: Path) -> None:
     """
-    Connections are spread over the workers, also when there is one less; evenly, where
-    the system allows that.
+    Connections are spread over the workers, even after one was removed; evenly, if the
+    system allows that.
     """
     write_tac(tmp_path, ON_PORT_0)
     with Twistd(tmp_path, "-c", "4", "-y", "app.tac") as twistd:
@@ -151,7 +151,7 @@ def test_spread(tmp_path: Path) -> None:
         if can_take_turns():
             assert max(counts.values()) <= 1.2 * min(counts.values()), counts
         else:
-            # By the kernel's hash: five standard deviations.
+            # By the kernel's hash.  The bound is five standard deviations away.
             assert min(counts.values()) > 40, counts
 
 
@@ -174,7 +174,7 @@ def can_take_turns() -> bool:
 
 @pytest.mark.slow
 def test_shared_socket(tmp_path: Path) -> None:
-    """--shared-socket: the workers that are free accept."""
+    """With --shared-socket, any worker that is not busy accepts."""
     write_tac(tmp_path, ON_PORT_0)
     with Twistd(tmp_path, "-c", "2", "--shared-socket", "-y", "app.tac") as twistd:
         first, second = twistd.wait_until_ready(2)
@@ -187,10 +187,10 @@ def test_shared_socket(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_port_in_use(tmp_path: Path) -> None:
-    """The supervisor ends with the reason, as twistd does, and leaves nothing."""
+    """The supervisor logs the reason and ends, as twistd does, and leaves no file."""
     with socket.socket() as taken:
         if hasattr(socket, "SO_REUSEPORT"):
-            # Another server of the same kind.
+            # As another ``twistd workers`` would.
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -205,10 +205,10 @@ def test_port_in_use(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_address_twice(tmp_path: Path) -> None:
-    """The same application may not listen twice on one address, as without workers."""
+    """An application cannot listen twice on one address, as without workers."""
     write_tac(
         tmp_path,
-        WHO
+        IDENTIFY
         + """
 import socket
 from twisted.internet import reactor
@@ -233,12 +233,12 @@ port.stopListening().addCallback(
 @pytest.mark.slow
 def test_stop_listening(tmp_path: Path) -> None:
     """
-    A worker whose application closes its port leaves its connections to the others;
-    when all have closed it, connections are refused.
+    If the application in one worker closes its port, the other workers get its
+    connections.  When all have closed it, connections are refused.
     """
     write_tac(
         tmp_path,
-        WHO
+        IDENTIFY
         + """
 import signal
 from twisted.internet import reactor
@@ -275,7 +275,7 @@ port = reactor.listenTCP(0, factory, interface="127.0.0.1")
 
 @pytest.mark.parametrize("reactor", [None, "epoll", "select"])
 def test_other_reactor(tmp_path: Path, reactor: str | None) -> None:
-    """One error at once says which reactors can."""
+    """One error at once says which reactors support workers."""
     with Twistd(tmp_path, "-c", "2", "web", reactor=reactor) as twistd:
         assert twistd.wait() == WRONG_OPTIONS
         assert "workers run on the reactors of twisted-rtsig only" in twistd.output
@@ -298,7 +298,7 @@ def test_other_reactor(tmp_path: Path, reactor: str | None) -> None:
     ],
 )
 def test_wrong_options(tmp_path: Path, arguments: list[str], reason: str) -> None:
-    """They are told at once, with the usage."""
+    """Wrong options are reported at once, with the usage."""
     with Twistd(tmp_path, *arguments) as twistd:
         assert twistd.wait() == WRONG_OPTIONS
         assert re.search(reason, twistd.output)
@@ -306,7 +306,7 @@ def test_wrong_options(tmp_path: Path, arguments: list[str], reason: str) -> Non
 
 
 def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence says that it does not work there."""
+    """An error says that workers do not run on Windows."""
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(usage.UsageError, match=r"^workers need a POSIX system"):
         Options().parseOptions(["web"])
@@ -314,7 +314,7 @@ def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_unusual_folder(tmp_path: Path) -> None:
-    """Its name has a space and other letters, and so have arguments."""
+    """The names of the folder and in arguments have a space and non-ASCII letters."""
     folder = tmp_path / "caf\xe9 \u2603"
     folder.mkdir()
     (folder / "index.html").write_text("hello")
@@ -328,8 +328,8 @@ def test_unusual_folder(tmp_path: Path) -> None:
 
 
 def test_folder_of_the_application(tmp_path: Path) -> None:
-    """An application may go elsewhere, and listen on a relative path there."""
-    code = WHO + 'os.mkdir("elsewhere")\nos.chdir("elsewhere")\n'
+    """An application may change its folder, and listen on a relative path there."""
+    code = IDENTIFY + 'os.mkdir("elsewhere")\nos.chdir("elsewhere")\n'
     write_tac(tmp_path, code + 'listen("unix:path.sock")\n')
     with Twistd(tmp_path, "-c", "1", "-y", "app.tac") as twistd:
         twistd.wait_until_ready(1)
@@ -339,8 +339,8 @@ def test_folder_of_the_application(tmp_path: Path) -> None:
     assert not any((tmp_path / "elsewhere").iterdir())
 
 
-def test_no_descriptor_is_left(tmp_path: Path) -> None:
-    """A port cannot listen then, as without workers."""
+def test_too_many_open_files(tmp_path: Path) -> None:
+    """A port cannot listen without a free descriptor, as without workers."""
     write_tac(
         tmp_path,
         ON_PORT_0
@@ -370,17 +370,17 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_names_of_modules(tmp_path: Path) -> None:
-    """A module beside the application does not hide one of Python's."""
+    """A module beside the application does not hide a module of Python."""
     (tmp_path / "json.py").write_text("raise RuntimeError('not this one')")
     write_tac(tmp_path, ON_PORT_0)
-    # As the script twistd, whose own folder is the first of the path.
+    # As in the script twistd, whose sys.path begins with the folder of the script.
     prelude = "import sys; sys.path[:] = filter(None, sys.path)"
     with Twistd(tmp_path, "-c", "1", "-y", "app.tac", prelude=prelude) as twistd:
         twistd.wait_until_ready(1)
 
 
-def test_help_of_the_command(tmp_path: Path) -> None:
-    """It is that of the other command."""
+def test_help_of_a_command(tmp_path: Path) -> None:
+    """``workers web --help`` prints the help of ``web``."""
     with Twistd(tmp_path, "web", "--help") as twistd:
         assert twistd.wait() == 0
         assert "--wsgi" in twistd.output

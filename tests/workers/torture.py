@@ -5,10 +5,10 @@ reloaded, scaled and killed.
     python -m tests.workers.torture
     python -m tests.workers.torture --clients 10 --reloads 1 --scalings 2 --kills 1
 
-Reloads and scalings must lose no request, and must refuse and reset no connection.
-A worker that is killed loses what it has accepted, and nothing else.  In the end, many
-connections must be spread evenly: for that, start it as root, or with CAP_BPF.  The
-exit status is 1 if anything is wrong.
+Reloads and scalings must not lose a request, nor refuse or reset a connection.  A
+worker that is killed loses only the requests on connections that it has accepted.  At
+the end, many connections must be spread evenly, which takes root or CAP_BPF.  The exit
+status is 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 from tests.workers.support import DEADLINE, Twistd, write_tac
 from twisted_rtsig.workers.status import read_status
 
-# Each connection is written down when it is accepted: the client's port, the process.
+# It records each accepted connection: the client's port and the process.
 APPLICATION = """
 import os
 from twisted.application.service import Application
@@ -60,7 +60,7 @@ service("tcp:0:interface=127.0.0.1", Recording(Page())).setServiceParent(applica
 _REQUESTS = (1, 1, 2, 5, 20)
 
 
-# Seconds: while the clients take all the time that there is, a worker starts slowly.
+# Seconds.  A worker starts slowly while the clients use all CPU time.
 _PATIENCE = 600.0
 
 
@@ -80,12 +80,12 @@ class Lost:
 @dataclass
 class Report:
     """
-    What has happened.
+    The results.
 
-    :ivar requests: how many were answered, by what went on meanwhile.
-    :ivar lost: what was lost that must not be.
+    :ivar requests: how many requests were answered, by what was done meanwhile.
+    :ivar lost: requests and connections that were lost and must not be.
     :ivar killed: how many requests were lost by workers that were killed.
-    :ivar spread: how many connections each worker had in the end.
+    :ivar spread: how many connections each worker had at the end.
     """
 
     requests: Counter[str] = field(default_factory=Counter)
@@ -95,7 +95,7 @@ class Report:
     spread: list[int] = field(default_factory=list)
 
     def wrong(self) -> list[str]:
-        """What is wrong."""
+        """Return what is wrong."""
         wrong = [f"{e.what} (port {e.port}, {e.during})" for e in self.lost]
         if self.spread and max(self.spread) > 1.2 * min(self.spread):
             wrong.append(f"the connections are not spread evenly: {self.spread}")
@@ -104,7 +104,7 @@ class Report:
 
 class Torture:
     """
-    The clients, and what is done to the workers meanwhile.
+    Runs the clients, and reloads, scales and kills the workers.
 
     :param count: how many workers there are.
     """
@@ -114,7 +114,7 @@ class Torture:
         self._twistd = twistd
         self._count = count
         self._accepted = (folder / "accepted").open()
-        # By the client's port, the process that has accepted from it last.
+        # By the client's port, the process that accepted its latest connection.
         self._by_port: dict[int, int] = {}
         self._killed: set[int] = set()
         self._port = twistd.port()
@@ -145,7 +145,7 @@ class Torture:
         self.during = name
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, function, *args)
-        # Let each of the clients do something in between.
+        # Let the clients make requests in between.
         wanted = self.report.requests[name] + 100
         while self.report.requests[name] < wanted:
             await asyncio.sleep(0.01)
@@ -171,7 +171,7 @@ class Torture:
         )
 
     def _wait_for_workers(self, condition: Callable[[list[int]], bool]) -> list[int]:
-        """Until a condition holds for the processes that are ready."""
+        """Wait until a condition holds for the ready processes; return these."""
         while True:
             workers = read_status(str(self._twistd.pidfile))["workers"]
             ready = [each["pid"] for each in workers if each["state"] == "ready"]
@@ -219,7 +219,7 @@ class Torture:
             self.report.lost.append(Lost(what, port, self.during))
 
     async def _spread(self, connections: int) -> None:
-        """Open so many connections, and count those of each worker."""
+        """Open connections, and count those of each worker."""
         processes: Counter[bytes] = Counter()
         writers = []
         for _ in range(connections):
@@ -235,7 +235,7 @@ class Torture:
 
 
 def torture(folder: Path, options: argparse.Namespace) -> Report:
-    """Run it all in a folder, which may be empty."""
+    """Run everything in a folder."""
     tac = write_tac(folder, APPLICATION)
     count = options.workers
     shared = ["--shared-socket"] if options.shared_socket else []
@@ -263,7 +263,7 @@ def parser() -> argparse.ArgumentParser:
         ("reloads", 20, "reloads, one after the other"),
         ("scalings", 20, "scalings, up and down in turn"),
         ("kills", 20, "workers to kill"),
-        ("connections", 400, "connections to count in the end"),
+        ("connections", 400, "connections to count at the end"),
     ):
         parser.add_argument(
             f"--{name}", type=int, default=default, help=f"{what} ({default})"
@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     answered = ", ".join(f"{n} during {name}" for name, n in report.requests.items())
     print(f"requests answered: {answered}; connections: {report.connections}")
     print(f"requests that killed workers had accepted, and lost: {report.killed}")
-    print(f"connections of each worker in the end: {report.spread}")
+    print(f"connections of each worker at the end: {report.spread}")
     wrong = report.wrong()
     for each in wrong[:20]:
         print("WRONG:", each)
