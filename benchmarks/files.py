@@ -85,7 +85,7 @@ class Meter:
 
 
 Talk = Callable[[int, int], float]
-"""A client: given the port and the number of requests, returns what it has counted."""
+"""A client: given the port and the number of requests, returns its count."""
 
 
 class Client:
@@ -494,7 +494,7 @@ def sending(factory: Serve) -> Callable[[Path, Client], Any]:
     return prepare
 
 
-# What is measured
+# The measurements
 
 
 class Column(NamedTuple):

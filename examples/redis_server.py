@@ -139,7 +139,7 @@ class Database:
 
 
 class Connection:
-    """A client."""
+    """The connection of a client."""
 
     def __init__(self, database: Database, stream: Stream) -> None:
         self.database = database
@@ -161,7 +161,7 @@ class Connection:
             answer = b"-ERR Protocol error: %b\r\n" % str(error).encode()
             await self.stream.write(answer)
         except IncompleteRead:
-            # Whoever has nothing more to say closes the connection.
+            # The client has closed the connection.
             pass
         finally:
             for channel in self.channels:

@@ -374,7 +374,7 @@ listen("systemd:domain=UNIX:name=path")
             pass
 
 
-def python_of_everyone() -> str | None:
+def public_python() -> str | None:
     """Return an interpreter that other users can run with :data:`PACKAGES`, or None."""
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for each in (sys.executable, shutil.which(name, path=os.defpath)):
@@ -418,7 +418,7 @@ def test_privileged_port(public_folder: Path) -> None:
     With --uid the supervisor binds a port below 1024, and then drops its privileges;
     workers have none.
     """
-    python = python_of_everyone()
+    python = public_python()
     if python is None:
         pytest.skip("no other user can run this Python")
     nobody = pwd.getpwnam("nobody").pw_uid
@@ -449,14 +449,14 @@ print("USER", os.getuid(), os.geteuid())
         twistd.send(signal.SIGHUP)
         twistd.wait_for("The reload is complete")
         twistd.send(signal.SIGTTIN)
-        # Its socket was bound at the start.
+        # The socket of the third worker was bound at the start.
         twistd.wait_until_ready(1, number=2)
         seen: set[int] = set()
         while seen != {0, 1, 2}:
             seen.add(ask(("127.0.0.1", port))[0])
         assert set(twistd.wait_for("USER (.*)")) == {f"{nobody} {nobody}"}
-        # In a folder of root, it has no rights to remove its files; it ends all the
-        # same.
+        # In a folder of root, the supervisor has no right to remove its files, but ends
+        # normally.
         socket_file = public_folder / "twistd.pid.status"
         assert socket_file.stat().st_uid == nobody
         assert read_status(str(twistd.pidfile))["count"] == 3
@@ -470,8 +470,8 @@ print("USER", os.getuid(), os.geteuid())
 )
 def test_links_of_another_user(public_folder: Path) -> None:
     """
-    With --uid, root opens the status socket as the user to whom the folder belongs: a
-    link that this user makes in between leads it to no other file.
+    With --uid, root opens the status socket as the owner of the folder.  A link that
+    this user creates meanwhile does not direct root to another file.
     """
     nobody = pwd.getpwnam("nobody")
     target = public_folder / "of root"
@@ -483,7 +483,7 @@ def test_links_of_another_user(public_folder: Path) -> None:
     pidfile = str(folder / "twistd.pid")
 
     class Reactor:
-        """With a user who is as fast as can be."""
+        """Simulates that the user replaces the socket by a link at once."""
 
         def seconds(self) -> float:
             return 0.0
@@ -505,9 +505,9 @@ def test_links_of_another_user(public_folder: Path) -> None:
 
 
 def privileged_port() -> int:
-    """A free one."""
+    """Return a free port below 1024."""
     for port in range(1023, 600, -1):
         with socket.socket() as free, contextlib.suppress(OSError):
             free.bind(("127.0.0.1", port))
             return port
-    raise AssertionError("all are taken")
+    raise AssertionError("all ports are in use")

@@ -69,7 +69,7 @@ class Start:
     :ivar lifeline: the descriptor of the pipe that reaches its end when the supervisor
         ends.
     :ivar inherited: the sockets that systemd passed.
-    :ivar path: the working directory of the workers; None for that of the supervisor.
+    :ivar path: the working directory of the workers; None for the supervisor's own.
     :ivar write_log: given the number of a worker, returns a function that writes its
         log lines.
     """

@@ -93,8 +93,8 @@ class Status:
                 folder = os.stat(os.path.dirname(path))
                 if uid is None or os.geteuid() != 0 or folder.st_uid == uid:
                     raise
-                # The user cannot write to that folder, and so cannot have replaced the
-                # path by a symbolic link: root may create the socket.
+                # The user can neither write to that folder nor change its mode, and so
+                # cannot put a symbolic link there: root may create the socket.
                 self._open(path)
                 os.chown(path, uid, -1 if gid is None else gid, follow_symlinks=False)
         except Exception as error:

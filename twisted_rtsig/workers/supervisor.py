@@ -29,7 +29,7 @@ from twisted_rtsig.workers.status import Status
 _log = Logger()
 
 MOST_WORKERS: Final = 250
-"""A message can carry about 250 sockets (SCM_RIGHTS in unix(7)), one per worker."""
+"""A message can carry the sockets of so many workers (SCM_RIGHTS in unix(7))."""
 
 # A worker that ends within so many seconds of its start is a failure of its slot.
 _LIVED: Final = 60.0
