@@ -1,6 +1,6 @@
 """
-The UDP ports of the engine's reactors: Twisted's own, which check each destination
-address only once.
+The UDP ports of the engine's reactors: those of Twisted, except that they check each
+destination address only once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from twisted.internet import udp
 from twisted.internet.error import UnsupportedAddressFamily
 from twisted.internet.posixbase import PosixReactorBase
 
+# The most hosts that a port remembers.
 _MOST_HOSTS = 1000
 
 
@@ -20,11 +21,12 @@ class UDPPort(udp.Port):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Hosts that this port has sent to: IP addresses of its own family.
+        # The hosts that this port has sent to.  They are IP addresses of its own
+        # family.
         self._known_hosts: set[str] = set()
 
     def write(self, datagram: bytes, addr: tuple[str, int] | None = None) -> Any:
-        """As ``IUDPTransport.write``."""
+        """See ``IUDPTransport.write``."""
         if addr is None or self._connectedAddr:
             return super().write(datagram, addr)
         known = self._known_hosts
@@ -32,7 +34,7 @@ class UDPPort(udp.Port):
             try:
                 return self.socket.sendto(datagram, addr)
             except OSError:
-                # Twisted knows what each error means.
+                # Twisted's method handles the error.
                 return super().write(datagram, addr)
         sent = super().write(datagram, addr)
         if len(known) == _MOST_HOSTS:
@@ -46,7 +48,7 @@ class MulticastPort(UDPPort, udp.MulticastPort):
 
 
 class DatagramReactor(PosixReactorBase):
-    """Gives out the ports of this module wherever Twisted gives out its own."""
+    """Makes the ports of this module in place of Twisted's."""
 
     def listenUDP(
         self, port: int, protocol: Any, interface: str = "", maxPacketSize: int = 8192

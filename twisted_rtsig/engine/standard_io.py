@@ -1,9 +1,9 @@
 """
 The standard input and output of a program, on POSIX: Twisted's ``StandardIO``.
 
-The end of its input is the end of a ``StandardIO`` (unless its protocol takes half
-closes), which then drops the output that is still queued.  So the reactor holds the
-end of the input back until that output was written, or cannot be written.
+A ``StandardIO`` ends when its input ends, unless its protocol supports half closes, and
+then drops the output that is still queued.  So the reactor delays the end of the input
+until the output was written, or cannot be written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ if unixEnabled:
 
 
 def _output_of(reader: Any) -> Any:
-    """The writer of the ``StandardIO`` that ends when ``reader`` does, or None."""
+    """
+    The writer of the ``StandardIO`` that ends when ``reader`` does.
+
+    :return: None if there is none.
+    """
     if not unixEnabled or not isinstance(reader, ProcessReader):
         return None
     transport: Any = reader.proc
@@ -33,13 +37,13 @@ def _output_of(reader: Any) -> Any:
 
 class StandardIOReactor(PosixReactorBase):
     """
-    Holds back the end of an input while there is output to write.
+    Delays the end of an input while there is output to write.
 
-    What the protocol or a producer writes later does not prolong that.
+    Output that the protocol or a producer writes later does not delay it further.
     """
 
     def __init__(self) -> None:
-        # By the writer: the reader that has met the end, and how it ended.
+        # For each writer: the reader that has met the end, and the reason.
         self._held_ends: dict[Any, tuple[Any, Any]] = {}
         super().__init__()
 
@@ -55,12 +59,12 @@ class StandardIOReactor(PosixReactorBase):
         super()._disconnectSelectable(selectable, why, isRead, *rest)
 
     def _has_written(self, writer: Any) -> None:
-        """The output is written, or never will be: tell the end in the next pass."""
+        """Report the end in the next pass: the output is written, or never will be."""
         if writer in self._held_ends:
             self.callLater(0, self._tell_held_end, writer)
 
     def _tell_held_end(self, writer: Any) -> None:
         reader, why = self._held_ends.pop(writer, (None, None))
-        # The end of the output may have disconnected it.
+        # The end of the output may have disconnected the reader.
         if reader is not None and not reader.disconnected:
             super()._disconnectSelectable(reader, why, True)

@@ -1,17 +1,16 @@
 """
-The TCP and UNIX stream transports of the engine's reactors, and the ways to
-get one.
+The TCP and UNIX stream transports of the engine's reactors, and the methods of a
+reactor that make them.
 
-They are Twisted's own with a shorter way from the socket to the protocol and
-back:
+They are subclasses of Twisted's transports, with a shorter path between the socket and
+the protocol:
 
-- ``doRead`` tells the engine whether it has emptied the socket, which saves a
-  second look at it.
-- What is written is sent at the end of the pass, and write events are asked
-  for only when the kernel's buffer is full.  So most answers cost one system
-  call.
+- ``doRead`` tells the engine whether it has emptied the socket, which saves another
+  check of the socket.
+- Written data is sent at the end of the pass, and the engine asks for write events only
+  when the kernel's buffer is full.  So most answers need one system call.
 
-Everything else is inherited: TLS, producers, half close, aborts.
+TLS, producers, half close and aborts are inherited.
 """
 
 from __future__ import annotations
@@ -43,51 +42,57 @@ if TYPE_CHECKING:
     from twisted_rtsig.engine.reactor import EngineReactor
 
 
-# Some systems say ENOBUFS when there is no room.
+# Some systems fail with ENOBUFS when there is no room.
 _LATER = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.ENOBUFS})
 
-# The descriptor was closed; Windows says that it is no socket.
+# The descriptor was closed.  Windows reports that it is no socket.
 _CLOSED = frozenset({errno.EBADF, errno.ENOTSOCK})
 
-# The most bytes that one send(2) is given, and that a connection sends before others
-# get their turn.  The kernel takes what it has room for, and fewer calls wake up the
-# peer less often.  Windows locks the memory of what it is given, so that it gets no
-# more than from Twisted.
+# The most bytes that one send(2) gets, and that a connection sends before others get
+# their turn.  The kernel takes as much as it has room for, and fewer calls wake up the
+# peer less often.  Windows locks the memory of all the data it gets, so there the limit
+# is that of Twisted.
 _SEND_LIMIT = 2 * 1024 * 1024 if sys.platform != "win32" else tcp.Connection.SEND_LIMIT
 
-# The most bytes that are copied together with what is written after them.
+# The most unsent bytes that are copied to join them with data that was written later.
 _COPIED_AT_MOST = tcp.Connection.SEND_LIMIT
 
-# So many bytes that are written in pieces are still one chunk: to copy them costs less
-# than to keep them apart.
+# The most bytes that several writes join to one chunk: copying them costs less than
+# keeping them apart.
 _ONE_CHUNK_AT_MOST = 16 * 1024
 
-# What a stream is to the reactor as a writer.
+# The values of ``StreamTransport.write_state``.
 NOT_WRITING = 0
+"""There is nothing to send."""
 ONE_CHUNK = 1
-"""At the end of the pass ``dataBuffer`` is to be sent, and that is all there is."""
+"""
+The engine sends ``dataBuffer`` at the end of the pass; there is nothing else to do.
+"""
 QUEUED = 2
-"""At the end of the pass ``doWrite`` is to be called."""
+"""The engine calls ``doWrite`` at the end of the pass."""
 REGISTERED = 3
-"""It waits for a write event."""
+"""The transport is a writer of the reactor: it waits for a write event."""
 ABORTED = 4
-"""What is written goes nowhere, though it may still be connected."""
+"""
+The connection was aborted: written data is dropped, even if it is still connected.
+"""
 
 
 class StreamTransport(tcp.Connection):
     """
-    A stream connection; goes before the class of Twisted's that it changes.
+    A stream connection.  As a base class it comes before the class of Twisted that it
+    changes.
 
-    The engine reads and sends by itself in the simplest cases (one plain event,
-    one chunk), in the same way as ``doRead`` and ``doWrite`` do.
+    In the simplest cases (plain input; one chunk to send) the engine does not call
+    ``doRead`` and ``doWrite``, but does the same itself.
 
-    :cvar origin: who may hold its open file description.
-    :ivar reads_by_recv: all that ``doRead`` does is recv(2) and ``dataReceived``.
-    :ivar write_state: what it is to the reactor as a writer.
+    :cvar origin: where the descriptor comes from.
+    :ivar reads_by_recv: whether ``doRead`` only calls recv(2) and ``dataReceived``.
+    :ivar write_state: one of the constants above.
     """
 
-    # What each request looks at.  Twisted has most of these as attributes of
-    # the class until they are set, which take longer to find than slots.
+    # The attributes that each request uses.  In Twisted most of them are attributes of
+    # the class until they are set, and finding these takes longer than finding slots.
     __slots__ = (
         "SEND_LIMIT",
         "TLS",
@@ -112,7 +117,7 @@ class StreamTransport(tcp.Connection):
         super().__init__(*args, **kwargs)
 
     def _set_attributes(self) -> None:
-        """Set what an instance has in a slot and Twisted's class has for it."""
+        """Set the slots to the values that they have in Twisted's class."""
         self.SEND_LIMIT = _SEND_LIMIT
         self.TLS = False
         self._writeDisconnected = False
@@ -128,11 +133,14 @@ class StreamTransport(tcp.Connection):
 
     @property
     def tells_drained(self) -> bool:
-        """``doRead`` is that of this module, which looks again after a full read."""
+        """
+        Whether ``doRead`` is that of this module, which asks for another check after a
+        read that filled the buffer.
+        """
         return True
 
     def doRead(self) -> Any:
-        """As ``tcp.Connection.doRead``."""
+        """Like ``tcp.Connection.doRead``."""
         try:
             received = self._receive()
         except OSError as error:
@@ -143,23 +151,25 @@ class StreamTransport(tcp.Connection):
         """
         Call recv(2) once.
 
-        :raises OSError: what recv(2) does.
+        :raises OSError: if recv(2) fails.
         """
         return self.socket.recv(self.bufferSize)
 
     def _deliver(self, received: Any) -> Any:
-        """Pass to the protocol what :meth:`_receive` has returned."""
+        """Pass the result of :meth:`_receive` to the protocol."""
         if len(received) == self.bufferSize:
             self.reactor.look_again(self)
         return self._dataReceived(received)
 
     def _send_failed(self, why: Exception | None) -> Any:
         """
-        What ``doWrite`` returns after an error, which ``why_lost`` took for ``why``.
+        Handle an error of send(2).
 
-        A reset (tcp(7)) leaves what has arrived before it to be read.  A write that
-        meets the reset first must not drop that: often it says why the peer has
-        left.
+        Data that arrived before a reset (tcp(7)) can still be read.  It must not be
+        lost when a write is the first to fail: often it says why the peer has closed.
+
+        :param why: the result of :meth:`why_lost`.
+        :return: the result of ``doWrite``.
         """
         if why is CONNECTION_LOST:
             # Until the protocol pauses, closes or aborts the connection.
@@ -171,12 +181,12 @@ class StreamTransport(tcp.Connection):
                 if self._deliver(received):
                     break
             if self.write_state == ABORTED or not self.connected:
-                # The reason is another by now.
+                # It is lost, or will be lost, for another reason.
                 return None
         return why
 
     def why_lost(self, error: OSError) -> Exception | None:
-        """What ``doRead`` and ``doWrite`` return after an error; None to go on."""
+        """The result of ``doRead`` or ``doWrite`` after an error; None to go on."""
         if error.errno in _LATER:
             return None
         if error.errno in _CLOSED:
@@ -184,7 +194,7 @@ class StreamTransport(tcp.Connection):
         return CONNECTION_LOST
 
     def write(self, data: bytes) -> None:
-        """As ``ITransport.write``."""
+        """See ``ITransport.write``."""
         if self.TLS or type(data) is not bytes:
             super().write(data)
         elif data and self.connected and not self._writeDisconnected:
@@ -199,14 +209,14 @@ class StreamTransport(tcp.Connection):
                 self.write_state
                 or self.dataBuffer
                 or self._tempDataLen
-                # When all is sent there is more to do: to close.
+                # When all is sent, the connection is to be closed.
                 or self.disconnecting
                 or self._writeDisconnecting
                 or (
                     producer is not None
                     and (
                         not self.streamingProducer
-                        # A former one was paused: this is what resumes this one.
+                        # A former producer was paused: sending all resumes this one.
                         or self.producerPaused
                         or len(data) > self.bufferSize
                     )
@@ -224,7 +234,7 @@ class StreamTransport(tcp.Connection):
                 if self.write_state != QUEUED:
                     self.startWriting()
             else:
-                # As write_soon, without the call: each request comes here.
+                # write_soon() without the call, as each request comes here.
                 self.dataBuffer = data
                 self.write_state = ONE_CHUNK
                 reactor = self.reactor
@@ -233,7 +243,7 @@ class StreamTransport(tcp.Connection):
                     reactor.wakeUp()
 
     def writeSequence(self, iovec: Iterable[bytes]) -> None:
-        """As ``ITransport.writeSequence``."""
+        """See ``ITransport.writeSequence``."""
         if self.TLS:
             super().writeSequence(iovec)
         else:
@@ -244,16 +254,17 @@ class StreamTransport(tcp.Connection):
             self.write(b"".join(pieces))
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
-        """As ``IConsumer.registerProducer``."""
+        """See ``IConsumer.registerProducer``."""
         super().registerProducer(producer, streaming)
         if self.write_state == ONE_CHUNK:
-            # That is not all any more: there is a producer to ask for more.
+            # Sending the chunk is not all any more: the producer must be asked for
+            # more.
             self.write_state = QUEUED
 
     def startWriting(self) -> None:
         """Have ``doWrite`` called at the end of the pass."""
         if not self.connected:
-            # Not before the kernel says so: the connection is being made.
+            # The connection is being made, so wait for the kernel's write event.
             self.reactor.addWriter(self)
         elif self.write_state == NOT_WRITING:
             self.reactor.write_soon(self)
@@ -261,13 +272,13 @@ class StreamTransport(tcp.Connection):
             self.write_state = QUEUED
 
     def abortConnection(self) -> None:
-        """As ``IAbortingTransport.abortConnection``."""
+        """See ``IAbortingTransport.abortConnection``."""
         super().abortConnection()
         if self.connected:
             self.write_state = ABORTED
 
     def doWrite(self) -> Any:
-        """As ``FileDescriptor.doWrite``, for a writer that may be queued."""
+        """Like ``FileDescriptor.doWrite``, for a transport that may only be queued."""
         data = self.dataBuffer
         if self._tempDataLen or self.offset or len(data) > self.SEND_LIMIT:
             return self._write_part()
@@ -326,7 +337,7 @@ class StreamTransport(tcp.Connection):
 
 
 class ServerTransport(StreamTransport):
-    """A connection to a server, which its reactor lists until it is lost."""
+    """A connection of a server, which the reactor lists until it is lost."""
 
     __slots__ = ()
 
@@ -335,7 +346,7 @@ class ServerTransport(StreamTransport):
         self.reactor.server_connections[self] = None
 
     def connectionLost(self, reason: Any) -> None:
-        """As ``tcp.Connection.connectionLost``."""
+        """See ``tcp.Connection.connectionLost``."""
         try:
             super().connectionLost(reason)
         finally:
@@ -344,10 +355,10 @@ class ServerTransport(StreamTransport):
 
 class TCPServer(ServerTransport, tcp.Server):
     """
-    A TCP connection that the reactor accepted.
+    A TCP connection that the reactor has accepted.
 
-    Each connection comes through ``__init__`` and ``connectionLost``, so that what
-    Twisted's classes do there is written out.
+    As each connection runs ``__init__`` and ``connectionLost``, these repeat the code
+    of Twisted's classes in place of calling it.
     """
 
     def __init__(
@@ -388,7 +399,7 @@ class TCPServer(ServerTransport, tcp.Server):
 
     @property
     def repstr(self) -> str:
-        """What ``repr`` returns, which few ask for."""
+        """The result of ``repr``, made only when it is asked for."""
         text: str | None = self.__dict__.get("repstr")
         if text is None:
             cls, port = self._repr_of
@@ -428,7 +439,7 @@ class TCPServer(ServerTransport, tcp.Server):
 
 
 class AdoptedTCPServer(TCPServer):
-    """A TCP connection that something else made, and may hold as well."""
+    """A TCP connection that other code has made, and may still have a descriptor of."""
 
     origin = Origin.SHARED
 
@@ -438,7 +449,7 @@ class TCPClient(StreamTransport, tcp.Client):
 
     @property
     def tells_drained(self) -> bool:
-        """While it connects, ``doRead`` is another."""
+        """Whether it is connected; until then it has another ``doRead``."""
         return bool(self.connected)
 
 
@@ -449,15 +460,15 @@ class TCPPort(tcp.Port):
 
     def doRead(self) -> None:
         """
-        As ``tcp.Port.doRead``, which is left to deal with errors, and which makes a
-        logger, and members of enumerations for each socket.
+        Like ``tcp.Port.doRead``, but faster: that makes a logger, and members of
+        enumerations, for each socket.  It is called to handle errors.
         """
         listening: Any = self.socket
         factory: Any = self.factory
         if platformType != "posix" or type(self.socket) is not socket.socket:
             super().doRead()
             return
-        # The attributes of socket.socket make members of enumerations.
+        # The same attributes of socket.socket would make members of enumerations.
         handle: Any = super(socket.socket, listening)
         family, kind, proto = handle.family, handle.type, handle.proto
         most, accepted = self.numberAccepts, 0
@@ -473,7 +484,7 @@ class TCPPort(tcp.Port):
                 accepted += 1
                 client = socket.socket(family, kind, proto, fileno=descriptor)
                 if len(address) == 4:
-                    # For the scope of an IPv6 address.
+                    # It adds the scope to an IPv6 address.
                     host = socket.getnameinfo(
                         address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
                     )
@@ -506,12 +517,12 @@ class TCPConnector(tcp.Connector):
 if unixEnabled:
     from twisted.internet import unix
 
-    # Room for ancillary data, as Twisted has it.  Linux lets one message carry
-    # 253 descriptors (SCM_RIGHTS in unix(7)), which is a quarter of it.
+    # The size of the buffer for ancillary data, as in Twisted.  On Linux a message can
+    # carry up to 253 descriptors (SCM_RIGHTS in unix(7)), which takes a quarter of it.
     _ANCILLARY_BYTES = 4096
 
     class UNIXTransport(StreamTransport):
-        """A UNIX stream connection, which carries descriptors as well."""
+        """A UNIX stream connection, which can also carry descriptors."""
 
         origin = Origin.OWN_UNIX
 
@@ -519,7 +530,7 @@ if unixEnabled:
             super().__init__(*args, **kwargs)
             self.reads_by_recv = False
 
-        # What unix._SendmsgMixin has.
+        # Of unix._SendmsgMixin.
         _sendmsgQueue: list[int]
         _ancillaryLevelSOLSOCKETTypeSCMRIGHTS: Callable[[bytes], None]
 
@@ -527,14 +538,14 @@ if unixEnabled:
             """
             Call recvmsg(2) once.
 
-            :raises OSError: what recvmsg(2) does.
+            :raises OSError: if recvmsg(2) fails.
             """
             return self.socket.recvmsg(self.bufferSize, _ANCILLARY_BYTES)
 
         def _deliver(self, received: Any) -> Any:
-            """As ``unix.Server.doRead``, after recvmsg(2)."""
+            """Like ``unix.Server.doRead``, after recvmsg(2)."""
             data, ancillary, _, _ = received
-            # A message with ancillary data ends the read, whatever follows it.
+            # A message with ancillary data ends the read, even if more data follows.
             if ancillary or len(data) == self.bufferSize:
                 self.reactor.look_again(self)
             for level, kind, payload in ancillary:
@@ -555,7 +566,7 @@ if unixEnabled:
             return self._dataReceived(data)
 
         def doWrite(self) -> Any:
-            """As ``unix.Server.doWrite``: descriptors go with the first bytes."""
+            """Like ``unix.Server.doWrite``: descriptors go with the first bytes."""
             if not self._sendmsgQueue:
                 return super().doWrite()
             why = FileDescriptor.doWrite(self)
@@ -566,10 +577,10 @@ if unixEnabled:
             return None
 
     class UNIXServer(ServerTransport, UNIXTransport, unix.Server):
-        """A UNIX connection that the reactor accepted."""
+        """A UNIX connection that the reactor has accepted."""
 
     class AdoptedUNIXServer(UNIXServer):
-        """A UNIX connection that something else made, and may hold as well."""
+        """A UNIX connection that other code has made, and may still have open."""
 
         origin = Origin.SHARED
 
@@ -578,7 +589,7 @@ if unixEnabled:
 
         @property
         def tells_drained(self) -> bool:
-            """While it connects, ``doRead`` is another."""
+            """Whether it is connected; until then it has another ``doRead``."""
             return bool(self.connected)
 
     class UNIXPort(unix.Port):
@@ -595,14 +606,15 @@ if unixEnabled:
 
 class StreamReactor(PosixReactorBase):
     """
-    Gives out the streams of this module wherever Twisted gives out its own.
+    Makes the transports of this module in place of Twisted's.
 
     :cvar tcp_port: the class of listening TCP ports.  In a worker process
-        (``twisted_rtsig.workers``) an instance has another one.
-    :cvar unix_port: likewise, of listening UNIX ports.
-    :ivar server_connections: those that were accepted or adopted, and are not lost, in
-        that order; paused ones as well, which are neither readers nor writers.
-    :ivar when_servers_idle: called when the last of them was lost.
+        (:mod:`twisted_rtsig.workers`) the reactor has an attribute with another class.
+    :cvar unix_port: likewise, the class of listening UNIX ports.
+    :ivar server_connections: the connections that were accepted or adopted, and are not
+        lost, in order.  They include paused ones, which are neither readers nor
+        writers.
+    :ivar when_servers_idle: called when the last server connection was lost; or None.
     """
 
     tcp_port: type[TCPPort] = TCPPort
