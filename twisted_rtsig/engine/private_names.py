@@ -1,12 +1,12 @@
 """
-What this package uses of Twisted that Twisted does not promise: its private names, and
-the functions that the engine writes anew.
+The parts of Twisted that this package uses although they are not public: private names,
+and functions whose code the engine repeats.
 
-The engine is faster than Twisted's own reactors because it reaches into
-Twisted's transports and goes around some of their functions.  A new release of
-Twisted may change either without a word.  ``tests/test_private_names.py``
-compares this module with the Twisted that is installed, and with the code of
-this package, and says which release has changed what.
+The engine is faster than Twisted's own reactors because it uses attributes of Twisted's
+transports and repeats the code of some of their functions.  A new release of Twisted
+may change both without notice.  ``tests/test_private_names.py`` compares this module
+with the installed Twisted and with the code of this package, and says which release has
+changed what.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from twisted import version  # type: ignore[attr-defined]
 
 RESULT_IGNORED: Final[bool] = version >= Version("Twisted", 26, 10, 0)
 """
-Until Twisted 26.10 the result of ``dataReceived`` had a meaning, though a
-deprecated one; then ``tcp.Connection._dataReceived``, which knows it, must be
-called.
+Whether the result of ``dataReceived`` is ignored.  Before Twisted 26.10 it had a
+meaning, though a deprecated one, and so ``tcp.Connection._dataReceived`` must be called
+there.
 """
 
 NAMES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -93,7 +93,7 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "twisted.internet.base._ThreePhaseEvent": ("_continueFiring",),
     "twisted.internet.endpoints": ("_SystemdParser",),
     "twisted.internet.endpoints._SystemdParser": ("_sddaemon",),
-    # Public, but its module's __all__ has it not.
+    # Public, but not in the __all__ of its module.
     "twisted.internet.error": ("ConnectionAborted", "ReactorNotRestartable"),
     "twisted.internet.epollreactor.EPollReactor": ("_poller",),
     "twisted.internet.pollreactor.PollReactor": ("_poller",),
@@ -171,8 +171,8 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "twisted.internet._dumbwin32proc.Process": ("_getReason",),
 }
 """
-By the class or module of Twisted that defines them: private names, and
-attributes that no interface of Twisted's has.
+The private names of Twisted, and the attributes that are in no interface of Twisted, by
+the class or module that defines them.
 """
 
 OF_ASYNCIO: Final[Mapping[str, tuple[str, ...]]] = {
@@ -228,7 +228,7 @@ OF_ASYNCIO: Final[Mapping[str, tuple[str, ...]]] = {
         "_sock",
     ),
     "asyncio.tasks": ("_enter_task", "_leave_task"),
-    # Of Python's library; multiprocessing uses it as well.
+    # Of the standard library; multiprocessing uses it as well.
     "subprocess": ("_args_from_interpreter_flags",),
     # Of the standard library as well.
     "socket.socket": ("_accept",),
@@ -243,9 +243,9 @@ OF_ASYNCIO: Final[Mapping[str, tuple[str, ...]]] = {
     ),
 }
 """
-By the class or module of asyncio that defines them: private names that the event loop
-of this package, and tasks that await asyncio, lean on.  CPython's own tests are run on
-the loop: see ``tests/test_asyncio_suite.py``.
+The private names of asyncio that the event loop of this package uses, and tasks that
+await asyncio, by the class or module that defines them.  CPython's own tests of asyncio
+are run on the loop: see ``tests/test_asyncio_suite.py``.
 """
 
 _TRANSPORT = "twisted_rtsig.engine.transports.StreamTransport"
@@ -285,7 +285,7 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
     "twisted.internet.abstract.FileDescriptor.writeSequence": (
         f"{_TRANSPORT}.writeSequence",
     ),
-    # When a callback returns an operation, its callbacks are made.
+    # If a callback returns an operation, the operation gets callbacks.
     "twisted.internet.defer.Deferred._runCallbacks": (
         "twisted_rtsig.coro.operations.Operation",
     ),
@@ -427,6 +427,6 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
     "twisted.internet.process._BaseProcess.reapProcess": (f"{_PROCESSES}.reap",),
 }
 """
-The functions of Twisted which this package writes out, or knows so well that it
-goes around them; each with where it does so.
+The functions of Twisted whose code this package repeats or relies on, each with the
+functions of this package that do so.
 """

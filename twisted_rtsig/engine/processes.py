@@ -1,19 +1,19 @@
 """
 The child processes of the engine's reactors, on POSIX.
 
-They are Twisted's own, apart from four things:
+They are those of Twisted, with four differences:
 
-- ``posix_spawn`` starts a child wherever Twisted uses it, also while a notifier blocks
-  signals, which it then unblocks in the child.  A fork would copy the page tables,
-  which takes 20 ms of the reactor's time where 1 GB is resident.
-- The kernel tells the reactor when a child ends.  Twisted's reactors hear of it by
-  SIGCHLD, which needs ``installSignalHandlers``; and when the child's pipes end,
-  which is a moment before :func:`os.waitpid` knows of the end.
-- A signal that is sent to a forked child before it runs its program is kept until then.
-  Otherwise the signal handlers of this process, which the child has inherited, would
-  take it, and the child would go on.
-- A child can have what :class:`ChildOptions` lists: a session or process group of its
-  own, for example.
+- ``posix_spawn`` starts a child wherever Twisted uses it, and also while a notifier
+  blocks signals, which are then unblocked in the child.  A fork would copy the page
+  tables, which takes 20 ms of the reactor's time if 1 GB is resident.
+- The kernel tells the reactor when a child ends.  Twisted's reactors find out by
+  SIGCHLD, which needs ``installSignalHandlers``, and when the child's pipes end, which
+  is a moment before :func:`os.waitpid` knows of the end.
+- A signal that is sent to a forked child before it runs its program is delivered when
+  the program runs.  Otherwise the signal handlers of this process, which the child has
+  inherited, would handle it, and the child would go on.
+- A child can have the options of :class:`ChildOptions`, for example a session or a
+  process group of its own.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from zope.interface import implementer
 
 from twisted_rtsig.notifiers import signal_mask
 
-# Twisted's default: a child without any.
+# The default of Twisted: a child without environment variables.
 _NO_VARIABLES: Mapping[Any, Any] = {}
 
-# In seconds: the pause before a child is asked for again, doubled each time.
+# In seconds: the pause before waitpid is called again for a child, doubled each time.
 _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 1.0
 
@@ -43,13 +43,13 @@ _LONGEST_PAUSE = 1.0
 @dataclass(frozen=True)
 class ChildOptions:
     """
-    What ``spawnProcess`` of Twisted has no parameter for.
+    Options for which Twisted's ``spawnProcess`` has no parameter.
 
     :ivar new_session: start the child in a session of its own: setsid(2).
-    :ivar process_group: the process group that it joins, or 0 for a new one; None for
-        that of this process.
-    :ivar umask: its umask; None for that of this process.
-    :ivar merge_errors: connect its standard error to what its standard output is.
+    :ivar process_group: the process group that the child joins, or 0 for a new one;
+        None for that of this process.
+    :ivar umask: the umask of the child; None for that of this process.
+    :ivar merge_errors: connect its standard error to the file of its standard output.
     """
 
     new_session: bool = False
@@ -63,19 +63,19 @@ _NO_OPTIONS = ChildOptions()
 
 def reap(child: Any) -> bool:
     """
-    Take notice of the end of ``child``, if it has ended.
+    Reap ``child`` if it has ended, and tell it so.
 
-    :param child: a process of Twisted's.
-    :return: whether a later call may still find that it has ended.
+    :param child: a process object of Twisted.
+    :return: whether it has not ended yet, so that another call is needed.
     """
     if child.pid is None:
-        # SIGCHLD has come first.
+        # The handler of SIGCHLD has reaped it.
         return False
     try:
         number, status = os.waitpid(child.pid, os.WNOHANG)
     except ChildProcessError:
-        # Other code in this process has called waitpid, or ignores SIGCHLD: the
-        # status is lost.
+        # Other code in this process has called waitpid, or ignores SIGCHLD.  The status
+        # is lost.
         return False
     if not number:
         return True
@@ -98,7 +98,8 @@ if unixEnabled:
             self, *args: Any, options: ChildOptions = _NO_OPTIONS, **named: Any
         ) -> None:
             self._options = options
-            # The signal mask of this thread while it forks: all are blocked meanwhile.
+            # The signal mask of this thread before a fork, during which all signals are
+            # blocked.
             self._mask: set[int] | None = None
             super().__init__(*args, **named)
 
@@ -113,8 +114,8 @@ if unixEnabled:
                     signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
             group = self._options.process_group
             if self._mask is not None and group is not None and self.pid is not None:
-                # The child does the same: both, so that the group can be signalled as
-                # soon as either has.  It fails if the child runs its program already.
+                # The child does the same.  The group can be signalled as soon as one of
+                # both has done it.  It fails if the child already runs its program.
                 with contextlib.suppress(OSError):
                     os.setpgid(self.pid, group)
 
@@ -129,13 +130,14 @@ if unixEnabled:
             kwargs: Mapping[str, Any],
         ) -> bool:
             """
-            Start it by :func:`os.posix_spawnp`, if that can do what is asked for.
+            Start the child by :func:`os.posix_spawnp`, if that supports all that is
+            asked for.
 
             :return: whether it was started.
-            :raises OSError: if it cannot be, ``FileNotFoundError`` for example.
+            :raises OSError: if it cannot be started, ``FileNotFoundError`` for example.
             """
             if environment is None:
-                # Twisted 23.10 would start it without any variables.
+                # Twisted 23.10 would start it without environment variables.
                 environment = os.environ
             options = self._options
             spawned = False
@@ -146,7 +148,7 @@ if unixEnabled:
                 or options.new_session
                 or options.process_group is not None
             ) and (
-                # Twisted's tests replace it, to have the child forked.
+                # Twisted's tests replace the method, to have the child forked.
                 process.Process._trySpawnInsteadOfFork is _TWISTEDS
             ):
                 if (
@@ -176,7 +178,7 @@ if unixEnabled:
                 try:
                     flags = fcntl.fcntl(descriptor, fcntl.F_GETFD)
                 except OSError:
-                    # The one that the list was read from.
+                    # It is the descriptor that the list was read from.
                     continue
                 state.append((descriptor, bool(flags & fcntl.FD_CLOEXEC)))
             attributes: dict[str, Any] = {}
@@ -210,7 +212,7 @@ if unixEnabled:
             return True
 
         def _execChild(self, *args: Any) -> None:
-            # In the forked child.
+            # This runs in the forked child.
             options = self._options
             if options.new_session:
                 os.setsid()
@@ -222,9 +224,10 @@ if unixEnabled:
                 if callable(signal.getsignal(number)):
                     signal.signal(number, signal.SIG_DFL)
             assert self._mask is not None
-            # What was sent to it meanwhile, it gets now.
+            # Signals that were sent to it meanwhile are delivered now.
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask - signal_mask.blocked)
-            # Twisted warns if the user stays the same, and a filter may raise that.
+            # Twisted warns if the user stays the same, and a filter may make that an
+            # error.
             warnings.simplefilter("ignore")
             super()._execChild(*args)
 
@@ -241,7 +244,7 @@ if unixEnabled:
         options: ChildOptions = _NO_OPTIONS,
     ) -> ChildProcess:
         """
-        As ``spawnProcess`` without a terminal, on any reactor for POSIX.
+        Like ``spawnProcess`` without a terminal, on any reactor for POSIX.
 
         :raises OSError: see :meth:`ProcessReactor.spawnProcess`.
         """
@@ -259,7 +262,7 @@ if unixEnabled:
         """
         A selectable that is readable once a child has ended: pidfd_open(2).
 
-        :raises OSError: if the kernel has none to give.
+        :raises OSError: if the kernel cannot make one.
         """
 
         def __init__(self, reactor: ProcessReactor, child: Any) -> None:
@@ -276,7 +279,7 @@ if unixEnabled:
         def doRead(self) -> None:
             self._reactor._removeInternalReader(self)
             self.connectionLost(None)
-            # While a debugger traces it, waitpid knows nothing of the end.
+            # While a debugger traces the child, waitpid does not know of its end.
             self._reactor._reap_until_ended(self._child, _FIRST_PAUSE)
 
         def connectionLost(self, reason: Any) -> None:
@@ -286,7 +289,7 @@ if unixEnabled:
 
 
 class ProcessReactor(PosixReactorBase):
-    """Starts the children of this module wherever Twisted starts its own."""
+    """Starts the children of this module in place of Twisted's."""
 
     def spawnProcess(
         self,
@@ -319,7 +322,7 @@ class ProcessReactor(PosixReactorBase):
 
     def _spawn_process(self, protocol: Any, *program: Any, **rest: Any) -> Any:
         """
-        As ``spawnProcess``.
+        Do what ``spawnProcess`` does.
 
         :param program: ``executable``, ``args``, ``env`` and ``path``.
         :param rest: ``uid``, ``gid``, ``usePTY`` and ``childFDs``.
@@ -342,7 +345,7 @@ class ProcessReactor(PosixReactorBase):
             try:
                 pidfd = _Pidfd(self, child)
             except (AttributeError, OSError):
-                # Linux before 5.3, or a sandbox, or no descriptors are left.
+                # Linux before 5.3, a sandbox, or no descriptors are left.
                 self._reap_until_ended(child, _FIRST_PAUSE)
             else:
                 self._addInternalReader(pidfd)

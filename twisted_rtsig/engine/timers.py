@@ -1,11 +1,11 @@
 """
-The engine's timers: ``callLater`` at the price of what is set and cancelled again.
+The engine's timers: a ``callLater`` for timers that are mostly cancelled.
 
-Most timers are limits that are never reached: each request sets one, or moves
-it, and cancels it.  So a call is put into a heap only when its second is near.
-Until then it is in a dictionary of the calls of that second, in no order, and is
-taken out when it is cancelled.  The heap holds tuples, which are compared in C;
-Twisted's compares :class:`DelayedCall`s in Python.
+Most timers are limits that are never reached: each request sets one, or moves it, and
+then cancels it.  So a call is put into the heap only when the second in which it is due
+is near.  Until then it is in a dictionary of all calls of that second, unordered, from
+which cancelling removes it.  The heap holds tuples, which are compared in C; that of
+Twisted compares :class:`DelayedCall` objects in Python.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from twisted.internet.error import AlreadyCalled, AlreadyCancelled
 from twisted.internet.posixbase import PosixReactorBase
 from twisted.logger import Logger
 
-# What Twisted logs a timer's and a thread's failures to.
+# The logger to which Twisted logs failures of timers and of calls from threads.
 _log = Logger(namespace="twisted.internet.base")
 
-# One for all calls: a dictionary for each costs as much as the rest of the call.
+# Shared by all calls: making a dictionary for each one costs as much as the rest.
 _NO_KEYWORDS: Final[Mapping[str, Any]] = MappingProxyType({})
 
 # The longest sleep in seconds: epoll_wait(2) takes an int of milliseconds.
 _LONGEST_SLEEP: Final = 2147483
 
-# The heap may hold so many cancelled calls; Twisted's number.
+# The number of cancelled calls that may stay in the heap, as in Twisted.
 _CANCELLED_THAT_MAY_STAY: Final = 50
 
 
-# The ``Timer.place`` of a call that is in the heap.
+# The value of ``Timer.place`` for a call in the heap.
 _IN_HEAP: Final[dict[DelayedCall, None]] = {}
 
 
 class Timer(DelayedCall):
     """
-    What ``callLater`` returns: a :class:`DelayedCall` that is cheap to make and to
+    The result of ``callLater``: a :class:`DelayedCall` that is cheap to make and to
     cancel.
 
-    :ivar place: the calls of its second, ``_IN_HEAP``, or None while it is in
-        ``_newTimedCalls``.
+    :ivar place: where it is: the dictionary of its second, ``_IN_HEAP``, or None while
+        it is in ``_newTimedCalls``.
     """
 
     __slots__ = (
@@ -81,7 +81,7 @@ class Timer(DelayedCall):
             self.creator = format_stack()[:-2]
 
     def cancel(self) -> None:
-        """As ``IDelayedCall.cancel``."""
+        """See ``IDelayedCall.cancel``."""
         if self.cancelled:
             raise AlreadyCancelled
         if self.called:
@@ -96,7 +96,7 @@ class Timer(DelayedCall):
             self._repr = repr(self)
         del self.func, self.args, self.kw
 
-    # What Twisted's DelayedCall gets when it is made.
+    # Twisted passes these functions to the constructor of DelayedCall.
 
     def canceller(self, call: DelayedCall) -> None:
         self.reactor._cancelCallLater(call)
@@ -112,24 +112,24 @@ class TimerReactor(PosixReactorBase):
     """
     A reactor with timers of its own.
 
-    A call is in one of three places: in ``_newTimedCalls`` until the next pass
-    (calls that a pass sets are made in a later one); then in ``_distant``, by the
-    second; and in the heap ``_near`` at last.  What is cancelled or moved to an
-    earlier time while it is in the heap stays there until it is on top, or until
-    half of the heap is of that kind.
+    A call is in one of three places.  Until the next pass it is in ``_newTimedCalls``,
+    as calls that a pass sets are made in a later pass at the earliest.  Then it is in
+    ``_distant``, by second, and at last in the heap ``_near``.  If it is cancelled or
+    moved to an earlier time while it is in the heap, its entry stays there until it is
+    on top, or until half of the entries are of that kind.
     """
 
     def __init__(self) -> None:
-        # By time, and calls of the same time in the order in which they were set.
+        # Ordered by time; calls of the same time, in the order in which they were set.
         self._near: list[tuple[float, int, DelayedCall]] = []
         self._numbers = count()
-        # By the second.
+        # The calls of each second, and a heap of these seconds.
         self._distant: dict[float, dict[DelayedCall, None]] = {}
         self._distant_seconds: list[float] = []
-        # The last second whose calls are put into the heap at once.
+        # Calls up to this second are put into the heap at once.
         self._near_until = -math.inf
-        # Not super(): a reactor may also inherit from one of Twisted's, which would
-        # prepare to poll by itself.
+        # Not super(): a reactor may also be a subclass of one of Twisted's, which would
+        # make a poller of its own.
         PosixReactorBase.__init__(self)
 
     # IReactorTime
@@ -137,14 +137,14 @@ class TimerReactor(PosixReactorBase):
     def callLater(
         self, delay: float, callable: Callable[..., Any], *args: object, **kw: object
     ) -> DelayedCall:
-        """As ``IReactorTime.callLater``."""
+        """See ``IReactorTime.callLater``."""
         assert delay >= 0, f"{delay} is not greater than or equal to 0 seconds"
         call = Timer(self, self.seconds() + delay, callable, args, kw or _NO_KEYWORDS)
         self._newTimedCalls.append(call)
         return call
 
     def getDelayedCalls(self) -> list[Any]:
-        """As ``IReactorTime.getDelayedCalls``."""
+        """See ``IReactorTime.getDelayedCalls``."""
         calls = [call for _, _, call in self._near]
         for each in list(self._distant.values()):
             calls += each
@@ -163,10 +163,10 @@ class TimerReactor(PosixReactorBase):
             self._cancelCallLater(delayedCall)
             self._insert([delayedCall])
 
-    # Where calls are
+    # The places of calls
 
     def _insertNewDelayedCalls(self) -> None:
-        # Programs put calls that they have made themselves into this list, too.
+        # Programs may add calls that they have made themselves to this list.
         calls = self._newTimedCalls
         if calls:
             self._newTimedCalls = []
@@ -189,7 +189,7 @@ class TimerReactor(PosixReactorBase):
                     self._insert_near([call])
                     continue
                 if second != second:
-                    # The quotient of infinity is no number, nor is what reset()
+                    # It is NaN: infinity // 1 is, and so is the time that reset()
                     # makes of two infinite times.
                     second = call.time = math.inf if time != time else time
                 if second not in distant:
@@ -205,14 +205,18 @@ class TimerReactor(PosixReactorBase):
             if call.cancelled:
                 continue
             if call.delayed_time:
-                # Perhaps into a later second.
+                # It may belong to a later second now.
                 self._insert([call])
             else:
                 call.place = _IN_HEAP
                 heappush(self._near, (call.time, next(self._numbers), call))
 
     def _next_time(self) -> float | None:
-        """When the next call is due; it is the first of the heap then."""
+        """
+        Put the next call on top of the heap.
+
+        :return: when it is due; None if there is none.
+        """
         near, seconds = self._near, self._distant_seconds
         while True:
             time = None
@@ -223,14 +227,14 @@ class TimerReactor(PosixReactorBase):
                     break
                 heappop(near)
                 if active and call.time > time:
-                    # The program itself has called activate_delay().
+                    # The program has called activate_delay() itself.
                     self._insert([call])
                 else:
                     self._cancellations -= 1
                 time = None
             if not seconds or (time is not None and time < seconds[0]):
                 return time
-            # A list: a finalizer or a signal handler may cancel one of them meanwhile.
+            # A copy: a finalizer or a signal handler may cancel a call meanwhile.
             self._insert_near(list(self._distant.pop(heappop(seconds))))
 
     def _forget_cancelled_calls(self) -> None:
@@ -245,9 +249,9 @@ class TimerReactor(PosixReactorBase):
 
     def _make_calls(self) -> float | None:
         """
-        Make the calls of threads and timers, with which each pass begins.
+        Make the calls of threads and timers, as each pass does first.
 
-        :return: how many seconds the reactor may sleep then; None for no limit.
+        :return: how long the reactor may sleep then, in seconds; None for no limit.
         """
         if (
             self._newTimedCalls
@@ -261,7 +265,7 @@ class TimerReactor(PosixReactorBase):
         return None
 
     def timeout(self) -> float | None:
-        """The longest time in seconds that the reactor may sleep (None: for ever)."""
+        """Return how long the reactor may sleep, in seconds; None for no limit."""
         self._insertNewDelayedCalls()
         time = self._next_time()
         if time is None:
@@ -269,7 +273,7 @@ class TimerReactor(PosixReactorBase):
         return max(0, min(_LONGEST_SLEEP, time - self.seconds()))
 
     def runUntilCurrent(self) -> None:
-        """Do what threads have asked for, and make the calls that are due."""
+        """Make the calls of threads, and those of timers that are due."""
         if self.threadCallQueue:
             self._make_thread_calls()
         self._insertNewDelayedCalls()
@@ -281,8 +285,9 @@ class TimerReactor(PosixReactorBase):
             self.fireSystemEvent("shutdown")
 
     def _make_thread_calls(self) -> None:
-        # Only those that there are now: each may bring another.  They leave the
-        # queue first, since one that iterates the reactor comes here again.
+        # Only the calls that are queued now, since each may queue others.  They are
+        # removed from the queue first, as a call that iterates the reactor comes here
+        # again.
         queue = self.threadCallQueue
         calls = queue[:]
         del queue[: len(calls)]
