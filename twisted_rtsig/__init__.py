@@ -2,8 +2,8 @@
 Reactors and a coroutine adapter for Twisted, driven by the events that the
 operating system delivers.
 
-Importing this package imports no reactor.  :func:`run` installs one and runs a whole
-program::
+Importing this package does not import a reactor.  :func:`run` installs one and runs a
+whole program::
 
     import twisted_rtsig
 
@@ -27,21 +27,22 @@ __version__ = "0.1.0"
 
 def install() -> None:
     """
-    Make the reactor of this package for this system the one of this process.
+    Install the reactor of this package for this system.
 
     See :mod:`twisted_rtsig.autoreactor`.
 
-    :raises twisted_rtsig.notifiers.UnsupportedReactorError: if there is none, or
-        if it cannot run here; the message says why.
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: if there is none, or if it
+        cannot run here; the message says why.
     """
-    # An import of the package alone shall load none of this.
+    # Imported here, so that importing the package loads none of this.
     from twisted_rtsig import autoreactor
 
     autoreactor.install()
 
 
 def __getattr__(name: str) -> object:
-    # As above; and a function here that calls it would stand in each traceback.
+    # Imported on demand, as above.  A function ``run`` here, which calls the other one,
+    # would be in each traceback.
     if name == "run":
         from twisted_rtsig.runner import run
 

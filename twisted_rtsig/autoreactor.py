@@ -1,5 +1,5 @@
 """
-The reactor of this package for the system at hand: edge-triggered epoll on Linux,
+The reactor of this package for the current system: edge-triggered epoll on Linux,
 kqueue on BSD and macOS, a completion port on Windows.
 
 Install it before anything imports ``twisted.internet.reactor``::
@@ -23,7 +23,7 @@ from twisted_rtsig.notifiers import UnsupportedReactorError
 
 _log = Logger()
 
-# By the beginning of sys.platform.
+# The keys are prefixes of sys.platform.
 _REACTORS = {
     "linux": ("twisted_rtsig.epollreactor", "EdgeEPollReactor"),
     "win32": ("twisted_rtsig.iocpreactor", "CompletionPortReactor"),
@@ -37,7 +37,7 @@ _REACTORS = {
 
 def reactor_class() -> Any:
     """
-    The class of the reactor for this system.
+    Return the class of the reactor for this system.
 
     :raises UnsupportedReactorError: if there is none.
     """
@@ -52,19 +52,19 @@ def reactor_class() -> Any:
 
 def make_reactor() -> Any:
     """
-    A new reactor for this system.
+    Make a reactor for this system.
 
-    :raises UnsupportedReactorError: if there is none, or if it cannot run here.
-        The message says why; nothing else is tried instead.
+    :raises UnsupportedReactorError: if there is none, or if it cannot run here.  The
+        message says why.  No other reactor is tried instead.
     """
     return reactor_class()()
 
 
 def install() -> None:
     """
-    Make the reactor for this system the one of this process, and log which it is.
+    Install the reactor for this system, and log which it is.
 
-    Raises what :func:`make_reactor` does.
+    :raises UnsupportedReactorError: as :func:`make_reactor` does.
     """
     reactor = make_reactor()
     installReactor(reactor)

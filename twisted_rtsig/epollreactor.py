@@ -22,7 +22,7 @@ from twisted_rtsig.notifiers import UnsupportedReactorError
 if sys.platform.startswith("linux"):
     from twisted.internet.epollreactor import EPollReactor
 else:
-    # Twisted's module cannot be imported, and the reactor refuses to be made.
+    # Twisted's module cannot be imported here, and making the reactor fails.
     EPollReactor = object
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 def _notifier() -> EdgeEPollNotifier:
-    # Refuses elsewhere than on Linux, where the next import would fail with
-    # an error that tells a user nothing.
+    # On other systems the import below would fail with an error that does not tell the
+    # user what to do.
     if not sys.platform.startswith("linux"):
         raise UnsupportedReactorError(
             f"epoll exists on Linux only, and this is {sys.platform}; use "
@@ -44,10 +44,10 @@ def _notifier() -> EdgeEPollNotifier:
 
 class EdgeEPollReactor(PollingReactor, EPollReactor):
     """
-    A reactor that is told of events by edge-triggered epoll.
+    A reactor that gets events from edge-triggered epoll.
 
-    :raises twisted_rtsig.notifiers.UnsupportedReactorError: elsewhere than on
-        Linux, or where the system has no descriptors left for a reactor.
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: on other systems than
+        Linux, or if the process has no descriptors left for a reactor.
     """
 
     def __init__(self) -> None:
@@ -61,9 +61,10 @@ class EdgeEPollReactor(PollingReactor, EPollReactor):
 
 def install() -> None:
     """
-    Make the edge-triggered epoll reactor the one of this process.
+    Install the edge-triggered epoll reactor.
 
-    Raises what :class:`EdgeEPollReactor` does.
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: as
+        :class:`EdgeEPollReactor` does.
     """
     installReactor(EdgeEPollReactor())
 

@@ -1,9 +1,9 @@
 """
 Finding a reactor by its short name, and installing it.
 
-This imports no plugins but Twisted's own and this package's, as long as one of these
-has the name.  To list all plugins imports those of other packages, and some of these
-(txtorcon's, txi2p's) import the reactor.
+Twisted's own plugins and those of this package are searched first.  The plugins of
+other packages are imported only if none of these has the name, as some of them (of
+txtorcon and txi2p) import the reactor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PLUGINS: Final = (
 
 def installer_named(name: str) -> Any:
     """
-    The ``IReactorInstaller`` of a short name.
+    Return the ``IReactorInstaller`` of a short name.
 
     :raises ValueError: if no reactor has this name; the message lists all names.
     """
@@ -49,10 +49,12 @@ def _installers() -> Iterator[Any]:
 
 def ensure_reactor(wanted: object = None) -> Any:
     """
-    Install a reactor, unless one that fits is installed; return the installed one.
+    Install a reactor, unless one that fits is installed already.
 
     :param wanted: a short name, a class of reactors, or a reactor.  None is the reactor
-        of this package for this system; any other of this package fits as well.
+        of this package for this system; then any other one of this package fits as
+        well.
+    :return: the installed reactor.
     :raises ReactorAlreadyInstalledError: if another one is installed.  The message says
         what to do.
     :raises ValueError: if no reactor has the name.
@@ -86,7 +88,7 @@ def _install(wanted: object) -> None:
 
 def _fits(installed: object, wanted: object) -> bool:
     if wanted is None:
-        # Only now: pytest imports this module in every process.
+        # Imported here, as pytest imports this module in every process.
         from twisted_rtsig.engine.reactor import EngineReactor
 
         return isinstance(installed, EngineReactor)
@@ -98,13 +100,13 @@ def _fits(installed: object, wanted: object) -> bool:
 
 
 def _modules_of(name: str) -> Iterator[str]:
-    """Where the class is defined of the reactor with a short name."""
+    """The modules that may define the class of the reactor with a short name."""
     if name == "rtsig-auto":
         yield reactor_class().__module__
         return
     module: str = installer_named(name).moduleName
     yield module
-    # What ``default`` installs comes from another module.
+    # The installer named ``default`` installs a reactor of another module.
     yield importlib.import_module(module).install.__module__
 
 

@@ -46,9 +46,9 @@ def _notifier(
 @implementer(IReactorProcess)
 class CompletionPortReactor(WindowsEventReactor):
     """
-    A reactor that is told of events through an I/O completion port.
+    A reactor that gets events from an I/O completion port.
 
-    :raises twisted_rtsig.notifiers.UnsupportedReactorError: elsewhere than on a
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: on other systems than a
         64-bit Windows.
     """
 
@@ -65,24 +65,25 @@ class CompletionPortReactor(WindowsEventReactor):
         ):
             if asked:
                 raise ValueError(why_not)
-        # Children are rare, and asyncio, of which this takes a part, is big.
+        # Imported here, since it imports asyncio, which is big, and children are rare.
         from twisted_rtsig.windows.processes import WindowsProcess
 
         return WindowsProcess(self._port, protocol, *program)
 
     def installWaker(self) -> None:
-        """Nothing to install: the port itself takes what wakes it."""
+        """There is nothing to install: a packet to the port wakes the reactor."""
 
     def wakeUp(self) -> None:
-        """Wake the reactor up, from any thread."""
+        """End the sleep of the reactor, from any thread."""
         self._port.wake()
 
 
 def install() -> None:
     """
-    Make the completion-port reactor the one of this process.
+    Install the completion-port reactor.
 
-    Raises what :class:`CompletionPortReactor` does.
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: as
+        :class:`CompletionPortReactor` does.
     """
     installReactor(CompletionPortReactor())
 

@@ -24,11 +24,11 @@ from twisted_rtsig.notifiers.kqueue_calls import KernelCalls, native_calls
 
 class KQueueReactor(EngineReactor):
     """
-    A reactor that is told of events by kqueue.
+    A reactor that gets events from kqueue.
 
-    :param calls: kqueue(2) and kevent(2), for tests.  None takes the system's.
-    :raises twisted_rtsig.notifiers.UnsupportedReactorError: elsewhere than on
-        BSD and macOS, or where the system has no descriptors left for a reactor.
+    :param calls: kqueue(2) and kevent(2), for tests; None for those of the system.
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: on other systems than BSD
+        and macOS, or if the process has no descriptors left for a reactor.
     """
 
     def __init__(self, calls: KernelCalls | None = None) -> None:
@@ -41,12 +41,12 @@ class KQueueReactor(EngineReactor):
             ) from error
 
     def installWaker(self) -> None:
-        """Make a pipe to wake the loop by, where kqueue has nothing for that."""
+        """Make a pipe that wakes the loop, if kqueue itself cannot."""
         if not self._kqueue.can_wake:
             super().installWaker()
 
     def wakeUp(self) -> None:
-        """See ``IReactorFromThreads``: end the sleep, from any thread."""
+        """End the sleep of the reactor, from any thread."""
         if self._kqueue.can_wake:
             self._kqueue.wake()
         else:
@@ -57,7 +57,7 @@ class KQueueReactor(EngineReactor):
 
 
 class _EndOfChild:
-    """What kqueue calls when a child ends, until the child was reaped."""
+    """The callback that the notifier calls when a child ends, until it is reaped."""
 
     def __init__(self, reactor: KQueueReactor, child: Any) -> None:
         self._reactor = reactor
@@ -65,7 +65,11 @@ class _EndOfChild:
         self._can_be_reaped = True
 
     def __call__(self) -> bool:
-        """Reap it outside of the wait; whether that may take another call."""
+        """
+        Reap the child outside of the wait.
+
+        :return: whether another call may be needed.
+        """
         if self._child.pid is None or not self._can_be_reaped:
             return False
         self._reactor.callLater(0, self._reap)
@@ -77,9 +81,10 @@ class _EndOfChild:
 
 def install() -> None:
     """
-    Make the kqueue reactor the one of this process.
+    Install the kqueue reactor.
 
-    Raises what :class:`KQueueReactor` does.
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: as :class:`KQueueReactor`
+        does.
     """
     installReactor(KQueueReactor())
 

@@ -22,7 +22,7 @@ from twisted_rtsig.notifiers.signal_queue import choose_signal, refuse
 if sys.platform.startswith("linux"):
     from twisted.internet.pollreactor import PollReactor
 else:
-    # Not every system has poll(2), and the reactor refuses to be made.
+    # Not every system has poll(2), and making the reactor fails here.
     PollReactor = object
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 def _notifier(signal_number: int | None) -> RealtimeSignalNotifier:
-    # Refuses elsewhere than on Linux, where the next import would fail with
-    # an error that tells a user nothing.
+    # This fails on other systems than Linux.  There the import below would fail with an
+    # error that does not tell the user what to do.
     chosen = choose_signal(signal_number)
     from twisted_rtsig.notifiers.realtime_signals import RealtimeSignalNotifier
 
@@ -40,13 +40,13 @@ def _notifier(signal_number: int | None) -> RealtimeSignalNotifier:
 
 class RealtimeSignalReactor(PollingReactor, PollReactor):
     """
-    A reactor that is told of events by queued realtime signals.
+    A reactor that gets events from queued realtime signals.
 
-    :param signal_number: the realtime signal to use.  None takes the one that
-        the environment variable ``TWISTED_RTSIG_SIGNAL`` names (a number, or
-        ``SIGRTMIN+n``), or else the first that nobody in this process uses.
-    :raises twisted_rtsig.notifiers.UnsupportedReactorError: where realtime
-        signals cannot be had; the message says why and what to use instead.
+    :param signal_number: the realtime signal to use.  None is the one that the
+        environment variable ``TWISTED_RTSIG_SIGNAL`` names (a number, or
+        ``SIGRTMIN+n``), or else the first that nothing in this process uses.
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: if realtime signals do not
+        work here; the message says why and what to use instead.
     """
 
     def __init__(self, signal_number: int | None = None) -> None:
@@ -60,9 +60,11 @@ class RealtimeSignalReactor(PollingReactor, PollReactor):
 
 def install(signal_number: int | None = None) -> None:
     """
-    Make the realtime-signals reactor the one of this process.
+    Install the realtime-signals reactor.
 
-    Takes and raises what :class:`RealtimeSignalReactor` does.
+    :param signal_number: as of :class:`RealtimeSignalReactor`.
+    :raises twisted_rtsig.notifiers.UnsupportedReactorError: as
+        :class:`RealtimeSignalReactor` does.
     """
     installReactor(RealtimeSignalReactor(signal_number))
 
