@@ -1,13 +1,13 @@
 """
-The calls to Windows that this package makes, declared for ctypes.
+The functions of Windows that this package calls, declared for ctypes.
 
-References: the Windows SDK for what is of kernel32 and ws2_32; for ntdll and
-the AFD driver, which Microsoft documents in part or not at all, ReactOS,
-wepoll, libuv, mio and trio, which all rely on the same.
+References: for kernel32 and ws2_32, the Windows SDK; for ntdll and the AFD driver,
+which Microsoft documents in part or not at all, ReactOS, wepoll, libuv, mio and trio,
+which all rely on the same.
 
-The module can be imported anywhere, for type checkers and for tests of its
-layouts; the calls exist on Windows only.  They are called as C functions, which
-is right only where Windows has one calling convention: on 64-bit systems.
+The module can be imported on any system, for type checkers and for tests of its
+layouts.  The functions exist on Windows only.  They are called by the C calling
+convention, which is correct only on 64-bit systems, where Windows has no other one.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ WSAENOTSOCK = 10038
 SOL_SOCKET = 0xFFFF
 SO_TYPE = 0x1008
 
-# WSAIoctl: which socket AFD knows, below what layers there are.
+# WSAIoctl: the socket that AFD knows, below the layers that may be on top of it.
 SIO_BASE_HANDLE = 0x48000022
 SIO_BSP_HANDLE_SELECT = 0x4800001C
 SIO_BSP_HANDLE_POLL = 0x4800001D
 
-# ioctlsocket: how many bytes can be read.
+# ioctlsocket: the number of bytes that can be read.
 FIONREAD = 0x4004667F
 
 # NtCreateFile
@@ -76,10 +76,10 @@ FILE_FLAG_OVERLAPPED = 0x40000000
 FILE_SKIP_COMPLETION_PORT_ON_SUCCESS = 1
 FILE_SKIP_SET_EVENT_ON_HANDLE = 2
 
-# SetFileInformationByHandle: how long the file is.
+# SetFileInformationByHandle: the size of the file.
 FILE_END_OF_FILE_INFO = 6
 
-# NtDeviceIoControlFile: the poll of AFD, and what it tells of.
+# NtDeviceIoControlFile: a poll of AFD, and its events.
 IOCTL_AFD_POLL = 0x00012024
 AFD_RECEIVE = 0x001
 AFD_SEND = 0x004
@@ -89,7 +89,7 @@ AFD_LOCAL_CLOSE = 0x020
 AFD_ACCEPT = 0x080
 AFD_CONNECT_FAIL = 0x100
 AFD_FOR_EVER = 2**63 - 1
-"""The timeout of a poll that has none."""
+"""The timeout of a poll without a limit."""
 
 # SetConsoleCtrlHandler
 CTRL_C_EVENT = 0
@@ -143,7 +143,7 @@ class AFDPollInfo(Structure):
 
 
 class Overlapped(Structure):
-    """``OVERLAPPED``: an operation that goes on in the background."""
+    """``OVERLAPPED``: an operation that runs in the background."""
 
     _fields_ = (
         ("internal", c_size_t),
@@ -154,7 +154,7 @@ class Overlapped(Structure):
 
 
 class CompletionPacket(Structure):
-    """``OVERLAPPED_ENTRY``: what a completion port hands out."""
+    """``OVERLAPPED_ENTRY``: a packet of a completion port."""
 
     _fields_ = (
         ("key", c_size_t),
@@ -176,7 +176,11 @@ _SIZES: dict[type[Structure], int] = {
 
 
 def check_layouts() -> None:
-    """:raises AssertionError: if this is no 64-bit system."""
+    """
+    Check the sizes and offsets of the structures.
+
+    :raises AssertionError: if this is no 64-bit system.
+    """
     for structure, size in _SIZES.items():
         assert ctypes.sizeof(structure) == size, structure
     assert AFDPollInfo.handles.offset == 16
@@ -195,7 +199,10 @@ def _declare(
     library: str, name: str, result: Any, *arguments: Any, quick: bool = False
 ) -> Call:
     """
-    :param quick: the call never blocks, and keeps the interpreter lock.
+    Declare a function of a library.
+
+    :param quick: whether the call never blocks, so that it can keep the interpreter
+        lock.
     """
     if sys.platform != "win32":
 
@@ -234,12 +241,12 @@ device_io_control = _declare(
 cancel_io = _declare(
     "ntdll", "NtCancelIoFileEx", c_uint32, HANDLE, c_void_p, c_void_p, quick=True
 )
-"""Handle, the status block of what is to be cancelled, a status block."""
+"""Handle, the status block of the operation to cancel, a status block."""
 
 status_to_error = _declare(
     "ntdll", "RtlNtStatusToDosError", c_uint32, c_uint32, quick=True
 )
-"""The Windows error that a status stands for."""
+"""The status; the Windows error for it."""
 
 create_completion_port = _declare(
     "kernel32", "CreateIoCompletionPort", HANDLE, HANDLE, HANDLE, c_size_t, c_uint32
@@ -249,7 +256,7 @@ create_completion_port = _declare(
 set_notification_modes = _declare(
     "kernel32", "SetFileCompletionNotificationModes", c_int32, HANDLE, c_uint8
 )
-"""Handle, what its completion port need not be told."""
+"""Handle, the notifications that its completion port does not need."""
 
 get_completions = _declare(
     "kernel32",
@@ -280,20 +287,20 @@ set_file_information = _declare(
     "SetFileInformationByHandle",
     *(c_int32, HANDLE, c_uint32, c_void_p, c_uint32),
 )
-"""Handle, which information, what it is, its length."""
+"""Handle, the kind of information, the information, its length."""
 
 open_process = _declare("kernel32", "OpenProcess", HANDLE, c_uint32, c_int32, c_uint32)
 """Access, whether it is inherited, process id; the handle, or None."""
 
 unregister_wait = _declare("kernel32", "UnregisterWaitEx", c_int32, HANDLE, HANDLE)
-"""A wait of the thread pool; the event to set when it is over, or all ones to wait."""
+"""A wait of the thread pool; the event to set when it is over, or all ones to block."""
 
 set_console_handler = _declare(
     "kernel32", "SetConsoleCtrlHandler", c_int32, c_void_p, c_int32
 )
 """Handler, whether to add it."""
 
-# The type of such a handler, which gets the number of a console control event.
+# The type of such a handler.  It is called with the number of a console control event.
 ConsoleHandler = ctypes.CFUNCTYPE(c_int32, c_uint32)
 
 socket_control = _declare(
@@ -316,25 +323,25 @@ _ioctlsocket = _declare(
 )
 """Socket, code, argument (in and out)."""
 
-# CPython's own calls, written for asyncio and without stubs: what they have begun
-# keeps its buffers by itself.
+# CPython's own functions for overlapped operations, written for asyncio; they have no
+# stubs.  An operation keeps its buffers alive by itself.
 overlapped: Any = (
     importlib.import_module("_overlapped") if sys.platform == "win32" else None
 )
 
-# Descriptors of handles, whose stubs exist on Windows only.
+# Conversion of handles to descriptors.  Its stubs exist on Windows only.
 msvcrt: Any = importlib.import_module("msvcrt") if sys.platform == "win32" else None
 
 
 def last_error() -> int:
-    """What the last of these calls, in this thread, has failed with."""
+    """The error of the last of these calls in this thread."""
     if sys.platform == "win32":
         return ctypes.get_last_error()
     raise NotImplementedError("Windows errors exist on Windows only")
 
 
 def bytes_to_read(socket: int) -> int | None:
-    """How many bytes a socket has received; None if it is no socket."""
+    """The number of bytes that a socket can read at once; None if it is no socket."""
     size = c_uint32()
     if _ioctlsocket(socket, FIONREAD, ctypes.byref(size)):
         return None

@@ -1,9 +1,9 @@
 """
-Events of Windows (``CreateEvent``) as sources of calls: ``IReactorWin32Events``.
+Calls when an event of Windows (``CreateEvent``) is set: ``IReactorWin32Events``.
 
-Twisted's other reactors have a second reactor for it, in a thread of its own,
-which waits for 63 events at most and needs pywin32.  Here the completion port
-does it, for any number and any handle that can be waited for.
+Twisted's reactors implement it by a second reactor in a thread of its own, which waits
+for 63 events at most and needs pywin32.  Here the completion port does it, for any
+number of events, and for any handle that can be waited for.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class _Event:
-    """What is to be called when an event is set, once or more often."""
+    """The method to call whenever an event is set."""
 
     def __init__(
         self, reactor: WindowsEventReactor, event: Any, owner: Any, action: str
     ) -> None:
         self._reactor = reactor
-        # As long as it is waited for it must not be closed.
+        # The handle must not be closed while it is waited for.
         self.event = event
         self._owner = owner
         self._action = action
@@ -47,7 +47,7 @@ class _Event:
         events = self._reactor._events_by_handle
         handle = int(self.event)
         if events.get(handle) is not self:
-            # It was removed while the call was on its way.
+            # It was removed before the call.
             return
         why = log.callWithLogger(self._owner, self._call)
         if events.get(handle) is not self:
@@ -69,7 +69,7 @@ class _Event:
 
 @implementer(IReactorWin32Events)
 class WindowsEventReactor(EngineReactor):
-    """An engine on a completion port, which other handles can report to."""
+    """An engine on a completion port, to which handles of any kind can report."""
 
     _port: CompletionPortNotifier
 
@@ -79,10 +79,13 @@ class WindowsEventReactor(EngineReactor):
 
     def addEvent(self, event: Any, fd: Any, action: str) -> None:
         """
-        Call the method ``action`` of ``fd`` whenever ``event`` is set; until it
-        fails or returns something, of which ``fd.connectionLost`` is told.
+        Call the method ``action`` of ``fd`` whenever ``event`` is set.
 
-        :param event: the handle of an event, an integer or what converts to one.
+        When the method raises an error or returns a reason, the event is removed, and
+        ``fd.connectionLost`` is called with it.
+
+        :param event: the handle of an event: an integer, or an object that converts to
+            one.
         :raises OSError: if Windows refuses to wait for it.
         """
         if int(event) in self._events_by_handle:
@@ -93,8 +96,8 @@ class WindowsEventReactor(EngineReactor):
 
     def removeEvent(self, event: Any) -> None:
         """
-        Stop to wait for ``event``.
+        Stop waiting for ``event``.
 
-        :raises KeyError: if it was not added, or was removed.
+        :raises KeyError: if it was not added, or was removed already.
         """
         self._events_by_handle.pop(int(event)).forget()

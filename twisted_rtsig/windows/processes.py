@@ -1,8 +1,8 @@
 """
-Child processes on Windows, whose pipes and whose end the completion port reports.
+Child processes on Windows, whose pipes and end are reported by the completion port.
 
-Twisted's own look at the pipes again and again, up to ten times a second while
-nothing happens, and need pywin32.
+Those of Twisted poll the pipes, up to ten times a second while nothing happens, and
+need pywin32.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _CREATE_NO_WINDOW = 0x08000000
 _ERROR_BAD_EXE_FORMAT = 193
 
+# The size of a read, and of the largest write.
 _READ_BYTES = 1 << 16
 
 _MOST_AT_ONCE = 1 << 16
@@ -37,7 +38,7 @@ class _Pipe:
     """
     One end of a pipe.
 
-    :param received: called with what arrives.
+    :param received: called with data that has arrived.
     :param lost: called once, when the pipe is closed at either end.
     """
 
@@ -56,7 +57,8 @@ class _Pipe:
         self._writing: Any = None
         self._to_write: deque[memoryview] = deque()
         self._paused = False
-        # A read is over that nobody was told of, since it was paused.
+        # A read has ended while the pipe was paused, and its data was not passed on
+        # yet.
         self._has_arrived = False
         self._closing = False
         self._producer: Any = None
@@ -64,7 +66,7 @@ class _Pipe:
         port.adopt(pipe.handle)
 
     def resumeProducing(self) -> None:
-        """Read, also what arrives later."""
+        """Pass on the data of a read that has ended, and read again."""
         self._paused = False
         if self._has_arrived:
             self._has_arrived = False
@@ -72,17 +74,17 @@ class _Pipe:
         self.read_on()
 
     def read_on(self) -> None:
-        """Read, unless it is paused."""
+        """Begin a read, unless the pipe is paused or a read is under way."""
         if self._reading is None and self._pipe is not None and not self._paused:
             self._reading = self._begin("ReadFile", _READ_BYTES, self._has_read)
 
     def pauseProducing(self) -> None:
-        """Tell of nothing more until it is resumed."""
+        """Pass on no data until the pipe is resumed."""
         self._paused = True
 
     def write(self, data: bytes) -> None:
         if data and self._pipe is not None and not self._closing:
-            # A copy only of what the caller could change.
+            # bytes() copies only data that the caller could change.
             self._to_write.append(memoryview(bytes(data)))
             if self._writing is None:
                 self._write_some()
@@ -102,19 +104,19 @@ class _Pipe:
         self._close_if_written()
 
     def close(self) -> None:
-        """Close it when everything is written."""
+        """Close the pipe when everything is written."""
         if self._pipe is not None:
             self._closing = True
             self._close_if_written()
 
     def _close_if_written(self) -> None:
-        # As Twisted's transports, it waits for the end of a pull producer alone.
+        # Like Twisted's transports, wait only for a pull producer to end.
         waits_for_producer = self._producer is not None and not self._streaming
         if self._closing and self._writing is None and not waits_for_producer:
             self.break_off()
 
     def break_off(self) -> None:
-        """Close it now."""
+        """Close the pipe now."""
         if self._pipe is None:
             return
         for operation in (self._reading, self._writing):
@@ -129,9 +131,13 @@ class _Pipe:
         self._lost()
 
     def _begin(self, what: str, argument: Any, done: Callable[[], None]) -> Any:
-        """Begin an operation; None if the pipe is broken."""
+        """
+        Begin an overlapped operation.
+
+        :return: None if the pipe is broken.
+        """
         operation = windows.overlapped.Overlapped(0)
-        # What it reads into, or writes, it keeps until its packet has come.
+        # The operation keeps its buffer until its packet has come.
         self._port.call_once_completed(operation.address, done)
         try:
             getattr(operation, what)(self._pipe.handle, argument)
@@ -158,7 +164,7 @@ class _Pipe:
         try:
             self._received(data)
         except BaseException:
-            # Who does not take it gets no more.
+            # A protocol that fails gets no more data.
             log.err()
             self.break_off()
         self.read_on()
@@ -195,7 +201,7 @@ class _Pipe:
 
 
 def _interpreter(script: str) -> str | None:
-    """What a script names in its first line, after ``#!``."""
+    """The interpreter that a script names in its first line, after ``#!``."""
     try:
         with open(script, "rb") as file:
             line = file.readline(1024)
@@ -214,14 +220,14 @@ def _start(
     """
     Start a child, or the interpreter of a script.
 
-    :param standard: its standard input, output and error, as ``subprocess`` takes them.
-
-    :raises OSError: if there is no such program, or if it is none.
+    :param standard: its standard input, output and error, as arguments of
+        :mod:`subprocess`.
+    :raises OSError: if there is no such program, or if the file is no program.
     """
-
-    # Children whose pipes can be read and written in the background.
+    # Its Popen makes pipes that can be read and written in the background.
     tools: Any = importlib.import_module("asyncio.windows_utils")
-    # A child without a console cannot write to that of this process.
+    # A child that inherits one of the three may have to write to the console of this
+    # process, so it is not started without a console.
     flags = 0 if None in standard else _CREATE_NO_WINDOW
 
     def start(program: str | None, arguments: Sequence[str]) -> Any:
@@ -254,13 +260,14 @@ def _start(
 @implementer(IProcessTransport, IConsumer, IPushProducer)
 class WindowsProcess(BaseProcess):
     """
-    A child, with pipes to its standard input, output and error.
+    A child process, with pipes to its standard input, output and error.
 
-    :param standard: what those are, as ``subprocess`` takes them.
-    :ivar pipes: those that are open, by descriptor.
+    :param standard: the three of them, as arguments of :mod:`subprocess`.
+    :ivar pipes: the open pipes, by descriptor.
     """
 
-    # None once all is over; Twisted has that annotated, and nobody is told then.
+    # None once all is over, when nothing is called any more.  Twisted's annotation
+    # includes the None.
     proto: Any
 
     def __init__(
@@ -274,7 +281,7 @@ class WindowsProcess(BaseProcess):
         standard: Sequence[Any] = (subprocess.PIPE,) * 3,
     ) -> None:
         super().__init__(protocol)
-        # Windows cannot do without some variables of its own.
+        # Windows needs some environment variables of its own.
         variables = dict(os.environ)
         for name, value in (environment or {}).items():
             variables[os.fsdecode(name)] = os.fsdecode(value)
@@ -297,7 +304,7 @@ class WindowsProcess(BaseProcess):
             self.proto.makeConnection(self)
         except BaseException:
             log.err()
-        # Its input is read as well, which tells when the child has closed it.
+        # The pipe to its input is read as well, to notice when the child closes it.
         for pipe in list(self.pipes.values()):
             pipe.read_on()
         self._handle = windows.open_process(windows.SYNCHRONIZE, False, self._child.pid)
@@ -312,7 +319,7 @@ class WindowsProcess(BaseProcess):
         )
 
     def _received(self, number: int, data: bytes) -> None:
-        # Nothing comes from the input of a child.
+        # There is no data from the input of a child.
         if number:
             self.proto.childDataReceived(number, data)
 
@@ -330,7 +337,7 @@ class WindowsProcess(BaseProcess):
         self.processEnded(self._child.wait())
 
     def maybeCallProcessEnded(self) -> None:
-        """Tell the protocol, if its pipes are closed as well."""
+        """Tell the protocol of the end, if the pipes are closed as well."""
         if not self.pipes and self.lostProcess:
             super().maybeCallProcessEnded()
 
@@ -343,9 +350,11 @@ class WindowsProcess(BaseProcess):
 
     def signalProcess(self, signalID: str | int) -> None:
         """
-        Terminate it, by ``INT``, ``TERM`` or ``KILL``; Windows has nothing else.
+        Terminate the process.
 
-        :raises twisted.internet.error.ProcessExitedAlready: if it has.
+        :param signalID: ``INT``, ``TERM`` or ``KILL``, which all do the same; others do
+            nothing, as Windows has no signals.
+        :raises twisted.internet.error.ProcessExitedAlready: if it has ended.
         """
         if self.pid is None:
             raise error.ProcessExitedAlready()
@@ -379,7 +388,11 @@ class WindowsProcess(BaseProcess):
             pipe.close()
 
     def writeToChild(self, childFD: int, data: bytes) -> None:
-        """:raises KeyError: if ``childFD`` is not 0, the standard input."""
+        """
+        Write to its standard input.
+
+        :raises KeyError: if ``childFD`` is not 0.
+        """
         if childFD != 0:
             raise KeyError(childFD)
         self.write(data)
