@@ -1,9 +1,9 @@
 """
-Children of Twisted's beside a child watcher of asyncio's that waits for all of them.
+Twisted's child processes next to a child watcher of asyncio that reaps all children.
 
-``asyncio.FastChildWatcher`` calls waitpid(2) for any child, and drops the status of
-those that it does not know: Twisted's.  (The other watchers wait for their own
-children only.  Python 3.14 has no watchers any more.)
+``asyncio.FastChildWatcher`` calls waitpid(2) for any child, and drops the status of the
+children that it does not know, which are Twisted's.  (The other watchers wait only for
+their own children.  Since Python 3.14 there are no watchers.)
 """
 
 from __future__ import annotations
@@ -22,21 +22,25 @@ _log = Logger()
 
 
 def fast_watcher(callback: object) -> Any:
-    """The ``FastChildWatcher`` whose handler of SIGCHLD this is, or None."""
+    """
+    Return the ``FastChildWatcher`` whose handler of SIGCHLD ``callback`` is.
+
+    :return: None if it is another callback.
+    """
     owner = getattr(callback, "__self__", None)
     cls = getattr(asyncio, "FastChildWatcher", None)
-    # macOS has had no waitid(2) in Python before 3.13.
+    # On macOS, Python before 3.13 has no os.waitid.
     if cls is None or not isinstance(owner, cls) or not hasattr(os, "waitid"):
         return None
     return owner
 
 
 def reap_for(watcher: Any) -> None:
-    """As ``FastChildWatcher._do_waitpid_all``, but leave Twisted's children to it."""
+    """Like ``FastChildWatcher._do_waitpid_all``, but let Twisted reap its children."""
     left: set[int] = set()
     while True:
         try:
-            # Look only: waitpid(2) for any child would take its status away.
+            # Do not reap it yet: waitpid(2) for any child would consume its status.
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return
@@ -53,7 +57,7 @@ def reap_for(watcher: Any) -> None:
         with watcher._lock:
             entry = watcher._callbacks.pop(pid, None)
             if entry is None and watcher._forks:
-                # It is not registered yet.
+                # The child is not registered yet.
                 watcher._zombies[pid] = code
                 continue
         if entry is None:

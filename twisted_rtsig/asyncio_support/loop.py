@@ -1,18 +1,19 @@
 """
-The event loop of the reactor that is asyncio's loop as well.
+The event loop that runs a reactor while it waits.
 
 It is asyncio's own ``SelectorEventLoop``, with its transports, servers, TLS,
-subprocesses and debug mode, apart from five things:
+subprocesses and debug mode, except for five differences:
 
 - It waits in the engine: see :mod:`twisted_rtsig.asyncio_support.selector`.
 - It reads at most 64 KiB at a time.
-- What a TCP transport writes in one go is sent together, before the loop sleeps.
-- Signals: there is one wakeup descriptor in a process, which is the loop's, and the
-  loop tells the reactor of SIGCHLD.  Removing a handler brings back the one of the
-  reactor, if that runs.
+- All that a TCP transport writes during one turn of the loop is sent at once, before
+  the loop sleeps.
+- Signals: a process has one wakeup descriptor, and it is that of the loop.  The loop
+  tells the reactor of SIGCHLD.  When a handler is removed while the reactor runs, the
+  handler of the reactor is restored.
 - ``close()`` first stops the reactor in order.
 
-An existing loop becomes one of these, also while it runs.
+An existing loop, even one that runs, is turned into such a loop by :func:`adopt`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 _new_object: Any = object.__new__
 
-# Whether all that a handle has is known here.
+# Whether this module knows all attributes of a handle.
 _HANDLES_ARE_KNOWN: Final = set(asyncio.Handle.__slots__) == {
     *("__weakref__", "_args", "_callback", "_cancelled", "_context", "_loop"),
     *("_repr", "_source_traceback"),
@@ -69,7 +70,7 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
     _transports: Any
 
     def run_forever(self) -> None:
-        """As ``BaseEventLoop.run_forever``, in the log context of a main loop."""
+        """See ``BaseEventLoop.run_forever``; it sets the log context of a main loop."""
         self._check_closed()  # type: ignore[attr-defined]
         self._check_running()  # type: ignore[attr-defined]
         self.reactor._in_log_context(self._run_forever)
@@ -88,18 +89,18 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
             reactor.send_collected()
 
     def set_debug(self, enabled: bool) -> None:
-        """As ``AbstractEventLoop.set_debug``."""
+        """See ``AbstractEventLoop.set_debug``."""
         super().set_debug(enabled)
         reactor = getattr(self, "reactor", None)
         if reactor is not None:
             reactor.calls_protocols = not enabled
-            # The latter until the loop runs again.
+            # It stays so until the loop runs again.
             reactor.in_plain_run = False
 
     def close(self) -> None:
         """
-        As ``BaseEventLoop.close``.  If the reactor runs, it is stopped first, and its
-        shutdown events are waited for.
+        See ``BaseEventLoop.close``.  If the reactor runs, it is stopped first, and this
+        waits for its shutdown events.
         """
         if self.is_running() or self.is_closed():
             super().close()
@@ -116,14 +117,15 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> Any:
-        """As ``AbstractEventLoop.call_soon``."""
+        """See ``AbstractEventLoop.call_soon``."""
         if self._debug or self._closed or not _HANDLES_ARE_KNOWN:
             handle: Any = super().call_soon(callback, *args, context=context)
             if handle._source_traceback:
-                # It begins with the caller.
+                # The traceback is to end with the caller of this method.
                 del handle._source_traceback[-1]
             return handle
-        # Each step of a task comes here: what the constructor does is written out.
+        # This repeats the constructor of asyncio.Handle, as each step of a task comes
+        # here.
         handle = _new_object(asyncio.Handle)
         handle._callback = callback
         handle._args = args
@@ -140,7 +142,7 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
     def add_signal_handler(  # type: ignore[override]
         self, sig: Any, callback: Any, *args: Any
     ) -> None:
-        """As ``AbstractEventLoop.add_signal_handler``."""
+        """See ``AbstractEventLoop.add_signal_handler``."""
         if sig == signal.SIGCHLD and (watcher := fast_watcher(callback)) is not None:
             callback = functools.partial(reap_for, watcher)
         super().add_signal_handler(sig, callback, *args)
@@ -151,7 +153,7 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
         super()._handle_signal(sig)  # type: ignore[misc]
 
     def remove_signal_handler(self, sig: int) -> bool:
-        """As ``AbstractEventLoop.remove_signal_handler``."""
+        """See ``AbstractEventLoop.remove_signal_handler``."""
         removed = super().remove_signal_handler(sig)
         if removed and not self.is_closed():
             self.reactor.signal_handler_removed(sig)
@@ -182,7 +184,7 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
         transport = super()._make_datagram_transport(  # type: ignore[misc]
             sock, *args, **kwargs
         )
-        # Datagrams of other families may be larger.
+        # Datagrams of other address families may be larger.
         if sock.family in INTERNET:
             transport.max_size = MOST_AT_ONCE
         return transport
@@ -197,18 +199,18 @@ class EngineEventLoop(asyncio.SelectorEventLoop):
 
 def check_loop(loop: Any) -> None:
     """
-    Refuse a loop that cannot become the one of a reactor.
+    Check that a loop can become the loop of a reactor.
 
     :raises UnsupportedReactorError: if it cannot; the message says why.
     """
     name = f"{type(loop).__module__}.{type(loop).__qualname__}"
     advice = "pass an asyncio.SelectorEventLoop(), or None for a new one"
     if not isinstance(loop, asyncio.SelectorEventLoop):
-        why = "does not wait in a selector, which the reactor could be"
+        why = "does not wait in a selector, which the reactor would replace"
         if name.startswith("uvloop."):
-            why = "waits in libuv, and no reactor can take part in that"
+            why = "waits in libuv, which no reactor can take part in"
         elif "Proactor" in name:
-            why = "waits in a completion port, and no reactor can take part in that"
+            why = "waits in a completion port, which no reactor can take part in"
         raise UnsupportedReactorError(f"{name} {why}: {advice}")
     if isinstance(loop, EngineEventLoop) and hasattr(loop, "reactor"):
         raise UnsupportedReactorError(
@@ -233,10 +235,10 @@ def check_loop(loop: Any) -> None:
 
 def adopt(loop: Any, reactor: AsyncioEngineReactor) -> EngineEventLoop:
     """
-    Make ``loop`` an :class:`EngineEventLoop`, with all that it watches and has
-    scheduled.
+    Turn ``loop`` into an :class:`EngineEventLoop`.  It keeps everything that it watches
+    and has scheduled.
 
-    :param loop: what :func:`check_loop` has not refused.
+    :param loop: a loop that :func:`check_loop` has accepted.
     """
     for transport in loop._transports.values():
         if isinstance(transport, selector_events._SelectorSocketTransport):  # type: ignore[attr-defined]
@@ -252,7 +254,7 @@ def adopt(loop: Any, reactor: AsyncioEngineReactor) -> EngineEventLoop:
         loop.__class__ = (
             EngineEventLoop
             if cls is asyncio.SelectorEventLoop
-            # Its own way to schedule callbacks, if it has one.
+            # A subclass may have a call_soon of its own, which it keeps.
             else type(
                 cls.__name__, (EngineEventLoop, cls), {"call_soon": cls.call_soon}
             )

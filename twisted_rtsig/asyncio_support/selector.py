@@ -1,11 +1,11 @@
 """
-The engine as a selector: what an asyncio event loop waits in, so that it and a
-reactor wait for the same events, in the same thread.
+The engine as the selector of an asyncio event loop, so that the loop and a reactor wait
+for events together, in one thread.
 
-asyncio's loop calls ``select()`` to sleep.  This one makes passes of the reactor
-meanwhile, and returns only when asyncio has something to do: a descriptor of its own is
-ready, a timer is due, a callback was scheduled, or the loop is to stop.  So a process
-in which only Twisted is busy stays in the engine, and asyncio costs it a few tests of
+An event loop of asyncio calls ``select()`` to sleep.  This one runs passes of the
+reactor, and returns only when asyncio has something to do: a descriptor of asyncio is
+ready, a timer is due, a callback was scheduled, or the loop was stopped.  So if only
+Twisted is busy, control stays in the engine, and asyncio costs a few tests of
 attributes in each pass.
 """
 
@@ -26,18 +26,18 @@ from twisted_rtsig.notifiers.registration import READ, WRITE
 if TYPE_CHECKING:
     from twisted_rtsig.asyncioreactor import AsyncioEngineReactor
 
-# The directions of the engine are those of the standard library.
+# The engine and the standard library have the same values for directions.
 assert (READ, WRITE) == (selectors.EVENT_READ, selectors.EVENT_WRITE)
 
-# In seconds: as long as asyncio itself sleeps at most.
+# In seconds: the longest sleep, as in asyncio.
 _LONGEST_SLEEP: Final = 24 * 3600.0
 
-# What Twisted's main loop logs to.
+# The logger of Twisted's main loop.
 _log = Logger(namespace="twisted.internet.base")
 
 
 class LoopStopped(BaseException):
-    """The loop was stopped by a callback, and shall call no others."""
+    """A callback has stopped the loop, which must not call others any more."""
 
 
 class EngineSelector(selectors.BaseSelector):
@@ -45,18 +45,19 @@ class EngineSelector(selectors.BaseSelector):
     A selector that runs a reactor while it waits.
 
     :param reactor: the reactor.
-    :param loop: the event loop that selects.
+    :param loop: the event loop whose selector it is.
+    :ivar fields: the fields of the log context while the loop runs in that of a main
+        loop; otherwise None.
     """
 
     def __init__(self, reactor: AsyncioEngineReactor, loop: Any) -> None:
         self._reactor = reactor
         self._loop = loop
         self._watched: dict[int, Watched] = {}
-        # Those with something pending.
+        # The watched descriptors that are ready.
         self._reported: list[Watched] = []
         self._map = _Map(self._watched)
         self.fields: LogContext | None = None
-        """The fields of the log context that the loop runs in; None if in any."""
 
     # Registrations
 
@@ -64,9 +65,9 @@ class EngineSelector(selectors.BaseSelector):
         self, fileobj: Any, events: int, data: Any = None
     ) -> selectors.SelectorKey:
         """
-        As ``BaseSelector.register``.
+        See ``BaseSelector.register``.
 
-        :raises OSError: if the descriptor cannot be watched, ``PermissionError`` for a
+        :raises OSError: if the descriptor cannot be watched; ``PermissionError`` for a
             file on Linux.
         """
         _check(events)
@@ -95,9 +96,10 @@ class EngineSelector(selectors.BaseSelector):
         self, fileobj: Any, events: int, data: Any = None
     ) -> selectors.SelectorKey:
         """
-        As ``BaseSelector.modify``.
+        See ``BaseSelector.modify``.
 
-        :raises OSError: if the descriptor was closed; it is not registered any more.
+        :raises OSError: if the descriptor was closed.  Then it is not registered any
+            more.
         """
         _check(events)
         watched = self._map.find(fileobj)
@@ -106,7 +108,8 @@ class EngineSelector(selectors.BaseSelector):
         if type(watched) is WatchedTransport and data[0] is not None:
             watched.run = data[0]._context.run
         if events != former.events:
-            # First what begins: otherwise the registration might end in between.
+            # New interest first, so that the engine's registration does not end in
+            # between.
             try:
                 self._watch(watched, events & ~former.events)
             except BaseException:
@@ -116,7 +119,7 @@ class EngineSelector(selectors.BaseSelector):
         return watched.key
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
-        """As ``BaseSelector.unregister``."""
+        """See ``BaseSelector.unregister``."""
         watched = self._map.find(fileobj)
         key = watched.key
         del self._watched[key.fd]
@@ -124,15 +127,15 @@ class EngineSelector(selectors.BaseSelector):
         return key
 
     def get_key(self, fileobj: Any) -> selectors.SelectorKey:
-        """As ``BaseSelector.get_key``."""
+        """See ``BaseSelector.get_key``."""
         return self._map.find(fileobj).key
 
     def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
-        """As ``BaseSelector.get_map``."""
+        """See ``BaseSelector.get_map``."""
         return self._map
 
     def close(self) -> None:
-        """Watch nothing any more."""
+        """Stop watching all descriptors."""
         for watched in list(self._watched.values()):
             self._unwatch(watched, READ | WRITE)
         self._watched.clear()
@@ -149,7 +152,7 @@ class EngineSelector(selectors.BaseSelector):
                 raise
 
     def _unwatch(self, watched: Watched, directions: int) -> None:
-        # What is pending was found out for the interest that ends.
+        # Drop pending directions whose interest ends.
         if watched.pending:
             watched.pending &= ~directions
             if not watched.pending:
@@ -165,10 +168,10 @@ class EngineSelector(selectors.BaseSelector):
         self, timeout: float | None = None
     ) -> list[tuple[selectors.SelectorKey, int]]:
         """
-        Make passes of the reactor until asyncio has something to do.
+        Run passes of the reactor until asyncio has something to do.
 
-        :param timeout: seconds; None for no limit.  What is scheduled meanwhile ends
-            the wait earlier.
+        :param timeout: seconds; None for no limit.  A callback or timer of asyncio that
+            is scheduled meanwhile may end the wait earlier.
         """
         fields = self.fields
         if fields is None:
@@ -180,7 +183,7 @@ class EngineSelector(selectors.BaseSelector):
             return []
         events = []
         for watched in reported:
-            # Each was registered when it became ready, and still is.
+            # A descriptor that was unregistered meanwhile is not in the list any more.
             events.append((watched.key, watched.pending))
             watched.pending = 0
         reported.clear()
@@ -199,7 +202,7 @@ class EngineSelector(selectors.BaseSelector):
                 delay = reactor._make_calls()
                 if reactor.collecting:
                     reactor.send_collected()
-                # Only now: all this may have given asyncio something to do.
+                # Not earlier: the calls above may have given asyncio something to do.
                 if timeout == 0 or reported or loop._ready or loop._stopping:
                     delay = 0
                 elif loop._scheduled or deadline is not None:
@@ -223,7 +226,7 @@ class EngineSelector(selectors.BaseSelector):
                 if loop._scheduled and loop._scheduled[0]._when < now:
                     return
                 if loop._timer_cancelled_count > len(loop._scheduled) // 2 + 100:
-                    # Only the loop itself throws cancelled timers away.
+                    # Only the loop itself removes cancelled timers.
                     return
             if loop._ready:
                 if not reactor.in_plain_run:
@@ -234,7 +237,7 @@ class EngineSelector(selectors.BaseSelector):
 
     def _run_ready(self) -> None:
         """
-        What the loop itself does when nothing but callbacks is there.
+        Call the scheduled callbacks, as the loop would if nothing else is to do.
 
         :raises LoopStopped: if one of them has stopped the loop.
         """
@@ -244,13 +247,16 @@ class EngineSelector(selectors.BaseSelector):
             handle = ready.popleft()
             if not handle._cancelled:
                 handle._run()
-        # It may hold an exception whose traceback holds this frame.
+        # The handle may refer to an exception whose traceback refers to this frame.
         handle = None
         if loop._stopping:
             raise LoopStopped
 
     def _sleep(self, delay: float | None, deadline: float | None) -> float:
-        """How long nothing is due: for Twisted, for asyncio and for the caller."""
+        """
+        How long to sleep: until the next call of Twisted, the next timer of asyncio, or
+        the deadline.
+        """
         loop = self._loop
         end = _LONGEST_SLEEP + (now := loop.time())
         if deadline is not None and deadline < end:
@@ -276,7 +282,7 @@ class _Map(Mapping[Any, selectors.SelectorKey]):
         try:
             found = self._watched.get(_descriptor_of(fileobj))
         except ValueError:
-            # It was closed, and is known by what it was.
+            # The file is closed and has no descriptor any more, so search for the file.
             found = next(
                 (
                     each

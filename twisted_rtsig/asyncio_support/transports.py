@@ -1,5 +1,6 @@
 """
-asyncio's transport for stream sockets, which sends what a pass has written in one go.
+asyncio's transport for stream sockets, which sends at once all that was written in a
+pass.
 """
 
 from __future__ import annotations
@@ -12,50 +13,52 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from twisted_rtsig.asyncioreactor import AsyncioEngineReactor
 
-# In bytes: the most that a transport reads at once.  asyncio asks for 256 KiB, which is
-# more than the C library allocates from its heap (mallopt(3), M_MMAP_THRESHOLD): each
-# read, however small, then maps memory, faults it in and unmaps it.
 MOST_AT_ONCE: Final = 65536
+"""
+The most bytes that a transport reads at once.  asyncio asks for 256 KiB, which is more
+than the C library allocates from its heap (mallopt(3), M_MMAP_THRESHOLD): each read,
+however small, would map memory, fault it in and unmap it.
+"""
 
-# The most bytes that one transport collects before it sends.  Pieces are copied when
-# they are put together.
+# The most bytes that a transport collects before it sends.  Collecting copies them.
 _COLLECTED_AT_MOST: Final = 16 * 1024
 
 INTERNET: Final = (socket.AF_INET, socket.AF_INET6)
+"""The address families of the internet."""
 
 
 class SocketTransport(asyncio.selector_events._SelectorSocketTransport):  # type: ignore[name-defined,misc]
     """
-    asyncio's transport for stream sockets, which the engine may read for, and which
-    sends what is written when the callbacks of the pass have been called.
+    asyncio's transport for stream sockets.  The engine may read for it, and it sends
+    written data after the callbacks of the pass.
 
-    Whatever else is asked of the transport, what is collected is sent first.  So it is
-    that of asyncio in all but the moment of the send.
+    Every other method first sends the collected data.  So the transport differs from
+    that of asyncio only in when it sends.
 
-    :ivar collected: what was written and not sent yet.
+    :ivar collected: data that was written and not sent yet.
     """
 
     max_size = MOST_AT_ONCE
 
     def __init__(self, loop: Any, *args: Any, **kwargs: Any) -> None:
         self.collected = b""
-        # Whether asyncio's own write() would send at once.
+        # Whether the write() of asyncio would send at once.
         self._sends_at_once = True
         self._reactor: AsyncioEngineReactor = loop.reactor
         super().__init__(loop, *args, **kwargs)
-        # From Python 3.15 on, asyncio's transports have one.
+        # The transports of asyncio have one since Python 3.15.
         if getattr(self, "_context", None) is None:
             self._context = contextvars.copy_context()
 
     def write(self, data: Any) -> None:
-        """As ``WriteTransport.write``."""
+        """See ``WriteTransport.write``."""
         reactor = self._reactor
         if (
             self._sends_at_once
             and reactor.in_plain_run
             and type(data) is bytes
             and len(data) <= _COLLECTED_AT_MOST
-            # Otherwise a signal handler writes, in the middle of the sleep.
+            # If the reactor waits, a signal handler writes during the sleep.
             and not reactor._waiting
         ):
             collected = self.collected
@@ -76,7 +79,9 @@ class SocketTransport(asyncio.selector_events._SelectorSocketTransport):  # type
         )
 
     def send_collected(self) -> None:
-        """Send what is collected, and leave to asyncio what there is no room for."""
+        """
+        Send the collected data, and pass to asyncio what the kernel has no room for.
+        """
         data = self.collected
         if data:
             self.collected = b""
@@ -93,27 +98,27 @@ class SocketTransport(asyncio.selector_events._SelectorSocketTransport):  # type
                 self._context.run(super().write, data[sent:])
 
     def _send_first(self) -> None:
-        """Before what asyncio does."""
+        """Send the collected data, before a method of asyncio."""
         self.send_collected()
         self._sends_at_once = False
 
     def writelines(self, list_of_data: Any) -> None:
-        """As ``WriteTransport.writelines``."""
+        """See ``WriteTransport.writelines``."""
         self._send_first()
         super().writelines(list_of_data)
 
     def write_eof(self) -> None:
-        """As ``WriteTransport.write_eof``."""
+        """See ``WriteTransport.write_eof``."""
         self._send_first()
         super().write_eof()
 
     def close(self) -> None:
-        """As ``BaseTransport.close``."""
+        """See ``BaseTransport.close``."""
         self._send_first()
         super().close()
 
     def get_write_buffer_size(self) -> int:
-        """As ``WriteTransport.get_write_buffer_size``."""
+        """See ``WriteTransport.get_write_buffer_size``."""
         self.send_collected()
         size: int = super().get_write_buffer_size()
         return size
@@ -127,10 +132,10 @@ class SocketTransport(asyncio.selector_events._SelectorSocketTransport):  # type
         return super()._make_empty_waiter()
 
     def reads_plainly(self) -> bool:
-        """Whether it is of TCP, and gives what it reads to ``data_received``."""
+        """Whether it is a TCP transport whose protocol has ``data_received``."""
         if type(self._sock) is not socket.socket:
             return False
-        # The attributes of socket.socket make members of enumerations.
+        # The same attributes of socket.socket would make members of enumerations.
         handle: Any = super(socket.socket, self._sock)
         return (
             handle.family in INTERNET

@@ -1,6 +1,4 @@
-"""
-The descriptors that asyncio watches, as readers and writers of the engine.
-"""
+"""The descriptors that asyncio watches, as readers and writers of the engine."""
 
 from __future__ import annotations
 
@@ -20,11 +18,12 @@ if TYPE_CHECKING:
 @implementer(IReadDescriptor, IWriteDescriptor)
 class Watched:
     """
-    One descriptor that asyncio watches, as the engine sees it.
+    One descriptor that asyncio watches, as a selectable of the engine.
 
-    :ivar key: what asyncio knows it by.
-    :ivar pending: the directions that are ready and that ``select()`` has not returned.
-    :ivar reported: what ``select()`` returns next, in order.
+    :ivar key: the selector key of asyncio.
+    :ivar pending: the directions that are ready and that ``select()`` has not returned
+        yet.
+    :ivar reported: the list of those that ``select()`` returns next.
     """
 
     __slots__ = ("key", "pending", "reported")
@@ -35,13 +34,13 @@ class Watched:
         self.reported = reported
 
     def report(self, directions: int) -> None:
-        """They are ready: ``select()`` returns it."""
+        """Let ``select()`` return it: these directions are ready."""
         if not self.pending:
             self.reported.append(self)
         self.pending |= directions
 
-    # IReadDescriptor and IWriteDescriptor.  The engine calls these only if a selectable
-    # of Twisted's has the other direction of the descriptor.
+    # IReadDescriptor and IWriteDescriptor.  The engine calls these methods only if the
+    # other direction of the descriptor belongs to a selectable of Twisted.
 
     def fileno(self) -> int:
         return self.key.fd
@@ -56,18 +55,20 @@ class Watched:
         self.report(WRITE)
 
     def connectionLost(self, reason: object) -> None:
-        # asyncio finds out by itself.
+        # asyncio will find out by itself.
         pass
 
 
 class WatchedTransport(Watched):
     """
-    The descriptor of a transport that the engine reads from, as from its own streams:
-    the transport's data goes to its protocol within the pass.
+    The descriptor of a transport that the engine reads from like from its own
+    transports: the data is passed to the protocol within the pass.
 
-    The engine asks the kernel only for changes (``tells_drained``), which is what makes
-    it cheap, and right for TCP alone: there a read that returns less than it asked for
-    has emptied the socket.
+    The engine asks the kernel only for changes (``tells_drained``).  That is cheap, and
+    correct only for TCP, where a read that returns less than it asked for has emptied
+    the socket.
+
+    :ivar run: calls a function in the context in which reading began.
     """
 
     __slots__ = (
@@ -79,7 +80,7 @@ class WatchedTransport(Watched):
         "run",
     )
 
-    # Of the engine's streams.
+    # As of the engine's transports.
     tells_drained = True
 
     def __init__(
@@ -92,25 +93,24 @@ class WatchedTransport(Watched):
         super().__init__(key, reported)
         self._transport = transport
         self._reactor: Any = reactor
-        # Of the engine's streams.
+        # As of the engine's transports.
         self.reads_by_recv = False
         self.logstr = "-"
-        # Changes with the protocol.
+        # It changes with the protocol.
         self._mode = transport._read_ready_cb
         self.run = key.data[0]._context.run
-        """Calls functions in the context in which reading began."""
 
     def doRead(self) -> None:
-        """What ``_read_ready__data_received`` of the transport does."""
+        """Do what ``_read_ready__data_received`` of the transport does."""
         transport = self._transport
         try:
             if (
                 transport._read_ready_cb is not self._mode
                 or not self._reactor.calls_protocols
             ):
-                # The transport does not call data_received(), or the loop measures the
-                # callback, or data_received() iterates the reactor: a context is
-                # entered once.
+                # Leave it to asyncio if the transport does not call data_received(); if
+                # the loop measures callbacks; or if data_received() is iterating the
+                # reactor, as a context cannot be entered twice.
                 self._reactor.look_again(self)
                 self.report(READ)
                 return
@@ -135,7 +135,7 @@ class WatchedTransport(Watched):
                 message = "Fatal error: protocol.data_received() call failed."
                 self.run(transport._fatal_error, error, message)
         except BaseException as error:
-            # The engine would log it, and lose the connection.
+            # If it were raised here, the engine would log it and close the connection.
             self._reactor.raised = error
 
 
