@@ -2,15 +2,15 @@
 One loop for Twisted and asyncio: a reactor of this package, and an asyncio event loop
 that waits in it.
 
-Twisted's part runs as fast as on the reactor of this package for the system, and any
-library for asyncio runs unchanged in the same thread.  Install it before anything
-imports ``twisted.internet.reactor``::
+The Twisted part of a program runs as fast as on the other reactors of this package, and
+any asyncio library runs unchanged in the same thread.  Install the reactor before
+anything imports ``twisted.internet.reactor``::
 
     from twisted_rtsig import asyncioreactor
     asyncioreactor.install()
 
-or by its short name: ``twistd --reactor=rtsig-asyncio web``.  A program of asyncio's
-has the reactor with its loop::
+or by its short name: ``twistd --reactor=rtsig-asyncio web``.  In an asyncio program,
+the loop brings the reactor with it::
 
     asyncio.Runner(loop_factory=asyncioreactor.new_event_loop)
 
@@ -60,7 +60,7 @@ if sys.platform.startswith("linux"):
 elif hasattr(select, "kqueue"):
     from twisted_rtsig.kqreactor import KQueueReactor as SystemReactor
 else:
-    # The reactor refuses to be made.
+    # Making the reactor fails here.
     SystemReactor = EngineReactor
 
 if unixEnabled:
@@ -68,20 +68,20 @@ if unixEnabled:
 
 _log = Logger()
 
-# Before anything replaces it.
+# Taken now, before replace() puts another class in its place.
 _TwistedsReactor = twisteds.AsyncioSelectorReactor
 
 
 def _ignore(number: int, frame: object) -> None:
-    """The handler of a signal that only has to be written to the wakeup descriptor."""
+    """A signal handler that does nothing: the wakeup descriptor gets the signal."""
 
 
 class _Signals:
     """
-    The signal handlers of a reactor: those of Twisted's, and one for SIGCHLD, for which
-    the loop has the wakeup descriptor.
+    The signal handlers of a reactor: those of Twisted, and one for SIGCHLD, which
+    reaches the loop through its wakeup descriptor.
 
-    :param inner: what handles SIGINT and SIGTERM.
+    :param inner: the object that handles SIGINT and SIGTERM.
     """
 
     def __init__(self, loop: EngineEventLoop, inner: Any) -> None:
@@ -89,21 +89,21 @@ class _Signals:
         self._inner = inner
 
     def install(self) -> None:
-        """Set the handlers."""
+        """Install the handlers."""
         self._inner.install()
         self.hear_of_children()
-        # Those that have ended before.
+        # Reap children that have ended before.
         process.reapAllProcesses()
 
     def hear_of_children(self) -> None:
-        """Set what asyncio takes away with its last signal handler."""
+        """Install what asyncio removes together with its last signal handler."""
         if not callable(signal.getsignal(signal.SIGCHLD)):
             signal.signal(signal.SIGCHLD, _ignore)
             signal.siginterrupt(signal.SIGCHLD, False)
         signal.set_wakeup_fd(self._loop._csock.fileno())
 
     def uninstall(self) -> None:
-        """Take back the handler for SIGCHLD."""
+        """Remove the handlers."""
         self._inner.uninstall()
         if signal.getsignal(signal.SIGCHLD) is _ignore:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -116,7 +116,9 @@ class _Signals:
 
 def _check_system() -> None:
     """
-    :raises UnsupportedReactorError: if the system has no notifier for the reactor.
+    Check that the system has a notifier for the reactor.
+
+    :raises UnsupportedReactorError: if it has none.
     """
     if sys.platform.startswith("linux") or hasattr(select, "kqueue"):
         return
@@ -133,7 +135,7 @@ def _check_system() -> None:
 
 
 def _is_refused(descriptor: int) -> bool:
-    """Whether it is a file, a directory, or a device like /dev/null."""
+    """Whether epoll refuses it: a file, a directory, or a device like /dev/null."""
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode):
         return False
@@ -147,13 +149,25 @@ def _is_refused(descriptor: int) -> bool:
 
 class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
     """
-    What reactors with an asyncio event loop share, whatever notifier they have.
+    The base class of reactors with an asyncio event loop, for any notifier.
 
     It is a subclass of Twisted's ``AsyncioSelectorReactor`` for code that asks for the
-    class.  Nothing of that is used, apart from the name of ``_asyncioEventloop``.
+    class.  It uses nothing of it, and has the same attribute ``_asyncioEventloop``.
 
     :param loop: the event loop.  None takes the one that runs in this thread, or else a
         new one, which becomes the current one (``asyncio.set_event_loop``).
+    :ivar starts_with_loop: whether the loop starts the reactor when it runs, as nothing
+        calls ``run()``.
+    :ivar makes_one_pass: whether ``iterate()`` runs the loop.
+    :ivar calls_protocols: whether a pass may call protocols of asyncio.  It may not in
+        debug mode, in which the loop measures callbacks, nor within a call of
+        ``iterate()``.
+    :ivar in_plain_run: whether a pass may call protocols of asyncio, and the loop was
+        run after it got this reactor.  Then ``send_collected()`` is called before the
+        loop waits and when it has stopped.
+    :ivar collecting: the transports that have collected data to send.
+    :ivar raised: an error of an asyncio protocol that ends the loop; None if there is
+        none.
     """
 
     _asyncioEventloop: Any
@@ -167,23 +181,11 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
         if loop is not None:
             check_loop(loop)
         self.starts_with_loop = False
-        """Whether the loop starts the reactor when it runs: nothing calls run()."""
         self.makes_one_pass = False
-        """Whether the loop is run by iterate()."""
         self.calls_protocols = True
-        """
-        Whether a pass may call protocols of asyncio: not in debug mode, in which the
-        loop measures callbacks, and not within a call of iterate().
-        """
         self.in_plain_run = False
-        """
-        Whether the same holds, and the loop was run after it got this reactor.  Then
-        send_collected() is called before it waits and when it has stopped.
-        """
         self.collecting: deque[SocketTransport] = deque()
-        """Transports that have something to send."""
         self.raised: BaseException | None = None
-        """What a protocol of asyncio has raised in a pass, and ends the loop."""
         self._was_started_by_loop = False
         # Whether crash() ends the run of the loop.
         self._runs_loop = False
@@ -196,18 +198,19 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
         self._asyncioEventloop = adopt(loop, self)
         self.calls_protocols = not loop.get_debug()
 
-    # Not those of Twisted's reactor, which come before these.
+    # Those of Twisted's asyncio reactor would come first.
     callFromThread = ReactorBase.callFromThread  # type: ignore[assignment]
     stop = ReactorBase.stop
 
-    # IReactorFDSet: asyncio's descriptors are not the reactor's to list or to remove.
+    # IReactorFDSet: the descriptors of asyncio are not listed, nor removed by
+    # removeAll().
 
     def getReaders(self) -> list[Any]:
-        """All readers of Twisted's, the reactor's own included."""
+        """Return all readers of Twisted, including the reactor's own."""
         return [each for each in super().getReaders() if not isinstance(each, Watched)]
 
     def getWriters(self) -> list[Any]:
-        """All writers of Twisted's, as :meth:`EngineReactor.getWriters` lists them."""
+        """Return all writers of Twisted, as :meth:`EngineReactor.getWriters` does."""
         return [each for each in super().getWriters() if not isinstance(each, Watched)]
 
     def _dispatch(
@@ -215,7 +218,7 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
     ) -> None:
         watched = registration.reader
         if ready == READ and type(watched) is Watched:
-            # Nearly all of asyncio's events.
+            # Nearly all events of asyncio are of this kind.
             unchecked = self._unchecked
             known = unchecked.get(registration, 0)
             if not known & READ:
@@ -237,13 +240,13 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
             if registration.reader is not None and not (
                 self._unchecked.get(registration, 0) & READ
             ):
-                # The end of the stream, say, after which there is no more to read.
+                # The event may be the end of the stream, after which reading stops.
                 self._mark_unchecked(registration, READ | disarmed)
                 watched.doRead()
             return
         if ready & GONE:
-            # Some kernels would tell it again and again.  asyncio's selectors on
-            # others tell nothing.
+            # Some kernels would report it again and again.  The selectors of asyncio
+            # for the other kernels do not report it.
             self.removeReader(watched)
             self.removeWriter(watched)
             return
@@ -259,9 +262,9 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
 
     def run(self, installSignalHandlers: bool = True) -> None:
         """
-        See ``IReactorCore.run``.  An end of the loop ends it as well: ``loop.stop()``,
-        or a ``SystemExit`` or ``KeyboardInterrupt`` that a callback of asyncio's
-        raises.
+        See ``IReactorCore.run``.  It also returns when the loop ends: by
+        ``loop.stop()``, or by a ``SystemExit`` or ``KeyboardInterrupt`` of a callback
+        of asyncio.
 
         :raises ReactorAlreadyRunning: if the loop runs.
         :raises RuntimeError: if the loop is closed.
@@ -284,9 +287,10 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
 
     def startRunning(self, installSignalHandlers: bool = True) -> None:
         """
-        Fire the startup events, in the event loop.  The loop does this by itself if it
-        came from :func:`new_event_loop`, or ran when the reactor was installed; then a
-        call only installs the signal handlers.
+        Fire the startup events, in the event loop.
+
+        The loop does this by itself if it is from :func:`new_event_loop`, or ran when
+        the reactor was installed.  Then a call only installs the signal handlers.
         """
         if self._started and self._was_started_by_loop:
             self._was_started_by_loop = False
@@ -300,7 +304,9 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
 
     @contextlib.contextmanager
     def _loop_current(self) -> Iterator[None]:
-        """What is called finds the loop, as if that ran."""
+        """
+        Make the loop the running one, for code that is called while it does not run.
+        """
         if events._get_running_loop() is not None:
             yield
             return
@@ -321,7 +327,7 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
                     loop.run_forever()
                 except BaseException as raised:
                     if error is not None:
-                        # A second time: it is in a hurry.
+                        # The second error: do not wait for the shutdown events.
                         self.crash()
                         raise
                     error = raised
@@ -331,7 +337,7 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
                 raise error
         finally:
             self._runs_loop = False
-            # The traceback holds this frame.
+            # The traceback refers to this frame.
             del error
             self._notifier.close()
 
@@ -369,35 +375,37 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
     # For the event loop
 
     def send_collected(self) -> None:
-        """Send what transports of asyncio have collected."""
+        """Send the data that transports of asyncio have collected."""
         collecting = self.collecting
         while collecting:
             collecting.popleft().send_collected()
 
     def is_file(self, watched: Watched) -> bool:
         """
-        Whether epoll refuses it, and with that asyncio's own selector on Linux.
-        Programs find out by it that standard input is a file, for example.  The engine
-        takes files, and reports them as ready at all times, as poll(2) does.
+        Whether epoll refuses the descriptor, and so does asyncio's own selector on
+        Linux.
+
+        By that error programs find out that standard input is a file, for example.  The
+        engine accepts files, and reports them as always ready, as poll(2) does.
 
         :raises OSError: EBADF
         """
         if not sys.platform.startswith("linux"):
             return False
-        # Asked already, if epoll is the notifier.
+        # If the notifier uses epoll, it has asked already.
         known = getattr(self._notifier, "has_refused", None)
         refused = None if known is None else known(watched.key.fd)
         return _is_refused(watched.key.fd) if refused is None else refused
 
     def start_by_loop(self) -> None:
-        """The loop runs, and nothing else starts the reactor."""
+        """Start the reactor: the loop runs, and nothing else starts the reactor."""
         self.starts_with_loop = False
         if not (self._started or self._startedBefore):
             self.startRunning(installSignalHandlers=False)
             self._was_started_by_loop = True
 
     def signal_handler_removed(self, number: int) -> None:
-        """asyncio has removed its handler of a signal, and left the default one."""
+        """Restore the handler of a signal for which asyncio has removed its handler."""
         if not isinstance(self._signals, _Signals):
             return
         self._signals.hear_of_children()
@@ -407,10 +415,10 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
             signal.signal(number, self.sigTerm)
 
     def loop_closes(self) -> None:
-        """The loop is about to close: stop in order, if that is still to be done."""
+        """Stop the reactor in order, if it runs, before the loop is closed."""
         if self._started:
             if events._get_running_loop() is not None:
-                # Another loop, in which this one cannot run.
+                # Another loop runs, within which this one cannot run.
                 self.crash()
             else:
                 if not self._stopped:
@@ -420,21 +428,21 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
             self._signals.uninstall()
 
     def loop_closed(self) -> None:
-        """Nothing runs the reactor any more: give the kernel everything back."""
+        """Release all kernel resources: nothing runs the reactor any more."""
         self._notifier.close()
         waker, self.waker = self.waker, None
         if waker is not None and waker in self._internalReaders:
             self._removeInternalReader(waker)
             waker.connectionLost(Failure(RuntimeError("the event loop was closed")))
 
-    # For run(), which is a whole program
+    # For twisted_rtsig.run()
 
     def end_asyncio(self, limit: float | None) -> Deferred[None]:
         """
-        Cancel the tasks of asyncio, and end its asynchronous generators and its
-        threads, as ``asyncio.run`` does at the end.
+        Cancel the tasks of asyncio, and end its asynchronous generators and threads, as
+        ``asyncio.run`` does at the end.
 
-        :param limit: how many seconds tasks are waited for; None for no limit.
+        :param limit: how long to wait for the tasks, in seconds; None for no limit.
         """
         loop = self._asyncioEventloop
         return Deferred.fromFuture(loop.create_task(self._end_asyncio(limit)))
@@ -469,7 +477,7 @@ class AsyncioEngineReactor(EngineReactor, _TwistedsReactor):
         await loop.shutdown_default_executor()
 
     def close_own_loop(self) -> None:
-        """Close the loop, if the reactor has made it."""
+        """Close the loop if the reactor has made it."""
         if self._made_loop:
             self._asyncioEventloop.close()
 
@@ -483,8 +491,8 @@ def _nothing() -> None:
 
 class AsyncioReactor(AsyncioEngineReactor, SystemReactor):
     """
-    The reactor of this package for this system, and an asyncio event loop: epoll on
-    Linux, kqueue on BSD and macOS.
+    The reactor of this package for this system (epoll on Linux, kqueue on BSD and
+    macOS) and an asyncio event loop.
 
     :param loop: the event loop, an ``asyncio.SelectorEventLoop``.  None takes the one
         that runs in this thread, or else a new one, which becomes the current one
@@ -518,15 +526,15 @@ def install(
     loop: asyncio.AbstractEventLoop | None = None, *, realtime_signals: bool = False
 ) -> None:
     """
-    Make a reactor with an asyncio event loop the one of this process.
+    Install a reactor with an asyncio event loop.
 
-    In a loop that runs, the reactor is started at once, and stopped when the loop is
-    closed.  Otherwise ``reactor.run()`` starts it, which runs the loop as well.
+    If the loop runs, the reactor is started at once, and stopped when the loop is
+    closed.  Otherwise ``reactor.run()`` starts it, and runs the loop as well.
 
     :param loop: the event loop, as of :class:`AsyncioReactor`.  If it has a reactor
         already, that one is installed.
     :param realtime_signals: use realtime signals in place of epoll, on Linux.
-    :raises ReactorAlreadyInstalledError: if there is a reactor already.
+    :raises ReactorAlreadyInstalledError: if a reactor is installed already.
     :raises twisted_rtsig.notifiers.UnsupportedReactorError: as :class:`AsyncioReactor`.
     """
     if _INSTALLED in sys.modules:
@@ -547,14 +555,15 @@ def install(
 
 def new_event_loop() -> asyncio.SelectorEventLoop:
     """
-    An event loop that runs a reactor while it waits, for ``asyncio.Runner``::
+    Return an event loop that runs a reactor while it waits, for ``asyncio.Runner``::
 
         asyncio.Runner(loop_factory=asyncioreactor.new_event_loop)
 
-    In the main thread it is the loop of the installed reactor, if that is of this
-    module and was not handed out before; if no reactor is installed, that of the new
-    loop is.  This reactor starts with the loop, and stops when the loop is closed.  All
-    other loops have a reactor that is not installed: ``loop.reactor``.
+    In the main thread, if no reactor is installed, the reactor of the new loop is
+    installed.  If a reactor of this module is installed, and its loop was not returned
+    before, that loop is returned.  In both cases the reactor starts with the loop, and
+    stops when the loop is closed.  In all other cases the loop has a reactor that is
+    not installed: ``loop.reactor``.
 
     :raises twisted_rtsig.notifiers.UnsupportedReactorError: if the reactor cannot run
         here; the message says why.
@@ -595,8 +604,8 @@ def _reactor_with_new_loop() -> AsyncioReactor:
 
 def replace() -> None:
     """
-    Put the reactor of this module in the place of Twisted's, for code that names
-    Twisted's: ``AsyncioSelectorReactor`` and ``install`` of
+    Replace Twisted's asyncio reactor by that of this module, for code that uses it by
+    name: ``AsyncioSelectorReactor`` and ``install`` of
     ``twisted.internet.asyncioreactor`` are then those of this module, and so is
     ``--reactor=asyncio``.
 
@@ -608,7 +617,7 @@ def replace() -> None:
 
 
 def _install_for_twisted(eventloop: asyncio.AbstractEventLoop | None = None) -> None:
-    """As ``twisted.internet.asyncioreactor.install``."""
+    """Do what ``twisted.internet.asyncioreactor.install`` does."""
     install(eventloop)
 
 

@@ -1,6 +1,5 @@
 """
-A program from its first line to its last: a reactor, one main function, and an orderly
-end, also on a signal.
+A whole program: a reactor, one main function, and an orderly end, also on a signal.
 
 See ``docs/running.md``.
 """
@@ -49,7 +48,7 @@ T = TypeVar("T")
 _log = Logger()
 
 GRACE: Final = 30.0
-"""How many seconds a program has to end after a signal, by default."""
+"""The default time that a program has to end after a signal, in seconds."""
 
 # The signals that ask a program to end, and the method of a reactor with which Twisted
 # handles each.  SIGBREAK is Ctrl-Break on Windows.
@@ -72,11 +71,11 @@ _OF_CHILDREN: Final = [
 # STATUS_CONTROL_C_EXIT, 0xC000013A.
 _CONTROL_C_EXIT: Final = 0xC000013A - (1 << 32)
 
-# How many seconds the log has to take the line that tells of the end: it may be a pipe
+# How long to wait for the last line to be logged, in seconds: the log may be a pipe
 # that no process reads.
 _TO_TELL: Final = 1.0
 
-# How many turns of the reactor asynchronous generators have to begin their end.
+# The number of turns of the reactor in which asynchronous generators can begin to end.
 _TURNS: Final = 3
 
 
@@ -102,18 +101,19 @@ def run(
     waits for its threads.
 
     :param main: an ``async def`` or generator function, or one that returns a Deferred.
-    :param reactor: the one to install: a short name (``"rtsig"``,
-        ``"rtsig-asyncio"``), a class, or an instance.  By default that of this package
+    :param reactor: the reactor to install: a short name (``"rtsig"``,
+        ``"rtsig-asyncio"``), a class, or an instance.  By default, that of this package
         for this system.  If it is installed already, it is used.
-    :param grace: how many seconds everything has to end after the first signal; then
-        what still runs is logged, and the process ends by the signal.  Without a
-        signal: how long tasks that are left are waited for after ``main`` has ended.
-        None for no limit.
-    :param name: what the task is called in logs; by default the name of ``main``.
-    :param debug: whether forgotten awaits are told, as by
-        :func:`twisted_rtsig.coro.set_debug`; by default as the environment says.
-    :return: what ``main`` returns.
-    :raises BaseException: what ``main`` raises; its ``SystemExit`` is the exit status.
+    :param grace: the time that everything has to end after the first signal, in
+        seconds.  Then the tasks and threads that still run are logged, and the process
+        ends by the signal.  Without a signal, the time to wait for tasks that are left
+        when ``main`` has ended.  None for no limit.
+    :param name: the name of the task in logs; by default the name of ``main``.
+    :param debug: whether to report forgotten awaits, as
+        :func:`twisted_rtsig.coro.set_debug` does; by default as the environment says.
+    :return: the result of ``main``.
+    :raises BaseException: the error that ``main`` raises; a ``SystemExit`` is the exit
+        status.
     :raises KeyboardInterrupt: if SIGINT has cancelled ``main``, or came after its end.
     :raises SystemExit: likewise for SIGTERM; the process then ends by the signal.
     :raises CancelledError: if ``main`` was cancelled without a signal.
@@ -136,7 +136,7 @@ def run(
     try:
         raise error
     finally:
-        # The traceback holds this frame.
+        # The traceback refers to this frame.
         del error, program, main, args
 
 
@@ -175,21 +175,21 @@ class _Program:
         self._reactor = reactor
         self._grace = grace
         self._task: Task[Any] | None = None
-        # What waits for other tasks.  Nothing else refers to these, if all that they
-        # wait for is each other.
+        # Tasks that wait for other tasks.  There may be no other reference to them, if
+        # the tasks only wait for each other.
         self._endings: list[Task[Any]] = []
-        # Why there is no task.
+        # The error because of which there is no task.
         self._refusal: BaseException | None = None
         # The first signal, and whether it has cancelled the main task.
         self._signal: int | None = None
         self._delivered = False
-        # Whether something else than the end of the main task has stopped the reactor.
+        # Whether the reactor was stopped before the main task ended.
         self._stopped_early = False
-        # Locked until the run is over.
+        # Locked while the reactor runs.
         self._over = threading.Lock()
 
     def run(self, main: Callable[..., Any], args: tuple[Any, ...], name: Any) -> None:
-        """Run the reactor until all is over."""
+        """Run the reactor until the program has ended."""
         reactor = self._reactor
         reactor.callWhenRunning(self._start, main, args, name)
         reactor.addSystemEventTrigger("before", "shutdown", self._shut_down)
@@ -209,7 +209,7 @@ class _Program:
                 close_loop()
 
     def error(self) -> BaseException | None:
-        """What ``run`` is to raise, if it does not return a result."""
+        """The error that ``run`` is to raise; None if it returns a result."""
         task = self._task
         if self._refusal is not None:
             return self._refusal
@@ -227,7 +227,7 @@ class _Program:
         return task._see_error() if task.cancelled else None
 
     def result(self) -> Any:
-        """What the main function has returned."""
+        """The result of the main function."""
         assert self._task is not None
         return self._task.result()
 
@@ -236,7 +236,7 @@ class _Program:
     def _start(
         self, main: Callable[..., Any], args: tuple[Any, ...], name: str | None
     ) -> None:
-        """The reactor runs."""
+        """Start the main task, when the reactor runs."""
         if self._signal is None:
             try:
                 self._task = spawn(main, *args, name=name, reactor=self._reactor)
@@ -248,7 +248,7 @@ class _Program:
             self._task._when_done(self._stop)
 
     def _stop(self, task: Task[Any] | None = None) -> None:
-        """The main task has ended, or was not started."""
+        """Stop the reactor: the main task has ended, or was not started."""
         # It may be stopping already.
         with contextlib.suppress(ReactorNotRunning):
             self._reactor.stop()
@@ -258,8 +258,8 @@ class _Program:
     @contextlib.contextmanager
     def _signals_handled(self) -> Iterator[None]:
         """
-        Handle the signals that ask for the end and that nothing handles yet; and leave
-        no handler behind, neither those of this function nor of the reactor.
+        Handle the signals that ask a program to end, unless they have a handler
+        already.  At the end, remove these handlers, and those that the reactor has set.
         """
         reactor = self._reactor
         before = {n: signal.getsignal(n) for n in (*_SIGNALS, *_OF_CHILDREN)}
@@ -272,7 +272,7 @@ class _Program:
         ]
         wakeup = signal.set_wakeup_fd(-1)
         signal.set_wakeup_fd(wakeup)
-        # What the reactor sets when it starts, whatever was set before.
+        # The handlers that the reactor sets when it starts, in place of existing ones.
         methods = {
             _SIGNALS[number]: self._on_signal if number in self._handled else handler
             for number, handler in before.items()
@@ -291,20 +291,22 @@ class _Program:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None = None) -> None:
-        """Called between any two instructions of the main thread."""
+        """
+        The signal handler, called between any two instructions of the main thread.
+        """
         if self._signal is not None:
             return
         self._signal = number
-        # A second signal ends the process at once, whatever Python does then.
+        # A second signal ends the process at once, whatever Python is doing.
         for each in self._handled:
             signal.signal(each, signal.SIG_DFL)
         if self._grace is not None:
-            # Not threading.Thread, whose locks the main thread may hold right now.
+            # Not threading.Thread: the main thread may hold one of its locks right now.
             _thread.start_new_thread(self._enforce, (self._grace,))
         self._reactor.callFromThread(self._cancel)
 
     def _cancel(self) -> None:
-        """A signal has come: in a turn of the reactor."""
+        """Cancel the main task after a signal, in a turn of the reactor."""
         assert self._signal is not None
         _log.info(
             "{signal}: the program ends{within}; a second signal ends it at once",
@@ -318,8 +320,9 @@ class _Program:
 
     def _enforce(self, seconds: float) -> None:
         """
-        In a thread, which nothing that the main thread does can hold up: end the
-        process when the grace is over.
+        End the process when the grace is over.
+
+        This runs in a thread, which the main thread cannot block.
         """
         if self._over.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
             self._over.release()
@@ -332,7 +335,7 @@ class _Program:
         _die(self._signal)
 
     def _tell(self, seconds: float, told: threading.Lock) -> None:
-        """The grace is over."""
+        """Log what still runs when the grace is over."""
         assert self._signal is not None
         try:
             _log.critical(
@@ -351,9 +354,13 @@ class _Program:
     # The end
 
     def _shut_down(self) -> Deferred[Any] | None:
-        """The first phase of the reactor's end."""
-        # Between this phase, in which services stop and take their time, and the next
-        # one, in which all connections are lost at once.
+        """
+        End the tasks that are left, when the reactor stops.
+
+        This is a trigger of the phase "before", "shutdown", in which services stop and
+        may take their time.  The tasks end between this phase and the next one, in
+        which all connections are lost at once.
+        """
         event = self._reactor._eventTriggers["shutdown"]
         go_on = event._continueFiring
 
@@ -363,7 +370,7 @@ class _Program:
                 lambda failure: _log.failure("The end of run() has failed", failure)
             )
             if (end_asyncio := getattr(self._reactor, "end_asyncio", None)) is not None:
-                # After a signal, the thread looks after the grace.
+                # After a signal, the thread enforces the grace.
                 limit = self._grace if self._signal is None else None
                 ending.addCallback(lambda ignored: end_asyncio(limit))
             ending.addBoth(go_on)
@@ -386,13 +393,13 @@ class _Program:
         try:
             with self._within_grace():
                 for _ in range(_TURNS):
-                    # Tasks may spawn others when they are cancelled, again and again.
+                    # Tasks may spawn others when they are cancelled, and these again.
                     while rest := tasks_of(self._reactor) - {own}:
                         for task in rest:
                             if not closes_generator(task):
                                 task.cancel()
                         await _all_ended(rest).wait()
-                    # Asynchronous generators of theirs end in tasks, which begin later.
+                    # Their asynchronous generators end in tasks, which begin later.
                     await sleep(0)
         except TimeoutError:
             self._tell_of(tasks_of(self._reactor) - {own})
@@ -405,11 +412,11 @@ class _Program:
             self._tell_of({task})
 
     def _within_grace(self) -> contextlib.AbstractContextManager[object]:
-        # After a signal, the thread looks after that.
+        # After a signal, the thread enforces it.
         return timeout(self._grace if self._signal is None else None)
 
     def _tell_of(self, left: set[Task[Any]]) -> None:
-        """The grace is over, and these have not ended."""
+        """Log the tasks that have not ended when the grace is over."""
         _log.critical(
             "{count} tasks were cancelled because the program ends, and have not "
             "ended within {seconds:g} s; they are dropped:\n{tasks}",
@@ -420,7 +427,7 @@ class _Program:
 
 
 def _all_ended(tasks: set[Task[Any]]) -> Event:
-    """Happens when all of them have ended, in whatever way."""
+    """Return an event that happens when all tasks have ended, in any way."""
     all_ended = Event()
     left = len(tasks)
 
@@ -436,7 +443,7 @@ def _all_ended(tasks: set[Task[Any]]) -> Event:
 
 
 def _what_runs(reactor: Any) -> Iterator[str]:
-    """Tasks, and the threads that hold up the end of the process."""
+    """Describe the tasks, and the threads that keep the process from ending."""
     yield format_tasks(reactor)
     frames = sys._current_frames()
     for thread in threading.enumerate():
@@ -450,7 +457,7 @@ def _what_runs(reactor: Any) -> Iterator[str]:
 
 
 def _own_frames(innermost: FrameType) -> list[FrameType]:
-    """Those of the user in the stack of a thread, from the outermost on."""
+    """The frames of the user's code in the stack of a thread, outermost first."""
     frames: list[FrameType] = []
     frame: FrameType | None = innermost
     while frame is not None:
@@ -467,16 +474,17 @@ _NOT_OF_THE_USER: Final = (
 )
 
 
-# The status
+# The exit status
 
 
 def _error_for(number: int) -> BaseException:
-    """What ends a program that a signal has asked to end."""
+    """The error to raise at the end of a program that a signal has asked to end."""
     if number == signal.SIGINT:
         return KeyboardInterrupt()
     if sys.platform == "win32":
         return SystemExit(_CONTROL_C_EXIT if number != signal.SIGTERM else 128 + number)
-    # Python clears this module for certain; others, not if their functions are in use.
+    # Python always clears the module ``sys`` at the end; other modules only if none of
+    # their functions is in use.
     vars(sys)["twisted_rtsig_death"] = _Death(number)
     return SystemExit(128 + number)
 
@@ -484,18 +492,18 @@ def _error_for(number: int) -> BaseException:
 class _Death:
     """
     Ends the process by a signal when the interpreter is finalized, after ``finally``
-    blocks, functions of ``atexit`` and the last flush of the standard streams.  So a
-    shell and systemd see the same as of a program that does not handle the signal.
-    Python does this itself for SIGINT alone.
+    blocks, functions of ``atexit`` and the last flush of the standard streams.  So for
+    a shell and for systemd it ends like a program that does not handle the signal.
+    Python does this itself only for SIGINT.
     """
 
     def __init__(self, number: int) -> None:
         self._number = int(number)
         self._process = os.getpid()
 
-    # Bound here, since the globals are gone by then.
+    # Default arguments, since the globals are gone by then.
     def __del__(self, kill: Any = os.kill, getpid: Any = os.getpid) -> None:
-        # A child that this process has forked ends by itself.
+        # A forked child of this process must not be ended by the signal.
         if getpid() == self._process:
             kill(self._process, self._number)
 
@@ -503,9 +511,9 @@ class _Death:
 def _die(number: int) -> NoReturn:
     """End the process now, from any thread."""
     if sys.platform != "win32":
-        # The handler was reset when the signal came.
+        # The first signal has reset the handler.
         os.kill(os.getpid(), number)
-        # Unless the program has set another one.
+        # This is reached only if the program has set another handler since.
         time.sleep(_TO_TELL)
         os._exit(128 + number)
     os._exit(_CONTROL_C_EXIT if number != signal.SIGTERM else 128 + number)
