@@ -34,8 +34,8 @@ from twisted_rtsig.coro import (
     DelimiterNotFound,
     IncompleteRead,
     Stream,
+    reading,
     spawn,
-    streams,
     timeout,
 )
 
@@ -200,7 +200,7 @@ class StreamMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.marks = mock.patch.multiple(
-            streams, _HIGH_MARK=HIGH_MARK, _LOW_MARK=HIGH_MARK // 2
+            reading, _HIGH_MARK=HIGH_MARK, _LOW_MARK=HIGH_MARK // 2
         )
         self.marks.start()
         self.clock = Clock()
@@ -221,7 +221,7 @@ class StreamMachine(RuleBasedStateMachine):
         reads_in_a_turn=st.sampled_from([3, 256, 256]),
     )
     def connect(self, style: str, reads_in_a_turn: int) -> None:
-        self.budget = mock.patch.object(streams, "_READS_IN_A_TURN", reads_in_a_turn)
+        self.budget = mock.patch.object(reading, "_READS_IN_A_TURN", reads_in_a_turn)
         self.budget.start()
         self.has_budget = reads_in_a_turn == 3
         # A task that was resumed runs when the one that has done it waits.

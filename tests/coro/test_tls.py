@@ -859,7 +859,8 @@ def test_tls_fails_as_a_lost_connection(
 
 
 def quiet_lines(logged: Logged) -> list[dict[str, Any]]:
-    return [each for each in logged if each["log_namespace"].endswith("coro.serving")]
+    of_servers = "twisted_rtsig.coro.factories", "twisted_rtsig.coro.handlers"
+    return [each for each in logged if each["log_namespace"] in of_servers]
 
 
 @pytest.mark.parametrize("offence", OFFENCES)

@@ -11,6 +11,7 @@ from twisted_rtsig.asyncio_support.deferreds import (
 from twisted_rtsig.coro.capturing import OutputLimitExceeded, run_process
 from twisted_rtsig.coro.channel_ends import ChannelReceiver, ChannelSender
 from twisted_rtsig.coro.channels import Channel, ChannelStatistics
+from twisted_rtsig.coro.clients import connect
 from twisted_rtsig.coro.counts import (
     ChannelCounts,
     ServerCounts,
@@ -39,6 +40,7 @@ from twisted_rtsig.coro.errors import (
     UnreadPlaintext,
     WouldBlock,
 )
+from twisted_rtsig.coro.factories import CoroutineFactory
 from twisted_rtsig.coro.forgotten import get_debug, set_debug, wanted_by_environment
 from twisted_rtsig.coro.futures import from_asyncio
 from twisted_rtsig.coro.groups import (
@@ -71,15 +73,10 @@ from twisted_rtsig.coro.scopes import (
 )
 from twisted_rtsig.coro.selection import Deadline, select
 from twisted_rtsig.coro.services import CoroutineService
-from twisted_rtsig.coro.serving import (
-    CoroutineFactory,
-    Server,
-    Stopped,
-    connect,
-    serve,
-)
+from twisted_rtsig.coro.serving import Server, serve
 from twisted_rtsig.coro.signals import SignalReceiver, open_signal_receiver
 from twisted_rtsig.coro.stapled import StapledStream
+from twisted_rtsig.coro.stopping import Stopped
 from twisted_rtsig.coro.stream_protocols import ByteStream, ReceiveStream, SendStream
 from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.symmetric import symmetric, transfer

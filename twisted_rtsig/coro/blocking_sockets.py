@@ -38,11 +38,12 @@ from twisted_rtsig.coro.errors import IncompleteRead, StreamError
 from twisted_rtsig.coro.interfaces import Address
 from twisted_rtsig.coro.locks import Lock
 from twisted_rtsig.coro.operations import Operation
-from twisted_rtsig.coro.output import below_tls
+from twisted_rtsig.coro.reading import MAX_BYTES, TURNS_TO_RECEIVE
 from twisted_rtsig.coro.scheduler import cancel_call
 from twisted_rtsig.coro.stacks import check_can_wait, wait
-from twisted_rtsig.coro.streams import MAX_BYTES, TURNS_TO_RECEIVE, Stream
+from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.tasks import scheduler_for, sleep
+from twisted_rtsig.coro.tls import below_tls
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from twisted_rtsig.coro.channels import channels
 from twisted_rtsig.coro.children import processes
+from twisted_rtsig.coro.factories import servers
 from twisted_rtsig.coro.output import unsent_output
 from twisted_rtsig.coro.scheduler import Scheduler
-from twisted_rtsig.coro.serving import servers
 from twisted_rtsig.coro.tasks import scheduler_for
 
 if TYPE_CHECKING:

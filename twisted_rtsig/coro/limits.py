@@ -1,44 +1,18 @@
 """
-The limits of a server: how many connections it takes, and how long it waits for peers.
-
-A stranger can exceed each limit as often as it likes, so the log lines that tell of it
-are limited as well.
+How many connections a server takes: in all, and from one address.
 """
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Hashable
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, Literal
 
-from twisted.internet.error import ConnectionAborted
-from twisted.logger import Logger
-from twisted.python.failure import Failure
-
-from twisted_rtsig.coro.output import descriptor, handshake_is_done, pending_output
-from twisted_rtsig.coro.scheduler import cancel_call
-
-if TYPE_CHECKING:
-    from twisted_rtsig.coro.streams import Stream
-
-_log = Logger()
+from twisted_rtsig.coro.output import descriptor
 
 if sys.platform != "win32":
     import resource
-
-IDLE_TIMEOUT: Final = 3600.0
-"""Seconds in which nothing is sent or received, by default."""
-
-FIRST_BYTE_TIMEOUT: Final = 60.0
-"""Seconds in which a new peer sends nothing though it is waited for, by default."""
-
-WRITE_TIMEOUT: Final = 120.0
-"""
-Seconds in which a peer takes nothing of what was written, by default: long enough for a
-system that acknowledges in steps, each of which is a part of a large receive buffer.
-"""
 
 MOST_CONNECTIONS: Final = 1 << 16
 """With ``max_connections="auto"``, where the limit of descriptors is no lower."""
@@ -47,20 +21,8 @@ MOST_CONNECTIONS: Final = 1 << 16
 # else: files, connections to other servers, child processes, logs.
 _SHARE_KEPT_FREE: Final = 4
 
-# How many seconds lie between two log lines about the same limit.
-_QUIET: Final = 60.0
-
-# How often the watchdog looks within its shortest limit.
-_LOOKS: Final = 4
-
-# How many streams are looked at before the reactor has its turn: about a millisecond.
-_BATCH: Final = 500
-
 # A network of IPv6 is at least that long, in bits: RFC 4291, section 2.5.4.
 _IPV6_PREFIX: Final = 64
-
-
-# How many
 
 
 def scarce_descriptors(transport: Any) -> str | None:
@@ -109,237 +71,18 @@ def network_of(address: Any) -> Hashable | None:
     return IPv6Address(int(host) >> _IPV6_PREFIX << _IPV6_PREFIX)
 
 
-# How long
-
-
-class TimeLimits(NamedTuple):
-    """Seconds; None for no limit.  See ``CoroutineFactory``."""
-
-    first_byte: float | None = None
-    idle: float | None = None
-    read: float | None = None
-    write: float | None = None
-
-
-class Watchdog:
-    """
-    Ends connections that exceed one of the time limits, by one delayed call for all.
-
-    It looks at each stream several times within a limit, and counts the looks between
-    which there was no sign of life.  So a process that was stopped for a while, or a
-    clock that was set, does not end connections.
-
-    :param streams: those to look at.
-    :param exceeded: called with a stream, and the error with which to end it.
-    """
-
-    def __init__(
-        self,
-        limits: TimeLimits,
-        streams: Callable[[], Collection[Stream]],
-        exceeded: Callable[[Stream, str, Exception], None],
-    ) -> None:
-        self._limits = limits
-        self._streams = streams
-        self._exceeded = exceeded
-        shortest = min((each for each in limits if each is not None), default=math.inf)
-        self._interval = shortest / _LOOKS
-        # After how many looks a limit is exceeded.
-        self._first_byte, self._idle, self._read, self._write = (
-            math.inf if each is None else math.ceil(each / self._interval)
-            for each in limits
+def check_counts(most: int | Literal["auto"] | None, per_address: int | None) -> None:
+    """:raises ValueError: if one of the limits is wrong: see ``CoroutineFactory``."""
+    if most == "auto":
+        most = None
+    elif isinstance(most, str):
+        raise ValueError(f'max_connections={most!r}: a number, "auto" or None')
+    if most is not None and not most >= 0:
+        raise ValueError(f"max_connections={most}: 0 is the least")
+    if per_address is not None and not per_address >= 1:
+        raise ValueError(f"max_connections_per_address={per_address}: 1 is the least")
+    if most is not None and per_address is not None and per_address > most:
+        raise ValueError(
+            f"max_connections_per_address={per_address}: it must not be more than "
+            f"max_connections={most}"
         )
-        self._look_number = 0
-        self._stopped = False
-        self._failures = Notice(_log.error, "{stream}: the limits cannot be applied")
-        # Of this look.
-        self._left: list[Stream] = []
-        self._call: Any = None
-
-    def start(self, reactor: Any) -> None:
-        """There is a stream to look at."""
-        if self._call is None and self._interval < math.inf:
-            self._call = reactor.callLater(self._interval, self._look, reactor)
-
-    def stop(self) -> None:
-        """There is none; it does not look again."""
-        self._stopped = True
-        self._left.clear()
-        call, self._call = self._call, None
-        cancel_call(call)
-
-    def _look(self, reactor: Any) -> None:
-        self._look_number += 1
-        self._left.extend(self._streams())
-        self._look_on(reactor)
-
-    def _look_on(self, reactor: Any) -> None:
-        self._call = None
-        batch = self._left[-_BATCH:]
-        del self._left[-_BATCH:]
-        for stream in batch:
-            if not stream.lost and stream.timed_out is None:
-                try:
-                    self._look_at(stream)
-                except Exception:
-                    # Of a transport, or a protocol between it and the stream.
-                    self._failures.tell(
-                        reactor.seconds(), stream=stream, log_failure=Failure()
-                    )
-        if self._stopped:
-            # All were ended.
-            return
-        if self._left:
-            self._call = reactor.callLater(0, self._look_on, reactor)
-        elif self._streams():
-            self.start(reactor)
-
-    def _look_at(self, stream: Stream) -> None:
-        now = self._look_number
-        signs = stream.signs
-        if signs is None:
-            stream.signs = Signs(stream, now)
-            return
-        alive = signs.update(stream, now)
-        limits = self._limits
-        reading = stream.unfinished_read
-        # What begins after this look is seen in the next one at the earliest.
-        if reading is None:
-            signs.reading_since = now + 1
-        elif reading is not signs.reading:
-            signs.reading_since = now
-        signs.reading = reading
-        if not stream.waits_for_first_byte or handshake_is_pending(stream):
-            signs.silent_since = now + 1
-        elif alive:
-            signs.silent_since = now
-        if now - signs.silent_since >= self._first_byte:
-            name, what = "first_byte_timeout", "the peer has sent nothing"
-            seconds = limits.first_byte
-        elif now - signs.reading_since >= self._read:
-            name, what = "read_timeout", "the rest of a message has not arrived"
-            seconds = limits.read
-        elif now - signs.taken_at >= self._write:
-            name, what = "write_timeout", "the peer has taken nothing of the output"
-            seconds = limits.write
-        elif now - signs.alive >= self._idle:
-            name, what = "idle_timeout", "nothing was sent or received"
-            seconds = limits.idle
-        else:
-            return
-        error = ConnectionAborted(f"{what} for {seconds} s ({name})")
-        self._exceeded(stream, name, error)
-
-
-def handshake_is_pending(stream: Stream) -> bool:
-    """Whether there is TLS whose handshake is not done; it has a limit of its own."""
-    return handshake_is_done(stream.transport) is False
-
-
-class Signs:
-    """
-    The signs of life of a stream: what the watchdog has seen, and in which look.
-
-    :ivar pending: how many bytes the transport and the kernel held.
-    :ivar sent: how many bytes the kernel had taken.
-    :ivar received: and how many of these the peer had taken.
-    """
-
-    __slots__ = (
-        "activity",
-        "alive",
-        "pending",
-        "reading",
-        "reading_since",
-        "received",
-        "sent",
-        "silent_since",
-        "taken_at",
-    )
-
-    def __init__(self, stream: Stream, now: int) -> None:
-        self.activity: int = stream.activity
-        self.pending: tuple[int, int] = pending_of(stream)
-        sent, received = self._progress(stream)
-        self.sent: int = sent
-        self.received: int = received
-        self.alive: int = now
-        self.taken_at: int = now
-        self.reading_since: int = now
-        self.silent_since: int = now
-        self.reading: object = None
-
-    def update(self, stream: Stream, now: int) -> bool:
-        """Look at a stream; return whether anything was sent or received."""
-        activity = stream.activity
-        # What is written before the TLS handshake is done is pending nowhere else.
-        nothing_pending = self.pending == _NOTHING_PENDING and not stream.full
-        if activity == self.activity and nothing_pending:
-            # All was taken before, and nothing was written since: the kernel need not
-            # be asked.
-            self.taken_at = now + 1
-            return False
-        pending, self.pending = self.pending, pending_of(stream)
-        alive = activity != self.activity or pending != self.pending
-        if alive:
-            self.alive = now
-        sent, received = self._progress(stream)
-        if self.pending == _NOTHING_PENDING:
-            self.taken_at = now + 1
-        elif sent > self.sent or received > self.received:
-            self.taken_at = now
-        self.activity, self.sent, self.received = activity, sent, received
-        return alive
-
-    def _progress(self, stream: Stream) -> tuple[int, int]:
-        held, queue = self.pending
-        # What TLS holds has grown by the encryption, so that this is too little.  It
-        # grows nevertheless when something is sent; unless as much was written at the
-        # same time that the encryption has added more, which the room for output allows
-        # only now and then.
-        sent = stream.written - held + stream.resumed
-        return sent, sent - queue
-
-
-_NOTHING_PENDING: Final = (0, 0)
-
-
-def pending_of(stream: Stream) -> tuple[int, int]:
-    """
-    As ``pending_output``.  A transport that does not tell how much it holds tells when
-    it has no room; of such a one, as much as was written.
-    """
-    pending = pending_output(stream.transport)
-    if pending is None:
-        return (stream.written if stream.full else 0), 0
-    return pending
-
-
-# In the log
-
-
-class Notice:
-    """
-    Logs that a limit was exceeded: at once, and then at most once a minute, with how
-    often it was in the meantime.
-
-    :param log: a method of a ``twisted.logger.Logger``.
-    """
-
-    def __init__(self, log: Callable[..., object], message: str) -> None:
-        self._log = log
-        self._message = message
-        self._told_at: float | None = None
-        self._untold = 0
-
-    def tell(self, now: float, **values: object) -> None:
-        """:param now: of ``IReactorTime.seconds``, which may be set back."""
-        if self._told_at is not None and 0 <= now - self._told_at < _QUIET:
-            self._untold += 1
-            return
-        message = self._message
-        if self._untold:
-            message += " ({untold} more since the last such message)"
-        self._log(message, untold=self._untold, **values)
-        self._told_at = now
-        self._untold = 0

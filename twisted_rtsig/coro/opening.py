@@ -32,14 +32,15 @@ from twisted.internet.interfaces import (
 )
 from zope.interface import implementer
 
+from twisted_rtsig.coro.clients import connect
 from twisted_rtsig.coro.errors import ConnectFailed
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.groups import TaskGroup
+from twisted_rtsig.coro.handshakes import DEFAULT_TLS_LIMITS
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.coro.selection import Deadline, select
-from twisted_rtsig.coro.serving import connect
-from twisted_rtsig.coro.streams import DEFAULT_TLS_LIMITS, Stream
+from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.tasks import raise_if_cancelled, scheduler_for, spawn
 
 HAPPY_EYEBALLS_DELAY: Final = 0.25

@@ -1,6 +1,6 @@
 """
-What lies below a stream: the output that the peer has not taken yet, the input that
-was not read yet, and TLS.
+The bytes that are under way below a stream, in the transport and in the kernel: the
+output that the peer has not taken yet, and the input that was not read yet.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ if sys.platform != "win32":
     import fcntl
     import termios
 
-    # By the beginning of sys.platform: the ioctl(2) request for the number of bytes in
-    # the send queue of a socket.  Of TCP these are the bytes that the peer has not
+    # The ioctl(2) request for the number of bytes in the send queue of a socket, by the
+    # beginning of sys.platform.  On TCP these are the bytes that the peer has not
     # acknowledged.
     _REQUESTS: Final = {
         # SIOCOUTQ, which tcp(7) and unix(7) describe, has the number of TIOCOUTQ.
@@ -30,7 +30,7 @@ if sys.platform != "win32":
         None,
     )
 
-# The same as a socket option of macOS, in <sys/socket.h>.
+# On macOS it is a socket option, in <sys/socket.h>.
 _SO_NWRITE: Final = 0x1024
 
 
@@ -38,10 +38,10 @@ def pending_output(transport: Any) -> tuple[int, int] | None:
     """
     How much of what was written to ``transport`` the peer has not taken yet.
 
-    :return: how many bytes the transport holds back; and how many are in the send queue
-        of the kernel, which is 0 where the kernel does not tell, as on Windows and
-        OpenBSD.  The kernel of the peer takes from there what fits into its receive
-        buffer.  None if there is neither a transport that tells nor a socket.
+    :return: how many bytes the transport holds; and how many are in the kernel's send
+        queue, or 0 where the kernel does not tell, as on Windows and OpenBSD.  From
+        there the kernel of the peer takes what fits into its receive buffer.  None if
+        the transport does not tell and there is no socket.
     """
     lowest = _lowest(transport)
     queue = _send_queue(lowest)
@@ -53,10 +53,11 @@ def pending_output(transport: Any) -> tuple[int, int] | None:
 
 def unread_input(transport: Any) -> int | None:
     """
-    How many bytes the kernel has received for ``transport`` that were not read yet, the
-    encryption of TLS included.
+    How many bytes the kernel has received for ``transport`` that were not read yet.  If
+    there is TLS, these are encrypted bytes.
 
-    :return: None if the kernel does not tell: there is no socket or pipe, for example.
+    :return: None if the kernel does not tell, for example because there is no socket
+        and no pipe.
     """
     number = descriptor(transport)
     if number is None or number < 0:
@@ -73,7 +74,10 @@ def unread_input(transport: Any) -> int | None:
 
 
 def descriptor(transport: Any) -> int | None:
-    """The descriptor of a transport's socket, or of the pipe that it reads."""
+    """
+    The descriptor of a transport's socket, or of the pipe that it reads; None without
+    one.
+    """
     try:
         number: int = _lowest(transport).fileno()
     except (AttributeError, OSError, ValueError):
@@ -82,7 +86,7 @@ def descriptor(transport: Any) -> int | None:
 
 
 def unsent_output(transport: Any) -> int:
-    """How many bytes ``transport`` holds back, below TLS."""
+    """How many bytes ``transport`` holds, below TLS."""
     lowest = _lowest(transport)
     held = len(getattr(lowest, "dataBuffer", b"")) - getattr(lowest, "offset", 0)
     more: int = getattr(lowest, "_tempDataLen", 0)
@@ -111,41 +115,3 @@ def _send_queue(transport: Any) -> int | None:
         # It has no socket, or none any more.
         return None
     return int(_SIZE.unpack(answer)[0])
-
-
-def below_tls(transport: Any) -> Any:
-    """The transport that carries TLS; or ``transport``, if there is no TLS."""
-    layer = tls_layer(transport)
-    return transport if layer is None else layer.transport
-
-
-def tls_is_over(transport: Any) -> bool:
-    """Whether there is TLS, and it has ended or failed, so that it drops writes."""
-    layer = tls_layer(transport)
-    return layer is not None and layer._lostTLSConnection
-
-
-def handshake_is_done(transport: Any) -> bool | None:
-    """
-    Whether the TLS handshake is done, and the certificate of the peer accepted; None if
-    there is no TLS.
-    """
-    layer = tls_layer(transport)
-    if layer is None:
-        return None
-    # Twisted 23.10 verifies the name that the certificate is for at the end of the
-    # handshake, which it reports nevertheless; and aborts the connection.
-    return bool(layer._handshakeDone and not layer._aborted)
-
-
-def tls_layer(transport: Any) -> Any:
-    """The ``TLSMemoryBIOProtocol`` that encrypts ``transport``; None without TLS."""
-    # It cannot be imported where pyOpenSSL is missing.
-    tls = sys.modules.get("twisted.protocols.tls")
-    while tls is not None and transport is not None:
-        # After startTLS the layer is the protocol of the transport.
-        for each in (transport, getattr(transport, "protocol", None)):
-            if isinstance(each, tls.TLSMemoryBIOProtocol):
-                return each
-        transport = getattr(transport, "transport", None)
-    return None

@@ -16,9 +16,9 @@ from twisted_rtsig.coro.blocking_tls import BlockingSSLSocket
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.coro.output import descriptor
+from twisted_rtsig.coro.reading import TURNS_TO_RECEIVE
 from twisted_rtsig.coro.scopes import move_on_after
 from twisted_rtsig.coro.stacks import wait
-from twisted_rtsig.coro.streams import TURNS_TO_RECEIVE
 from twisted_rtsig.coro.tasks import sleep
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ import weakref
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from concurrent.futures import CancelledError as FutureCancelled
 from concurrent.futures import Future
-from types import TracebackType
 from typing import Any, Final, TypeVar, overload
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ReactorNotRunning
 
+from twisted_rtsig.coro.closing import AsyncBlock
 from twisted_rtsig.coro.groups import TaskStatus
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.operations import ignore
@@ -33,7 +33,7 @@ T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
 
-class Portal:
+class Portal(AsyncBlock):
     """
     Runs tasks in the reactor's thread for other threads::
 
@@ -245,12 +245,7 @@ class Portal:
     async def __aenter__(self) -> Portal:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def _end_block(self, error: BaseException | None) -> None:
         stopped = self.stop(cancel=error is not None)
         if isinstance(error, GeneratorExit):
             # The coroutine is being closed, and cannot wait any more.

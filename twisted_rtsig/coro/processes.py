@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from subprocess import PIPE
-from types import TracebackType
 from typing import Any, NoReturn
 
 from twisted.internet.error import ConnectionDone
@@ -13,6 +12,7 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.children import GRACE, Child, check_grace
+from twisted_rtsig.coro.closing import AsyncBlock
 from twisted_rtsig.coro.commands import Argument, Command, StandardStream, Variables
 from twisted_rtsig.coro.errors import StreamError
 from twisted_rtsig.coro.operations import Operation, failed
@@ -97,7 +97,7 @@ class _WriteOnly(Stream):
         )
 
 
-class Process(Child):
+class Process(Child, AsyncBlock):
     """
     A child process.  Made by :func:`open_process`.
 
@@ -147,12 +147,7 @@ class Process(Child):
     async def __aenter__(self) -> Process:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def _end_block(self, error: BaseException | None) -> None:
         try:
             if error is None:
                 if self._stream is not None:

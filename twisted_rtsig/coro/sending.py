@@ -27,6 +27,7 @@ from twisted_rtsig.coro.scopes import shield
 from twisted_rtsig.coro.tasks import Task, spawn
 
 if TYPE_CHECKING:
+    from twisted_rtsig.coro.file_queue import FileQueue
     from twisted_rtsig.coro.streams import Stream
     from twisted_rtsig.files.asyncfile import AsyncFile
 
@@ -48,6 +49,7 @@ class Sending:
     def __init__(
         self,
         stream: Stream,
+        queue: FileQueue,
         file: AsyncFile,
         offset: int,
         count: int | None,
@@ -56,6 +58,7 @@ class Sending:
         self.operation: Operation[int] = Operation()
         self.operation.owner = self
         self._stream = stream
+        self._queue = queue
         self._file = file
         self._offset = offset
         self._count = count
@@ -72,7 +75,7 @@ class Sending:
     def _ended(self, task: Task[int]) -> None:
         # What follows the file goes before whoever waits for this goes on.
         succeeded = not (task.failed or task.cancelled)
-        self._stream._file_has_ended(succeeded or not self._sent)
+        self._queue.file_has_ended(succeeded or not self._sent)
         operation = self.operation
         # They hold each other.
         self._task = operation.owner = None
@@ -84,7 +87,7 @@ class Sending:
             return
         self.fail(error)
         if self._file.closed:
-            self._stream._file_was_closed(operation)
+            self._queue.file_was_closed(operation)
 
     def fail(self, error: BaseException | None) -> None:
         """It is not sent, or not all of it."""
@@ -128,7 +131,7 @@ class Sending:
             data = await file.read_at(self._offset + self._sent, min(rest, _CHUNK))
             if not data:
                 raise FileEnded(self._sent, self._count)
-            written = stream._write_of_file(data)
+            written = self._queue.write(data)
             self._count_sent(len(data))
             await written
         return self._sent
@@ -137,12 +140,12 @@ class Sending:
         stream = self._stream
         transport: Any = stream.transport
         socket = os.dup(transport.fileno())
-        stream._tell_when_sent(True)
+        self._queue.tell_when_sent(True)
         try:
             first = True
             while (rest := count - self._sent) > 0:
                 # Also what was written before the file.
-                await stream._all_sent(first)
+                await self._queue.all_sent(first)
                 first = False
                 # Whoever cancels this waits for the thread, which waits for the
                 # disk at most: what it has sent must be known.
@@ -159,7 +162,7 @@ class Sending:
                     break
         finally:
             os.close(socket)
-            stream._tell_when_sent(False)
+            self._queue.tell_when_sent(False)
 
     def _count_sent(self, size: int) -> None:
         self._sent += size

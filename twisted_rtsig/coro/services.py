@@ -14,20 +14,17 @@ from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from twisted_rtsig.coro.factories import CoroutineFactory
+from twisted_rtsig.coro.handlers import Handler
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.scopes import move_on_after
 from twisted_rtsig.coro.serving import (
-    CANCEL_TIMEOUT,
-    GRACE,
-    CoroutineFactory,
-    Handler,
     Server,
     ServerEndpoint,
     ServerOptions,
-    Stopped,
-    check_stop_times,
     server_endpoint,
 )
+from twisted_rtsig.coro.stopping import CANCEL_TIMEOUT, GRACE, Stopped, check_stop_times
 from twisted_rtsig.coro.tasks import spawn
 from twisted_rtsig.coro.tracebacks import log_failure
 

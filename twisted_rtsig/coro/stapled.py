@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Awaitable
-from types import TracebackType
 
 from twisted.internet.defer import Deferred
 
-from twisted_rtsig.coro.operations import ignore
+from twisted_rtsig.coro.closing import AbortedOnError
+from twisted_rtsig.coro.reading import MAX_BYTES
 from twisted_rtsig.coro.stream_protocols import ReceiveStream, SendStream
-from twisted_rtsig.coro.streams import MAX_BYTES
 from twisted_rtsig.coro.tasks import scheduler_for, spawn
 
 
-class StapledStream:
+class StapledStream(AbortedOnError):
     """
     Two streams of which one is written to and the other one read from, as one: the
     input and the output of two processes, for example, or two pipes.
@@ -107,23 +106,6 @@ class StapledStream:
 
     async def __aenter__(self) -> StapledStream:
         return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        closing = self.close() if error is None else self.abort()
-        if isinstance(error, GeneratorExit):
-            # Nothing can resume this any more.
-            closing.addErrback(ignore)
-            return
-        try:
-            await closing
-        except BaseException:
-            self.abort().addErrback(ignore)
-            raise
 
     def __repr__(self) -> str:
         return f"<StapledStream of {self.send_stream!r} and {self.receive_stream!r}>"

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from twisted_rtsig.coro.streams import MAX_BYTES
+from twisted_rtsig.coro.reading import MAX_BYTES
 
 if TYPE_CHECKING:
     from typing_extensions import Self

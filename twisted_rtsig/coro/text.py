@@ -5,11 +5,11 @@ from __future__ import annotations
 import codecs
 import io
 from collections.abc import AsyncIterator, Awaitable
-from types import TracebackType
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred
 
+from twisted_rtsig.coro.closing import AsyncBlock
 from twisted_rtsig.coro.errors import (
     BusyResourceError,
     DelimiterNotFound,
@@ -18,8 +18,8 @@ from twisted_rtsig.coro.errors import (
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.operations import Finished, failed
+from twisted_rtsig.coro.reading import MAX_BYTES
 from twisted_rtsig.coro.stream_protocols import ByteStream
-from twisted_rtsig.coro.streams import MAX_BYTES
 from twisted_rtsig.coro.tasks import (
     Task,
     raise_if_cancelled,
@@ -33,7 +33,7 @@ MAX_CHARS: Final = 1 << 16
 _NEWLINES: Final = (None, "\n", "\r", "\r\n")
 
 
-class TextStream:
+class TextStream(AsyncBlock):
     """
     Reads and writes text over a stream of bytes::
 
@@ -278,13 +278,11 @@ class TextStream:
         await self.stream.__aenter__()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.stream.__aexit__(kind, error, traceback)
+    async def _end_block(self, error: BaseException | None) -> None:
+        if error is None:
+            await self.stream.__aexit__(None, None, None)
+        else:
+            await self.stream.__aexit__(type(error), error, error.__traceback__)
 
     def __repr__(self) -> str:
         return f"<TextStream in {self.encoding} over {self.stream!r}>"

@@ -1,10 +1,9 @@
-"""What the two sides of a TLS connection have agreed on."""
+"""The TLS layer below a stream, and what its handshake has negotiated."""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-from twisted_rtsig.coro.output import handshake_is_done, tls_layer
 
 if TYPE_CHECKING:
     # It cannot be imported where pyOpenSSL is missing.
@@ -55,3 +54,41 @@ def tls_info(transport: Any) -> TLSInfo | None:
         name.decode("latin-1") if name else None,
         None if certificate is None else Certificate(certificate),
     )
+
+
+def below_tls(transport: Any) -> Any:
+    """The transport that carries TLS; or ``transport``, if there is no TLS."""
+    layer = tls_layer(transport)
+    return transport if layer is None else layer.transport
+
+
+def tls_is_over(transport: Any) -> bool:
+    """Whether there is TLS, and it has ended or failed, so that it drops writes."""
+    layer = tls_layer(transport)
+    return layer is not None and layer._lostTLSConnection
+
+
+def handshake_is_done(transport: Any) -> bool | None:
+    """
+    Whether the TLS handshake is done, and the certificate of the peer accepted; None if
+    there is no TLS.
+    """
+    layer = tls_layer(transport)
+    if layer is None:
+        return None
+    # Twisted 23.10 verifies the name that the certificate is for at the end of the
+    # handshake, which it reports nevertheless; and aborts the connection.
+    return bool(layer._handshakeDone and not layer._aborted)
+
+
+def tls_layer(transport: Any) -> Any:
+    """The ``TLSMemoryBIOProtocol`` that encrypts ``transport``; None without TLS."""
+    # It cannot be imported where pyOpenSSL is missing.
+    tls = sys.modules.get("twisted.protocols.tls")
+    while tls is not None and transport is not None:
+        # After startTLS the layer is the protocol of the transport.
+        for each in (transport, getattr(transport, "protocol", None)):
+            if isinstance(each, tls.TLSMemoryBIOProtocol):
+                return each
+        transport = getattr(transport, "transport", None)
+    return None

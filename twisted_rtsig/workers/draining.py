@@ -18,13 +18,10 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import Interface
 
+from twisted_rtsig.coro.connections import StreamProtocol
+from twisted_rtsig.coro.factories import CoroutineFactory, servers
 from twisted_rtsig.coro.scheduler import cancel_call
-from twisted_rtsig.coro.serving import (
-    CoroutineFactory,
-    StreamProtocol,
-    accept_backlog,
-    servers,
-)
+from twisted_rtsig.coro.serving import accept_backlog
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.engine.transports import ServerTransport
 

@@ -15,6 +15,7 @@ from twisted.internet.task import Clock
 
 from twisted_rtsig.coro.awaiting_asyncio import FutureWait
 from twisted_rtsig.coro.errors import Cancelled
+from twisted_rtsig.coro.handlers import Handler
 from twisted_rtsig.coro.inspection import (
     format_tasks,
     in_words,
@@ -23,7 +24,6 @@ from twisted_rtsig.coro.inspection import (
 )
 from twisted_rtsig.coro.operations import ignore
 from twisted_rtsig.coro.scheduler import scheduler_of
-from twisted_rtsig.coro.serving import Handler
 from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.tasks import Task, current_task
 from twisted_rtsig.coro.testing.event_loops import ClockLoop, outside_of_loops

@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from twisted.internet.defer import Deferred
 
-from twisted_rtsig.coro.serving import Handler
+from twisted_rtsig.coro.handlers import Handler
 from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.tasks import Runnable, Task, spawn
 

@@ -7,8 +7,8 @@ from typing import Any
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.task import Clock
 
+from twisted_rtsig.coro.handlers import Handler
 from twisted_rtsig.coro.scheduler import Scheduler, scheduler_of
-from twisted_rtsig.coro.serving import Handler
 from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.tasks import Task
 from twisted_rtsig.coro.testing.running import converse

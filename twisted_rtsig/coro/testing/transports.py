@@ -8,8 +8,8 @@ from typing import Final
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
+from twisted_rtsig.coro.clients import ClientProtocol
 from twisted_rtsig.coro.scheduler import Scheduler
-from twisted_rtsig.coro.serving import ClientProtocol
 
 BUFFER_SIZE: Final = 1 << 16
 """How many bytes may be on their way before those who write wait, by default."""

@@ -1,0 +1,296 @@
+"""The factory of a server: it accepts connections, and runs a handler for each."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import Any, Final, Literal
+
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import Factory, Protocol
+from twisted.logger import Logger
+
+from twisted_rtsig.coro.census import Registry
+from twisted_rtsig.coro.handlers import HalfCloseableServer, Handler, ServerProtocol
+from twisted_rtsig.coro.handshakes import DEFAULT_TLS_LIMITS, TLSLimits
+from twisted_rtsig.coro.limits import (
+    MOST_CONNECTIONS,
+    check_counts,
+    network_of,
+    scarce_descriptors,
+)
+from twisted_rtsig.coro.locks import Event
+from twisted_rtsig.coro.notices import Notice
+from twisted_rtsig.coro.stopping import CANCEL_TIMEOUT, Stop, Stopped
+from twisted_rtsig.coro.streams import Stream
+from twisted_rtsig.coro.tasks import name_of, scheduler_for, spawn
+from twisted_rtsig.coro.time_limits import (
+    FIRST_BYTE_TIMEOUT,
+    IDLE_TIMEOUT,
+    WRITE_TIMEOUT,
+    TimeLimits,
+    Watchdog,
+    check_timeouts,
+)
+
+_log = Logger()
+
+
+class CoroutineFactory(Factory):
+    """
+    Runs a function for each connection: as a server, on any endpoint.
+
+    When ``handler`` returns, everything is sent and the connection closed; when
+    it raises, that is logged and the connection aborted.  When the connection is
+    lost, reads return what has arrived, and raise then.
+
+    :param handler: called with a :class:`Stream`; in a task of its own.
+    :param name: what the task is called in logs; by default the handler's name.
+    :param max_connections: how many there may be at once; more are refused.  "auto"
+        refuses a connection while three quarters of the descriptors that this process
+        may have (``RLIMIT_NOFILE``) are in use, by whatever, and beyond 65,536.  None
+        for no limit.
+    :param max_connections_per_address: how many one IPv4 address, or one /64 network of
+        IPv6, may have at once; None, the default, for no limit.  Other addresses, as of
+        UNIX sockets, have none.
+    :param first_byte_timeout: after how many seconds a connection is aborted on which
+        the handler waits in a read, nothing has ever arrived, and nothing was written
+        in the meantime.  After a TLS handshake it begins with its end.
+    :param idle_timeout: after how many seconds in which nothing comes or goes a
+        connection is aborted.  What the peer acknowledges of what was written before
+        counts, where the kernel tells: on Linux, macOS, FreeBSD and NetBSD.
+    :param write_timeout: after how many seconds a connection is aborted whose peer
+        takes nothing of what was written, also after ``close`` and the end of the
+        handler.  A peer that takes a little now and then is never too slow.  Where the
+        kernel does not tell what the peer acknowledges, what the socket takes counts.
+    :param read_timeout: how many seconds a read may take once a part of it has
+        arrived; this is for peers that send byte after byte for ever.
+    :param handshake_timeout: how many seconds a TLS handshake may take, that of
+        ``start_tls`` included; None for no limit.
+    :param close_timeout: how many seconds a TLS peer may take to answer the
+        ``close_notify`` alert with which a connection ends, and which follows what
+        was written; None for no limit.  After ``close`` during a handshake that has a
+        limit, the time begins when the handshake is done.
+    :param cancel_on_loss: cancel the handler when the connection is lost, at the
+        latest when the peer closes its side.  Then there is no half close.
+    :param reactor: an ``IReactorTime`` provider; by default the installed one.
+    :raises TypeError: if the handler cannot be called.
+    :raises ValueError: if one of the times is not more than 0, ``max_connections`` is
+        negative, or ``max_connections_per_address`` is less than 1 or more than
+        ``max_connections``.
+    :ivar connections: what there is at the moment, with an item for each.
+    :ivar stopping: an :class:`Event` that happens when :meth:`stop` is called; the
+        ``stopping`` of each handler's stream.
+    :ivar stopped: an :class:`Event` that happens when such a stop has ended.
+    :ivar limits: how often each limit has refused or aborted a connection, by the name
+        of its option; ``"stopping"`` for connections that came when this had stopped.
+    """
+
+    noisy = False
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        name: str | None = None,
+        max_connections: int | Literal["auto"] | None = "auto",
+        max_connections_per_address: int | None = None,
+        first_byte_timeout: float | None = FIRST_BYTE_TIMEOUT,
+        idle_timeout: float | None = IDLE_TIMEOUT,
+        read_timeout: float | None = None,
+        write_timeout: float | None = WRITE_TIMEOUT,
+        handshake_timeout: float | None = DEFAULT_TLS_LIMITS.handshake,
+        close_timeout: float | None = DEFAULT_TLS_LIMITS.close,
+        cancel_on_loss: bool = False,
+        reactor: Any | None = None,
+    ) -> None:
+        if not callable(handler):
+            raise TypeError(
+                f"a handler is a function of a stream, which {handler!r} is not"
+            )
+        check_counts(max_connections, max_connections_per_address)
+        check_timeouts(
+            first_byte_timeout=first_byte_timeout,
+            idle_timeout=idle_timeout,
+            read_timeout=read_timeout,
+            write_timeout=write_timeout,
+            handshake_timeout=handshake_timeout,
+            close_timeout=close_timeout,
+        )
+        self.handler = handler
+        self.name = name
+        self.max_connections = max_connections
+        self._tls_limits = TLSLimits(handshake_timeout, close_timeout)
+        self.cancel_on_loss = cancel_on_loss
+        self.connections: dict[ServerProtocol, None] = {}
+        self._reactor = reactor
+        self.stopping: Event = Event()
+        self.limits: Counter[str] = Counter()
+        servers.add(self)
+        self._last_ends = Event()
+        self.stopped: Event = Event()
+        self._max_per_address = max_connections_per_address
+        # The number of connections of each address, as network_of counts them.
+        self._per_address: dict[Hashable, int] = {}
+        self._time_limits = TimeLimits(
+            first_byte_timeout, idle_timeout, read_timeout, write_timeout
+        )
+        # While there are connections.
+        self._watchdog: Watchdog | None = None
+        # By the name of the limit, or "stopping".
+        self._notices: dict[str, Notice] = {}
+
+    def doStart(self) -> None:
+        """
+        See ``IProtocolFactory.doStart``: a port is about to listen.
+
+        :raises RuntimeError: if :meth:`stop` was called, since all connections would be
+            refused.
+        """
+        if self.stopping.is_set:
+            raise RuntimeError(
+                f"{self.display_name} cannot listen, since its factory was stopped: "
+                "make a new CoroutineFactory"
+            )
+        super().doStart()  # type: ignore[no-untyped-call]
+
+    def buildProtocol(self, addr: Any) -> Protocol:
+        """See ``IProtocolFactory.buildProtocol``."""
+        scheduler = scheduler_for(self._reactor)
+        protocol = (ServerProtocol if self.cancel_on_loss else HalfCloseableServer)(
+            scheduler, self._tls_limits, self.stopping
+        )
+        protocol.factory = self
+        return protocol
+
+    @property
+    def display_name(self) -> str:
+        """What the handlers are called in logs."""
+        return self.name or name_of(self.handler)
+
+    def is_on(self, reactor: object) -> bool:
+        """Whether the handlers run on ``reactor``."""
+        own = self._reactor
+        if own is None:
+            # The one that is installed; to import it would install one.
+            own = sys.modules.get("twisted.internet.reactor")
+        return own is reactor
+
+    def admit(self, protocol: ServerProtocol) -> bool:
+        """Whether a new connection is within the limits; if it is, count it."""
+        transport: Any = protocol.transport
+        network = (
+            None if self._max_per_address is None else network_of(transport.getPeer())
+        )
+        refusal = self._refusal(transport, network)
+        if refusal is not None:
+            limit, why = refusal
+            message = "{server}: refused {peer}: {why}"
+            peer = transport.getPeer()
+            self._notify(limit, _log.warn, message, peer=peer, why=why)
+            return False
+        self.connections[protocol] = None
+        if network is not None:
+            protocol.network = network
+            self._per_address[network] = self._per_address.get(network, 0) + 1
+        return True
+
+    def _refusal(
+        self, transport: Any, network: Hashable | None
+    ) -> tuple[str, str] | None:
+        """The limit that forbids a further connection, and why; or None."""
+        count, most = len(self.connections), self.max_connections
+        if self.stopping.is_set:
+            return "stopping", "the server stops"
+        if most == "auto":
+            why = scarce_descriptors(transport)
+            if why is not None:
+                return "max_connections", f'{why}, and max_connections is "auto"'
+            most = MOST_CONNECTIONS
+        if most is not None and count >= most:
+            return "max_connections", f"it has {count} connections (max_connections)"
+        of_address = self._per_address.get(network, 0)
+        if self._max_per_address is not None and of_address >= self._max_per_address:
+            why = f"{network} has {of_address} (max_connections_per_address)"
+            return "max_connections_per_address", why
+        return None
+
+    def _exceeded(self, stream: Stream, limit: str, error: Exception) -> None:
+        """A connection has taken longer than a limit allows."""
+        self.tell_of_limit(stream, limit, error)
+        stream.time_out(error)
+
+    def tell_of_limit(self, stream: Stream, limit: str, error: Exception) -> None:
+        """Log that a connection is aborted; the limit's name is in the error."""
+        message = "{server}: aborted {stream}: {error}"
+        self._notify(limit, _log.info, message, stream=stream, error=error)
+
+    def _notify(
+        self, limit: str, log: Callable[..., object], message: str, **values: object
+    ) -> None:
+        self.limits[limit] += 1
+        notice = self._notices.get(limit)
+        if notice is None:
+            notice = self._notices[limit] = Notice(log, message)
+        now = scheduler_for(self._reactor).reactor.seconds()
+        notice.tell(now, server=self.display_name, **values)
+
+    def stop(
+        self, grace: float, cancel_timeout: float = CANCEL_TIMEOUT
+    ) -> Deferred[Stopped]:
+        """
+        Refuse new connections, set :attr:`stopping`, and let the handlers finish for
+        ``grace`` seconds.  Then cancel them.  After ``cancel_timeout`` more seconds
+        abort the connections that are left, and log the handlers that have not ended
+        even then; nothing waits for these any more.
+
+        To cancel the wait ends the grace: the handlers are cancelled now, and waited
+        for.  To cancel it again aborts the connections.
+
+        :return: fires with a :class:`Stopped` when all handlers and connections have
+            ended, and at the latest after both times.
+        :raises ValueError: if one of the times is less than 0.
+        """
+        stop = Stop(self, grace, cancel_timeout)
+        self.stopping.set()
+        name = f"{self.display_name}, stopping"
+        return spawn(stop.run(), name=name, reactor=self._reactor).as_deferred()
+
+    async def all_gone(self) -> None:
+        """Wait until all connections and their handlers have ended."""
+        while self.connections:
+            if self._last_ends.is_set:
+                self._last_ends = Event()
+            await self._last_ends.wait()
+
+    def watch(self) -> None:
+        """A connection was made; it may have ended already."""
+        if self._watchdog is None and self.connections:
+            self._watchdog = Watchdog(
+                self._time_limits,
+                lambda: [each.stream for each in self.connections],
+                self._exceeded,
+            )
+            self._watchdog.start(scheduler_for(self._reactor).reactor)
+
+    def forget(self, protocol: ServerProtocol) -> None:
+        """A connection and its handler have ended."""
+        # To close a connection may be to lose it at once, and to come here twice.
+        if protocol not in self.connections:
+            return
+        del self.connections[protocol]
+        network = protocol.network
+        if network is not None:
+            self._per_address[network] -= 1
+            if not self._per_address[network]:
+                del self._per_address[network]
+        if not self.connections:
+            watchdog, self._watchdog = self._watchdog, None
+            if watchdog is not None:
+                watchdog.stop()
+            self._last_ends.set()
+
+
+servers: Final[Registry[CoroutineFactory]] = Registry()
+"""All that any code still refers to."""

@@ -1,0 +1,147 @@
+"""Handlers: the task of each connection of a server, from its first byte to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Generator, Hashable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from twisted.internet.error import ConnectionClosed
+from twisted.internet.protocol import connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.python.reflect import safe_str
+
+from twisted_rtsig.coro.connections import HalfCloseable, StreamProtocol
+from twisted_rtsig.coro.errors import (
+    DelimiterNotFound,
+    IncompleteRead,
+    TLSError,
+    UnreadPlaintext,
+)
+from twisted_rtsig.coro.streams import Stream
+from twisted_rtsig.coro.tasks import Task, name_of, spawn
+from twisted_rtsig.coro.tracebacks import causes, log_failure
+
+if TYPE_CHECKING:
+    from twisted_rtsig.coro.factories import CoroutineFactory
+
+_log = Logger()
+
+Handler: TypeAlias = Callable[[Stream], Awaitable[object] | Generator[Any, Any, object]]
+"""An ``async def``, a generator function, or what returns a Deferred."""
+
+
+class ServerProtocol(StreamProtocol):
+    """
+    Runs a handler as long as the connection lasts.
+
+    :ivar stopped: whether a stop of the server has cancelled the handler.
+    """
+
+    factory: CoroutineFactory
+    network: Hashable | None = None
+    # None until the handler has run its first step, which may stop the server.
+    _task: Task[Any] | None = None
+    _cancelled_early: str | None = None
+    _handler_cancelled = False
+    stopped: bool = False
+    _refused = False
+
+    def connectionMade(self) -> None:
+        factory = self.factory
+        if not factory.admit(self):
+            self._refused = True
+            transport: Any = self.transport
+            getattr(transport, "abortConnection", transport.loseConnection)()
+            return
+        super().connectionMade()
+        task = self._task = self._spawn(factory.handler, self.stream)
+        task._when_done(self._handled)
+        if self._cancelled_early is not None:
+            self.cancel(self._cancelled_early)
+        factory.watch()
+
+    def _spawn(self, function: Callable[..., Any], *args: Any) -> Task[Any]:
+        name, reactor = self.factory.name, self._scheduler.reactor
+        try:
+            return spawn(function, *args, name=name, reactor=reactor)
+        except Exception as error:
+            # It cannot be called like that, and has failed as if it had raised it.
+            return spawn(_fail, error, name=name or name_of(function), reactor=reactor)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if self._refused:
+            return
+        stream = self.stream
+        overdue = None if stream.lost else stream.timed_out
+        super().connectionLost(reason)
+        if isinstance(overdue, TLSError):
+            self.factory.tell_of_limit(stream, "handshake_timeout", overdue)
+        if self.factory.cancel_on_loss:
+            self._cancel_handler("the connection was lost")
+        self._forget()
+
+    def cancel(self, reason: str) -> None:
+        """Cancel the handler; or if that has ended, what is not sent yet."""
+        if self._task is not None and self._task.done:
+            self.stream.abort()
+        else:
+            self.stopped = True
+            self._cancel_handler(reason)
+
+    def _cancel_handler(self, reason: str) -> None:
+        """Once, so that it can clean up."""
+        if self._task is None:
+            self._cancelled_early = reason
+        elif not self._handler_cancelled:
+            self._handler_cancelled = True
+            self._task.cancel(reason)
+
+    @property
+    def unended_handler(self) -> Task[Any] | None:
+        """The handler's task, if it has not ended."""
+        return None if self._task is None or self._task.done else self._task
+
+    def _handled(self, task: Task[Any]) -> None:
+        """The handler has come to its end, in whatever way."""
+        if task.cancelled:
+            self.stream.abort()
+        elif not task.failed:
+            self.stream.close()
+        else:
+            error = task._see_error()
+            names = {"name": task.name, "stream": self.stream}
+            if all(map(self._is_of_the_peer, causes(error))):
+                if self.stream.timed_out is None:
+                    # Otherwise the factory tells.
+                    _log.info(
+                        "{name}, {stream}: {error}", error=safe_str(error), **names
+                    )
+            else:
+                message = "{name}, {stream}: the handler has failed"
+                log_failure(_log, message, error, **names)
+            self.stream.abort()
+        self._forget()
+
+    def _is_of_the_peer(self, error: BaseException) -> bool:
+        """Whether an error is the peer's doing, and no mistake of the handler."""
+        stream = self.stream
+        if isinstance(error, DelimiterNotFound | UnreadPlaintext):
+            return True
+        return (stream.ended and isinstance(error, IncompleteRead)) or (
+            (stream.lost or stream.timed_out is not None)
+            and isinstance(error, ConnectionClosed)
+        )
+
+    def _forget(self) -> None:
+        """Once neither the connection nor the handler is there any more."""
+        if self.stream.lost and self._task is not None and self._task.done:
+            self.factory.forget(self)
+
+
+async def _fail(error: Exception) -> None:
+    raise error
+
+
+class HalfCloseableServer(HalfCloseable, ServerProtocol):
+    pass
