@@ -1,10 +1,10 @@
 """
 The read buffer of a stream: data that was received and not read yet.
 
-Searching is linear in the data, however it was cut into pieces, and what is kept
-is not copied: a single piece stays the ``bytes`` that the transport has made, and
-several are gathered in a ``bytearray``, whose front is cut off in constant time
-(CPython moves its start).
+The time to search is linear in the size of the data, into however many pieces it was
+cut.  The data that is kept is not copied: a single piece stays the ``bytes`` object
+that the transport has made, and several pieces are gathered in a ``bytearray``.  Its
+front is cut off in constant time, since CPython only moves its start.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import re
 
 class ReadBuffer:
     """
-    Bytes, in at the end and out at the front.
+    A queue of bytes: they are appended at the end and taken from the front.
 
-    :ivar data: what has arrived and was not read, behind what was; empty if all was.
-    :ivar start: where that begins; 0 in a bytearray.
+    :ivar data: what was received and not read yet, after bytes that were read already;
+        empty if all was read.
+    :ivar start: the offset of the first byte that was not read; 0 in a bytearray.
     """
 
     __slots__ = ("_searched", "_searched_for", "data", "start")
@@ -25,17 +26,18 @@ class ReadBuffer:
     def __init__(self) -> None:
         self.data: bytes | bytearray = b""
         self.start: int = 0
-        # Up to where nothing begins that was searched for last.
+        # Offset up to which the buffer was searched already, and the delimiter that was
+        # searched for.
         self._searched = 0
         self._searched_for = b""
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of bytes that were not read yet."""
         return len(self.data) - self.start
 
     def append(self, data: bytes) -> None:
-        """Add what has arrived."""
+        """Add data that has arrived."""
         kept, start = self.data, self.start
         if not kept:
             self.data = data
@@ -49,12 +51,12 @@ class ReadBuffer:
             self._searched = max(0, self._searched - start)
 
     def peek(self, size: int) -> bytes:
-        """The first ``size`` bytes, which stay there; fewer if there are fewer."""
+        """Return the first ``size`` bytes, or all if there are fewer; keep them."""
         start = self.start
         return bytes(memoryview(self.data)[start : start + size])
 
     def take(self, size: int) -> bytes:
-        """The first ``size`` bytes; fewer if there are fewer."""
+        """Remove and return the first ``size`` bytes, or all if there are fewer."""
         data, start = self.data, self.start
         end = start + size
         if end >= len(data):
@@ -72,8 +74,8 @@ class ReadBuffer:
 
     def find(self, delimiter: bytes, limit: int) -> int:
         """
-        How many bytes there are before ``delimiter``; -1 if it does not begin
-        within the first ``limit`` + 1 bytes.
+        Return the number of bytes before ``delimiter``; -1 if it does not begin within
+        the first ``limit`` + 1 bytes.
         """
         data, start = self.data, self.start
         first = start
@@ -84,14 +86,14 @@ class ReadBuffer:
         if at >= 0:
             return at - start
         self._searched_for = delimiter
-        # It may have begun at the end.
+        # A delimiter may have begun in the last bytes.
         self._searched = max(first, min(len(data), last) - len(delimiter) + 1)
         return -1
 
     def match_end(self, pattern: re.Pattern[bytes], limit: int) -> int:
-        """Where the first match within ``limit`` bytes ends; -1 without one."""
+        """Return where the first match within ``limit`` bytes ends; -1 without one."""
         start = self.start
-        # Sliced, for ^ and $ and what looks around.
+        # A slice, so that ^, $, lookahead and lookbehind see nothing outside of it.
         with memoryview(self.data)[start : start + limit] as view:
             match = pattern.search(view)
             end = -1 if match is None else match.end()

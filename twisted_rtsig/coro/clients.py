@@ -37,15 +37,19 @@ class ClientProtocol(HalfCloseable, StreamProtocol):
         """See ``IProtocol.connectionMade``."""
         transport: Any = self.transport
         if "protocol" in getattr(transport, "__dict__", ()):
-            # The wrapper that endpoints put around each protocol has done its
-            # work by now, and it hides that there is a half close: it provides
-            # only the last of our interfaces.
+            # Endpoints put a wrapper around each protocol.  It has done its work by
+            # now, and it hides that this protocol knows the half close: it provides
+            # only the last of the interfaces.
             transport.protocol = self
         super().connectionMade()
 
 
 class _ClientFactory(Factory):
-    """:ivar given_up: whether nothing waits for the connection any more."""
+    """
+    Makes the protocol of one client.
+
+    :ivar given_up: whether nothing waits for the connection any more.
+    """
 
     noisy = False
     given_up = False
@@ -77,16 +81,17 @@ def connect(
     close_timeout: float | None = DEFAULT_TLS_LIMITS.close,
 ) -> Deferred[Stream]:
     """
-    Connect, as a client.
+    Connect to a server.
 
-    A TLS handshake begins then; reads wait for it, and raise what goes wrong with it.
+    With TLS the handshake begins when the connection is made.  Reads wait for it, and
+    raise its error.
 
     :param endpoint: an ``IStreamClientEndpoint`` provider; or its description, as
         ``clientFromString`` takes it: ``"unix:/run/app.sock"``.
     :param reactor: an ``IReactorTime`` provider; by default that of the task.
-    :param write_timeout: after how many seconds a connection is aborted that was
-        closed, and whose peer takes nothing of what is left to be sent; None for no
-        limit.  Before, let :func:`timeout` limit how long a write may take.
+    :param write_timeout: after :meth:`Stream.close`, abort the connection if the peer
+        takes nothing of what is left to be sent for so many seconds; None for no limit.
+        Before ``close``, let :func:`timeout` limit how long a write may take.
     :param handshake_timeout: as for :class:`CoroutineFactory`.
     :param close_timeout: as for :class:`CoroutineFactory`.
     :return: a :class:`Stream`.
@@ -104,7 +109,7 @@ def connect(
         endpoint = cast(ClientEndpoint, described)
 
     def give_up(failure: Failure) -> Failure:
-        # An endpoint that goes on, though this was cancelled, gets no connection.
+        # An endpoint that ignores the cancellation gets no protocol.
         factory.given_up = True
         return failure
 

@@ -21,7 +21,7 @@ from twisted_rtsig.coro.streams import Stream
 
 @implementer(IHandshakeListener)
 class StreamProtocol(Protocol):
-    """Feeds a stream, which is the transport's only producer."""
+    """Feeds a stream, and registers it as the producer of its transport."""
 
     stream: Stream
 
@@ -52,7 +52,7 @@ class StreamProtocol(Protocol):
             self._stopping,
             self._write_timeout,
         )
-        # One call less for each piece of data.
+        # This saves one call for each piece of data.
         self.dataReceived = stream.feed  # type: ignore[method-assign]
         self._scheduler.connection_made(stream)
         transport.registerProducer(stream, True)
@@ -71,7 +71,7 @@ class StreamProtocol(Protocol):
 
 @implementer(IHalfCloseableProtocol)
 class HalfCloseable:
-    """For the protocols to which the end of what comes is data."""
+    """For protocols whose stream can be written to after its input has ended."""
 
     stream: Stream
 

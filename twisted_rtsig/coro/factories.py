@@ -41,50 +41,51 @@ class CoroutineFactory(Factory):
     """
     Runs a function for each connection: as a server, on any endpoint.
 
-    When ``handler`` returns, everything is sent and the connection closed; when
-    it raises, that is logged and the connection aborted.  When the connection is
-    lost, reads return what has arrived, and raise then.
+    When ``handler`` returns, the connection is closed once everything is sent.  When it
+    raises, the error is logged and the connection is aborted.  When the connection is
+    lost, reads first return what has arrived, and then raise.
 
     :param handler: called with a :class:`Stream`; in a task of its own.
-    :param name: what the task is called in logs; by default the handler's name.
-    :param max_connections: how many there may be at once; more are refused.  "auto"
-        refuses a connection while three quarters of the descriptors that this process
-        may have (``RLIMIT_NOFILE``) are in use, by whatever, and beyond 65,536.  None
-        for no limit.
-    :param max_connections_per_address: how many one IPv4 address, or one /64 network of
-        IPv6, may have at once; None, the default, for no limit.  Other addresses, as of
-        UNIX sockets, have none.
-    :param first_byte_timeout: after how many seconds a connection is aborted on which
-        the handler waits in a read, nothing has ever arrived, and nothing was written
-        in the meantime.  After a TLS handshake it begins with its end.
-    :param idle_timeout: after how many seconds in which nothing comes or goes a
-        connection is aborted.  What the peer acknowledges of what was written before
-        counts, where the kernel tells: on Linux, macOS, FreeBSD and NetBSD.
-    :param write_timeout: after how many seconds a connection is aborted whose peer
-        takes nothing of what was written, also after ``close`` and the end of the
-        handler.  A peer that takes a little now and then is never too slow.  Where the
-        kernel does not tell what the peer acknowledges, what the socket takes counts.
-    :param read_timeout: how many seconds a read may take once a part of it has
-        arrived; this is for peers that send byte after byte for ever.
-    :param handshake_timeout: how many seconds a TLS handshake may take, that of
-        ``start_tls`` included; None for no limit.
+    :param name: the name of the task in logs; by default the handler's name.
+    :param max_connections: how many connections there may be at once; more are refused.
+        "auto" refuses a connection beyond 65,536, and while three quarters of the
+        descriptors that this process may have (``RLIMIT_NOFILE``) are in use, by this
+        server or anything else.  None for no limit.
+    :param max_connections_per_address: how many connections one IPv4 address, or one
+        /64 network of IPv6, may have at once; None, the default, for no limit.  Other
+        addresses, such as those of UNIX sockets, have no limit.
+    :param first_byte_timeout: abort a connection if the handler waits in a read for so
+        many seconds, nothing has ever arrived, and nothing was written in the meantime.
+        With TLS the time begins when the handshake is done.
+    :param idle_timeout: abort a connection if nothing is sent or received for so many
+        seconds.  What the peer acknowledges of earlier output counts as sent, where the
+        kernel tells: on Linux, macOS, FreeBSD and NetBSD.
+    :param write_timeout: abort a connection if the peer takes nothing of what was
+        written for so many seconds, also after ``close`` and the end of the handler.  A
+        peer that takes a little now and then is never too slow.  Where the kernel does
+        not tell what the peer acknowledges, what the socket takes counts.
+    :param read_timeout: how many seconds a read may take once a part of its data has
+        arrived.  It is meant for peers that send byte after byte for ever.
+    :param handshake_timeout: how many seconds a TLS handshake may take, including that
+        of ``start_tls``; None for no limit.
     :param close_timeout: how many seconds a TLS peer may take to answer the
-        ``close_notify`` alert with which a connection ends, and which follows what
-        was written; None for no limit.  After ``close`` during a handshake that has a
-        limit, the time begins when the handshake is done.
-    :param cancel_on_loss: cancel the handler when the connection is lost, at the
-        latest when the peer closes its side.  Then there is no half close.
+        ``close_notify`` alert, which ends a connection after all output; None for no
+        limit.  After ``close`` during a handshake that has a limit, the time begins
+        when the handshake is done.
+    :param cancel_on_loss: cancel the handler when the connection is lost, or the peer
+        closes its side.  Then there is no half close.
     :param reactor: an ``IReactorTime`` provider; by default the installed one.
     :raises TypeError: if the handler cannot be called.
     :raises ValueError: if one of the times is not more than 0, ``max_connections`` is
         negative, or ``max_connections_per_address`` is less than 1 or more than
         ``max_connections``.
-    :ivar connections: what there is at the moment, with an item for each.
+    :ivar connections: has one key for each connection that there is now.
     :ivar stopping: an :class:`Event` that happens when :meth:`stop` is called; the
         ``stopping`` of each handler's stream.
     :ivar stopped: an :class:`Event` that happens when such a stop has ended.
     :ivar limits: how often each limit has refused or aborted a connection, by the name
-        of its option; ``"stopping"`` for connections that came when this had stopped.
+        of its option; by ``"stopping"``, the connections that were refused because the
+        server had begun to stop.
     """
 
     noisy = False
@@ -136,9 +137,9 @@ class CoroutineFactory(Factory):
         self._time_limits = TimeLimits(
             first_byte_timeout, idle_timeout, read_timeout, write_timeout
         )
-        # While there are connections.
+        # There is a watchdog while there are connections.
         self._watchdog: Watchdog | None = None
-        # By the name of the limit, or "stopping".
+        # The log lines, by the name of the limit, or "stopping".
         self._notices: dict[str, Notice] = {}
 
     def doStart(self) -> None:
@@ -166,19 +167,19 @@ class CoroutineFactory(Factory):
 
     @property
     def display_name(self) -> str:
-        """What the handlers are called in logs."""
+        """The name of the handlers in logs."""
         return self.name or name_of(self.handler)
 
     def is_on(self, reactor: object) -> bool:
         """Whether the handlers run on ``reactor``."""
         own = self._reactor
         if own is None:
-            # The one that is installed; to import it would install one.
+            # The installed reactor.  An import would install one.
             own = sys.modules.get("twisted.internet.reactor")
         return own is reactor
 
     def admit(self, protocol: ServerProtocol) -> bool:
-        """Whether a new connection is within the limits; if it is, count it."""
+        """Check that a new connection is within the limits; if it is, count it."""
         transport: Any = protocol.transport
         network = (
             None if self._max_per_address is None else network_of(transport.getPeer())
@@ -242,11 +243,11 @@ class CoroutineFactory(Factory):
         """
         Refuse new connections, set :attr:`stopping`, and let the handlers finish for
         ``grace`` seconds.  Then cancel them.  After ``cancel_timeout`` more seconds
-        abort the connections that are left, and log the handlers that have not ended
-        even then; nothing waits for these any more.
+        abort the connections that are left.  Handlers that have not ended even then are
+        logged, and not waited for any more.
 
-        To cancel the wait ends the grace: the handlers are cancelled now, and waited
-        for.  To cancel it again aborts the connections.
+        If the wait is cancelled, the grace ends: the handlers are cancelled at once,
+        and waited for.  If it is cancelled again, the connections are aborted.
 
         :return: fires with a :class:`Stopped` when all handlers and connections have
             ended, and at the latest after both times.
@@ -276,7 +277,7 @@ class CoroutineFactory(Factory):
 
     def forget(self, protocol: ServerProtocol) -> None:
         """A connection and its handler have ended."""
-        # To close a connection may be to lose it at once, and to come here twice.
+        # If closing a connection loses it at once, this is called twice.
         if protocol not in self.connections:
             return
         del self.connections[protocol]
@@ -293,4 +294,4 @@ class CoroutineFactory(Factory):
 
 
 servers: Final[Registry[CoroutineFactory]] = Registry()
-"""All that any code still refers to."""
+"""All factories that any code still refers to."""

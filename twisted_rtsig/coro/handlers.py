@@ -28,19 +28,20 @@ if TYPE_CHECKING:
 _log = Logger()
 
 Handler: TypeAlias = Callable[[Stream], Awaitable[object] | Generator[Any, Any, object]]
-"""An ``async def``, a generator function, or what returns a Deferred."""
+"""An ``async def``, a generator function, or a function that returns a Deferred."""
 
 
 class ServerProtocol(StreamProtocol):
     """
-    Runs a handler as long as the connection lasts.
+    The connection of a server: runs the handler.
 
+    :ivar network: the address that the connection counts for; None if its limit is off.
     :ivar stopped: whether a stop of the server has cancelled the handler.
     """
 
     factory: CoroutineFactory
     network: Hashable | None = None
-    # None until the handler has run its first step, which may stop the server.
+    # None until the handler has run its first step; that step may stop the server.
     _task: Task[Any] | None = None
     _cancelled_early: str | None = None
     _handler_cancelled = False
@@ -66,7 +67,8 @@ class ServerProtocol(StreamProtocol):
         try:
             return spawn(function, *args, name=name, reactor=reactor)
         except Exception as error:
-            # It cannot be called like that, and has failed as if it had raised it.
+            # The handler cannot be called with these arguments: that is reported as an
+            # error that the handler has raised.
             return spawn(_fail, error, name=name or name_of(function), reactor=reactor)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -82,7 +84,7 @@ class ServerProtocol(StreamProtocol):
         self._forget()
 
     def cancel(self, reason: str) -> None:
-        """Cancel the handler; or if that has ended, what is not sent yet."""
+        """Cancel the handler; if it has ended, abort what is not sent yet."""
         if self._task is not None and self._task.done:
             self.stream.abort()
         else:
@@ -90,7 +92,7 @@ class ServerProtocol(StreamProtocol):
             self._cancel_handler(reason)
 
     def _cancel_handler(self, reason: str) -> None:
-        """Once, so that it can clean up."""
+        """Cancel the handler, but only once, so that it can clean up."""
         if self._task is None:
             self._cancelled_early = reason
         elif not self._handler_cancelled:
@@ -103,7 +105,7 @@ class ServerProtocol(StreamProtocol):
         return None if self._task is None or self._task.done else self._task
 
     def _handled(self, task: Task[Any]) -> None:
-        """The handler has come to its end, in whatever way."""
+        """The handler has returned, has raised, or was cancelled."""
         if task.cancelled:
             self.stream.abort()
         elif not task.failed:
@@ -113,7 +115,7 @@ class ServerProtocol(StreamProtocol):
             names = {"name": task.name, "stream": self.stream}
             if all(map(self._is_of_the_peer, causes(error))):
                 if self.stream.timed_out is None:
-                    # Otherwise the factory tells.
+                    # Otherwise the factory has logged it.
                     _log.info(
                         "{name}, {stream}: {error}", error=safe_str(error), **names
                     )
@@ -124,7 +126,7 @@ class ServerProtocol(StreamProtocol):
         self._forget()
 
     def _is_of_the_peer(self, error: BaseException) -> bool:
-        """Whether an error is the peer's doing, and no mistake of the handler."""
+        """Whether the peer has caused an error, and not a mistake of the handler."""
         stream = self.stream
         if isinstance(error, DelimiterNotFound | UnreadPlaintext):
             return True
@@ -134,7 +136,7 @@ class ServerProtocol(StreamProtocol):
         )
 
     def _forget(self) -> None:
-        """Once neither the connection nor the handler is there any more."""
+        """Tell the factory, once both the connection and the handler have ended."""
         if self.stream.lost and self._task is not None and self._task.done:
             self.factory.forget(self)
 
@@ -144,4 +146,4 @@ async def _fail(error: Exception) -> None:
 
 
 class HalfCloseableServer(HalfCloseable, ServerProtocol):
-    pass
+    """A connection whose handler goes on when its input ends."""

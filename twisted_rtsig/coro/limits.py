@@ -1,6 +1,4 @@
-"""
-How many connections a server takes: in all, and from one address.
-"""
+"""How many connections a server accepts: in all, and from one address."""
 
 from __future__ import annotations
 
@@ -15,13 +13,13 @@ if sys.platform != "win32":
     import resource
 
 MOST_CONNECTIONS: Final = 1 << 16
-"""With ``max_connections="auto"``, where the limit of descriptors is no lower."""
+"""The limit with ``max_connections="auto"``, if that of descriptors is not lower."""
 
-# With max_connections="auto", one of so many descriptors stays free for everything
-# else: files, connections to other servers, child processes, logs.
+# With max_connections="auto", one of so many descriptors, a quarter, stays free for
+# everything else: files, connections to other servers, child processes, logs.
 _SHARE_KEPT_FREE: Final = 4
 
-# A network of IPv6 is at least that long, in bits: RFC 4291, section 2.5.4.
+# The bits that all hosts of an IPv6 network share, at least: RFC 4291, section 2.5.4.
 _IPV6_PREFIX: Final = 64
 
 
@@ -29,14 +27,14 @@ def scarce_descriptors(transport: Any) -> str | None:
     """
     Whether this process may soon have no descriptor left (``EMFILE``).
 
-    A new descriptor has the lowest free number (POSIX), so that of a new socket tells
-    how many are in use, for whatever and by whichever server.
+    A new descriptor has the lowest free number (POSIX).  So the number of a new socket
+    tells how many descriptors are in use, by this server and by everything else.
 
     :param transport: of a connection that was just accepted.
-    :return: in words, how many are in use; or None.
+    :return: a text that tells how many are in use; None if enough are free.
     """
     if sys.platform == "win32":
-        # The number of sockets has no limit, and that of a socket means nothing.
+        # There is no limit on sockets, and the number of a socket means nothing.
         return None
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = descriptor(transport)
@@ -51,11 +49,12 @@ def scarce_descriptors(transport: Any) -> str | None:
 
 def network_of(address: Any) -> Hashable | None:
     """
-    What counts as one address: that of an IPv4 host, or the network of an IPv6 host,
-    which can take any address in it.
+    What counts as one address: the address of an IPv4 host; or the network of an IPv6
+    host, since the host can take any address in it.
 
     :param address: an ``IAddress`` provider.
-    :return: None for an address that is not of the internet, as of UNIX sockets.
+    :return: None for an address that is not of the internet, such as that of a UNIX
+        socket.
     """
     try:
         host = ip_address(getattr(address, "host", None) or "")

@@ -16,10 +16,11 @@ _QUIET: Final = 60.0
 
 class Notice:
     """
-    Logs that a limit was exceeded: at once, and then at most once a minute, with how
-    often it was in the meantime.
+    Logs that a limit was exceeded: the first time at once, and then at most once a
+    minute, with the number of times in the meantime.
 
     :param log: a method of a ``twisted.logger.Logger``.
+    :param message: the format of the log line.
     """
 
     def __init__(self, log: Callable[..., object], message: str) -> None:
@@ -29,7 +30,11 @@ class Notice:
         self._untold = 0
 
     def tell(self, now: float, **values: object) -> None:
-        """:param now: of ``IReactorTime.seconds``, which may be set back."""
+        """
+        The limit was exceeded.
+
+        :param now: the time by ``IReactorTime.seconds``; that clock may be set back.
+        """
         if self._told_at is not None and 0 <= now - self._told_at < _QUIET:
             self._untold += 1
             return

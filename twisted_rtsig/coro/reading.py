@@ -125,8 +125,8 @@ class StreamInput:
     @must_be_awaited
     def read(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
         """
-        What has arrived, as soon as that is anything: 1 to ``max_bytes`` bytes.
-        At the end of the stream, no bytes.
+        Return what has arrived, as soon as there is any: 1 to ``max_bytes`` bytes.
+        At the end of the stream, return no bytes.
 
         :raises ConnectionLost: if the connection was lost in an unclean way.
         """
@@ -137,8 +137,8 @@ class StreamInput:
             or max_bytes < 1
         ):
             return self._read(take_some, None, max_bytes)
-        # The most frequent wait of all: as at the end of _read, but the transport
-        # is not paused where nothing has come.
+        # The most frequent wait, as at the end of _read.  The transport is not paused
+        # while the buffer is empty.
         self._take = take_some
         self._limit = max_bytes
         self._reads_left = 0
@@ -149,13 +149,13 @@ class StreamInput:
 
     @must_be_awaited
     def peek(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
-        """As :meth:`read`, of what stays there to be read again."""
+        """As :meth:`read`, but the data stays in the stream, to be read again."""
         return self._read(take_peeked, None, max_bytes)
 
     @must_be_awaited
     def read_exactly(self, size: int) -> Operation[bytes]:
         """
-        The next ``size`` bytes.
+        Return the next ``size`` bytes.
 
         :raises IncompleteRead: if the stream ends before.
         """
@@ -187,7 +187,8 @@ class StreamInput:
         self, delimiter: bytes, max_bytes: int = MAX_BYTES
     ) -> Operation[bytes]:
         """
-        What comes before ``delimiter``, which is read as well but not returned.
+        Return what comes before ``delimiter``.  The delimiter is read as well, but not
+        returned.
 
         :param max_bytes: how many bytes may come before it.
         :raises DelimiterNotFound: if it does not begin within the limit.
@@ -202,7 +203,7 @@ class StreamInput:
     @must_be_awaited
     def read_line(self, max_bytes: int = MAX_BYTES) -> Operation[bytes]:
         """
-        The next line, without the ``\\n`` or ``\\r\\n`` at its end.
+        Return the next line, without the ``\\n`` or ``\\r\\n`` at its end.
 
         :param max_bytes: how long the line may be.
         :raises DelimiterNotFound: if it is longer.
@@ -211,8 +212,8 @@ class StreamInput:
         buffer = self._buffer
         data = buffer.data
         if (
-            # The most frequent read of all: it is there, with more behind it, and
-            # in one piece.
+            # The most frequent read: the line has arrived, more data is behind it, and
+            # all is one piece.
             data
             and type(data) is bytes
             and self._reads_left
@@ -236,7 +237,7 @@ class StreamInput:
         self, pattern: bytes | re.Pattern[bytes], max_bytes: int = MAX_BYTES
     ) -> Operation[bytes]:
         """
-        Everything up to the end of the first match of a regular expression.
+        Return everything up to the end of the first match of a regular expression.
 
         What has arrived is searched again whenever more arrives, and the first
         match counts, even if more data would make it longer.
@@ -254,13 +255,14 @@ class StreamInput:
         self, max_bytes: int = MAX_BYTES, until: Event | None = None
     ) -> AsyncIterator[bytes]:
         """
-        Each line, as :meth:`read_line` returns it, until the stream ends::
+        Iterate over the lines, as :meth:`read_line` returns them, until the stream
+        ends::
 
             async for line in stream.lines():
 
-        :param until: end also when this happens, for example :attr:`stopping`, after
-            the lines that this system has received whole by then; the rest stays in
-            the stream.
+        :param until: end also when this event happens, for example
+            :attr:`Stream.stopping`: after the lines that this system has received as a
+            whole by then.  The rest stays in the stream.
         :raises IncompleteRead: if it ends in the middle of a line.
         """
         while until is None or not until.is_set:
@@ -274,13 +276,15 @@ class StreamInput:
                     raise
                 return
             yield line
-        # The peer could not know of the event when it sent what the kernel holds now.
-        # Encryption makes that more than the text in it.
+        # The peer could not know of the event when it sent what the kernel holds now,
+        # so these lines are read as well.  With TLS the kernel holds more bytes than
+        # the text has.
         held = unread_input(self.transport) or 0
         left = self._buffer.size + held
         for _ in range(TURNS_TO_RECEIVE):
             await sleep(0, self._scheduler.reactor)
-        # Not all kernels tell, and a reactor may have taken something from it already.
+        # Not all kernels tell how much they hold, and the reactor may have received
+        # some of it meanwhile.
         left = max(left, self._buffer.size)
         while left > 0:
             reading = self.read_line(max_bytes)
@@ -296,8 +300,8 @@ class StreamInput:
 
     async def _is_received(self, reading: Operation[bytes]) -> bool:
         """
-        Whether a read is done when the transport has delivered what the kernel holds;
-        if not, it is cancelled.
+        Whether a read is done once the transport has delivered what the kernel holds.
+        If not, the read is cancelled.
         """
         turns, arrived = 0, self._arrived
         try:
@@ -314,7 +318,7 @@ class StreamInput:
                 turns += 1
                 await sleep(0, self._scheduler.reactor)
         except GeneratorExit:
-            # Nothing can be resumed any more, and to cancel the read would try to.
+            # Nothing can be resumed any more, and cancelling the read would try to.
             raise
         except BaseException:
             reading.cancel()
@@ -376,11 +380,11 @@ class StreamInput:
         try:
             data = self._take(self, self._what, self._limit)
         except Exception as error:
-            # Also what is wrong with its arguments: it is the reader's error, and
-            # not that of the transport.
+            # Also an error about a wrong argument of the read: it must reach the task
+            # that reads, and not the transport.
             self._forget_reader()
-            # A read that was left behind says nothing if this side has ended the
-            # connection, as it has when a handler has ended.  The traceback would keep
+            # If this side has closed the connection, as at the end of a handler, a read
+            # that is still pending fails without a log line.  The traceback would keep
             # the frames here, which lead back to the error.
             reader.fail(error.with_traceback(None), quietly=self._closing)
         else:
@@ -402,7 +406,7 @@ class StreamInput:
         return error
 
     def _unclean(self) -> Exception | None:
-        """Why the connection was lost, if it was not simply closed."""
+        """Why the connection was lost; None if it was closed in a clean way."""
         lost = self._lost
         if lost is None or isinstance(lost, ConnectionDone):
             return None
@@ -438,12 +442,12 @@ class StreamInput:
 
 
 async def _first(reading: Operation[bytes], event: Event) -> bool:
-    """Whether a read is done before an event happens; if not, it is cancelled."""
+    """Whether a read is done before an event happens; if not, the read is cancelled."""
     if not reading.called:
         try:
             await select(reading, event)
         except GeneratorExit:
-            # Nothing can be resumed any more, and to cancel the read would try to.
+            # Nothing can be resumed any more, and cancelling the read would try to.
             raise
         except BaseException:
             reading.cancel()

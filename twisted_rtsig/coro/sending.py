@@ -1,13 +1,13 @@
 """
 Sending a file over a stream, without blocking.
 
-On a plain socket sendfile(2) does it, and nothing of the file comes to this process.
-But it waits for the disk where the file is not cached.  So a thread calls it, with a
-descriptor of its own, which stays what it is when the connection is lost.  It never
-waits for the peer: the socket does not block, and when it takes no more, the
-transport tells when there is room again.
+On a plain socket sendfile(2) sends the file, whose data never enters this process.  But
+sendfile waits for the disk if the file is not cached.  So a thread calls it, with a
+duplicate of the socket's descriptor, which stays valid when the connection is lost.
+The thread never waits for the peer: the socket does not block, and when it takes no
+more, the transport tells when there is room again.
 
-On any other transport, and whatever sendfile refuses, is read and written.
+On any other transport, and if sendfile refuses the file, the file is read and written.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from twisted_rtsig.coro.streams import Stream
     from twisted_rtsig.files.asyncfile import AsyncFile
 
-# So much is better read and written than handed to a thread.
+# A file of up to so many bytes is read and written, which takes less time than to hand
+# it to a thread.
 _LITTLE = 1 << 16
 
-# How much is read and written at a time; and how much a thread sends before it tells.
+# How many bytes are read and written at a time; and how many a thread sends before it
+# reports.
 _CHUNK = 1 << 17
 _CHUNK_OF_A_THREAD = 1 << 22
 
@@ -43,7 +45,7 @@ class Sending:
     """
     A file, or a part of it, that is to be sent.
 
-    :ivar operation: is finished with the number of bytes that were.
+    :ivar operation: its result is the number of bytes that were sent.
     """
 
     def __init__(
@@ -67,17 +69,18 @@ class Sending:
         self._task: Task[int] | None = None
 
     def begin(self) -> None:
-        """It is its turn."""
+        """Begin to send: it is the turn of this file."""
         reactor = self._stream._scheduler.reactor
         self._task = spawn(self._send(reactor), name="send_file", reactor=reactor)
         self._task._when_done(self._ended)
 
     def _ended(self, task: Task[int]) -> None:
-        # What follows the file goes before whoever waits for this goes on.
+        # What follows the file is sent before the task that waits for the file is
+        # resumed.
         succeeded = not (task.failed or task.cancelled)
         self._queue.file_has_ended(succeeded or not self._sent)
         operation = self.operation
-        # They hold each other.
+        # Break the reference cycle.
         self._task = operation.owner = None
         error = task._see_error() if task.failed else CancelledError()
         if operation.called:
@@ -90,7 +93,7 @@ class Sending:
             self._queue.file_was_closed(operation)
 
     def fail(self, error: BaseException | None) -> None:
-        """It is not sent, or not all of it."""
+        """The file was not sent, or not all of it."""
         if not self.operation.called:
             assert error is not None
             # The traceback would keep the frame of a method, and so the operation.
@@ -102,8 +105,8 @@ class Sending:
         """
         The connection is lost, with this error.
 
-        The operation fails at once, and not when the task next looks at the socket
-        or the file: both may be closed by then, and would be blamed in its place.
+        The operation fails at once, and not when the task next uses the socket or the
+        file: both may be closed by then, and the error would be about that.
         """
         if not self.operation.called:
             self.operation.fail(error, quietly=True)
@@ -147,8 +150,8 @@ class Sending:
                 # Also what was written before the file.
                 await self._queue.all_sent(first)
                 first = False
-                # Whoever cancels this waits for the thread, which waits for the
-                # disk at most: what it has sent must be known.
+                # A cancellation waits for the thread, which waits at most for the
+                # disk: the number of bytes that it has sent must be known.
                 with shield():
                     sent, refused = await self._file._send_to(
                         socket,
@@ -158,7 +161,7 @@ class Sending:
                 stream.written += sent
                 self._count_sent(sent)
                 if refused:
-                    # To read and write tells why.
+                    # Reading and writing the file raises the reason.
                     break
         finally:
             os.close(socket)
@@ -171,7 +174,7 @@ class Sending:
 
 
 def _takes_sendfile(transport: Any, reactor: Any) -> bool:
-    """Whether there is nothing between a transport and its socket."""
+    """Whether a transport writes to a socket, with nothing such as TLS in between."""
     return (
         hasattr(os, "sendfile")
         and isinstance(transport, tcp.Connection)

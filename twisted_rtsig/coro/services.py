@@ -68,21 +68,23 @@ class CoroutineService(Service):
         self._cancel_timeout = cancel_timeout
         self.server: Server | None = None
         self._start: _Start | None = None
-        # Each happens when a stop has ended that is under way.
+        # One event for each stop that is under way; it happens when the stop has ended.
         self._stops: list[Event] = []
-        # So that wrong options are an error here.
+        # This raises the errors of wrong options.
         self._new_factory()
 
     def _new_factory(self) -> CoroutineFactory:
-        """A factory stops once, and a service may start again."""
+        """Make a factory: each can be stopped once, and a service may start again."""
         return CoroutineFactory(self._handler, **self._options)
 
     def privilegedStartService(self) -> None:
         """
-        Listen: before the process gives up its privileges, since some ports need them.
+        Listen.  This is before the process gives up its privileges, since some ports
+        need them.
 
-        :raises Exception: what the endpoint says if it cannot listen, so that
-            ``twistd`` does not start.  If it says so only later, that is logged.
+        :raises Exception: the error of the endpoint if it cannot listen, so that
+            ``twistd`` does not start.  If the endpoint fails only later, its error is
+            logged.
         """
         super().privilegedStartService()  # type: ignore[no-untyped-call]
         start = self._start = _Start(self._new_factory())
@@ -92,7 +94,7 @@ class CoroutineService(Service):
         def listens(port: Any) -> Any:
             server = Server(port, start.factory)
             if self._start is not start:
-                # The service was stopped, and the endpoint did not let itself be
+                # The service was stopped, and the endpoint has ignored that it was
                 # cancelled.
                 return server.stop(self._grace, self._cancel_timeout)
             self.server = server
@@ -125,8 +127,8 @@ class CoroutineService(Service):
 
     def startService(self) -> None:
         """
-        Listen, if ``privilegedStartService`` was not called before.  Raises what that
-        does.
+        Listen, if ``privilegedStartService`` was not called before.  Raises the same
+        errors.
         """
         if self._start is None:
             self.privilegedStartService()
@@ -138,8 +140,8 @@ class CoroutineService(Service):
         within the grace.  Then cancel them, as :meth:`Server.stop` does, and log how
         many ended in which way.
 
-        If it is called again, it waits for the same.  To cancel the wait ends the
-        grace, as of :meth:`Server.stop`.
+        If it is called again, it waits for the same stop.  If the wait is cancelled,
+        the grace ends, as with :meth:`Server.stop`.
 
         :return: fires when all handlers have ended, and at the latest after both times.
         """
@@ -149,7 +151,7 @@ class CoroutineService(Service):
         earlier = list(self._stops)
         if start is None and not earlier:
             return succeed(None)
-        # What learns of the stop may call this again.
+        # Handlers learn of the stop, and may call this again.
         over = Event()
         self._stops.append(over)
         if start is None:
@@ -209,10 +211,10 @@ class _Start:
     """
     A start of a service.
 
-    :ivar factory: for the connections, until the service stops.
-    :ivar listening: what the endpoint has returned.
-    :ivar over: happens when the endpoint listens, or cannot; or when its port is closed
-        again, because the service was stopped before.
+    :ivar factory: makes the protocols of the connections, until the service stops.
+    :ivar listening: the Deferred that the endpoint has returned.
+    :ivar over: happens when the endpoint listens, or has failed; or when its port is
+        closed again, because the service was stopped before it listened.
     """
 
     def __init__(self, factory: CoroutineFactory) -> None:
@@ -221,11 +223,12 @@ class _Start:
         self.over = Event()
 
     def give_up(self, grace: float, cancel_timeout: float) -> Deferred[Stopped]:
-        """Stop before the endpoint says that it listens."""
+        """Stop before the endpoint has reported that it listens."""
         # From here on the factory refuses to listen.
         stopping = self.factory.stop(grace, cancel_timeout)
         if not self.factory.numPorts:
-            # Otherwise it listens, and only what it is about to return can be closed.
+            # Otherwise it listens already, and only the port that it is about to return
+            # can be closed.
             try:
                 self.listening.cancel()
             except Exception as error:

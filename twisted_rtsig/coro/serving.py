@@ -43,8 +43,8 @@ class _ListensOn(StructuralType):
 # with the plugin mypy-zope.  Without it the method decides.
 ServerEndpoint: TypeAlias = "IStreamServerEndpoint | _ListensOn"
 
-# How often a port accepts what has come before it is closed: clients may come faster
-# than it accepts.
+# How often a port accepts connections before it is closed, at most: clients may connect
+# faster than it accepts.
 _LAST_ACCEPTS: Final = 100
 
 
@@ -69,18 +69,18 @@ class ServerOptions(TypedDict, total=False):
 
 class Server:
     """
-    What :func:`serve` has started.
+    A server that listens.  :func:`serve` makes it.
 
-    :ivar port: the ``IListeningPort``; of an endpoint without one, what it has.
+    :ivar port: the ``IListeningPort``; or what else the endpoint has returned.
     :ivar factory: the :class:`CoroutineFactory`.
     """
 
     def __init__(self, port: Any, factory: CoroutineFactory) -> None:
         self.port: ListeningPort = port
         self.factory = factory
-        # Happens when the port listens no more; None as long as stop() was not called.
+        # Happens when the port is closed; None before stop() was called.
         self._port_closed: Event | None = None
-        # Why it could not be closed.
+        # Why the port could not be closed.
         self._failure: Failure | None = None
 
     @property
@@ -93,7 +93,7 @@ class Server:
         self, grace: float = GRACE, cancel_timeout: float = CANCEL_TIMEOUT
     ) -> Deferred[None]:
         """
-        Wait until this is cancelled, and then stop, as :meth:`stop` does; or until
+        Wait until the wait is cancelled, and then stop, as :meth:`stop` does; or until
         something else has stopped the server::
 
             async def main() -> None:
@@ -102,7 +102,7 @@ class Server:
 
             twisted_rtsig.run(main)
 
-        To cancel it again ends the grace, as of :meth:`stop`.
+        If it is cancelled again, the grace ends, as with :meth:`stop`.
 
         :param grace: how many seconds handlers have to finish then.
         :param cancel_timeout: how many seconds cancelled handlers have to end.
@@ -130,15 +130,15 @@ class Server:
     ) -> Deferred[Stopped]:
         """
         Stop listening, set :attr:`stopping`, and let the handlers finish for ``grace``
-        seconds.  Then cancel them; and after ``cancel_timeout`` more seconds abort the
-        connections, as :meth:`CoroutineFactory.stop` does.  Can be called again, with
-        less to wait for; no handler is cancelled twice.
+        seconds.  Then cancel them.  After ``cancel_timeout`` more seconds abort the
+        connections, as :meth:`CoroutineFactory.stop` does.  It can be called again,
+        with shorter times.  No handler is cancelled twice.
 
-        To cancel the wait ends the grace: the handlers are cancelled now, and waited
-        for.  To cancel it again aborts the connections.
+        If the wait is cancelled, the grace ends: the handlers are cancelled at once,
+        and waited for.  If it is cancelled again, the connections are aborted.
 
         :return: fires with a :class:`Stopped` when the port is closed and all handlers
-            and connections have ended: these at the latest after both times.
+            and connections have ended.  The latter takes at most both times.
         :raises ValueError: if one of the times is less than 0.
         """
         check_stop_times(grace, cancel_timeout)
@@ -177,7 +177,7 @@ class Server:
 
 def accept_backlog(port: Any) -> None:
     """
-    Accept the connections that the kernel has made and that wait in its queue: it
+    Accept the connections that wait in the kernel's queue (the backlog).  The kernel
     resets them when the port is closed, though clients may have sent requests already.
     """
     accept = getattr(port, "doRead", None)
@@ -185,7 +185,7 @@ def accept_backlog(port: Any) -> None:
         return
     for _ in range(_LAST_ACCEPTS):
         number = port.fileno()
-        # A port that was closed has none.
+        # A port that was closed has no descriptor.
         if number < 0 or not is_readable(number):
             break
         accept()
@@ -202,7 +202,7 @@ def is_readable(descriptor: int) -> bool:
 
 def server_endpoint(endpoint: ServerEndpoint | str, reactor: object) -> ServerEndpoint:
     """
-    An endpoint, or what a description describes.
+    An endpoint, or the endpoint of a description.
 
     :raises ValueError: if the description is wrong.
     """
@@ -229,15 +229,14 @@ def serve(
         ``cancel_on_loss``, ``reactor``.
     :return: a :class:`Server`.
     :raises TypeError: if the handler cannot be called, or an option is unknown.
-    :raises ValueError: if the description is wrong, or an option has a value that it
-        cannot have.
+    :raises ValueError: if the description is wrong, or the value of an option.
     """
     factory = CoroutineFactory(handler, **options)
     reactor = options.get("reactor")
     listening: Deferred[Any] = server_endpoint(endpoint, reactor).listen(factory)
 
     def give_up(failure: Failure) -> Failure:
-        # An endpoint that goes on, though this was cancelled, gets an error.
+        # An endpoint that ignores the cancellation gets an error from the factory.
         factory.stopping.set()
         return failure
 

@@ -28,11 +28,11 @@ _LAST_TURNS: Final = 10
 
 class Stopped(NamedTuple):
     """
-    How the handlers of a server ended that ran when it began to stop.
+    How the handlers that ran when a server began to stop have ended.
 
     :ivar finished: how many ended by themselves, within the grace.
-    :ivar cancelled: how many were cancelled after it, and have ended.
-    :ivar abandoned: how many did not end when they were cancelled.
+    :ivar cancelled: how many were cancelled after the grace, and have ended.
+    :ivar abandoned: how many were cancelled, and have not ended.
     """
 
     finished: int
@@ -81,7 +81,8 @@ class Stop:
                 ending = self._end_cancelled()
                 cancelled = cancelled or current_task()._next_cancel()
                 if cancelled is not None and self._is_awaited_by_handler():
-                    # That handler ends when this has ended, and the others after it.
+                    # That handler can end only when this stop has ended.  So the rest
+                    # of the stop goes on in another task.
                     spawn(ending, name=current_task().name)
                     raise cancelled
                 await ending
@@ -89,7 +90,7 @@ class Stop:
             if cancelled is not None:
                 raise cancelled
         finally:
-            # Its traceback holds this frame.
+            # The traceback of the error holds this frame.
             del cancelled
         running = self._running
         abandoned = sum(each.unended_handler is not None for each in running)

@@ -1,5 +1,5 @@
 """
-Streams: a connection, to read from and to write to, from the top to the bottom.
+Streams: a connection that a coroutine reads from and writes to.
 
 A stream knows nothing of how its transport works.  A protocol feeds it (see
 ``connections.py``).
@@ -61,10 +61,10 @@ _log = Logger()
 @implementer(IPushProducer)
 class Stream(StreamInput, AbortedOnError):
     """
-    A connection.  Made by ``CoroutineFactory``, ``serve`` and ``connect``.
+    A connection.  :class:`CoroutineFactory`, :func:`serve` and :func:`connect` make it.
 
-    Reads return what they have read, and leave the stream as it is when they
-    are cancelled.  Only one task at a time reads; any number may write.
+    A read that is cancelled leaves the stream as it is: the data can be read again.
+    Only one task at a time may read; any number may write.
 
     :ivar transport: the Twisted transport.
     :ivar signs: the signs of life that the watchdog of the time limits has seen.
@@ -138,25 +138,25 @@ class Stream(StreamInput, AbortedOnError):
     @property
     def peer(self) -> Address:
         """
-        The address of the other side: an ``IPv4Address``, an ``IPv6Address`` or a
+        The address of the peer: an ``IPv4Address``, an ``IPv6Address`` or a
         ``UNIXAddress``.
 
-        Without a socket, as between processes and in tests, it is what ``getPeer`` of
+        If there is no socket, as with processes and in tests, it is what ``getPeer`` of
         the transport returns.
         """
         return cast(Address, self.transport.getPeer())
 
     @property
     def host(self) -> Address:
-        """The address of this side, as :attr:`peer` is of the other."""
+        """The address of this side, of the same type as :attr:`peer`."""
         return cast(Address, self.transport.getHost())
 
     @property
     def stopping(self) -> Event:
         """
-        Happens when the server begins to stop: :class:`CoroutineFactory` and
-        :class:`Server` have the same.  That of a client, or of a stream in a test,
-        does not happen unless the program sets it.
+        An :class:`Event` that happens when the server begins to stop.  The server's
+        :class:`CoroutineFactory` and :class:`Server` have the same event.  The event of
+        a client, or of a stream in a test, happens only if the program sets it.
         """
         if self._stopping is None:
             self._stopping = Event()
@@ -165,15 +165,15 @@ class Stream(StreamInput, AbortedOnError):
     @property
     def tls(self) -> TLSInfo | None:
         """
-        What the TLS handshake has negotiated, the peer's certificate among it.  None
-        if the stream is not encrypted, if the handshake is not done yet, which
-        :meth:`handshake` waits for, and once the connection is lost.
+        What the TLS handshake has negotiated, including the peer's certificate.  None
+        if the stream is not encrypted, before the handshake is done (:meth:`handshake`
+        waits for it), and once the connection is lost.
         """
         return None if self._lost is not None else tls_info(self.transport)
 
     @property
     def activity(self) -> int:
-        """Changes whenever anything comes or goes."""
+        """A number that changes whenever anything is sent or received."""
         return self._arrived + self.written + self.resumed
 
     @property
@@ -206,8 +206,8 @@ class Stream(StreamInput, AbortedOnError):
 
     def write(self, data: bytes | bytearray | memoryview) -> Operation[None]:
         """
-        Write.  The operation is done when there is room for more: to wait for it
-        keeps a peer that does not read from filling the memory.
+        Write ``data``.  The operation is done when there is room for more.  Wait for
+        it, so that a peer that does not read cannot fill the memory.
 
         :raises ConnectionClosed: (when awaited) if the connection is lost.
         :raises StreamError: (when awaited) after ``close`` or ``write_eof``.
@@ -233,15 +233,18 @@ class Stream(StreamInput, AbortedOnError):
         progress: Callable[[int], object] | None = None,
     ) -> Operation[int]:
         """
-        Send a part of a file, in turn with what is written before and after this.
-        The file's position stays where it is.
+        Send a part of a file, in order with what is written before and after this.
+        The file's position does not change.
 
-        The operation is done when all of it was sent, or can be, and its result is
-        how many bytes that were.  If it fails or is cancelled in the middle, nothing
-        more can be written, since the peer would take it for a part of the file.
+        The operation is done when all of the part was sent, or the transport has room
+        for the rest of it.  Its result is the number of bytes.  If it fails or is
+        cancelled in the middle, nothing more can be written, since the peer would take
+        it for a part of the file.
 
-        :param count: how much; by default up to the end of the file.
-        :param progress: called with how much was sent by now, again and again.
+        :param offset: where the part begins in the file.
+        :param count: how many bytes to send; by default up to the end of the file.
+        :param progress: called again and again, with the number of bytes that were sent
+            so far.
         :raises FileEnded: (when awaited) if the file is shorter.
         :raises OSError: (when awaited) if it cannot be read.
         :raises ConnectionClosed: (when awaited) if the connection is lost.
@@ -259,7 +262,7 @@ class Stream(StreamInput, AbortedOnError):
 
     def write_eof(self) -> Operation[None]:
         """
-        Tell the peer that nothing more will come.  One can still read.
+        Tell the peer that nothing more will be written.  The stream can still be read.
 
         The operation is done when everything was sent.
 
@@ -292,10 +295,10 @@ class Stream(StreamInput, AbortedOnError):
 
     def close(self) -> Operation[None]:
         """
-        Close the connection when everything was sent; what comes is discarded.
+        Close the connection when everything was sent.  What arrives is discarded.
 
-        A TLS peer is to answer within the ``close_timeout`` of ``serve`` or
-        ``connect``.
+        A TLS peer must answer within the ``close_timeout`` of :func:`serve` or
+        :func:`connect`.
 
         The operation is done when the connection is gone.
         """
@@ -315,7 +318,7 @@ class Stream(StreamInput, AbortedOnError):
             self._tls().limit_close()
 
     def _limit_output(self) -> None:
-        """Limit the wait for a peer that takes nothing of what is left."""
+        """Limit the wait for a peer that takes nothing of what is left to be sent."""
         limit = self._write_timeout
         if (
             limit is not None
@@ -328,14 +331,14 @@ class Stream(StreamInput, AbortedOnError):
             self._watchdog.start(self._scheduler.reactor)
 
     def time_out(self, error: Exception) -> None:
-        """Abort the connection: a time limit was exceeded, and this tells which."""
+        """Abort the connection: a time limit was exceeded, which the error names."""
         self._abort_reason = error
         self._unwritable = self._unwritable or error
         self.abort()
 
     def abort(self) -> Operation[None]:
         """
-        Close the connection at once, whatever was not sent yet.
+        Close the connection at once.  What was not sent yet is discarded.
 
         The operation is done when the connection is gone.
         """
@@ -387,21 +390,24 @@ class Stream(StreamInput, AbortedOnError):
 
     def start_tls(self, context: Any) -> Operation[None]:
         """
-        Go on encrypted.  The operation is done when the handshake is.
+        Start TLS.  The operation is done when the handshake is done.
 
         :param context: for a server an ``IOpenSSLServerConnectionCreator`` or
             ``ssl.CertificateOptions``; for a client what
             ``ssl.optionsForClientTLS`` returns.
-        :raises UnreadPlaintext: if anything is there that was not read yet.
-        :raises StreamError: if the transport cannot do it, or does it already; (when
+        :raises UnreadPlaintext: if data has arrived that was not read yet.
+        :raises BusyResourceError: if a task reads, or a file is being sent.
+        :raises StreamError: if the transport has no TLS, or is encrypted already; (when
             awaited) if one side has ended already.
         :raises TLSError: (when awaited) if the handshake fails, or takes longer than
             the ``handshake_timeout`` of ``serve`` or ``connect``.
         """
         if self._reader is not None:
-            raise BusyResourceError(f"start TLS on {self!r} when nobody reads from it")
+            raise BusyResourceError(
+                f"a task reads from {self!r}: start TLS when none does"
+            )
         if self._files is not None:
-            raise BusyResourceError(f"start TLS on {self!r} when it sends no file")
+            raise BusyResourceError(f"{self!r} sends a file: start TLS after it")
         if ISSLTransport.providedBy(self.transport):
             raise StreamError(f"{self!r} is encrypted already")
         if self._buffer.data:
@@ -409,7 +415,7 @@ class Stream(StreamInput, AbortedOnError):
         if self._unwritable is not None:
             return failed(again(self._unwritable), quietly=self._lost is not None)
         if self._ended:
-            return failed(StreamError(f"{self!r} has ended: no TLS"))
+            return failed(StreamError(f"{self!r} cannot start TLS: it has ended"))
         start = getattr(self.transport, "startTLS", None)
         if start is None:
             raise StreamError(f"{self!r} cannot start TLS: {self.transport!r} has none")
@@ -423,7 +429,7 @@ class Stream(StreamInput, AbortedOnError):
     @must_be_awaited
     def handshake(self) -> Operation[None]:
         """
-        Wait until the TLS handshake is done, which begins by itself: then :attr:`tls`
+        Wait until the TLS handshake is done.  It begins by itself.  Then :attr:`tls`
         tells what it has negotiated.
 
         :raises StreamError: if the stream is not encrypted.
@@ -457,7 +463,7 @@ class Stream(StreamInput, AbortedOnError):
     # From the protocol
 
     def _discard_input(self) -> None:
-        """Discard what arrives from now on, so that nothing has to wait for a read."""
+        """Discard what arrives from now on, so that the peer waits for no read."""
         self._close_writing()
         if self._paused:
             self._resume_transport()
@@ -490,8 +496,8 @@ class Stream(StreamInput, AbortedOnError):
         succeed(closed)
 
     def lose_output(self) -> None:
-        """The peer takes nothing any more, but may still say something."""
-        lost = ConnectionLost("the other side has closed what is written to")
+        """The peer takes nothing any more, but may still send."""
+        lost = ConnectionLost("the peer has closed its input")
         self._unwritable = self._unwritable or lost
         self._output_lost = lost
         drained, self._drained = self._drained, NO_OPERATIONS
@@ -509,7 +515,7 @@ class Stream(StreamInput, AbortedOnError):
             files.fail_held(error)
 
     def finish_output(self) -> None:
-        """Everything was sent, and the end of it."""
+        """All output was sent, and the end of it."""
         if self._wrote_eof is not None:
             self._output_finished = True
             finished, self._wrote_eof = self._wrote_eof, {}
@@ -530,8 +536,8 @@ class Stream(StreamInput, AbortedOnError):
         """See ``IPushProducer``: the transport has room again."""
         full = self.full
         if full and tls_is_over(self.transport):
-            # TLS drops what is written now.  Twisted closes the connection when its
-            # output is sent, but not as long as there is a producer that it has
+            # TLS drops what is written now.  Twisted closes the connection when the
+            # output of TLS is sent, but not while there is a producer that TLS has
             # paused.
             self.transport.unregisterProducer()
             return
@@ -543,7 +549,7 @@ class Stream(StreamInput, AbortedOnError):
         succeed(drained)
 
     def stopProducing(self) -> None:
-        """See ``IPushProducer``: the end of the connection follows."""
+        """See ``IPushProducer``: the connection is about to end."""
 
     def __repr__(self) -> str:
         return f"<Stream to {self.peer}>"

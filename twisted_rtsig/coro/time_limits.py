@@ -53,14 +53,17 @@ class TimeLimits(NamedTuple):
 
 class Watchdog:
     """
-    Ends connections that exceed one of the time limits, by one delayed call for all.
+    Ends connections that exceed one of the time limits, with one delayed call for all
+    of them.
 
-    It looks at each stream several times within a limit, and counts the looks between
-    which there was no sign of life.  So a process that was stopped for a while, or a
-    clock that was set, does not end connections.
+    It looks at each stream several times within a limit, and counts the looks in a row
+    without a sign of life.  So no connection is ended because the process was stopped
+    for a while, or the clock was set.
 
-    :param streams: those to look at.
-    :param exceeded: called with a stream, and the error with which to end it.
+    :param limits: the time limits.
+    :param streams: returns the streams to look at.
+    :param exceeded: called with a stream, the name of the limit, and the error with
+        which to end the stream.
     """
 
     def __init__(
@@ -82,17 +85,17 @@ class Watchdog:
         self._look_number = 0
         self._stopped = False
         self._failures = Notice(_log.error, "{stream}: the limits cannot be applied")
-        # Of this look.
+        # The streams that are still to be looked at in this look.
         self._left: list[Stream] = []
         self._call: Any = None
 
     def start(self, reactor: Any) -> None:
-        """There is a stream to look at."""
+        """Look from now on: there is a stream."""
         if self._call is None and self._interval < math.inf:
             self._call = reactor.callLater(self._interval, self._look, reactor)
 
     def stop(self) -> None:
-        """There is none; it does not look again."""
+        """Never look again: there is no stream."""
         self._stopped = True
         self._left.clear()
         call, self._call = self._call, None
@@ -112,12 +115,13 @@ class Watchdog:
                 try:
                     self._look_at(stream)
                 except Exception:
-                    # Of a transport, or a protocol between it and the stream.
+                    # An error of a transport, or of a protocol between it and the
+                    # stream.
                     self._failures.tell(
                         reactor.seconds(), stream=stream, log_failure=Failure()
                     )
         if self._stopped:
-            # All were ended.
+            # All streams were ended.
             return
         if self._left:
             self._call = reactor.callLater(0, self._look_on, reactor)
@@ -133,7 +137,7 @@ class Watchdog:
         alive = signs.update(stream, now)
         limits = self._limits
         reading = stream.unfinished_read
-        # What begins after this look is seen in the next one at the earliest.
+        # A read that begins after this look is seen in the next one at the earliest.
         if reading is None:
             signs.reading_since = now + 1
         elif reading is not signs.reading:
@@ -162,7 +166,7 @@ class Watchdog:
 
 
 def handshake_is_pending(stream: Stream) -> bool:
-    """Whether there is TLS whose handshake is not done; it has a limit of its own."""
+    """Whether there is a TLS handshake that is not done.  It has its own limit."""
     return handshake_is_done(stream.transport) is False
 
 
@@ -170,9 +174,15 @@ class Signs:
     """
     The signs of life of a stream: what the watchdog has seen, and in which look.
 
+    :ivar activity: the ``activity`` of the stream.
     :ivar pending: how many bytes the transport and the kernel held.
-    :ivar sent: how many bytes the kernel had taken.
-    :ivar received: and how many of these the peer had taken.
+    :ivar sent: how many bytes the kernel had taken from the transport.
+    :ivar received: how many of these the peer had taken.
+    :ivar alive: the last look in which anything was sent or received.
+    :ivar taken_at: the last look in which the peer took output, or there was none.
+    :ivar reading: the read that waited for the rest of its data; None without one.
+    :ivar reading_since: the look in which that read was first seen.
+    :ivar silent_since: the look since which a read waits for the first byte.
     """
 
     __slots__ = (
@@ -200,13 +210,14 @@ class Signs:
         self.reading: object = None
 
     def update(self, stream: Stream, now: int) -> bool:
-        """Look at a stream; return whether anything was sent or received."""
+        """Look at a stream; return whether anything was sent or received since then."""
         activity = stream.activity
-        # What is written before the TLS handshake is done is pending nowhere else.
+        # What is written before the TLS handshake is done is held by TLS alone, and
+        # only ``full`` tells of it.
         nothing_pending = self.pending == _NOTHING_PENDING and not stream.full
         if activity == self.activity and nothing_pending:
-            # All was taken before, and nothing was written since: the kernel need not
-            # be asked.
+            # The peer had taken everything, and nothing was written since: there is no
+            # need to ask the kernel.
             self.taken_at = now + 1
             return False
         pending, self.pending = self.pending, pending_of(stream)
@@ -223,10 +234,10 @@ class Signs:
 
     def _progress(self, stream: Stream) -> tuple[int, int]:
         held, queue = self.pending
-        # What TLS holds has grown by the encryption, so that this is too little.  It
-        # grows nevertheless when something is sent; unless as much was written at the
-        # same time that the encryption has added more, which the room for output allows
-        # only now and then.
+        # Encryption makes the held data longer, so this result is too small.  But it
+        # grows whenever something is sent.  It does not if so much was written at the
+        # same time that the encryption has added more than was sent, which the limited
+        # room for output allows only now and then.
         sent = stream.written - held + stream.resumed
         return sent, sent - queue
 
@@ -236,8 +247,8 @@ _NOTHING_PENDING: Final = (0, 0)
 
 def pending_of(stream: Stream) -> tuple[int, int]:
     """
-    As ``pending_output``.  A transport that does not tell how much it holds tells when
-    it has no room; of such a one, as much as was written.
+    As ``pending_output``.  A transport that does not tell how much it holds does tell
+    when it has no room: then everything that was written counts as held.
     """
     pending = pending_output(stream.transport)
     if pending is None:
