@@ -1830,7 +1830,7 @@ async def waits_for_ever(stream: Stream) -> None:
         (leaves_a_task, "the handler has left behind .*sleeps_for_ever"),
         (leaves_a_timer, "the handler has left behind"),
         (swallows, "the handler went on: let Cancelled pass"),
-        (waits_for_ever, "the handler waits for what does not come"),
+        (waits_for_ever, "the handler waits for something that never happens"),
     ],
 )
 def test_what_cancel_everywhere_finds(

@@ -418,7 +418,7 @@ def test_tls(
         options = optionsForClientTLS("127.0.0.1", certificate)
         async with await open_tcp(NAME, port, tls=options) as stream:
             assert await stream.read_line() == b"hello"
-        with pytest.raises(ValueError, match="takes the name itself"):
+        with pytest.raises(ValueError, match="give the name to"):
             open_tcp(NAME, port, tls=options, server_hostname=NAME)
         await server.stop()
 

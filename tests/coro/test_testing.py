@@ -394,9 +394,9 @@ async def _never_ends(stream: Stream) -> None:
         (_leaves_a_call, "left behind .<DelayedCall"),
         (
             _waits_when_cancelled,
-            "^cancelled at .*: the handler waits for what does not",
+            "^cancelled at .*: the handler waits for something that",
         ),
-        (_waits_for_ever, "^the handler waits for what does not come:"),
+        (_waits_for_ever, "^the handler waits for something that never happens:"),
         (_never_ends, "^the handler has not ended after [0-9]+ turns"),
     ],
 )
@@ -414,7 +414,7 @@ def test_a_handler_may_be_collected_before_what_steps_through_it(
         bodies.append(_waits_for_ever(stream))
         return bodies[-1]
 
-    with pytest.raises(AssertionError, match="waits for what does not come"):
+    with pytest.raises(AssertionError, match="waits for something that never happens"):
         cancel_everywhere(handler)
     ignored: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", ignored.append)

@@ -1,4 +1,4 @@
-"""Datagrams: to send and to receive UDP in a task."""
+"""Datagrams: sending and receiving UDP in a task."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from twisted_rtsig.coro.tasks import scheduler_for
 
 Address = tuple[Any, ...]
 
-# So many wait to be received here; further ones wait in the kernel, which drops
-# what is too much.
+# So many datagrams at most wait to be received here.  More of them wait in the kernel,
+# which drops those that its buffer has no room for.
 _MOST_WAITING = 64
 
 
 class DatagramSocket(ClosedAtExit):
     """
-    A UDP port.  Made by :func:`open_datagrams`.
+    A UDP port.  :func:`open_datagrams` makes it.
 
     Only one task at a time receives; any number may send.
 
@@ -49,10 +49,11 @@ class DatagramSocket(ClosedAtExit):
     @must_be_awaited
     def receive_from(self) -> Operation[tuple[bytes, Address]]:
         """
-        The next datagram, and the address it is from: ``(host, port)`` or longer.
+        Return the next datagram, and the address it is from: ``(host, port)`` or
+        longer.
 
-        :raises ConnectionRefusedError: after ``transport.connect``, when nobody
-            is there.
+        :raises ConnectionRefusedError: after ``transport.connect``, if nothing receives
+            at that address.
         :raises StreamError: after ``close``.
         """
         if self._receiver is not None:
@@ -78,10 +79,10 @@ class DatagramSocket(ClosedAtExit):
         """
         Send a datagram.  If the network is too busy for it, it is lost.
 
-        :param address: ``(host, port)``, with the host's number, not its name;
+        :param address: ``(host, port)``, where the host is an IP address and no name;
             None after ``transport.connect``.
         :raises MessageLengthError: if it is too large.
-        :raises OSError: if the network says no.
+        :raises OSError: if the system cannot send it.
         :raises StreamError: after ``close``.
         """
         if self._closed is not None:
@@ -133,7 +134,7 @@ class DatagramSocket(ClosedAtExit):
             self.transport.pauseProducing()
 
     def fail(self, error: Exception) -> None:
-        """The receiver is told that there is no receiving."""
+        """Let the wait for a datagram fail; or, if there is none, the next one."""
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
             receiver.fail(error)
@@ -156,7 +157,7 @@ class _Datagrams(DatagramProtocol):
         self.socket.feed(datagram, addr)
 
     def connectionRefused(self) -> None:
-        self.socket.fail(ConnectionRefusedError("nobody receives at that address"))
+        self.socket.fail(ConnectionRefusedError("nothing receives at that address"))
 
     def stopProtocol(self) -> None:
         self.socket.fail(StreamError("nothing can be received after close()"))

@@ -1,10 +1,10 @@
 """
 Connecting by the name of a host, or by the path of a UNIX socket.
 
-Twisted's ``HostnameEndpoint`` connects to all addresses of a name as well.  It is not
-used here, because after an attempt that has failed it waits for the rest of the delay,
-it takes the addresses in the order of the resolver, family by family, it loses the zone
-of an IPv6 address, and of all errors it reports the last one.
+Twisted's ``HostnameEndpoint`` tries all addresses of a name as well.  It is not used
+here for four reasons: after a failed attempt it waits for the rest of the delay; it
+tries the addresses in the order of the resolver, family by family; it loses the zone of
+an IPv6 address; and it reports only the last error.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def open_tcp(
     reactor: Any | None = None,
 ) -> Deferred[Stream]:
     """
-    Connect to a host by TCP, and by TLS on top of it if that is asked for::
+    Connect to a host by TCP, or by TLS over TCP::
 
         async with await open_tcp("example.com", 443, tls=True) as stream:
             await stream.write(b"GET / HTTP/1.0\\r\\n\\r\\n")
@@ -75,30 +75,32 @@ def open_tcp(
     If the name has several addresses, they are tried as RFC 8305 ("Happy Eyeballs")
     says: IPv6 and IPv4 take turns, the next attempt begins when the last one has failed
     or ``happy_eyeballs_delay`` has passed, and the first connection wins.  The other
-    attempts are given up; to cancel this gives up all of them.
+    attempts are cancelled.  If this is cancelled, all attempts are.
 
-    :param host: a name, which may be an internationalized one, or an IPv4 or IPv6
-        address, the latter with a zone if it is a link-local one (``"fe80::1%eth0"``).
-    :param tls: True to encrypt the connection and to verify the certificate of the
-        host, by the authorities that this system trusts; or what
-        ``twisted.internet.ssl.optionsForClientTLS`` returns.  The stream is returned
+    :param host: a name, which may be an internationalized one; or an IPv4 or IPv6
+        address.  A link-local IPv6 address has a zone (``"fe80::1%eth0"``).
+    :param port: 1 to 65535.
+    :param tls: True to encrypt the connection, and to verify the certificate of the
+        host by the authorities that this system trusts; or the result of
+        ``twisted.internet.ssl.optionsForClientTLS``.  With TLS the stream is returned
         when the handshake is done.
     :param server_hostname: the name that the certificate must be for, with
         ``tls=True``; by default ``host``.
     :param local_address: the address of this side, or the address and the port.  Only
         addresses of the same family are tried.
-    :param happy_eyeballs_delay: seconds from one attempt to the next; None for one
-        after the other.
-    :param connect_timeout: how many seconds each attempt may take; None for as long as
-        the operating system lets it.
+    :param happy_eyeballs_delay: seconds from the begin of one attempt to the next; None
+        for one attempt after the other.
+    :param connect_timeout: how many seconds each attempt may take; None for the limit
+        of the operating system.
     :param handshake_timeout: as for :func:`connect`.
     :param close_timeout: as for :func:`connect`.
     :param reactor: an ``IReactorTCP`` provider; by default that of the task.
     :raises ConnectFailed: if the name has no address, or all attempts have failed.  It
         is an ``OSError``, and a ``ConnectError`` of Twisted.
-    :raises TLSError: if the handshake fails: the certificate is not the one of the
-        host, for example.
-    :raises ValueError: if an argument is out of range, or the name is none.
+    :raises TLSError: if the handshake fails, for example because the certificate is for
+        another host.
+    :raises ValueError: if an argument is out of range, or ``host`` is neither a name
+        nor an address.
     :raises ImportError: if TLS is asked for, and pyOpenSSL is not installed.
     """
     name, literal = _check_host(host)
@@ -114,7 +116,7 @@ def open_tcp(
     if isinstance(local_address, str):
         local_address = local_address, 0
     reactor = scheduler_for(reactor).reactor
-    # Twisted's annotation has forgotten None.
+    # Twisted takes None, though its annotation does not say so.
     limit: Any = connect_timeout
 
     def attempt(address: _Address) -> Deferred[Stream]:
@@ -166,9 +168,9 @@ def open_tcp(
 
 class _Race:
     """
-    Attempts to connect, the first of which to succeed wins.
+    Attempts to connect, of which the first to succeed wins.
 
-    :ivar errors: of the attempts that have failed, in their order.
+    :ivar errors: the errors of the failed attempts, in the order of the failures.
     """
 
     def __init__(self) -> None:
@@ -182,7 +184,7 @@ class _Race:
         attempt: Any,
         delay: float | None,
     ) -> Stream | None:
-        """The stream of the winner; None if there is none."""
+        """Return the stream of the first connection; None if all attempts failed."""
         try:
             async with TaskGroup() as group:
                 for address in addresses:
@@ -212,20 +214,20 @@ class _Race:
         try:
             stream = await attempt(address)
         except Exception as error:
-            # The frames of the traceback lead back to this.
+            # The frames of the traceback lead back to this object.
             self.errors.append(error.with_traceback(None))
             self._failed.append(address)
             failed.set()
         else:
             if self._winner is not None:
-                # Two were connected in one turn of the reactor.
+                # Two attempts have succeeded in one turn of the reactor.
                 stream.abort()
                 return
             self._winner = stream
             group.cancel()
 
     def reasons(self) -> list[str]:
-        """Of each attempt, why it has failed."""
+        """Why each attempt has failed."""
         return [
             f"{address.host}: {str(error).rstrip('.')}"
             for address, error in zip(self._failed, self.errors, strict=True)
@@ -239,8 +241,8 @@ def _check_host(
     host: str, what: str = "host"
 ) -> tuple[str, type[IPv4Address | IPv6Address] | None]:
     """
-    The host as the resolver takes it, in ASCII; and the type of its address, if it is
-    no name.
+    Return the host as the resolver takes it, in ASCII; and the type of the address, or
+    None if the host is a name.
     """
     if not isinstance(host, str):
         raise TypeError(f"{what}={host!r}: give the name or the address as a str")
@@ -271,8 +273,8 @@ def _check_host(
 
 def _idna(name: str) -> str:
     """
-    A name in the ASCII form that the DNS has, for the resolver and TLS alike: Python's
-    own resolver would take IDNA 2003, by which some names are others.
+    Return a name in the ASCII form of the DNS, for both the resolver and TLS.  Python's
+    resolver would use IDNA 2003, which encodes some names in another way.
     """
     try:
         import idna
@@ -295,7 +297,7 @@ class _Receiver:
     def addressResolved(self, address: Any) -> None:
         """See ``IResolutionReceiver.addressResolved``."""
         if isinstance(address, IPv6Address) and address.scopeID:
-            # The endpoint takes only the host.
+            # The endpoint takes the host only, so the zone becomes a part of it.
             zoned = f"{address.host.partition('%')[0]}%{address.scopeID}"
             address = IPv6Address("TCP", zoned, address.port)
         if (
@@ -306,7 +308,7 @@ class _Receiver:
 
     def resolutionComplete(self) -> None:
         """See ``IResolutionReceiver.resolutionComplete``."""
-        # Unless this was cancelled: Twisted's resolver cannot be.
+        # Unless the wait was cancelled: Twisted's resolver cannot be.
         if not self.complete.called:
             self.complete.succeed(None)
 
@@ -320,8 +322,9 @@ async def _resolve(reactor: Any, name: str, port: int) -> list[_Address]:
 
 def _interleaved(addresses: Sequence[_Address]) -> list[_Address]:
     """
-    The families take turns, and the first one is that of the first address: see RFC
-    8305, section 4.  The resolver has sorted each of them (RFC 6724).
+    The addresses, so that the families take turns, beginning with the family of the
+    first address: see RFC 8305, section 4.  The resolver has sorted the addresses of
+    each family (RFC 6724).
     """
     if not addresses:
         return []
@@ -342,7 +345,7 @@ def _tls_options(
     if tls is False:
         if server_hostname is not None:
             raise ValueError(
-                f"server_hostname={server_hostname!r} is for tls=True: without TLS "
+                f"server_hostname={server_hostname!r} needs tls=True: without TLS "
                 "there is no certificate"
             )
         return None
@@ -355,21 +358,21 @@ def _tls_options(
     if tls is not True:
         if server_hostname is not None:
             raise ValueError(
-                f"server_hostname={server_hostname!r} is for tls=True: "
-                "optionsForClientTLS() takes the name itself"
+                f"server_hostname={server_hostname!r} needs tls=True: give the name to "
+                "optionsForClientTLS() instead"
             )
         return tls
     if server_hostname is not None:
         name, _ = _check_host(server_hostname, "server_hostname")
-    # A certificate has the address without its zone, and the name without the dot that
-    # makes it absolute.
+    # A certificate has an address without its zone, and a name without the final dot
+    # that makes it absolute.
     verified = name.partition("%")[0].removesuffix(".")
     try:
         made: IOpenSSLClientConnectionCreator = optionsForClientTLS(verified)
     except UnicodeError as error:
         raise ValueError(
-            f"no certificate can be for {verified!r}: {error}; give the name that it "
-            "is for as server_hostname"
+            f"no certificate can be for {verified!r}: {error}; give the name that the "
+            "certificate is for as server_hostname"
         ) from None
     return made
 
@@ -387,12 +390,12 @@ def open_unix(
     """
     Connect to a UNIX socket.
 
-    :param path: where it is in the file system; on Linux ``"\\0name"`` is one in the
-        abstract name space.
-    :param connect_timeout: how many seconds that may take.
+    :param path: the path of the socket; on Linux ``"\\0name"`` is a socket in the
+        abstract namespace.
+    :param connect_timeout: how many seconds the attempt may take.
     :param reactor: an ``IReactorUNIX`` provider; by default that of the task.
-    :raises ConnectFailed: if it fails.  It is an ``OSError``, and a ``ConnectError`` of
-        Twisted.
+    :raises ConnectFailed: if the attempt fails.  It is an ``OSError``, and a
+        ``ConnectError`` of Twisted.
     :raises NotImplementedError: if the reactor has no UNIX sockets, as on Windows.
     """
     reactor = scheduler_for(reactor).reactor

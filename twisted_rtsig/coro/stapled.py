@@ -1,4 +1,4 @@
-"""One stream of two: one to write to, and one to read from."""
+"""Two streams as one: one to write to, and one to read from."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from twisted_rtsig.coro.tasks import scheduler_for, spawn
 
 class StapledStream(AbortedOnError):
     """
-    Two streams of which one is written to and the other one read from, as one: the
-    input and the output of two processes, for example, or two pipes.
+    Joins two streams, one to write to and one to read from: two pipes, for example, or
+    the input of one process and the output of another.
 
-    Every method is that of :class:`Stream`.  To close or to abort it closes or aborts
-    both.
+    Each method is that of :class:`Stream`.  :meth:`close` and :meth:`abort` close or
+    abort both streams.
 
     :ivar send_stream: the one to write to.
     :ivar receive_stream: the one to read from.
@@ -32,7 +32,7 @@ class StapledStream(AbortedOnError):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come; there may be something left to read."""
+        """Whether nothing more will arrive.  There may be data left to read."""
         return self.receive_stream.ended
 
     @property
@@ -112,7 +112,7 @@ class StapledStream(AbortedOnError):
 
 
 async def _wait_for_both(one: Awaitable[None], other: Awaitable[None]) -> None:
-    # Where it is a coroutine, it begins now.
+    # If it is a coroutine, it has to begin now.
     waiting = spawn(_wait_for, other)
     try:
         await one

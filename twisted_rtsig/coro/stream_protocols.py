@@ -1,7 +1,7 @@
 """
-What a stream is to code that reads from it or writes to it, whatever carries it.
+The interfaces of streams, for code that reads from any stream or writes to it.
 
-``twisted_rtsig.coro.testing.STREAM_CHECKS`` are the rules that come with these methods.
+``twisted_rtsig.coro.testing.STREAM_CHECKS`` has the rules that their methods keep.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ReceiveStream(Protocol):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come; there may be something left to read."""
+        """Whether nothing more will arrive.  There may be data left to read."""
 
     def read(self, max_bytes: int = MAX_BYTES) -> Awaitable[bytes]:
         """See ``Stream.read``."""
@@ -83,7 +83,7 @@ class SendStream(Protocol):
 class ByteStream(ReceiveStream, SendStream, Protocol):
     """
     A stream of bytes in both directions, such as :class:`Stream` and
-    :class:`StapledStream`, and what those of other packages can be.
+    :class:`StapledStream`.  A stream of another package can be one as well.
     """
 
     async def __aenter__(self) -> Self:

@@ -41,19 +41,19 @@ class TextStream(AsyncBlock):
         name = await text.read_line()
         await text.write(f"Hello, {name}!\\n")
 
-    A character may arrive in several pieces.  Limits count characters, as they come
-    from the decoder.  Only one task at a time reads, and only by this: bytes that
-    arrive are decoded as far as they go, and are not left in ``stream``.
+    A character may arrive in several pieces.  Limits count characters, as the decoder
+    returns them.  Only one task at a time may read, and only from this object: it
+    decodes all bytes that have arrived, so that they are not left in ``stream``.
 
     :param stream: a :class:`Stream`, or any ``ByteStream``.
     :param encoding: as for ``open``.  ``"utf-8-sig"`` and ``"utf-16"`` take a byte
         order mark at the beginning, and write one.
-    :param errors: what becomes of bytes that are no text, as for ``open``.
+    :param errors: how bytes that are no text are handled, as for ``open``.
     :param newline: what ends a line.  By default, ``None``, it is ``"\\n"``,
         ``"\\r\\n"`` or ``"\\r"``, all of which are read as ``"\\n"``, and lines are
         written as they are.  Otherwise it is ``newline``, for which ``"\\n"`` is
         written.
-    :raises LookupError: if there is no such encoding, or no such way to treat errors.
+    :raises LookupError: if the encoding or the error handler is unknown.
     :raises ValueError: if ``newline`` is something else.
     """
 
@@ -76,20 +76,21 @@ class TextStream(AsyncBlock):
         self.newline = newline
         decoder: Any = codecs.getincrementaldecoder(encoding)(errors)
         if newline in (None, "\r\n"):
-            # It keeps a \r until what follows has come.
+            # It keeps a \r until the next character has arrived.
             decoder = io.IncrementalNewlineDecoder(decoder, newline is None)
         self._decoder = decoder
         self._encoder = codecs.getincrementalencoder(encoding)(errors)
         self._delimiter = newline or "\n"
         self._reactor = scheduler_for(None).reactor
-        # Pieces in which no line ends, and what was not searched yet, from _start on.
+        # Pieces that were searched and in which no line ends; and the text that was not
+        # searched yet, which begins at _start.
         self._searched: list[str] = []
         self._searched_size = 0
         self._rest = ""
         self._start = 0
         self._ended = False
         self._reading: Task[str] | None = None
-        # Why what follows is no text.
+        # Why the next bytes are no text.
         self._error: UnicodeDecodeError | None = None
 
     # Reading
@@ -97,8 +98,8 @@ class TextStream(AsyncBlock):
     @must_be_awaited
     def read(self, max_chars: int = MAX_CHARS) -> Deferred[str]:
         """
-        What has arrived, as soon as that is anything: 1 to ``max_chars`` characters.
-        At the end of the stream, none.
+        Return what has arrived, as soon as there is any: 1 to ``max_chars`` characters.
+        At the end of the stream, return an empty string.
 
         :raises UnicodeDecodeError: if the next bytes are no text, and ``errors`` is
             ``"strict"``.
@@ -109,10 +110,10 @@ class TextStream(AsyncBlock):
     @must_be_awaited
     def read_line(self, max_chars: int = MAX_CHARS) -> Deferred[str]:
         """
-        The next line, without what ends it.
+        Return the next line, without its newline.
 
-        :param max_chars: how many characters it may have.
-        :raises DelimiterNotFound: if it has more; they stay in the stream.
+        :param max_chars: how many characters the line may have.
+        :raises DelimiterNotFound: if the line is longer; it stays in the stream.
         :raises IncompleteText: if the stream ends before the line does.
         :raises UnicodeDecodeError: as :meth:`read` does.
         """
@@ -121,7 +122,8 @@ class TextStream(AsyncBlock):
 
     async def lines(self, max_chars: int = MAX_CHARS) -> AsyncIterator[str]:
         """
-        Each line, as :meth:`read_line` returns it, until the stream ends.
+        Iterate over the lines, as :meth:`read_line` returns them, until the stream
+        ends.
 
         :raises IncompleteText: if it ends in the middle of a line.
         """
@@ -144,7 +146,7 @@ class TextStream(AsyncBlock):
         try:
             taken = take(limit)
         except Exception as error:
-            # The traceback leads back to the error.
+            # The frames of the traceback refer to the error.
             return failed(error.with_traceback(None))
         if taken is not None:
             finished: Finished[str] = Finished()
@@ -178,7 +180,7 @@ class TextStream(AsyncBlock):
                 return taken
         while True:
             self._feed(await self.stream.read(MAX_BYTES))
-            # Nothing would get what is taken.
+            # After a cancellation nothing would get the text that is taken.
             raise_if_cancelled()
             taken = take(limit)
             if taken is not None:
@@ -192,14 +194,14 @@ class TextStream(AsyncBlock):
             text = decoder.decode(data, not data)
         except UnicodeDecodeError as error:
             self._error = error.with_traceback(None)
-            # What comes before is text.  The object of the error ends where the data
-            # does, and may have begun earlier.
+            # The bytes before the error are text.  The object of the error ends with
+            # the data, and may begin with bytes that were left from earlier data.
             undecoded: bytes = before[0]
             size = len(undecoded) + len(data) - len(error.object) + error.start
             decoder.setstate(before)
             text = decoder.decode(data[: max(0, size - len(undecoded))])
         except UnicodeError as error:
-            # Of utf-16 without a byte order mark: it tells no more.
+            # utf-16 without a byte order mark raises this error, which has no position.
             self._error = UnicodeDecodeError(
                 self.encoding, data, 0, len(data), str(error)
             )
@@ -256,7 +258,7 @@ class TextStream(AsyncBlock):
         """
         Write, as ``Stream.write`` does.
 
-        :raises UnicodeEncodeError: if the encoding has no such character.
+        :raises UnicodeEncodeError: if the encoding does not have a character.
         """
         if self.newline is not None and self.newline != "\n":
             text = text.replace("\n", self.newline)

@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 class TLSInfo(NamedTuple):
     """
-    What a TLS handshake has negotiated.  See ``Stream.tls``.
+    What a TLS handshake has negotiated.  See :attr:`Stream.tls`.
 
-    :ivar version: the version of the protocol: ``"TLSv1.3"``.
+    :ivar version: the version of the protocol, such as ``"TLSv1.3"``.
     :ivar cipher: the name of the cipher suite, as OpenSSL has it.
     :ivar cipher_bits: the length of its secret key.
     :ivar alpn_protocol: the application protocol that both sides have agreed on by
-        ALPN (RFC 7301), ``"h2"`` for example; None without one.
+        ALPN (RFC 7301), such as ``"h2"``; None without one.
     :ivar server_hostname: the name that the client has asked for by SNI (RFC 6066);
-        None if it did not.
-    :ivar peer_certificate: the certificate of the peer; None if it has sent none, as
+        None without one.
+    :ivar peer_certificate: the certificate of the peer; None if it has sent none, like
         most clients.  ``peer_certificate.dump()`` is its DER encoding.
     """
 
@@ -77,7 +77,8 @@ def handshake_is_done(transport: Any) -> bool | None:
     if layer is None:
         return None
     # Twisted 23.10 verifies the name that the certificate is for at the end of the
-    # handshake, which it reports nevertheless; and aborts the connection.
+    # handshake.  If the name is wrong, it aborts the connection, and reports the
+    # handshake nevertheless.
     return bool(layer._handshakeDone and not layer._aborted)
 
 

@@ -1,5 +1,5 @@
 """
-A kit to test protocols that are coroutines, without sockets and without a reactor.
+A kit for tests of protocols that are coroutines, without sockets and without a reactor.
 
 See ``docs/testing.md``.
 """

@@ -53,8 +53,8 @@ def cancel_everywhere(
     check: Callable[[], object] = _nothing,
 ) -> int:
     """
-    Run a handler to its end; then again and again, and cancel it where it waits for
-    the first time, the second, and so on::
+    Run a handler to its end.  Then run it again and again, and cancel it at its first
+    wait, its second wait, and so on::
 
         async def client(stream):
             await stream.write(b"HELO there\\r\\n")
@@ -62,21 +62,22 @@ def cancel_everywhere(
 
         cancel_everywhere(session, client)
 
-    Each time there is another conversation, in memory, with a clock of its own, which
-    passes as soon as nothing else happens.  Every write waits until it was received.
-    Both sides may await what belongs to asyncio: its time is that of the clock, and its
-    threads, sockets and children are real.
+    Each time there is a new conversation, in memory.  It has its own clock, which
+    advances as soon as nothing else happens.  Every write waits until it was received.
+    Both sides may await objects of asyncio: the time of asyncio is that of the clock,
+    and its threads, sockets and children are real.
 
-    :param handler: an ``async def`` or generator function, of a :class:`Stream`; or a
-        plain function that waits with ``wait`` of ``twisted_rtsig.coro.stackful``.
-    :param peer: another one, the other side; by default one that says that nothing
-        will come, and listens.
-    :param check: called after each conversation; raises something if the handler has
+    :param handler: an ``async def`` or generator function that takes a :class:`Stream`;
+        or a plain function that waits with ``wait`` of
+        ``twisted_rtsig.coro.stackful``.
+    :param peer: a handler for the other side; by default it sends the end of its
+        output, and reads.
+    :param check: called after each conversation; it raises an error if the handler has
         not left everything as it should.
-    :return: at how many points it was cancelled.
-    :raises AssertionError: if the handler goes on, or raises something else, when it
-        was cancelled; if it leaves tasks or delayed calls behind, of asyncio as well;
-        if one side waits for what does not come.
+    :return: at how many waits the handler was cancelled.
+    :raises AssertionError: if the handler goes on, or raises something else, after it
+        was cancelled; if it leaves tasks or delayed calls behind, also of asyncio; or
+        if one side waits for something that never happens.
     :raises TypeError: if the handler returns a Deferred.
     """
     with outside_of_loops():
@@ -98,9 +99,10 @@ def _may_call_wait(function: object) -> bool:
 
 class _Conversation:
     """
-    :param point: at which wait the handler is cancelled; the first one is 1.
-    :ivar waits: how often it has waited.
-    :ivar where: the line where it was cancelled; None if it was not.
+    :param point: at which wait the handler is cancelled; the first one is 1, and 0
+        cancels nowhere.
+    :ivar waits: how often the handler has waited.
+    :ivar where: the line where the handler was cancelled; None if it was not.
     """
 
     def __init__(
@@ -113,7 +115,7 @@ class _Conversation:
         self._told = False
         self._clock = Clock()
         self._loop = ClockLoop(self._clock)
-        # Kept here, or it would be another one for each task.
+        # Without this reference each task would have another scheduler.
         self._scheduler = scheduler_of(self._clock)
         ours, theirs = stream_pair(buffer_size=0, reactor=self._clock)
         self._task = converse(self._step_through, ours, self._clock)
@@ -121,8 +123,8 @@ class _Conversation:
         self._peer = converse(peer, theirs, self._clock)
 
     def _step_through(self, stream: Stream) -> Generator[Any, Any, Any]:
-        """Do what the task would do with the handler, and cancel it in time."""
-        # That of what @coroutine has decorated can be stepped through.
+        """Do what the task would do with the handler, and cancel it at its point."""
+        # The generator function under @coroutine can be stepped through.
         function: Any = getattr(self._handler, "generator_function", self._handler)
         if _may_call_wait(function):
             from twisted_rtsig.coro.stackful import in_stackful
@@ -134,9 +136,10 @@ class _Conversation:
             # Its connection is about to be aborted.
             body.addErrback(ignore)
             raise TypeError(
-                f"nobody can see where {self._handler!r} waits: give "
-                "cancel_everywhere() an async def, a generator function, what "
-                "@coroutine has decorated, or a plain function that calls wait()"
+                f"{self._handler!r} returns a Deferred, which does not tell where the "
+                "handler waits: give cancel_everywhere() an async def, a generator "
+                "function, a function with @coroutine, or a plain function that calls "
+                "wait()"
             )
         if not (inspect.iscoroutine(body) or inspect.isgenerator(body)):
             return body
@@ -158,8 +161,8 @@ class _Conversation:
             try:
                 step, value = body.send, (yield awaited)
             except GeneratorExit:
-                # This is collected.  The handler may have been before, which throw()
-                # would not take.
+                # This generator is collected.  The handler's coroutine may have been
+                # collected before, and would not take throw().
                 body.close()
                 raise
             except BaseException as error:
@@ -170,7 +173,7 @@ class _Conversation:
         try:
             self._run()
         finally:
-            # What has failed because the other side was gone is not to be logged.
+            # A failure because the other side is gone must not be logged.
             for task in (self._task, self._peer):
                 if task.failed:
                     task._see_failure()
@@ -192,11 +195,13 @@ class _Conversation:
             if task.done:
                 return
             if not self._something_happens():
-                raise self._wrong(f"{who} waits for what does not come", tasks=True)
+                raise self._wrong(
+                    f"{who} waits for something that never happens", tasks=True
+                )
         raise self._wrong(f"{who} has not ended after {_TURNS} turns", tasks=True)
 
     def _something_happens(self) -> bool:
-        """Let it; return whether anything could."""
+        """Let the next thing happen; return whether there was any."""
         if self._loop.has_work:
             self._loop.turn()
         elif self._clock.getDelayedCalls():

@@ -1,9 +1,9 @@
 """
 What a stream must do, whatever carries it: one check for each rule.
 
-A check takes a function that makes two streams, each the other side of the other: any
-``ByteStream``.
-Where they do not keep the rule, it raises an ``AssertionError``, or what they raise.
+A check takes a function that makes two connected streams, of any class that is a
+``ByteStream``.  If they break the rule, the check raises an ``AssertionError``, or the
+error that they have raised.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MakePair = Callable[[], Awaitable[tuple[ByteStream, ByteStream]]]
 StreamCheck = Callable[[MakePair], Coroutine[Any, Any, None]]
 
 _PATIENCE: Final = 60
-"""Seconds after which a check says that nothing happens any more."""
+"""Seconds after which a check fails, since nothing happens any more."""
 
 _MUCH: Final = 1 << 20
 _TOO_MUCH: Final = 1 << 26
@@ -49,7 +49,7 @@ _checks: list[StreamCheck] = []
 def _check(
     function: Callable[[ByteStream, ByteStream], Awaitable[None]],
 ) -> StreamCheck:
-    """Run it with a new pair; and once more, with the other side of another one."""
+    """Run a check with a new pair; and again with another pair, with sides swapped."""
 
     @functools.wraps(function)
     async def check(make_pair: MakePair) -> None:
@@ -72,7 +72,7 @@ def _check(
 
 @_check
 async def _everything_arrives_in_order(one: ByteStream, other: ByteStream) -> None:
-    """Both ways at once, written and read in all kinds of pieces."""
+    """In both directions at once, written and read in pieces of many sizes."""
     data = _PIECE * (_MUCH // len(_PIECE))
     received = {one: bytearray(), other: bytearray()}
     wrong_sizes = []
@@ -120,7 +120,7 @@ _MESSAGE: Final = b"a line\r\nanother\n- until--12345x=42;and the END!"
 
 @_check
 async def _reads_find_what_they_want(one: ByteStream, other: ByteStream) -> None:
-    """However it comes: at once, and byte by byte."""
+    """If the data arrives at once, and if it arrives byte by byte."""
     await one.write(_MESSAGE)
     await _read_a_message(other)
     reading = spawn(_read_a_message, other)
@@ -132,7 +132,7 @@ async def _reads_find_what_they_want(one: ByteStream, other: ByteStream) -> None
 
 @_check
 async def _reads_have_a_limit(one: ByteStream, other: ByteStream) -> None:
-    """What is too long is an error, and stays there."""
+    """Data that is too long is an error, and stays in the stream."""
     await one.write(b"0123456789\n")
     with _raises(DelimiterNotFound):
         await other.read_line(9)
@@ -150,7 +150,7 @@ async def _reads_have_a_limit(one: ByteStream, other: ByteStream) -> None:
 
 @_check
 async def _what_was_written_may_change(one: ByteStream, other: ByteStream) -> None:
-    """When ``write`` has ended, the buffer is the writer's again."""
+    """When ``write`` has ended, the caller may change the buffer."""
     data = bytearray(b"one ")
     await one.write(data)
     data[:] = b"two "
@@ -164,7 +164,7 @@ async def _what_was_written_may_change(one: ByteStream, other: ByteStream) -> No
 
 @_check
 async def _a_cancelled_read_takes_nothing(one: ByteStream, other: ByteStream) -> None:
-    """Neither before anything has come, nor after a part of it."""
+    """Neither before data has arrived, nor after a part of it has."""
     for begun in (b"", b"begu"):
         await one.write(begun)
         if begun:
@@ -182,7 +182,7 @@ async def _a_cancelled_read_takes_nothing(one: ByteStream, other: ByteStream) ->
 
 @_check
 async def _one_reads_at_a_time(one: ByteStream, other: ByteStream) -> None:
-    """The second is told so, and the first has what comes."""
+    """The second read raises, and the first gets the data."""
     first = spawn(other.read_exactly, 5)
     await sleep(0)
     for read in (other.read, other.read_line, other.peek):
@@ -194,7 +194,7 @@ async def _one_reads_at_a_time(one: ByteStream, other: ByteStream) -> None:
 
 @_check
 async def _writes_wait_for_the_reader(one: ByteStream, other: ByteStream) -> None:
-    """Where nobody reads, memory does not fill; and later all of it is there."""
+    """If no task reads, memory does not fill; and later all data arrives."""
     written = 0
 
     async def write() -> None:
@@ -208,7 +208,7 @@ async def _writes_wait_for_the_reader(one: ByteStream, other: ByteStream) -> Non
     while written != before:
         before = written
         await sleep(0.05)
-    _true(not writing.done, f"{written} bytes were written, and nobody reads")
+    _true(not writing.done, f"{written} bytes were written, and no task reads")
     writing.cancel()
     closed = spawn(one.close)
     received = 0
@@ -226,7 +226,7 @@ async def _writes_wait_for_the_reader(one: ByteStream, other: ByteStream) -> Non
 
 @_check
 async def _the_end_comes_after_the_rest(one: ByteStream, other: ByteStream) -> None:
-    """A close is the end of what was written, and says so as often as asked."""
+    """Reads return what was written before a close, and then always the end."""
     await one.write(b"first\nlast")
     closed = spawn(one.close)
     lines = other.lines()
@@ -248,7 +248,7 @@ async def _the_end_comes_after_the_rest(one: ByteStream, other: ByteStream) -> N
 
 @_check
 async def _half_close(one: ByteStream, other: ByteStream) -> None:
-    """The other direction goes on.  Or there is none, and ``write_eof`` says so."""
+    """The other direction goes on.  Or ``write_eof`` raises that it cannot."""
     await one.write(b"the last")
     try:
         await one.write_eof()
@@ -268,7 +268,7 @@ async def _half_close(one: ByteStream, other: ByteStream) -> None:
 
 @_check
 async def _close_is_final(one: ByteStream, other: ByteStream) -> None:
-    """Twice is as good as once, and what is written afterwards an error."""
+    """A second close changes nothing, and a write afterwards is an error."""
     async with one:
         await one.write(b"bye")
     await one.close()
@@ -282,7 +282,7 @@ async def _close_is_final(one: ByteStream, other: ByteStream) -> None:
 
 @_check
 async def _an_abort_ends_everything(one: ByteStream, other: ByteStream) -> None:
-    """Of this side, and of the other: who waits is told."""
+    """On both sides reads that wait come to an end."""
     reading = [spawn(_read_till_the_end, stream) for stream in (one, other)]
     await sleep(0)
     await one.abort()
@@ -302,8 +302,8 @@ async def _read_till_the_end(stream: ByteStream) -> None:
 
 
 @_check
-async def _writes_to_nobody_fail(one: ByteStream, other: ByteStream) -> None:
-    """Sooner or later, where the other side was aborted: also those that wait."""
+async def _writes_after_an_abort_fail(one: ByteStream, other: ByteStream) -> None:
+    """Writes fail at last if the other side was aborted, also those that wait."""
     writing = spawn(_write_for_ever, one)
     await sleep(0.05)
     await other.abort()
@@ -316,9 +316,9 @@ async def _writes_to_nobody_fail(one: ByteStream, other: ByteStream) -> None:
 async def _write_for_ever(stream: ByteStream) -> None:
     while True:
         await stream.write(_PIECE)
-        # Not all of it at once, where nothing waits.
+        # If no write waits, others must have their turn all the same.
         await sleep(0)
 
 
 STREAM_CHECKS: Final[tuple[StreamCheck, ...]] = tuple(_checks)
-"""All of them; each in a task, since they wait with ``timeout``."""
+"""All checks.  Run each in a task, since they use ``timeout``."""

@@ -1,4 +1,4 @@
-"""An event loop of asyncio that goes by a clock which a test advances."""
+"""An event loop of asyncio whose time is that of a clock which a test advances."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from twisted_rtsig.coro.awaiting_asyncio import swap_current_task
 
 @contextlib.contextmanager
 def outside_of_loops() -> Iterator[None]:
-    """For code that runs a loop of its own: a test may run in another."""
+    """Leave the running loop, if a test runs in one, for code that runs its own."""
     outer = asyncio._get_running_loop()
     if outer is None:
         yield
@@ -40,14 +40,14 @@ class ClockLoop(asyncio.SelectorEventLoop):
 
     Threads, sockets and children are real.
 
-    :param clock: its tasks can await what belongs to this loop.
+    :param clock: the clock; its tasks can await objects of this loop.
     """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._delayed: dict[TimerHandle, IDelayedCall] = {}
         super().__init__()
-        # Where that of a reactor is.
+        # The attribute that a reactor of Twisted has its loop in.
         clock._asyncioEventloop = self  # type: ignore[attr-defined]
 
     def time(self) -> float:
@@ -79,12 +79,12 @@ class ClockLoop(asyncio.SelectorEventLoop):
 
     @property
     def has_work(self) -> bool:
-        """Whether there is something to call at once."""
+        """Whether a callback is ready."""
         ready: Any = self._ready  # type: ignore[attr-defined]
         return bool(ready)
 
     def turn(self) -> None:
-        """Call what is there, and look for events, without a wait."""
+        """Run the callbacks that are ready, and look for events, without waiting."""
         self.call_soon(self.stop)
         self.run_forever()
 

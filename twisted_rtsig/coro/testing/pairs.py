@@ -12,7 +12,7 @@ from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.tasks import scheduler_for
 from twisted_rtsig.coro.testing.transports import BUFFER_SIZE, Transport
 
-# What arrives where the other side is gone, and nothing can.
+# What arrives in answer to data for a side that is gone, like an RST of TCP.
 _RESET: Final = object()
 
 
@@ -28,9 +28,9 @@ def stream_pair(
     They behave as those of a TCP connection.  If one side was aborted, or has closed
     and something is written to it, then the other side loses the connection.
 
-    :param buffer_size: when more bytes than that are on their way to the other side,
-        which takes some in advance, ``write`` waits until it has taken all of them.
-    :param latency: how many seconds everything takes to get there.
+    :param buffer_size: when more bytes than that are on their way, ``write`` waits
+        until the other side has taken all of them.  It takes some before they are read.
+    :param latency: how many seconds data, and the end of the data, are on their way.
     :param reactor: an ``IReactorTime`` provider, such as a
         ``twisted.internet.task.Clock``; by default that of the task.
     :raises ValueError: if the size or the latency is negative.
@@ -55,10 +55,10 @@ class _End(Transport):
     def __init__(self, scheduler: Scheduler, buffer_size: int, latency: float) -> None:
         super().__init__(scheduler, buffer_size)
         self._latency = latency
-        # When it arrives, and what: bytes, None for the end, or a reset.
+        # When each thing arrives, and what it is: bytes, None for the end, or a reset.
         self._under_way: deque[tuple[float, Any]] = deque()
         self._arrival: Any = None
-        # Once everything is sent.
+        # Whether to close once everything is sent.
         self._closes = False
 
     # To the other side
@@ -80,7 +80,7 @@ class _End(Transport):
 
     def _arrives(self) -> None:
         now = self._reactor.seconds()
-        # What is sent because of it, and takes no time, comes in the next turn.
+        # What is sent in answer to it arrives in the next turn, even without latency.
         for _ in range(len(self._under_way)):
             if not self._under_way or self._under_way[0][0] > now:
                 break
@@ -95,7 +95,7 @@ class _End(Transport):
 
     def arrives(self, what: Any) -> None:
         if what is _RESET:
-            # What has come before is not lost with the connection.
+            # What has arrived before is not lost with the connection.
             self.producerState = "producing"
             self._deliver()
             self.lose(ConnectionLost(), "lost")

@@ -21,8 +21,8 @@ def in_task(function: Callable[P, Runnable[T]]) -> Callable[P, Deferred[T]]:
     Decorate a test, so that it runs as a task of the installed reactor and returns
     a Deferred.
 
-    For trial: in the ``async def`` tests that it runs itself there is no task, and so
-    no ``timeout``, for example.
+    This is for trial: it runs ``async def`` tests itself, without a task, so that
+    ``timeout`` for example cannot be used there.
 
     :param function: an ``async def`` or generator function.
     """
@@ -37,7 +37,7 @@ def in_task(function: Callable[P, Runnable[T]]) -> Callable[P, Deferred[T]]:
 
 
 def converse(handler: Handler, stream: Stream, reactor: Any) -> Task[Any]:
-    """Run it as a server would, which logs nothing."""
+    """Run a handler as a server does, but without log lines."""
 
     def ended(task: Task[Any]) -> None:
         if task.failed or task.cancelled:

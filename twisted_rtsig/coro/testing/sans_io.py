@@ -1,4 +1,4 @@
-"""A handler without input and output: the test says what comes."""
+"""A handler without input and output: the test makes the input."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from twisted_rtsig.coro.testing.transports import BUFFER_SIZE, Transport
 
 class SansIO:
     """
-    Runs a handler without any input or output: whoever tests it says what comes, and
-    looks at what it writes::
+    Runs a handler without any input or output.  The test feeds it, and looks at what it
+    writes::
 
         conversation = SansIO(session)
         conversation.feed(b"HELO there\\r\\n")
         assert conversation.written() == b"250 hello\\r\\n"
 
-    Whatever the handler does with what has come, it has done when ``feed`` returns.
+    When :meth:`feed` returns, the handler has done all that it does with the data.
 
     :param handler: as for :class:`CoroutineFactory`.
     :param buffer_size: when the handler has written more bytes than that, its
-        ``write`` waits for somebody to call ``written``.
+        ``write`` waits until the test calls :meth:`written`.
     :ivar clock: a ``twisted.internet.task.Clock``, the time of the handler.
     :ivar task: the handler's task.
-    :ivar stream: what the handler has.
+    :ivar stream: the handler's stream.
     """
 
     def __init__(self, handler: Handler, buffer_size: int = BUFFER_SIZE) -> None:
         self.clock: Clock = Clock()
-        # Kept here, or it would be another one for each task.
+        # Without this reference each task would have another scheduler.
         self._scheduler = scheduler_of(self.clock)
         self._transport = _Recorder(self._scheduler, buffer_size)
         self.stream: Stream = self._transport.protocol.stream
@@ -44,12 +44,12 @@ class SansIO:
         self._settle()
 
     def feed(self, data: bytes) -> None:
-        """Let data come.  What comes when the connection has ended is dropped."""
+        """Let data arrive.  After the end of the connection it is dropped."""
         self._transport.arrive(data)
         self._settle()
 
     def feed_eof(self) -> None:
-        """Let the peer say that nothing more will come."""
+        """Let the peer end its output: nothing more will arrive."""
         self._transport.arrive(None)
         self._settle()
 
@@ -76,26 +76,26 @@ class SansIO:
     def ended(self) -> str | None:
         """
         How the connection has ended: ``"closed"``, with everything sent;
-        ``"aborted"``; ``"lost"``, by :meth:`lose`.  None if it has not.
+        ``"aborted"``; or ``"lost"``, by :meth:`lose`.  None before it has ended.
         """
         return self._transport.ended
 
     @property
     def wrote_eof(self) -> bool:
-        """Whether the handler has said that nothing more will come from it."""
+        """Whether the handler has called ``write_eof``."""
         return self._transport.half_closed
 
     @property
     def done(self) -> bool:
-        """Whether the handler has ended, in whatever way."""
+        """Whether the handler has returned, has raised, or was cancelled."""
         return self.task.done
 
     def result(self) -> Any:
-        """What the handler has returned, or raised: as ``Task.result``."""
+        """Return what the handler has returned, or raise its error: ``Task.result``."""
         return self.task.result()
 
     def _settle(self) -> None:
-        """Have done what is to be done in the next turn, and in those after it."""
+        """Let everything happen that is due now, in this turn and the next ones."""
         self.clock.advance(0)
 
 

@@ -1,4 +1,4 @@
-"""Transports in memory: what a stream writes to where there is no socket."""
+"""Transports in memory: they carry a stream without a socket."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from twisted_rtsig.coro.clients import ClientProtocol
 from twisted_rtsig.coro.scheduler import Scheduler
 
 BUFFER_SIZE: Final = 1 << 16
-"""How many bytes may be on their way before those who write wait, by default."""
+"""How many bytes may be on their way before writes wait, by default."""
 
 
 class Transport(StringTransport):
     """
-    Does for its stream what Twisted's transports do, up to where the socket would be.
+    Does for its stream what Twisted's transports do, but has no socket.
 
-    :ivar protocol: which has the stream.
-    :ivar half_closed: whether nothing more is written.
-    :ivar ended: how it has come to its end, in a word.
+    :ivar protocol: the protocol; it has the stream.
+    :ivar half_closed: whether the stream has ended its output.
+    :ivar ended: how the connection has ended, in one word; None before.
     """
 
     disconnecting: bool
@@ -30,40 +30,40 @@ class Transport(StringTransport):
         super().__init__()
         self._reactor = scheduler.reactor
         self._buffer_size = buffer_size
-        # How many bytes were written and not sent.
+        # How many bytes were written and not sent yet.
         self._unsent = 0
         self._full = False
-        # What comes while the stream takes nothing; None is the end.
+        # What has arrived while the stream was paused; None is the end.
         self._arrived: deque[bytes | None] = deque()
         self.half_closed: bool = False
         self.ended: str | None = None
         self.protocol: ClientProtocol = ClientProtocol(scheduler)
         self.protocol.makeConnection(self)
 
-    # What differs
+    # What subclasses implement
 
     def send(self, data: bytes) -> None:
-        """Send it, and call :func:`sent` when that is done."""
+        """Send ``data``, and call :meth:`sent` when that is done."""
         raise NotImplementedError
 
     def send_eof(self) -> None:
-        """Send that nothing more will come."""
+        """Send the end of the output."""
 
     def close(self) -> None:
-        """Call :func:`lose`: everything was written."""
+        """Call :meth:`lose` when everything is sent."""
         raise NotImplementedError
 
     def abort(self) -> None:
-        """Call :func:`lose`, at once."""
+        """Call :meth:`lose` at once."""
         raise NotImplementedError
 
     def received(self, size: int) -> None:
-        """The stream has taken as many bytes."""
+        """The stream has taken ``size`` bytes."""
 
     # Input
 
     def arrive(self, data: bytes | None) -> None:
-        """Data has come from the other side; None is the end of it."""
+        """Data has arrived from the other side; None is the end of it."""
         self._arrived.append(data)
         self._deliver()
 
@@ -95,7 +95,7 @@ class Transport(StringTransport):
                 self.protocol.stream.pauseProducing()
 
     def sent(self, size: int) -> None:
-        """As many of the bytes that were written have been sent."""
+        """``size`` of the bytes that were written have been sent."""
         self._unsent -= size
         if self._full and not self._unsent:
             self._full = False
@@ -123,7 +123,7 @@ class Transport(StringTransport):
         """
         The connection has ended.
 
-        :param how: in a word; it becomes :attr:`ended`.
+        :param how: in one word; it becomes :attr:`ended`.
         """
         if self.ended is None:
             self.ended = how
