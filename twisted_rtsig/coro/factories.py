@@ -201,9 +201,9 @@ class CoroutineFactory(Factory):
         self, transport: Any, network: Hashable | None
     ) -> tuple[str, str] | None:
         """The limit that forbids a further connection, and why; or None."""
-        count, most = len(self.connections), self.max_connections
         if self.stopping.is_set:
             return "stopping", "the server stops"
+        count, most = len(self.connections), self.max_connections
         if most == "auto":
             why = scarce_descriptors(transport)
             if why is not None:
@@ -211,8 +211,10 @@ class CoroutineFactory(Factory):
             most = MOST_CONNECTIONS
         if most is not None and count >= most:
             return "max_connections", f"it has {count} connections (max_connections)"
-        of_address = self._per_address.get(network, 0)
-        if self._max_per_address is not None and of_address >= self._max_per_address:
+        if network is None:
+            return None
+        of_address, most = self._per_address.get(network, 0), self._max_per_address
+        if most is not None and of_address >= most:
             why = f"{network} has {of_address} (max_connections_per_address)"
             return "max_connections_per_address", why
         return None

@@ -81,7 +81,8 @@ class ServerProtocol(StreamProtocol):
             self.factory.tell_of_limit(stream, "handshake_timeout", overdue)
         if self.factory.cancel_on_loss:
             self._cancel_handler("the connection was lost")
-        self._forget()
+        if self._task is not None and self._task.done:
+            self.factory.forget(self)
 
     def cancel(self, reason: str) -> None:
         """Cancel the handler; if it has ended, abort what is not sent yet."""
@@ -106,15 +107,16 @@ class ServerProtocol(StreamProtocol):
 
     def _handled(self, task: Task[Any]) -> None:
         """The handler has returned, has raised, or was cancelled."""
+        stream = self.stream
         if task.cancelled:
-            self.stream.abort()
+            stream._begin_abort()
         elif not task.failed:
-            self.stream.close()
+            stream._begin_close()
         else:
             error = task._see_error()
-            names = {"name": task.name, "stream": self.stream}
+            names = {"name": task.name, "stream": stream}
             if all(map(self._is_of_the_peer, causes(error))):
-                if self.stream.timed_out is None:
+                if stream.timed_out is None:
                     # Otherwise the factory has logged it.
                     _log.info(
                         "{name}, {stream}: {error}", error=safe_str(error), **names
@@ -122,8 +124,9 @@ class ServerProtocol(StreamProtocol):
             else:
                 message = "{name}, {stream}: the handler has failed"
                 log_failure(_log, message, error, **names)
-            self.stream.abort()
-        self._forget()
+            stream._begin_abort()
+        if stream.lost:
+            self.factory.forget(self)
 
     def _is_of_the_peer(self, error: BaseException) -> bool:
         """Whether the peer has caused an error, and not a mistake of the handler."""
@@ -134,11 +137,6 @@ class ServerProtocol(StreamProtocol):
             (stream.lost or stream.timed_out is not None)
             and isinstance(error, ConnectionClosed)
         )
-
-    def _forget(self) -> None:
-        """Tell the factory, once both the connection and the handler have ended."""
-        if self.stream.lost and self._task is not None and self._task.done:
-            self.factory.forget(self)
 
 
 async def _fail(error: Exception) -> None:

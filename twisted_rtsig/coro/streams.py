@@ -302,11 +302,16 @@ class Stream(StreamInput, AbortedOnError):
 
         The operation is done when the connection is gone.
         """
+        self._begin_close()
+        return self._when_closed()
+
+    def _begin_close(self) -> None:
+        """As :meth:`close`, for callers that do not wait for the end."""
         if self._lost is None and not self._closing:
             self._close_writing()
             self._after_files(self._lose_transport)
-            self._limit_output()
-        return self._when_closed()
+            if self._write_timeout is not None:
+                self._limit_output(self._write_timeout)
 
     def _lose_transport(self) -> None:
         self.transport.unregisterProducer()
@@ -317,13 +322,10 @@ class Stream(StreamInput, AbortedOnError):
         if self._lost is None and ISSLTransport.providedBy(self.transport):
             self._tls().limit_close()
 
-    def _limit_output(self) -> None:
+    def _limit_output(self, limit: float) -> None:
         """Limit the wait for a peer that takes nothing of what is left to be sent."""
-        limit = self._write_timeout
-        if (
-            limit is not None
-            and self._lost is None
-            and (self._files is not None or self.full or any(pending_of(self)))
+        if self._lost is None and (
+            self._files is not None or self.full or any(pending_of(self))
         ):
             self._watchdog = Watchdog(
                 TimeLimits(write=limit), lambda: [self], _abort_closing
@@ -334,7 +336,7 @@ class Stream(StreamInput, AbortedOnError):
         """Abort the connection: a time limit was exceeded, which the error names."""
         self._abort_reason = error
         self._unwritable = self._unwritable or error
-        self.abort()
+        self._begin_abort()
 
     def abort(self) -> Operation[None]:
         """
@@ -342,12 +344,16 @@ class Stream(StreamInput, AbortedOnError):
 
         The operation is done when the connection is gone.
         """
+        self._begin_abort()
+        return self._when_closed()
+
+    def _begin_abort(self) -> None:
+        """As :meth:`abort`, for callers that do not wait for the end."""
         if self._lost is None:
             self._aborted = True
             self._close_writing()
             transport = self.transport
             getattr(transport, "abortConnection", transport.loseConnection)()
-        return self._when_closed()
 
     def _when_closed(self) -> Operation[None]:
         if self._lost is not None:
@@ -470,12 +476,13 @@ class Stream(StreamInput, AbortedOnError):
 
     def lose(self, reason: Failure) -> None:
         """The connection is gone."""
-        handshake, self._handshake = self._handshake, None
+        handshake = self._handshake
         if handshake is not None:
+            self._handshake = None
             handshake.stop_limits()
-        watchdog, self._watchdog = self._watchdog, None
-        if watchdog is not None:
-            watchdog.stop()
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
         self.signs = None
         lost = self._abort_reason or connection_error(self.transport, reason.value)
         self._lost = lost
@@ -486,14 +493,18 @@ class Stream(StreamInput, AbortedOnError):
         self._drained = NO_OPERATIONS
         if self._wrote_eof is not None:
             self._wrote_eof = {}
-        self._serve_reader()
+        if self._reader is not None:
+            self._serve_reader()
         if handshake is not None:
             waiting += handshake.take_waiting()
-        self._fail_output(waiting, lost)
-        cut_short, self._cut_short = self._cut_short, None
-        if cut_short is not None and self._aborted:
-            cut_short.addErrback(ignore)
-        succeed(closed)
+        if waiting or self._files is not None:
+            self._fail_output(waiting, lost)
+        if self._cut_short is not None:
+            cut_short, self._cut_short = self._cut_short, None
+            if self._aborted:
+                cut_short.addErrback(ignore)
+        if closed:
+            succeed(closed)
 
     def lose_output(self) -> None:
         """The peer takes nothing any more, but may still send."""
