@@ -152,18 +152,26 @@ def open_tcp(
         stream = await race.run(addresses, attempt, happy_eyeballs_delay)
         if stream is None:
             raise ConnectFailed(host, port, race.reasons(), race.errors)
-        try:
-            if options is not None:
-                await stream.handshake()
-            raise_if_cancelled()
-        except BaseException:
-            stream.abort()
-            raise
-        return stream
+        return await _ready(stream, encrypted=options is not None)
 
     return spawn(
         open_stream, name=f"open_tcp({host!r}, {port})", reactor=reactor
     ).as_deferred()
+
+
+async def _ready(stream: Stream, encrypted: bool = False) -> Stream:
+    """
+    Return a stream that was connected, once its handshake is done; abort it if that
+    fails, or if the task was cancelled meanwhile.
+    """
+    try:
+        if encrypted:
+            await stream.handshake()
+        raise_if_cancelled()
+    except BaseException:
+        stream.abort()
+        raise
+    return stream
 
 
 class _Race:
@@ -413,12 +421,7 @@ def open_unix(
         except ConnectError as error:
             reason = str(error).rstrip(".")
             raise ConnectFailed(where, None, [reason], [error]) from None
-        try:
-            raise_if_cancelled()
-        except BaseException:
-            stream.abort()
-            raise
-        return stream
+        return await _ready(stream)
 
     return spawn(
         open_stream, name=f"open_unix({where!r})", reactor=reactor
