@@ -21,6 +21,7 @@ from twisted.internet.endpoints import (
 from twisted.internet.error import ConnectionClosed, ConnectionLost
 from twisted.internet.interfaces import IReactorUNIX
 from twisted.internet.ssl import PrivateCertificate, optionsForClientTLS
+from twisted.internet.task import Clock
 from twisted.logger import LogLevel
 
 from tests.coro.support import STYLES, call, client_endpoint, connected, listen, run
@@ -36,7 +37,9 @@ from twisted_rtsig.coro import (
     sleep,
     spawn,
 )
+from twisted_rtsig.coro.tasks import scheduler_for
 from twisted_rtsig.coro.testing import SansIO
+from twisted_rtsig.coro.testing.transports import Transport
 from twisted_rtsig.files import AsyncFile, open_file
 
 # Twisted and pyOpenSSL hold different opinions on what is deprecated.
@@ -739,3 +742,34 @@ def test_without_sockets(tmp_path: Path) -> None:
         got += data
     assert got == bytes(200_000) + b"after"
     assert (conversation.result(), conversation.ended) == (None, "closed")
+
+
+class _Fragile(Transport):
+    """A transport that loses its connection when ``after`` is written to it."""
+
+    def send(self, data: bytes) -> None:
+        if data == b"after":
+            self.lose(ConnectionLost(), "lost")
+        else:
+            self.sent(len(data))
+
+
+def test_a_connection_that_is_lost_by_what_follows_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(200_000))
+    clock = Clock()
+    stream = _Fragile(scheduler_for(clock), 0).protocol.stream
+
+    async def main() -> None:
+        async with await open_file(path) as file:
+            sending = stream.send_file(file)
+            writing = stream.write(b"after")
+            assert await sending == 200_000
+            with pytest.raises(ConnectionLost):
+                await writing
+
+    task = spawn(main, reactor=clock)
+    while clock.getDelayedCalls():
+        clock.advance(0)
+    assert task.done
+    task.result()

@@ -93,7 +93,10 @@ class FileQueue:
             following_file.begin()
         elif self._sending is None:
             stream._files = None
-        if stream.full:
+        if stream._output_lost is not None:
+            # By what was just written.
+            fail(written, stream._output_lost)
+        elif stream.full:
             stream._drained = stream._drained or {}
             stream._drained.update(written)
         else:
