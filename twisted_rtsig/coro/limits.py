@@ -71,7 +71,7 @@ def network_of(address: Any) -> Hashable | None:
 
 
 def check_counts(most: int | Literal["auto"] | None, per_address: int | None) -> None:
-    """:raises ValueError: if one of the limits is wrong: see ``CoroutineFactory``."""
+    """:raises ValueError: if a limit is wrong: see :class:`CoroutineFactory`."""
     if most == "auto":
         most = None
     elif isinstance(most, str):

@@ -43,45 +43,45 @@ class StapledStream(AbortedOnError):
     # Reading
 
     def read(self, max_bytes: int = MAX_BYTES) -> Awaitable[bytes]:
-        """See ``Stream.read``."""
+        """See :meth:`Stream.read`."""
         return self.receive_stream.read(max_bytes)
 
     def peek(self, max_bytes: int = MAX_BYTES) -> Awaitable[bytes]:
-        """See ``Stream.peek``."""
+        """See :meth:`Stream.peek`."""
         return self.receive_stream.peek(max_bytes)
 
     def read_exactly(self, size: int) -> Awaitable[bytes]:
-        """See ``Stream.read_exactly``."""
+        """See :meth:`Stream.read_exactly`."""
         return self.receive_stream.read_exactly(size)
 
     def read_until(
         self, delimiter: bytes, max_bytes: int = MAX_BYTES
     ) -> Awaitable[bytes]:
-        """See ``Stream.read_until``."""
+        """See :meth:`Stream.read_until`."""
         return self.receive_stream.read_until(delimiter, max_bytes)
 
     def read_line(self, max_bytes: int = MAX_BYTES) -> Awaitable[bytes]:
-        """See ``Stream.read_line``."""
+        """See :meth:`Stream.read_line`."""
         return self.receive_stream.read_line(max_bytes)
 
     def read_until_regex(
         self, pattern: bytes | re.Pattern[bytes], max_bytes: int = MAX_BYTES
     ) -> Awaitable[bytes]:
-        """See ``Stream.read_until_regex``."""
+        """See :meth:`Stream.read_until_regex`."""
         return self.receive_stream.read_until_regex(pattern, max_bytes)
 
     def lines(self, max_bytes: int = MAX_BYTES) -> AsyncIterator[bytes]:
-        """See ``Stream.lines``."""
+        """See :meth:`Stream.lines`."""
         return self.receive_stream.lines(max_bytes)
 
     # Writing, and the end
 
     def write(self, data: bytes | bytearray | memoryview) -> Awaitable[None]:
-        """See ``Stream.write``."""
+        """See :meth:`Stream.write`."""
         return self.send_stream.write(data)
 
     def write_eof(self) -> Awaitable[None]:
-        """See ``Stream.write_eof``."""
+        """See :meth:`Stream.write_eof`."""
         return self.send_stream.write_eof()
 
     def close(self) -> Deferred[None]:

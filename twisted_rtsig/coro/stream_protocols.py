@@ -27,35 +27,35 @@ class ReceiveStream(Protocol):
         """Whether nothing more will arrive.  There may be data left to read."""
 
     def read(self, max_bytes: int = MAX_BYTES) -> Awaitable[bytes]:
-        """See ``Stream.read``."""
+        """See :meth:`Stream.read`."""
 
     def peek(self, max_bytes: int = MAX_BYTES) -> Awaitable[bytes]:
-        """See ``Stream.peek``."""
+        """See :meth:`Stream.peek`."""
 
     def read_exactly(self, size: int) -> Awaitable[bytes]:
-        """See ``Stream.read_exactly``."""
+        """See :meth:`Stream.read_exactly`."""
 
     def read_until(
         self, delimiter: bytes, max_bytes: int = MAX_BYTES
     ) -> Awaitable[bytes]:
-        """See ``Stream.read_until``."""
+        """See :meth:`Stream.read_until`."""
 
     def read_line(self, max_bytes: int = MAX_BYTES) -> Awaitable[bytes]:
-        """See ``Stream.read_line``."""
+        """See :meth:`Stream.read_line`."""
 
     def read_until_regex(
         self, pattern: bytes | re.Pattern[bytes], max_bytes: int = MAX_BYTES
     ) -> Awaitable[bytes]:
-        """See ``Stream.read_until_regex``."""
+        """See :meth:`Stream.read_until_regex`."""
 
     def lines(self, max_bytes: int = MAX_BYTES) -> AsyncIterator[bytes]:
-        """See ``Stream.lines``."""
+        """See :meth:`Stream.lines`."""
 
     def close(self) -> Awaitable[None]:
-        """See ``Stream.close``."""
+        """See :meth:`Stream.close`."""
 
     def abort(self) -> Awaitable[None]:
-        """See ``Stream.abort``."""
+        """See :meth:`Stream.abort`."""
 
 
 class SendStream(Protocol):
@@ -68,16 +68,16 @@ class SendStream(Protocol):
         """Whether the connection is gone."""
 
     def write(self, data: bytes | bytearray | memoryview) -> Awaitable[None]:
-        """See ``Stream.write``."""
+        """See :meth:`Stream.write`."""
 
     def write_eof(self) -> Awaitable[None]:
-        """See ``Stream.write_eof``."""
+        """See :meth:`Stream.write_eof`."""
 
     def close(self) -> Awaitable[None]:
-        """See ``Stream.close``."""
+        """See :meth:`Stream.close`."""
 
     def abort(self) -> Awaitable[None]:
-        """See ``Stream.abort``."""
+        """See :meth:`Stream.abort`."""
 
 
 class ByteStream(ReceiveStream, SendStream, Protocol):

@@ -406,7 +406,7 @@ class Stream(StreamInput, AbortedOnError):
         :raises StreamError: if the transport has no TLS, or is encrypted already; (when
             awaited) if one side has ended already.
         :raises TLSError: (when awaited) if the handshake fails, or takes longer than
-            the ``handshake_timeout`` of ``serve`` or ``connect``.
+            the ``handshake_timeout`` of :func:`serve` or :func:`connect`.
         """
         if self._reader is not None:
             raise BusyResourceError(
@@ -440,7 +440,7 @@ class Stream(StreamInput, AbortedOnError):
 
         :raises StreamError: if the stream is not encrypted.
         :raises TLSError: (when awaited) if the handshake fails, or takes longer than
-            the ``handshake_timeout`` of ``serve`` or ``connect``.
+            the ``handshake_timeout`` of :func:`serve` or :func:`connect`.
         :raises ConnectionClosed: (when awaited) if the connection is lost.
         """
         if self._lost is not None:

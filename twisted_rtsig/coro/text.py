@@ -45,7 +45,7 @@ class TextStream(AsyncBlock):
     returns them.  Only one task at a time may read, and only from this object: it
     decodes all bytes that have arrived, so that they are not left in ``stream``.
 
-    :param stream: a :class:`Stream`, or any ``ByteStream``.
+    :param stream: a :class:`Stream`, or any :class:`ByteStream`.
     :param encoding: as for ``open``.  ``"utf-8-sig"`` and ``"utf-16"`` take a byte
         order mark at the beginning, and write one.
     :param errors: how bytes that are no text are handled, as for ``open``.
@@ -256,7 +256,7 @@ class TextStream(AsyncBlock):
 
     def write(self, text: str) -> Awaitable[None]:
         """
-        Write, as ``Stream.write`` does.
+        Write, as :meth:`Stream.write` does.
 
         :raises UnicodeEncodeError: if the encoding does not have a character.
         """
@@ -265,15 +265,15 @@ class TextStream(AsyncBlock):
         return self.stream.write(self._encoder.encode(text))
 
     def write_eof(self) -> Awaitable[None]:
-        """See ``Stream.write_eof``."""
+        """See :meth:`Stream.write_eof`."""
         return self.stream.write_eof()
 
     def close(self) -> Awaitable[None]:
-        """See ``Stream.close``."""
+        """See :meth:`Stream.close`."""
         return self.stream.close()
 
     def abort(self) -> Awaitable[None]:
-        """See ``Stream.abort``."""
+        """See :meth:`Stream.abort`."""
         return self.stream.abort()
 
     async def __aenter__(self) -> TextStream:

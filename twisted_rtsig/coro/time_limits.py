@@ -43,7 +43,7 @@ _BATCH: Final = 500
 
 
 class TimeLimits(NamedTuple):
-    """Seconds; None for no limit.  See ``CoroutineFactory``."""
+    """Seconds; None for no limit.  See :class:`CoroutineFactory`."""
 
     first_byte: float | None = None
     idle: float | None = None

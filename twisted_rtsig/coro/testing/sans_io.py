@@ -91,7 +91,7 @@ class SansIO:
         return self.task.done
 
     def result(self) -> Any:
-        """Return what the handler has returned, or raise its error: ``Task.result``."""
+        """Return what the handler has returned, or raise its error."""
         return self.task.result()
 
     def _settle(self) -> None:
