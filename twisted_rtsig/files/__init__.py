@@ -9,17 +9,19 @@ from twisted_rtsig.files.asyncfile import AsyncFile
 from twisted_rtsig.files.directories import Entries, scandir, walk
 from twisted_rtsig.files.opening import open_file
 from twisted_rtsig.files.path import Path
-from twisted_rtsig.files.paths import listdir, remove, rename, stat, write_file
+from twisted_rtsig.files.path_functions import listdir, remove, rename, stat, write_file
 from twisted_rtsig.files.producer import FileProducer
+from twisted_rtsig.files.tempfile_functions import (
+    gettempdir,
+    gettempdirb,
+    mkdtemp,
+    mkstemp,
+)
 from twisted_rtsig.files.temporary import (
     NamedTemporaryFile,
     SpooledTemporaryFile,
     TemporaryDirectory,
     TemporaryFile,
-    gettempdir,
-    gettempdirb,
-    mkdtemp,
-    mkstemp,
 )
 from twisted_rtsig.files.textfile import AsyncTextFile
 

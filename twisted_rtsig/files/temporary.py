@@ -14,7 +14,6 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Callable
 from typing import Any, Generic, TypedDict, TypeVar, cast, overload
 
 from twisted.python.failure import Failure
@@ -24,64 +23,19 @@ from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.files.asyncfile import AsyncFile
 from twisted_rtsig.files.descriptors import Descriptor, SeekingDescriptor
+from twisted_rtsig.files.making import Certain, Making
 from twisted_rtsig.files.opening import BytesMode, TextMode, TextOptions, check_mode
 from twisted_rtsig.files.spooled import SpooledDescriptor, SpooledRaw
 from twisted_rtsig.files.textfile import AsyncTextFile
 from twisted_rtsig.files.turns import Call
-from twisted_rtsig.files.workers import Job, Workers, finish, workers_of
+from twisted_rtsig.files.workers import workers_of
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
 else:
     from typing_extensions import Unpack
 
-T = TypeVar("T")
 F = TypeVar("F", AsyncFile, AsyncTextFile)
-
-
-class _Making(Job[T]):
-    """
-    Makes a file or a directory in a thread.
-
-    :param found: called in the reactor's thread with the result of the thread; returns
-        the result of the operation.
-    :param undo: called in a thread with the result of the thread, if the operation was
-        cancelled meanwhile.
-    """
-
-    __slots__ = ("_found", "_undo", "_workers")
-
-    def __init__(
-        self,
-        what: str,
-        workers: Workers,
-        found: Callable[[Any], T],
-        undo: Callable[[Any], object],
-    ) -> None:
-        super().__init__(what)
-        self._workers = workers
-        self._found = found
-        self._undo = undo
-
-    def end(self, result: Any, error: BaseException | None) -> None:
-        """See ``Job.end``."""
-        if error is None and self.operation.called:
-            # It was cancelled too late.
-            self._workers.run(_Certain("to remove"), self._undo, result)
-        elif error is None:
-            finish(self.operation, self._found(result))
-        else:
-            finish(self.operation, None, error)
-
-
-class _Certain(Job[None]):
-    """A job that runs even if the wait for it is cancelled."""
-
-    __slots__ = ()
-
-    def forget(self, operation: Operation[Any]) -> None:
-        """See ``Owner.forget``: the job runs anyway."""
-        operation.owner = None
 
 
 # Files
@@ -129,7 +83,7 @@ class _Temporary(ClosedAtExit, Generic[F]):
 
         :raises OSError: (when awaited) if the file cannot be made.
         """
-        making: _Making[F] = _Making(
+        making: Making[F] = Making(
             "to make a temporary file", self._workers, self._opened, self._undo
         )
         self._workers.run(making, self._make)
@@ -334,12 +288,8 @@ class NamedTemporaryFile(_Temporary[F]):
     file may be closed within the block.  Generators call :meth:`open` and
     :meth:`close`.
 
-    :param mode: as for :func:`open_file`, and so are ``encoding``, ``errors`` and
-        ``newline``.
-    :param suffix: as for ``tempfile``, and so are ``prefix`` and ``dir``.
+    :param mode: as for :class:`TemporaryFile`, and so are the other parameters.
     :param delete: whether to remove the file.
-    :param reactor: the reactor in whose threads the blocking calls run; by default
-        that of the task.
     :raises ValueError: if ``open_file`` has no such mode.
     """
 
@@ -377,7 +327,7 @@ class NamedTemporaryFile(_Temporary[F]):
         file = self._file
         if not self._delete or file is None:
             return closing
-        removing: _Certain = _Certain(f"to remove {file.name!r}")
+        removing: Certain = Certain(f"to remove {file.name!r}")
 
         def closed(result: Any) -> None:
             # Remove the file even if it could not be closed.
@@ -452,7 +402,7 @@ class TemporaryDirectory(ClosedAtExit):
 
         :raises OSError: (when awaited) if it cannot be made.
         """
-        making: _Making[str] = _Making(
+        making: Making[str] = Making(
             *("to make a temporary directory", self._workers),
             *(self._created, tempfile.TemporaryDirectory.cleanup),
         )
@@ -473,7 +423,7 @@ class TemporaryDirectory(ClosedAtExit):
         directory = self._directory
         if directory is None:
             raise RuntimeError("TemporaryDirectory was not made: await create()")
-        removing = _Certain(f"to remove {directory.name!r}")
+        removing = Certain(f"to remove {directory.name!r}")
         self._workers.run(removing, directory.cleanup)
         return removing.operation
 
@@ -482,127 +432,3 @@ class TemporaryDirectory(ClosedAtExit):
 
     def _close_at_exit(self) -> Operation[None]:
         return self.cleanup()
-
-
-# Functions
-
-
-@overload
-def mkstemp(
-    suffix: str | None = None,
-    prefix: str | None = None,
-    dir: str | os.PathLike[str] | None = None,
-    text: bool = False,
-    *,
-    reactor: Any | None = None,
-) -> Operation[tuple[int, str]]: ...
-
-
-@overload
-def mkstemp(
-    suffix: bytes | None = None,
-    prefix: bytes | None = None,
-    dir: bytes | os.PathLike[bytes] | None = None,
-    text: bool = False,
-    *,
-    reactor: Any | None = None,
-) -> Operation[tuple[int, bytes]]: ...
-
-
-@must_be_awaited
-def mkstemp(
-    suffix: Any = None,
-    prefix: Any = None,
-    dir: Any = None,
-    text: bool = False,
-    *,
-    reactor: Any | None = None,
-) -> Operation[Any]:
-    """
-    As ``tempfile.mkstemp``: make a file, which you have to remove.
-
-    :param reactor: the reactor whose threads are used; by default that of the task.
-    :return: the descriptor and the path of the file.
-    :raises OSError: (when awaited) if the file cannot be made.
-    """
-    return _make(
-        *("to make a temporary file", reactor, _remove_file),
-        *(tempfile.mkstemp, suffix, prefix, dir, text),
-    )
-
-
-def _remove_file(made: tuple[int, Any]) -> None:
-    os.close(made[0])
-    os.remove(made[1])
-
-
-@overload
-def mkdtemp(
-    suffix: str | None = None,
-    prefix: str | None = None,
-    dir: str | os.PathLike[str] | None = None,
-    *,
-    reactor: Any | None = None,
-) -> Operation[str]: ...
-
-
-@overload
-def mkdtemp(
-    suffix: bytes | None = None,
-    prefix: bytes | None = None,
-    dir: bytes | os.PathLike[bytes] | None = None,
-    *,
-    reactor: Any | None = None,
-) -> Operation[bytes]: ...
-
-
-@must_be_awaited
-def mkdtemp(
-    suffix: Any = None,
-    prefix: Any = None,
-    dir: Any = None,
-    *,
-    reactor: Any | None = None,
-) -> Operation[Any]:
-    """
-    As ``tempfile.mkdtemp``: make a directory, which you have to remove.
-
-    :param reactor: the reactor whose threads are used; by default that of the task.
-    :return: the path of the directory.
-    :raises OSError: (when awaited) if the directory cannot be made.
-    """
-    return _make(
-        *("to make a temporary directory", reactor, os.rmdir),
-        *(tempfile.mkdtemp, suffix, prefix, dir),
-    )
-
-
-def _make(
-    what: str,
-    reactor: Any | None,
-    undo: Callable[[Any], object],
-    function: Callable[..., Any],
-    *args: Any,
-) -> Operation[Any]:
-    workers = workers_of(reactor)
-    making: _Making[Any] = _Making(what, workers, lambda made: made, undo)
-    workers.run(making, function, *args)
-    return making.operation
-
-
-@must_be_awaited
-def gettempdir(*, reactor: Any | None = None) -> Operation[str]:
-    """
-    As ``tempfile.gettempdir``: the directory of temporary files.  The first call
-    searches for it.
-
-    :param reactor: the reactor whose threads are used; by default that of the task.
-    :raises FileNotFoundError: (when awaited) if no directory can be used.
-    """
-    return workers_of(reactor).call("to find a directory", tempfile.gettempdir)
-
-
-@must_be_awaited
-def gettempdirb(*, reactor: Any | None = None) -> Operation[bytes]:
-    """As :func:`gettempdir`, in bytes."""
-    return workers_of(reactor).call("to find a directory", tempfile.gettempdirb)
