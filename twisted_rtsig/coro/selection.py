@@ -164,7 +164,7 @@ def select(*cases: Any) -> Operation[tuple[Any, Any]]:
                 _cancel(calls)
                 if not isinstance(error, Exception):
                     raise
-                # The traceback holds this frame, and a case the error.
+                # The traceback refers to this frame, and a case to the error.
                 return failed(drop_machinery_above(error))
             if value is not NOTHING:
                 if calls:

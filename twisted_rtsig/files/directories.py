@@ -283,12 +283,13 @@ def _with_errors(
     """``os.walk``, with its errors in between."""
     errors: list[OSError] = []
     for each in os.walk(top, topdown, errors.append if told else None, followlinks):
-        yield from without_tracebacks(errors)
+        yield from take_errors(errors)
         yield each
-    yield from without_tracebacks(errors)
+    yield from take_errors(errors)
 
 
-def without_tracebacks(errors: list[OSError]) -> list[OSError]:
+def take_errors(errors: list[OSError]) -> list[OSError]:
+    """Take all errors out of a list, without their tracebacks."""
     taken = [each.with_traceback(None) for each in errors]
     errors.clear()
     return taken

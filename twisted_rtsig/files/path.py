@@ -21,8 +21,8 @@ from twisted_rtsig.files.directories import (
     Entries,
     OnError,
     scan,
+    take_errors,
     walk_with,
-    without_tracebacks,
 )
 from twisted_rtsig.files.opening import BytesMode, OpenOptions, TextMode, open_file
 from twisted_rtsig.files.textfile import AsyncTextFile
@@ -538,7 +538,7 @@ def _walk(
                 (directories if is_directory else files).append(entry.name)
         except OSError as error:
             if told:
-                yield from without_tracebacks([error])
+                yield from take_errors([error])
             continue
         if top_down:
             yield path, directories, files

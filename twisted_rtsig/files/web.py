@@ -193,8 +193,8 @@ class StaticResource(Resource):
         headers = self._headers
         headers.describe(str(file.name), file._opened.st_size)
         if request.method == b"HEAD" or not headers.find_ranges(request):
-            # The header applies only to content that is sent.  Twisted must not see
-            # this one.
+            # Range applies only to content that is sent, so Twisted must not see it
+            # here.
             asked.removeHeader(b"range")
         producer = headers.makeProducer(request, None)
         if request.method == b"HEAD":
