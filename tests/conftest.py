@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,17 +12,26 @@ import hypothesis
 import pytest
 
 from tests.quick import starts_programs
-from tests.support import ON_PYPY, Served, dispose, each_of, reactor_classes
+from tests.support import (
+    ON_PYPY,
+    Served,
+    SocketPair,
+    dispose,
+    each_of,
+    reactor_classes,
+)
 from twisted_rtsig.engine.reactor import EngineReactor
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell has started the tests in the background, and the programs that they start
-    # would ignore Ctrl-C as well.
+    # A shell has started the tests in the background.  The programs that the tests
+    # start would ignore Ctrl-C as well.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Its plugin imports it at the end of a run, and then trio's, if that is installed,
-# looks for an object that refers to another one, and finds none that is frozen.
+# Import it before the objects are frozen.  Its pytest plugin would import it at the end
+# of a run.  If trio is installed, hypothesis's part for trio then looks through the
+# garbage collector's objects for one that refers to another, and does not find frozen
+# ones.
 assert hypothesis
 
 
@@ -31,15 +41,15 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # Those thousands of tests stay to the end; to look through them for garbage takes
-    # a tenth of a second each time, and many tests have garbage collected.
+    # The thousands of collected tests stay to the end.  To look through them for
+    # garbage takes a tenth of a second each time, and many tests collect garbage.
     if not ON_PYPY:
         gc.freeze()
 
 
 @pytest.fixture(params=each_of(reactor_classes()), ids=lambda each: each.__name__)
 def reactor_class(request: Any) -> Callable[[], EngineReactor]:
-    """Each of this package's reactors; a file about one of them has its own."""
+    """Each of this package's reactors.  A file about one reactor overrides this."""
     chosen: Callable[[], EngineReactor] = request.param
     return chosen
 
@@ -63,6 +73,15 @@ def make_reactor(
 @pytest.fixture
 def reactor(make_reactor: Callable[[], EngineReactor]) -> EngineReactor:
     return make_reactor()
+
+
+@pytest.fixture
+def pair() -> Iterator[SocketPair]:
+    """Two connected sockets, of which the first does not block."""
+    one, other = socket.socketpair()
+    one.setblocking(False)
+    with one, other:
+        yield one, other
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """
 A kqueue whose kernel is a script that behaves as NetBSD does.
 
-A test says what happens to which descriptor.  Whether the reactor is told depends
-on what it has asked for, as in the kernel: a closed descriptor takes its knotes
-with it, a change that fails comes back at once and alone, and what is told once is
-told once.  Nothing ever sleeps.
+A test says what happens to which descriptor.  As in the kernel, the reactor gets an
+event only if it has asked for it: closing a descriptor removes its knotes, kevent(2)
+returns the changes that failed at once and without events, and a one-shot event is
+reported once.  Nothing ever sleeps.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ class KEvent:
 @dataclass(eq=False)
 class ScriptedKernel:
     """
-    :ivar calls: what is handed to a notifier.
-    :ivar changes: the changes of each kevent(2), in order.
-    :ivar timeouts: its timeouts.
-    :ivar script: what has happened and was not told yet.
+    The state of the kernel, and what a test can see and set of it.
+
+    :ivar changes: the changes of each call of kevent(2), in order.
+    :ivar timeouts: the timeout of each call.
+    :ivar script: the events that have happened and were not reported yet.
     :ivar refuses: the errno with which a descriptor or a filter is refused.
-    :ivar receipts: give a receipt for each change, as for EV_RECEIPT.
-    :ivar interrupt: what the next kevent(2) raises before it does anything.
-    :ivar meanwhile: called in the next kevent(2), when the changes are made.
-    :ivar queues: those that were made.
+    :ivar receipts: return a receipt for each change, as for EV_RECEIPT.
+    :ivar interrupt: the next call raises this before it does anything.
+    :ivar meanwhile: the next call calls this after it has made the changes.
+    :ivar queues: all queues that were made.
     """
 
     changes: list[list[KEvent]] = field(default_factory=list)
@@ -58,6 +59,7 @@ class ScriptedKernel:
 
     @property
     def calls(self) -> KernelCalls:
+        """The calls of this kernel, for a notifier."""
         return KernelCalls(
             kqueue=lambda: ScriptedKQueue(self),
             kevent=KEvent,
@@ -68,19 +70,26 @@ class ScriptedKernel:
         )
 
     def happens(self, ident: int, filter: int, flags: int = 0, **more: int) -> None:
-        """Tell of it as soon as it is watched, and once."""
+        """Report an event once, as soon as it is watched for."""
         self.script.append(KEvent(ident, filter, flags, **more))
 
-    def told_of(self, ident: int) -> list[tuple[int, int]]:
-        """Filter and flags of each change of it since the last such look."""
-        told = [
+    def take_changes(self) -> list[KEvent]:
+        """All changes since the last such call."""
+        taken = [change for changes in self.changes for change in changes]
+        self.changes.clear()
+        return taken
+
+    def take_changes_of(self, ident: int) -> list[tuple[int, int]]:
+        """Filter and flags of each change of ``ident`` since changes were taken."""
+        return [
             (change.filter, change.flags)
-            for changes in self.changes
-            for change in changes
+            for change in self.take_changes()
             if change.ident == ident
         ]
-        self.changes.clear()
-        return told
+
+    def take_changed(self) -> list[int]:
+        """The descriptor or process of each change since changes were taken."""
+        return [change.ident for change in self.take_changes()]
 
 
 class ScriptedKQueue:
@@ -90,9 +99,9 @@ class ScriptedKQueue:
         self.kernel = kernel
         kernel.queues.append(self)
         self.closed = False
-        # What is watched, and the identity of the descriptor.
+        # The change that asked for each knote, and the identity of its descriptor.
         self.knotes: dict[tuple[int, int], tuple[KEvent, Any]] = {}
-        # Readable at all times, for select(2).
+        # This pipe is always readable: select(2) always finds the queue ready.
         self._pipe = os.pipe()
         os.write(self._pipe[1], b"x")
 
@@ -168,7 +177,7 @@ class ScriptedKQueue:
                 continue
             change, identity = self.knotes[key]
             if self._identity(*key) != identity:
-                # It was closed, and its knotes with it.
+                # The descriptor was closed, and its knotes are gone.
                 del self.knotes[key]
                 continue
             self.kernel.script.remove(event)

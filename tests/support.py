@@ -43,6 +43,8 @@ from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
 
 T = TypeVar("T")
 
+SocketPair = tuple[socket.socket, socket.socket]
+
 ON_PYPY = sys.implementation.name == "pypy"
 
 frees_at_once = pytest.mark.skipif(

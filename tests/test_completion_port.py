@@ -40,6 +40,7 @@ from tests.support import (
     Recorder,
     RecorderFactory,
     Served,
+    SocketPair,
     Watcher,
     read_all,
     settle,
@@ -59,22 +60,19 @@ def reactor_class() -> type[EngineReactor]:
     return CompletionPortReactor
 
 
-@pytest.fixture
-def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
-    one, other = socket.socketpair()
-    one.setblocking(False)
-    with one, other:
-        yield one, other
+def make_notifier() -> CompletionPortNotifier:
+    """A notifier that calls functions at once rather than in the next pass."""
+    return CompletionPortNotifier(lambda function: function())
 
 
 def open_handles() -> int:
     """How many handles this process has."""
     query = ctypes.CDLL("ntdll").NtQuerySystemInformation
-    everyone = 16  # SystemHandleInformation
+    handles_of_all_processes = 16  # SystemHandleInformation
     buffer = ctypes.create_string_buffer(1 << 22)
-    assert query(everyone, buffer, len(buffer), None) == 0
+    assert query(handles_of_all_processes, buffer, len(buffer), None) == 0
     words = memoryview(buffer.raw).cast("I")
-    # A count, and then records of six words, of which the first is the owner.
+    # A count, and then records of six words.  A record's first word is its owner.
     owners = words[2 : 2 + 6 * words[0] : 6].tolist()
     own = owners.count(os.getpid())
     assert own
@@ -89,10 +87,8 @@ def test_interface(reactor: EngineReactor, interface: Any) -> None:
     assert verifyObject(interface, reactor)
 
 
-def test_a_bare_socket_is_watched(
-    reactor: EngineReactor, pair: tuple[socket.socket, socket.socket]
-) -> None:
-    """As a driver with a socket of its own does it."""
+def test_a_bare_socket_is_watched(reactor: EngineReactor, pair: SocketPair) -> None:
+    """A database driver, for example, watches a socket of its own."""
     one, other = pair
     received = []
     watcher = Watcher(reactor, one.fileno())
@@ -110,7 +106,7 @@ def test_a_bare_socket_is_watched(
     reactor.removeReader(watcher)
 
 
-def test_a_pipe_is_refused_with_what_to_use_instead(reactor: EngineReactor) -> None:
+def test_a_pipe_is_refused_with_a_hint_at_spawnProcess(reactor: EngineReactor) -> None:
     for descriptor in os.pipe():
         watcher = Watcher(reactor, descriptor)
         with pytest.raises(OSError, match="spawnProcess for the pipes of a child"):
@@ -124,11 +120,11 @@ def test_a_pipe_is_refused_with_what_to_use_instead(reactor: EngineReactor) -> N
 )
 def test_a_socket_of_a_layered_provider(
     reactor: EngineReactor,
-    pair: tuple[socket.socket, socket.socket],
+    pair: SocketPair,
     monkeypatch: pytest.MonkeyPatch,
     answered: int,
 ) -> None:
-    """Whose provider does not tell the base, but what is below it."""
+    """The provider does not name the base socket, but the socket below its own."""
     control = windows.socket_control
     below, other = pair
     with socket.socket() as layered:
@@ -137,7 +133,7 @@ def test_a_socket_of_a_layered_provider(
             if descriptor != layered.fileno():
                 return control(descriptor, code, *rest)
             if code != answered:
-                # Which nobody knows the meaning of.
+                # Windows does not know control code 0.
                 return control(descriptor, 0, *rest)
             return control(below.fileno(), windows.SIO_BASE_HANDLE, *rest)
 
@@ -198,7 +194,7 @@ def test_a_request_costs_one_poll(served: Served) -> None:
 
 
 class Crowd:
-    """Pairs of sockets, of which one end is watched and counts what it reads."""
+    """Pairs of sockets.  One end of each is watched and counts its reads."""
 
     def __init__(self, reactor: EngineReactor, count: int) -> None:
         self.reactor = reactor
@@ -223,8 +219,12 @@ class Crowd:
 
         return read
 
-    def hear(self, indices: Iterable[int]) -> int:
-        """Something arrives at some of them; how many polls that costs."""
+    def receive(self, indices: Iterable[int]) -> int:
+        """
+        Let a byte arrive at these sockets.
+
+        :return: how many polls that took.
+        """
         wanted = self.reads
         for index in indices:
             self.others[index].send(b"x")
@@ -249,64 +249,66 @@ def crowd(reactor: EngineReactor) -> Iterator[Crowd]:
     made.close()
 
 
-def test_the_busy_share_a_poll(crowd: Crowd) -> None:
-    everybody = range(40)
-    crowd.hear(everybody)
+def test_busy_sockets_share_a_poll(crowd: Crowd) -> None:
+    indices = range(40)
+    crowd.receive(indices)
     for _ in range(10):
-        # The settling takes some of it.
-        assert crowd.hear(everybody) < 20
+        # Some of these polls were made to settle.
+        assert crowd.receive(indices) < 20
     assert crowd.reactor.statistics()["armed"] == 40
 
 
-def test_the_idle_leave_the_crowd(crowd: Crowd) -> None:
-    """Else each event would cost a question about all of them."""
-    crowd.hear(range(40))
+def test_idle_sockets_leave_the_shared_poll(crowd: Crowd) -> None:
+    """Otherwise each event would cost a poll of all of them."""
+    crowd.receive(range(40))
     for _ in range(10):
-        crowd.hear([7])
-    assert crowd.hear([7]) == 1
+        crowd.receive([7])
+    assert crowd.receive([7]) == 1
     assert crowd.reactor.statistics()["armed"] == 40
-    crowd.hear(range(40))
+    crowd.receive(range(40))
 
 
 @pytest.mark.parametrize("count", [1, 35])
-def test_whoever_leaves_is_told_of_nothing_more(crowd: Crowd, count: int) -> None:
-    """The others are, though all were named by one poll."""
-    crowd.hear(range(40))
+def test_a_watcher_that_was_removed_gets_no_more_events(
+    crowd: Crowd, count: int
+) -> None:
+    """The others get theirs, although one poll named all of them."""
+    crowd.receive(range(40))
     for watcher in crowd.watchers[:count]:
         crowd.reactor.removeReader(watcher)
     for other in crowd.others[:count]:
         other.send(b"unread")
-    crowd.hear(range(count, 40))
-    crowd.hear(range(count, 40))
+    crowd.receive(range(count, 40))
+    crowd.receive(range(count, 40))
     assert crowd.reactor.statistics()["armed"] == 40 - count
-    # It may come back, to what has been waiting for it.
+    # If it comes back, it gets the input that has been waiting.
     for watcher in crowd.watchers[:count]:
         crowd.reactor.addReader(watcher)
     spin(crowd.reactor, lambda: all(each.reads >= 2 for each in crowd.watchers))
 
 
-def test_one_of_the_crowd_wants_to_write_as_well(crowd: Crowd) -> None:
-    crowd.hear(range(40))
+def test_one_socket_of_a_shared_poll_wants_to_write_as_well(crowd: Crowd) -> None:
+    crowd.receive(range(40))
     watcher = crowd.watchers[3]
     watcher.on_write = lambda: crowd.reactor.removeWriter(watcher)
     crowd.reactor.addWriter(watcher)
     spin(crowd.reactor, lambda: watcher.writes)
-    crowd.hear(range(40))
+    crowd.receive(range(40))
     assert watcher.writes == 1
 
 
-def test_one_of_the_crowd_is_closed(crowd: Crowd) -> None:
-    crowd.hear(range(40))
+def test_one_socket_of_a_shared_poll_is_closed(crowd: Crowd) -> None:
+    crowd.receive(range(40))
     crowd.ends[5].close()
     spin(crowd.reactor, lambda: crowd.watchers[5].lost)
-    crowd.hear([index for index in range(40) if index != 5])
+    crowd.receive([index for index in range(40) if index != 5])
     assert [each for each in crowd.watchers if each.lost] == [crowd.watchers[5]]
 
 
-def test_more_interest_calls_the_poll_back(
-    reactor: EngineReactor, pair: tuple[socket.socket, socket.socket]
+def test_more_interest_cancels_the_poll(
+    reactor: EngineReactor, pair: SocketPair
 ) -> None:
-    """One poll of a socket at a time; less interest leaves it as it is."""
+    """A socket has one poll at a time.  Less interest leaves that as it is."""
     one, other = pair
     watcher = Watcher(reactor, one.fileno())
     watcher.on_read = lambda: one.recv(100) and None
@@ -326,7 +328,7 @@ def test_more_interest_calls_the_poll_back(
     reactor.removeReader(watcher)
 
 
-def test_closed_while_it_is_watched(reactor: EngineReactor) -> None:
+def test_a_socket_is_closed_while_it_is_watched(reactor: EngineReactor) -> None:
     one, other = socket.socketpair()
     watcher = Watcher(reactor, one.fileno())
     reactor.addReader(watcher)
@@ -346,8 +348,8 @@ def test_full_buffer(served: Served) -> None:
     spin(served.reactor, lambda: not served.reactor.getWriters())
 
 
-def test_a_thread_wakes_the_sleeper(reactor: EngineReactor) -> None:
-    """Once for many calls: they are there when it wakes."""
+def test_a_thread_wakes_the_reactor(reactor: EngineReactor) -> None:
+    """It wakes it once for many calls, which are all there when the reactor wakes."""
     called: list[int] = []
 
     def call() -> None:
@@ -365,11 +367,11 @@ def test_a_thread_wakes_the_sleeper(reactor: EngineReactor) -> None:
     assert called == list(range(100))
 
 
-def test_a_signal_handler_wakes_the_one_that_is_being_woken(
+def test_a_signal_handler_wakes_the_notifier_during_another_wake(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It runs between any two steps of its thread, also while that wakes."""
-    notifier = CompletionPortNotifier(lambda function: function())
+    """It may run between any two steps of its thread, so also within ``wake``."""
+    notifier = make_notifier()
     notifier.open()
     post = windows.post_completion
     posted: list[Any] = []
@@ -389,7 +391,7 @@ def test_a_signal_handler_wakes_the_one_that_is_being_woken(
     notifier.close()
 
 
-def test_nothing_ticks(reactor: EngineReactor) -> None:
+def test_an_idle_reactor_sleeps(reactor: EngineReactor) -> None:
     settle(reactor)
     begin = time.monotonic()
     reactor.doIteration(1.0)
@@ -397,11 +399,11 @@ def test_nothing_ticks(reactor: EngineReactor) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, getattr(signal, "SIGBREAK", 0)])
-def test_a_console_event_wakes_the_sleeper(
+def test_a_console_event_wakes_the_reactor(
     reactor: EngineReactor, number: signal.Signals
 ) -> None:
     """
-    Windows calls the handler in a thread that it makes; so does this, since Wine
+    Windows calls the handler in a thread that it makes.  So does this test, since Wine
     has no console to press keys on.
     """
     events = {signal.SIGINT: windows.CTRL_C_EVENT}
@@ -419,10 +421,10 @@ def test_a_console_event_wakes_the_sleeper(
     assert time.monotonic() - begin < 5
 
 
-def test_a_console_event_ends_what_blocks_the_reactor(
+def test_a_console_event_interrupts_a_blocking_call(
     reactor: EngineReactor,
 ) -> None:
-    """As without the reactor: a call of the application that sleeps, say."""
+    """As without the reactor: the application calls :func:`time.sleep`, for example."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -439,7 +441,7 @@ def test_a_console_event_ends_what_blocks_the_reactor(
     signal.signal(signal.SIGINT, former)
 
 
-def test_a_console_event_that_nobody_handles_is_left_to_windows() -> None:
+def test_a_console_event_without_a_handler_is_left_to_windows() -> None:
     former = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         assert not console.handle(windows.CTRL_C_EVENT)
@@ -450,7 +452,7 @@ def test_a_console_event_that_nobody_handles_is_left_to_windows() -> None:
 
 
 class Interrupting(Registration):
-    """An interrupt comes just when its event is looked at."""
+    """A registration.  An interrupt comes just when its event is looked at."""
 
     interrupts = 0
 
@@ -466,12 +468,12 @@ class Interrupting(Registration):
         pass
 
 
-def test_an_interrupt_loses_no_packet(
-    pair: tuple[socket.socket, socket.socket],
+def test_an_interrupt_loses_no_completion_packet(
+    pair: SocketPair,
 ) -> None:
-    """Each packet comes once, and one that is lost would be waited for forever."""
+    """Each packet comes once: a lost one would be waited for forever."""
     one, other = pair
-    notifier = CompletionPortNotifier(lambda function: function())
+    notifier = make_notifier()
     registration = Interrupting(one.fileno())
     registration.interest = READ
     notifier.watch(registration)
@@ -479,7 +481,7 @@ def test_an_interrupt_loses_no_packet(
     other.send(b"x")
     with pytest.raises(KeyboardInterrupt):
         notifier.wait(5, {})
-    # The engine has it checked, as it does with all after an interrupt.
+    # After an interrupt the engine has all registrations checked.
     assert notifier.wait(5, {registration: READ}) == ([], [(registration, READ, 0)])
     notifier.unwatch(registration)
     notifier.close()
@@ -488,7 +490,7 @@ def test_an_interrupt_loses_no_packet(
 def watched(
     notifier: CompletionPortNotifier, sockets: Iterable[socket.socket]
 ) -> list[Registration]:
-    """Registrations of these, which are told of input."""
+    """Registrations of these sockets, whose input is watched for."""
     registrations = []
     for each in sockets:
         registration = Registration(each.fileno())
@@ -498,19 +500,47 @@ def watched(
     return registrations
 
 
+@contextlib.contextmanager
+def watched_pairs(
+    count: int,
+) -> Iterator[tuple[CompletionPortNotifier, list[Registration], list[SocketPair]]]:
+    """A notifier, pairs of sockets, and a registration of the first of each pair."""
+    pairs = [socket.socketpair() for _ in range(count)]
+    for one, _ in pairs:
+        one.setblocking(False)
+    notifier = make_notifier()
+    registrations = watched(notifier, [one for one, _ in pairs])
+    try:
+        yield notifier, registrations, pairs
+    finally:
+        for registration in registrations:
+            notifier.unwatch(registration)
+        notifier.close()
+        for one, other in pairs:
+            one.close()
+            other.close()
+
+
 @pytest.mark.parametrize("ready", [True, False])
 @pytest.mark.parametrize("count", [1, 10])
-def test_an_interrupt_loses_no_answer(
+def test_an_interrupt_loses_no_answer_of_the_driver(
     monkeypatch: pytest.MonkeyPatch, count: int, ready: bool
 ) -> None:
-    """The driver may have answered at once, and no packet tells of that."""
-    pairs = [socket.socketpair() for _ in range(count)]
-    notifier = CompletionPortNotifier(lambda function: function())
-    registrations = watched(notifier, [one for one, _ in pairs])
+    """The driver may have answered at once, without a completion packet."""
+    with watched_pairs(count) as (notifier, registrations, pairs):
+        interrupt_and_wait(monkeypatch, notifier, registrations, pairs, ready)
 
-    def told() -> None:
+
+def interrupt_and_wait(
+    monkeypatch: pytest.MonkeyPatch,
+    notifier: CompletionPortNotifier,
+    registrations: list[Registration],
+    pairs: list[SocketPair],
+    ready: bool,
+) -> None:
+    def wait_for_all() -> None:
         events: list[Any] = []
-        while len(events) < count:
+        while len(events) < len(pairs):
             plain, more = notifier.wait(5, dict.fromkeys(registrations, READ))
             assert more
             assert not plain
@@ -521,7 +551,7 @@ def test_an_interrupt_loses_no_answer(
 
     for _, other in pairs:
         other.send(b"x")
-    told()
+    wait_for_all()
     if not ready:
         for one, _ in pairs:
             one.recv(1)
@@ -538,14 +568,8 @@ def test_an_interrupt_loses_no_answer(
     if not ready:
         for _, other in pairs:
             other.send(b"x")
-    told()
-    told()
-    for each in registrations:
-        notifier.unwatch(each)
-    notifier.close()
-    for one, other in pairs:
-        one.close()
-        other.close()
+    wait_for_all()
+    wait_for_all()
 
 
 _FILES = [each.__file__ for each in (afd, afd_polls, completion_port)]
@@ -553,8 +577,8 @@ _FILES = [each.__file__ for each in (afd, afd_polls, completion_port)]
 
 class Interrupt:
     """
-    Ctrl-C, at the n-th place where CPython heeds it in the notifier: where a
-    function of Python begins, and where one of C returns.
+    Ctrl-C at the n-th place in the notifier where CPython looks for signals: where a
+    function in Python begins, and where a function in C returns.
     """
 
     def __init__(self, wanted: int) -> None:
@@ -575,26 +599,30 @@ class Interrupt:
                 raise KeyboardInterrupt
 
 
-def test_an_interrupt_at_any_moment_loses_nothing() -> None:
-    """Nobody is waited for in vain afterwards, whoever comes and goes meanwhile."""
-    count = 12
-    pairs = [socket.socketpair() for _ in range(count)]
-    for one, _ in pairs:
-        one.setblocking(False)
-    notifier = CompletionPortNotifier(lambda function: function())
-    registrations = watched(notifier, [one for one, _ in pairs])
+def test_an_interrupt_at_any_moment_loses_no_event() -> None:
+    """Registrations come and go meanwhile, and all get their events."""
+    with watched_pairs(12) as (notifier, registrations, pairs):
+        interrupt_at_every_step(notifier, registrations, pairs)
+
+
+def interrupt_at_every_step(
+    notifier: CompletionPortNotifier,
+    registrations: list[Registration],
+    pairs: list[SocketPair],
+) -> None:
+    count = len(pairs)
     ends = {one.fileno(): one for one, _ in pairs}
     came = True
     turn = 0
     while came:
         turn += 1
         due = set()
-        # Most of them are a crowd, and some are idle.
+        # Most of them share a poll, and some are idle.
         for one, other in pairs[turn % 3 :]:
             other.send(b"x")
             due.add(one.fileno())
         registrations[-1].interest = READ | WRITE if turn % 2 else READ
-        everybody = {each: each.interest for each in registrations}
+        unchecked = {each: each.interest for each in registrations}
         interrupt = Interrupt(turn)
         try:
             with interrupt:
@@ -603,37 +631,39 @@ def test_an_interrupt_at_any_moment_loses_nothing() -> None:
         except KeyboardInterrupt:
             pass
         came = interrupt.came
-        # One leaves, and comes back.
+        # One registration leaves, and another one takes its place.
         notifier.unwatch(registrations[turn % count])
         (registrations[turn % count],) = watched(notifier, [pairs[turn % count][0]])
-        everybody = {each: each.interest for each in registrations}
+        unchecked = {each: each.interest for each in registrations}
         deadline = time.monotonic() + DEADLINE
         while due:
             assert time.monotonic() < deadline, (turn, due)
-            plain, events = notifier.wait(1, everybody)
+            plain, events = notifier.wait(1, unchecked)
             assert not plain
-            everybody = {}
+            unchecked = {}
             for registration, ready, _ in events:
                 if ready & READ:
                     due.discard(registration.descriptor)
                     with contextlib.suppress(BlockingIOError):
                         ends[registration.descriptor].recv(100)
     assert turn > 100
-    for each in registrations:
-        notifier.unwatch(each)
-    notifier.close()
-    for one, other in pairs:
-        one.close()
-        other.close()
 
 
-def test_who_is_always_ready_costs_one_call_and_holds_up_nobody(
+def test_sockets_that_are_always_ready_do_not_delay_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The port is asked for packets in every fourth pass."""
-    pairs = [socket.socketpair() for _ in range(11)]
-    notifier = CompletionPortNotifier(lambda function: function())
-    *crowd, idle = watched(notifier, [one for one, _ in pairs])
+    """They cost one call a pass.  The port is asked for packets in every fourth."""
+    with watched_pairs(11) as (notifier, registrations, pairs):
+        wait_beside_ready_sockets(monkeypatch, notifier, registrations, pairs)
+
+
+def wait_beside_ready_sockets(
+    monkeypatch: pytest.MonkeyPatch,
+    notifier: CompletionPortNotifier,
+    registrations: list[Registration],
+    pairs: list[SocketPair],
+) -> None:
+    *crowd, idle = registrations
     for _, other in pairs[:10]:
         other.send(b"unread")
     told: list[Registration] = []
@@ -664,23 +694,17 @@ def test_who_is_always_ready_costs_one_call_and_holds_up_nobody(
         turn()
     assert idle in told
     pairs[10][0].recv(1)
-    # A thread that wakes it is heard at once.
+    # A thread that wakes the notifier is noticed at once.
     before = taken
     while taken == before:
         turn()
     notifier.wake()
     turn()
     assert taken == before + 2
-    for each in (*crowd, idle):
-        notifier.unwatch(each)
-    notifier.close()
-    for one, other in pairs:
-        one.close()
-        other.close()
 
 
 def test_polls_outlive_the_thread_that_issued_them(served: Served) -> None:
-    """Windows cancels what a thread has issued, when it ends."""
+    """When a thread ends, Windows cancels the operations that it has issued."""
     client, connection = served.connect()
     thread = threading.Thread(target=served.reactor.iterate, args=(0,))
     client.sendall(b"x")
@@ -691,12 +715,12 @@ def test_polls_outlive_the_thread_that_issued_them(served: Served) -> None:
     spin(served.reactor, lambda: connection.data == b"xy")
 
 
-def test_a_poll_that_windows_cancels_tells_of_nothing(
-    monkeypatch: pytest.MonkeyPatch, pair: tuple[socket.socket, socket.socket]
+def test_a_poll_that_windows_cancels_reports_nothing(
+    monkeypatch: pytest.MonkeyPatch, pair: SocketPair
 ) -> None:
-    """Who reads for nothing would block, if it is a socket that blocks."""
+    """A read without input would block, if the socket is a blocking one."""
     one, other = pair
-    notifier = CompletionPortNotifier(lambda function: function())
+    notifier = make_notifier()
     (registration,) = watched(notifier, [one])
     other.send(b"x")
     assert notifier.wait(5, {}) == ([], [(registration, READ, 0)])
@@ -722,12 +746,12 @@ def test_a_poll_that_windows_cancels_tells_of_nothing(
 
 
 def test_the_driver_is_asked_for_all_answers_before_the_port_is_closed(
-    monkeypatch: pytest.MonkeyPatch, pair: tuple[socket.socket, socket.socket]
+    monkeypatch: pytest.MonkeyPatch, pair: SocketPair
 ) -> None:
-    """Who closes the last handle to it need not be the notifier."""
+    """The last handle of the port need not be the notifier's."""
     lost: list[Any] = []
     monkeypatch.setattr(afd_polls, "_leaked", lost)
-    notifier = CompletionPortNotifier(lambda function: function())
+    notifier = make_notifier()
     (registration,) = watched(notifier, [pair[0]])
     assert notifier.wait(0, {}) == ([], [])
     close = windows.close_handle
@@ -745,14 +769,14 @@ def test_the_driver_is_asked_for_all_answers_before_the_port_is_closed(
     assert lost == []
 
 
-def test_nobody_frees_what_the_kernel_writes_to(
-    pair: tuple[socket.socket, socket.socket],
+def test_memory_that_the_kernel_writes_to_is_not_freed(
+    pair: SocketPair,
 ) -> None:
-    """An open notifier stays, though it was forgotten in whatever thread."""
+    """An open notifier stays alive, although no thread refers to it any more."""
     alive: list[weakref.ref[CompletionPortNotifier]] = []
 
     def open_and_forget() -> None:
-        notifier = CompletionPortNotifier(lambda function: function())
+        notifier = make_notifier()
         watched(notifier, [pair[0]])
         notifier.wait(0, {})
         alive.append(weakref.ref(notifier))
@@ -769,10 +793,10 @@ def test_nobody_frees_what_the_kernel_writes_to(
     assert alive[0]() is None
 
 
-def test_what_could_not_be_opened_is_opened_next_time(
-    monkeypatch: pytest.MonkeyPatch, pair: tuple[socket.socket, socket.socket]
+def test_a_notifier_that_could_not_be_opened_is_opened_next_time(
+    monkeypatch: pytest.MonkeyPatch, pair: SocketPair
 ) -> None:
-    notifier = CompletionPortNotifier(lambda function: function())
+    notifier = make_notifier()
     (registration,) = watched(notifier, [pair[0]])
     no_memory = 0xC0000017
     with monkeypatch.context() as patch:
@@ -805,7 +829,7 @@ def test_no_handle_is_left_after_a_run(reactor: EngineReactor) -> None:
     for one, other in pairs:
         one.close()
         other.close()
-    # Sockets close in their own time, under Wine.
+    # Under Wine, sockets are closed with a delay.
     deadline = time.monotonic() + 5
     while open_handles() > before and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -813,7 +837,7 @@ def test_no_handle_is_left_after_a_run(reactor: EngineReactor) -> None:
 
 
 class Events:
-    """Events of Windows, whatever Python they come from."""
+    """Events of Windows, made without pywin32."""
 
     def __init__(self) -> None:
         self._kernel = ctypes.CDLL("kernel32")
@@ -839,8 +863,8 @@ def events() -> Iterator[Events]:
     made.close()
 
 
-class Told(FileDescriptor):
-    """Is told of an event."""
+class EventOwner(FileDescriptor):
+    """Owns an event: ``is_set`` is called for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -859,8 +883,8 @@ class Told(FileDescriptor):
 def test_more_events_than_a_thread_can_wait_for(
     reactor: CompletionPortReactor, events: Events
 ) -> None:
-    """Of any origin: pywin32 is not needed."""
-    told = {events.create(): Told() for _ in range(100)}
+    """The events may have any origin: pywin32 is not needed."""
+    told = {events.create(): EventOwner() for _ in range(100)}
     for handle, each in told.items():
         reactor.addEvent(handle, each, "is_set")
     for times in (1, 2):
@@ -874,10 +898,10 @@ def test_more_events_than_a_thread_can_wait_for(
     assert {each.times for each in told.values()} == {2}
 
 
-def test_an_event_that_is_removed_when_it_is_set_already(
+def test_an_event_is_removed_after_it_was_set(
     reactor: CompletionPortReactor, events: Events
 ) -> None:
-    """The first to be told removes both: the other is not told any more."""
+    """The owner that is called first removes both events: the other is not called."""
     told: list[int] = []
 
     class Remover(FileDescriptor):
@@ -897,17 +921,17 @@ def test_an_event_that_is_removed_when_it_is_set_already(
         reactor.removeEvent(events.handles[0])
 
 
-def test_an_event_that_is_set_when_the_port_is_closed(
+def test_an_event_is_set_while_the_port_is_closed(
     events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was reset when it was told of, so that nothing else would tell."""
+    """Its owner is called: the event was reset, and is not reported again."""
     called: list[int] = []
-    notifier = CompletionPortNotifier(lambda function: function())
+    notifier = make_notifier()
     register = windows.overlapped.RegisterWaitWithQueue
 
     def register_what_is_set(handle: int, port: int, number: int, limit: int) -> Any:
         waiting = register(handle, port, number, limit)
-        # What the thread pool does; when, nobody knows.
+        # The thread pool does this at some unknown time.
         windows.post_completion(port, 0, 0, number)
         return waiting
 
@@ -920,10 +944,10 @@ def test_an_event_that_is_set_when_the_port_is_closed(
     assert called == [1]
 
 
-def test_an_event_whose_owner_is_done(
+def test_an_event_whose_owner_returns_an_error(
     reactor: CompletionPortReactor, events: Events
 ) -> None:
-    handle, told = events.create(), Told()
+    handle, told = events.create(), EventOwner()
     told.answer = ConnectionFdescWentAway("done")
     reactor.addEvent(handle, told, "is_set")
     events.set(handle)
@@ -935,7 +959,7 @@ def test_an_event_whose_owner_is_done(
 
 
 class Careless(Recorder):
-    """Ends in one of many ways, some of them in the middle of something."""
+    """Ends its connection in one of many ways, and often with operations under way."""
 
     transport: Any
     random = Random(7)
@@ -943,7 +967,7 @@ class Careless(Recorder):
     def connectionMade(self) -> None:
         self.transport.write(bytes(self.random.choice([1, 100, 70_000])))
         if self.random.random() < 0.5:
-            # Most have something under way by then.
+            # Most connections have operations under way by then.
             self.transport.reactor.callLater(0.05 * self.random.random(), self.end)
 
     def dataReceived(self, data: bytes) -> None:
@@ -967,7 +991,7 @@ class Careless(Recorder):
             transport.pauseProducing()
             transport.reactor.callLater(0.02, transport.abortConnection)
         elif how == 4:
-            # Off and on again, with the poll called back between.
+            # Stop and start again, with the poll cancelled in between.
             transport.reactor.removeReader(transport)
             transport.reactor.addReader(transport)
             transport.loseConnection()
@@ -975,7 +999,8 @@ class Careless(Recorder):
             transport.loseConnection()
 
 
-# Wine says ENOTCONN of who was reset before it was accepted, which is logged.
+# Of a connection that was reset before it is accepted, Wine says ENOTCONN, which is
+# logged.
 def test_careless_connections_leave_nothing_behind(
     reactor: CompletionPortReactor,
 ) -> None:
@@ -1008,14 +1033,14 @@ def test_careless_connections_leave_nothing_behind(
         assert len(clients.made) > count // 2
 
         def all_is_quiet() -> bool:
-            # Whoever is left ends now, also who is accepted only now.
+            # The connections that are left end now, also those that are accepted now.
             left = [e for e in (*clients.made, *server.connections) if not e.lost]
             for each in left:
                 each.transport.abortConnection()
             counts = reactor.statistics()
             return not left and counts["readers"] == counts["armed"] == 1
 
-        # Not by spin(), which sleeps for long when there is nothing to be told.
+        # Not by spin(), which sleeps long when there are no events.
         deadline = time.monotonic() + DEADLINE
         while not all_is_quiet():
             assert time.monotonic() < deadline
@@ -1028,7 +1053,7 @@ def test_careless_connections_leave_nothing_behind(
         gc.collect()
         return open_handles(), sys.getallocatedblocks()
 
-    # What is kept for further ones is there then.
+    # After these, the objects that are kept for further connections exist.
     for _ in range(3):
         rush(500)
     handles, blocks = left()
@@ -1036,5 +1061,5 @@ def test_careless_connections_leave_nothing_behind(
         rush(500)
     more_handles, more_blocks = left()
     assert more_handles <= handles
-    # Less than a block for each connection: nothing is left of any.
+    # Less than a block for each connection: no connection leaves anything behind.
     assert more_blocks < blocks + 1000

@@ -1,6 +1,8 @@
 """
-The kqueue reactor: how it handles what NetBSD's kernel does, by a script, and how many
-calls it makes, on a real kqueue or on libkqueue.
+The kqueue reactor.
+
+A scripted kernel shows how it handles what NetBSD's kernel does.  A real kqueue, or
+libkqueue, shows how many calls it makes.
 """
 
 from __future__ import annotations
@@ -56,9 +58,11 @@ from tests.support import (
     DEADLINE,
     Recorder,
     RecorderFactory,
+    SocketPair,
     Watcher,
     connect,
     dispose,
+    refusing_port,
     reset,
     spin,
 )
@@ -85,18 +89,10 @@ def kernel() -> ScriptedKernel:
 @pytest.fixture
 def reactor(kernel: ScriptedKernel) -> Iterator[KQueueReactor]:
     made = KQueueReactor(kernel.calls)
-    # Its queue takes its descriptors now, and not those that a test closes.
+    # Open the queue now, before a test closes descriptors that the queue would reuse.
     made.iterate(0)
     yield made
     dispose(made)
-
-
-@pytest.fixture
-def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
-    one, other = socket.socketpair()
-    one.setblocking(False)
-    with one, other:
-        yield one, other
 
 
 @pytest.fixture
@@ -117,7 +113,7 @@ def watched(
 
 
 class Accepting:
-    """A listening port, whose events are told by the script."""
+    """A listening port whose events come from the script."""
 
     def __init__(
         self,
@@ -131,7 +127,7 @@ class Accepting:
         self.port = reactor.listenTCP(0, self.factory, interface="127.0.0.1")
 
     def connect(self) -> tuple[socket.socket, Any, int]:
-        """A client, the connection that was accepted, and its descriptor."""
+        """A client, the accepted connection, and the descriptor of the connection."""
         client = connect(self.port)
         self.kernel.happens(self.port.fileno(), READ, data=1)
         self.reactor.iterate(0)
@@ -140,9 +136,9 @@ class Accepting:
 
 
 def await_error(descriptor: int) -> None:
-    """Wait until the real kernel has an error for it."""
+    """Wait until the real kernel has an error for the descriptor."""
     poll = select.poll()
-    # BSD and macOS tell of a hang-up only beside these, which may come first.
+    # BSD and macOS report a hang-up only beside these events, which may come first.
     poll.register(descriptor, select.POLLIN | select.POLLOUT)
     end = time.monotonic() + DEADLINE
     while not any(
@@ -151,27 +147,31 @@ def await_error(descriptor: int) -> None:
         assert time.monotonic() < end, "it did not happen"
 
 
-# What NetBSD has been seen to do
+# Events that NetBSD has been seen to report
 
 
-def test_a_refused_connection_is_refused_though_it_has_data(
+def test_a_refused_connection_fails_with_connection_refused(
     reactor: KQueueReactor, kernel: ScriptedKernel
 ) -> None:
-    """Its ``data`` is the room in its buffer; Twisted's makes a lost one of it."""
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        address = nobody.getsockname()
+    """
+    NetBSD gives the room in its buffer as ``data``.  Twisted's kqueue reactor takes
+    such a connection for a lost one.
+    """
+    with refusing_port() as port:
         why: list[Failure] = []
         factory = ClientFactory()
         factory.clientConnectionFailed = (  # type: ignore[method-assign]
             lambda connector, reason: why.append(reason)
         )
-        reactor.connectTCP(address[0], address[1], factory)
+        reactor.connectTCP("127.0.0.1", port, factory)
         while not reactor.getWriters():
             reactor.iterate(0)
         [connecting] = reactor.getWriters()
         descriptor = connecting.fileno()
-        assert kernel.told_of(descriptor) == [(READ, ADD), (WRITE, ADD | ONESHOT)]
+        assert kernel.take_changes_of(descriptor) == [
+            (READ, ADD),
+            (WRITE, ADD | ONESHOT),
+        ]
         await_error(descriptor)
         refused = errno.ECONNREFUSED
         kernel.happens(descriptor, READ, EOF, fflags=refused)
@@ -180,7 +180,7 @@ def test_a_refused_connection_is_refused_though_it_has_data(
     assert [each.type for each in why] == [ConnectionRefusedError]
 
 
-def test_a_reset_leaves_the_input_before_it(
+def test_input_before_a_reset_is_received(
     reactor: KQueueReactor, kernel: ScriptedKernel
 ) -> None:
     client, connection, descriptor = Accepting(reactor, kernel).connect()
@@ -196,7 +196,7 @@ def test_a_reset_leaves_the_input_before_it(
     assert [each.type for each in connection.lost] == [ConnectionLost]
 
 
-def test_a_half_close_leaves_the_input_before_it(
+def test_input_before_a_half_close_is_received(
     reactor: KQueueReactor, kernel: ScriptedKernel
 ) -> None:
     @implementer(IHalfCloseableProtocol)
@@ -209,7 +209,7 @@ def test_a_half_close_leaves_the_input_before_it(
             transport.write(b"after the end")
 
         def writeConnectionLost(self) -> None:
-            """Not in this test."""
+            """This test does not close the other direction."""
 
     accepting = Accepting(reactor, kernel, HalfCloseable)
     client, connection, descriptor = accepting.connect()
@@ -226,12 +226,12 @@ def test_a_half_close_leaves_the_input_before_it(
     connection.transport.connectionLost(Failure(ConnectionLost()))
 
 
-def test_no_connection_is_lost_whose_number_was_anothers(
+def test_a_connection_that_reuses_a_descriptor_is_not_lost(
     reactor: KQueueReactor, kernel: ScriptedKernel
 ) -> None:
     """
-    200 connections, each of which is accepted in the pass that closes the one
-    before, and gets its number, which the kernel has stopped to watch.
+    200 connections.  Each is accepted in the pass that closes the one before, and gets
+    its descriptor, which the kernel no longer watches.
     """
     accepting = Accepting(reactor, kernel)
     numbers = set()
@@ -252,10 +252,8 @@ def test_no_connection_is_lost_whose_number_was_anothers(
     client.close()
 
 
-def test_receipts_are_no_events(
-    reactor: KQueueReactor,
-    kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+def test_receipts_are_not_taken_for_events(
+    reactor: KQueueReactor, kernel: ScriptedKernel, pair: SocketPair
 ) -> None:
     watcher = Watcher(reactor, pair[0].fileno())
     kernel.receipts = True
@@ -264,7 +262,7 @@ def test_receipts_are_no_events(
     reactor.iterate(0)
     reactor.iterate(0)
     assert (watcher.reads, watcher.writes, watcher.lost) == (0, 0, [])
-    assert kernel.told_of(watcher.descriptor) == [
+    assert kernel.take_changes_of(watcher.descriptor) == [
         (READ, ADD),
         (WRITE, ADD | ONESHOT),
     ]
@@ -274,15 +272,16 @@ def test_receipts_are_no_events(
     assert (watcher.reads, watcher.writes) == (1, 0)
 
 
-# What the kernel is told
+# What the kernel is asked for
 
 
-def test_reading_is_asked_for_once_and_given_up_when_something_comes(
-    reactor: KQueueReactor,
-    kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+def test_reading_is_requested_once_and_cancelled_when_an_unwanted_event_comes(
+    reactor: KQueueReactor, kernel: ScriptedKernel, pair: SocketPair
 ) -> None:
-    """Who stops is nearly always closed next, which costs no change at all."""
+    """
+    A descriptor whose reader stops is nearly always closed next: then no change is
+    needed at all.
+    """
     watcher = Watcher(reactor, pair[0].fileno())
     descriptor = watcher.descriptor
     reactor.addReader(watcher)
@@ -290,36 +289,36 @@ def test_reading_is_asked_for_once_and_given_up_when_something_comes(
         kernel.happens(descriptor, READ, data=1)
         reactor.iterate(0)
     assert watcher.reads == 3
-    assert kernel.told_of(descriptor) == [(READ, ADD)]
+    assert kernel.take_changes_of(descriptor) == [(READ, ADD)]
     reactor.removeReader(watcher)
     reactor.iterate(0)
-    assert kernel.told_of(descriptor) == []
+    assert kernel.take_changes_of(descriptor) == []
     kernel.happens(descriptor, READ, data=1)
     reactor.iterate(0)
     reactor.addReader(watcher)
     reactor.iterate(0)
     assert watcher.reads == 3
-    # In order, so that the newcomer is not taken out.
-    assert kernel.told_of(descriptor) == [(READ, DELETE), (READ, ADD)]
+    # The deletion comes first, so that it does not delete the new request.
+    assert kernel.take_changes_of(descriptor) == [(READ, DELETE), (READ, ADD)]
     kernel.happens(descriptor, READ, data=1)
     reactor.iterate(0)
     assert watcher.reads == 4
 
 
 @pytest.mark.parametrize("sleep", ["first", "second"])
-def test_a_descriptor_that_goes_and_comes_during_the_sleep(
+def test_a_descriptor_gets_another_reader_during_the_sleep(
     reactor: KQueueReactor,
     kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+    pair: SocketPair,
     sleep: str,
 ) -> None:
-    """An event for the former owner neither reaches the new one nor hurts it."""
+    """An event for the former reader neither reaches the new one nor disturbs it."""
     former = Watcher(reactor, pair[0].fileno())
     newcomer = Watcher(reactor, pair[0].fileno())
     reactor.addReader(former)
     if sleep == "second":
         reactor.iterate(0)
-        assert kernel.told_of(former.descriptor) == [(READ, ADD)]
+        assert kernel.take_changes_of(former.descriptor) == [(READ, ADD)]
 
     def succeed() -> None:
         reactor.removeReader(former)
@@ -333,13 +332,11 @@ def test_a_descriptor_that_goes_and_comes_during_the_sleep(
     reactor.iterate(0)
     assert (former.reads, newcomer.reads) == (0, 1)
     adds = 2 if sleep == "first" else 1
-    assert kernel.told_of(former.descriptor) == [(READ, ADD)] * adds
+    assert kernel.take_changes_of(former.descriptor) == [(READ, ADD)] * adds
 
 
-def test_room_to_write_is_asked_for_as_long_as_it_is_wanted(
-    reactor: KQueueReactor,
-    kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+def test_room_to_write_is_requested_as_long_as_it_is_wanted(
+    reactor: KQueueReactor, kernel: ScriptedKernel, pair: SocketPair
 ) -> None:
     watcher = Watcher(reactor, pair[0].fileno())
     reactor.addWriter(watcher)
@@ -347,17 +344,17 @@ def test_room_to_write_is_asked_for_as_long_as_it_is_wanted(
         kernel.happens(watcher.descriptor, WRITE, data=1)
         reactor.iterate(0)
         assert watcher.writes == turn
-        assert kernel.told_of(watcher.descriptor) == [(WRITE, ADD | ONESHOT)]
+        assert kernel.take_changes_of(watcher.descriptor) == [(WRITE, ADD | ONESHOT)]
     reactor.removeWriter(watcher)
     reactor.iterate(0)
-    assert kernel.told_of(watcher.descriptor) == []
+    assert kernel.take_changes_of(watcher.descriptor) == []
 
 
 @pytest.mark.parametrize("first", [READ, WRITE])
 def test_input_and_room_at_once_are_one_event(
     notifier: KQueueNotifier,
     kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+    pair: SocketPair,
     first: int,
 ) -> None:
     registration = watched(notifier, pair[0], INPUT | ROOM)
@@ -369,14 +366,14 @@ def test_input_and_room_at_once_are_one_event(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("filter", [READ, WRITE])
-def test_what_a_former_owner_was_to_be_told_is_told_nobody(
+def test_an_event_for_a_former_owner_of_the_descriptor_is_dropped(
     notifier: KQueueNotifier,
     kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+    pair: SocketPair,
     filter: int,
     stream: bool,
 ) -> None:
-    """The number has got another owner in the middle of the sleep."""
+    """The descriptor gets another owner in the middle of the sleep."""
     direction = INPUT if filter == READ else ROOM
     former = watched(notifier, pair[0], direction, stream)
 
@@ -390,30 +387,11 @@ def test_what_a_former_owner_was_to_be_told_is_told_nobody(
     assert notifier.wait(0, {former: direction}) == ([], ())
 
 
-def test_input_while_only_room_is_wanted(
-    notifier: KQueueNotifier,
-    kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+@pytest.mark.parametrize("paused", ["after", "during"])
+def test_input_is_requested_again_after_a_pause(
+    notifier: KQueueNotifier, kernel: ScriptedKernel, pair: SocketPair, paused: str
 ) -> None:
-    registration = watched(notifier, pair[0], INPUT | ROOM)
-    descriptor = registration.descriptor
-    notifier.wait(0, {registration: INPUT | ROOM})
-    registration.interest = ROOM
-    notifier.update(registration)
-    kernel.happens(descriptor, READ, data=1)
-    assert notifier.wait(0, {}) == ([], ())
-    registration.interest = INPUT | ROOM
-    notifier.update(registration)
-    kernel.told_of(descriptor)
-    notifier.wait(0, {registration: INPUT})
-    assert kernel.told_of(descriptor) == [(READ, DELETE), (READ, ADD)]
-
-
-def test_input_is_given_up_during_the_sleep_that_begins_to_watch_it(
-    notifier: KQueueNotifier,
-    kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
-) -> None:
+    """Reading pauses after or during the wait that begins to watch for input."""
     registration = watched(notifier, pair[0], INPUT | ROOM)
     descriptor = registration.descriptor
 
@@ -421,24 +399,25 @@ def test_input_is_given_up_during_the_sleep_that_begins_to_watch_it(
         registration.interest = ROOM
         notifier.update(registration)
 
-    notifier.open()
-    kernel.meanwhile = pause
+    if paused == "during":
+        notifier.open()
+        kernel.meanwhile = pause
     notifier.wait(0, {registration: INPUT | ROOM})
+    if paused == "after":
+        pause()
     kernel.happens(descriptor, READ, data=1)
     assert notifier.wait(0, {}) == ([], ())
     registration.interest = INPUT | ROOM
     notifier.update(registration)
-    kernel.told_of(descriptor)
+    kernel.take_changes_of(descriptor)
     notifier.wait(0, {registration: INPUT})
-    assert kernel.told_of(descriptor) == [(READ, DELETE), (READ, ADD)]
+    assert kernel.take_changes_of(descriptor) == [(READ, DELETE), (READ, ADD)]
 
 
-def test_a_removal_that_came_too_late_is_nothing_to_the_newcomer(
-    notifier: KQueueNotifier,
-    kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+def test_a_late_removal_does_not_affect_the_next_owner_of_the_descriptor(
+    notifier: KQueueNotifier, kernel: ScriptedKernel, pair: SocketPair
 ) -> None:
-    """Who has stopped to read was closed, and another one has its number."""
+    """A descriptor was closed after its reader stopped, and is another file now."""
     one, other = pair
     descriptor = os.dup(one.fileno())
     former = Registration(descriptor)
@@ -452,39 +431,37 @@ def test_a_removal_that_came_too_late_is_nothing_to_the_newcomer(
     newcomer = Registration(descriptor)
     newcomer.interest = INPUT
     notifier.watch(newcomer)
-    kernel.told_of(descriptor)
+    kernel.take_changes_of(descriptor)
     with capturedLogs() as logs:
         notifier.wait(0, {newcomer: INPUT})
-    assert kernel.told_of(descriptor) == [(READ, DELETE), (READ, ADD)]
+    assert kernel.take_changes_of(descriptor) == [(READ, DELETE), (READ, ADD)]
     assert not logs
     kernel.happens(descriptor, READ, data=1)
     assert notifier.wait(0, {}) == ([], [(newcomer, INPUT, 0)])
     os.close(descriptor)
 
 
-def test_who_has_ended_is_forgotten(
-    notifier: KQueueNotifier,
-    kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+def test_a_registration_that_is_no_longer_watched_is_forgotten(
+    notifier: KQueueNotifier, kernel: ScriptedKernel, pair: SocketPair
 ) -> None:
     registration = watched(notifier, pair[0], INPUT, stream=True)
     notifier.wait(0, {registration: INPUT})
     assert notifier.statistics()["armed"] == 1
     notifier.unwatch(registration)
     assert notifier.statistics()["armed"] == 0
-    kernel.told_of(registration.descriptor)
+    kernel.take_changes_of(registration.descriptor)
     notifier.wait(0, {registration: INPUT})
-    assert kernel.told_of(registration.descriptor) == []
+    assert kernel.take_changes_of(registration.descriptor) == []
 
 
 @pytest.mark.parametrize("beside_select", [False, True])
-def test_more_changes_fail_than_one_wait_has_events(
+def test_more_changes_fail_than_one_wait_returns_events(
     notifier: KQueueNotifier,
     kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+    pair: SocketPair,
     beside_select: bool,
 ) -> None:
-    """Without room for what became of each, kevent(2) would fail as a whole."""
+    """Without room for the result of each change, kevent(2) would fail as a whole."""
     if beside_select:
         refused = watched(notifier, pair[0], INPUT)
         kernel.refuses[refused.descriptor] = errno.EINVAL
@@ -506,33 +483,31 @@ def test_more_changes_fail_than_one_wait_has_events(
         ("input", 0, HANGUP),
         # There is something to be read before the end.
         ("input", 1, INPUT),
-        # The other side may still take what is written.
+        # The peer may still receive what is written.
         ("both", 0, INPUT),
     ],
 )
 def test_the_end_of_input(
     notifier: KQueueNotifier,
     kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+    pair: SocketPair,
     interest: str,
     data: int,
     told: int,
 ) -> None:
-    """The engine disconnects who ignores a hang-up, so that nothing spins."""
+    """The engine disconnects a reader that ignores a hang-up: it cannot spin."""
     both = INPUT if interest == "input" else INPUT | ROOM
     registration = watched(notifier, pair[0], both)
     kernel.happens(registration.descriptor, READ, EOF, data=data)
     assert notifier.wait(0, {registration: both}) == ([], [(registration, told, 0)])
 
 
-def test_a_hangup_that_is_told_once_is_asked_for_again(
-    reactor: KQueueReactor,
-    kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+def test_a_hangup_that_is_reported_once_is_requested_again(
+    reactor: KQueueReactor, kernel: ScriptedKernel, pair: SocketPair
 ) -> None:
     """
-    As of a terminal that was revoked.  A reader that ignores it is disconnected
-    nevertheless.
+    The hang-up of a revoked terminal is one-shot.  A reader that ignores it is
+    disconnected nevertheless.
     """
     watcher = Watcher(reactor, pair[0].fileno())
     reactor.addReader(watcher)
@@ -544,30 +519,27 @@ def test_a_hangup_that_is_told_once_is_asked_for_again(
         reactor.iterate(0)
         reported += 1
         assert reported <= A_FEW
-        asked = [change.ident for changes in kernel.changes for change in changes]
-        assert (watcher.descriptor in asked) == (reported > 1)
+        assert (watcher.descriptor in kernel.take_changed()) == (reported > 1)
     assert watcher.reads == reported - 1 > 0
 
 
 def test_a_regular_file_is_always_ready(
     notifier: KQueueNotifier, kernel: ScriptedKernel, tmp_path: Path
 ) -> None:
-    """As with poll(2).  Of the end of a file kqueue tells nothing."""
+    """As with poll(2).  kqueue itself does not report the end of a file."""
     with (tmp_path / "file").open("wb") as file:
         registration = watched(notifier, file, INPUT)
         for _ in range(2):
             told = notifier.wait(None, {registration: INPUT})
             assert told == ([], [(registration, INPUT, 0)])
         assert kernel.timeouts[-2:] == [0, 0]
-        assert kernel.told_of(registration.descriptor) == []
+        assert kernel.take_changes_of(registration.descriptor) == []
         notifier.unwatch(registration)
         assert notifier.wait(None, {}) == ([], ())
 
 
 def test_an_interrupt_loses_no_change(
-    reactor: KQueueReactor,
-    kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+    reactor: KQueueReactor, kernel: ScriptedKernel, pair: SocketPair
 ) -> None:
     watcher = Watcher(reactor, pair[0].fileno())
     reactor.addReader(watcher)
@@ -579,7 +551,7 @@ def test_an_interrupt_loses_no_change(
     assert watcher.reads == 1
 
 
-def test_who_is_to_be_closed_early_is_told(
+def test_a_watcher_whose_descriptor_is_closed_too_early_is_lost(
     reactor: KQueueReactor, kernel: ScriptedKernel
 ) -> None:
     one, other = socket.socketpair()
@@ -592,7 +564,7 @@ def test_who_is_to_be_closed_early_is_told(
     assert [each.type for each in watcher.lost] == [ConnectionFdescWentAway]
 
 
-def test_a_sleep_without_a_limit_has_none(
+def test_a_wait_without_a_timeout_has_none(
     notifier: KQueueNotifier, kernel: ScriptedKernel
 ) -> None:
     for timeout in (None, 0.5, 1e9):
@@ -601,17 +573,17 @@ def test_a_sleep_without_a_limit_has_none(
     assert kernel.timeouts[-3:] == [None, 0.5, 24 * 60 * 60]
 
 
-# What kqueue does not watch
+# Descriptors that kqueue does not watch
 
 
 @pytest.mark.parametrize("direction", ["read", "write"])
-def test_what_is_refused_is_left_to_select(
+def test_a_descriptor_that_kqueue_refuses_is_watched_by_select(
     reactor: KQueueReactor,
     kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+    pair: SocketPair,
     direction: str,
 ) -> None:
-    """As macOS does with some terminals.  It is logged, and works."""
+    """macOS refuses some terminals.  That is logged once, and works."""
     one, other = pair
     watcher = Watcher(reactor, one.fileno())
     kernel.refuses[watcher.descriptor] = errno.EINVAL
@@ -623,7 +595,7 @@ def test_what_is_refused_is_left_to_select(
         reactor.iterate(0)
     assert [each["descriptor"] for each in logs] == [watcher.descriptor]
     assert reactor.statistics()["selected"] == 1
-    assert len(kernel.told_of(watcher.descriptor)) == 1
+    assert len(kernel.take_changes_of(watcher.descriptor)) == 1
     if direction == "read":
         reactor.iterate(0)
         assert watcher.reads == 0
@@ -637,8 +609,8 @@ def test_what_is_refused_is_left_to_select(
         assert watcher.writes == 1
         reactor.iterate(0)
         reactor.removeWriter(watcher)
-    # It is not asked for again.
-    assert kernel.told_of(watcher.descriptor) == []
+    # It was not requested again.
+    assert kernel.take_changes_of(watcher.descriptor) == []
     assert reactor.statistics()["selected"] == 0
 
 
@@ -647,11 +619,13 @@ def test_what_is_refused_is_left_to_select(
 def test_a_pipe_without_another_end_is_ready(
     notifier: KQueueNotifier,
     kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+    pair: SocketPair,
     direction: int,
     number: int,
 ) -> None:
-    """FreeBSD refuses it with EPIPE, NetBSD with EBADF.  Who writes meets EPIPE."""
+    """
+    FreeBSD refuses it with EPIPE, NetBSD with EBADF.  Its writer then fails with EPIPE.
+    """
     registration = watched(notifier, pair[0], direction)
     kernel.refuses[registration.descriptor] = number
     with capturedLogs() as logs:
@@ -662,10 +636,10 @@ def test_a_pipe_without_another_end_is_ready(
     assert notifier.statistics()["selected"] == 0
 
 
-def test_others_are_told_of_beside_select(
+def test_events_of_kqueue_come_while_select_watches_another_descriptor(
     reactor: KQueueReactor,
     kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+    pair: SocketPair,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one, other = pair
@@ -678,11 +652,11 @@ def test_others_are_told_of_beside_select(
     kernel.happens(watcher.descriptor, READ, data=1)
     reactor.iterate(0)
     assert (refused.reads, watcher.reads) == (0, 1)
-    # During the sleep in select(2), that is.
+    # The event comes during the sleep in select(2).
     kernel.meanwhile = lambda: kernel.happens(watcher.descriptor, READ, data=1)
     reactor.iterate(DEADLINE)
     assert (refused.reads, watcher.reads) == (0, 2)
-    # What kqueue tells before that is not slept on.
+    # If kqueue has an event before that, select(2) does not sleep.
     slept: list[Any] = []
     really = select.select
 
@@ -700,9 +674,7 @@ def test_others_are_told_of_beside_select(
 
 
 def test_a_refusal_of_both_directions_is_logged_once(
-    notifier: KQueueNotifier,
-    kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+    notifier: KQueueNotifier, kernel: ScriptedKernel, pair: SocketPair
 ) -> None:
     registration = watched(notifier, pair[0], INPUT | ROOM)
     kernel.refuses[registration.descriptor] = errno.EINVAL
@@ -715,17 +687,17 @@ def test_a_refusal_of_both_directions_is_logged_once(
 
 
 @pytest.mark.parametrize("why", ["closed", "high", "high queue"])
-def test_what_nothing_can_watch_is_lost(
+def test_a_descriptor_that_select_cannot_watch_is_lost(
     reactor: KQueueReactor,
     kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+    pair: SocketPair,
     monkeypatch: pytest.MonkeyPatch,
     why: str,
 ) -> None:
-    """Closed while select(2) watches it, or above what that can."""
+    """It, or the queue, is above the limit of select(2), or is closed meanwhile."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     if why == "high":
-        # It is 256 on macOS.
+        # The limit is 256 on macOS.
         resource.setrlimit(resource.RLIMIT_NOFILE, (2048, limits[1]))
     try:
         least = 2000 if why == "high" else 3
@@ -750,14 +722,16 @@ def test_what_nothing_can_watch_is_lost(
 # Threads, children, forks
 
 
-def test_threads_wake_by_the_queue_or_else_by_a_pipe(kernel: ScriptedKernel) -> None:
+def test_threads_wake_the_reactor_by_the_queue_or_else_by_a_pipe(
+    kernel: ScriptedKernel,
+) -> None:
     reactor = KQueueReactor(kernel.calls)
     reactor.iterate(0)
     assert reactor.getReaders() == []
-    # When it is made, to find out, and when it is opened.
-    assert kernel.told_of(0) == [(USER, ADD | CLEAR)] * 2
+    # Once when the notifier is made, to find out, and once when the queue is opened.
+    assert kernel.take_changes_of(0) == [(USER, ADD | CLEAR)] * 2
     reactor.wakeUp()
-    assert kernel.told_of(0) == [(USER, 0)]
+    assert kernel.take_changes_of(0) == [(USER, 0)]
     dispose(reactor)
     kernel.refuses[USER] = errno.EINVAL
     reactor = KQueueReactor(kernel.calls)
@@ -808,10 +782,10 @@ def test_a_wake_of_a_queue_that_is_being_closed_is_kept(
         ("gnukfreebsd11", None),
     ],
 )
-def test_what_the_system_has(
+def test_the_filters_of_each_system(
     monkeypatch: pytest.MonkeyPatch, platform: str, user: int | None
 ) -> None:
-    """Python names all filters but the one to wake by."""
+    """Python names all filters but EVFILT_USER, which wakes the reactor."""
     for name in ("kqueue", "kevent"):
         monkeypatch.setattr(select, name, name, raising=False)
     for number, name in enumerate(("READ", "WRITE", "PROC")):
@@ -822,7 +796,9 @@ def test_what_the_system_has(
     assert (calls.read, calls.write, calls.process, calls.user) == (0, 1, 2, user)
 
 
-def test_no_descriptors_are_left(kernel: ScriptedKernel) -> None:
+def test_the_reactor_cannot_be_made_without_a_free_descriptor(
+    kernel: ScriptedKernel,
+) -> None:
     def kqueue() -> Any:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
@@ -832,13 +808,13 @@ def test_no_descriptors_are_left(kernel: ScriptedKernel) -> None:
 
 
 @pytest.mark.parametrize("number", [0, errno.ESRCH])
-def test_the_end_of_a_child_is_told_until_it_is_reaped(
+def test_the_end_of_a_child_is_reported_until_it_is_reaped(
     notifier: KQueueNotifier,
     kernel: ScriptedKernel,
     monkeypatch: pytest.MonkeyPatch,
     number: int,
 ) -> None:
-    """By an event, or by a refusal, if it has ended already."""
+    """The end comes as an event, or as a refusal if the child has ended already."""
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     told: list[int] = []
@@ -857,12 +833,12 @@ def test_the_end_of_a_child_is_told_until_it_is_reaped(
         kernel.happens(process, PROCESS)
         notifier.wait(None, {})
     assert told == [process]
-    assert len(kernel.told_of(process)) == 1
+    assert len(kernel.take_changes_of(process)) == 1
     pause = 0.001
     for times in range(2, 13):
         notifier.wait(None, {})
         assert kernel.timeouts[-1] == pytest.approx(pause, abs=1e-9)
-        # No sleep is longer than it should be, and none too short a pause.
+        # A shorter timeout is kept, and does not shorten the pause between reports.
         notifier.wait(0, {})
         assert kernel.timeouts[-1] == 0
         assert len(told) == times - 1
@@ -871,28 +847,27 @@ def test_the_end_of_a_child_is_told_until_it_is_reaped(
         notifier.wait(None, {})
         assert len(told) == times
     assert kernel.timeouts[-1] is None
-    assert kernel.told_of(process) == []
+    assert kernel.take_changes_of(process) == []
 
 
-def test_a_child_that_a_signal_handler_begins_to_watch(
+def test_a_signal_handler_begins_to_watch_a_child(
     notifier: KQueueNotifier, kernel: ScriptedKernel
 ) -> None:
-    """In the middle of a sleep that has changes of its own."""
+    """The handler runs in the middle of a wait that has changes of its own."""
     notifier.open()
     notifier.watch_exit(12345, lambda: False)
     kernel.meanwhile = lambda: notifier.watch_exit(54321, lambda: False)
     notifier.wait(0, {})
     kernel.changes.clear()
     notifier.wait(0, {})
-    told = [change.ident for changes in kernel.changes for change in changes]
-    assert told == [54321]
+    assert kernel.take_changed() == [54321]
 
 
-@pytest.mark.parametrize("reaped_by", ["the reactor", "SIGCHLD", "somebody else"])
-def test_kqueue_tells_of_the_end_of_a_child_before_waitpid(
+@pytest.mark.parametrize("reaped_by", ["the reactor", "SIGCHLD", "the application"])
+def test_kqueue_reports_the_end_of_a_child_before_waitpid_does(
     kernel: ScriptedKernel, reaped_by: str
 ) -> None:
-    """As FreeBSD and macOS do."""
+    """FreeBSD and macOS do this."""
     reactor = KQueueReactor(kernel.calls)
     reactor.iterate(0)
     stay, go = os.pipe()
@@ -913,19 +888,19 @@ def test_kqueue_tells_of_the_end_of_a_child_before_waitpid(
     assert not ended
     os.close(go)
     with capturedLogs() as logs:
-        if reaped_by == "somebody else":
+        if reaped_by == "the application":
             os.waitpid(process, 0)
         elif reaped_by == "SIGCHLD":
             end = time.monotonic() + DEADLINE
-            # The reactor is about to reap it as well.
+            # The reactor is about to reap the child as well.
             while transport.pid is not None and time.monotonic() < end:
                 spin(reactor, reactor.getDelayedCalls)
                 transport.reapProcess()
-        # Nobody asks any more.
+        # Then the notifier no longer waits for the child.
         kernel.timeouts.clear()
         spin(reactor, lambda: 5 in kernel.timeouts)
     assert not logs
-    if reaped_by == "somebody else":
+    if reaped_by == "the application":
         assert not ended
         del reapProcessHandlers[process]
     else:
@@ -937,10 +912,12 @@ def test_kqueue_tells_of_the_end_of_a_child_before_waitpid(
 def test_a_forked_child_makes_its_own_queue(
     reactor: KQueueReactor,
     kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+    pair: SocketPair,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And does not close the parent's, whose number may be another's by now."""
+    """
+    It does not close its parent's queue, whose descriptor may be another file by now.
+    """
     watcher = Watcher(reactor, pair[0].fileno())
     reactor.addReader(watcher)
     reactor.addWriter(watcher)
@@ -953,17 +930,13 @@ def test_a_forked_child_makes_its_own_queue(
     reactor.iterate(0)
     assert not parents.closed
     assert kernel.queues[-1] is not parents
-    assert [each.ident for changes in kernel.changes for each in changes] == [
-        0,
-        watcher.descriptor,
-        watcher.descriptor,
-    ]
+    assert kernel.take_changed() == [0, watcher.descriptor, watcher.descriptor]
     reactor.removeReader(watcher)
     reactor.removeWriter(watcher)
     parents.close()
 
 
-def test_a_forked_child_has_none_of_the_parents_children(
+def test_a_forked_child_does_not_watch_the_children_of_its_parent(
     notifier: KQueueNotifier,
     kernel: ScriptedKernel,
     monkeypatch: pytest.MonkeyPatch,
@@ -982,32 +955,28 @@ def test_a_forked_child_has_none_of_the_parents_children(
     notifier.watch_exit(54321, lambda: False)
     kernel.changes.clear()
     notifier.wait(None, {})
-    told = [change.ident for changes in kernel.changes for change in changes]
-    assert told == [0, 54321]
+    assert kernel.take_changed() == [0, 54321]
     assert kernel.timeouts[-1] is None
     assert ended == [12345]
     kernel.queues[-2].close()
 
 
-def test_a_daemon_has_none_of_the_children_of_the_process_that_was(
+def test_a_daemon_does_not_watch_the_children_of_its_former_process(
     notifier: KQueueNotifier, kernel: ScriptedKernel
 ) -> None:
     notifier.watch_exit(12345, lambda: pytest.fail("not its child"))
     notifier.wait(0, {})
-    # For the next wait, which does not come.
+    # This would begin with the next wait, which does not come.
     notifier.watch_exit(23456, lambda: pytest.fail("not its child"))
     notifier.close()
     notifier.daemonized()
     kernel.changes.clear()
     notifier.wait(0, {})
-    told = [change.ident for changes in kernel.changes for change in changes]
-    assert told == [0]
+    assert kernel.take_changed() == [0]
 
 
 def test_a_daemon_makes_its_own_queue(
-    reactor: KQueueReactor,
-    kernel: ScriptedKernel,
-    pair: tuple[socket.socket, socket.socket],
+    reactor: KQueueReactor, kernel: ScriptedKernel, pair: SocketPair
 ) -> None:
     watcher = Watcher(reactor, pair[0].fileno())
     reactor.addReader(watcher)
@@ -1024,7 +993,7 @@ def test_a_daemon_makes_its_own_queue(
 
 
 class Counting:
-    """A system's kqueue, and how often kevent(2) was called with what."""
+    """A system's kqueue that counts the calls of kevent(2) and their changes."""
 
     def __init__(self, calls: KernelCalls) -> None:
         self.waits = 0
@@ -1077,7 +1046,11 @@ class Echo(Recorder):
 
 
 def echo_in_turn(reactor: Any, connections: int, requests: int, count: Any) -> int:
-    """Clients, one after the other; what ``count`` counted for their requests."""
+    """
+    Serve clients one after the other.
+
+    :return: what ``count`` counted for their requests, without each first one.
+    """
     factory = RecorderFactory(Echo)
     port = reactor.listenTCP(0, factory, interface="127.0.0.1")
     reactor.iterate(0)
@@ -1087,13 +1060,13 @@ def echo_in_turn(reactor: Any, connections: int, requests: int, count: Any) -> i
         with connect(port) as client:
             spin(reactor, lambda: len(factory.connections) > known)
             connection = factory.connections[-1]
-            # The first request asks for input.
+            # At the first request the reactor still asks kqueue for input.
             for turn in range(requests):
                 before = count()
                 client.sendall(b"x")
                 spin(reactor, lambda: len(connection.data) > turn)
-                # Twisted's reactor sends in another pass.  What was sent may take
-                # a moment to arrive, except on Linux.
+                # Twisted's reactor sends the answer in another pass.  Except on Linux,
+                # it may take a moment to arrive.
                 client.settimeout(0.05)
                 answer: list[bytes] = []
 
@@ -1123,7 +1096,7 @@ def test_a_keep_alive_request_is_one_call_and_no_change(
     assert counting.changes - before == 2
 
 
-def test_a_connection_costs_less_than_half_of_twisteds(
+def test_a_connection_costs_less_than_half_the_calls_of_twisteds_reactor(
     real: KQueueReactor,
     counting: Counting,
     calls: KernelCalls,
@@ -1154,7 +1127,9 @@ def test_a_connection_costs_less_than_half_of_twisteds(
     assert counting.waits < theirs.waits / 2
 
 
-def test_a_pipe_wakes_where_nothing_else_does(calls: KernelCalls) -> None:
+def test_a_pipe_wakes_the_reactor_if_kqueue_has_no_user_filter(
+    calls: KernelCalls,
+) -> None:
     reactor = KQueueReactor(dataclasses.replace(calls, user=None))
     thread = threading.Thread(
         target=reactor.callFromThread, args=(reactor.stop,), daemon=True
