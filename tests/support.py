@@ -1,4 +1,4 @@
-"""What several test files need: reactors to dispose of, protocols that record."""
+"""Helpers of several test files: reactors, protocols that record, programs to run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ON_PYPY = sys.implementation.name == "pypy"
 frees_at_once = pytest.mark.skipif(
     ON_PYPY, reason="PyPy frees an object some time after the last reference has gone"
 )
-"""For what is seen when an object is freed."""
+"""For a test that sees when an object is freed."""
 
 DEADLINE = 20.0
 """Seconds after which a test gives up on an event that should come at once."""
@@ -75,7 +75,7 @@ def reactor_classes() -> list[type[EngineReactor]]:
     from twisted_rtsig.epollreactor import EdgeEPollReactor
 
     classes: list[type[EngineReactor]] = [RealtimeSignalReactor, EdgeEPollReactor]
-    # Where it is missing, test_kqueue.py skips and says so, once for all.
+    # If libkqueue is missing, test_kqueue.py says so when it skips.
     if libkqueue.path() is not None:
         classes.insert(0, libkqueue.KQueueReactor)
     return classes
@@ -85,10 +85,10 @@ def each_of(reactors: Iterable[T], plain: Container[T] = ()) -> list[ParameterSe
     """
     Reactors, or their names, as the parameters of a fixture.
 
-    A quick run takes the last one alone, which is to be the reactor that
-    ``rtsig-auto`` chooses.
+    A quick run takes only the last one, which must be the reactor that ``rtsig-auto``
+    chooses.
 
-    :param plain: which of them only call ``doRead`` and ``doWrite``.
+    :param plain: the reactors that only call ``doRead`` and ``doWrite``.
     """
     each = list(reactors)
     further = each[:-1]
@@ -102,8 +102,21 @@ def each_of(reactors: Iterable[T], plain: Container[T] = ()) -> list[ParameterSe
     ]
 
 
+def only(chosen: type[EngineReactor]) -> Any:
+    """
+    A fixture for a file about one reactor.  Name it ``reactor_class``, which overrides
+    the fixture of that name in conftest.py.
+    """
+
+    @pytest.fixture
+    def reactor_class() -> type[EngineReactor]:
+        return chosen
+
+    return reactor_class
+
+
 def dispose(reactor: EngineReactor) -> None:
-    """Close whatever a reactor holds that was made for one test."""
+    """Close all that a reactor holds which was made for one test."""
     for call in reactor.getDelayedCalls():
         call.cancel()
     reactor.disconnectAll()
@@ -112,29 +125,29 @@ def dispose(reactor: EngineReactor) -> None:
         reader.connectionLost(Failure(Exception("end of test")))
     reactor._internalReaders.clear()
     if isinstance(reactor, EngineReactor):
-        # Gives the kernel everything back.
+        # Closes the descriptors of its notifier.
         reactor.beforeDaemonize()
 
 
 def open_descriptors() -> set[str]:
-    """The numbers of the descriptors that are open in this process."""
-    # What an earlier test left to the garbage collector may go at any moment.
+    """The descriptors that are open in this process."""
+    # The garbage of an earlier test may be collected, and closed, at any moment.
     gc.collect()
     return set(os.listdir("/proc/self/fd"))
 
 
 def spin(reactor: EngineReactor, until: Callable[[], Any]) -> None:
-    """Iterate until something is true; fail when it does not become so."""
+    """Iterate until something is true.  Fail if it does not become true in time."""
     end = time.monotonic() + DEADLINE
     while not until():
         assert time.monotonic() < end, "it did not happen"
-        # A lost event shows as a wait of this long: the deadline lets a few
-        # pass, no more.
+        # If an event is lost, this sleeps for five seconds.  The deadline allows a few
+        # such sleeps and no more.
         reactor.iterate(5)
 
 
 def spin_with_timers(reactor: Any, until: Callable[[], Any]) -> None:
-    """As :func:`spin`, which sleeps through delayed calls."""
+    """As :func:`spin`, but wake for delayed calls."""
     end = time.monotonic() + DEADLINE
     while not until():
         assert time.monotonic() < end, "it did not happen"
@@ -143,7 +156,7 @@ def spin_with_timers(reactor: Any, until: Callable[[], Any]) -> None:
 
 
 def settle(reactor: EngineReactor) -> None:
-    """Iterate until there is nothing to do at the moment."""
+    """Iterate until the reactor has nothing to do at the moment."""
     for _ in range(20):
         reactor.iterate(0)
 
@@ -163,7 +176,7 @@ class Recorder(Protocol):
 
 
 class RecorderFactory(Factory):
-    """Makes recorders, and remembers them in order."""
+    """Makes recorders, and keeps them in order."""
 
     noisy = False
 
@@ -178,7 +191,7 @@ class RecorderFactory(Factory):
 
 
 class Watcher(FileDescriptor):
-    """A selectable on any descriptor, as an application would write it."""
+    """Watches any descriptor, as an application would do it."""
 
     def __init__(self, reactor: EngineReactor, descriptor: int) -> None:
         super().__init__(reactor)
@@ -205,7 +218,7 @@ class Watcher(FileDescriptor):
 
 
 def connect(port: Any) -> socket.socket:
-    """A plain client of a listening port, with a time limit on all it does."""
+    """A plain client of a listening port, with a timeout on all its operations."""
     client = socket.create_connection(("127.0.0.1", port.getHost().port))
     client.settimeout(DEADLINE)
     return client
@@ -217,11 +230,11 @@ def run_program(
     reactor_class: type[EngineReactor] = RealtimeSignalReactor,
 ) -> str:
     """
-    Run a Python program in a process group of its own; its output, if it went
-    well.  Whatever it has left behind is killed.
+    Run a Python program in a process group of its own, and kill the processes that it
+    leaves behind.  It must exit with status 0.
 
-    :param reactor_class: what the program knows as ``Reactor``, with its
-        ``install``.
+    :param reactor_class: imported by the program as ``Reactor``, with its ``install``.
+    :return: its output.
     """
     imports = (
         f"from {reactor_class.__module__} import {reactor_class.__name__} as Reactor\n"
@@ -242,6 +255,46 @@ def run_program(
                 os.killpg(program.pid, signal.SIGKILL)
     assert program.returncode == 0, (program.returncode, output, errors[-5000:])
     return output
+
+
+def run_forking(
+    code: str, reactor_class: type[EngineReactor] = RealtimeSignalReactor
+) -> None:
+    """
+    Run a program that begins with :data:`FORKING`.  After ``code``, its reactor must
+    still get its events.
+    """
+    ending = 'assert_events_arrive()\nprint("events arrive", flush=True)\n'
+    output = run_program(FORKING + code + ending, reactor_class=reactor_class)
+    assert output == "events arrive\n"
+
+
+def spawn_waiting(reactor: Any, protocol: ProcessProtocol) -> tuple[Any, int]:
+    """
+    Start a child that ends with status 7 when a pipe is closed.
+
+    :return: its transport, and the descriptor of the pipe.
+    """
+    child_end, own_end = os.pipe()
+    transport = reactor.spawnProcess(
+        protocol, "/bin/sh", ["sh", "-c", "read line; exit 7"], childFDs={0: child_end}
+    )
+    os.close(child_end)
+    return transport, own_end
+
+
+@contextlib.contextmanager
+def unix_connection(
+    reactor: EngineReactor, folder: Path
+) -> Iterator[tuple[socket.socket, Any]]:
+    """A client of a listening UNIX socket, and the accepted connection."""
+    factory = RecorderFactory()
+    path = str(folder / "socket")
+    reactor.listenUNIX(path, factory)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        spin(reactor, lambda: factory.connections)
+        yield client, factory.connections[0]
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
@@ -296,7 +349,7 @@ class Served:
         self.clients: list[socket.socket] = []
 
     def connect(self) -> tuple[socket.socket, Any]:
-        """A new client, and the connection that the reactor has accepted."""
+        """A new client, and the accepted connection."""
         client = connect(self.port)
         self.clients.append(client)
         wanted = len(self.factory.connections) + 1
@@ -314,7 +367,7 @@ class Served:
 
 
 def blocked_signals(status: str = "") -> int:
-    """The mask of blocked signals, of this thread or out of another's status."""
+    """The mask of blocked signals: of this thread, or in the status of a process."""
     if not status:
         with open("/proc/thread-self/status") as file:
             status = file.read()
@@ -323,7 +376,7 @@ def blocked_signals(status: str = "") -> int:
 
 
 def reset(connection: socket.socket) -> None:
-    """Close it in a way that its peer takes for an error."""
+    """Close a connection in a way that its peer takes for an error."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     connection.close()
 
@@ -331,8 +384,8 @@ def reset(connection: socket.socket) -> None:
 @contextlib.contextmanager
 def refusing_port() -> Iterator[int]:
     """
-    A TCP port of this machine that refuses connections: a socket is bound to it
-    and does not listen, so that no other socket can be given it.
+    A TCP port of this machine that refuses connections: a socket is bound to it and
+    does not listen, so that no other socket can get the port.
     """
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
@@ -340,7 +393,7 @@ def refusing_port() -> Iterator[int]:
 
 
 def read_all(reactor: EngineReactor, client: socket.socket, size: int) -> None:
-    """Read as long as there is something to come, ``size`` bytes in all."""
+    """Read until ``size`` bytes have arrived."""
     client.setblocking(False)
     got = 0
 
@@ -350,8 +403,8 @@ def read_all(reactor: EngineReactor, client: socket.socket, size: int) -> None:
             while chunk := client.recv(1 << 20):
                 got += len(chunk)
 
-    # In the reactor itself: the kernel goes on to send while it sleeps, and may say
-    # that there is room only when this end has read that as well.
+    # Read in the reactor itself.  The kernel goes on sending while the reactor sleeps,
+    # and may report room only when this end has read that as well.
     watcher = Watcher(reactor, client.fileno())
     watcher.on_read = read
     reactor.addReader(watcher)
@@ -407,11 +460,14 @@ def in_thread(function, *arguments):
     thread.start()
     return thread
 """
+"""The beginning of a program with an echo server, clients and threads."""
 
 
 FORKING = (
     ECHO
     + """
+import traceback
+
 reactor = Reactor()
 address = listen(reactor)
 client = socket.create_connection(address, timeout=20)
@@ -425,20 +481,35 @@ def spin_until_done(thread):
         reactor.iterate(0.05)
     assert thread.outcome == [None], thread.outcome
 
-def heard():
-    'The parent is told by events, and not by luck.'
-    # It is accepted, relieved of what came meanwhile, and found idle for a while.
+def in_child(function):
+    'Call the function in a forked child, which must return None or 0.'
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = function() or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+
+def assert_events_arrive():
+    'The input of the connection is reported by events, and not found by a check.'
+    # The connection is accepted, and armed after it was found idle for a while.
     reactor.iterate(0)
     while not reactor.statistics()["armed"]:
         reactor.iterate(0)
-    # Then it is checked once more.  If what comes first were found by that check, its
-    # signal would come together with the next one, and it be taken for noisy.
+    # Then it is checked once more.  If that check found the first input, the signal of
+    # that input would come together with the next one, and the connection be taken for
+    # noisy.
     reactor.iterate(0)
     before = events()
     spin_until_done(in_thread(talk, client))
     assert reactor.statistics()["armed"] == 1
     assert events() >= before + 10, reactor.statistics()
 
-heard()
+assert_events_arrive()
 """
 )
+"""The beginning of a program that forks: a reactor, and one connection to it."""

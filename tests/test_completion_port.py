@@ -42,6 +42,7 @@ from tests.support import (
     Served,
     SocketPair,
     Watcher,
+    only,
     read_all,
     settle,
     spin,
@@ -54,10 +55,7 @@ from twisted_rtsig.notifiers.registration import READ, WRITE, Registration
 from twisted_rtsig.windows import calls as windows
 from twisted_rtsig.windows.console import console
 
-
-@pytest.fixture
-def reactor_class() -> type[EngineReactor]:
-    return CompletionPortReactor
+reactor_class = only(CompletionPortReactor)
 
 
 def make_notifier() -> CompletionPortNotifier:

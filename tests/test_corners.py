@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import tty
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,48 +31,39 @@ from zope.interface import implementer
 from tests.support import (
     DEADLINE,
     ECHO,
-    FORKING,
     Recorder,
-    RecorderFactory,
     Served,
+    SocketPair,
     Watcher,
     connect,
     read_all,
+    run_forking,
     run_program,
     settle,
     spin,
+    unix_connection,
 )
 
 
-def test_interrupted_wait(served: Served, monkeypatch: Any) -> None:
-    """Ctrl-C before the poll: what was to be checked is still to be checked."""
-    client, connection = served.connect()
-    connection.transport.pauseProducing()
-    settle(served.reactor)
-    client.sendall(b"x")
-    connection.transport.resumeProducing()
-
-    def interrupted(*arguments: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(served.reactor._notifier, "wait", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            served.reactor.iterate(0)
-    spin(served.reactor, lambda: connection.data)
-
-
-def test_interrupted_after_the_signals_were_read(
-    served: Served, monkeypatch: Any
+@pytest.mark.parametrize("moment", ["before the poll", "after the signals were read"])
+def test_an_interrupted_wait_loses_no_event(
+    served: Served, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
+    """A registration that was to be checked is still checked."""
     client, connection = served.connect()
     wait = served.reactor._notifier.wait
+    if moment == "before the poll":
+        connection.transport.pauseProducing()
+        settle(served.reactor)
+    client.sendall(b"x")
+    if moment == "before the poll":
+        connection.transport.resumeProducing()
 
     def interrupted(*arguments: Any) -> Any:
-        wait(*arguments)
+        if moment != "before the poll":
+            wait(*arguments)
         raise KeyboardInterrupt
 
-    client.sendall(b"x")
     with monkeypatch.context() as patch:
         patch.setattr(served.reactor._notifier, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -79,8 +71,8 @@ def test_interrupted_after_the_signals_were_read(
     spin(served.reactor, lambda: connection.data)
 
 
-def test_interrupted_dispatch(served: Served) -> None:
-    """Ctrl-C between two calls: who was not called yet is called later."""
+def test_an_interrupted_dispatch_loses_no_event(served: Served) -> None:
+    """Ctrl-C between two calls: the reactor makes the other calls later."""
     pairs = [served.connect() for _ in range(3)]
     one, other = socket.socketpair()
     watcher: Any = Watcher(served.reactor, one.fileno())
@@ -105,7 +97,9 @@ def test_interrupted_dispatch(served: Served) -> None:
         served.reactor.removeReader(watcher)
 
 
-def test_closed_and_number_accepted_again(served: Served) -> None:
+def test_a_connection_that_reuses_a_closed_descriptor_is_received_from(
+    served: Served,
+) -> None:
     _, first = served.connect()
     number = first.transport.fileno()
     client = connect(served.port)
@@ -121,7 +115,7 @@ def test_closed_and_number_accepted_again(served: Served) -> None:
     client.close()
 
 
-def test_outgoing_connection_is_armed(served: Served) -> None:
+def test_an_outgoing_connection_is_armed(served: Served) -> None:
     factory: Any = ClientFactory.forProtocol(Recorder)
     served.reactor.connectTCP("127.0.0.1", served.port.getHost().port, factory)
     spin(served.reactor, lambda: served.factory.connections)
@@ -129,7 +123,7 @@ def test_outgoing_connection_is_armed(served: Served) -> None:
     assert served.reactor.statistics()["armed"] == 2
 
 
-def test_shared_with_a_stranger_is_not_armed(served: Served) -> None:
+def test_a_descriptor_with_a_second_watcher_is_not_armed(served: Served) -> None:
     reactor = served.reactor
     _, connection = served.connect()
     connection.transport.pauseProducing()
@@ -140,11 +134,12 @@ def test_shared_with_a_stranger_is_not_armed(served: Served) -> None:
     reactor.removeReader(watcher)
 
 
-def test_descriptor_changes_while_registered(reactor: Any) -> None:
-    one, other = socket.socketpair()
+def test_the_descriptor_of_a_registered_watcher_changes(
+    reactor: Any, pair: SocketPair
+) -> None:
     two, another = socket.socketpair()
-    with one, other, two, another:
-        watcher = Watcher(reactor, one.fileno())
+    with two, another:
+        watcher = Watcher(reactor, pair[0].fileno())
         reactor.addReader(watcher)
         watcher.descriptor = two.fileno()
         reactor.addReader(watcher)
@@ -153,7 +148,7 @@ def test_descriptor_changes_while_registered(reactor: Any) -> None:
         reactor.removeReader(watcher)
 
 
-def test_hangup_that_ended_does_not_count(reactor: Any) -> None:
+def test_a_hangup_that_has_ended_does_not_count(reactor: Any) -> None:
     """A terminal hangs up, is opened again, and hangs up again."""
     master, slave = pty.openpty()
     tty.setraw(slave)
@@ -180,57 +175,55 @@ def test_hangup_that_ended_does_not_count(reactor: Any) -> None:
     os.close(master)
 
 
-def test_fileno_turned_negative(reactor: Any) -> None:
-    one, other = socket.socketpair()
-    with one, other:
-        watcher = Watcher(reactor, one.fileno())
-        reactor.addReader(watcher)
-        settle(reactor)
-        watcher.descriptor = -1
-        other.send(b"x")
-        spin(reactor, lambda: watcher.lost)
-        assert watcher.lost[0].check(ConnectionFdescWentAway)
-        assert watcher.reads == 0
+def test_a_watcher_whose_fileno_became_negative_is_lost(
+    reactor: Any, pair: SocketPair
+) -> None:
+    watcher = Watcher(reactor, pair[0].fileno())
+    reactor.addReader(watcher)
+    settle(reactor)
+    watcher.descriptor = -1
+    pair[1].send(b"x")
+    spin(reactor, lambda: watcher.lost)
+    assert watcher.lost[0].check(ConnectionFdescWentAway)
+    assert watcher.reads == 0
 
 
 @pytest.mark.parametrize("way", ["Reader", "Writer"])
-def test_former_owner_without_the_number(reactor: Any, way: str) -> None:
-    one, other = socket.socketpair()
-    with one, other:
-        former, newcomer = (Watcher(reactor, one.fileno()) for _ in range(2))
-        getattr(reactor, "add" + way)(former)
-        former.descriptor = -1
-        getattr(reactor, "addWriter" if way == "Reader" else "addReader")(newcomer)
-        assert former not in reactor.getReaders() + reactor.getWriters()
-        reactor.removeReader(newcomer)
-        reactor.removeWriter(newcomer)
+def test_a_new_watcher_of_the_descriptor_replaces_one_without_a_descriptor(
+    reactor: Any, pair: SocketPair, way: str
+) -> None:
+    former, newcomer = (Watcher(reactor, pair[0].fileno()) for _ in range(2))
+    getattr(reactor, "add" + way)(former)
+    former.descriptor = -1
+    getattr(reactor, "addWriter" if way == "Reader" else "addReader")(newcomer)
+    assert former not in reactor.getReaders() + reactor.getWriters()
+    reactor.removeReader(newcomer)
+    reactor.removeWriter(newcomer)
 
 
-def test_exception_is_no_half_close(reactor: Any) -> None:
+def test_an_exception_is_not_a_half_close(reactor: Any, pair: SocketPair) -> None:
     @implementer(IHalfCloseableDescriptor)
     class HalfCloseable(Watcher):
         def readConnectionLost(self, reason: Any) -> None:
-            raise AssertionError("doRead has not ended well")
+            raise AssertionError("doRead has failed")
 
         def writeConnectionLost(self, reason: Any) -> None:
-            """Not in this test."""
+            """This test does not close the other direction."""
 
     def fail() -> None:
         raise ConnectionDone()
 
-    one, other = socket.socketpair()
-    with one, other:
-        watcher = HalfCloseable(reactor, one.fileno())
-        watcher.on_read = fail
-        reactor.addReader(watcher)
-        other.send(b"x")
-        spin(reactor, lambda: watcher.lost or not reactor.getReaders())
-        assert watcher.lost
+    watcher = HalfCloseable(reactor, pair[0].fileno())
+    watcher.on_read = fail
+    reactor.addReader(watcher)
+    pair[1].send(b"x")
+    spin(reactor, lambda: watcher.lost or not reactor.getReaders())
+    assert watcher.lost
 
 
 @pytest.mark.parametrize("more", [b"", b"x"])
-def test_room_while_reading_is_paused(served: Served, more: bytes) -> None:
-    """POLL_OUT alone, and merged with input that nobody wants."""
+def test_writing_goes_on_while_reading_is_paused(served: Served, more: bytes) -> None:
+    """POLL_OUT comes alone, and merged with input that is not wanted."""
     client, connection = served.connect()
     connection.transport.pauseProducing()
     size = 16 * 1024 * 1024
@@ -238,8 +231,8 @@ def test_room_while_reading_is_paused(served: Served, more: bytes) -> None:
     client.setblocking(False)
     got = 0
     while got < size:
-        # One settle() writes 1.3 MB at most: until the buffers are full, and
-        # the kernel owes an event.
+        # One settle() writes at most 1.3 MB.  Repeat it until the buffers are full:
+        # then the kernel has to send an event.
         for _ in range(10):
             settle(served.reactor)
         assert select.select([client], [], [], DEADLINE)[0]
@@ -253,7 +246,7 @@ def test_room_while_reading_is_paused(served: Served, more: bytes) -> None:
     assert got == size
 
 
-def test_checked_and_signalled_at_once(served: Served) -> None:
+def test_an_answer_is_written_while_paused_input_arrives(served: Served) -> None:
     client, connection = served.connect()
     connection.transport.pauseProducing()
     settle(served.reactor)
@@ -264,13 +257,11 @@ def test_checked_and_signalled_at_once(served: Served) -> None:
     assert client.recv(100) == b"answer"
 
 
-def test_child_pauses_and_resumes_what_it_inherited() -> None:
-    """It begins anew in the child, and is its parent's still."""
-    output = run_program(
-        FORKING
-        + """
-pid = os.fork()
-if pid == 0:
+def test_a_child_pauses_and_resumes_an_inherited_connection() -> None:
+    """The child registers it again, and the parent still gets its signals."""
+    run_forking(
+        """
+def child():
     from twisted.internet import tcp
     (transport,) = [
         each for each in reactor.getReaders() if isinstance(each, tcp.Server)]
@@ -278,27 +269,23 @@ if pid == 0:
     transport.resumeProducing()
     reactor.iterate(0)
     assert reactor.statistics()["armed"] == 0
-    os._exit(0)
-assert os.waitpid(pid, 0)[1] == 0
-heard()
-print("heard")
+in_child(child)
 """
     )
-    assert output == "heard\n"
 
 
 def test_iterate_inside_a_read(served: Served) -> None:
-    """What an outer pass has in hand is found by the pass inside of it."""
+    """The inner pass delivers the events that the outer pass has still to deliver."""
     pairs = [served.connect() for _ in range(2)]
-    heard: list[int] = []
+    inner: list[str] = []
 
     def received(me: Any, other: Any) -> Any:
         def dataReceived(data: bytes) -> None:
             me.data += data
-            if not heard:
-                heard.append(0)
+            if not inner:
+                inner.append("begins")
                 spin(served.reactor, lambda: other.data)
-                heard[0] = 1
+                inner.append("ends")
 
         return dataReceived
 
@@ -307,11 +294,11 @@ def test_iterate_inside_a_read(served: Served) -> None:
     a.sendall(b"1")
     b.sendall(b"2")
     spin(served.reactor, lambda: one.data and two.data)
-    assert heard == [1]
+    assert inner == ["begins", "ends"]
 
 
-def test_number_reused_by_a_blocking_descriptor(served: Served) -> None:
-    """A stale signal must not lead to a read that hangs."""
+def test_a_stale_signal_does_not_read_a_blocking_descriptor(served: Served) -> None:
+    """A pipe reuses the descriptor: a read from it would hang."""
     client, connection = served.connect()
     number = connection.transport.fileno()
     client.sendall(b"a signal")
@@ -323,13 +310,13 @@ def test_number_reused_by_a_blocking_descriptor(served: Served) -> None:
     settle(served.reactor)
     assert watcher.reads == 0
     served.reactor.removeReader(watcher)
-    # The pipe may have got the number at once.
+    # The pipe may have got the same descriptor.
     for each in {read_end, write_end, number}:
         os.close(each)
 
 
 def test_children_of_worker_threads_inherit_no_blocked_signal() -> None:
-    """A thread that the reactor's thread has started inherits its mask."""
+    """A thread inherits the signal mask of the reactor's thread, which started it."""
     output = run_program(
         """
         import subprocess, threading
@@ -347,8 +334,8 @@ def test_children_of_worker_threads_inherit_no_blocked_signal() -> None:
     assert int(output.split()[1], 16) == 0
 
 
-def test_interest_that_a_signal_handler_begins(served: Served) -> None:
-    """It counts at once, and not when the sleep is over."""
+def test_a_signal_handler_resumes_reading(served: Served) -> None:
+    """It takes effect at once, rather than at the end of the sleep."""
     client, connection = served.connect()
     connection.transport.pauseProducing()
     client.sendall(b"x")
@@ -367,8 +354,8 @@ def test_interest_that_a_signal_handler_begins(served: Served) -> None:
 
 
 @pytest.mark.slow
-def test_overflow_concerns_all_reactors_of_a_thread() -> None:
-    """SIGIO is one for all, whatever realtime signals they use."""
+def test_an_overflow_affects_all_reactors_of_a_thread() -> None:
+    """They share SIGIO, although each has its own realtime signal."""
     output = run_program(
         ECHO
         + """
@@ -397,8 +384,8 @@ print("all")
     assert output == "all\n"
 
 
-def test_signal_taken_by_the_application_meanwhile() -> None:
-    """A signal that a former reactor had used may be somebody else's by now."""
+def test_a_signal_that_the_application_has_taken_is_not_reused() -> None:
+    """A former reactor of this process had used the signal."""
     output = run_program(
         """
         import signal
@@ -413,15 +400,15 @@ def test_signal_taken_by_the_application_meanwhile() -> None:
     assert output == "1\n"
 
 
-def test_connection_closed_between_two_runs(served: Served) -> None:
-    """A descriptor that went away while the loop did not run is reported."""
+def test_a_descriptor_that_was_closed_between_two_runs_is_lost(served: Served) -> None:
+    """It was closed while the loop did not run."""
     _, connection = served.connect()
     served.reactor.beforeDaemonize()
     os.close(connection.transport.fileno())
     spin(served.reactor, lambda: connection.lost)
 
 
-def test_closed_meanwhile(served: Served) -> None:
+def test_input_between_two_runs_is_received(served: Served) -> None:
     client, connection = served.connect()
     served.reactor.beforeDaemonize()
     assert served.reactor.statistics()["armed"] == 0
@@ -430,31 +417,29 @@ def test_closed_meanwhile(served: Served) -> None:
 
 
 def test_child_does_not_poll_the_signalfd_of_the_parent() -> None:
-    run_program(
-        FORKING
-        + """
+    run_forking(
+        """
 import time
-pid = os.fork()
-if pid == 0:
-    # Takes the number of the parent's signalfd, and is always ready.
+def child():
+    # One of these gets the descriptor of the parent's signalfd, and is always ready.
     hoard = [os.open("/dev/null", os.O_RDONLY) for _ in range(5)]
     reactor.iterate(0)
     reactor.iterate(0)
     start = time.monotonic()
     reactor.iterate(0.2)
-    os._exit(time.monotonic() - start < 0.1)
-assert os.waitpid(pid, 0)[1] == 0
+    assert time.monotonic() - start >= 0.1
+in_child(child)
 """
     )
 
 
-def test_removed_by_a_signal_handler(served: Served) -> None:
+def test_a_signal_handler_pauses_reading(served: Served) -> None:
     client, connection = served.connect()
     client.sendall(b"x")
     spin(served.reactor, lambda: connection.data)
     connection.transport.pauseProducing()
     connection.transport.resumeProducing()
-    # The next pass sleeps while it checks the connection.
+    # The next pass checks the connection while it sleeps.
     assert served.reactor._unchecked
     before = signal.signal(
         signal.SIGALRM, lambda *_: connection.transport.pauseProducing()
@@ -467,14 +452,9 @@ def test_removed_by_a_signal_handler(served: Served) -> None:
     assert connection.transport not in served.reactor.getReaders()
 
 
-def test_unix_writer_that_is_done_does_not_spin(reactor: Any, tmp_path: Any) -> None:
-    factory = RecorderFactory()
-    path = str(tmp_path / "socket")
-    reactor.listenUNIX(path, factory)
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(path)
-        spin(reactor, lambda: factory.connections)
-        factory.connections[0].transport.write(bytes(1_000_000))
+def test_a_unix_writer_that_is_done_does_not_spin(reactor: Any, tmp_path: Path) -> None:
+    with unix_connection(reactor, tmp_path) as (client, connection):
+        connection.transport.write(bytes(1_000_000))
         read_all(reactor, client, 1_000_000)
         settle(reactor)
         start = time.monotonic()
@@ -482,7 +462,7 @@ def test_unix_writer_that_is_done_does_not_spin(reactor: Any, tmp_path: Any) -> 
         assert time.monotonic() - start > 0.09
 
 
-def test_blocked_before_stays_blocked() -> None:
+def test_a_signal_that_was_blocked_before_stays_blocked() -> None:
     output = run_program(
         """
         import signal
@@ -496,7 +476,7 @@ def test_blocked_before_stays_blocked() -> None:
     assert output == "True\n"
 
 
-def test_two_signals_in_one_thread() -> None:
+def test_two_reactors_of_a_thread_block_their_own_signals() -> None:
     output = run_program(
         """
         import signal
@@ -510,7 +490,7 @@ def test_two_signals_in_one_thread() -> None:
     assert output == "True\n"
 
 
-def test_thread_that_ends_leaves_no_descriptor() -> None:
+def test_a_reactor_in_a_thread_leaves_no_descriptor() -> None:
     output = run_program(
         ECHO
         + """

@@ -1,4 +1,4 @@
-"""The traps of epoll, each against the real kernel."""
+"""The traps of epoll, against the real kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from twisted.internet.error import ConnectionFdescWentAway
 
 from tests.support import (
     Served,
+    SocketPair,
     Watcher,
+    only,
     open_descriptors,
     read_all,
     run_program,
@@ -26,21 +28,18 @@ from tests.support import (
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.epollreactor import EdgeEPollReactor
 
-
-@pytest.fixture
-def reactor_class() -> type[EngineReactor]:
-    return EdgeEPollReactor
+reactor_class = only(EdgeEPollReactor)
 
 
-def is_told_of_something(reactor: EngineReactor) -> bool:
-    """Does epoll go on to report, so that the reactor would never sleep?"""
+def gets_events(reactor: EngineReactor) -> bool:
+    """Whether epoll still reports events, so that the reactor would never sleep."""
     before = reactor.statistics()["events"]
     settle(reactor)
     return reactor.statistics()["events"] > before
 
 
-def test_a_request_costs_no_call_but_wait(served: Served) -> None:
-    """What is read till nothing is left needs neither check nor change."""
+def test_a_request_costs_no_call_except_wait(served: Served) -> None:
+    """A socket that was read until it was empty needs neither check nor change."""
     client, connection = served.connect()
     before = served.reactor.statistics()
     for turn in range(1, 101):
@@ -51,8 +50,8 @@ def test_a_request_costs_no_call_but_wait(served: Served) -> None:
     assert after["checks"] == before["checks"]
 
 
-def test_many_sends_are_few_events(served: Served) -> None:
-    """The kernel merges what realtime signals would tell one by one."""
+def test_many_sends_cause_few_events(served: Served) -> None:
+    """The kernel merges events which would each cause a realtime signal."""
     client, connection = served.connect()
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     before = served.reactor.statistics()["events"]
@@ -63,11 +62,13 @@ def test_many_sends_are_few_events(served: Served) -> None:
 
 
 @pytest.mark.parametrize("rest", ["paused", "reused", "closed"])
-def test_closed_early_with_a_duplicate(served: Served, rest: str) -> None:
+def test_a_duplicate_of_a_descriptor_that_was_closed_too_early(
+    served: Served, rest: str
+) -> None:
     """
-    The number is closed while it is watched, and the description lives on in a
-    duplicate: its entry reports for ever, under a number that may be another's
-    now, and cannot be removed.
+    The descriptor is closed while it is watched, and a duplicate keeps its open file
+    description.  The entry of epoll then reports for ever, under a descriptor that may
+    be another file now, and cannot be removed.
     """
     reactor = served.reactor
     client, connection = served.connect()
@@ -84,10 +85,10 @@ def test_closed_early_with_a_duplicate(served: Served, rest: str) -> None:
     reactor.removeReader(watcher)
     if rest == "reused":
         reactor.addReader(watcher)
-    # It is watched level-triggered, and nobody reads it.
+    # It is watched level-triggered, and is not read.
     client.sendall(b"for ever")
     settle(reactor)
-    assert not is_told_of_something(reactor)
+    assert not gets_events(reactor)
     assert watcher.reads == 0
     assert reactor.statistics()["renewals"] == 1
     if rest == "reused":
@@ -96,7 +97,7 @@ def test_closed_early_with_a_duplicate(served: Served, rest: str) -> None:
         spin(reactor, lambda: watcher.reads == 1)
         reactor.removeReader(watcher)
     else:
-        # Back under its number: what was renewed works as before.
+        # The description has its former descriptor again.  The renewed set works.
         os.dup2(duplicate, watcher.descriptor)
         connection.transport.resumeProducing()
         spin(reactor, lambda: connection.data == b"for ever")
@@ -105,10 +106,11 @@ def test_closed_early_with_a_duplicate(served: Served, rest: str) -> None:
     os.close(duplicate)
 
 
-def test_duplicate_is_back_before_anything_was_told(reactor: EngineReactor) -> None:
-    """The entry of the closed number is there still: EEXIST."""
-    one, other = socket.socketpair()
-    one.setblocking(False)
+def test_a_duplicate_takes_the_descriptor_of_a_stale_entry(
+    reactor: EngineReactor, pair: SocketPair
+) -> None:
+    """epoll still has the entry of the closed descriptor: EEXIST."""
+    one, other = pair
     watcher = Watcher(reactor, one.fileno())
     reactor.addReader(watcher)
     settle(reactor)
@@ -126,41 +128,41 @@ def test_duplicate_is_back_before_anything_was_told(reactor: EngineReactor) -> N
     reactor.removeReader(watcher)
     for each in (number, duplicate):
         os.close(each)
-    other.close()
 
 
-def test_closed_before_interest_changes(reactor: EngineReactor) -> None:
-    """Epoll says nothing of the close, but refuses the change."""
-    one, other = socket.socketpair()
+def test_a_watcher_that_was_closed_before_a_change_is_lost(
+    reactor: EngineReactor, pair: SocketPair
+) -> None:
+    """epoll does not report the close, but refuses the change."""
+    one, _ = pair
     watcher = Watcher(reactor, one.fileno())
     reactor.addReader(watcher)
     settle(reactor)
     one.close()
-    other.close()
     reactor.addWriter(watcher)
     spin(reactor, lambda: watcher.lost)
     assert watcher.lost[0].check(ConnectionFdescWentAway)
     assert watcher not in reactor.getReaders() + reactor.getWriters()
 
 
-def test_closed_before_a_check(served: Served) -> None:
-    """A stream is gone when it is looked at after a pause of its interest."""
+def test_a_stream_that_was_closed_before_a_check_is_lost(served: Served) -> None:
+    """It is checked because its interest changes."""
     client, connection = served.connect()
     transport = connection.transport
     settle(served.reactor)
     os.close(transport.fileno())
-    # Beside the reading that goes on, so that the entry is to be changed.
+    # Reading goes on, so that this changes the entry.
     served.reactor.addWriter(transport)
     spin(served.reactor, lambda: connection.lost)
-    # The number is not the transport's to close a second time.
+    # The transport must not close the descriptor a second time.
     client.close()
 
 
 @pytest.mark.parametrize("direction", ["read", "write"])
-def test_regular_file_is_always_ready(
+def test_a_regular_file_is_always_ready(
     reactor: EngineReactor, tmp_path: Any, direction: str
 ) -> None:
-    """Epoll refuses it with EPERM, poll(2) does not."""
+    """epoll refuses it with EPERM, poll(2) does not."""
     descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     watcher = Watcher(reactor, descriptor)
     if direction == "read":
@@ -170,7 +172,7 @@ def test_regular_file_is_always_ready(
     else:
         reactor.addWriter(watcher)
         spin(reactor, lambda: watcher.writes == 3)
-        # Beginning to read and ceasing to are changes like any other.
+        # Reading begins and ends while writing goes on.
         reactor.addReader(watcher)
         spin(reactor, lambda: watcher.reads)
         reactor.removeReader(watcher)
@@ -182,13 +184,13 @@ def test_regular_file_is_always_ready(
 
 
 def test_full_buffer_costs_two_changes(served: Served) -> None:
-    """Write events are asked for while the buffer is full, and not after."""
+    """Write events are requested only while the buffer is full."""
     client, connection = served.connect()
     size = 8 << 20
     connection.transport.write(bytes(size))
     read_all(served.reactor, client, size)
     spin(served.reactor, lambda: not served.reactor.getWriters())
-    # Room is no news any more: one wait for each request, none for its answer.
+    # Room is no longer reported: one wait for each request, none for its answer.
     before = served.reactor.statistics()["events"]
     client.setblocking(True)
     connection.dataReceived = connection.transport.write
@@ -200,8 +202,8 @@ def test_full_buffer_costs_two_changes(served: Served) -> None:
     assert served.reactor.statistics()["events"] - before == 20
 
 
-def test_runs_in_any_thread_after_another(served: Served) -> None:
-    """A set belongs to no thread, unlike a queue of signals."""
+def test_several_threads_run_a_reactor_one_after_another(served: Served) -> None:
+    """Unlike a queue of signals, an epoll set does not belong to a thread."""
     output = run_program(
         """
         import threading

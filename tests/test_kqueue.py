@@ -64,6 +64,7 @@ from tests.support import (
     dispose,
     refusing_port,
     reset,
+    spawn_waiting,
     spin,
 )
 from twisted_rtsig.kqreactor import KQueueReactor
@@ -870,23 +871,19 @@ def test_kqueue_reports_the_end_of_a_child_before_waitpid_does(
     """FreeBSD and macOS do this."""
     reactor = KQueueReactor(kernel.calls)
     reactor.iterate(0)
-    stay, go = os.pipe()
     ended: list[Any] = []
     child = ProcessProtocol()
     child.processEnded = (  # type: ignore[method-assign]
         lambda reason: ended.append(reason.value)
     )
-    transport: Any = reactor.spawnProcess(
-        child, "/bin/sh", ["sh", "-c", "read line; exit 7"], childFDs={0: stay}
-    )
+    transport, pipe = spawn_waiting(reactor, child)
     process = transport.pid
-    os.close(stay)
     kernel.happens(process, PROCESS)
     for _ in range(3):
         reactor.iterate(0)
     assert not kernel.script
     assert not ended
-    os.close(go)
+    os.close(pipe)
     with capturedLogs() as logs:
         if reaped_by == "the application":
             os.waitpid(process, 0)

@@ -1,6 +1,6 @@
 """
-Children of every reactor of this package, by ``spawnProcess``: how they are
-started, and that their end is noticed.
+``spawnProcess`` on every reactor of this package: how a child is started, and that its
+end is noticed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tests.support import (
     blocked_signals,
     open_descriptors,
     settle,
+    spawn_waiting,
     spin,
     spin_with_timers,
 )
@@ -38,17 +39,17 @@ from twisted_rtsig.kqreactor import KQueueReactor
 from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
 
 linux_only = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="looks into /proc"
+    not sys.platform.startswith("linux"), reason="reads /proc"
 )
 
 
 spawns = pytest.mark.skipif(
-    ON_PYPY, reason="PyPy forks, as its posix_spawn does not start sessions"
+    ON_PYPY, reason="PyPy forks, since its posix_spawn cannot start sessions"
 )
 
 
 class Child(Output):
-    """Collects what a child prints, and how it has ended."""
+    """Collects the output and the exit status of a child."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,17 +76,17 @@ def shell(script: str) -> tuple[str, list[str]]:
     return "/bin/sh", ["sh", "-c", script]
 
 
-# How they are started
+# How a child is started
 
 
 @pytest.fixture
 def started(reactor: EngineReactor) -> EngineReactor:
-    """A reactor that blocks signals by now, if it ever does."""
+    """A reactor that has blocked its signals, if it has any."""
     reactor.iterate(0)
     return reactor
 
 
-def fails(*_: Any) -> int:
+def must_not_fork(*_: Any) -> int:
     raise AssertionError("it has forked")
 
 
@@ -99,11 +100,11 @@ def fails(*_: Any) -> int:
         pytest.param({"childFDs": {0: 0, 1: "r", 5: "w"}}, id="descriptors"),
     ],
 )
-def test_the_process_is_not_forked(
+def test_a_child_is_started_without_fork(
     started: EngineReactor, monkeypatch: pytest.MonkeyPatch, options: Any
 ) -> None:
-    """To copy the page tables of a big process takes long."""
-    monkeypatch.setattr(os, "fork", fails)
+    """Copying the page tables of a big process takes long."""
+    monkeypatch.setattr(os, "fork", must_not_fork)
     child = Child()
     started.spawnProcess(child, *shell("echo hello; exit 3"), **options)
     spin(started, lambda: child.ended)
@@ -117,7 +118,7 @@ def test_the_process_is_not_forked(
         pytest.param({"path": "/"}, id="another folder"),
     ],
 )
-def test_what_posix_spawn_cannot_do_is_forked(
+def test_a_child_that_posix_spawn_cannot_start_is_forked(
     started: EngineReactor, options: Any
 ) -> None:
     child = Child()
@@ -130,7 +131,7 @@ def test_what_posix_spawn_cannot_do_is_forked(
 @pytest.mark.parametrize(
     ("env", "expected"), [({}, b"\n"), (None, b"ours\n"), ({"NAME": "own"}, b"own\n")]
 )
-def test_environment(
+def test_the_environment_of_a_child(
     started: EngineReactor,
     monkeypatch: pytest.MonkeyPatch,
     env: dict[str, str] | None,
@@ -147,7 +148,7 @@ def test_environment(
 @spawns
 @linux_only
 def test_a_missing_program_is_reported_to_the_caller(started: EngineReactor) -> None:
-    """As by Twisted's epoll reactor, and nothing is left behind."""
+    """As by Twisted's epoll reactor.  No descriptor is left open."""
     before = open_descriptors()
     readers = started.getReaders()
     with pytest.raises(FileNotFoundError):
@@ -158,7 +159,7 @@ def test_a_missing_program_is_reported_to_the_caller(started: EngineReactor) -> 
 
 @pytest.fixture
 def signals_blocked() -> Iterator[None]:
-    """By a realtime-signals reactor that runs in this thread, beside the others."""
+    """A realtime-signals reactor in this thread, beside the tested one, blocks them."""
     reactor = RealtimeSignalReactor()
     reactor.iterate(0)
     assert blocked_signals()
@@ -206,7 +207,7 @@ def test_a_child_has_only_the_blocked_signals_of_the_application(
     assert blocked_signals(child.output.decode()) == 1 << (signal.SIGUSR1 - 1)
 
 
-# That their end is noticed
+# That the end of a child is noticed
 
 
 @pytest.mark.processes
@@ -218,10 +219,12 @@ def test_a_child_has_only_the_blocked_signals_of_the_application(
         pytest.param({"usePTY": True}, id="terminal"),
     ],
 )
-def test_ends_without_sigchld(reactor: EngineReactor, options: Any) -> None:
+def test_the_end_is_noticed_without_sigchld(
+    reactor: EngineReactor, options: Any
+) -> None:
     """
-    Twisted's reactors notice the end of a child when its pipes end, if waitpid(2)
-    knows of it by then, and never again.
+    Twisted's reactors call waitpid(2) when the pipes of a child end.  If the child has
+    not ended by then, they do not notice its end.
     """
     left = 20
     ended: list[int | None] = []
@@ -248,7 +251,7 @@ def test_ends_without_sigchld(reactor: EngineReactor, options: Any) -> None:
 
 
 def ends_after_its_pipes(reactor: Any, child: Child) -> None:
-    """Start a child that ends only when Twisted has asked for it in vain."""
+    """Start a child that ends after its pipes, when waitpid(2) was called in vain."""
     stay, go = os.pipe()
     open_pipes = {0, 1, 2}
 
@@ -266,14 +269,16 @@ def ends_after_its_pipes(reactor: Any, child: Child) -> None:
     os.close(stay)
 
 
-def test_ends_after_its_pipes(reactor: EngineReactor) -> None:
+def test_the_end_is_noticed_if_the_pipes_end_first(reactor: EngineReactor) -> None:
     child = Child()
     run(reactor, lambda: ends_after_its_pipes(reactor, child), child)
     assert child.status == 7
 
 
-def test_ends_in_a_thread(make_reactor: Callable[[], EngineReactor]) -> None:
-    """Where no signal handlers can be installed."""
+def test_the_end_is_noticed_in_a_thread(
+    make_reactor: Callable[[], EngineReactor],
+) -> None:
+    """Signal handlers cannot be installed there."""
     child = Child()
 
     def start() -> None:
@@ -287,8 +292,8 @@ def test_ends_in_a_thread(make_reactor: Callable[[], EngineReactor]) -> None:
     assert child.status == 7
 
 
-def test_ends_after_all_was_removed(reactor: EngineReactor) -> None:
-    """What reports the end belongs to the reactor: ``removeAll`` leaves it alone."""
+def test_the_end_is_noticed_after_removeAll(reactor: EngineReactor) -> None:
+    """The reader that reports the end belongs to the reactor, and is not removed."""
     child = Child()
     reactor.spawnProcess(child, *shell("read line; exit 7"), childFDs={0: "w"})
     removed = reactor.removeAll()
@@ -299,8 +304,8 @@ def test_ends_after_all_was_removed(reactor: EngineReactor) -> None:
 
 
 @pytest.fixture(params=["pidfd", "waitpid"])
-def told_by(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What tells of the end: the kernel, or repeated questions where it does not."""
+def end_reported_by(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernel reports the end.  Before Linux 5.3 waitpid(2) is called repeatedly."""
     if request.param == "waitpid":
 
         def refuse(process: int) -> int:
@@ -313,13 +318,15 @@ def told_by(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def linux_reactor(reactor: EngineReactor) -> EngineReactor:
     if isinstance(reactor, KQueueReactor):
-        pytest.skip("kqueue tells of children: see test_kqueue.py")
+        pytest.skip("kqueue reports the end of children: see test_kqueue.py")
     return reactor
 
 
-@pytest.mark.usefixtures("told_by")
+@pytest.mark.usefixtures("end_reported_by")
 @pytest.mark.parametrize("use_pty", [False, True])
-def test_leaves_nothing_behind(linux_reactor: EngineReactor, use_pty: bool) -> None:
+def test_a_child_leaves_no_descriptor_and_no_reader(
+    linux_reactor: EngineReactor, use_pty: bool
+) -> None:
     reactor = linux_reactor
     settle(reactor)
     before = open_descriptors()
@@ -338,21 +345,17 @@ def test_leaves_nothing_behind(linux_reactor: EngineReactor, use_pty: bool) -> N
     assert open_descriptors() <= before
 
 
-@pytest.mark.usefixtures("told_by")
-def test_other_code_has_reaped_it(linux_reactor: EngineReactor) -> None:
-    """Then the status is lost, and the reactor does not go on to ask for it."""
+@pytest.mark.usefixtures("end_reported_by")
+def test_other_code_has_reaped_a_child(linux_reactor: EngineReactor) -> None:
+    """Then the status is lost, and the reactor does not go on calling waitpid(2)."""
     reactor = linux_reactor
     settle(reactor)
     readers = reactor.getReaders()
-    stay, go = os.pipe()
     child = Child()
-    transport: Any = reactor.spawnProcess(
-        child, *shell("read line; exit 7"), childFDs={0: stay}
-    )
-    os.close(stay)
+    transport, pipe = spawn_waiting(reactor, child)
     process = transport.pid
     with capturedLogs() as logs:
-        os.close(go)
+        os.close(pipe)
         assert os.waitpid(process, 0)[1] == 7 << 8
         spin_with_timers(
             reactor,
@@ -364,18 +367,17 @@ def test_other_code_has_reaped_it(linux_reactor: EngineReactor) -> None:
 
 
 @spawns
-def test_the_end_is_told_before_waitpid_knows(
+def test_the_end_is_reported_before_waitpid_knows_it(
     linux_reactor: EngineReactor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a debugger traces a child that has ended: ask now and then, do not spin."""
+    """
+    This happens while a debugger traces a child that has ended.  The reactor calls
+    waitpid(2) now and then, and does not spin.
+    """
     reactor = linux_reactor
     settle(reactor)
-    stay, go = os.pipe()
     child = Child()
-    transport: Any = reactor.spawnProcess(
-        child, *shell("read line; exit 7"), childFDs={0: stay}
-    )
-    os.close(stay)
+    transport, pipe = spawn_waiting(reactor, child)
     waitpid = os.waitpid
     asked = 0
 
@@ -386,9 +388,9 @@ def test_the_end_is_told_before_waitpid_knows(
 
     monkeypatch.setattr(os, "waitpid", knows_later)
     readers = len(reactor.getReaders())
-    os.close(go)
+    os.close(pipe)
     spin_with_timers(reactor, lambda: asked)
-    # Nothing is ready any more, so that a pass sleeps until the next question.
+    # No descriptor is ready any more: a pass sleeps until the next waitpid(2).
     assert len(reactor.getReaders()) == readers - 1
     assert len(reactor.getDelayedCalls()) == 1
     before = reactor.statistics()["waits"]
@@ -400,20 +402,16 @@ def test_the_end_is_told_before_waitpid_knows(
 
 
 @spawns
-def test_sigchld_comes_first(linux_reactor: EngineReactor) -> None:
-    """It is told once."""
+def test_sigchld_comes_before_the_reported_end(linux_reactor: EngineReactor) -> None:
+    """The protocol is told once."""
     reactor = linux_reactor
     settle(reactor)
     readers = reactor.getReaders()
-    stay, go = os.pipe()
     ended: list[Failure] = []
     child: Any = ProcessProtocol()
     child.processExited = ended.append
-    transport: Any = reactor.spawnProcess(
-        child, *shell("read line; exit 7"), childFDs={0: stay}
-    )
-    os.close(stay)
-    os.close(go)
+    transport, pipe = spawn_waiting(reactor, child)
+    os.close(pipe)
     os.waitid(os.P_PID, transport.pid, os.WEXITED | os.WNOWAIT)
     transport.reapProcess()
     assert len(ended) == 1

@@ -17,6 +17,7 @@ import textwrap
 import threading
 import tty
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,24 +25,11 @@ import pytest
 if sys.platform == "win32":
     pytest.skip("for the reactors of POSIX systems", allow_module_level=True)
 
+from twisted.internet import interfaces
 from twisted.internet.error import (
     ConnectionDone,
     ConnectionLost,
     ReactorAlreadyRunning,
-)
-from twisted.internet.interfaces import (
-    IHalfCloseableProtocol,
-    IReactorDaemonize,
-    IReactorFDSet,
-    IReactorMulticast,
-    IReactorProcess,
-    IReactorSocket,
-    IReactorTCP,
-    IReactorThreads,
-    IReactorTime,
-    IReactorUDP,
-    IReactorUNIX,
-    IReactorUNIXDatagram,
 )
 from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.protocol import DatagramProtocol
@@ -52,18 +40,18 @@ from zope.interface.verify import verifyObject
 from tests.support import (
     A_FEW,
     DEADLINE,
-    FORKING,
     Output,
     Recorder,
-    RecorderFactory,
     Served,
     Watcher,
     connect,
     read_all,
     reset,
+    run_forking,
     run_program,
     settle,
     spin,
+    unix_connection,
 )
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.kqreactor import KQueueReactor
@@ -72,25 +60,18 @@ from twisted_rtsig.kqreactor import KQueueReactor
 @pytest.mark.parametrize(
     "interface",
     [
-        IReactorDaemonize,
-        IReactorFDSet,
-        IReactorMulticast,
-        IReactorProcess,
-        IReactorSocket,
-        IReactorTCP,
-        IReactorThreads,
-        IReactorTime,
-        IReactorUDP,
-        IReactorUNIX,
-        IReactorUNIXDatagram,
+        *("Daemonize", "FDSet", "Multicast", "Process", "Socket", "TCP"),
+        *("Threads", "Time", "UDP", "UNIX", "UNIXDatagram"),
     ],
 )
-def test_provides(reactor: EngineReactor, interface: Any) -> None:
-    assert verifyObject(interface, reactor)
+def test_the_reactor_provides_an_interface(
+    reactor: EngineReactor, interface: str
+) -> None:
+    assert verifyObject(getattr(interfaces, f"IReactor{interface}"), reactor)
 
 
-def test_data_that_waits_before_arming(reactor: EngineReactor) -> None:
-    """Data that came before the descriptor was armed gives no signal."""
+def test_data_before_the_arming_is_received(reactor: EngineReactor) -> None:
+    """Data that came before the descriptor was armed causes no signal."""
     served = Served(reactor)
     with connect(served.port) as client:
         client.sendall(b"early")
@@ -98,8 +79,8 @@ def test_data_that_waits_before_arming(reactor: EngineReactor) -> None:
         spin(reactor, lambda: served.factory.connections[0].data == b"early")
 
 
-def test_interest_removed_and_added_again(served: Served) -> None:
-    """The edge comes while nobody reads; it does not come again."""
+def test_data_during_a_pause_is_received_after_it(served: Served) -> None:
+    """The edge comes while reading is paused, and does not come again."""
     client, connection = served.connect()
     connection.transport.pauseProducing()
     settle(served.reactor)
@@ -110,8 +91,8 @@ def test_interest_removed_and_added_again(served: Served) -> None:
     spin(served.reactor, lambda: connection.data == b"while paused")
 
 
-def test_reading_paused_while_writing_goes_on(served: Served) -> None:
-    """The registration lives on for the writer, and its read edge is lost."""
+def test_reading_is_paused_while_writing_goes_on(served: Served) -> None:
+    """The registration stays for the writer, and its read edge is lost."""
     client, connection = served.connect()
     connection.transport.pauseProducing()
     size = 8 * 1024 * 1024
@@ -124,8 +105,8 @@ def test_reading_paused_while_writing_goes_on(served: Served) -> None:
     read_all(served.reactor, client, size)
 
 
-def test_full_buffer_then_room(served: Served) -> None:
-    """POLL_OUT comes after a full buffer; much data arrives whole."""
+def test_a_full_buffer_is_written_on_when_it_has_room(served: Served) -> None:
+    """POLL_OUT comes after the buffer was full.  All data arrives."""
     client, connection = served.connect()
     size = 16 * 1024 * 1024
     connection.transport.write(bytes(size))
@@ -135,42 +116,36 @@ def test_full_buffer_then_room(served: Served) -> None:
     spin(served.reactor, lambda: not served.reactor.getWriters())
 
 
-def test_unix_stream_writer(reactor: EngineReactor, tmp_path: Any) -> None:
+def test_a_full_unix_stream_is_written_on_when_it_has_room(
+    reactor: EngineReactor, tmp_path: Path
+) -> None:
     """
-    poll(2) on a full UNIX stream does not ask the kernel for POLL_OUT: found
-    not writable is not armed.
+    poll(2) on a full UNIX stream does not make the kernel send POLL_OUT.  A stream that
+    poll(2) finds not writable is not armed by that.
     """
-    factory = RecorderFactory()
-    path = str(tmp_path / "socket")
-    reactor.listenUNIX(path, factory)
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(path)
-        spin(reactor, lambda: factory.connections)
+    with unix_connection(reactor, tmp_path) as (client, connection):
         size = 16 * 1024 * 1024
-        factory.connections[0].transport.write(bytes(size))
+        connection.transport.write(bytes(size))
         settle(reactor)
         read_all(reactor, client, size)
 
 
-def test_unix_stream_half_full(reactor: EngineReactor, tmp_path: Any) -> None:
-    """No write met a full buffer, but poll finds the socket not writable."""
-    factory = RecorderFactory()
-    path = str(tmp_path / "socket")
-    reactor.listenUNIX(path, factory)
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(path)
-        spin(reactor, lambda: factory.connections)
-        transport = factory.connections[0].transport
-        # Over a quarter of Linux's send buffer, and less than all of it: see
-        # unix_writable() in the kernel.  Others have a smaller one.
+def test_a_half_full_unix_stream_is_written_on_when_it_has_room(
+    reactor: EngineReactor, tmp_path: Path
+) -> None:
+    """No write met a full buffer, but poll(2) finds the socket not writable."""
+    with unix_connection(reactor, tmp_path) as (client, connection):
+        transport = connection.transport
+        # More than a quarter of Linux's send buffer, and less than all of it: see
+        # unix_writable() in the kernel.  Other systems have a smaller buffer.
         sent = transport.socket.send(bytes(100_000))
         transport.write(b"x")
         settle(reactor)
         read_all(reactor, client, sent + 1)
 
 
-def test_unix_datagram_writer(reactor: EngineReactor) -> None:
-    """A UNIX datagram socket gets no signal when its peer's queue drains."""
+def test_a_unix_datagram_writer_waits_for_room(reactor: EngineReactor) -> None:
+    """A UNIX datagram socket causes no signal when its peer's queue drains."""
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with one, other:
         one.setblocking(False)
@@ -181,8 +156,9 @@ def test_unix_datagram_writer(reactor: EngineReactor) -> None:
         except BlockingIOError:
             pass
         except OSError as error:
-            # BSD and macOS say ENOBUFS, and hold it to be writable nevertheless.
-            pytest.skip(f"a full queue is no reason to wait here: {error}")
+            # BSD and macOS fail with ENOBUFS, and report the socket as writable
+            # nevertheless.
+            pytest.skip(f"a socket with a full queue is writable here: {error}")
         watcher = Watcher(reactor, one.fileno())
         reactor.addWriter(watcher)
         settle(reactor)
@@ -194,48 +170,48 @@ def test_unix_datagram_writer(reactor: EngineReactor) -> None:
         reactor.removeWriter(watcher)
 
 
-def test_number_reused_within_a_batch(served: Served) -> None:
+def test_a_descriptor_is_reused_within_a_batch(served: Served) -> None:
     """
-    Two connections have data in the same batch.  The first handler closes the
-    second connection, and registers somebody else with its number.
+    Two connections have data in the same batch.  The first handler closes the second
+    connection, and registers a new watcher on its descriptor.
     """
     reactor = served.reactor
     first_client, first = served.connect()
     second_client, second = served.connect()
     one, other = socket.socketpair()
-    stranger = Watcher(reactor, -1)
+    newcomer = Watcher(reactor, -1)
 
     def take_over(victim: Any, data: bytes) -> None:
         number = victim.transport.fileno()
-        # What abortConnection() would do in the next pass.
+        # abortConnection() would do this in the next pass.
         victim.transport.connectionLost(Failure(ConnectionLost()))
         os.dup2(one.fileno(), number)
-        stranger.descriptor = number
-        reactor.addReader(stranger)
+        newcomer.descriptor = number
+        reactor.addReader(newcomer)
 
     with one, other:
-        # Whoever is called first takes the other one's number.
+        # The connection that is called first takes the other one's descriptor.
         for connection, victim in ((first, second), (second, first)):
 
             def dataReceived(data: bytes, victim: Any = victim) -> None:
-                if stranger.descriptor == -1:
+                if newcomer.descriptor == -1:
                     victim.dataReceived = lambda data: pytest.fail("not for you")
                     take_over(victim, data)
 
             connection.dataReceived = dataReceived
         first_client.sendall(b"1")
         second_client.sendall(b"2")
-        spin(reactor, lambda: stranger.descriptor != -1)
+        spin(reactor, lambda: newcomer.descriptor != -1)
         settle(reactor)
-        assert stranger.reads == 0
+        assert newcomer.reads == 0
         other.send(b"now")
-        spin(reactor, lambda: stranger.reads)
-        reactor.removeReader(stranger)
-        os.close(stranger.descriptor)
+        spin(reactor, lambda: newcomer.reads)
+        reactor.removeReader(newcomer)
+        os.close(newcomer.descriptor)
 
 
-def test_new_connection_with_a_reused_number(served: Served) -> None:
-    """Connections that follow each other on one number all get their data."""
+def test_connections_that_reuse_a_descriptor_get_their_data(served: Served) -> None:
+    """50 connections follow each other on a few descriptors."""
     numbers = set()
     for turn in range(50):
         client, connection = served.connect()
@@ -248,7 +224,9 @@ def test_new_connection_with_a_reused_number(served: Served) -> None:
     assert len(numbers) < 50
 
 
-def test_unwatchable_descriptor_is_refused_at_once(reactor: EngineReactor) -> None:
+def test_a_descriptor_that_cannot_be_watched_is_refused_at_once(
+    reactor: EngineReactor,
+) -> None:
     one, other = socket.socketpair()
     number = one.fileno()
     one.close()
@@ -259,8 +237,8 @@ def test_unwatchable_descriptor_is_refused_at_once(reactor: EngineReactor) -> No
         reactor.addWriter(Watcher(reactor, -1))
 
 
-def test_end_riding_on_data(served: Served) -> None:
-    """The end of a stream is not marked: it looks like data, 200 times of 200."""
+def test_the_end_of_a_stream_arrives_with_its_last_data(served: Served) -> None:
+    """The event of such an end is an event of data, in 200 cases of 200."""
     for turn in range(200):
         client, connection = served.connect()
         client.sendall(b"%d" % turn)
@@ -270,18 +248,20 @@ def test_end_riding_on_data(served: Served) -> None:
         assert connection.lost[0].check(ConnectionDone)
 
 
-def test_reset(served: Served) -> None:
-    """A reset arrives as POLLERR without POLLIN; it is no clean close."""
+def test_a_reset_is_reported_as_connection_lost(served: Served) -> None:
+    """A reset arrives as POLLERR without POLLIN."""
     client, connection = served.connect()
     reset(client)
     spin(served.reactor, lambda: connection.lost)
     assert connection.lost[0].check(ConnectionLost)
 
 
-def test_half_close(reactor: EngineReactor) -> None:
-    """The peer has sent all, and still reads."""
+def test_a_half_closed_connection_can_still_be_written_to(
+    reactor: EngineReactor,
+) -> None:
+    """The peer has sent everything, and still reads."""
 
-    @implementer(IHalfCloseableProtocol)
+    @implementer(interfaces.IHalfCloseableProtocol)
     class HalfCloseable(Recorder):
         ended = 0
 
@@ -292,7 +272,7 @@ def test_half_close(reactor: EngineReactor) -> None:
             transport.loseConnection()
 
         def writeConnectionLost(self) -> None:
-            """Not in this test."""
+            """This test does not close the other direction."""
 
     served = Served(reactor, HalfCloseable)
     client, connection = served.connect()
@@ -305,8 +285,8 @@ def test_half_close(reactor: EngineReactor) -> None:
     served.close()
 
 
-def test_urgent_data(served: Served) -> None:
-    """Out-of-band data is no input, and reads stop short at its mark."""
+def test_urgent_data_is_not_received(served: Served) -> None:
+    """Reads stop short at the mark of out-of-band data."""
     client, connection = served.connect()
     for turn in range(1, 11):
         client.sendall(b"a")
@@ -319,8 +299,8 @@ def test_urgent_data(served: Served) -> None:
     assert connection.lost[0].check(ConnectionDone)
 
 
-def test_urgent_data_alone(served: Served) -> None:
-    """It must not be mistaken for input, nor make the reactor spin."""
+def test_urgent_data_alone_does_not_make_the_reactor_spin(served: Served) -> None:
+    """Nor is it taken for input."""
     client, connection = served.connect()
     client.send(b"!", socket.MSG_OOB)
     settle(served.reactor)
@@ -332,8 +312,8 @@ def test_urgent_data_alone(served: Served) -> None:
     spin(served.reactor, lambda: connection.data == b"data")
 
 
-def test_pipe_whose_reader_left(reactor: EngineReactor) -> None:
-    """The write end of a pipe tells its watcher, who waits as a reader."""
+def test_a_pipe_without_a_reader_is_reported(reactor: EngineReactor) -> None:
+    """The watcher of the write end waits as a reader."""
     read_end, write_end = os.pipe()
     watcher = Watcher(reactor, write_end)
     watcher.on_read = lambda: CONNECTION_DONE
@@ -345,7 +325,9 @@ def test_pipe_whose_reader_left(reactor: EngineReactor) -> None:
     os.close(write_end)
 
 
-def test_hangup_that_is_ignored_does_not_spin(reactor: EngineReactor) -> None:
+def test_an_ignored_hangup_does_not_make_the_reactor_spin(
+    reactor: EngineReactor,
+) -> None:
     """A reader that does nothing about a hang-up is disconnected, as epoll would do."""
     read_end, write_end = os.pipe()
     watcher = Watcher(reactor, read_end)
@@ -360,10 +342,10 @@ def test_hangup_that_is_ignored_does_not_spin(reactor: EngineReactor) -> None:
 
 class RefusedSocket(Watcher):
     """
-    A reader on a datagram socket whose peer refuses: the kernel reports an error,
-    which the read takes away.
+    A reader of a datagram socket whose peer refuses datagrams.  The kernel reports an
+    error, which the read clears.
 
-    :ivar refusals: how many reads met an error.
+    :ivar refusals: how many reads failed.
     """
 
     def __init__(self, reactor: EngineReactor, peer: Any) -> None:
@@ -388,7 +370,7 @@ class RefusedSocket(Watcher):
 
 
 class RefusedPort(DatagramProtocol):
-    """The same, as a port of the reactor's."""
+    """As :class:`RefusedSocket`, as a port of the reactor."""
 
     def __init__(self, reactor: EngineReactor, peer: Any) -> None:
         self.refusals = 0
@@ -412,7 +394,7 @@ class RefusedPort(DatagramProtocol):
 
 @pytest.fixture(params=[RefusedSocket, RefusedPort])
 def refused(request: Any, reactor: EngineReactor, peer: socket.socket) -> Iterator[Any]:
-    """Something that reads datagrams, whose peer has just closed."""
+    """A reader of datagrams whose peer has just been closed."""
     it = request.param(reactor, peer.getsockname())
     peer.close()
     yield it
@@ -428,14 +410,12 @@ def peer() -> Iterator[socket.socket]:
         yield peer
 
 
-def test_an_error_that_a_read_clears_is_no_hangup(
+def test_an_error_that_a_read_clears_is_not_a_hangup(
     reactor: EngineReactor, refused: Any, peer: socket.socket
 ) -> None:
-    """
-    Each is reported; then the peer is back, and the socket is as good as ever.
-    """
+    """Each error is reported.  When the peer is back, the socket works as before."""
     for times in range(1, 2 * A_FEW):
-        refused.socket.send(b"anybody there?")
+        refused.socket.send(b"refused")
         spin(reactor, lambda: refused.refusals == times)
         settle(reactor)
     assert not refused.lost
@@ -443,28 +423,32 @@ def test_an_error_that_a_read_clears_is_no_hangup(
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as back:
         back.settimeout(DEADLINE)
         back.bind(address)
-        refused.socket.send(b"and now?")
+        refused.socket.send(b"question")
         question, sender = back.recvfrom(100)
-        back.sendto(b"yes", sender)
-        spin(reactor, lambda: refused.data == b"yes")
-    assert question == b"and now?"
+        back.sendto(b"answer", sender)
+        spin(reactor, lambda: refused.data == b"answer")
+    assert question == b"question"
 
 
-def test_errors_between_the_passes(reactor: EngineReactor, refused: Any) -> None:
+def test_an_error_between_two_passes_is_not_a_hangup(
+    reactor: EngineReactor, refused: Any
+) -> None:
     """
-    Each pass reports an error, the read clears it, and the application causes the next
+    Each pass reports an error, the read clears it, and the application causes another
     one before the next pass.
     """
     for times in range(1, 3 * A_FEW):
-        refused.socket.send(b"anybody there?")
+        refused.socket.send(b"refused")
         spin(reactor, lambda: refused.refusals == times or refused.lost)
         assert not refused.lost
 
 
-def test_errors_in_each_pass(reactor: EngineReactor, refused: Any) -> None:
+def test_an_error_in_each_pass_is_not_a_hangup(
+    reactor: EngineReactor, refused: Any
+) -> None:
     """
-    A datagram that is sent again as soon as it was refused is refused before the
-    next pass: each pass reports an error, and each time it is another one.
+    A datagram that is sent again when it was refused is refused before the next pass.
+    Each pass reports an error, and each time it is a new one.
     """
     most = 5 if isinstance(refused, RefusedSocket) else 100
 
@@ -473,38 +457,38 @@ def test_errors_in_each_pass(reactor: EngineReactor, refused: Any) -> None:
             refused.socket.send(b"again")
 
     refused.on_refusal = send_again
-    refused.socket.send(b"anybody there?")
+    refused.socket.send(b"refused")
     spin(reactor, lambda: refused.refusals == most)
     settle(reactor)
     assert not refused.lost
 
 
-def linux_option(reactor: EngineReactor) -> int:
-    """The number of IP_RECVERR."""
+def ip_recverr_of(reactor: EngineReactor) -> int:
+    """The number of IP_RECVERR, which Linux has and kqueue's systems do not."""
     if isinstance(reactor, KQueueReactor):
         pytest.skip("no system with a kqueue has IP_RECVERR")
     return 11
 
 
-def test_an_error_that_no_read_clears(
+def test_an_error_that_no_read_clears_is_a_hangup(
     reactor: EngineReactor, peer: socket.socket
 ) -> None:
-    """What waits in the error queue (ip(7)) is reported until it is read from there."""
-    ip_recverr = linux_option(reactor)
+    """The error queue of ip(7) is reported until it is read.  A plain read keeps it."""
+    ip_recverr = ip_recverr_of(reactor)
     watcher = RefusedSocket(reactor, peer.getsockname())
     peer.close()
     with watcher.socket:
         watcher.socket.setsockopt(socket.IPPROTO_IP, ip_recverr, 1)
-        watcher.socket.send(b"anybody there?")
+        watcher.socket.send(b"refused")
         spin(reactor, lambda: watcher.lost)
     assert watcher.reads <= A_FEW
 
 
-def test_an_error_queue_that_a_datagram_port_does_not_read(
+def test_an_error_queue_ends_a_datagram_port(
     reactor: EngineReactor, peer: socket.socket
 ) -> None:
-    """A port that is not connected gets no refusal by a read."""
-    ip_recverr = linux_option(reactor)
+    """A port does not read the queue.  If it is not connected, no read reports it."""
+    ip_recverr = ip_recverr_of(reactor)
     address = peer.getsockname()
     peer.close()
     stopped: list[object] = []
@@ -512,13 +496,15 @@ def test_an_error_queue_that_a_datagram_port_does_not_read(
     protocol.stopProtocol = lambda: stopped.append(None)  # type: ignore[method-assign]
     port: Any = reactor.listenUDP(0, protocol, interface="127.0.0.1")
     port.socket.setsockopt(socket.IPPROTO_IP, ip_recverr, 1)
-    port.write(b"anybody there?", address)
+    port.write(b"refused", address)
     spin(reactor, lambda: stopped)
 
 
 @pytest.mark.parametrize("closed", ["master", "slave"])
-def test_terminal_hangup(reactor: EngineReactor, closed: str) -> None:
-    """A terminal signals data, but not that its other end has gone."""
+def test_the_hangup_of_a_terminal_is_reported(
+    reactor: EngineReactor, closed: str
+) -> None:
+    """A terminal signals data, but does not signal that its other end was closed."""
     master, slave = pty.openpty()
     tty.setraw(slave)
     watched, other = (slave, master) if closed == "master" else (master, slave)
@@ -547,8 +533,10 @@ def test_terminal_hangup(reactor: EngineReactor, closed: str) -> None:
     os.close(watched)
 
 
-def test_regular_files_as_standard_io(reactor_class: Any, tmp_path: Any) -> None:
-    """Files have no readiness: they are always ready."""
+def test_regular_files_are_always_ready_as_standard_io(
+    reactor_class: Any, tmp_path: Any
+) -> None:
+    """The kernel does not report the readiness of files."""
     source, target = tmp_path / "in", tmp_path / "out"
     source.write_bytes(b"x" * 100_000)
     with source.open("rb") as stdin, target.open("wb") as stdout:
@@ -582,8 +570,8 @@ def test_regular_files_as_standard_io(reactor_class: Any, tmp_path: Any) -> None
     assert target.read_bytes() == b"X" * 100_000
 
 
-def test_eventfd(reactor: EngineReactor) -> None:
-    """An eventfd has no fasync support."""
+def test_an_eventfd_is_watched(reactor: EngineReactor) -> None:
+    """The kernel sends no signals for an eventfd: it does not support O_ASYNC."""
     libc_eventfd = getattr(os, "eventfd", None)
     if libc_eventfd is None:
         pytest.skip("Python 3.10 or a C library without eventfd")
@@ -601,8 +589,8 @@ def test_eventfd(reactor: EngineReactor) -> None:
     os.close(descriptor)
 
 
-def test_pidfd(reactor: EngineReactor) -> None:
-    """A pidfd tells of the end of a process, by poll alone."""
+def test_a_pidfd_is_watched(reactor: EngineReactor) -> None:
+    """A pidfd reports the end of a process only to poll(2)."""
     if not hasattr(os, "pidfd_open"):
         pytest.skip("for Linux only")
     read_end, write_end = os.pipe()
@@ -630,7 +618,7 @@ def test_pidfd(reactor: EngineReactor) -> None:
 
 
 def test_threads_wake_the_reactor(reactor: EngineReactor) -> None:
-    """callFromThread interrupts a sleep without a limit."""
+    """callFromThread ends a sleep without a timeout."""
     done: list[int] = []
     sleeping = threading.Event()
 
@@ -647,10 +635,10 @@ def test_threads_wake_the_reactor(reactor: EngineReactor) -> None:
     assert done == [1]
 
 
-def test_duplicated_descriptor(served: Served) -> None:
+def test_a_duplicate_does_not_take_the_events_of_the_original(served: Served) -> None:
     """
-    A dup shares the open file description, and with it the owner of its
-    signals: watching it must not make the original deaf, nor closing it.
+    A dup shares the open file description, and with it the owner of its signals.  The
+    original must get its events while the dup is watched, and after it was closed.
     """
     reactor = served.reactor
     client, connection = served.connect()
@@ -666,12 +654,12 @@ def test_duplicated_descriptor(served: Served) -> None:
     spin(reactor, lambda: connection.data == b"12")
 
 
-def test_original_closed_and_duplicate_kept(served: Served) -> None:
-    """The duplicate is heard though the number that was armed is closed."""
+def test_a_duplicate_gets_events_after_the_original_was_closed(served: Served) -> None:
+    """The descriptor that was armed is closed."""
     reactor = served.reactor
     client, connection = served.connect()
     duplicate = os.dup(connection.transport.fileno())
-    # Closes this end's number only: the description lives on.
+    # Close this descriptor only: the open file description stays.
     connection.transport._shouldShutdown = False
     watcher = Watcher(reactor, duplicate)
     watcher.on_read = lambda: os.read(duplicate, 100) and None
@@ -684,15 +672,15 @@ def test_original_closed_and_duplicate_kept(served: Served) -> None:
     os.close(duplicate)
 
 
-def test_accepted_connection_is_armed(served: Served) -> None:
-    """Else this whole package would be a poll reactor."""
+def test_accepted_connections_are_armed(served: Served) -> None:
+    """Otherwise this whole package would be a poll reactor."""
     served.connect()
     served.connect()
     assert served.reactor.statistics()["armed"] == 2
 
 
-def test_idle_connections_cost_no_check(served: Served) -> None:
-    """What is armed is not looked at while others work."""
+def test_idle_connections_are_not_checked(served: Served) -> None:
+    """Armed connections are not checked while another one is busy."""
     for _ in range(20):
         served.connect()
     client, connection = served.connect()
@@ -700,7 +688,7 @@ def test_idle_connections_cost_no_check(served: Served) -> None:
     for turn in range(1, 101):
         client.sendall(b"x")
         spin(served.reactor, lambda: len(connection.data) == turn)
-    # One check after each read of the busy one, none of the others.
+    # The busy one is checked once after each read, and the others not at all.
     assert served.reactor.statistics()["checks"] - before <= 101
 
 
@@ -715,7 +703,7 @@ def test_worker_processes_share_a_port(reactor_class: Any) -> None:
 
         class Once(protocol.Protocol):
             def connectionMade(self):
-                # From now on the others must accept.  (To stop listening would
+                # From now on the other workers must accept.  (stopListening() would
                 # shut the socket down for all of them.)
                 port.stopReading()
                 self.transport.write(b"%d" % os.getpid())
@@ -746,7 +734,7 @@ def test_worker_processes_share_a_port(reactor_class: Any) -> None:
     assert output == "all\n"
 
 
-def test_run_twice_at_once_is_what_twisted_says(reactor: EngineReactor) -> None:
+def test_run_within_run_raises_reactor_already_running(reactor: EngineReactor) -> None:
     raised: list[BaseException] = []
 
     def again() -> None:
@@ -761,10 +749,12 @@ def test_run_twice_at_once_is_what_twisted_says(reactor: EngineReactor) -> None:
     assert isinstance(raised[0], ReactorAlreadyRunning)
 
 
-def test_descriptor_handed_to_a_child(served: Served) -> None:
+def test_a_connection_that_was_handed_to_a_child_is_still_received_from(
+    served: Served,
+) -> None:
     """
-    A child gets the connection as its standard input and output, inetd style,
-    and when it has gone the parent still hears of it.
+    A child gets the connection as its standard input and output, as from inetd.  When
+    it has ended, the parent still receives data.
     """
     reactor = served.reactor
     client, connection = served.connect()
@@ -774,7 +764,8 @@ def test_descriptor_handed_to_a_child(served: Served) -> None:
     ended: list[bytes] = []
 
     def start() -> None:
-        # Before the child starts: the socket does not block, so its read would fail.
+        # Before the child starts: the socket does not block, so the child's read would
+        # fail without data.
         client.sendall(b"hello\n")
         reactor.spawnProcess(
             child,
@@ -803,7 +794,7 @@ def test_descriptor_handed_to_a_child(served: Served) -> None:
 
 
 def highest_descriptor() -> int:
-    """Of those that are open.  Not every system has a folder of them."""
+    """The highest open descriptor.  Not every system has a folder of descriptors."""
     for number in range(4096, -1, -1):
         with contextlib.suppress(OSError):
             os.fstat(number)
@@ -811,8 +802,8 @@ def highest_descriptor() -> int:
     raise AssertionError("not even standard input is open")
 
 
-def test_too_many_open_files(served: Served) -> None:
-    """EMFILE on accept: the others are served, and so is the newcomer, later."""
+def test_a_connection_is_accepted_after_too_many_open_files(served: Served) -> None:
+    """accept(2) fails with EMFILE.  Meanwhile the other connections are served."""
     reactor = served.reactor
     client, connection = served.connect()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -850,36 +841,28 @@ def test_too_many_open_files(served: Served) -> None:
         pytest.param("reactor.beforeDaemonize()", id="closes"),
     ],
 )
-def test_forked_child_leaves_the_parent_unharmed(
+def test_the_parent_gets_events_after_a_forked_child(
     reactor_class: Any, child: str
 ) -> None:
-    """The kernel is told about what parent and child share."""
-    output = run_program(
-        FORKING
-        + f"""
-pid = os.fork()
-if pid == 0:
-    # disconnectAll() shuts the connection down for both; nobody wants that.
+    """The child changes, in the kernel, what it shares with its parent."""
+    run_forking(
+        f"""
+def child():
+    # disconnectAll() would shut the connection down for both processes.
     socket.socket.shutdown = lambda *arguments: None
     {child}
-    os._exit(0)
-assert os.waitpid(pid, 0)[1] == 0
-heard()
-print("heard")
+in_child(child)
 """,
-        reactor_class=reactor_class,
+        reactor_class,
     )
-    assert output == "heard\n"
 
 
 @pytest.mark.processes
-def test_forked_child_runs_the_reactor(reactor_class: Any) -> None:
-    """Both with what the child has inherited, and with what it opens."""
-    output = run_program(
-        FORKING
-        + """
-pid = os.fork()
-if pid == 0:
+def test_a_forked_child_runs_the_reactor(reactor_class: Any) -> None:
+    """The child serves a connection that it has inherited, and its own port."""
+    run_forking(
+        """
+def child():
     own = listen(reactor)
     thread = in_thread(talk, client)
     other = in_thread(converse, own)
@@ -887,64 +870,48 @@ if pid == 0:
         reactor.iterate(0.05)
     assert thread.outcome == other.outcome == [None], thread.outcome
     assert events() > 0
-    os._exit(0)
-assert os.waitpid(pid, 0)[1] == 0
-heard()
-print("heard")
+in_child(child)
 """,
-        reactor_class=reactor_class,
+        reactor_class,
     )
-    assert output == "heard\n"
 
 
 @pytest.mark.processes
-def test_fork_from_another_thread(reactor_class: Any) -> None:
+def test_a_child_that_another_thread_forked_runs_the_reactor(
+    reactor_class: Any,
+) -> None:
     """The child has only the thread that forked, and its reactor works there."""
-    output = run_program(
-        FORKING
-        + """
-def fork():
-    pid = os.fork()
-    if pid == 0:
-        thread = in_thread(talk, client)
-        while thread.is_alive():
-            reactor.iterate(0.05)
-        os._exit(thread.outcome != [None])
-    return os.waitpid(pid, 0)[1]
-thread = in_thread(fork)
+    run_forking(
+        """
+def child():
+    spin_until_done(in_thread(talk, client))
+thread = in_thread(in_child, child)
 thread.join()
-assert thread.outcome == [0], thread.outcome
-heard()
-print("heard")
+assert thread.outcome == [None], thread.outcome
 """,
-        reactor_class=reactor_class,
+        reactor_class,
     )
-    assert output == "heard\n"
 
 
-def test_daemonized_after_it_has_run(reactor_class: Any) -> None:
-    """Between the hooks the parent hands everything to the child, and exits."""
-    output = run_program(
-        FORKING
-        + """
+def test_a_daemon_gets_events_after_the_reactor_has_run(reactor_class: Any) -> None:
+    """Between the two hooks the parent hands everything to the child, and exits."""
+    run_forking(
+        """
 reactor.beforeDaemonize()
 ready, go = os.pipe()
 if os.fork():
     os.close(go)
-    # Do not exit before the child is through, so that its output is ours.
+    # Do not exit before the child has ended: the test reads the output until then.
     os.read(ready, 1)
     os._exit(0)
 reactor.afterDaemonize()
-heard()
-print("heard", flush=True)
 """,
-        reactor_class=reactor_class,
+        reactor_class,
     )
-    assert output == "heard\n"
 
 
 class _Measured:
-    """A poller that counts, as synapse's wrapper does to measure the ticks."""
+    """A poller that counts its calls.  Synapse measures the ticks by such a one."""
 
     def __init__(self, poller: Any) -> None:
         self._poller = poller
@@ -958,14 +925,14 @@ class _Measured:
         return self._poller.poll(*arguments)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what Linux has")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs epoll")
 @pytest.mark.parametrize("started", [False, True])
-def test_twisteds_class_and_the_measurement_of_ticks(
+def test_code_that_measures_the_ticks_of_twisteds_reactors_works(
     started: bool, make_reactor: Callable[[], EngineReactor]
 ) -> None:
     """
-    Code that measures the ticks of Twisted's poll and epoll reactors asks for the
-    class, and replaces what the reactor sleeps in.
+    Code that measures the ticks of Twisted's poll and epoll reactors looks at the class
+    of the reactor, and replaces its poller.
     """
     from twisted.internet.epollreactor import EPollReactor
     from twisted.internet.pollreactor import PollReactor
@@ -988,6 +955,6 @@ def test_twisteds_class_and_the_measurement_of_ticks(
         assert connection.data == b"hello"
         connection.data = b""
         if not turn:
-            # It opens again what it sleeps in.
+            # Then it opens its poller again.
             reactor.beforeDaemonize()
     served.close()

@@ -1,6 +1,6 @@
 """
-The traps of realtime-signal I/O, each against the real kernel: cases in which a reactor
-that trusted each signal would lose data, report the wrong descriptor, or spin.
+The traps of realtime-signal I/O, against the real kernel: cases in which a reactor that
+trusted each signal would lose data, report the wrong descriptor, or spin.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from tests.support import (
     blocked_signals,
     connect,
     dispose,
+    only,
     open_descriptors,
+    run_forking,
     run_program,
     settle,
     spin,
@@ -44,17 +46,14 @@ from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.notifiers import UnsupportedReactorError
 from twisted_rtsig.rtsigreactor import RealtimeSignalReactor
 
-
-@pytest.fixture
-def reactor_class() -> type[EngineReactor]:
-    return RealtimeSignalReactor
+reactor_class = only(RealtimeSignalReactor)
 
 
 # An event is an edge
 
 
-def test_many_sends_are_one_event(served: Served) -> None:
-    """Signals are not merged by the kernel: each small send queues one."""
+def test_many_sends_cause_many_signals(served: Served) -> None:
+    """The kernel does not merge signals: it queues one for each small send."""
     client, connection = served.connect()
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     before = served.reactor.statistics()["signals"]
@@ -64,8 +63,10 @@ def test_many_sends_are_one_event(served: Served) -> None:
     assert served.reactor.statistics()["signals"] > before + 1
 
 
-def test_closed_descriptor_still_registered(reactor: EngineReactor) -> None:
-    """It is disconnected, once, and does not make the reactor spin."""
+def test_a_watcher_whose_descriptor_is_closed_too_early_is_lost(
+    reactor: EngineReactor,
+) -> None:
+    """It is disconnected once, and does not make the reactor spin."""
     one, other = socket.socketpair()
     watcher = Watcher(reactor, one.fileno())
     reactor.addReader(watcher)
@@ -78,14 +79,11 @@ def test_closed_descriptor_still_registered(reactor: EngineReactor) -> None:
     assert watcher not in reactor.getReaders()
 
 
-# How a connection ends
+# Descriptors of open file descriptions that others share
 
 
-# Descriptors that others hold as well
-
-
-def test_adopted_connection(reactor: EngineReactor) -> None:
-    """What was adopted may have another owner: it is never armed."""
+def test_an_adopted_connection_is_not_armed(reactor: EngineReactor) -> None:
+    """Another owner may share its open file description."""
     one, other = socket.socketpair()
     listener = socket.create_server(("127.0.0.1", 0))
     with one, other, listener:
@@ -109,7 +107,7 @@ def test_adopted_connection(reactor: EngineReactor) -> None:
 
 
 def test_short_connections_are_not_armed(served: Served) -> None:
-    """To arm and to disarm costs more than to poll a few times."""
+    """Arming and disarming costs more than polling a few times."""
     before = served.reactor.statistics()
     for turn in range(20):
         with connect(served.port) as client:
@@ -123,8 +121,8 @@ def test_short_connections_are_not_armed(served: Served) -> None:
     assert after["checks"] == before["checks"]
 
 
-def test_signals_for_the_idle_poll_for_the_noisy(served: Served) -> None:
-    """Who sends several signals for one read is polled until it calms down."""
+def test_a_noisy_connection_is_polled_until_it_calms_down(served: Served) -> None:
+    """A connection is noisy if it causes several signals for one read."""
     client, connection = served.connect()
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     assert served.reactor.statistics()["armed"] == 1
@@ -149,7 +147,7 @@ def test_signals_for_the_idle_poll_for_the_noisy(served: Served) -> None:
 def test_data_between_the_last_poll_and_the_arming(
     served: Served, monkeypatch: pytest.MonkeyPatch, end: bool
 ) -> None:
-    """It was polled too early and signalled too late."""
+    """It comes too late for the poll, and too early for a signal."""
     client = connect(served.port)
     spin(served.reactor, lambda: served.factory.connections)
     (connection,) = served.factory.connections
@@ -175,7 +173,7 @@ def test_data_between_the_last_poll_and_the_arming(
 
 
 def test_no_signals_while_paused(served: Served) -> None:
-    """Interest ended, so the kernel has been told to be silent."""
+    """A paused connection is disarmed in the kernel."""
     client, connection = served.connect()
     connection.transport.pauseProducing()
     settle(served.reactor)
@@ -189,8 +187,8 @@ def test_no_signals_while_paused(served: Served) -> None:
 # Threads
 
 
-def test_made_in_one_thread_and_run_in_another() -> None:
-    """Signals go to the thread that runs the reactor, not to its maker."""
+def test_a_reactor_is_made_in_one_thread_and_run_in_another() -> None:
+    """Signals go to the thread that runs the reactor."""
     output = run_program(
         ECHO
         + """
@@ -200,7 +198,8 @@ thread = in_thread(reactor.run, False)
 from twisted.internet.threads import blockingCallFromThread
 with socket.create_connection(address, timeout=20) as client:
     talk(client)
-    # Each is a pass of its own: found idle a few times, it is armed.
+    # Each call is a pass of its own.  The connection is found idle a few times, and
+    # armed.
     for _ in range(20):
         blockingCallFromThread(reactor, int)
     talk(client)
@@ -214,8 +213,10 @@ print(signals > 0)
     assert output == "True\n"
 
 
-def test_closed_by_another_thread(reactor: EngineReactor) -> None:
-    """The thread whose queue it is has ended, or goes on without it."""
+def test_a_reactor_that_another_thread_has_run_is_closed(
+    reactor: EngineReactor,
+) -> None:
+    """The thread to which the signals go has ended, or goes on without the reactor."""
     thread = threading.Thread(target=reactor.iterate, args=(0,))
     thread.start()
     thread.join()
@@ -225,7 +226,7 @@ def test_closed_by_another_thread(reactor: EngineReactor) -> None:
 
 
 def test_run_by_another_thread_later_is_refused(reactor: EngineReactor) -> None:
-    """Its signals go to the first one; a sentence says so, and nothing spins."""
+    """Its signals go to the first thread.  The error says so, and nothing spins."""
     reactor.iterate(0)
     outcome: list[BaseException] = []
 
@@ -242,10 +243,10 @@ def test_run_by_another_thread_later_is_refused(reactor: EngineReactor) -> None:
     assert "cannot go on in thread" in str(outcome[0])
 
 
-def test_threads_older_than_the_reactor() -> None:
+def test_a_signal_does_not_go_to_a_thread_that_is_older_than_the_reactor() -> None:
     """
-    A thread that was started before, and has the signal unblocked, must not
-    get it: its default action ends the process.
+    Such a thread does not block the signal.  If it got the signal, the default action
+    would end the process.
     """
     output = run_program(
         ECHO
@@ -272,7 +273,7 @@ print(client.outcome)
 
 
 def test_two_reactors_in_one_thread(make_reactor: Any) -> None:
-    """They share the queue, and one takes the other's signals out of it."""
+    """They share the queue of signals: one takes the other's signals out of it."""
     one, other = Served(make_reactor()), Served(make_reactor())
     one_client, one_connection = one.connect()
     other_client, other_connection = other.connect()
@@ -280,7 +281,7 @@ def test_two_reactors_in_one_thread(make_reactor: Any) -> None:
         one_client.sendall(b"1")
         other_client.sendall(b"2")
         first, second = (one, other) if turn % 2 else (other, one)
-        # Reads the signals of both.
+        # This reads the signals of both reactors.
         settle(first.reactor)
         settle(second.reactor)
         spin(one.reactor, lambda: len(one_connection.data) == turn)
@@ -289,7 +290,7 @@ def test_two_reactors_in_one_thread(make_reactor: Any) -> None:
     other.close()
 
 
-# What is left in the process
+# Signals and descriptors that are left in the process
 
 
 def test_nothing_is_left_after_a_run(reactor: EngineReactor) -> None:
@@ -313,22 +314,20 @@ def test_nothing_is_left_after_a_run_that_is_refused(reactor: EngineReactor) -> 
     assert blocked_signals() == 0
 
 
-def test_forked_child_polls_what_it_inherited() -> None:
-    """To arm it would make the parent deaf."""
-    run_program(
-        FORKING
-        + """
-pid = os.fork()
-if pid == 0:
+def test_a_forked_child_polls_an_inherited_connection() -> None:
+    """If it armed the connection, the parent would get no more signals of it."""
+    run_forking(
+        """
+def child():
     reactor.iterate(0)
-    os._exit(reactor.statistics()["armed"])
-assert os.waitpid(pid, 0)[1] == 0
+    return reactor.statistics()["armed"]
+in_child(child)
 """
     )
 
 
-def test_signals_left_over_do_not_kill(served: Served) -> None:
-    """Signals that are queued when the loop ends are thrown away."""
+def test_signals_that_are_left_do_not_kill_the_process(served: Served) -> None:
+    """Signals that are queued when the loop ends are discarded."""
     reactor = served.reactor
     client, _ = served.connect()
     reactor.callWhenRunning(client.sendall, b"unread")
@@ -338,11 +337,10 @@ def test_signals_left_over_do_not_kill(served: Served) -> None:
     assert blocked_signals() == 0
 
 
-def test_closed_behind_our_back_with_a_duplicate() -> None:
+def test_signals_of_a_duplicate_do_not_kill_the_process() -> None:
     """
-    An armed descriptor was closed by force, and its description lives on in a
-    dup: its signals go on after the end, also after that of a later run, and
-    must not kill the process.
+    An armed descriptor was closed with :func:`os.close`, and a dup keeps its open file
+    description.  Its signals go on after the end of this run and of later runs.
     """
     output = run_program(
         FORKING
@@ -354,7 +352,7 @@ os.close(transport.fileno())
 reactor.removeReader(transport)
 for _ in range(2):
     reactor.beforeDaemonize()
-    client.sendall(b"a signal, since it is armed still")
+    client.sendall(b"a signal, since the description is still armed")
     reactor.afterDaemonize()
     reactor.iterate(0)
 reactor.beforeDaemonize()
@@ -366,7 +364,7 @@ print("alive")
 
 @pytest.mark.parametrize("use_pty", [False, True])
 def test_children_inherit_no_blocked_signal(served: Served, use_pty: bool) -> None:
-    """spawnProcess by pipes and by PTY: SigBlk of the child is clean."""
+    """SigBlk of the child is empty, with pipes and with a terminal."""
     served.connect()
     reactor = served.reactor
     child = Output()
@@ -392,8 +390,8 @@ def test_subprocess_with_a_hook_inherits_no_blocked_signal(
     reactor: EngineReactor,
 ) -> None:
     """
-    The way around that the documentation names: subprocess runs Python's hooks
-    after fork only when it is given a preexec_fn.
+    The documentation names this workaround: subprocess runs Python's hooks after fork
+    only if it has a preexec_fn.
     """
     reactor.iterate(0)
     done = subprocess.run(
@@ -420,7 +418,7 @@ address = listen(reactor)
 clients = [socket.create_connection(address, timeout=20) for _ in range(50)]
 while reactor.statistics()["armed"] < 50:
     reactor.iterate(0)
-# Found not ready: from here on only signals tell of them.
+# The connections were found not ready: from here on only signals report their input.
 for _ in range(5):
     reactor.iterate(0)
 for client in clients:
@@ -435,16 +433,16 @@ print(all(client.recv(5) == b"hello" for client in clients))
 
 
 @pytest.mark.slow
-def test_queue_overflow() -> None:
-    """The kernel sends one SIGIO in place of what does not fit."""
+def test_an_overflow_of_the_signal_queue_loses_no_input() -> None:
+    """The kernel sends one SIGIO in place of the signals that do not fit."""
     assert run_program(OVERFLOW) == "True\n"
 
 
 # The choice of the signal
 
 
-def test_first_free_signal() -> None:
-    """What Python and what C code handle is left alone."""
+def test_the_first_free_signal_is_used() -> None:
+    """Signals that Python or C code handles are left alone."""
     output = run_program(
         """
         import ctypes, signal
@@ -470,7 +468,7 @@ def test_first_free_signal() -> None:
 @pytest.mark.parametrize(
     ("name", "offset"), [("SIGRTMIN+5", 5), (str(int(signal.SIGRTMIN) + 7), 7)]
 )
-def test_signal_by_environment(
+def test_the_environment_names_the_signal(
     monkeypatch: pytest.MonkeyPatch, name: str, offset: int
 ) -> None:
     monkeypatch.setenv("TWISTED_RTSIG_SIGNAL", name)
@@ -486,14 +484,16 @@ def test_signal_by_environment(
 
 
 @pytest.mark.parametrize("name", ["first", "SIGRTMIN+x", "9", "SIGRTMIN+99"])
-def test_signal_that_is_none(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_an_environment_without_a_valid_signal_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setenv("TWISTED_RTSIG_SIGNAL", name)
     with pytest.raises(UnsupportedReactorError, match="--reactor=epoll"):
         RealtimeSignalReactor()
 
 
-def test_signal_by_argument(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The argument goes before the environment."""
+def test_an_argument_names_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The argument takes precedence over the environment."""
     monkeypatch.setenv("TWISTED_RTSIG_SIGNAL", "nonsense")
     reactor = RealtimeSignalReactor(int(signal.SIGRTMAX))
     dispose(reactor)
@@ -501,7 +501,7 @@ def test_signal_by_argument(monkeypatch: pytest.MonkeyPatch) -> None:
         RealtimeSignalReactor(int(signal.SIGTERM))
 
 
-def test_all_signals_taken() -> None:
+def test_the_reactor_cannot_be_made_without_a_free_signal() -> None:
     output = run_program(
         """
         import signal
@@ -517,8 +517,8 @@ def test_all_signals_taken() -> None:
     assert output.startswith("all realtime signals")
 
 
-def test_no_descriptor_left() -> None:
-    """No descriptor for the signalfd: a sentence that says so."""
+def test_the_reactor_cannot_be_made_without_a_free_descriptor() -> None:
+    """The signalfd needs one.  The error says so."""
     output = run_program(
         """
         import os, resource
@@ -531,7 +531,7 @@ def test_no_descriptor_left() -> None:
                 hoard.append(os.dup(0))
         except OSError:
             pass
-        # One to look for a free signal, in /proc.
+        # Leave one descriptor, to look for a free signal in /proc.
         os.close(hoard.pop())
         hoard.append(open("/dev/null"))
         try:

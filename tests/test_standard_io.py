@@ -1,6 +1,6 @@
 """
-Twisted's ``StandardIO`` on every reactor of this package: what a program has
-written comes out, also when its input ends first.
+Twisted's ``StandardIO`` on every reactor of this package: the output of a program
+arrives, even if its input ends first.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from twisted_rtsig.engine.reactor import EngineReactor
 
 pytestmark = pytest.mark.processes
 
-# Far more than a pipe holds.
+# Much more than a pipe holds.
 MUCH = b"x" * 1_000_000
 
 
 class Pipes:
-    """The standard input and output of a program, from outside."""
+    """The standard input and output of a program, and the other ends of both."""
 
     def __init__(self) -> None:
         self.stdin, self.input = os.pipe()
@@ -46,7 +46,7 @@ class Pipes:
         os.close(descriptor)
 
     def read(self) -> bytes:
-        """What has come out."""
+        """The output that has arrived."""
         read = b""
         try:
             while data := os.read(self.output, 1 << 16):
@@ -65,9 +65,41 @@ def pipes() -> Iterator[Pipes]:
 
 
 def connect(program: Recorder, pipes: Pipes, reactor: EngineReactor) -> None:
-    # mypy takes it to be the one of Windows.
+    # mypy takes it for the class of Windows.
     standard_io: Any = stdio.StandardIO
     standard_io(program, pipes.stdin, pipes.stdout, reactor)
+
+
+def connect_and_end_input(
+    program: Recorder, pipes: Pipes, reactor: EngineReactor
+) -> None:
+    """Connect the program, send it a byte, and end its input."""
+    connect(program, pipes, reactor)
+    os.write(pipes.input, b"x")
+    pipes.close(pipes.input)
+
+
+def end_input_while_output_waits(
+    program: Recorder, pipes: Pipes, reactor: EngineReactor
+) -> None:
+    """Afterwards the program has met the end of its input, and is not told yet."""
+    connect_and_end_input(program, pipes, reactor)
+    spin(reactor, lambda: program.data)
+    settle(reactor)
+    assert not program.lost
+
+
+def output_until_lost(program: Recorder, pipes: Pipes, reactor: EngineReactor) -> bytes:
+    """Read the output until the program has lost its connection."""
+    output = b""
+
+    def read_until_lost() -> list[Failure]:
+        nonlocal output
+        output += pipes.read()
+        return program.lost
+
+    spin_with_timers(reactor, read_until_lost)
+    return output + pipes.read()
 
 
 class Much(Recorder):
@@ -82,7 +114,7 @@ class Much(Recorder):
 
 @implementer(IHalfCloseableProtocol)
 class HalfClosing(Much):
-    """Hears the end of its input, and goes on."""
+    """Counts the ends of its input, and goes on."""
 
     input_ended = 0
 
@@ -90,7 +122,7 @@ class HalfClosing(Much):
         self.input_ended += 1
 
     def writeConnectionLost(self) -> None:
-        """Nothing: it has no more to say."""
+        """This program writes nothing more."""
 
 
 @pytest.mark.parametrize("source", ["pipe", "file", "nothing"])
@@ -98,7 +130,7 @@ class HalfClosing(Much):
 def test_a_program_that_ends_with_its_input(
     reactor_class: Any, tmp_path: Path, source: str, target: str
 ) -> None:
-    """``printf 'a\\nb\\n' | program > file``, and its relatives."""
+    """``printf 'a\\nb\\n' | program > file``, and the same with other files."""
     given = b"" if source == "nothing" else b"a\nb\n"
     greeting = "hello" if source == "nothing" else ""
     code = f"""
@@ -130,45 +162,29 @@ def test_a_program_that_ends_with_its_input(
     assert output == greeting.encode() + given.upper()
 
 
-def test_output_that_does_not_fit_into_the_pipe(
+def test_output_that_does_not_fit_into_the_pipe_is_not_lost(
     reactor: EngineReactor, pipes: Pipes
 ) -> None:
-    """The end of the input waits until what reads the output has taken it."""
+    """The program is told of the end of its input when its output has been read."""
     program = Much()
-    connect(program, pipes, reactor)
-    os.write(pipes.input, b"x")
-    pipes.close(pipes.input)
-    spin(reactor, lambda: program.data)
-    settle(reactor)
-    assert not program.lost
-    # The one that is still to be told of the end.
+    end_input_while_output_waits(program, pipes, reactor)
+    # This reader has still to tell the program.
     assert (
         len([each for each in reactor.getReaders() if each.fileno() == pipes.stdin])
         == 1
     )
-    output = b""
-
-    def ended() -> list[Failure]:
-        nonlocal output
-        output += pipes.read()
-        return program.lost
-
-    spin_with_timers(reactor, ended)
-    assert output + pipes.read() == MUCH
+    assert output_until_lost(program, pipes, reactor) == MUCH
     settle(reactor)
     assert len(program.lost) == 1
     assert not reactor.removeAll()
 
 
-def test_what_reads_the_output_goes_away(reactor: EngineReactor, pipes: Pipes) -> None:
-    """Then the output is lost, and the program ends."""
+def test_a_program_ends_when_the_reader_of_its_output_has_closed(
+    reactor: EngineReactor, pipes: Pipes
+) -> None:
+    """The output is lost then."""
     program = Much()
-    connect(program, pipes, reactor)
-    os.write(pipes.input, b"x")
-    pipes.close(pipes.input)
-    spin(reactor, lambda: program.data)
-    settle(reactor)
-    assert not program.lost
+    end_input_while_output_waits(program, pipes, reactor)
     pipes.close(pipes.output)
     spin_with_timers(reactor, lambda: program.lost)
     settle(reactor)
@@ -176,17 +192,15 @@ def test_what_reads_the_output_goes_away(reactor: EngineReactor, pipes: Pipes) -
     assert not reactor.removeAll()
 
 
-def test_the_reactor_stops_meanwhile(reactor: Any, pipes: Pipes) -> None:
+def test_the_reactor_stops_while_output_waits(reactor: Any, pipes: Pipes) -> None:
     """The program is told once that its connection is lost."""
     program = Much()
-    connect(program, pipes, reactor)
-    os.write(pipes.input, b"x")
-    pipes.close(pipes.input)
+    connect_and_end_input(program, pipes, reactor)
     reactor.callLater(DEADLINE, reactor.crash)
 
     def stop_when_held() -> None:
         if program.data:
-            # By then the end of the input was met.
+            # By then the end of the input was read.
             reactor.callLater(0.01, reactor.stop)
         else:
             reactor.callLater(0, stop_when_held)
@@ -196,30 +210,20 @@ def test_the_reactor_stops_meanwhile(reactor: Any, pipes: Pipes) -> None:
     assert len(program.lost) == 1
 
 
-def test_half_close_is_told_at_once(reactor: EngineReactor, pipes: Pipes) -> None:
-    """A protocol that takes half closes need not wait for its output."""
+def test_a_half_close_is_reported_at_once(reactor: EngineReactor, pipes: Pipes) -> None:
+    """A protocol that handles half closes need not wait for its output."""
     program = HalfClosing()
-    connect(program, pipes, reactor)
-    os.write(pipes.input, b"x")
-    pipes.close(pipes.input)
+    connect_and_end_input(program, pipes, reactor)
     spin(reactor, lambda: program.input_ended)
     assert not program.lost
     program.transport.loseConnection()
-    output = b""
-
-    def ended() -> list[Failure]:
-        nonlocal output
-        output += pipes.read()
-        return program.lost
-
-    spin_with_timers(reactor, ended)
-    assert output + pipes.read() == MUCH
+    assert output_until_lost(program, pipes, reactor) == MUCH
     assert program.input_ended == 1
 
 
 @implementer(IPushProducer)
 class Endless(Recorder):
-    """Writes for as long as there is room."""
+    """Writes as long as there is room."""
 
     transport: Any
     stopped = False
@@ -232,53 +236,38 @@ class Endless(Recorder):
         self.transport.write(MUCH)
 
     def pauseProducing(self) -> None:
-        """Nothing: it writes only when it is resumed."""
+        """It writes only when it is resumed."""
 
     def stopProducing(self) -> None:
         self.stopped = True
 
 
-def test_a_producer_without_end(reactor: EngineReactor, pipes: Pipes) -> None:
-    """Only what was queued at the end of the input is waited for."""
+def test_the_input_of_an_endless_producer_ends(
+    reactor: EngineReactor, pipes: Pipes
+) -> None:
+    """The end waits only for the output that was queued when the input ended."""
     program = Endless()
     connect(program, pipes, reactor)
     pipes.close(pipes.input)
     settle(reactor)
     assert not program.lost
-    output = b""
-
-    def ended() -> list[Failure]:
-        nonlocal output
-        output += pipes.read()
-        return program.lost
-
-    spin_with_timers(reactor, ended)
+    output = output_until_lost(program, pipes, reactor)
     assert program.stopped
     assert len(output) >= len(MUCH)
 
 
-def test_paused_and_resumed_meanwhile(reactor: EngineReactor, pipes: Pipes) -> None:
-    """The end is told once."""
+def test_a_program_pauses_and_resumes_after_the_end_of_its_input(
+    reactor: EngineReactor, pipes: Pipes
+) -> None:
+    """The end is reported once."""
     program = Much()
-    connect(program, pipes, reactor)
-    os.write(pipes.input, b"x")
-    pipes.close(pipes.input)
-    spin(reactor, lambda: program.data)
-    settle(reactor)
+    end_input_while_output_waits(program, pipes, reactor)
     transport: Any = program.transport
     transport.pauseProducing()
     settle(reactor)
     transport.resumeProducing()
     settle(reactor)
     assert not program.lost
-    size = 0
-
-    def ended() -> list[Failure]:
-        nonlocal size
-        size += len(pipes.read())
-        return program.lost
-
-    spin_with_timers(reactor, ended)
+    assert output_until_lost(program, pipes, reactor) == MUCH
     settle(reactor)
-    assert size + len(pipes.read()) == len(MUCH)
     assert len(program.lost) == 1
