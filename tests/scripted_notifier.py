@@ -1,11 +1,11 @@
 """
 Notifiers whose kernel is a script: a test says what each wait returns.
 
-:class:`ScriptedNotifier` returns what it was told to.  :class:`EdgeNotifier`
-and :class:`OneShotNotifier` work it out from a small fake kernel, each in the
-way of one family of real ones, and both as unhelpfully as the contract allows.
-:class:`StreamNotifier` adds what there is for streams: edges and plain input.
-All of them also hold the engine to its side of the contract.
+:class:`ScriptedNotifier` returns the events that a test gives it.
+:class:`EdgeNotifier` and :class:`OneShotNotifier` find their events in a small fake
+kernel, each as one family of real kernels does, and report as few of them and as late
+as the contract allows.  :class:`StreamNotifier` adds the parts for streams: edges and
+plain input.  All of them also check that the engine keeps its side of the contract.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from twisted_rtsig.notifiers import GONE, HANGUP, READ, WRITE, Event, Registrati
 
 FAKE = 100_000
 """
-Numbers from here on are fake.  Below is the waker that every reactor makes: it
-is watched, and never ready.
+Descriptors from here on are fake.  The descriptor of the waker, which every reactor
+makes, is below: it is watched, and never ready.
 """
 
 
 class ScriptedNotifier:
     """
-    A notifier that returns one batch of events after the other, then nothing.
+    A notifier that returns one batch of events after the other, and then no more.
 
-    :ivar batches: what the next calls of ``wait`` return or raise.
-    :ivar watched: the registrations, by number.
+    :ivar batches: the events that the next calls of ``wait`` return.
+    :ivar watched: the registrations, by descriptor.
     :ivar waits: the arguments of each ``wait``.
     :ivar life: the calls of ``open``, ``close`` and ``daemonized``.
-    :ivar refused: the numbers that ``watch`` refuses.
-    :ivar raises: what the next ``wait`` raises, and whether it has taken the
-        events from the kernel by then.
-    :ivar on_events: called with what ``wait`` is about to return.
-    :ivar complaints: how the engine has broken the contract.  An exception
-        alone could be lost among those that the engine catches.
+    :ivar refused: the descriptors that ``watch`` refuses.
+    :ivar raises: raised by the next ``wait``, and whether it has taken the events
+        from the kernel by then.
+    :ivar on_events: called with the events that ``wait`` is about to return.
+    :ivar complaints: how the engine has broken the contract.  An exception alone
+        could get lost among those that the engine catches.
     """
 
     def __init__(self) -> None:
@@ -49,9 +49,9 @@ class ScriptedNotifier:
         self.raises: tuple[BaseException, bool] | None = None
         self.on_events: Callable[[Sequence[Event]], None] = lambda events: None
         self.complaints: list[str] = []
-        # What a wait was given and has not reported since.
+        # The directions that a wait has checked and that were not reported since.
         self._armed: dict[Registration, int] = {}
-        # All there ever were, in order.
+        # All registrations, also ended ones, in order.
         self._known: dict[Registration, None] = {}
 
     # The contract
@@ -66,20 +66,20 @@ class ScriptedNotifier:
         self.life.append("daemonized")
 
     def watch(self, registration: Registration) -> None:
-        number = registration.descriptor
-        self._expect(number not in self.watched, f"{number} is watched already")
+        descriptor = registration.descriptor
+        self._expect(descriptor not in self.watched, f"{descriptor} is watched already")
         self._expect(registration not in self._known, f"{registration} had ended")
-        self._expect(registration.interest != 0, f"{registration} is for nobody")
-        if number in self.refused:
+        self._expect(registration.interest != 0, f"{registration} has no interest")
+        if descriptor in self.refused:
             raise OSError(errno.ENOMEM, "refused by the script")
-        self.watched[number] = registration
+        self.watched[descriptor] = registration
         self._known[registration] = None
         self._armed[registration] = 0
 
     def update(self, registration: Registration) -> None:
         self._expect(self._is_live(registration), f"{registration} is not watched")
         self._expect(registration.interest != 0, f"{registration} should end")
-        # A direction that comes anew was not checked since.
+        # A direction that begins again has to be checked again.
         self._armed[registration] &= registration.interest
 
     def unwatch(self, registration: Registration) -> None:
@@ -114,7 +114,7 @@ class ScriptedNotifier:
         return plain, [event for event in events if event[0] not in plain]
 
     def is_hung_up(self, registration: Registration) -> bool:
-        # The next batch says so.
+        # The next batch says whether it is.
         return True
 
     def statistics(self) -> Mapping[str, int]:
@@ -126,11 +126,11 @@ class ScriptedNotifier:
         return self.batches.popleft() if self.batches else []
 
     def _spared(self, registration: Registration) -> int:
-        """The directions that need be neither armed nor handed to this wait."""
+        """The directions that need neither be armed nor be checked by this wait."""
         return 0
 
     def _plain_input(self, events: Sequence[Event]) -> Sequence[Registration]:
-        """Whose events are told as plain input."""
+        """The registrations whose events are reported as plain input."""
         return []
 
     def _is_live(self, registration: Registration) -> bool:
@@ -142,7 +142,7 @@ class ScriptedNotifier:
 
 
 class File:
-    """An open file description; ``levels`` says what it is ready for."""
+    """An open file description.  ``levels`` are the directions that are ready."""
 
     def __init__(self) -> None:
         self.levels = 0
@@ -150,11 +150,11 @@ class File:
 
 class KernelNotifier(ScriptedNotifier):
     """
-    A notifier and the kernel below it.
+    A notifier, and the kernel below it.
 
-    :ivar files: what is open, by number.
-    :ivar bound: what was open when a registration began.
-    :ivar random: puts the events out of order.
+    :ivar files: the open files, by descriptor.
+    :ivar bound: the file of each registration when it began.
+    :ivar random: shuffles the events.
     :ivar hold: whether some events come late.
     """
 
@@ -166,36 +166,36 @@ class KernelNotifier(ScriptedNotifier):
         self.hold = False
         self._pending: list[Event] = []
 
-    def file_opens(self, number: int) -> None:
-        self.files[number] = File()
+    def file_opens(self, descriptor: int) -> None:
+        self.files[descriptor] = File()
 
-    def file_closes(self, number: int) -> None:
-        del self.files[number]
+    def file_closes(self, descriptor: int) -> None:
+        del self.files[descriptor]
 
-    def becomes_ready(self, number: int, what: int) -> None:
-        self.files[number].levels |= what
+    def becomes_ready(self, descriptor: int, what: int) -> None:
+        self.files[descriptor].levels |= what
 
-    def is_ready_no_more(self, number: int, what: int) -> None:
-        self.files[number].levels &= ~what
+    def is_ready_no_more(self, descriptor: int, what: int) -> None:
+        self.files[descriptor].levels &= ~what
 
     def stray(self, which: int, ready: int) -> None:
-        """One more event, of any registration there ever was."""
+        """Report one more event, of any registration, also of an ended one."""
         known = [each for each in self._known if each.descriptor >= FAKE]
         if known:
             registration = known[which % len(known)]
             if self._is_live(registration):
-                # May be called for nothing, but not disconnected for nothing.
+                # It may be called without a reason, but not be disconnected.
                 ready &= READ | WRITE
             self._pending.append((registration, ready, 0))
 
     def watch(self, registration: Registration) -> None:
-        number = registration.descriptor
-        if number < FAKE:
-            self.files.setdefault(number, File())
-        if number not in self.files:
+        descriptor = registration.descriptor
+        if descriptor < FAKE:
+            self.files.setdefault(descriptor, File())
+        if descriptor not in self.files:
             raise OSError(errno.EBADF, "not open")
         super().watch(registration)
-        self.bound[registration] = self.files[number]
+        self.bound[registration] = self.files[descriptor]
 
     def unwatch(self, registration: Registration) -> None:
         super().unwatch(registration)
@@ -228,27 +228,27 @@ class KernelNotifier(ScriptedNotifier):
 
 class EdgeNotifier(KernelNotifier):
     """
-    Persistent and edge-triggered, as realtime signals, epoll and kqueue are.
+    A persistent and edge-triggered notifier, like realtime signals, epoll and kqueue.
 
-    What is armed tells once when it becomes ready.  An edge that was queued
-    stays, whatever becomes of the registration and of the descriptor.
+    An armed registration is reported once when it becomes ready.  An edge that was
+    queued stays, even if the registration ends or the descriptor is closed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._overflowed = False
 
-    def becomes_ready(self, number: int, what: int) -> None:
-        file = self.files[number]
+    def becomes_ready(self, descriptor: int, what: int) -> None:
+        file = self.files[descriptor]
         new = what & ~file.levels
-        super().becomes_ready(number, what)
+        super().becomes_ready(descriptor, what)
         if new:
             for registration, bound in self.bound.items():
                 if bound is file:
                     self._pending.append((registration, new, 0))
 
     def overflow(self) -> None:
-        """The queue was full: its edges are lost, and everything is checked."""
+        """Lose the edges of the full queue, and check all registrations."""
         self._pending.clear()
         self._overflowed = True
 
@@ -265,31 +265,31 @@ class EdgeNotifier(KernelNotifier):
 
 class OneShotNotifier(KernelNotifier):
     """
-    One asynchronous poll for each registration, which any event uses up: AFD.
+    A notifier with one asynchronous poll for each registration, which any event
+    completes, as with AFD.
 
-    To check one direction again takes a new poll for both.  What has completed
-    already is told all the same, and so is the poll of a registration that has
-    ended since.
+    Checking one direction again takes a new poll for both.  A poll that has completed
+    already is reported nevertheless, even if its registration has ended since.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._polls: dict[Registration, tuple[File, int]] = {}
 
-    def becomes_ready(self, number: int, what: int) -> None:
-        super().becomes_ready(number, what)
-        self._complete(self.files[number], what)
+    def becomes_ready(self, descriptor: int, what: int) -> None:
+        super().becomes_ready(descriptor, what)
+        self._complete(self.files[descriptor], what)
 
-    def file_closes(self, number: int) -> None:
-        file = self.files[number]
-        super().file_closes(number)
+    def file_closes(self, descriptor: int) -> None:
+        file = self.files[descriptor]
+        super().file_closes(descriptor)
         self._complete(file, GONE)
 
     def unwatch(self, registration: Registration) -> None:
         super().unwatch(registration)
         poll = self._polls.pop(registration, None)
         if poll is not None:
-            # It is cancelled, but something may have happened just before.
+            # The poll is cancelled, but may have completed just before.
             ready = self.random.choice([0, READ, WRITE]) & poll[1]
             self._pending.append((registration, ready, poll[1] & ~ready))
 
@@ -304,7 +304,7 @@ class OneShotNotifier(KernelNotifier):
         for registration in unchecked:
             if not self._is_live(registration):
                 continue
-            # What comes of a poll that gives way to another is not told.
+            # The result of a poll that is replaced by another is not reported.
             self._polls.pop(registration, None)
             mask = registration.interest
             what = self._level(registration, mask)
@@ -316,23 +316,24 @@ class OneShotNotifier(KernelNotifier):
 
 class StreamSocket(File):
     """
-    A connected stream socket: what the engine calls, and the other end of it.
+    A connected stream socket: the methods that the engine calls, and those of the peer.
 
-    :ivar number: its descriptor, until it is closed.
-    :ivar arrived: all that its peer has sent.
-    :ivar sent: all that it has sent itself.
-    :ivar room: how much more it could send.
-    :ivar ended: the peer sends no more.
-    :ivar reset: the peer is gone; what has arrived is still there to be read.
-    :ivar shut: it sends no more itself.
+    :ivar descriptor: its descriptor, until it is closed.
+    :ivar arrived: all data that its peer has sent.
+    :ivar sent: all data that it has sent.
+    :ivar room: how many more bytes it can send.
+    :ivar ended: the peer has ended its output.
+    :ivar reset: the peer has reset the connection.  Data that has arrived can still be
+        read.
+    :ivar shut: this socket has ended its output.
     :ivar on_recv: called before each read.
     :ivar on_send: called before each attempt to send.
     :ivar on_sent: called after each send, with whether there was room for all.
     """
 
-    def __init__(self, notifier: StreamNotifier, number: int) -> None:
+    def __init__(self, notifier: StreamNotifier, descriptor: int) -> None:
         super().__init__()
-        self.number = number
+        self.descriptor = descriptor
         self.arrived = b""
         self.sent = b""
         self.room = 10
@@ -374,7 +375,7 @@ class StreamSocket(File):
     # The engine
 
     def fileno(self) -> int:
-        return self.number
+        return self.descriptor
 
     def setblocking(self, blocking: bool) -> None:
         pass
@@ -416,12 +417,12 @@ class StreamSocket(File):
             self._arrives(READ, end=True)
 
     def close(self) -> None:
-        if self.number != -1:
-            self._notifier.file_closes(self.number)
-            self.number = -1
+        if self.descriptor != -1:
+            self._notifier.file_closes(self.descriptor)
+            self.descriptor = -1
 
     def _fail_if_closed(self) -> None:
-        if self.number == -1:
+        if self.descriptor == -1:
             raise OSError(errno.EBADF, "closed by the script")
 
     def _update(self) -> None:
@@ -440,29 +441,29 @@ class StreamSocket(File):
 
 class StreamNotifier(KernelNotifier):
     """
-    Persistent and edge-triggered, and it knows plain input.
+    A persistent and edge-triggered notifier that reports plain input.
 
-    It tells of what arrives if it owes that, and otherwise as chance has it.
+    It reports all events that the contract demands, and other events at random.
 
-    :ivar edges: those of the registrations that begin from now on, if they
-        tell when they are drained.
+    :ivar edges: the edges of registrations that begin from now on, if they tell when
+        they are drained.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.edges = READ | WRITE
-        # Told as plain input by the last wait, and not read since.
+        # Reported as plain input by the last wait, and not read since.
         self._unread: set[Registration] = set()
         self._level_triggered: set[Registration] = set()
 
-    def distrust(self, number: int) -> None:
+    def distrust(self, descriptor: int) -> None:
         """
-        Urgent data, say: no edge of this registration is good any more.  It is
-        checked in each wait from now on, whatever the engine takes for armed.
+        Give up the edges of a registration, as a kernel does at urgent data.  Each wait
+        from now on checks it, even if the engine takes it for armed.
         """
-        if number in self.watched:
-            self.watched[number].edges = 0
-            self._level_triggered.add(self.watched[number])
+        if descriptor in self.watched:
+            self.watched[descriptor].edges = 0
+            self._level_triggered.add(self.watched[descriptor])
 
     def arrives(self, file: StreamSocket, what: int, end: bool) -> None:
         for registration, bound in self.bound.items():
@@ -470,7 +471,7 @@ class StreamNotifier(KernelNotifier):
                 continue
             owed = bool(self._armed[registration] & what)
             if end and registration in self._unread:
-                # A short read, which is still to come, will not show it.
+                # The short read that is still to come will not show the end.
                 owed = True
             if owed or self.random.random() < 0.5:
                 self._pending.append((registration, what, 0))
@@ -485,7 +486,7 @@ class StreamNotifier(KernelNotifier):
                 self._armed[registration] |= registration.edges & READ
 
     def is_quiet(self) -> bool:
-        """The last wait would sleep for ever, and has no reason not to."""
+        """Whether the last wait had no timeout, nothing to check, and no events."""
         return self.waits[-1] == (None, {}) and not self._pending
 
     def watch(self, registration: Registration) -> None:
@@ -496,7 +497,7 @@ class StreamNotifier(KernelNotifier):
     def _spared(self, registration: Registration) -> int:
         if registration in self._level_triggered:
             return READ | WRITE
-        # Who does not sleep may have to read on after this wait.
+        # The engine does not sleep if it has to read on after this wait.
         return registration.edges & READ if self.waits[-1][0] == 0 else 0
 
     def _check(self, unchecked: Mapping[Registration, int]) -> Iterable[Event]:
@@ -517,7 +518,7 @@ class StreamNotifier(KernelNotifier):
                 plain.append(registration)
                 file = self.bound.get(registration)
                 if isinstance(file, StreamSocket) and file.ends_behind_data():
-                    # Which a short read does not show.
+                    # A short read does not show the end.
                     self._pending.append((registration, READ, 0))
         self._unread = set(plain)
         return plain

@@ -1,6 +1,6 @@
 """
-What the engine promises, on notifiers whose kernel is a script: examples of
-each promise, and a model of all of them together.
+The guarantees of the engine, on notifiers whose kernel is a script: examples of each
+guarantee, and a model of all of them together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from random import Random
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -19,7 +18,6 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from twisted.internet.error import (
     ConnectionDone,
@@ -35,7 +33,7 @@ from twisted.python import context, log
 from twisted.python.failure import Failure
 from zope.interface import alsoProvides, implementer
 
-from tests.quick import examples
+from tests.models import run_model
 from tests.scripted_notifier import (
     FAKE,
     EdgeNotifier,
@@ -61,17 +59,17 @@ BOTH = READ | WRITE
 
 class Selectable:
     """
-    A reader and writer as an application would write it, without a descriptor.
+    A reader and writer as an application would write it, with a fake descriptor.
 
-    :ivar number: what ``fileno()`` returns.
-    :ivar calls: which of its methods were called, in order.
-    :ivar reasons: why it was disconnected.
-    :ivar fileno_raises: what the next calls of ``fileno`` raise.
-    :ivar prefix_raises: what the next calls of ``logPrefix`` raise.
+    :ivar descriptor: returned by ``fileno()``.
+    :ivar calls: its methods that were called, in order.
+    :ivar reasons: the reasons of its disconnections.
+    :ivar fileno_raises: raised by the next calls of ``fileno``.
+    :ivar prefix_raises: raised by the next calls of ``logPrefix``.
     """
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
         self.calls: list[str] = []
         self.reasons: list[Failure] = []
         self.fileno_raises: list[BaseException] = []
@@ -83,12 +81,12 @@ class Selectable:
     def fileno(self) -> int:
         if self.fileno_raises:
             raise self.fileno_raises.pop(0)
-        return self.number
+        return self.descriptor
 
     def logPrefix(self) -> str:
         if self.prefix_raises:
             raise self.prefix_raises.pop(0)
-        return f"selectable {self.number}"
+        return f"selectable {self.descriptor}"
 
     def doRead(self) -> Any:
         self.calls.append("read")
@@ -103,7 +101,7 @@ class Selectable:
         self.reasons.append(reason)
         self.on_lost()
 
-    # Of IHalfCloseableDescriptor, which only some provide.
+    # IHalfCloseableDescriptor, which only some selectables provide.
 
     def readConnectionLost(self, reason: Failure) -> None:
         self.calls.append("read lost")
@@ -116,14 +114,14 @@ class Selectable:
 
 @implementer(ILogObserver)
 class LoggedFailures:
-    """The failures that are logged while it watches."""
+    """Collects the failures that are logged."""
 
     def __init__(self) -> None:
         self.failures: list[Failure] = []
         globalLogPublisher.addObserver(self)
 
     def __call__(self, event: LogEvent) -> None:
-        # The one is what twisted.logger says, the other twisted.python.log.
+        # twisted.logger uses the first name, twisted.python.log the second.
         failure = event.get("log_failure", event.get("failure"))
         if failure is not None:
             self.failures.append(failure)
@@ -132,7 +130,7 @@ class LoggedFailures:
         globalLogPublisher.removeObserver(self)
 
     def take(self) -> list[BaseException | None]:
-        """The exceptions logged since the last time."""
+        """The exceptions that were logged since the last call."""
         taken, self.failures = self.failures, []
         return [failure.value for failure in taken]
 
@@ -150,20 +148,20 @@ def raiser(error: BaseException) -> Callable[[], Any]:
 
 
 class Bench:
-    """A reactor on a scripted notifier, and selectables that are easily made."""
+    """A reactor on a scripted notifier, and helpers to make selectables and events."""
 
     def __init__(self) -> None:
         self.log = LoggedFailures()
         self.notifier = ScriptedNotifier()
         self.reactor = EngineReactor(self.notifier)
-        self._numbers = itertools.count(FAKE)
+        self._descriptors = itertools.count(FAKE)
 
-    def selectable(self, number: int | None = None) -> Selectable:
-        return Selectable(next(self._numbers) if number is None else number)
+    def selectable(self, descriptor: int | None = None) -> Selectable:
+        return Selectable(next(self._descriptors) if descriptor is None else descriptor)
 
-    def armed(self, interest: int, number: int | None = None) -> Selectable:
+    def armed(self, interest: int, descriptor: int | None = None) -> Selectable:
         """A selectable that was added, checked, and found not ready."""
-        made = self.selectable(number)
+        made = self.selectable(descriptor)
         if interest & READ:
             self.reactor.addReader(made)
         if interest & WRITE:
@@ -177,18 +175,43 @@ class Bench:
     def writer(self) -> Selectable:
         return self.armed(WRITE)
 
+    def renew(self, selectable: Selectable, interest: int) -> None:
+        """End each interest, and begin it again at once."""
+        if interest & READ:
+            self.reactor.removeReader(selectable)
+            self.reactor.addReader(selectable)
+        if interest & WRITE:
+            self.reactor.removeWriter(selectable)
+            self.reactor.addWriter(selectable)
+
     def event(self, selectable: Selectable, ready: int, disarmed: int = 0) -> Event:
-        return self.notifier.watched[selectable.number], ready, disarmed
+        return self.notifier.watched[selectable.descriptor], ready, disarmed
 
     def happens(self, *events: Event) -> None:
-        """One pass of the reactor, whose wait returns the events."""
+        """Run one pass of the reactor.  Its wait returns the events."""
         self.notifier.batches.append(events)
         self.reactor.iterate(0)
 
+    def happens_after(
+        self, call: Callable[[], Any], selectable: Selectable, ready: int
+    ) -> Selectable:
+        """
+        Run a pass with two events.  The first one makes ``call``.  The second one is
+        for ``selectable``.
+
+        :return: the reader of the first event.
+        """
+        first = self.reader()
+        first.on_read = call
+        self.happens(self.event(first, READ), self.event(selectable, ready))
+        assert first.calls == ["read"]
+        return first
+
     def hangs_up(self, it: Selectable, end: str = "lost") -> int:
         """
-        Passes that report a hang-up of ``it``, until the engine ends it; in how many
-        of them the engine has called it instead.
+        Run passes that report a hang-up of ``it``, until the engine disconnects it.
+
+        :return: in how many passes the engine has called it before that.
         """
         for times in range(A_FEW):
             self.happens(self.event(it, HANGUP))
@@ -196,8 +219,12 @@ class Bench:
                 return times
         raise AssertionError(it.calls)
 
-    def handed(self) -> dict[int, int]:
-        """One more pass without events: what it is to check, by number."""
+    def unchecked(self) -> dict[int, int]:
+        """
+        Run a pass without events.
+
+        :return: the directions that its wait had to check, by descriptor.
+        """
         self.happens()
         unchecked = self.notifier.waits[-1][1]
         return {each.descriptor: what for each, what in unchecked.items()}
@@ -207,271 +234,262 @@ class Bench:
 def bench() -> Iterator[Bench]:
     it = Bench()
     yield it
-    # Selectables that the test has left half done are not told.
+    # The selectables that the test has left get no further calls.
     it.reactor.removeAll()
     dispose(it.reactor)
     it.log.stop()
     assert it.notifier.complaints == []
-    # Those that a test expects, it takes.
+    # A test takes the exceptions that it expects.
     assert it.log.take() == []
 
 
 # Unchecked, ready, armed
 
 
-def test_new_interest_is_unchecked(bench: Bench) -> None:
-    """Whatever is added is checked by the next wait, in its direction only."""
+def test_new_interest_is_checked(bench: Bench) -> None:
+    """The next wait checks a new reader or writer, in its direction only."""
     reader, writer = bench.selectable(), bench.selectable()
     bench.reactor.addReader(reader)
     bench.reactor.addWriter(writer)
-    unchecked = bench.handed()
-    assert unchecked[reader.number] == READ
-    assert unchecked[writer.number] == WRITE
+    unchecked = bench.unchecked()
+    assert unchecked[reader.descriptor] == READ
+    assert unchecked[writer.descriptor] == WRITE
 
 
-def test_second_direction_is_unchecked(bench: Bench) -> None:
-    """A writer that joins its own registration leaves the reading armed."""
+def test_a_second_direction_is_checked(bench: Bench) -> None:
+    """A selectable that reads already begins to write: its reading stays armed."""
     it = bench.reader()
     bench.reactor.addWriter(it)
-    assert bench.handed() == {it.number: WRITE}
+    assert bench.unchecked() == {it.descriptor: WRITE}
 
 
-def test_found_not_ready_is_armed(bench: Bench) -> None:
-    """What a wait was given and does not report is not checked again."""
+def test_a_selectable_that_was_found_not_ready_is_armed(bench: Bench) -> None:
+    """A registration that a wait has checked and not reported is not checked again."""
     it = bench.armed(BOTH)
-    assert bench.handed() == {}
+    assert bench.unchecked() == {}
     assert it.calls == []
 
 
-def test_ready_is_called_and_unchecked_again(bench: Bench) -> None:
-    """A call may leave something to read, so that the next wait looks again."""
+def test_a_ready_selectable_is_called_and_checked_again(bench: Bench) -> None:
+    """A call may leave something to read.  So the next wait checks again."""
     it = bench.armed(BOTH)
     bench.happens(bench.event(it, READ))
     assert it.calls == ["read"]
-    assert bench.handed() == {it.number: READ}
-    assert bench.handed() == {}
+    assert bench.unchecked() == {it.descriptor: READ}
+    assert bench.unchecked() == {}
 
 
-def test_read_goes_before_write(bench: Bench) -> None:
-    """Who can do both reads first."""
+def test_a_selectable_reads_before_it_writes(bench: Bench) -> None:
+    """One event reports both directions."""
     it = bench.armed(BOTH)
     bench.happens(bench.event(it, BOTH))
     assert it.calls == ["read", "write"]
-    assert bench.handed() == {it.number: BOTH}
+    assert bench.unchecked() == {it.descriptor: BOTH}
 
 
 @pytest.mark.parametrize("delay", [None, 0, 1.5])
-def test_delay_is_handed_on(bench: Bench, delay: float | None) -> None:
-    """The reactor sleeps as long as the next timer allows, or for ever."""
+def test_the_delay_is_passed_to_the_notifier(bench: Bench, delay: float | None) -> None:
+    """The reactor sleeps until the next timer, or without a timeout."""
     bench.reader()
     bench.reactor.doIteration(delay)
     assert bench.notifier.waits[-1] == (delay, {})
 
 
-def test_disarmed_is_checked_again(bench: Bench) -> None:
-    """A one-shot event that used up the other direction does not call it."""
+def test_a_disarmed_direction_is_checked_again(bench: Bench) -> None:
+    """A one-shot event has disarmed the other direction, which is not called."""
     it = bench.armed(BOTH)
     bench.happens(bench.event(it, READ, WRITE))
     assert it.calls == ["read"]
-    assert bench.handed() == {it.number: BOTH}
+    assert bench.unchecked() == {it.descriptor: BOTH}
 
 
-def test_disarmed_without_anything_ready(bench: Bench) -> None:
-    """A poll that completes for no reason is only issued again."""
+def test_a_disarmed_selectable_that_is_not_ready_is_checked_again(bench: Bench) -> None:
+    """A poll that completes without an event is issued again."""
     it = bench.armed(BOTH)
     bench.happens(bench.event(it, 0, BOTH))
     assert it.calls == []
-    assert bench.handed() == {it.number: BOTH}
+    assert bench.unchecked() == {it.descriptor: BOTH}
 
 
-def test_disarmed_where_nobody_is_interested(bench: Bench) -> None:
-    """Nothing is checked for nobody."""
+def test_a_disarmed_direction_without_interest_is_not_checked(bench: Bench) -> None:
+    """The selectable only reads, and the event has disarmed writing."""
     it = bench.reader()
     bench.happens(bench.event(it, 0, WRITE))
-    assert bench.handed() == {}
+    assert bench.unchecked() == {}
 
 
-def test_ready_where_nobody_is_interested(bench: Bench) -> None:
-    """The kernel may tell more than it was asked."""
+def test_a_ready_direction_without_interest_is_not_called(bench: Bench) -> None:
+    """The kernel may report more than it was asked for."""
     it = bench.reader()
     bench.happens(bench.event(it, WRITE))
     assert it.calls == []
-    assert bench.handed() == {}
+    assert bench.unchecked() == {}
 
 
 def test_adding_twice_changes_nothing(bench: Bench) -> None:
-    """Twisted adds writers again and again; it costs no check."""
+    """Twisted often adds a writer again, which must not cost a check."""
     it = bench.armed(BOTH)
     bench.reactor.addReader(it)
     bench.reactor.addWriter(it)
-    assert bench.handed() == {}
+    assert bench.unchecked() == {}
     bench.happens(bench.event(it, BOTH))
     assert it.calls == ["read", "write"]
 
 
-def test_removing_what_was_not_added(bench: Bench) -> None:
-    """Twisted removes to be sure."""
+def test_removing_a_selectable_that_was_not_added(bench: Bench) -> None:
+    """Twisted often does so, to be sure."""
     it = bench.reader()
     bench.reactor.removeWriter(it)
     bench.reactor.removeReader(bench.selectable())
     assert it in bench.reactor.getReaders()
     bench.reactor.removeReader(it)
     bench.reactor.removeReader(it)
-    assert it.number not in bench.notifier.watched
+    assert it.descriptor not in bench.notifier.watched
 
 
-def test_last_interest_ends_the_watch(bench: Bench) -> None:
-    """The notifier is told when one interest goes, and when the last one does."""
+def test_the_end_of_the_last_interest_ends_the_registration(bench: Bench) -> None:
+    """The notifier is told when one interest ends, and when the last one ends."""
     it = bench.armed(BOTH)
-    registration = bench.notifier.watched[it.number]
+    registration = bench.notifier.watched[it.descriptor]
     bench.reactor.removeReader(it)
     assert registration.interest == WRITE
-    assert bench.notifier.watched[it.number] is registration
+    assert bench.notifier.watched[it.descriptor] is registration
     bench.reactor.removeWriter(it)
-    assert it.number not in bench.notifier.watched
+    assert it.descriptor not in bench.notifier.watched
 
 
-def test_removed_before_it_was_checked(bench: Bench) -> None:
-    """What was added and removed within a pass is not checked for nobody."""
+def test_a_selectable_that_is_removed_before_its_check_is_not_checked(
+    bench: Bench,
+) -> None:
+    """It was added and removed within a pass."""
     it = bench.selectable()
     bench.reactor.addReader(it)
     bench.reactor.removeReader(it)
-    assert it.number not in bench.handed()
+    assert it.descriptor not in bench.unchecked()
 
 
-def test_removed_while_it_reads(bench: Bench) -> None:
-    """Nobody is checked again for a reader that has removed itself."""
+def test_a_reader_that_removes_itself_is_not_checked(bench: Bench) -> None:
+    """It was called, and would be checked again if it still wanted to read."""
     it = bench.armed(BOTH)
     it.on_read = lambda: bench.reactor.removeReader(it)
     bench.happens(bench.event(it, READ))
-    assert bench.handed() == {}
+    assert bench.unchecked() == {}
 
 
-def test_selectables_are_asked_for_their_origin(bench: Bench) -> None:
-    """What the reactor did not open itself may be shared with anybody."""
+def test_the_descriptor_of_a_selectable_may_be_shared(bench: Bench) -> None:
+    """The reactor did not open it, so that other code may use it as well."""
     it = bench.reader()
-    assert bench.notifier.watched[it.number].origin is Origin.SHARED
+    assert bench.notifier.watched[it.descriptor].origin is Origin.SHARED
 
 
 # Removal and reuse within a batch of events
 
 
 @pytest.mark.parametrize("direction", [READ, WRITE])
-def test_removed_by_an_earlier_call(bench: Bench, direction: int) -> None:
-    """A removal counts at once, also for events that were returned before it."""
-    first, second = bench.reader(), bench.armed(direction)
+def test_a_selectable_that_an_earlier_call_removes_is_not_called(
+    bench: Bench, direction: int
+) -> None:
+    """A removal takes effect at once, also for events of the same batch."""
+    it = bench.armed(direction)
 
     def remove() -> None:
-        bench.reactor.removeReader(second)
-        bench.reactor.removeWriter(second)
+        bench.reactor.removeReader(it)
+        bench.reactor.removeWriter(it)
 
-    first.on_read = remove
-    bench.happens(bench.event(first, READ), bench.event(second, direction))
-    assert first.calls == ["read"]
-    assert second.calls == []
+    bench.happens_after(remove, it, direction)
+    assert it.calls == []
 
 
-def test_one_direction_removed_by_an_earlier_call(bench: Bench) -> None:
-    """The direction that stays is called, and only that."""
-    first, second = bench.reader(), bench.armed(BOTH)
-    first.on_read = lambda: bench.reactor.removeReader(second)
-    bench.happens(bench.event(first, READ), bench.event(second, BOTH))
-    assert second.calls == ["write"]
+def test_a_direction_that_an_earlier_call_removes_is_not_called(bench: Bench) -> None:
+    """Only the direction that stays is called."""
+    it = bench.armed(BOTH)
+    bench.happens_after(lambda: bench.reactor.removeReader(it), it, BOTH)
+    assert it.calls == ["write"]
 
 
-def test_writing_ended_by_the_read(bench: Bench) -> None:
-    """doRead that removes the writer is not followed by doWrite."""
+def test_a_read_that_ends_writing_is_not_followed_by_a_write(bench: Bench) -> None:
+    """The event reports both directions."""
     it = bench.armed(BOTH)
     it.on_read = lambda: bench.reactor.removeWriter(it)
     bench.happens(bench.event(it, BOTH))
     assert it.calls == ["read"]
 
 
-def test_writing_begun_by_the_read(bench: Bench) -> None:
-    """The event says what was known before anybody wanted to write."""
+def test_a_read_that_begins_writing_is_not_followed_by_a_write(bench: Bench) -> None:
+    """The event is older than the interest in writing."""
     it = bench.reader()
     it.on_read = lambda: bench.reactor.addWriter(it)
     bench.happens(bench.event(it, BOTH))
     assert it.calls == ["read"]
-    assert bench.handed() == {it.number: BOTH}
+    assert bench.unchecked() == {it.descriptor: BOTH}
 
 
 @pytest.mark.parametrize("interest", [READ, BOTH])
-def test_removed_and_added_again(bench: Bench, interest: int) -> None:
+def test_interest_that_was_renewed_is_checked_again(
+    bench: Bench, interest: int
+) -> None:
     """
-    Interest that began anew is checked anew, whether its registration has
-    ended meanwhile or the other direction has kept it alive.
+    An event that is older than the interest does not count, whether the registration
+    is a new one or the other direction has kept it.
     """
-    first, second = bench.reader(), bench.armed(interest)
-
-    def renew() -> None:
-        bench.reactor.removeReader(second)
-        bench.reactor.addReader(second)
-
-    first.on_read = renew
-    bench.happens(bench.event(first, READ), bench.event(second, READ))
-    assert second.calls == []
-    assert bench.handed() == {first.number: READ, second.number: READ}
+    it = bench.armed(interest)
+    first = bench.happens_after(lambda: bench.renew(it, READ), it, READ)
+    assert it.calls == []
+    assert bench.unchecked() == {first.descriptor: READ, it.descriptor: READ}
 
 
-def test_renewed_before_it_is_told_gone(bench: Bench) -> None:
-    """One direction after the other, so that the registration is the same."""
-    first, second = bench.reader(), bench.armed(BOTH)
-
-    def renew() -> None:
-        bench.reactor.removeReader(second)
-        bench.reactor.addReader(second)
-        bench.reactor.removeWriter(second)
-        bench.reactor.addWriter(second)
-
-    first.on_read = renew
-    bench.happens(bench.event(first, READ), bench.event(second, GONE))
-    assert second.calls == []
-    assert bench.handed()[second.number] == BOTH
-    bench.happens(bench.event(second, GONE))
-    assert second.calls == ["lost"]
+def test_interest_that_was_renewed_is_not_lost_by_an_older_event(bench: Bench) -> None:
+    """Each direction is renewed in turn, so that the registration stays the same."""
+    it = bench.armed(BOTH)
+    bench.happens_after(lambda: bench.renew(it, BOTH), it, GONE)
+    assert it.calls == []
+    assert bench.unchecked()[it.descriptor] == BOTH
+    bench.happens(bench.event(it, GONE))
+    assert it.calls == ["lost"]
 
 
-def test_number_reused_within_a_batch(bench: Bench) -> None:
-    """An event for a descriptor closed meanwhile is not for its successor."""
-    first, former = bench.reader(), bench.reader()
-    successor = bench.selectable(former.number)
+def test_an_event_of_a_closed_descriptor_does_not_reach_its_successor(
+    bench: Bench,
+) -> None:
+    """A selectable is removed, and another one gets its descriptor."""
+    former = bench.reader()
+    successor = bench.selectable(former.descriptor)
 
     def reuse() -> None:
         bench.reactor.removeReader(former)
-        former.number = -1
+        former.descriptor = -1
         bench.reactor.addReader(successor)
 
-    first.on_read = reuse
-    bench.happens(bench.event(first, READ), bench.event(former, READ))
+    bench.happens_after(reuse, former, READ)
     assert former.calls == []
     assert successor.calls == []
-    assert bench.handed()[successor.number] == READ
+    assert bench.unchecked()[successor.descriptor] == READ
 
 
-def test_replaced_within_a_batch(bench: Bench) -> None:
-    """The same when the former owner was closed but not removed."""
-    first, former = bench.reader(), bench.armed(BOTH)
-    successor = bench.selectable(former.number)
+def test_an_event_does_not_reach_the_successor_of_a_selectable(bench: Bench) -> None:
+    """The former selectable was closed but not removed."""
+    former = bench.armed(BOTH)
+    successor = bench.selectable(former.descriptor)
 
     def replace() -> None:
-        former.number = -1
+        former.descriptor = -1
         bench.reactor.addReader(successor)
 
-    first.on_read = replace
-    bench.happens(bench.event(first, READ), bench.event(former, BOTH))
+    bench.happens_after(replace, former, BOTH)
     assert former.calls == []
     assert successor.calls == []
     assert former not in bench.reactor.getWriters()
 
 
-def test_replaced_by_itself(bench: Bench) -> None:
-    """doRead that hands its own descriptor over is followed by no doWrite."""
+def test_a_read_that_replaces_its_selectable_is_not_followed_by_a_write(
+    bench: Bench,
+) -> None:
+    """doRead closes its descriptor, and adds a successor with the same descriptor."""
     former = bench.armed(BOTH)
-    successor = bench.selectable(former.number)
+    successor = bench.selectable(former.descriptor)
 
     def replace() -> None:
-        former.number = -1
+        former.descriptor = -1
         bench.reactor.addReader(successor)
         bench.reactor.addWriter(successor)
 
@@ -479,14 +497,14 @@ def test_replaced_by_itself(bench: Bench) -> None:
     bench.happens(bench.event(former, BOTH))
     assert former.calls == ["read"]
     assert successor.calls == []
-    assert bench.handed() == {successor.number: BOTH}
+    assert bench.unchecked() == {successor.descriptor: BOTH}
 
 
-def test_former_owner_is_removed_late(bench: Bench) -> None:
-    """A removal by the former owner does not touch who has its number now."""
+def test_a_late_removal_does_not_affect_the_successor(bench: Bench) -> None:
+    """The former owner of the descriptor is removed after the successor was added."""
     former = bench.armed(BOTH)
-    former.number, number = -1, former.number
-    successor = bench.armed(BOTH, number)
+    former.descriptor, descriptor = -1, former.descriptor
+    successor = bench.armed(BOTH, descriptor)
     bench.reactor.removeReader(former)
     bench.reactor.removeWriter(former)
     bench.happens(bench.event(successor, BOTH))
@@ -495,10 +513,12 @@ def test_former_owner_is_removed_late(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("direction", [READ, WRITE])
-def test_taken_over(bench: Bench, direction: int) -> None:
-    """A direction has one owner: the latest, even if the former has the number."""
+def test_a_direction_belongs_to_the_latest_selectable(
+    bench: Bench, direction: int
+) -> None:
+    """This holds even if the former selectable still has the descriptor."""
     former = bench.armed(direction)
-    successor = bench.armed(direction, former.number)
+    successor = bench.armed(direction, former.descriptor)
     assert former not in bench.reactor.getReaders() + bench.reactor.getWriters()
     bench.happens(bench.event(successor, direction))
     assert former.calls == []
@@ -506,10 +526,12 @@ def test_taken_over(bench: Bench, direction: int) -> None:
 
 
 @pytest.mark.parametrize("direction", [READ, WRITE])
-def test_taken_over_by_the_neighbour(bench: Bench, direction: int) -> None:
-    """The same where the successor has the other direction already."""
+def test_a_selectable_takes_over_the_other_direction_of_its_descriptor(
+    bench: Bench, direction: int
+) -> None:
+    """A direction belongs to the latest selectable then as well."""
     former = bench.armed(direction)
-    successor = bench.armed(BOTH & ~direction, former.number)
+    successor = bench.armed(BOTH & ~direction, former.descriptor)
     bench.reactor.addReader(successor)
     bench.reactor.addWriter(successor)
     assert former not in bench.reactor.getReaders() + bench.reactor.getWriters()
@@ -519,8 +541,8 @@ def test_taken_over_by_the_neighbour(bench: Bench, direction: int) -> None:
     assert successor.calls == ["read", "write"]
 
 
-def test_stale_events_of_an_ended_registration(bench: Bench) -> None:
-    """They go nowhere, not even to who has the same number now."""
+def test_events_of_an_ended_registration_are_dropped(bench: Bench) -> None:
+    """They do not reach the new registration of the same descriptor either."""
     it = bench.armed(BOTH)
     stale = [bench.event(it, what, BOTH) for what in (READ, WRITE, HANGUP, GONE)]
     bench.reactor.removeReader(it)
@@ -530,16 +552,16 @@ def test_stale_events_of_an_ended_registration(bench: Bench) -> None:
     for event in stale:
         bench.happens(event)
     assert it.calls == []
-    assert bench.handed() == {}
+    assert bench.unchecked() == {}
 
 
-# Reader and writer of one number
+# A reader and a writer of the same descriptor
 
 
-def test_reader_and_writer_are_different(bench: Bench) -> None:
+def test_a_reader_and_another_writer_of_a_descriptor(bench: Bench) -> None:
     """Each gets its own calls, and removes only itself."""
     reader = bench.reader()
-    writer = bench.armed(WRITE, reader.number)
+    writer = bench.armed(WRITE, reader.descriptor)
     assert reader in bench.reactor.getReaders()
     assert writer in bench.reactor.getWriters()
     bench.happens(bench.event(reader, BOTH))
@@ -551,42 +573,46 @@ def test_reader_and_writer_are_different(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("direction", [READ, WRITE])
-def test_newcomer_for_the_other_direction(bench: Bench, direction: int) -> None:
+def test_another_selectable_for_the_other_direction_renews_both(
+    bench: Bench, direction: int
+) -> None:
     """
-    Its number may be a new descriptor: all begins anew, for both, and the
-    events of the former registration are for none of them.
+    The descriptor may be a new file.  So both directions are checked again, and the
+    events of the former registration reach neither selectable.
     """
     first = bench.armed(direction)
     stale = bench.event(first, BOTH)
-    newcomer = bench.selectable(first.number)
+    newcomer = bench.selectable(first.descriptor)
     if direction == READ:
         bench.reactor.addWriter(newcomer)
     else:
         bench.reactor.addReader(newcomer)
     bench.happens(stale)
     assert (first.calls, newcomer.calls) == ([], [])
-    assert bench.notifier.waits[-1][1] == {bench.notifier.watched[first.number]: BOTH}
+    assert bench.notifier.waits[-1][1] == {
+        bench.notifier.watched[first.descriptor]: BOTH
+    }
     bench.happens(bench.event(first, BOTH))
     assert len(first.calls) == len(newcomer.calls) == 1
 
 
-def test_newcomer_while_an_event_is_under_way(bench: Bench) -> None:
-    """The reader whose writer came within the batch is checked, not lost."""
-    first, reader = bench.reader(), bench.reader()
-    writer = bench.selectable(reader.number)
-    first.on_read = lambda: bench.reactor.addWriter(writer)
-    bench.happens(bench.event(first, READ), bench.event(reader, READ))
+def test_a_reader_whose_writer_is_added_within_the_batch_is_checked(
+    bench: Bench,
+) -> None:
+    """Its event of the batch is not lost: the check finds it again."""
+    reader = bench.reader()
+    writer = bench.selectable(reader.descriptor)
+    bench.happens_after(lambda: bench.reactor.addWriter(writer), reader, READ)
     assert reader.calls == []
-    assert bench.handed()[reader.number] == BOTH
+    assert bench.unchecked()[reader.descriptor] == BOTH
 
 
-def test_newcomer_whose_neighbour_fails(bench: Bench) -> None:
+def test_a_failing_fileno_of_the_reader_does_not_refuse_a_writer(bench: Bench) -> None:
     """
-    Exceptions of the one owner's fileno() are logged, and do not keep the other
-    one from being added.
+    The exception of the reader's fileno() is logged, and the writer is added.
     """
     reader = bench.reader()
-    writer = bench.selectable(reader.number)
+    writer = bench.selectable(reader.descriptor)
     error = RuntimeError("fileno of the reader")
     reader.fileno_raises.append(error)
     bench.reactor.addWriter(writer)
@@ -597,22 +623,24 @@ def test_newcomer_whose_neighbour_fails(bench: Bench) -> None:
 # fileno()
 
 
-def test_removed_after_its_number_is_gone(bench: Bench) -> None:
-    """Closed first and removed then: both directions are found nevertheless."""
+def test_a_selectable_is_removed_after_it_was_closed(bench: Bench) -> None:
+    """Its fileno() is negative by then, and both directions are found nevertheless."""
     it = bench.armed(BOTH)
-    number, it.number = it.number, -1
+    descriptor, it.descriptor = it.descriptor, -1
     bench.reactor.removeReader(it)
     bench.reactor.removeWriter(it)
-    assert number not in bench.notifier.watched
+    assert descriptor not in bench.notifier.watched
     assert it not in bench.reactor.getReaders() + bench.reactor.getWriters()
 
 
 @pytest.mark.parametrize("direction", [READ, WRITE])
-def test_number_gone_at_the_event(bench: Bench, direction: int) -> None:
-    """Who has no descriptor any more is not called but disconnected."""
+def test_a_selectable_without_a_descriptor_is_disconnected_at_its_event(
+    bench: Bench, direction: int
+) -> None:
+    """It is not called."""
     it = bench.armed(direction)
     event = bench.event(it, direction)
-    it.number = -1
+    it.descriptor = -1
     bench.happens(event)
     assert it.calls == ["lost"]
     assert it.reasons[0].check(ConnectionFdescWentAway)
@@ -620,8 +648,8 @@ def test_number_gone_at_the_event(bench: Bench, direction: int) -> None:
 
 
 @pytest.mark.parametrize("direction", [READ, WRITE])
-def test_negative_number_is_refused(bench: Bench, direction: int) -> None:
-    """The error names the selectable, and nothing of it stays behind."""
+def test_a_negative_descriptor_is_refused(bench: Bench, direction: int) -> None:
+    """The error names the selectable, which is not registered."""
     it = bench.selectable(-1)
     add = bench.reactor.addReader if direction == READ else bench.reactor.addWriter
     with pytest.raises(ValueError, match="has no descriptor to watch"):
@@ -630,21 +658,25 @@ def test_negative_number_is_refused(bench: Bench, direction: int) -> None:
     assert -1 not in bench.notifier.watched
 
 
-def test_negative_number_of_one_that_was_added(bench: Bench) -> None:
-    """Adding it again tells of its loss instead of pretending to watch it."""
+def test_a_negative_descriptor_is_refused_after_the_selectable_was_added(
+    bench: Bench,
+) -> None:
+    """Adding it again raises an error, rather than pretending to watch it."""
     it = bench.reader()
-    number, it.number = it.number, -1
+    descriptor, it.descriptor = it.descriptor, -1
     with pytest.raises(ValueError, match="has no descriptor to watch"):
         bench.reactor.addReader(it)
-    assert number not in bench.notifier.watched
+    assert descriptor not in bench.notifier.watched
 
 
 @pytest.mark.parametrize("direction", [READ, WRITE])
-def test_added_again_with_another_number(bench: Bench, direction: int) -> None:
-    """The new number is watched, and the former one no more."""
+def test_a_selectable_is_added_again_with_another_descriptor(
+    bench: Bench, direction: int
+) -> None:
+    """The new descriptor is watched, and the former one no longer."""
     it = bench.armed(direction)
-    stale, former = bench.event(it, direction), it.number
-    it.number = bench.selectable().number
+    stale, former = bench.event(it, direction), it.descriptor
+    it.descriptor = bench.selectable().descriptor
     if direction == READ:
         bench.reactor.addReader(it)
     else:
@@ -657,53 +689,52 @@ def test_added_again_with_another_number(bench: Bench, direction: int) -> None:
 
 
 def test_fileno_raises_when_added(bench: Bench) -> None:
-    """The caller of addReader gets the exception; nothing stays behind."""
+    """The caller of addReader gets the exception, and nothing is registered."""
     it = bench.selectable()
     it.fileno_raises.append(RuntimeError("fileno"))
     with pytest.raises(RuntimeError, match="fileno"):
         bench.reactor.addReader(it)
     assert it not in bench.reactor.getReaders()
-    assert it.number not in bench.notifier.watched
+    assert it.descriptor not in bench.notifier.watched
 
 
 @pytest.mark.parametrize("direction", [READ, WRITE])
-def test_watch_fails(bench: Bench, direction: int) -> None:
-    """The caller gets the error; nothing stays behind, and it may try again."""
+def test_the_notifier_refuses_a_selectable(bench: Bench, direction: int) -> None:
+    """The caller gets the error, nothing is registered, and it can be added later."""
     it = bench.selectable()
     add = bench.reactor.addReader if direction == READ else bench.reactor.addWriter
-    bench.notifier.refused.add(it.number)
+    bench.notifier.refused.add(it.descriptor)
     with pytest.raises(OSError, match="refused by the script"):
         add(it)
     assert it not in bench.reactor.getReaders() + bench.reactor.getWriters()
-    assert it.number not in bench.handed()
+    assert it.descriptor not in bench.unchecked()
     bench.notifier.refused.clear()
     add(it)
     bench.happens(bench.event(it, direction))
     assert len(it.calls) == 1
 
 
-def test_watch_fails_for_a_newcomer(bench: Bench) -> None:
+def test_the_notifier_refuses_a_second_selectable_of_a_descriptor(bench: Bench) -> None:
     """
-    The reader of the number that a writer could not join is either watched
-    still, or told that it is not.
+    The reader of the descriptor is either still watched, or is disconnected.
     """
     reader = bench.reader()
-    bench.notifier.refused.add(reader.number)
+    bench.notifier.refused.add(reader.descriptor)
     with pytest.raises(OSError, match="refused by the script"):
-        bench.reactor.addWriter(bench.selectable(reader.number))
+        bench.reactor.addWriter(bench.selectable(reader.descriptor))
     bench.happens()
-    watched = reader.number in bench.notifier.watched
+    watched = reader.descriptor in bench.notifier.watched
     assert watched or reader.calls == ["lost"]
     assert (reader in bench.reactor.getReaders()) is watched
 
 
-# A pass inside of a pass
+# A pass within a pass
 
 
-def test_nested_pass_checks_what_is_left(bench: Bench) -> None:
+def test_a_nested_pass_checks_the_events_that_are_left(bench: Bench) -> None:
     """
-    Who iterates from within a call may wait for just the event that the pass
-    around it has in hand: it is checked anew, and told once.
+    Code that iterates the reactor from within a call may wait for an event that the
+    outer pass has still to deliver.  It is checked again, and delivered once.
     """
     first, second, third = bench.reader(), bench.reader(), bench.reader()
 
@@ -723,10 +754,10 @@ def test_nested_pass_checks_what_is_left(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("ready", "disarmed"), [(BOTH, 0), (READ, WRITE), (WRITE, READ)]
 )
-def test_nested_pass_checks_the_other_direction(
+def test_a_nested_pass_checks_the_event_that_is_being_delivered(
     bench: Bench, ready: int, disarmed: int
 ) -> None:
-    """Of the event that the pass around it is at, too."""
+    """It checks both directions of it."""
     it = bench.armed(BOTH)
     it.on_read = it.on_write = bench.happens
     waits = len(bench.notifier.waits)
@@ -743,10 +774,12 @@ ERRORS = [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit]
 
 @pytest.mark.parametrize("kind", ERRORS)
 @pytest.mark.parametrize("direction", [READ, WRITE])
-def test_call_raises(bench: Bench, direction: int, kind: type[BaseException]) -> None:
+def test_a_selectable_whose_call_raises_is_disconnected(
+    bench: Bench, direction: int, kind: type[BaseException]
+) -> None:
     """
-    Whatever it is, it is logged once, the selectable is disconnected with it,
-    and everybody else's event arrives.
+    Any exception is logged once, the selectable is disconnected with it, and the other
+    selectables get their events.
     """
     one, other = bench.armed(BOTH), bench.reader()
     error = kind("what a call raises")
@@ -759,8 +792,8 @@ def test_call_raises(bench: Bench, direction: int, kind: type[BaseException]) ->
     assert bench.log.take() == [error]
 
 
-def test_fileno_raises_at_the_event(bench: Bench) -> None:
-    """The same for fileno(), which is asked before each call."""
+def test_a_selectable_whose_fileno_raises_is_disconnected(bench: Bench) -> None:
+    """fileno() is called before each doRead and doWrite."""
     one, other = bench.reader(), bench.reader()
     error = RuntimeError("fileno")
     events = bench.event(one, READ), bench.event(other, READ)
@@ -772,8 +805,8 @@ def test_fileno_raises_at_the_event(bench: Bench) -> None:
     assert bench.log.take() == [error]
 
 
-def test_log_prefix_raises(bench: Bench) -> None:
-    """Who has no name to log under is called all the same."""
+def test_a_selectable_whose_log_prefix_raises_is_called(bench: Bench) -> None:
+    """It has no name in the log, and is called nevertheless."""
     one, other = bench.reader(), bench.reader()
     error = RuntimeError("logPrefix")
     one.prefix_raises.append(error)
@@ -782,8 +815,8 @@ def test_log_prefix_raises(bench: Bench) -> None:
     assert bench.log.take() == [error]
 
 
-def test_connection_lost_raises(bench: Bench) -> None:
-    """Nor does connectionLost keep anybody's event back."""
+def test_an_exception_of_connectionLost_is_logged(bench: Bench) -> None:
+    """The other selectables get their events."""
     one, other = bench.armed(BOTH), bench.reader()
     error = RuntimeError("connectionLost")
     one.on_read = lambda: CONNECTION_LOST
@@ -794,10 +827,10 @@ def test_connection_lost_raises(bench: Bench) -> None:
     assert bench.log.take() == [error]
 
 
-def test_interrupt_within_a_batch(bench: Bench) -> None:
+def test_an_interrupt_within_a_batch_loses_no_event(bench: Bench) -> None:
     """
-    KeyboardInterrupt outside of a selectable's own call ends the pass; what was
-    not called is found by a check, since no event will tell of it again.
+    KeyboardInterrupt outside of doRead and doWrite ends the pass.  The selectables that
+    were not called are checked, since their events will not come again.
     """
     done, struck, after = bench.reader(), bench.reader(), bench.armed(BOTH)
     struck.prefix_raises.append(KeyboardInterrupt())
@@ -808,48 +841,48 @@ def test_interrupt_within_a_batch(bench: Bench) -> None:
             bench.event(after, READ),
         )
     assert (done.calls, struck.calls, after.calls) == (["read"], [], [])
-    unchecked = bench.handed()
-    assert unchecked[struck.number] & READ
-    assert unchecked[after.number] & READ
+    unchecked = bench.unchecked()
+    assert unchecked[struck.descriptor] & READ
+    assert unchecked[after.descriptor] & READ
 
 
-def test_interrupt_after_a_removal(bench: Bench) -> None:
-    """What has ended by the time of the interrupt is not checked."""
+def test_an_interrupt_does_not_check_a_removed_selectable(bench: Bench) -> None:
+    """It was removed before the interrupt, in the same batch."""
     first, struck = bench.reader(), bench.reader()
     first.on_read = lambda: bench.reactor.removeReader(first)
     struck.prefix_raises.append(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         bench.happens(bench.event(first, READ), bench.event(struck, READ))
-    assert first.number not in bench.handed()
+    assert first.descriptor not in bench.unchecked()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("wait")])
-def test_wait_raises(bench: Bench, error: BaseException) -> None:
-    """What was to be checked is still to be checked."""
+def test_a_wait_that_raises_loses_no_check(bench: Bench, error: BaseException) -> None:
+    """The next wait checks what the failed one had to check."""
     it = bench.reader()
     bench.reactor.addWriter(it)
     bench.notifier.raises = error, False
     with pytest.raises(type(error)):
         bench.reactor.iterate(0)
-    assert bench.handed()[it.number] & WRITE
+    assert bench.unchecked()[it.descriptor] & WRITE
 
 
-def test_wait_raises_with_events_in_hand(bench: Bench) -> None:
+def test_a_wait_that_raises_loses_no_event(bench: Bench) -> None:
     """
-    An interrupt may come when the notifier has taken an event from the kernel
-    and not returned it yet.  No event will tell of it again.
+    An interrupt may come when the notifier has taken an event from the kernel and not
+    returned it yet.  The kernel will not report it again.
     """
     it = bench.reader()
     bench.notifier.raises = KeyboardInterrupt(), True
     with pytest.raises(KeyboardInterrupt):
         bench.happens(bench.event(it, READ))
-    assert bench.handed()[it.number] & READ
+    assert bench.unchecked()[it.descriptor] & READ
 
 
-def test_added_during_a_wait(bench: Bench) -> None:
+def test_interest_that_begins_during_a_wait_is_checked(bench: Bench) -> None:
     """
-    Interest that a Python signal handler begins inside of a wait is checked by
-    the next one, whatever this one says of its registration.
+    A Python signal handler runs within a wait, and adds a selectable.  The next wait
+    checks it, whatever the present one reports of its registration.
     """
     it = bench.reader()
     late = bench.selectable()
@@ -862,11 +895,11 @@ def test_added_during_a_wait(bench: Bench) -> None:
     bench.notifier.on_events = handler
     bench.happens(bench.event(it, BOTH))
     assert it.calls == ["read"]
-    assert bench.handed() == {it.number: BOTH, late.number: READ}
+    assert bench.unchecked() == {it.descriptor: BOTH, late.descriptor: READ}
 
 
-def test_calls_are_logged_under_their_prefix(bench: Bench) -> None:
-    """What doRead and connectionLost log carries the name of the selectable."""
+def test_the_log_context_of_a_call_has_the_log_prefix(bench: Bench) -> None:
+    """doRead and connectionLost log under the name of the selectable."""
     it = bench.reader()
     names: list[Any] = []
 
@@ -876,11 +909,11 @@ def test_calls_are_logged_under_their_prefix(bench: Bench) -> None:
 
     it.on_read = it.on_lost = note
     bench.happens(bench.event(it, READ))
-    assert names == [f"selectable {it.number}"] * 2
+    assert names == [f"selectable {it.descriptor}"] * 2
 
 
-def test_between_the_calls_nobody_logs(bench: Bench) -> None:
-    """A timer, or a signal handler in the sleep, logs under its own name."""
+def test_the_log_context_between_calls_has_no_log_prefix(bench: Bench) -> None:
+    """Timers and signal handlers do not log under the name of a selectable."""
     it = bench.armed(BOTH)
     names: list[Any] = []
 
@@ -896,7 +929,7 @@ def test_between_the_calls_nobody_logs(bench: Bench) -> None:
     it.on_read = read
     bench.notifier.batches.append([bench.event(it, READ)])
     bench.reactor.run(installSignalHandlers=False)
-    assert names == [f"selectable {it.number}", "-", "-"]
+    assert names == [f"selectable {it.descriptor}", "-", "-"]
 
 
 # Disconnection
@@ -907,23 +940,23 @@ def test_between_the_calls_nobody_logs(bench: Bench) -> None:
     [(CONNECTION_DONE, ConnectionDone), (CONNECTION_LOST, ConnectionLost)],
 )
 @pytest.mark.parametrize("direction", [READ, WRITE])
-def test_call_returns_why(
+def test_a_selectable_whose_call_returns_a_reason_is_disconnected(
     bench: Bench, direction: int, returned: BaseException, kind: type[BaseException]
 ) -> None:
-    """Both directions end, and the other one is not called any more."""
+    """Both directions end, and the other one is not called."""
     it = bench.armed(BOTH)
     it.on_read = it.on_write = lambda: returned
     bench.happens(bench.event(it, direction))
     assert it.calls == ["read" if direction == READ else "write", "lost"]
     assert it.reasons[0].check(kind)
-    assert it.number not in bench.notifier.watched
-    assert bench.handed() == {}
+    assert it.descriptor not in bench.notifier.watched
+    assert bench.unchecked() == {}
 
 
-def test_half_close(bench: Bench) -> None:
+def test_a_half_close_ends_reading_only(bench: Bench) -> None:
     """
-    The end of what it reads is not the end of who can do without: only the
-    reading ends, and the writing goes on.
+    A selectable that provides IHalfCloseableDescriptor goes on writing after the end of
+    its input.
     """
     it = bench.armed(BOTH)
     alsoProvides(it, IHalfCloseableDescriptor)
@@ -938,22 +971,24 @@ def test_half_close(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("direction", "returned"), [(READ, CONNECTION_LOST), (WRITE, CONNECTION_DONE)]
 )
-def test_no_half_close(bench: Bench, direction: int, returned: BaseException) -> None:
-    """Anything else than a clean end of the reading ends all."""
+def test_an_end_that_is_not_a_half_close_ends_both_directions(
+    bench: Bench, direction: int, returned: BaseException
+) -> None:
+    """Only a clean end of reading is a half close."""
     it = bench.armed(BOTH)
     alsoProvides(it, IHalfCloseableDescriptor)
     it.on_read = it.on_write = lambda: returned
     bench.happens(bench.event(it, direction))
     assert it.calls[1:] == ["lost"]
-    assert it.number not in bench.notifier.watched
+    assert it.descriptor not in bench.notifier.watched
 
 
 # Hang-up
 
 
 @pytest.mark.parametrize("interest", [READ, WRITE, BOTH])
-def test_hang_up_is_told_by_calling(bench: Bench, interest: int) -> None:
-    """doRead and doWrite find out what has happened, and say it better."""
+def test_a_hang_up_calls_the_selectable(bench: Bench, interest: int) -> None:
+    """doRead and doWrite find out the reason, which the event does not contain."""
     it = bench.armed(interest)
     it.on_read = it.on_write = lambda: CONNECTION_LOST
     bench.happens(bench.event(it, HANGUP))
@@ -968,34 +1003,34 @@ def test_hang_up_is_told_by_calling(bench: Bench, interest: int) -> None:
         (BOTH, ["read", "write", "lost"], ConnectionDone),
     ],
 )
-def test_hang_up_is_ignored(
+def test_a_selectable_that_ignores_a_hang_up_is_disconnected(
     bench: Bench, interest: int, called: list[str], reason: type[BaseException]
 ) -> None:
     """
-    Called in a few passes, then disconnected: the condition does not go away, and
-    the loop must not spin.
+    It is called in a few passes, and then disconnected: the hang-up is reported in each
+    pass, and the loop must not spin.
     """
     it = bench.armed(interest)
     times = bench.hangs_up(it)
     assert times > 1
     assert it.calls == called[:-1] * times + ["lost"]
     assert it.reasons[0].check(reason)
-    assert it.number not in bench.notifier.watched
+    assert it.descriptor not in bench.notifier.watched
 
 
-def test_hang_up_of_a_one_shot_notifier(bench: Bench) -> None:
+def test_a_hang_up_that_disarms_is_checked_again(bench: Bench) -> None:
     """
-    A hang-up that used up the arming of everything is told by calling as well,
-    and what does not act on it is checked again.
+    The hang-up of a one-shot notifier disarms both directions.  The selectable is
+    called as well, and checked again if it stays.
     """
     it = bench.armed(BOTH)
     bench.happens(bench.event(it, HANGUP, BOTH))
     assert it.calls == ["read", "write"]
-    assert bench.handed() == {it.number: BOTH}
+    assert bench.unchecked() == {it.descriptor: BOTH}
 
 
-def test_hang_up_with_something_left_to_read(bench: Bench) -> None:
-    """A selectable is not disconnected before it has read what came before the end."""
+def test_a_hang_up_with_input_does_not_disconnect(bench: Bench) -> None:
+    """A selectable is not disconnected before it has read all input."""
     it = bench.armed(BOTH)
     for _ in range(A_FEW):
         bench.happens(bench.event(it, HANGUP | READ))
@@ -1004,10 +1039,12 @@ def test_hang_up_with_something_left_to_read(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("meanwhile", [None, READ, HANGUP | READ])
-def test_hang_up_that_goes_away(bench: Bench, meanwhile: int | None) -> None:
+def test_a_hang_up_that_goes_away_does_not_disconnect(
+    bench: Bench, meanwhile: int | None
+) -> None:
     """
-    A pass that does not report it, or something else too, says that a read has taken
-    the error away.  The next one is another.
+    If a pass does not report the hang-up, or reports input as well, a read has cleared
+    the error.  The next hang-up is a new one.
     """
     it = bench.reader()
     for _ in range(A_FEW):
@@ -1017,8 +1054,8 @@ def test_hang_up_that_goes_away(bench: Bench, meanwhile: int | None) -> None:
     assert bench.hangs_up(it) > 1
 
 
-def test_hang_up_of_something_else_meanwhile(bench: Bench) -> None:
-    """The passes are counted for each descriptor."""
+def test_hang_ups_are_counted_for_each_descriptor(bench: Bench) -> None:
+    """Two descriptors hang up in turn, and neither is disconnected."""
     one, other = bench.reader(), bench.reader()
     for _ in range(A_FEW):
         bench.happens(bench.event(one, HANGUP))
@@ -1026,40 +1063,30 @@ def test_hang_up_of_something_else_meanwhile(bench: Bench) -> None:
     assert one.calls == other.calls == ["read"] * A_FEW
 
 
-def test_hang_up_of_interest_that_begins_anew(bench: Bench) -> None:
-    """Nobody is disconnected for having ignored what nobody was told."""
-    first, second = bench.reader(), bench.armed(BOTH)
-
-    def renew() -> None:
-        for remove, add in (
-            (bench.reactor.removeReader, bench.reactor.addReader),
-            (bench.reactor.removeWriter, bench.reactor.addWriter),
-        ):
-            remove(second)
-            add(second)
-
-    first.on_read = renew
-    bench.happens(bench.event(first, READ), bench.event(second, HANGUP))
-    assert second.calls == []
-    bench.happens(bench.event(second, HANGUP))
-    assert second.calls == ["read", "write"]
+def test_a_hang_up_that_is_older_than_the_interest_does_not_count(bench: Bench) -> None:
+    """The selectable was not called for it, and so has not ignored it."""
+    it = bench.armed(BOTH)
+    bench.happens_after(lambda: bench.renew(it, BOTH), it, HANGUP)
+    assert it.calls == []
+    bench.happens(bench.event(it, HANGUP))
+    assert it.calls == ["read", "write"]
 
 
-def test_hang_up_of_one_who_half_closes(bench: Bench) -> None:
-    """The writing that survives the end of the reading is checked again."""
+def test_a_selectable_that_half_closes_ignores_a_hang_up(bench: Bench) -> None:
+    """Its reading ends first.  Its writing is checked again, and ends later."""
     it = bench.armed(BOTH)
     alsoProvides(it, IHalfCloseableDescriptor)
     bench.hangs_up(it, "read lost")
     assert it in bench.reactor.getWriters()
-    assert bench.handed()[it.number] & WRITE
+    assert bench.unchecked()[it.descriptor] & WRITE
     bench.hangs_up(it)
     assert it.reasons[-1].check(ConnectionLost)
 
 
-def test_hang_up_of_reader_and_writer(bench: Bench) -> None:
-    """Where they are different, both are told and both are disconnected."""
+def test_a_hang_up_disconnects_a_reader_and_another_writer(bench: Bench) -> None:
+    """Both are called, and both are disconnected."""
     reader = bench.reader()
-    writer = bench.armed(WRITE, reader.number)
+    writer = bench.armed(WRITE, reader.descriptor)
     times = bench.hangs_up(reader)
     assert reader.calls == [*["read"] * times, "lost"]
     assert writer.calls == [*["write"] * times, "lost"]
@@ -1069,27 +1096,31 @@ def test_hang_up_of_reader_and_writer(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("interest", [READ, WRITE, BOTH])
-def test_gone(bench: Bench, interest: int) -> None:
-    """Who was closed while still watched is disconnected once, uncalled."""
+def test_a_selectable_whose_descriptor_is_gone_is_disconnected(
+    bench: Bench, interest: int
+) -> None:
+    """It was closed while it was watched.  It is disconnected once, and not called."""
     it = bench.armed(interest)
     bench.happens(bench.event(it, GONE | interest))
     assert it.calls == ["lost"]
     assert it.reasons[0].check(ConnectionFdescWentAway)
-    assert it.number not in bench.notifier.watched
+    assert it.descriptor not in bench.notifier.watched
 
 
-def test_gone_is_not_a_half_close(bench: Bench) -> None:
-    """There is nothing left to write to."""
+def test_a_descriptor_that_is_gone_is_not_a_half_close(bench: Bench) -> None:
+    """Writing ends as well."""
     it = bench.armed(BOTH)
     alsoProvides(it, IHalfCloseableDescriptor)
     bench.happens(bench.event(it, GONE))
     assert it.calls == ["lost"]
 
 
-def test_gone_for_reader_and_writer(bench: Bench) -> None:
-    """Each is told, also when telling the first one fails."""
+def test_a_descriptor_that_is_gone_disconnects_a_reader_and_another_writer(
+    bench: Bench,
+) -> None:
+    """The second one is disconnected even if connectionLost of the first one raises."""
     reader = bench.reader()
-    writer = bench.armed(WRITE, reader.number)
+    writer = bench.armed(WRITE, reader.descriptor)
     error = RuntimeError("connectionLost")
     reader.on_lost = raiser(error)
     bench.happens(bench.event(reader, GONE))
@@ -1097,10 +1128,10 @@ def test_gone_for_reader_and_writer(bench: Bench) -> None:
     assert bench.log.take() == [error]
 
 
-def test_gone_for_a_writer_that_its_reader_removes(bench: Bench) -> None:
-    """Who was removed meanwhile is not told."""
+def test_a_writer_that_its_reader_removes_is_not_disconnected(bench: Bench) -> None:
+    """The descriptor of both is gone."""
     reader = bench.reader()
-    writer = bench.armed(WRITE, reader.number)
+    writer = bench.armed(WRITE, reader.descriptor)
     reader.on_lost = lambda: bench.reactor.removeWriter(writer)
     bench.happens(bench.event(reader, GONE))
     assert (reader.calls, writer.calls) == (["lost"], [])
@@ -1109,8 +1140,8 @@ def test_gone_for_a_writer_that_its_reader_removes(bench: Bench) -> None:
 # The reactor as a whole
 
 
-def test_remove_all(bench: Bench) -> None:
-    """All go but the reactor's own; each is returned once."""
+def test_removeAll_leaves_the_waker(bench: Bench) -> None:
+    """It removes all other selectables, and returns each once."""
     one, other = bench.armed(BOTH), bench.writer()
     own = bench.reactor.waker
     assert own in bench.reactor.getReaders()
@@ -1134,8 +1165,8 @@ def test_statistics(bench: Bench) -> None:
     }
 
 
-def test_runs_and_cleans_up(bench: Bench) -> None:
-    """The kernel's things are taken when it starts, and given back at the end."""
+def test_a_run_opens_and_closes_the_notifier(bench: Bench) -> None:
+    """Descriptors of the kernel are opened when it starts, and closed at its end."""
     assert bench.notifier.life == []
     seen: list[list[str]] = []
 
@@ -1147,14 +1178,16 @@ def test_runs_and_cleans_up(bench: Bench) -> None:
     bench.reactor.run(installSignalHandlers=False)
     assert seen == [["open"]]
     assert bench.notifier.life == ["open", "close"]
-    # A second run is refused, and leaves nothing behind either.
+    # A second run is refused, and leaves the notifier closed.
     with pytest.raises(ReactorNotRestartable):
         bench.reactor.run(installSignalHandlers=False)
     assert bench.notifier.life[-1] == "close"
 
 
-def test_cannot_open(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the kernel refuses, the reactor does not start, and may try later."""
+def test_a_notifier_that_cannot_open(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reactor does not start, and can be started later."""
     refusal = UnsupportedReactorError("refused by the script")
     monkeypatch.setattr(bench.notifier, "open", raiser(refusal))
     bench.reactor.callWhenRunning(bench.reactor.stop)
@@ -1165,8 +1198,8 @@ def test_cannot_open(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench.notifier.life == ["open", "close"]
 
 
-def test_daemonize(bench: Bench) -> None:
-    """The parent gives everything back; the child is told that it is alone."""
+def test_the_hooks_of_daemonize_close_the_notifier(bench: Bench) -> None:
+    """The parent closes it, and the child tells it that it is in a new process."""
     it = bench.reader()
     bench.reactor.beforeDaemonize()
     bench.reactor.afterDaemonize()
@@ -1175,8 +1208,8 @@ def test_daemonize(bench: Bench) -> None:
     assert it.calls == ["read"]
 
 
-def test_class_can_be_swapped(bench: Bench) -> None:
-    """Twisted's own test tools do it to reactors that they are done with."""
+def test_the_class_of_a_reactor_can_be_changed(bench: Bench) -> None:
+    """Twisted's own test tools do this to reactors that they no longer use."""
 
     class Spent(PosixReactorBase):
         pass
@@ -1185,32 +1218,32 @@ def test_class_can_be_swapped(bench: Bench) -> None:
     reactor.__dict__ = dict(reactor.__dict__)
     reactor.__class__ = Spent
     reactor.__class__ = EngineReactor
-    assert bench.handed()
+    assert bench.unchecked()
 
 
 # The model
 
-NUMBERS = [FAKE, FAKE + 1, FAKE + 2]
+DESCRIPTORS = [FAKE, FAKE + 1, FAKE + 2]
 LOST = 0
-"""Beside READ and WRITE: the plans for connectionLost."""
+"""A key beside READ and WRITE, for the plans of connectionLost."""
 
 
 class Interest(NamedTuple):
     """
-    What a selectable wants in one direction.
+    The interest of a selectable in one direction.
 
-    ``began`` is never the same twice, which tells an interest from one that
-    ended and began anew.
+    ``began`` is unique.  It distinguishes an interest from a later one that began
+    after the first one had ended.
     """
 
-    number: int
+    descriptor: int
     began: int
 
 
 class Action(NamedTuple):
     """
-    Something that an application does: ``what``, mostly to the selectable with
-    the index ``which``, in a direction.
+    An action of the application: ``what``, mostly to the selectable with the index
+    ``which``, in a direction.
     """
 
     what: str
@@ -1239,7 +1272,7 @@ LEVELS = [0, READ, WRITE, BOTH, HANGUP]
 TROUBLES = [
     (error, taken) for error in (KeyboardInterrupt, OSError) for taken in (True, False)
 ]
-"""What a wait raises, and whether it has taken the events by then."""
+"""Raised by a wait, and whether the wait has taken the events by then."""
 
 
 def actions(what: list[str]) -> st.SearchStrategy[Action]:
@@ -1250,14 +1283,16 @@ def actions(what: list[str]) -> st.SearchStrategy[Action]:
 
 class Modelled(Selectable):
     """
-    A selectable of the model, which plans what its calls do.
+    A selectable of the model.  A plan says what its calls do.
 
-    :ivar keen: whether it reads and writes all it can when there is no plan.
-    :ivar why: the reason for a disconnection, while it is due.
+    :ivar keen: whether it reads and writes as much as it can when it has no plan.
+    :ivar why: the reason for a disconnection, as long as that is due.
     """
 
-    def __init__(self, machine: EngineMachine, number: int, keen: bool = True) -> None:
-        super().__init__(number)
+    def __init__(
+        self, machine: EngineMachine, descriptor: int, keen: bool = True
+    ) -> None:
+        super().__init__(descriptor)
         self.keen = keen
         self.why: BaseException | None = None
         self.plans: dict[int, list[Action]] = {READ: [], WRITE: [], LOST: []}
@@ -1268,11 +1303,11 @@ class Modelled(Selectable):
 
 class EngineMachine(RuleBasedStateMachine):
     """
-    Drives a reactor beside a model of who wants what.
+    Drives a reactor, and a model of the interests of its selectables.
 
-    The model knows numbers, levels, and when each interest began.  What a call
-    needs is an event for the number, returned by a wait since the interest
-    began, of a registration that had not ended by then.
+    The model knows descriptors, levels, and when each interest began.  A call needs an
+    event for the descriptor.  A wait must have returned it after the interest began,
+    and its registration must not have ended by then.
     """
 
     make_notifier: ClassVar[type[KernelNotifier]]
@@ -1286,68 +1321,69 @@ class EngineMachine(RuleBasedStateMachine):
         self.selectables: list[Modelled] = []
         self.interests: dict[tuple[Modelled, int], Interest] = {}
         self.beginnings = itertools.count()
-        # Of the pass under way: the events by number, and whom they are for.
+        # The events of the present pass by descriptor, and the interests that may be
+        # called for them.
         self.events: dict[int, Event] = {}
         self.entitled: dict[tuple[Modelled, int], Interest] = {}
         self.called: list[Interest] = []
-        self.told_of_hang_up: set[tuple[Modelled, Registration]] = set()
+        self.called_for_hang_up: set[tuple[Modelled, Registration]] = set()
         self.to_be_logged: list[BaseException] = []
-        # An assertion within a call would only be logged by the engine.
+        # If a call failed an assertion, the engine would only log it.
         self.violations: list[str] = []
-        for number in NUMBERS:
-            self.notifier.file_opens(number)
+        for descriptor in DESCRIPTORS:
+            self.notifier.file_opens(descriptor)
 
     def teardown(self) -> None:
         self.reactor.removeAll()
         dispose(self.reactor)
         self.log.stop()
 
-    # What the reactor is asked to do
+    # Calls of the reactor
 
     def add(self, it: Modelled, direction: int) -> None:
-        number = it.number
+        descriptor = it.descriptor
         known = self.interests.get((it, direction))
         refusal: type[Exception] | None = None
-        if known is None or known.number != number:
+        if known is None or known.descriptor != descriptor:
             others = [
                 key
                 for key, interest in self.interests.items()
-                if interest.number == number and key[0] is not it
+                if interest.descriptor == descriptor and key[0] is not it
             ]
-            joins = number in {
-                interest.number
+            joins = descriptor in {
+                interest.descriptor
                 for key, interest in self.interests.items()
                 if key[0] is it and key[1] != direction
             }
-            is_open = number in self.notifier.files
+            is_open = descriptor in self.notifier.files
             if others and not joins and not is_open:
-                # An example shows what becomes of them.
+                # An example shows this case.
                 return
             if known is not None:
                 del self.interests[it, direction]
-            if number < 0:
+            if descriptor < 0:
                 refusal = ValueError
             elif not joins and not is_open:
                 refusal = OSError
             else:
                 for other, wanted in others:
-                    closed = other.number != number and not joins
+                    closed = other.descriptor != descriptor and not joins
                     if wanted == direction or closed:
                         del self.interests[other, wanted]
                     elif not joins:
-                        # The newcomer may have come with a new descriptor.
-                        self.begin(other, wanted, number)
-                self.begin(it, direction, number)
+                        # The descriptor of the new selectable may be a new file.
+                        self.begin(other, wanted, descriptor)
+                self.begin(it, direction, descriptor)
         add = self.reactor.addReader if direction == READ else self.reactor.addWriter
         try:
             add(it)
         except (ValueError, OSError) as error:
             self.expect(refusal is type(error), f"adding failed: {error}")
         else:
-            self.expect(refusal is None, f"adding {number} did not fail")
+            self.expect(refusal is None, f"adding {descriptor} did not fail")
 
-    def begin(self, it: Modelled, direction: int, number: int) -> None:
-        self.interests[it, direction] = Interest(number, next(self.beginnings))
+    def begin(self, it: Modelled, direction: int, descriptor: int) -> None:
+        self.interests[it, direction] = Interest(descriptor, next(self.beginnings))
 
     def remove(self, it: Modelled, direction: int) -> None:
         self.interests.pop((it, direction), None)
@@ -1359,29 +1395,32 @@ class EngineMachine(RuleBasedStateMachine):
     def has_room(self) -> bool:
         return len(self.selectables) < 8
 
-    # What an application does
+    # Actions of the application
 
     def do(self, action: Action) -> None:
-        direction, number = action.direction, NUMBERS[action.which % len(NUMBERS)]
+        direction, descriptor = (
+            action.direction,
+            DESCRIPTORS[action.which % len(DESCRIPTORS)],
+        )
         files = self.notifier.files
         if action.what == "open":
-            if number not in files:
-                self.notifier.file_opens(number)
+            if descriptor not in files:
+                self.notifier.file_opens(descriptor)
             if self.has_room():
-                self.add_new(number, direction)
-        if action.what == "becomes ready" and number in files:
-            self.notifier.becomes_ready(number, direction)
-        if action.what == "is ready no more" and number in files:
-            self.notifier.is_ready_no_more(number, direction)
-        if action.what == "hangs up" and number in files:
-            self.notifier.becomes_ready(number, HANGUP)
+                self.add_new(descriptor, direction)
+        if action.what == "becomes ready" and descriptor in files:
+            self.notifier.becomes_ready(descriptor, direction)
+        if action.what == "is ready no more" and descriptor in files:
+            self.notifier.is_ready_no_more(descriptor, direction)
+        if action.what == "hangs up" and descriptor in files:
+            self.notifier.becomes_ready(descriptor, HANGUP)
         if self.selectables:
             it = self.selectables[action.which % len(self.selectables)]
             self.do_to(it, action)
 
     def do_to(self, it: Modelled, action: Action) -> None:
-        what, direction, number = action.what, action.direction, it.number
-        is_open = number in self.notifier.files
+        what, direction, descriptor = action.what, action.direction, it.descriptor
+        is_open = descriptor in self.notifier.files
         if what == "add":
             self.add(it, direction)
         if what == "remove":
@@ -1390,7 +1429,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.remove(it, direction)
             self.add(it, direction)
         if what == "renew both":
-            # One after the other, so that the registration lives on.
+            # One after the other, so that the registration stays.
             for each in (READ, WRITE):
                 if (it, each) in self.interests:
                     self.remove(it, each)
@@ -1400,35 +1439,37 @@ class EngineMachine(RuleBasedStateMachine):
             self.remove(it, WRITE)
         if what in ("close", "close, remove later", "close behind its back"):
             if is_open:
-                self.notifier.file_closes(number)
+                self.notifier.file_closes(descriptor)
             if what != "close behind its back":
-                it.number = -1
+                it.descriptor = -1
         if what == "move":
-            it.number = NUMBERS[action.which % len(NUMBERS)]
+            it.descriptor = DESCRIPTORS[action.which % len(DESCRIPTORS)]
         if what == "replace" and is_open and self.has_room():
-            it.number = -1
-            self.notifier.file_closes(number)
-            self.notifier.file_opens(number)
-            self.add_new(number, direction)
+            it.descriptor = -1
+            self.notifier.file_closes(descriptor)
+            self.notifier.file_opens(descriptor)
+            self.add_new(descriptor, direction)
         if what == "share" and is_open and self.has_room():
-            self.add_new(number, direction)
+            self.add_new(descriptor, direction)
 
-    def add_new(self, number: int, direction: int) -> None:
-        it = Modelled(self, number)
+    def add_new(self, descriptor: int, direction: int) -> None:
+        it = Modelled(self, descriptor)
         self.selectables.append(it)
         self.add(it, direction)
 
-    # What the reactor does
+    # Calls by the reactor
 
     def wait_returns(self, events: Sequence[Event]) -> None:
         for event in events:
             registration, ready, _ = event
-            number = registration.descriptor
-            if self.notifier.watched.get(number) is not registration:
+            descriptor = registration.descriptor
+            if self.notifier.watched.get(descriptor) is not registration:
                 continue
-            self.events[number] = event
+            self.events[descriptor] = event
             for key, interest in self.interests.items():
-                if interest.number == number and ready & (key[1] | HANGUP | GONE):
+                if interest.descriptor == descriptor and ready & (
+                    key[1] | HANGUP | GONE
+                ):
                     self.entitled[key] = interest
 
     def is_called(self, it: Modelled, direction: int) -> Any:
@@ -1437,14 +1478,14 @@ class EngineMachine(RuleBasedStateMachine):
             self.violations.append(f"a call in direction {direction} for no event")
             return None
         self.called.append(interest)
-        registration, ready, _ = self.events[interest.number]
+        registration, ready, _ = self.events[interest.descriptor]
         if ready & HANGUP:
-            self.told_of_hang_up.add((it, registration))
+            self.called_for_hang_up.add((it, registration))
         plan = it.plans[direction]
         default = "drain" if it.keen else "ignore"
         action = plan.pop(0) if plan else Action(default, 0, direction)
-        if action.what == "drain" and it.number in self.notifier.files:
-            self.notifier.is_ready_no_more(it.number, direction)
+        if action.what == "drain" and it.descriptor in self.notifier.files:
+            self.notifier.is_ready_no_more(it.descriptor, direction)
         elif action.what == "fail":
             it.why = [ValueError, KeyboardInterrupt, SystemExit][action.which % 3]()
             self.to_be_logged.append(it.why)
@@ -1453,7 +1494,7 @@ class EngineMachine(RuleBasedStateMachine):
             it.why = CONNECTION_DONE if action.what == "done" else CONNECTION_LOST
             return it.why
         elif action.what == "interrupt":
-            # Whoever is next.
+            # The interrupt comes just before the call of this selectable.
             victim = self.selectables[action.which % len(self.selectables)]
             victim.prefix_raises[:] = [KeyboardInterrupt("logPrefix")]
         else:
@@ -1485,14 +1526,14 @@ class EngineMachine(RuleBasedStateMachine):
             self.do(action)
 
     def may_be_lost(self, it: Modelled, interest: Interest, reason: Failure) -> bool:
-        registration, ready, _ = self.events[interest.number]
+        registration, ready, _ = self.events[interest.descriptor]
         if reason.check(ConnectionFdescWentAway):
-            return it.number == -1 or bool(ready & GONE)
+            return it.descriptor == -1 or bool(ready & GONE)
         wanted = 0
         for (_, direction), each in self.interests.items():
-            if each.number == interest.number:
+            if each.descriptor == interest.descriptor:
                 wanted |= direction
-        told = (it, registration) in self.told_of_hang_up
+        told = (it, registration) in self.called_for_hang_up
         return bool(ready & HANGUP) and not ready & wanted and told
 
     def expect(self, truth: bool, violation: str) -> None:
@@ -1511,7 +1552,11 @@ class EngineMachine(RuleBasedStateMachine):
             self.expect(str(error) == "wait", f"it escapes: {error!r}")
 
     def many_passes(self) -> list[Interest]:
-        """Passes without any more surprises; who was called in them."""
+        """
+        Run passes without further plans and errors.
+
+        :return: the interests that were called in them.
+        """
         for it in self.selectables:
             it.prefix_raises.clear()
             for plan in it.plans.values():
@@ -1519,8 +1564,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.notifier.raises = None
         self.notifier.hold = False
         called = []
-        # A hang-up takes the most: a few passes end the reading, and as many the
-        # rest.
+        # A hang-up takes most passes: a few end the reading, and as many end the
+        # writing.
         for _ in range(2 * A_FEW):
             self.one_pass()
             called += self.called
@@ -1534,21 +1579,25 @@ class EngineMachine(RuleBasedStateMachine):
         ),
         keen=st.lists(st.booleans(), min_size=3, max_size=3),
     )
-    def somebody_on_each_number(self, interests: list[int], keen: list[bool]) -> None:
-        for number, interest, each in zip(NUMBERS, interests, keen, strict=True):
-            self.connect(number, interest, each, half_closeable=each)
+    def a_selectable_on_each_descriptor(
+        self, interests: list[int], keen: list[bool]
+    ) -> None:
+        for descriptor, interest, each in zip(
+            DESCRIPTORS, interests, keen, strict=True
+        ):
+            self.connect(descriptor, interest, each, half_closeable=each)
 
     @precondition(lambda self: self.has_room())
     @rule(
-        number=st.sampled_from(NUMBERS),
+        descriptor=st.sampled_from(DESCRIPTORS),
         interest=st.sampled_from([READ, WRITE, BOTH]),
         keen=st.booleans(),
         half_closeable=st.booleans(),
     )
     def connect(
-        self, number: int, interest: int, keen: bool, half_closeable: bool
+        self, descriptor: int, interest: int, keen: bool, half_closeable: bool
     ) -> None:
-        it = Modelled(self, number, keen)
+        it = Modelled(self, descriptor, keen)
         if half_closeable:
             alsoProvides(it, IHalfCloseableDescriptor)
         self.selectables.append(it)
@@ -1583,16 +1632,16 @@ class EngineMachine(RuleBasedStateMachine):
         hold: bool,
     ) -> None:
         """
-        Much at once, for it takes several events in one batch, and calls that do
-        something, to go wrong.
+        Many things happen at once.  Faults show only with several events in one batch,
+        and with calls that change the registrations.
         """
         wanting = list(dict.fromkeys(it for it, _ in self.interests))
         if wanting:
             for which, call, action in plans:
                 wanting[which % len(wanting)].plans[call].append(action)
-        for number, what in zip(NUMBERS, ready, strict=True):
-            if number in self.notifier.files:
-                self.notifier.becomes_ready(number, what)
+        for descriptor, what in zip(DESCRIPTORS, ready, strict=True):
+            if descriptor in self.notifier.files:
+                self.notifier.becomes_ready(descriptor, what)
         if trouble is not None:
             self.notifier.raises = trouble[0]("wait"), trouble[1]
         self.iterate(random, hold)
@@ -1608,39 +1657,43 @@ class EngineMachine(RuleBasedStateMachine):
         self.notifier.stray(which, ready)
 
     @rule()
-    def whoever_is_ready_gets_called(self) -> None:
+    def ready_selectables_are_called(self) -> None:
         files = self.notifier.files
         due, hung_up = set(), set()
         for (it, direction), interest in self.interests.items():
-            number = interest.number
-            registration = self.notifier.watched.get(number)
-            if it.number != number or registration is None or number not in files:
+            descriptor = interest.descriptor
+            registration = self.notifier.watched.get(descriptor)
+            if (
+                it.descriptor != descriptor
+                or registration is None
+                or descriptor not in files
+            ):
                 continue
-            if self.notifier.bound[registration] is not files[number]:
-                # Closed and opened again without a word to the reactor.
+            if self.notifier.bound[registration] is not files[descriptor]:
+                # It was closed and opened again, and the reactor was not told.
                 continue
-            if files[number].levels & direction:
+            if files[descriptor].levels & direction:
                 due.add(interest)
-            if files[number].levels == HANGUP:
+            if files[descriptor].levels == HANGUP:
                 hung_up.add(interest)
         called = set(self.many_passes())
         left = set(self.interests.values())
-        self.expect(not (due & left) - called, "somebody who is ready is not called")
-        self.expect(not hung_up & left, "somebody spins on a hang-up")
+        self.expect(not (due & left) - called, "a ready selectable is not called")
+        self.expect(not hung_up & left, "the loop spins on a hang-up")
 
     @rule()
-    def it_sleeps_when_nothing_is_ready(self) -> None:
+    def the_reactor_sleeps_when_nothing_is_ready(self) -> None:
         for file in self.notifier.files.values():
             file.levels = 0
         self.many_passes()
         self.one_pass(None)
         self.expect(self.notifier.waits[-1] == (None, {}), "it does not sleep")
-        self.expect(not self.called, "somebody is called for nothing")
+        self.expect(not self.called, "a selectable is called without an event")
 
     @invariant()
     def reactor_agrees_with_the_model(self) -> None:
         assert self.violations + self.notifier.complaints == []
-        # Whoever has failed was disconnected for it, and it was logged once.
+        # A selectable that has failed was disconnected, and that was logged once.
         assert [it for it in self.selectables if it.why is not None] == []
         assert self.log.take() == self.to_be_logged
         self.to_be_logged.clear()
@@ -1653,22 +1706,22 @@ class EngineMachine(RuleBasedStateMachine):
         assert sorted(self.reactor.getWriters(), key=id) == sorted(writers, key=id)
         wanted: dict[int, int] = {}
         for (_, direction), interest in self.interests.items():
-            wanted[interest.number] = wanted.get(interest.number, 0) | direction
+            wanted[interest.descriptor] = wanted.get(interest.descriptor, 0) | direction
         assert wanted == {
-            number: registration.interest
-            for number, registration in self.notifier.watched.items()
-            if number >= FAKE
+            descriptor: registration.interest
+            for descriptor, registration in self.notifier.watched.items()
+            if descriptor >= FAKE
         }
-        # Who has neither a number nor an interest has no part in what follows.
+        # Forget selectables with neither a descriptor nor an interest.
         self.selectables = [
             it
             for it in self.selectables
-            if it.number >= 0 or {(it, READ), (it, WRITE)} & self.interests.keys()
+            if it.descriptor >= 0 or {(it, READ), (it, WRITE)} & self.interests.keys()
         ]
 
 
 class EdgeMachine(EngineMachine):
-    """On persistent edges, which may overflow."""
+    """A notifier with persistent edges, which may overflow."""
 
     make_notifier = EdgeNotifier
 
@@ -1680,24 +1733,15 @@ class EdgeMachine(EngineMachine):
 
 
 class OneShotMachine(EngineMachine):
-    """On one-shot polls."""
+    """A notifier with one-shot polls."""
 
     make_notifier = OneShotNotifier
 
 
 @pytest.mark.parametrize("machine", [EdgeMachine, OneShotMachine])
-def test_model(machine: type[EngineMachine]) -> None:
+def test_the_engine_agrees_with_the_model(machine: type[EngineMachine]) -> None:
     """
-    However the kernel tells, late, twice, out of order or of what is no more:
-    who is ready and wants to know is called, and nobody else is.
+    The kernel may report events late, twice, out of order, or of registrations that
+    have ended.  Ready selectables that are interested are called, and no others.
     """
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=examples(250),
-            stateful_step_count=30,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_model(machine, examples=250)

@@ -1,6 +1,6 @@
 """
-A model of the stream transports on a scripted notifier: what they read and send, in any
-order of events.
+A model of the stream transports on a scripted notifier: the data that they read and
+send, in any order of events.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any, NamedTuple, NoReturn
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -18,7 +17,6 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from twisted.internet.error import (
     ConnectionAborted,
@@ -31,7 +29,7 @@ from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from zope.interface import alsoProvides
 
-from tests.quick import examples
+from tests.models import run_model
 from tests.scripted_notifier import FAKE, StreamNotifier, StreamSocket
 from tests.support import dispose
 from tests.test_engine import LoggedFailures
@@ -39,15 +37,15 @@ from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.engine.transports import StreamTransport
 from twisted_rtsig.notifiers import READ, WRITE, Event
 
-NUMBERS = [FAKE, FAKE + 1, FAKE + 2]
+DESCRIPTORS = [FAKE, FAKE + 1, FAKE + 2]
 AT_ONCE = 4
-"""How much a read asks for, and a little less than a send may take."""
+"""The size of a read.  A send may take a little more."""
 
 
 class Action(NamedTuple):
     """
-    Something that happens to the stream with the index ``which``; ``size`` says
-    how much of it.
+    Something that happens to the stream with the index ``which``, in an amount of
+    ``size``.
     """
 
     what: str
@@ -81,26 +79,28 @@ def actions(what: list[str]) -> st.SearchStrategy[Action]:
 
 class Talk(Protocol):
     """
-    The application at one stream, and what the model knows of it.
+    The application at one stream, and the model's knowledge of it.
 
-    :ivar written: all that it has written and that must be sent.
-    :ivar received: all that it has received.
+    :ivar written: all data that it has written and that must be sent.
+    :ivar received: all data that it has received.
     :ivar reads: how often it was read from since the last wait.
-    :ivar reading: it has not paused, nor seen the end.
+    :ivar meets_the_reset: its last send came after the peer's reset.
+    :ivar reading: it has neither paused nor seen the end.
     :ivar closing: it has closed the connection, which first sends everything.
-    :ivar half_closing: the same, for the direction in which it sends.
-    :ivar over: nothing may be called any more.
-    :ivar forgotten: its number was closed, and taken over by another.
-    :ivar interrupted: its next send will be, after it was done.
-    :ivar why: the reason for a disconnection, while it is due.
-    :ivar plans: what its next calls do.
+    :ivar half_closing: it has closed the direction in which it sends.
+    :ivar aborted: it has aborted the connection.
+    :ivar over: the connection is lost, and nothing may be called any more.
+    :ivar forgotten: its descriptor was closed, and belongs to another stream.
+    :ivar interrupted: an interrupt comes just after its next send.
+    :ivar why: the reason for a disconnection, as long as that is due.
+    :ivar plans: the actions of its next calls.
     """
 
     transport: Any
 
-    def __init__(self, machine: StreamMachine, number: int) -> None:
+    def __init__(self, machine: StreamMachine, descriptor: int) -> None:
         self.machine = machine
-        self.socket = StreamSocket(machine.notifier, number)
+        self.socket = StreamSocket(machine.notifier, descriptor)
         self.written = b""
         self.received = b""
         self.reads = 0
@@ -121,7 +121,7 @@ class Talk(Protocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.machine.is_lost(self, reason)
 
-    # Of IHalfCloseableProtocol, which only some provide.
+    # IHalfCloseableProtocol, which only some protocols provide.
 
     def readConnectionLost(self) -> None:
         self.machine.has_read_all(self)
@@ -132,8 +132,8 @@ class Talk(Protocol):
 
 class StreamMachine(RuleBasedStateMachine):
     """
-    Drives a reactor with streams, beside a model of what their peers have sent
-    and what the application has written.
+    Drives a reactor with streams, and a model of the data that their peers have sent
+    and that the application has written.
     """
 
     def __init__(self) -> None:
@@ -145,48 +145,48 @@ class StreamMachine(RuleBasedStateMachine):
         self.talks: list[Talk] = []
         self.bytes: Iterator[int] = itertools.cycle(range(251))
         self.writing = False
-        # How many passes are under way, and how much the last wait has told.
+        # How many passes are nested, and how many events the last wait has reported.
         self.depth = 0
-        self.told = 0
-        # Who has something to be sent at the end of the pass, in that order;
-        # nobody knows the order after an interrupt.
+        self.reported = 0
+        # The streams that have data to send at the end of the pass, in that order.  The
+        # order is unknown after an interrupt.
         self.queue: list[Talk] = []
         self.order_is_known = True
         self.sent_from_queue = False
-        # Whose turn it is, and how many more sends belong to it: what is longer
-        # than one send takes may go on at once for a few.
+        # The stream that sends at present, and how many more sends it may make at once
+        # if its data is longer than one send takes.
         self.turn_of: Talk | None = None
         self.left_of_turn = 0
         self.to_be_logged: list[BaseException] = []
-        # An assertion within a call would only be logged by the engine.
+        # If a call failed an assertion, the engine would only log it.
         self.violations: list[str] = []
 
     def teardown(self) -> None:
         for talk in self.talks:
             talk.over = True
-            self.notifier.files.pop(talk.socket.number, None)
+            self.notifier.files.pop(talk.socket.descriptor, None)
         self.reactor.removeAll()
         dispose(self.reactor)
         self.log.stop()
 
-    # What happens to the streams
+    # Events of the streams
 
     def connect(
         self,
-        number: int,
+        descriptor: int,
         edges: int = READ | WRITE,
         fast: bool = True,
         half_closeable: bool = False,
     ) -> None:
-        talk = Talk(self, number)
+        talk = Talk(self, descriptor)
         if half_closeable:
             alsoProvides(talk, IHalfCloseableProtocol)
         talk.socket.on_recv = lambda: self.reads(talk)
         talk.socket.on_send = lambda: self.sends(talk)
         talk.socket.on_sent = lambda complete: self.has_sent(talk, complete)
-        self.notifier.files[number] = talk.socket
+        self.notifier.files[descriptor] = talk.socket
         stream = StreamTransport(talk.socket, talk, self.reactor)
-        stream.logstr = f"stream {number}"
+        stream.logstr = f"stream {descriptor}"
         stream.bufferSize = AT_ONCE
         stream.SEND_LIMIT = AT_ONCE + 2
         stream.reads_by_recv = fast
@@ -224,15 +224,15 @@ class StreamMachine(RuleBasedStateMachine):
         talk.socket.peer_resets()
 
     def urgent_data(self, talk: Talk, size: int) -> None:
-        self.notifier.distrust(talk.socket.number)
+        self.notifier.distrust(talk.socket.descriptor)
 
     def fill_the_buffer(self, talk: Talk, size: int) -> None:
-        """Somebody else's doing: the kernel is short of memory."""
+        """The kernel is short of memory: the room is less than the peer has made."""
         talk.socket.room = size % 4
         talk.socket.peer_reads(0)
 
     def interrupt_its_send(self, talk: Talk, size: int) -> None:
-        """Of which nobody knows then what was sent."""
+        """Then the engine does not know how much was sent."""
         talk.interrupted = True
 
     def write(self, talk: Talk, size: int) -> None:
@@ -244,7 +244,7 @@ class StreamMachine(RuleBasedStateMachine):
 
     def write_by(self, talk: Talk, method: Any, data: bytes | list[bytes]) -> None:
         if talk.closing or talk.half_closing:
-            # May or may not be sent.
+            # The data may be sent or not.
             return
         if not talk.aborted:
             talk.written += data if isinstance(data, bytes) else b"".join(data)
@@ -254,7 +254,7 @@ class StreamMachine(RuleBasedStateMachine):
         self.writing = False
 
     def queues_up(self, talk: Talk) -> None:
-        registration = self.notifier.watched.get(talk.socket.number)
+        registration = self.notifier.watched.get(talk.socket.descriptor)
         waits_for_room = (
             registration is not None and registration.writer is talk.transport
         )
@@ -293,43 +293,43 @@ class StreamMachine(RuleBasedStateMachine):
         talk.transport.abortConnection()
 
     def replace(self, talk: Talk, size: int) -> None:
-        number = talk.socket.number
+        descriptor = talk.socket.descriptor
         talk.why = ConnectionDone
         talk.transport.connectionLost(Failure(ConnectionDone()))
-        # Unless somebody else was quicker.
-        if number != -1 and number not in self.notifier.files:
-            self.connect(number)
+        # Another stream may have taken the descriptor already.
+        if descriptor != -1 and descriptor not in self.notifier.files:
+            self.connect(descriptor)
 
     def replace_behind_its_back(self, talk: Talk, size: int) -> None:
-        number = talk.socket.number
+        descriptor = talk.socket.descriptor
         talk.forgotten = True
         talk.reading = False
         talk.socket.close()
-        self.connect(number)
+        self.connect(descriptor)
 
-    # What the engine does
+    # Calls by the engine
 
     def wait_returns(self, events: Sequence[Event]) -> None:
-        self.told = len(events)
+        self.reported = len(events)
         self.sent_from_queue = False
         self.turn_of = None
         for talk in self.talks:
             talk.reads = 0
 
     def reads(self, talk: Talk) -> None:
-        self.expect(talk.reading, "it reads for who does not want to")
+        self.expect(talk.reading, "it reads from a paused stream")
         if talk.meets_the_reset:
-            # A send has failed, and what has arrived is read before the loss.
+            # A send has failed.  Data that has arrived is read before the loss.
             return
-        self.expect(not self.sent_from_queue, "it sends before all have read")
+        self.expect(not self.sent_from_queue, "it sends before all streams were read")
         talk.reads += 1
-        # A few after a full read of the pass before; and as many that an event leads
-        # to, if more has come since they have emptied the socket.
-        self.expect(talk.reads <= 4 + 4, "it reads on and on from one")
+        # Up to four reads after a full read of the pass before.  Up to four more for an
+        # event, if more data has arrived since those have emptied the socket.
+        self.expect(talk.reads <= 4 + 4, "it reads too often from one stream")
 
     def sends(self, talk: Talk) -> None:
-        self.expect(not self.writing, "it sends from inside write()")
-        self.expect(not talk.aborted, "it sends for who has aborted")
+        self.expect(not self.writing, "it sends within write()")
+        self.expect(not talk.aborted, "it sends after abortConnection()")
         talk.meets_the_reset = talk.socket.reset
         if talk not in self.queue:
             return
@@ -348,19 +348,21 @@ class StreamMachine(RuleBasedStateMachine):
                 if each.socket.sent != each.written
                 and not (each.over or each.aborted or each.forgotten)
             ]
-            self.expect(not waiting, "somebody is sent for out of turn")
+            self.expect(not waiting, "a stream sends out of turn")
 
     def has_sent(self, talk: Talk, complete: bool) -> None:
         if talk.interrupted:
             self.fail(talk, KeyboardInterrupt("send"))
         if complete and talk.socket.sent != talk.written:
-            # What is longer than one turn is behind the others with the rest.
+            # The data is longer than one turn.  The rest goes behind the other streams.
             self.queues_up(talk)
         else:
             self.turn_of = None
 
     def is_given(self, talk: Talk, data: bytes) -> None:
-        self.expect(talk.reading and not talk.over, "data for who wants none")
+        self.expect(
+            talk.reading and not talk.over, "a stream that is paused or lost gets data"
+        )
         talk.received += data
         right = talk.socket.arrived.startswith(talk.received)
         self.expect(right, f"{talk.received!r} is not {talk.socket.arrived!r}")
@@ -383,15 +385,15 @@ class StreamMachine(RuleBasedStateMachine):
         raise error
 
     def has_read_all(self, talk: Talk) -> None:
-        self.expect(talk.reading, "the end for who wants none")
+        self.expect(talk.reading, "a paused stream gets the end")
         self.expect(talk.socket.ended, "the end comes early")
         self.expect(talk.received == talk.socket.arrived, "something was not read")
         talk.reading = False
 
     def has_sent_all(self, talk: Talk) -> None:
-        self.expect(talk.half_closing, "nobody has closed half of it")
+        self.expect(talk.half_closing, "the application has not half closed it")
         self.expect(talk.socket.sent == talk.written, "something was not sent")
-        # Twice would be wrong.
+        # It must not be called twice.
         talk.half_closing = False
         talk.closing = True
 
@@ -442,18 +444,22 @@ class StreamMachine(RuleBasedStateMachine):
         ),
         fast=st.lists(st.sampled_from([True] * 3 + [False]), min_size=3, max_size=3),
     )
-    def one_on_each_number(self, edges: list[int], fast: list[bool]) -> None:
-        for number, each, quick in zip(NUMBERS, edges, fast, strict=True):
-            self.connect(number, each, quick, half_closeable=number == FAKE)
+    def a_stream_on_each_descriptor(self, edges: list[int], fast: list[bool]) -> None:
+        for descriptor, each, quick in zip(DESCRIPTORS, edges, fast, strict=True):
+            self.connect(descriptor, each, quick, half_closeable=descriptor == FAKE)
 
-    @precondition(lambda self: any(n not in self.notifier.files for n in NUMBERS))
+    @precondition(lambda self: any(n not in self.notifier.files for n in DESCRIPTORS))
     @rule(
         edges=st.sampled_from([READ | WRITE, READ, 0]),
         fast=st.booleans(),
         half_closeable=st.booleans(),
     )
     def another(self, edges: int, fast: bool, half_closeable: bool) -> None:
-        free = [number for number in NUMBERS if number not in self.notifier.files]
+        free = [
+            descriptor
+            for descriptor in DESCRIPTORS
+            if descriptor not in self.notifier.files
+        ]
         self.connect(free[0], edges, fast, half_closeable)
 
     @rule(action=actions(PEER + APPLICATION))
@@ -478,7 +484,7 @@ class StreamMachine(RuleBasedStateMachine):
         random: Random,
         hold: bool,
     ) -> None:
-        """Much at once, and calls that do something in the middle of it."""
+        """Many things happen at once, and calls perform actions in between."""
         self.notifier.random = random
         self.notifier.hold = hold
         talks = [talk for talk in self.talks if not talk.over and not talk.forgotten]
@@ -502,7 +508,7 @@ class StreamMachine(RuleBasedStateMachine):
             talk.socket.peer_reads(1000)
         for _ in range(50):
             self.one_pass()
-            if self.notifier.is_quiet() and not self.told:
+            if self.notifier.is_quiet() and not self.reported:
                 break
         else:
             self.expect(False, "it does not go to sleep")
@@ -533,18 +539,9 @@ class StreamMachine(RuleBasedStateMachine):
         self.talks = [talk for talk in self.talks if not talk.over]
 
 
-def test_model() -> None:
+def test_the_streams_agree_with_the_model() -> None:
     """
-    Nothing is lost, doubled or out of order in either direction, and nobody is
-    called who has ended.
+    No data is lost, doubled or out of order in either direction, and no protocol is
+    called after its connection was lost.
     """
-    run_state_machine_as_test(
-        StreamMachine,
-        settings=settings(
-            max_examples=examples(200),
-            stateful_step_count=25,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_model(StreamMachine, examples=200, steps=25)
