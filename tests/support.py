@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
@@ -224,6 +225,36 @@ def connect(port: Any) -> socket.socket:
     return client
 
 
+@contextlib.contextmanager
+def process(
+    *command: str, seconds: float = 60, stderr: int = subprocess.PIPE
+) -> Iterator[subprocess.Popen[str]]:
+    """
+    A process in a process group of its own, whose output is a pipe.  The group is
+    killed in the end, or after ``seconds``.
+    """
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+    ) as started:
+
+        def kill() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
+
+        watchdog = threading.Timer(seconds, kill)
+        watchdog.start()
+        try:
+            yield started
+        finally:
+            watchdog.cancel()
+            kill()
+
+
 def run_program(
     code: str,
     *arguments: str,
@@ -240,19 +271,9 @@ def run_program(
         f"from {reactor_class.__module__} import {reactor_class.__name__} as Reactor\n"
         f"from {reactor_class.__module__} import install\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", imports + textwrap.dedent(code), *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as program:
-        try:
-            output, errors = program.communicate(timeout=60)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(program.pid, signal.SIGKILL)
+    script = imports + textwrap.dedent(code)
+    with process(sys.executable, "-c", script, *arguments) as program:
+        output, errors = program.communicate()
     assert program.returncode == 0, (program.returncode, output, errors[-5000:])
     return output
 

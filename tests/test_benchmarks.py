@@ -1,4 +1,4 @@
-"""The benchmarks run: tiny measurements, through real sockets."""
+"""The benchmarks run: tiny measurements over real sockets."""
 
 from __future__ import annotations
 
@@ -22,15 +22,37 @@ CONTENDERS = ["rtsig", "epoll", "python", "c"]
 Measured = tuple[subprocess.CompletedProcess[str], Path]
 
 
+def run_benchmark(
+    name: str, *arguments: str, cores: int = 1, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """
+    Run a benchmark of this folder, or skip the test if that is not possible here.
+
+    :param environment: additional environment variables.
+    """
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the benchmarks are for Linux")
+    if len(os.sched_getaffinity(0)) < cores:
+        pytest.skip(f"this benchmark needs {cores} cores")
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / name), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, **environment},
+    )
+
+
+def assert_measured(run: subprocess.CompletedProcess[str]) -> None:
+    """The measurement is so short that it meets its limits only by chance."""
+    assert run.returncode == ("MISSED" in run.stdout), run.stderr
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     """A run of compare.py, and the file of its samples."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("the benchmarks are for Linux")
     if not shutil.which(os.environ.get("CC") or "cc"):
         pytest.skip("there is no C compiler for the client of the benchmarks")
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("the benchmarks need two cores")
     file = tmp_path_factory.mktemp("results") / "results.json"
     options = {
         "--work": ",".join(WORKS),
@@ -39,15 +61,13 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
         "--seconds": "0.02",
         "--json": str(file),
     }
-    command = [sys.executable, str(BENCHMARKS / "compare.py")]
-    command += [each for option in options.items() for each in option]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180), file
+    arguments = [each for option in options.items() for each in option]
+    return run_benchmark("compare.py", *arguments, cores=2), file
 
 
-def test_compare(measured: Measured) -> None:
+def test_the_benchmark_of_reactors(measured: Measured) -> None:
     run, file = measured
-    # Whether so short a measurement meets the bars is luck.
-    assert run.returncode == ("MISSED" in run.stdout), run.stderr
+    assert_measured(run)
     samples: list[dict[str, Any]] = json.loads(file.read_text())["samples"]
     done = {(each["work"], each["contender"]) for each in samples if each["cpu"] > 0}
     assert done == {
@@ -62,7 +82,7 @@ def test_compare(measured: Measured) -> None:
         assert f"## {work}: " in run.stdout
 
 
-def test_draw(measured: Measured, tmp_path: Path) -> None:
+def test_the_pictures_of_the_benchmarks(measured: Measured, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     _, file = measured
     command = [sys.executable, str(BENCHMARKS / "draw.py"), str(file)]
@@ -71,26 +91,16 @@ def test_draw(measured: Measured, tmp_path: Path) -> None:
         assert "rtsig reactor" in (tmp_path / name).read_text()
 
 
-def test_steps() -> None:
-    """A request takes no more instructions than it took."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("the benchmarks are for Linux")
-    command = [sys.executable, str(BENCHMARKS / "steps.py")]
-    # The debug mode has its own instructions.
-    environment = {**os.environ, "TWISTED_RTSIG_DEBUG": ""}
-    run = subprocess.run(
-        command, capture_output=True, text=True, timeout=180, env=environment
-    )
+def test_the_benchmark_of_instructions() -> None:
+    """A request takes no more instructions than before."""
+    # The debug mode executes additional instructions.
+    run = run_benchmark("steps.py", TWISTED_RTSIG_DEBUG="")
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("echo, rtsig") == 2
 
 
-def test_handlers() -> None:
-    if not sys.platform.startswith("linux"):
-        pytest.skip("the benchmarks are for Linux")
-    command = [sys.executable, str(BENCHMARKS / "handlers.py")]
-    command += ["--handlers", "500", "--rounds", "1"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=180)
+def test_the_benchmark_of_handlers() -> None:
+    run = run_benchmark("handlers.py", "--handlers", "500", "--rounds", "1")
     assert run.returncode == 0, run.stderr
     assert "500 handlers" in run.stdout
     sizes = [row.split("|")[2] for row in run.stdout.splitlines()[4:]]
@@ -104,14 +114,9 @@ def rows_of(section: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
 
 
-def test_tasks() -> None:
-    if not sys.platform.startswith("linux"):
-        pytest.skip("the benchmarks are for Linux")
-    command = [sys.executable, str(BENCHMARKS / "tasks.py")]
-    command += ["--count", "2000", "--rounds", "1"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    # Whether so short a measurement meets the bars is luck.
-    assert run.returncode == ("MISSED" in run.stdout), run.stderr
+def test_the_benchmark_of_tasks() -> None:
+    run = run_benchmark("tasks.py", "--count", "2000", "--rounds", "1")
+    assert_measured(run)
     _, *sections = run.stdout.split("\n## ")
     tables = {each.split(":")[0].strip(): rows_of(each) for each in sections[:-1]}
     bars = rows_of(sections[-1])
@@ -140,7 +145,7 @@ def test_tasks() -> None:
     for rows in tables.values():
         assert all(float(row[2].split()[0]) > 0 for row in rows)
     assert all(int(row[4][:-2].replace(",", "")) > 100 for row in tables["parked"])
-    # What is compared is the very figure that is shown.
+    # The limits compare the figures that the tables show.
     mine, yardstick = (microseconds(row[2]) for row in tables["ping-pong"][:2])
     assert float(bars[0][4].split()[0]) == pytest.approx(mine / yardstick, abs=0.02)
 
@@ -150,20 +155,14 @@ def microseconds(cell: str) -> float:
     return float(number) * {"µs": 1.0, "ns": 0.001}[unit]
 
 
-def test_files() -> None:
-    if not sys.platform.startswith("linux"):
-        pytest.skip("the benchmarks are for Linux")
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("the benchmarks need two cores")
-    command = [sys.executable, str(BENCHMARKS / "files.py"), "--rounds", "1"]
-    command += ["--count", "200", "--size", "100000"]
-    # That of this checkout, wherever another one is installed.
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
-    run = subprocess.run(
-        command, capture_output=True, text=True, timeout=180, env=environment
+def test_the_benchmark_of_files() -> None:
+    run = run_benchmark(
+        *("files.py", "--rounds", "1", "--count", "200", "--size", "100000"),
+        cores=2,
+        # Measure the package of this checkout, even if another one is installed.
+        PYTHONPATH=str(BENCHMARKS.parent),
     )
-    # Whether so short a measurement meets the bars is luck.
-    assert run.returncode == ("MISSED" in run.stdout), run.stderr
+    assert_measured(run)
     _, *sections = run.stdout.split("\n## ")
     tables = {each.split(":")[0].strip(): rows_of(each) for each in sections[:-1]}
     there = importlib.util.find_spec("aiofiles") is not None
@@ -177,26 +176,19 @@ def test_files() -> None:
     assert len(rows_of(sections[-1])) == 2 + there
     assert ("there is no aiofiles here (pip install" in run.stderr) != there
     for rows in tables.values():
-        # Of the delays it is the longest pass: nobody need have held up anybody.
+        # The delays may all be 0; their third column is the longest pass.
         times = [row[2 if rows is tables["late"] else 1] for row in rows]
         assert all(float(each.split()[0].replace(",", "")) > 0 for each in times)
 
 
-def test_workers() -> None:
-    if not (sys.platform.startswith("linux") and shutil.which("wrk")):
-        pytest.skip("the benchmark of workers needs Linux and wrk")
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("the benchmarks need two cores")
-    run = subprocess.run(
-        [
-            *(sys.executable, str(BENCHMARKS / "workers.py")),
-            *("--rounds", "1", "--seconds", "1", "--connections", "4"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=180,
+def test_the_benchmark_of_workers() -> None:
+    if not shutil.which("wrk"):
+        pytest.skip("the benchmark of workers needs wrk")
+    run = run_benchmark(
+        *("workers.py", "--rounds", "1", "--seconds", "1", "--connections", "4"),
+        cores=2,
     )
-    # Whether so short a measurement meets the bars is luck.
+    # The measurement is so short that it meets its limits only by chance.
     assert run.returncode in (0, 1), run.stderr
     assert run.stderr == ""
     assert "2 workers to 1: " in run.stdout

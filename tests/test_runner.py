@@ -43,7 +43,7 @@ both_signals = pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"]
 )
 
-# What the programs begin with.
+# The beginning of each program.
 IMPORTS = """
 import asyncio, atexit, os, signal, sys, threading, time
 from twisted.internet.defer import Deferred, succeed
@@ -56,7 +56,8 @@ def say(*what):
 event_class, events = Event, []
 
 def Event():
-    # A task that waits for what nothing refers to is garbage.
+    # Keep a reference.  If nothing referred to the event, the garbage collector would
+    # end the tasks that wait for it.
     events.append(event_class())
     return events[-1]
 
@@ -67,7 +68,7 @@ def other(number):
 
 
 class Program:
-    """A script in a process of its own, killed if it takes too long."""
+    """A script in a process of its own, which is killed if it takes too long."""
 
     def __init__(self, folder: Path, code: str, *command: str) -> None:
         self.script = folder / "program.py"
@@ -86,7 +87,7 @@ class Program:
         self.watchdog.start()
 
     def line(self) -> str:
-        """What it says next."""
+        """The next line of its output."""
         assert self.process.stdout is not None
         return self.process.stdout.readline().rstrip("\n")
 
@@ -94,7 +95,7 @@ class Program:
         self.process.send_signal(number)
 
     def end(self) -> tuple[int, str, str]:
-        """Its status, what it says until its end, and its errors."""
+        """Its exit status, the rest of its output, and its errors."""
         output, errors = self.process.communicate()
         self.watchdog.cancel()
         return self.process.returncode, output, errors
@@ -119,8 +120,8 @@ def start(tmp_path: Path) -> Any:
 Start = Callable[..., Program]
 
 
-def said(program: Program) -> str:
-    """What a program says that goes well."""
+def output_of(program: Program) -> str:
+    """The output of a program that ends with status 0 and without errors."""
     status, output, errors = program.end()
     assert (status, errors) == (0, ""), (status, output, errors)
     return output
@@ -130,7 +131,9 @@ def said(program: Program) -> str:
 
 
 @every_reactor
-def test_the_result_of_any_style(start: Start, name: str) -> None:
+def test_run_returns_the_result_of_main_on_every_reactor(
+    start: Start, name: str
+) -> None:
     program = start(f"""
         async def main(one, other):
             from twisted.internet import reactor
@@ -139,7 +142,7 @@ def test_the_result_of_any_style(start: Start, name: str) -> None:
 
         print(*run(main, 1, 2, reactor={name!r}, name="the main task"))
     """)
-    assert said(program) == f"3 {REACTORS[name]} the main task\n"
+    assert output_of(program) == f"3 {REACTORS[name]} the main task\n"
 
 
 @pytest.mark.parametrize(
@@ -153,8 +156,8 @@ def test_the_result_of_any_style(start: Start, name: str) -> None:
     ],
     ids=["generator", "Deferred", "@coroutine", "at once", "function"],
 )
-def test_styles(start: Start, main: str) -> None:
-    assert said(start(f"{main}\nprint(run(main, 'it'))")) == "it\n"
+def test_run_takes_main_in_every_style(start: Start, main: str) -> None:
+    assert output_of(start(f"{main}\nprint(run(main, 'it'))")) == "it\n"
 
 
 @every_reactor
@@ -168,7 +171,7 @@ def test_a_child_process_and_a_thread(start: Start, name: str) -> None:
 
         print(*run(main, reactor={name!r}))
     """)
-    assert said(program) == "b'child' 0 thread\n"
+    assert output_of(program) == "b'child' 0 thread\n"
 
 
 def test_the_module_and_the_command_line(start: Start) -> None:
@@ -181,15 +184,15 @@ def test_the_module_and_the_command_line(start: Start) -> None:
             print(run(main))
     """
     module = start(code, sys.executable, "-m", "program")
-    assert said(module) == "done\n"
+    assert output_of(module) == "done\n"
     text = IMPORTS + textwrap.dedent(code)
-    assert said(start("", sys.executable, "-c", text)) == "done\n"
+    assert output_of(start("", sys.executable, "-c", text)) == "done\n"
 
 
 def test_an_interactive_interpreter(start: Start) -> None:
-    """It goes on after a failure, and is told why it cannot run again."""
+    """It goes on after main has failed, and a second run() raises an error."""
     program = start("")
-    assert said(program) == ""
+    assert output_of(program) == ""
     lines = (
         IMPORTS
         + """
@@ -199,7 +202,7 @@ async def main():
 
 run(main)
 run(main)
-print("still here")
+print("goes on")
 """
     )
     done = subprocess.run(
@@ -210,7 +213,7 @@ print("still here")
         timeout=DEADLINE * 2,
         cwd=CHECKOUT,
     )
-    assert done.stdout == "still here\n"
+    assert done.stdout == "goes on\n"
     assert "ValueError: why" in done.stderr
     assert "ReactorNotRestartable: run() was called when" in done.stderr
 
@@ -219,12 +222,14 @@ print("still here")
 
 
 def lines_of_files(errors: str) -> list[str]:
-    """Of tracebacks, the files whose lines they show."""
+    """The files of the lines that tracebacks show."""
     return [line.split('"')[1] for line in errors.splitlines() if '  File "' in line]
 
 
 @pytest.mark.parametrize("wait", ["await sleep(0.001)", "pass"])
-def test_a_failure_is_raised_in_the_lines_of_the_user(start: Start, wait: str) -> None:
+def test_the_traceback_of_a_failure_has_the_lines_of_the_program(
+    start: Start, wait: str
+) -> None:
     program = start(f"""
         async def helper():
             {wait}
@@ -242,7 +247,7 @@ def test_a_failure_is_raised_in_the_lines_of_the_user(start: Start, wait: str) -
     assert lines_of_files(errors) == [script, RUNNER, script, script]
 
 
-def test_a_group_is_raised_whole(start: Start) -> None:
+def test_the_traceback_of_a_group_has_all_its_exceptions(start: Start) -> None:
     program = start("""
         async def buy(item):
             await sleep(0)
@@ -290,7 +295,7 @@ def test_the_exit_status_of_main(
     assert program.end() == (status, "", errors)
 
 
-def test_main_may_be_cancelled_without_a_signal(start: Start) -> None:
+def test_main_cancels_itself_without_a_signal(start: Start) -> None:
     program = start("""
         from twisted.internet.defer import CancelledError
 
@@ -303,7 +308,7 @@ def test_main_may_be_cancelled_without_a_signal(start: Start) -> None:
         except CancelledError as error:
             print(error)
     """)
-    assert said(program) == "main was cancelled\n"
+    assert output_of(program) == "main was cancelled\n"
 
 
 # Signals
@@ -314,7 +319,10 @@ def test_main_may_be_cancelled_without_a_signal(start: Start) -> None:
 def test_a_signal_cancels_main_and_is_the_status(
     start: Start, name: str, number: int
 ) -> None:
-    """As of a program that does not handle it, after everything has cleaned up."""
+    """
+    The exit status is that of a program which does not handle the signal.  Before that,
+    everything cleans up.
+    """
     program = start(f"""
         atexit.register(print, "at exit")
 
@@ -359,29 +367,29 @@ def test_the_status_that_a_shell_sees(start: Start, number: int) -> None:
     script = '"$0" program.py; echo status $?'
     program = start(code, "sh", "-c", script, sys.executable)
     os.kill(int(program.line()), number)
-    # The shell goes on only because it was not interrupted itself.
+    # The shell goes on, since it was not interrupted itself.
     assert f"status {128 + number}" in program.end()[1]
 
 
 @both_signals
-def test_main_may_return_when_it_is_cancelled(start: Start, number: int) -> None:
+def test_main_returns_when_it_is_cancelled(start: Start, number: int) -> None:
     program = start("""
         async def main():
             try:
                 say("waits")
                 await Event().wait()
             except Cancelled:
-                return "in peace"
+                return "done"
 
         print(run(main))
     """)
     assert program.line() == "waits"
     program.send(number)
-    assert said(program) == "in peace\n"
+    assert output_of(program) == "done\n"
 
 
 @both_signals
-def test_main_may_fail_when_it_is_cancelled(start: Start, number: int) -> None:
+def test_main_fails_when_it_is_cancelled(start: Start, number: int) -> None:
     program = start("""
         async def main():
             try:
@@ -399,7 +407,7 @@ def test_main_may_fail_when_it_is_cancelled(start: Start, number: int) -> None:
     assert errors.endswith("ValueError: why\n")
 
 
-# What does not end when it is cancelled: each says "stuck" once it has been told.
+# Programs that do not end when they are cancelled.  Each prints "stuck" then.
 STUCK = {
     "main": """
         async def main():
@@ -462,7 +470,9 @@ def test_a_second_signal_ends_the_process_at_once(
 
 
 @every_reactor
-def test_a_second_signal_of_the_same_kind(start: Start, name: str) -> None:
+def test_a_second_signal_of_the_same_kind_ends_the_process(
+    start: Start, name: str
+) -> None:
     code = textwrap.dedent(STUCK["main"])
     program = start(f"{code}\nrun(main, reactor={name!r})")
     assert program.line() == "waits"
@@ -486,7 +496,7 @@ def test_the_process_ends_when_the_grace_is_over(
     name = signal.Signals(number).name
     assert f"{name}: the program has not ended within 1 s" in errors
     assert "runner.py" not in errors
-    # The line of the program, wherever it is stuck.
+    # The log has the line at which the program is stuck.
     where = {
         "main": "in main: await Event().wait()",
         "thread": "in block: time.sleep(60)",
@@ -497,7 +507,7 @@ def test_the_process_ends_when_the_grace_is_over(
 
 
 def test_the_end_does_not_wait_for_a_log_that_no_process_reads(start: Start) -> None:
-    """The pipe is full, and stays so."""
+    """The pipe is full, and stays full."""
     program = start("""
         async def main():
             os.set_blocking(2, True)
@@ -526,7 +536,7 @@ def test_a_signal_before_the_start_of_main(start: Start) -> None:
             "before", "startup", signal.raise_signal, signal.SIGTERM)
 
         async def main():
-            say("never comes here")
+            say("this does not run")
 
         try:
             run(main, reactor=reactor)
@@ -538,7 +548,7 @@ def test_a_signal_before_the_start_of_main(start: Start) -> None:
 
 @both_signals
 def test_a_signal_after_the_end_of_main(start: Start, number: int) -> None:
-    """It is not lost, and main's result is."""
+    """The signal is the exit status, and the result of main is lost."""
     program = start(f"""
         async def rest():
             try:
@@ -551,7 +561,7 @@ def test_a_signal_after_the_end_of_main(start: Start, number: int) -> None:
         async def main():
             spawn(rest)
             await sleep(0)
-            return "never told"
+            return "lost"
 
         print(run(main))
     """)
@@ -562,7 +572,7 @@ def test_a_signal_after_the_end_of_main(start: Start, number: int) -> None:
 # The end
 
 
-def test_what_is_left_is_cancelled_and_waited_for(start: Start) -> None:
+def test_tasks_that_are_left_are_cancelled_and_waited_for(start: Start) -> None:
     program = start("""
         async def numbers():
             try:
@@ -572,7 +582,7 @@ def test_what_is_left_is_cancelled_and_waited_for(start: Start) -> None:
                 await sleep(0.01)
                 print("the generator has ended")
 
-        # What waits for it is no garbage.
+        # A global name, so that tasks that wait for it are not garbage.
         never = Event()
 
         async def rest(number):
@@ -580,7 +590,7 @@ def test_what_is_left_is_cancelled_and_waited_for(start: Start) -> None:
                 await never.wait()
             finally:
                 if number:
-                    # Which is cancelled in its turn.
+                    # This one is cancelled as well.
                     spawn(rest, number - 1)
                 await sleep(0.01)
                 print("task", number, "has ended")
@@ -614,53 +624,56 @@ def test_what_is_left_is_cancelled_and_waited_for(start: Start) -> None:
     assert "ValueError: why" in errors
 
 
-def test_a_task_that_does_not_end_is_named(start: Start) -> None:
-    program = start("""
-        async def stubborn():
-            try:
-                await Event().wait()
-            except Cancelled:
-                await Event().wait()
+def leaves(task: str) -> str:
+    """The end of a program that leaves a task."""
+    return f"""
+async def main():
+    spawn({task})
+    await sleep(0)
+    return "done"
 
-        async def main():
-            spawn(stubborn)
-            await sleep(0)
-            return "done"
+print(run(main, grace=0.05))
+"""
 
-        print(run(main, grace=0.05))
-    """)
+
+def errors_of_done(program: Program) -> str:
+    """The errors of a program that ends with status 0 and prints "done"."""
     status, output, errors = program.end()
     assert (status, output) == (0, "done\n")
+    return errors
+
+
+def test_a_task_that_does_not_end_is_logged(start: Start) -> None:
+    code = """
+async def stubborn():
+    try:
+        await Event().wait()
+    except Cancelled:
+        await Event().wait()
+"""
+    errors = errors_of_done(start(code + leaves("stubborn")))
     assert "1 tasks were cancelled because the program ends" in errors
     assert "in stubborn: await Event().wait()" in errors
 
 
-def test_tasks_that_spawn_others_without_end(start: Start) -> None:
-    """Each of them ends when it is cancelled, and the program ends after its grace."""
-    program = start("""
-        never = Event()
+def test_tasks_that_spawn_others_without_end_are_logged(start: Start) -> None:
+    """Each of them ends when it is cancelled.  The program ends after its grace."""
+    code = """
+never = Event()
 
-        async def works():
-            try:
-                await never.wait()
-            finally:
-                spawn(works)
-
-        async def main():
-            spawn(works)
-            await sleep(0)
-            return "done"
-
-        print(run(main, grace=0.05))
-    """)
-    status, output, errors = program.end()
-    assert (status, output) == (0, "done\n")
+async def works():
+    try:
+        await never.wait()
+    finally:
+        spawn(works)
+"""
+    errors = errors_of_done(start(code + leaves("works")))
     assert "1 tasks were cancelled because the program ends" in errors
     assert "works" in errors
 
 
 def test_an_end_that_fails_is_logged(start: Start) -> None:
-    """And the program ends all the same, with the result of main."""
+    """The program ends nevertheless, with the result of main."""
     program = start("""
         from twisted_rtsig import runner
 
@@ -673,15 +686,14 @@ def test_an_end_that_fails_is_logged(start: Start) -> None:
 
         print(run(main))
     """)
-    status, output, errors = program.end()
-    assert (status, output) == (0, "done\n")
+    errors = errors_of_done(program)
     assert "The end of run() has failed" in errors
     assert "ZeroDivisionError" in errors
 
 
 @every_reactor
 def test_services_stop_before_tasks_are_cancelled(start: Start, name: str) -> None:
-    """A trigger that stops a server has its time."""
+    """A shutdown trigger stops a server, and run() waits for it."""
     program = start(f"""
         from twisted.internet.endpoints import TCP4ServerEndpoint
 
@@ -706,12 +718,12 @@ def test_services_stop_before_tasks_are_cancelled(start: Start, name: str) -> No
         assert program.line() == "stops"
         client.sendall(b"question\n")
         assert client.recv(100) == b"question\n"
-    assert said(program) == ""
+    assert output_of(program) == ""
 
 
 @both_signals
-def test_the_example(start: Start, number: int) -> None:
-    """A client that is there gets its answer, and one that comes later nothing."""
+def test_the_example_server_finishes_its_connections(start: Start, number: int) -> None:
+    """A connected client gets its answer, and later clients are refused."""
     example = CHECKOUT / "examples" / "hello_server.py"
     program = start("", sys.executable, str(example), "0")
     port = int(program.line().removeprefix("listening on port "))
@@ -719,7 +731,7 @@ def test_the_example(start: Start, number: int) -> None:
         assert client.recv(100) == b"What is your name?\n"
         program.send(number)
         with contextlib.suppress(ConnectionError):
-            # Until it listens no more.
+            # Connect until the server no longer listens.
             while True:
                 socket.create_connection(("127.0.0.1", port), DEADLINE).close()
         client.sendall(b"Ann\n")
@@ -727,7 +739,7 @@ def test_the_example(start: Start, number: int) -> None:
     assert program.end()[0] == -number
 
 
-def test_the_reactor_is_stopped_too_early(start: Start) -> None:
+def test_main_stops_the_reactor(start: Start) -> None:
     program = start("""
         async def main():
             from twisted.internet import reactor
@@ -743,14 +755,14 @@ def test_the_reactor_is_stopped_too_early(start: Start) -> None:
         except RuntimeError as error:
             print(error)
     """)
-    output = said(program)
+    output = output_of(program)
     assert output.startswith(
         "cleaned up\nthe reactor was stopped before main had ended"
     )
 
 
 @every_reactor
-def test_handlers_are_those_of_before(start: Start, name: str) -> None:
+def test_signal_handlers_are_restored(start: Start, name: str) -> None:
     program = start(f"""
         numbers = signal.SIGINT, signal.SIGTERM, signal.SIGCHLD
 
@@ -771,10 +783,10 @@ def test_handlers_are_those_of_before(start: Start, name: str) -> None:
 
         print(run(main, reactor={name!r}) != before, handlers() == before)
     """)
-    assert said(program) == "True True\n"
+    assert output_of(program) == "True True\n"
 
 
-def test_handlers_of_the_program_are_left_alone(start: Start) -> None:
+def test_signal_handlers_of_the_program_are_kept(start: Start) -> None:
     program = start("""
         told = Event()
         signal.signal(signal.SIGTERM, lambda *_: reactor.callFromThread(told.set))
@@ -793,10 +805,10 @@ def test_handlers_of_the_program_are_left_alone(start: Start) -> None:
     assert program.line() == "waits"
     program.send(signal.SIGINT)
     program.send(signal.SIGTERM)
-    assert said(program) == "told\n"
+    assert output_of(program) == "told\n"
 
 
-# Refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -826,7 +838,7 @@ def test_handlers_of_the_program_are_left_alone(start: Start) -> None:
         ),
     ],
 )
-def test_a_clear_error(start: Start, code: str, error: str) -> None:
+def test_a_wrong_call_raises_a_clear_error(start: Start, code: str, error: str) -> None:
     program = start(f"async def main():\n    pass\n\n{code}\n")
     status, output, errors = program.end()
     assert (status, output) == (1, "")
@@ -834,7 +846,7 @@ def test_a_clear_error(start: Start, code: str, error: str) -> None:
     assert "never awaited" not in errors
 
 
-def test_only_in_the_main_thread() -> None:
+def test_run_works_only_in_the_main_thread() -> None:
     caught: list[BaseException] = []
 
     async def main() -> None:
@@ -878,7 +890,9 @@ def test_only_in_the_main_thread() -> None:
         ),
     ],
 )
-def test_a_reactor_that_fits(start: Start, installed: str, asked: str) -> None:
+def test_run_uses_an_installed_reactor_that_fits(
+    start: Start, installed: str, asked: str
+) -> None:
     main = "async def main():\n    return 1\n"
     program = start(f"{installed}\n{main}print(run(main, reactor={asked}))")
-    assert said(program) == "1\n"
+    assert output_of(program) == "1\n"

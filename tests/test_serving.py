@@ -1,13 +1,14 @@
 """
-Whole programs on the realtime-signals reactor, with real processes and real
-clients: a web server, plain and over TLS, daemonized, refused where it cannot
-run; and a server whose signal queue overflows all the time.
+Whole programs, with real processes and real clients: a web server, plain, over TLS, as
+a daemon, and refused if its reactor cannot run here.  A server whose signal queue
+overflows most of the time.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import hashlib
 import http.client
 import json
@@ -32,7 +33,7 @@ if not sys.platform.startswith("linux"):
     pytest.skip("realtime signals exist on Linux only", allow_module_level=True)
 
 from tests.programs import hostile_client, line_server
-from tests.support import DEADLINE, make_certificate
+from tests.support import DEADLINE, make_certificate, process
 
 pytestmark = pytest.mark.processes
 
@@ -50,24 +51,8 @@ MakeConnection = Callable[[], http.client.HTTPConnection]
 # The server
 
 
-@contextlib.contextmanager
-def process(*command: str) -> Iterator[subprocess.Popen[str]]:
-    """A process whose output is a pipe, killed if it is not through in time."""
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as started:
-        watchdog = threading.Timer(6 * DEADLINE, started.kill)
-        watchdog.start()
-        try:
-            yield started
-        finally:
-            watchdog.cancel()
-            started.kill()
+# A server may take this long, and its errors belong to its output.
+one_output = functools.partial(process, seconds=6 * DEADLINE, stderr=subprocess.STDOUT)
 
 
 def port_in(log: str) -> int | None:
@@ -79,14 +64,16 @@ def port_in(log: str) -> int | None:
 @contextlib.contextmanager
 def serving(reactor_name: str, folder: Path, listen: str = TCP) -> Iterator[int]:
     """
-    ``twistd web`` in the foreground; its port.  In the end it is asked to stop,
-    and must do so with nothing untoward in its log.
+    ``twistd web`` in the foreground.  In the end it gets SIGTERM, and must stop without
+    an error in its log.
+
+    :return: its port.
     """
-    with process(
+    with one_output(
         *TWISTD,
         *("--nodaemon", "--no_save", "--pidfile=", "--reactor", reactor_name),
         *("web", "--path", str(folder), "--listen", listen),
-        # So that what remains is short enough for a pipe.
+        # Without the log of requests, the output is short enough for a pipe.
         *("--logfile", os.devnull),
     ) as server:
         log = ""
@@ -100,23 +87,27 @@ def serving(reactor_name: str, folder: Path, listen: str = TCP) -> Iterator[int]
         yield port
         server.terminate()
         log += server.communicate(timeout=DEADLINE)[0]
-        # Twisted of today ends by the signal itself, after its clean-up.
+        # Recent releases of Twisted end by the signal itself, after their clean-up.
         assert server.returncode in (0, -signal.SIGTERM)
-        assert_went_well(reactor_name, log)
+        assert_no_error_in(reactor_name, log)
 
 
-def assert_went_well(reactor_name: str, log: str) -> None:
+def assert_no_error_in(reactor_name: str, log: str) -> None:
     assert f"reactor class: {OURS[reactor_name]}." in log
     assert log.rstrip().endswith("Server Shut Down.")
     assert "Traceback" not in log
     assert "Unhandled" not in log
 
 
-# The files and who fetches them
+# The files and their clients
 
 
 def make_small_files(folder: Path, count: int) -> dict[str, str]:
-    """Files with unforeseeable content; the hash of each."""
+    """
+    Files with random content.
+
+    :return: the hash of each file.
+    """
     chance = random.Random(count)
     made = {}
     for number in range(count):
@@ -128,7 +119,11 @@ def make_small_files(folder: Path, count: int) -> dict[str, str]:
 
 
 def make_large_file(path: Path, pieces: int) -> tuple[str, list[str]]:
-    """A large file; its hash, and those of its megabytes."""
+    """
+    A large file.
+
+    :return: its hash, and those of its megabytes.
+    """
     chance = random.Random(pieces)
     whole = hashlib.sha256()
     of_pieces = []
@@ -144,7 +139,11 @@ def make_large_file(path: Path, pieces: int) -> tuple[str, list[str]]:
 def fetch(
     connection: http.client.HTTPConnection, name: str, range_: str | None = None
 ) -> str:
-    """The hash of a file, or of a range of it, over a connection that stays."""
+    """
+    Fetch a file, or a range of it, over a connection that stays.
+
+    :return: the hash of the content.
+    """
     connection.request("GET", f"/{name}", headers={"Range": range_} if range_ else {})
     response = connection.getresponse()
     assert response.status == (206 if range_ else 200)
@@ -195,14 +194,16 @@ def reactor_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Path]:
-    """A folder to serve; removed at once, since it may become large."""
+    """A folder to serve.  It is removed after the test, since it may become large."""
     folder = tmp_path / "site"
     folder.mkdir()
     yield folder
     shutil.rmtree(folder)
 
 
-def test_files(reactor_name: str, site: Path) -> None:
+def test_files_are_served_over_kept_alive_connections(
+    reactor_name: str, site: Path
+) -> None:
     with serving(reactor_name, site) as port:
         check_all_files(
             site,
@@ -225,7 +226,7 @@ def test_files_over_tls(reactor_name: str, site: Path, tmp_path: Path) -> None:
         )
 
 
-def test_curl(reactor_name: str, site: Path) -> None:
+def test_curl_fetches_a_file_and_a_listing(reactor_name: str, site: Path) -> None:
     curl = shutil.which("curl")
     if curl is None:
         pytest.skip("curl is not installed")
@@ -254,7 +255,9 @@ def test_curl(reactor_name: str, site: Path) -> None:
 # A daemon
 
 
-def test_daemon(reactor_name: str, site: Path, tmp_path: Path) -> None:
+def test_a_daemon_serves_files_and_stops_at_SIGTERM(
+    reactor_name: str, site: Path, tmp_path: Path
+) -> None:
     files = make_small_files(site, 20)
     log_path, pid_path = tmp_path / "daemon.log", tmp_path / "daemon.pid"
     try:
@@ -270,7 +273,7 @@ def test_daemon(reactor_name: str, site: Path, tmp_path: Path) -> None:
             check=True,
             timeout=DEADLINE,
         )
-        # The command has returned, hence the daemon runs.
+        # The command has returned, so the daemon runs.
         daemon = os.pidfd_open(int(pid_path.read_text()))
         try:
             port = port_in(log_path.read_text())
@@ -279,7 +282,7 @@ def test_daemon(reactor_name: str, site: Path, tmp_path: Path) -> None:
                 http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
                 for _ in range(2)
             )
-            # In turns, so that the server waits for each of them again.
+            # The connections take turns, so that the server waits for each of them.
             with contextlib.closing(one), contextlib.closing(other):
                 for name, content in files.items():
                     assert fetch(one, name) == content
@@ -290,7 +293,7 @@ def test_daemon(reactor_name: str, site: Path, tmp_path: Path) -> None:
         finally:
             os.close(daemon)
         assert not pid_path.exists()
-        assert_went_well(reactor_name, log_path.read_text())
+        assert_no_error_in(reactor_name, log_path.read_text())
     finally:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             os.kill(int(pid_path.read_text()), signal.SIGKILL)
@@ -312,10 +315,10 @@ def test_daemon(reactor_name: str, site: Path, tmp_path: Path) -> None:
         ("rtsig-kqueue", "", "linux", "this is linux", "--reactor=rtsig-epoll"),
     ],
 )
-def test_refusal(
+def test_a_reactor_that_cannot_run_is_refused(
     name: str, variable: str, platform: str, why: str, instead: str, site: Path
 ) -> None:
-    """It says in one sentence why it does not start, and what would."""
+    """One sentence gives the reason, and names a reactor that can run."""
     done = subprocess.run(
         [
             sys.executable,
@@ -343,7 +346,7 @@ def test_refusal(
 
 
 def report_of(control: int, count: int) -> line_server.Report:
-    """Ask for the records when so many connections have come and gone."""
+    """Ask for the records after ``count`` connections have ended."""
     with socket.create_connection(
         ("127.0.0.1", control), timeout=line_server.PATIENCE + DEADLINE
     ) as client:
@@ -352,18 +355,18 @@ def report_of(control: int, count: int) -> line_server.Report:
     return report
 
 
-def test_overload() -> None:
+def test_an_overflowing_signal_queue_loses_nothing() -> None:
     """
-    The signal queue is full most of the time, and clients come and go in all
-    the ways there are.  Nothing is lost: no byte, no answer, no farewell.
+    The signal queue is full most of the time, and clients connect and disconnect in
+    many ways.  No byte, no answer and no end of a connection is lost.
     """
     count = 2000
     seed = 20_001
     visits = hostile_client.plan(count, seed)
-    with process(sys.executable, line_server.__file__) as server:
+    with one_output(sys.executable, line_server.__file__) as server:
         assert server.stdout is not None
         port, control = (int(server.stdout.readline()) for _ in range(2))
-        with process(
+        with one_output(
             sys.executable, hostile_client.__file__, str(port), str(count), str(seed)
         ) as client:
             output, _ = client.communicate()

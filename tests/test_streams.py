@@ -1,8 +1,8 @@
 """
 The stream transports: reading, writing and closing, in each role.
 
-Every test of behaviour runs on Twisted's epoll reactor as well, which says what
-the behaviour has to be.
+Every test of behaviour runs on Twisted's epoll reactor as well: its behaviour is the
+right one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,8 +70,8 @@ MEGABYTE = 1 << 20
 
 def spin(reactor: Any, until: Callable[[], Any]) -> None:
     """
-    Iterate until something is true, which may come true without an event for
-    the reactor: at the other end of a connection.
+    Iterate until something is true.  It may become true without an event for the
+    reactor: at the other end of a connection.
     """
     end = time.monotonic() + DEADLINE
     while not until():
@@ -80,12 +81,12 @@ def spin(reactor: Any, until: Callable[[], Any]) -> None:
 
 class Counted:
     """
-    A socket that counts what it is asked to do.
+    A socket that counts its calls.
 
-    :ivar sent: what each ``send`` was given and has sent.
+    :ivar sent: the bytes that each ``send`` has sent.
     :ivar received: how often it was read from.
-    :ivar send_raises: what the next sends raise, after they have sent.
-    :ivar recv_raises: what the reads raise, instead of reading.
+    :ivar send_raises: raised by the next sends, after they have sent.
+    :ivar recv_raises: raised by the reads, instead of reading.
     """
 
     def __init__(self, real: socket.socket) -> None:
@@ -118,12 +119,37 @@ class Counted:
         return self._real.recvmsg(*arguments)
 
 
+@contextlib.contextmanager
+def logged_errors() -> Iterator[list[Any]]:
+    """The errors that are logged meanwhile."""
+    errors: list[Any] = []
+
+    def observe(event: Any) -> None:
+        if event["isError"]:
+            errors.append(event)
+
+    log.addObserver(observe)
+    try:
+        yield errors
+    finally:
+        log.removeObserver(observe)
+
+
+def record_half_closes(protocol: Any) -> list[str]:
+    """Let a protocol handle half closes.  The list gets the ends of its directions."""
+    ends: list[str] = []
+    protocol.readConnectionLost = lambda: ends.append("read")
+    protocol.writeConnectionLost = lambda: ends.append("write")
+    alsoProvides(protocol, IHalfCloseableProtocol)
+    return ends
+
+
 class Link:
     """
     A stream on a reactor, and a plain socket at its other end.
 
-    :ivar protocol: records what the stream receives.
-    :ivar peer: the plain socket, with a time limit.
+    :ivar protocol: records the data that the stream receives.
+    :ivar peer: the plain socket, with a timeout.
     """
 
     def __init__(self, reactor: Any, kind: str, folder: Any) -> None:
@@ -183,7 +209,7 @@ class Link:
         return counted
 
     def receive(self, size: int) -> bytes:
-        """So many bytes at the other end."""
+        """Receive ``size`` bytes at the other end."""
         self.peer.setblocking(False)
         data = b""
 
@@ -199,7 +225,7 @@ class Link:
         return data
 
     def receive_rest(self) -> bytes:
-        """What the other end gets until the stream has closed."""
+        """Receive at the other end until the stream has closed."""
         self.peer.setblocking(False)
         data, ended = b"", False
 
@@ -215,7 +241,7 @@ class Link:
         return data
 
     def fill(self) -> bytes:
-        """Write until the kernel's buffer is full; what was written."""
+        """Write until the kernel's buffer is full, and return the data."""
         data = random.Random(1).randbytes(8 * MEGABYTE)
         self.transport.write(data)
         settle(self.reactor)
@@ -265,16 +291,16 @@ def tcp_link(any_reactor: Any, tmp_path: Any) -> Iterator[Link]:
     it.close()
 
 
-# What is written
+# Writing
 
 
-def test_is_a_transport_of_twisted(link: Link) -> None:
-    """Programs ask for the classes."""
+def test_a_transport_is_an_instance_of_twisteds_class(link: Link) -> None:
+    """Programs test for these classes."""
     classes = {tcp.Server, tcp.Client, unix.Server, unix.Client}
     assert sum(isinstance(link.transport, each) for each in classes) in (1, 2)
 
 
-def test_one_send_at_the_end_of_the_pass(our_link: Link) -> None:
+def test_writes_of_a_pass_are_sent_at_its_end_by_one_send(our_link: Link) -> None:
     counted = our_link.count()
     during: list[int] = []
 
@@ -294,8 +320,8 @@ def test_one_send_at_the_end_of_the_pass(our_link: Link) -> None:
 
 @pytest.mark.parametrize("size", [1, 4_000, 9_000, 40_000])
 @pytest.mark.parametrize("producer", [False, True])
-def test_pieces_are_sent_as_one(our_link: Link, size: int, producer: bool) -> None:
-    """Whatever their sizes, and in order."""
+def test_pieces_are_sent_by_one_send(our_link: Link, size: int, producer: bool) -> None:
+    """They are sent in order, whatever their sizes."""
     if producer:
         our_link.transport.registerProducer(Producer(), True)
     counted = our_link.count()
@@ -315,7 +341,7 @@ def test_pieces_are_sent_as_one(our_link: Link, size: int, producer: bool) -> No
     assert not our_link.is_writer()
 
 
-def test_a_sequence_that_cannot_be_written(link: Link) -> None:
+def test_writing_a_wrong_sequence_raises_a_type_error(link: Link) -> None:
     for wrong in ("text", bytearray(b"bytes"), None):
         with pytest.raises(TypeError, match=r"^Data must be bytes$"):
             link.transport.writeSequence([b"bytes", wrong])
@@ -326,8 +352,10 @@ def test_a_sequence_that_cannot_be_written(link: Link) -> None:
     assert link.peer.recv(10) == b""
 
 
-def test_no_look_after_a_short_read(reactor: EngineReactor, tmp_path: Any) -> None:
-    """One request is one read, and no level check."""
+def test_a_short_read_is_not_followed_by_another(
+    reactor: EngineReactor, tmp_path: Any
+) -> None:
+    """One request costs one read, and no level check."""
     link = Link(reactor, "TCP server", tmp_path)
     counted = link.count()
     checks = reactor.statistics()["checks"]
@@ -341,7 +369,7 @@ def test_no_look_after_a_short_read(reactor: EngineReactor, tmp_path: Any) -> No
 
 
 @pytest.mark.parametrize("where", ["timer", "thread call", "outside"])
-def test_write_from_elsewhere(link: Link, where: str) -> None:
+def test_a_write_outside_of_the_protocol_is_sent(link: Link, where: str) -> None:
     write = link.transport.write
     if where == "timer":
         link.reactor.callLater(0, write, b"hello")
@@ -352,8 +380,8 @@ def test_write_from_elsewhere(link: Link, where: str) -> None:
     assert link.receive(5) == b"hello"
 
 
-def test_write_from_a_signal_handler(our_link: Link) -> None:
-    """While the reactor sleeps, which ends it."""
+def test_a_write_in_a_signal_handler_is_sent(our_link: Link) -> None:
+    """The write ends the sleep of the reactor."""
     counted = our_link.count()
     before = signal.signal(
         signal.SIGALRM, lambda *_: our_link.transport.write(b"from the handler")
@@ -369,8 +397,8 @@ def test_write_from_a_signal_handler(our_link: Link) -> None:
     assert our_link.receive(16) == b"from the handler"
 
 
-def test_written_by_who_iterates_within(link: Link) -> None:
-    """A pass inside of a pass sends what the outer one has queued, and reads."""
+def test_a_nested_pass_sends_and_receives(link: Link) -> None:
+    """It sends data that the outer pass has queued, and reads."""
     inner: list[bytes] = []
 
     def iterate(data: bytes) -> None:
@@ -387,7 +415,7 @@ def test_written_by_who_iterates_within(link: Link) -> None:
     assert b"".join(inner) == b"xmore"
 
 
-def test_more_than_the_kernel_takes(link: Link) -> None:
+def test_data_beyond_the_kernels_buffer_is_sent_later(link: Link) -> None:
     data = link.fill()
     assert link.is_writer()
     link.transport.write(b"the end")
@@ -396,8 +424,8 @@ def test_more_than_the_kernel_takes(link: Link) -> None:
     assert not link.is_writer()
 
 
-def test_write_limit(our_link: Link) -> None:
-    """No send is longer than SEND_LIMIT, however much there is to write."""
+def test_a_send_is_no_longer_than_the_limit(our_link: Link) -> None:
+    """The limit is SEND_LIMIT, however much data there is."""
     counted = our_link.count()
     our_link.transport.SEND_LIMIT = 1000
     our_link.transport.write(b"w" * 1001)
@@ -409,8 +437,8 @@ def test_write_limit(our_link: Link) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows gets smaller pieces")
-def test_much_is_sent_at_once(our_link: Link) -> None:
-    """The kernel takes what it has room for, and its peer is woken up less often."""
+def test_a_large_write_is_sent_at_once(our_link: Link) -> None:
+    """The kernel takes as much as it has room for, and the peer wakes up less often."""
     our_link.transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
     counted = our_link.count()
     data = b"a" * 400_000
@@ -421,7 +449,7 @@ def test_much_is_sent_at_once(our_link: Link) -> None:
     assert our_link.receive(len(data) + 1) == data + b"z"
 
 
-def test_what_cannot_be_written(link: Link) -> None:
+def test_text_and_empty_bytes_are_not_sent(link: Link) -> None:
     with pytest.raises(TypeError):
         link.transport.write("text")
     link.transport.write(b"")
@@ -435,7 +463,7 @@ def test_what_cannot_be_written(link: Link) -> None:
     assert link.receive(5) == b"bytes"
 
 
-def test_queued_writer_is_a_writer(our_link: Link) -> None:
+def test_a_queued_transport_is_a_writer(our_link: Link) -> None:
     our_link.transport.write(b"x")
     assert our_link.reactor.getWriters().count(our_link.transport) == 1
     our_link.transport.stopWriting()
@@ -445,8 +473,8 @@ def test_queued_writer_is_a_writer(our_link: Link) -> None:
     assert our_link.receive(2) == b"xy"
 
 
-def test_added_as_a_writer_while_queued(link: Link) -> None:
-    """By the application, which may."""
+def test_a_queued_transport_is_added_as_a_writer(link: Link) -> None:
+    """The application may do so."""
     link.transport.write(b"x")
     link.reactor.addWriter(link.transport)
     assert link.receive(1) == b"x"
@@ -456,7 +484,7 @@ def test_added_as_a_writer_while_queued(link: Link) -> None:
     assert link.receive(1) == b"y"
 
 
-def test_remove_all_while_queued(our_link: Link) -> None:
+def test_removeAll_removes_a_queued_transport(our_link: Link) -> None:
     our_link.transport.write(b"x")
     removed = our_link.reactor.removeAll()
     assert our_link.transport in removed
@@ -469,7 +497,7 @@ def test_remove_all_while_queued(our_link: Link) -> None:
 
 @implementer(IPushProducer)
 class Producer:
-    """Counts what it is asked to do; in turn it may do something."""
+    """Records its calls, and may call ``resume`` in turn."""
 
     def __init__(self, resume: Callable[[], None] = lambda: None) -> None:
         self.calls: list[str] = []
@@ -486,7 +514,7 @@ class Producer:
         self.calls.append("stop")
 
 
-def test_push_producer(link: Link) -> None:
+def test_a_push_producer_is_paused_and_resumed(link: Link) -> None:
     producer = Producer()
     link.transport.registerProducer(producer, True)
     link.transport.write(b"x")
@@ -523,7 +551,7 @@ def test_a_push_producer_is_paused_by_more_than_a_buffer(
 def test_a_producer_that_writes_once_more_before_the_end(
     link: Link, half: bool, unregister: bool
 ) -> None:
-    """What was asked for before it was resumed happens when all is written."""
+    """The connection was closed before that, and closes when all is written."""
     transport = link.transport
 
     def resume() -> None:
@@ -543,14 +571,14 @@ def test_a_producer_that_writes_once_more_before_the_end(
     if half or unregister:
         assert link.receive_rest() == data + b"the last"
     else:
-        # As with Twisted: not before its producer is unregistered.
+        # As in Twisted, it does not close before its producer is unregistered.
         assert link.receive(len(data) + 8) == data + b"the last"
         transport.unregisterProducer()
         assert link.receive_rest() == b""
 
 
-def test_a_producer_in_the_place_of_one_that_was_paused(link: Link) -> None:
-    """It is resumed when there is room, as the former one would have been."""
+def test_a_producer_that_replaces_a_paused_one_is_resumed(link: Link) -> None:
+    """It is resumed when there is room, as the former producer would have been."""
     first, second = Producer(), Producer()
     link.transport.registerProducer(first, True)
     data = link.fill()
@@ -564,7 +592,7 @@ def test_a_producer_in_the_place_of_one_that_was_paused(link: Link) -> None:
     link.transport.unregisterProducer()
 
 
-def test_producer_registered_after_a_write(link: Link) -> None:
+def test_a_producer_that_is_registered_after_a_write(link: Link) -> None:
     producer = Producer()
     link.transport.write(b"x")
     link.transport.registerProducer(producer, True)
@@ -575,7 +603,7 @@ def test_producer_registered_after_a_write(link: Link) -> None:
     link.transport.unregisterProducer()
 
 
-def test_pull_producer(link: Link) -> None:
+def test_a_pull_producer_is_resumed_for_each_piece(link: Link) -> None:
     pieces = [b"%04d" % number for number in range(100)]
     left = list(pieces)
 
@@ -594,8 +622,10 @@ def test_pull_producer(link: Link) -> None:
     assert link.protocol.lost
 
 
-def test_pull_producer_that_has_nothing_yet(link: Link) -> None:
-    """It is asked again when what was written before it came has been sent."""
+def test_a_pull_producer_without_data_is_resumed_after_an_earlier_write(
+    link: Link,
+) -> None:
+    """It is resumed again when data that was written before it has been sent."""
     producer = Producer()
     link.transport.write(b"x")
     link.transport.registerProducer(producer, False)
@@ -605,8 +635,8 @@ def test_pull_producer_that_has_nothing_yet(link: Link) -> None:
     link.transport.unregisterProducer()
 
 
-def test_producer_raises(link: Link) -> None:
-    """It is logged, and the connection ends."""
+def test_a_producer_that_raises_ends_the_connection(link: Link) -> None:
+    """The exception is logged."""
     error = RuntimeError("the producer")
 
     def fail() -> None:
@@ -615,14 +645,10 @@ def test_producer_raises(link: Link) -> None:
 
     producer = Producer(fail)
     link.transport.registerProducer(producer, False)
-    logged: list[Any] = []
-    log.addObserver(logged.append)
-    try:
+    with logged_errors() as errors:
         link.transport.write(b"x")
         spin(link.reactor, lambda: link.protocol.lost)
-    finally:
-        log.removeObserver(logged.append)
-    [event] = [each for each in logged if each["isError"]]
+    [event] = errors
     assert event["failure"].value is error
     assert event["system"] == link.transport.logPrefix()
 
@@ -630,7 +656,7 @@ def test_producer_raises(link: Link) -> None:
 # The end of a connection
 
 
-def test_lose_connection_sends_first(link: Link) -> None:
+def test_lose_connection_sends_queued_data_first(link: Link) -> None:
     link.transport.write(b"the last")
     link.transport.write(b" words")
     link.transport.loseConnection()
@@ -640,14 +666,14 @@ def test_lose_connection_sends_first(link: Link) -> None:
     assert reason.check(ConnectionDone)
 
 
-def test_lose_connection_with_a_full_buffer(link: Link) -> None:
+def test_lose_connection_sends_a_full_buffer_first(link: Link) -> None:
     data = link.fill()
     link.transport.loseConnection()
     assert link.receive_rest() == data
     assert link.protocol.lost[0].check(ConnectionDone)
 
 
-def test_abort_sends_nothing(link: Link) -> None:
+def test_abort_connection_discards_queued_data(link: Link) -> None:
     link.transport.write(b"never")
     link.transport.abortConnection()
     link.transport.write(b"sent")
@@ -657,7 +683,7 @@ def test_abort_sends_nothing(link: Link) -> None:
         assert link.peer.recv(10) == b""
 
 
-def test_write_after_abort(link: Link) -> None:
+def test_a_write_after_abort_connection_is_discarded(link: Link) -> None:
     link.transport.abortConnection()
     link.transport.write(b"never")
     spin(link.reactor, lambda: link.protocol.lost)
@@ -665,12 +691,9 @@ def test_write_after_abort(link: Link) -> None:
         assert link.peer.recv(10) == b""
 
 
-def test_half_close(link: Link) -> None:
-    """Both directions, one after the other."""
-    ends: list[str] = []
-    link.protocol.readConnectionLost = lambda: ends.append("read")
-    link.protocol.writeConnectionLost = lambda: ends.append("write")
-    alsoProvides(link.protocol, IHalfCloseableProtocol)
+def test_both_directions_half_close(link: Link) -> None:
+    """One closes after the other."""
+    ends = record_half_closes(link.protocol)
     link.transport.write(b"request")
     link.transport.loseWriteConnection()
     assert link.receive_rest() == b"request"
@@ -685,13 +708,10 @@ def test_half_close(link: Link) -> None:
     spin(link.reactor, lambda: link.protocol.lost)
 
 
-def test_peer_is_gone_when_written_to(link: Link) -> None:
+def test_a_write_after_the_peer_has_left_ends_the_connection(link: Link) -> None:
     link.transport.pauseProducing()
     settle(link.reactor)
-    if link.peer.family == socket.AF_INET:
-        reset(link.peer)
-    else:
-        link.peer.close()
+    leave(link.peer)
 
     def write() -> bool:
         link.transport.write(b"x")
@@ -702,7 +722,7 @@ def test_peer_is_gone_when_written_to(link: Link) -> None:
 
 
 def leave(peer: socket.socket) -> None:
-    """Close the other end in the way that makes the next send fail."""
+    """Close the other end in a way that makes the next send fail."""
     if peer.family == socket.AF_INET:
         reset(peer)
     else:
@@ -710,10 +730,8 @@ def leave(peer: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("written", [b"x", bytes(MEGABYTE)], ids=["chunk", "parts"])
-def test_a_write_that_fails_loses_nothing_that_has_arrived(
-    link: Link, written: bytes
-) -> None:
-    """The peer answers and resets before the write is sent: "413", say."""
+def test_input_before_a_failed_write_is_received(link: Link, written: bytes) -> None:
+    """The peer answers "413", for example, and resets before the write is sent."""
     link.peer.sendall(b"413 Too Large")
     leave(link.peer)
     link.transport.write(written)
@@ -722,8 +740,8 @@ def test_a_write_that_fails_loses_nothing_that_has_arrived(
     assert link.protocol.lost[0].check(ConnectionLost)
 
 
-def test_a_write_that_fails_reads_to_the_end(our_link: Link) -> None:
-    """Whatever has arrived, and not one read of it."""
+def test_all_input_before_a_failed_write_is_received(our_link: Link) -> None:
+    """More has arrived than one read takes."""
     handle = our_link.transport.socket
     handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MEGABYTE)
     our_link.peer.setblocking(False)
@@ -749,10 +767,10 @@ def test_a_write_that_fails_reads_to_the_end(our_link: Link) -> None:
         ("raise", ZeroDivisionError),
     ],
 )
-def test_what_the_application_does_when_a_write_has_failed(
+def test_the_application_closes_the_connection_after_a_failed_write(
     link: Link, method: str, reason: type[BaseException]
 ) -> None:
-    """It reads what has arrived, and closes the connection itself, say."""
+    """It receives the input, and closes the connection itself, for example."""
     link.protocol.data = b""
 
     def received(data: bytes) -> None:
@@ -766,22 +784,18 @@ def test_what_the_application_does_when_a_write_has_failed(
     link.peer.sendall(b"413")
     leave(link.peer)
     link.transport.write(b"x")
-    logged: list[Any] = []
-    log.addObserver(logged.append)
-    try:
+    with logged_errors() as errors:
         spin(link.reactor, lambda: link.protocol.lost)
         settle(link.reactor)
-    finally:
-        log.removeObserver(logged.append)
-    errors = [each["failure"].type for each in logged if each["isError"]]
     assert link.protocol.data == b"413"
     assert [bool(each.check(reason)) for each in link.protocol.lost] == [True]
-    assert errors == ([ZeroDivisionError] if method == "raise" else [])
+    raised = [each["failure"].type for each in errors]
+    assert raised == ([ZeroDivisionError] if method == "raise" else [])
     assert link.transport not in link.reactor.getReaders()
 
 
-def test_a_pass_within_the_read_after_a_write_that_fails(our_link: Link) -> None:
-    """It may meet the end itself, and disconnects the stream, once."""
+def test_a_nested_pass_after_a_failed_write_disconnects_once(our_link: Link) -> None:
+    """It reads the end itself, within the read of the outer pass."""
     received = our_link.protocol.dataReceived
 
     def iterate(data: bytes) -> None:
@@ -792,19 +806,15 @@ def test_a_pass_within_the_read_after_a_write_that_fails(our_link: Link) -> None
     our_link.peer.sendall(b"413")
     leave(our_link.peer)
     our_link.transport.write(b"x")
-    logged: list[Any] = []
-    log.addObserver(logged.append)
-    try:
+    with logged_errors() as errors:
         spin(our_link.reactor, lambda: our_link.protocol.lost)
         settle(our_link.reactor)
-    finally:
-        log.removeObserver(logged.append)
     assert our_link.protocol.data == b"413"
     assert len(our_link.protocol.lost) == 1
-    assert [each for each in logged if each["isError"]] == []
+    assert errors == []
 
 
-def test_a_paused_protocol_is_given_nothing_by_a_write_that_fails(link: Link) -> None:
+def test_a_paused_protocol_gets_no_input_after_a_failed_write(link: Link) -> None:
     link.transport.pauseProducing()
     link.peer.sendall(b"413")
     leave(link.peer)
@@ -814,7 +824,7 @@ def test_a_paused_protocol_is_given_nothing_by_a_write_that_fails(link: Link) ->
     assert link.protocol.lost[0].check(ConnectionLost)
 
 
-def test_reset_is_told_as_such(tcp_link: Link) -> None:
+def test_a_reset_is_reported_as_connection_lost(tcp_link: Link) -> None:
     tcp_link.peer.sendall(b"data")
     reset(tcp_link.peer)
     spin(tcp_link.reactor, lambda: tcp_link.protocol.lost)
@@ -822,8 +832,10 @@ def test_reset_is_told_as_such(tcp_link: Link) -> None:
     assert not tcp_link.protocol.lost[0].check(ConnectionDone)
 
 
-def test_one_disconnects_the_other(any_reactor: Any, tmp_path: Any) -> None:
-    """Before the other has sent what it has queued in the same pass."""
+def test_a_stream_disconnects_another_in_the_same_pass(
+    any_reactor: Any, tmp_path: Any
+) -> None:
+    """The other one has not yet sent the data that it has queued."""
     first = Link(any_reactor, "TCP server", tmp_path)
     second = Link(any_reactor, "TCP server", tmp_path)
 
@@ -843,27 +855,27 @@ def test_one_disconnects_the_other(any_reactor: Any, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("pieces", [[b"x"], [b"x", b"y"]])
-def test_interrupted_send(link: Link, pieces: list[bytes]) -> None:
-    """Nobody knows what was sent: it is not sent twice, and it is the end."""
+def test_an_interrupted_send_ends_the_connection(
+    link: Link, pieces: list[bytes]
+) -> None:
+    """It is unknown how much was sent.  The data is not sent twice."""
     counted = link.count()
     error = KeyboardInterrupt()
     counted.send_raises.append(error)
     for piece in pieces:
         link.transport.write(piece)
-    logged: list[Any] = []
-    log.addObserver(logged.append)
-    try:
+    with logged_errors() as errors:
         spin(link.reactor, lambda: link.protocol.lost)
-    finally:
-        log.removeObserver(logged.append)
-    [event] = [each for each in logged if each["isError"]]
+    [event] = errors
     assert event["failure"].value is error
     assert link.protocol.lost[0].value is error
     assert counted.sent == [b"".join(pieces)]
 
 
-def test_interrupted_between_two_sends(reactor: EngineReactor, tmp_path: Any) -> None:
-    """What was not come to is sent by the next pass, also for one who reads not."""
+def test_an_interrupt_between_two_sends_loses_no_data(
+    reactor: EngineReactor, tmp_path: Any
+) -> None:
+    """The next pass sends the data that is left, also of a stream that is paused."""
     first, second = (Link(reactor, "TCP server", tmp_path) for _ in range(2))
 
     def interrupted(reason: Any) -> None:
@@ -882,12 +894,11 @@ def test_interrupted_between_two_sends(reactor: EngineReactor, tmp_path: Any) ->
     second.close()
 
 
-def test_interrupted_after_half_a_close(our_link: Link, monkeypatch: Any) -> None:
-    """What is queued again, to be sure, does not end a second time."""
-    ends: list[str] = []
-    our_link.protocol.readConnectionLost = lambda: ends.append("read")
-    our_link.protocol.writeConnectionLost = lambda: ends.append("write")
-    alsoProvides(our_link.protocol, IHalfCloseableProtocol)
+def test_an_interrupt_after_a_half_close_does_not_repeat_it(
+    our_link: Link, monkeypatch: Any
+) -> None:
+    """After an interrupt all streams are queued again, to be sure."""
+    ends = record_half_closes(our_link.protocol)
     our_link.transport.loseWriteConnection()
     settle(our_link.reactor)
 
@@ -902,12 +913,12 @@ def test_interrupted_after_half_a_close(our_link: Link, monkeypatch: Any) -> Non
     assert ends == ["write"]
 
 
-# What is read
+# Reading
 
 
 @pytest.mark.parametrize("size", [1, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, 1 << 18])
-def test_data_and_end_together(link: Link, size: int) -> None:
-    """No read is the last one before the end of the stream was seen."""
+def test_all_data_is_received_before_the_end(link: Link, size: int) -> None:
+    """Reading goes on until the end of the stream was read."""
     data = b"x" * size
     link.peer.setblocking(False)
     sent = 0
@@ -926,8 +937,8 @@ def test_data_and_end_together(link: Link, size: int) -> None:
     assert link.protocol.lost[0].check(ConnectionDone)
 
 
-def test_data_and_end_of_many(any_reactor: Any) -> None:
-    """In all the ways that signals of data and end can be spread over batches."""
+def test_many_connections_end_with_their_data(any_reactor: Any) -> None:
+    """The events of data and end are spread over batches in many ways."""
     factory = RecorderFactory()
     port = any_reactor.listenTCP(0, factory, backlog=200, interface="127.0.0.1")
     clients = [socket.create_connection(port.socket.getsockname()) for _ in range(150)]
@@ -949,7 +960,7 @@ def test_data_and_end_of_many(any_reactor: Any) -> None:
     settle(any_reactor)
 
 
-def test_paused_while_data_comes(link: Link) -> None:
+def test_data_during_a_pause_is_received_after_it(link: Link) -> None:
     for turn in range(5):
         link.transport.pauseProducing()
         link.peer.sendall(b"%d" % turn)
@@ -960,7 +971,9 @@ def test_paused_while_data_comes(link: Link) -> None:
     assert link.protocol.data == b"01234"
 
 
-def test_paused_by_another_of_the_same_batch(any_reactor: Any, tmp_path: Any) -> None:
+def test_a_stream_pauses_another_in_the_same_batch(
+    any_reactor: Any, tmp_path: Any
+) -> None:
     links = [Link(any_reactor, "TCP server", tmp_path) for _ in range(2)]
 
     def pause_both(data: bytes) -> None:
@@ -982,8 +995,8 @@ def test_paused_by_another_of_the_same_batch(any_reactor: Any, tmp_path: Any) ->
         each.close()
 
 
-def test_urgent_data(tcp_link: Link) -> None:
-    """A read stops at its mark; what is behind is read as well."""
+def test_data_around_urgent_data_is_received(tcp_link: Link) -> None:
+    """A read stops at the mark of urgent data.  Another one reads what follows it."""
     for turn in range(3):
         tcp_link.peer.sendall(b"before")
         tcp_link.peer.send(b"!", socket.MSG_OOB)
@@ -1001,8 +1014,10 @@ def test_urgent_data(tcp_link: Link) -> None:
 @pytest.mark.parametrize(
     ("number", "kind"), [(errno.ETIMEDOUT, ConnectionLost), (errno.EBADF, None)]
 )
-def test_read_fails(link: Link, size: int, number: int, kind: Any) -> None:
-    """At once, or when it reads on because there may be more."""
+def test_a_read_that_fails_ends_the_connection(
+    link: Link, size: int, number: int, kind: Any
+) -> None:
+    """The first read fails, or the next one after a full read."""
     link.transport.bufferSize = 10
     counted = link.count()
 
@@ -1019,12 +1034,9 @@ def test_read_fails(link: Link, size: int, number: int, kind: Any) -> None:
         assert link.protocol.lost[0].check(kind)
 
 
-def test_half_close_after_a_full_read(link: Link) -> None:
-    """The end that a further read finds is the end of one direction only."""
-    ends: list[str] = []
-    link.protocol.readConnectionLost = lambda: ends.append("read")
-    link.protocol.writeConnectionLost = lambda: ends.append("write")
-    alsoProvides(link.protocol, IHalfCloseableProtocol)
+def test_a_half_close_after_a_full_read_leaves_writing_open(link: Link) -> None:
+    """Another read of the same pass finds the end."""
+    ends = record_half_closes(link.protocol)
     link.transport.bufferSize = 10
     link.peer.sendall(b"x" * 10)
     link.peer.shutdown(socket.SHUT_WR)
@@ -1035,8 +1047,8 @@ def test_half_close_after_a_full_read(link: Link) -> None:
     assert ends == ["read"]
 
 
-def test_fast_sender(our_link: Link) -> None:
-    """Who always has more to say gets no larger share of a pass with time."""
+def test_a_fast_sender_is_not_read_without_end(our_link: Link) -> None:
+    """A peer that always sends more does not get a growing share of a pass."""
     our_link.transport.bufferSize = 10
     counted = our_link.count()
     reads = []
@@ -1045,14 +1057,16 @@ def test_fast_sender(our_link: Link) -> None:
         before = counted.received
         our_link.reactor.iterate(0.01)
         reads.append(counted.received - before)
-    # What an event leads to, and what a full read in the last pass does.
+    # One read for an event, and four after a full read in the last pass.
     assert max(reads) <= 1 + 4
     spin(our_link.reactor, lambda: len(our_link.protocol.data) == 2000)
 
 
 @pytest.mark.parametrize("kind", ["UNIX server", "UNIX client", "adopted UNIX"])
-def test_descriptors_travel(any_reactor: Any, kind: str, tmp_path: Any) -> None:
-    """In order with the bytes before and behind them, in both directions."""
+def test_descriptors_are_sent_and_received(
+    any_reactor: Any, kind: str, tmp_path: Any
+) -> None:
+    """They keep their place among the bytes, in both directions."""
     link = Link(any_reactor, kind, tmp_path)
     got: list[int] = []
     link.protocol.fileDescriptorReceived = got.append
@@ -1081,7 +1095,7 @@ def test_descriptors_travel(any_reactor: Any, kind: str, tmp_path: Any) -> None:
     assert os.read(got[0], 10) == b"through"
     assert not link.is_writer()
 
-    # The last of it arrives before a write that fails.
+    # The last descriptor arrives before a write that fails.
     link.peer.sendmsg([b"with"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
     link.peer.sendall(b"end")
     link.peer.close()
@@ -1089,7 +1103,7 @@ def test_descriptors_travel(any_reactor: Any, kind: str, tmp_path: Any) -> None:
     link.transport.write(b"x")
     spin(any_reactor, lambda: link.protocol.lost)
     if any_reactor.__class__ is not EPollReactor:
-        # Which reads once.
+        # Twisted's reactor reads only once.
         assert link.protocol.data.endswith(b"withend")
     assert len(got) == 4
     for number in (reading, writing, *got, *received):
@@ -1097,8 +1111,10 @@ def test_descriptors_travel(any_reactor: Any, kind: str, tmp_path: Any) -> None:
     link.close()
 
 
-def test_application_fails(any_reactor: Any, tmp_path: Any) -> None:
-    """It is logged with who it was, and nobody else suffers."""
+def test_an_exception_in_the_application_ends_one_connection(
+    any_reactor: Any, tmp_path: Any
+) -> None:
+    """It is logged under the stream's prefix.  The other connections go on."""
     links = [Link(any_reactor, "TCP server", tmp_path) for _ in range(3)]
     error = RuntimeError("the application")
 
@@ -1107,17 +1123,13 @@ def test_application_fails(any_reactor: Any, tmp_path: Any) -> None:
 
     links[1].protocol.dataReceived = fail
     prefix = links[1].transport.logPrefix()
-    logged: list[Any] = []
-    log.addObserver(logged.append)
-    try:
+    with logged_errors() as errors:
         for each in links:
             each.peer.sendall(b"x")
         for each in (links[0], links[2]):
             spin(any_reactor, lambda: each.protocol.data)
         spin(any_reactor, lambda: links[1].protocol.lost)
-    finally:
-        log.removeObserver(logged.append)
-    [event] = [each for each in logged if each["isError"]]
+    [event] = errors
     assert event["failure"].value is error
     assert event["system"] == prefix
     assert links[1].protocol.lost[0].value is error
@@ -1125,8 +1137,8 @@ def test_application_fails(any_reactor: Any, tmp_path: Any) -> None:
         each.close()
 
 
-def test_what_is_logged_tells_who(any_reactor: Any, tmp_path: Any) -> None:
-    """From a stream its prefix, from elsewhere nobody's."""
+def test_a_protocol_logs_under_its_prefix(any_reactor: Any, tmp_path: Any) -> None:
+    """Code outside of the protocols logs without a prefix."""
     links = [Link(any_reactor, "TCP server", tmp_path) for _ in range(2)]
     systems: list[str] = []
 
@@ -1161,15 +1173,25 @@ def test_what_is_logged_tells_who(any_reactor: Any, tmp_path: Any) -> None:
 # TLS
 
 
-# Twisted hands its certificates to pyOpenSSL in an old way.
+def tls_options(folder: Path) -> tuple[Any, ssl.SSLContext]:
+    """The options of a server in Twisted, and the context of its clients."""
+    certificate, key = make_certificate(folder)
+    both = certificate.read_bytes() + key.read_bytes()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(str(certificate))
+    return PrivateCertificate.loadPEM(both).options(), context
+
+
+# Twisted uses a deprecated way to pass its certificates to pyOpenSSL.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", ["TCP server", "UNIX server"])
-def test_start_tls(any_reactor: Any, kind: str, tmp_path: Any) -> None:
-    """What was written before goes out as it is, and nothing after it does."""
+def test_start_tls_encrypts_later_writes_only(
+    any_reactor: Any, kind: str, tmp_path: Any
+) -> None:
+    """Earlier writes are sent in plain."""
     link = Link(any_reactor, kind, tmp_path)
-    certificate, key = make_certificate(tmp_path)
-    both = certificate.read_bytes() + key.read_bytes()
-    options = PrivateCertificate.loadPEM(both).options()
+    options, context = tls_options(tmp_path)
+    context.check_hostname = False
     secret = b"secret" * 50_000
 
     def start(data: bytes) -> None:
@@ -1181,9 +1203,6 @@ def test_start_tls(any_reactor: Any, kind: str, tmp_path: Any) -> None:
     link.protocol.dataReceived = start
     link.peer.sendall(b"STARTTLS")
     assert link.receive(9) == b"220 ready"
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.load_verify_locations(str(certificate))
     raw, plain = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = context.wrap_bio(raw, plain)
     link.peer.setblocking(False)
@@ -1216,7 +1235,7 @@ def test_start_tls(any_reactor: Any, kind: str, tmp_path: Any) -> None:
 
     spin(any_reactor, all_read)
     assert got == secret
-    # The type of a TLS record, and not a word in plain.
+    # The first byte is the type of a TLS record.  No word is sent in plain.
     assert seen[0] == 22
     assert b"secret" not in seen
     talk(lambda: client.write(b"hello over TLS"))
@@ -1224,18 +1243,12 @@ def test_start_tls(any_reactor: Any, kind: str, tmp_path: Any) -> None:
     link.close()
 
 
-# Everything at once
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_write_that_fails_loses_nothing_that_was_encrypted(
+def test_encrypted_input_before_a_failed_write_is_received(
     tcp_link: Link, tmp_path: Any
 ) -> None:
-    certificate, key = make_certificate(tmp_path)
-    both = certificate.read_bytes() + key.read_bytes()
-    tcp_link.transport.startTLS(PrivateCertificate.loadPEM(both).options())
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(str(certificate))
+    options, context = tls_options(tmp_path)
+    tcp_link.transport.startTLS(options)
     tcp_link.peer.setblocking(False)
     client = context.wrap_socket(
         tcp_link.peer, server_hostname="127.0.0.1", do_handshake_on_connect=False
@@ -1257,8 +1270,11 @@ def test_a_write_that_fails_loses_nothing_that_was_encrypted(
     assert tcp_link.protocol.data == b"413 Too Large"
 
 
-def test_storm(any_reactor: Any) -> None:
-    """Many connections, which say what they like when they like, and end so."""
+# Many connections
+
+
+def test_many_connections_with_random_clients(any_reactor: Any) -> None:
+    """The clients send, pause and end at random."""
     seed = random.randrange(1 << 32)
     chance = random.Random(seed)
     factory = RecorderFactory(Echo)
@@ -1284,7 +1300,7 @@ def test_storm(any_reactor: Any) -> None:
 
 @implementer(IHalfCloseableProtocol)
 class Echo(Recorder):
-    """Answers with what it gets, and ends when the other side does."""
+    """Sends its input back, and ends when its peer ends."""
 
     transport: Any
 
@@ -1299,7 +1315,7 @@ class Echo(Recorder):
 
 
 class Talker:
-    """A client of an echo server that does as chance has it."""
+    """A client of an echo server that sends and ends at random."""
 
     def __init__(self, address: Any, chance: random.Random) -> None:
         self._chance = chance

@@ -1,4 +1,4 @@
-"""The engine's timers, beside Twisted's own: what differs is a bug."""
+"""The engine's timers, compared with Twisted's own: a difference is a bug."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,23 +17,14 @@ from hypothesis import strategies as st
 from twisted.internet.base import DelayedCall
 from twisted.internet.error import AlreadyCalled, AlreadyCancelled
 from twisted.internet.selectreactor import SelectReactor
-from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
+from twisted.logger import capturedLogs
 
 from tests.scripted_notifier import EdgeNotifier
 from tests.support import dispose, frees_at_once
 from twisted_rtsig.engine.reactor import EngineReactor
 
-# Seconds.  Sums of these are exact, so that both reactors get the same.
+# Seconds.  Sums of these are exact, so that both reactors get the same times.
 TIMES = st.integers(0, 4000).map(lambda each: each / 16)
-
-
-@contextmanager
-def logged() -> Iterator[list[LogEvent]]:
-    events: list[LogEvent] = []
-    observer = cast(ILogObserver, events.append)
-    globalLogPublisher.addObserver(observer)
-    yield events
-    globalLogPublisher.removeObserver(observer)
 
 
 STEPS = st.lists(
@@ -54,14 +44,15 @@ STEPS = st.lists(
 
 
 class World:
-    """A reactor with a clock of its own, and what its calls have done."""
+    """A reactor with a clock of its own, and a record of its calls."""
 
     def __init__(self, reactor: Any) -> None:
         self.reactor = reactor
         self.now = 1000.0
         self.reactor.seconds = lambda: self.now
-        # By their names: one that a call sets has the name of that call and a dash.
-        # Calls of the same time may be made in another order than Twisted's.
+        # The calls by their names.  A call that another one sets has the name of that
+        # one and a dash.  Calls of the same time may be made in another order than
+        # Twisted's.
         self.calls: dict[str, Any] = {}
         self.made: list[tuple[float, str]] = []
 
@@ -94,7 +85,7 @@ class World:
         elif kind == "advance":
             self.now += arguments[0]
             self.reactor.runUntilCurrent()
-            # In Twisted's heap calls of the same time are in no order.
+            # Twisted's heap has no order for calls of the same time.
             made, self.made = sorted(self.made), []
             return made, self.reactor.timeout()
         elif self.calls:
@@ -105,7 +96,7 @@ class World:
                 elif kind == "reset":
                     call.reset(arguments[1])
                 else:
-                    # To an earlier time, too.
+                    # This also moves calls to an earlier time.
                     call.delay(arguments[1] - 100)
             except (AlreadyCalled, AlreadyCancelled) as error:
                 return type(error)
@@ -125,11 +116,11 @@ def engine() -> Iterator[EngineReactor]:
 
 @settings(deadline=None, max_examples=300)
 @given(STEPS)
-def test_they_are_those_of_twisted(steps: list[tuple[Any, ...]]) -> None:
+def test_timers_behave_like_those_of_twisted(steps: list[tuple[Any, ...]]) -> None:
     ours, twisteds = EngineReactor(EdgeNotifier()), SelectReactor()
     try:
         worlds = World(ours), World(twisteds)
-        # At the end, all that is left.
+        # At the end, make all calls that are left.
         for step in [*steps, ("advance", 1e6)]:
             result, expected = (world.do(step) for world in worlds)
             if step[0] == "advance":
@@ -138,7 +129,7 @@ def test_they_are_those_of_twisted(steps: list[tuple[Any, ...]]) -> None:
                     expected,
                 )
                 assert made == made_by_twisted, step
-                # Twisted wakes up for calls that are cancelled or delayed as well.
+                # Twisted also wakes up for calls that were cancelled or delayed.
                 if timeout is not None:
                     assert timeout_of_twisted is not None
                     assert timeout >= timeout_of_twisted
@@ -162,8 +153,10 @@ def test_calls_of_the_same_time_are_made_in_order(engine: EngineReactor) -> None
 
 
 @pytest.mark.parametrize("inserted", [False, True])
-def test_a_call_moved_sooner_by_another(engine: EngineReactor, inserted: bool) -> None:
-    """It is made in the same pass if it was there when that began."""
+def test_a_call_moves_another_to_an_earlier_time(
+    engine: EngineReactor, inserted: bool
+) -> None:
+    """The moved call is made in the same pass, if it existed when the pass began."""
     world = World(engine)
     world.set(50)
     if inserted:
@@ -177,8 +170,8 @@ def test_a_call_moved_sooner_by_another(engine: EngineReactor, inserted: bool) -
     assert len(world.made) == 1
 
 
-def test_calls_that_are_made_by_the_program(engine: EngineReactor) -> None:
-    """Some programs make a ``DelayedCall`` themselves, to add what Twisted lacks."""
+def test_a_program_makes_a_delayed_call_itself(engine: EngineReactor) -> None:
+    """Some programs make a ``DelayedCall``, to add features that Twisted lacks."""
     world = World(engine)
 
     def later(delay: float) -> DelayedCall:
@@ -205,7 +198,7 @@ def test_calls_that_are_made_by_the_program(engine: EngineReactor) -> None:
     assert world.made == [(1, ""), (400, ""), (300, "")]
 
 
-def test_never(engine: EngineReactor) -> None:
+def test_a_call_at_infinity_is_never_made(engine: EngineReactor) -> None:
     world = World(engine)
     never = [engine.callLater(math.inf, world.made.append, (0, "")) for _ in range(2)]
     engine.runUntilCurrent()
@@ -220,8 +213,8 @@ def test_never(engine: EngineReactor) -> None:
     assert engine.timeout() == 1
 
 
-def test_infinity_is_moved_to_infinity(engine: EngineReactor) -> None:
-    """The difference of these times is no number."""
+def test_a_call_at_infinity_is_moved_to_infinity(engine: EngineReactor) -> None:
+    """The difference of these times is not a number."""
     world = World(engine)
     new = engine.callLater(math.inf, world.made.append, (1, ""))
     known = engine.callLater(5, world.made.append, (2, ""))
@@ -241,7 +234,7 @@ def test_infinity_is_moved_to_infinity(engine: EngineReactor) -> None:
 
 
 def test_a_call_is_cancelled_while_others_are_moved(engine: EngineReactor) -> None:
-    """By a finalizer: the collector may begin wherever memory is needed."""
+    """A finalizer does so: the garbage collector may run whenever memory is needed."""
     world = World(engine)
     calls = [
         engine.callLater(5 + each / 128, world.made.append, (each, ""))
@@ -249,7 +242,7 @@ def test_a_call_is_cancelled_while_others_are_moved(engine: EngineReactor) -> No
     ]
 
     class Time(float):
-        """Compared when its call comes into the heap, as a collection would begin."""
+        """Cancels calls when the heap compares it, where a collection may begin."""
 
         def __eq__(self, other: object) -> bool:
             for call in (calls[10], calls[60], calls[99]):
@@ -288,12 +281,12 @@ def test_a_program_activates_the_delay_itself(engine: EngineReactor) -> None:
 
 
 @pytest.mark.parametrize("delay", [-1, -0.001, math.nan])
-def test_delays_that_cannot_be(engine: EngineReactor, delay: float) -> None:
+def test_a_negative_delay_is_refused(engine: EngineReactor, delay: float) -> None:
     with pytest.raises(AssertionError, match="not greater than or equal to 0"):
         engine.callLater(delay, print)
 
 
-def test_arguments(engine: EngineReactor) -> None:
+def test_the_arguments_of_a_call(engine: EngineReactor) -> None:
     calls: list[Any] = []
 
     def call(*args: Any, **named: Any) -> None:
@@ -302,7 +295,7 @@ def test_arguments(engine: EngineReactor) -> None:
     engine.callLater(0, call)
     engine.callLater(0, call, 1, 2)
     engine.callLater(0, call, 1, key=2)
-    # The names of callLater's own arguments are not taken.
+    # The names of callLater's own parameters cannot be used.
     with pytest.raises(TypeError, match="multiple values"):
         engine.callLater(0, call, delay=1)  # type: ignore[misc]
     engine.runUntilCurrent()
@@ -317,7 +310,7 @@ def test_keywords_of_calls_are_not_shared(engine: EngineReactor) -> None:
     assert not second.kw
 
 
-def test_it_looks_like_twisteds(engine: EngineReactor) -> None:
+def test_the_repr_is_that_of_twisted(engine: EngineReactor) -> None:
     def shown(reactor: Any, debug: bool) -> list[str]:
         World(reactor)
         DelayedCall.debug = debug
@@ -343,7 +336,7 @@ def test_it_looks_like_twisteds(engine: EngineReactor) -> None:
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_a_failure_is_logged_with_where_the_call_was_set(
+def test_a_failure_is_logged_with_the_line_that_has_set_the_call(
     engine: EngineReactor, monkeypatch: pytest.MonkeyPatch, debug: bool
 ) -> None:
     monkeypatch.setattr(DelayedCall, "debug", debug)
@@ -351,7 +344,7 @@ def test_a_failure_is_logged_with_where_the_call_was_set(
     engine.callLater(0, lambda: 1 / 0)
     line = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]
     engine.callLater(0, made.append, "the next one")
-    with logged() as events:
+    with capturedLogs() as events:
         engine.runUntilCurrent()
     (event,) = events
     assert event["log_failure"].check(ZeroDivisionError)
@@ -377,15 +370,15 @@ def test_calls_from_threads(engine: EngineReactor) -> None:
     thread = threading.Thread(target=ask)
     thread.start()
     thread.join()
-    with logged() as events:
+    with capturedLogs() as events:
         engine.runUntilCurrent()
     assert made == ["first", "iterates", "brought by a call", "last"]
     assert [event["log_format"] for event in events] == ["while calling from thread"]
 
 
 @frees_at_once
-def test_what_is_cancelled_is_forgotten(engine: EngineReactor) -> None:
-    """Neither calls nor their arguments add up: near, distant, moved or new."""
+def test_cancelled_calls_are_freed(engine: EngineReactor) -> None:
+    """Calls and arguments do not accumulate: near, distant, moved or new ones."""
     world = World(engine)
 
     class Argument:
@@ -410,20 +403,22 @@ def test_what_is_cancelled_is_forgotten(engine: EngineReactor) -> None:
     try:
         left = [turn(*each) for each in changes * 300]
         assert sum(argument() is not None for argument, _ in left) == 0
-        # As Twisted does, it keeps the empty calls of some that were cancelled.
+        # Like Twisted, the engine keeps some cancelled calls, which are empty.
         assert sum(call() is not None for _, call in left) < 120
     finally:
         gc.enable()
 
 
 @frees_at_once
-def test_a_call_that_is_moved_sooner_and_sooner(engine: EngineReactor) -> None:
+def test_a_call_is_moved_to_earlier_times_again_and_again(
+    engine: EngineReactor,
+) -> None:
     world = World(engine)
     call = engine.callLater(1e6, world.made.append, (0, ""))
     for each in range(5000):
         engine.runUntilCurrent()
         call.reset(1e6 - each)
-    # What refers to it: its places, which are looked through now and then.
+    # Its former places in the heap refer to it, and are removed now and then.
     assert sys.getrefcount(call) < 150
     assert engine.getDelayedCalls() == [call]
     world.now += 1e6
