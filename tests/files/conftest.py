@@ -68,3 +68,9 @@ def cached(tmp_path: Path) -> Path:
             pytest.skip("the file system of the temporary folder has no RWF_NOWAIT")
     probe.unlink()
     return tmp_path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """The path of a file that does not exist yet, in a folder of its own."""
+    return tmp_path / "file"

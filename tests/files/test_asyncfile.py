@@ -33,8 +33,7 @@ CHUNK = 1 << 16
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.usefixtures("back_end")
-def test_the_same_in_every_style(reactor: Any, style: str, tmp_path: Path) -> None:
-    path = tmp_path / "file"
+def test_the_same_in_every_style(reactor: Any, style: str, path: Path) -> None:
     files: list[AsyncFile] = []
     got: list[Any] = []
 
@@ -76,9 +75,7 @@ def test_the_same_in_every_style(reactor: Any, style: str, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("back_end")
-def test_modes(reactor: Any, tmp_path: Path) -> None:
-    path = tmp_path / "file"
-
+def test_modes(reactor: Any, path: Path) -> None:
     async def write(mode: str) -> bytes:
         async with await open_file(path, mode) as file:
             await file.write(b"12")
@@ -103,9 +100,7 @@ def test_modes(reactor: Any, tmp_path: Path) -> None:
     run(reactor, main)
 
 
-def test_what_a_file_is_not_open_for(reactor: Any, tmp_path: Path) -> None:
-    path = tmp_path / "file"
-
+def test_what_a_file_is_not_open_for(reactor: Any, path: Path) -> None:
     async def main() -> None:
         async with await open_file(path, "wb") as file:
             for reading in (
@@ -158,9 +153,8 @@ def test_bad_arguments(reactor: Any, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("back_end")
 @pytest.mark.parametrize("queued", [False, True])
 def test_a_bad_argument_does_no_harm_to_what_follows(
-    reactor: Any, tmp_path: Path, queued: bool
+    reactor: Any, path: Path, queued: bool
 ) -> None:
-    path = tmp_path / "file"
     path.write_bytes(b"0123")
 
     async def main() -> None:
@@ -204,8 +198,7 @@ def test_a_bad_argument_does_no_harm_to_what_follows(
 
 
 @pytest.mark.usefixtures("back_end")
-def test_more_is_asked_for_than_the_memory_holds(reactor: Any, tmp_path: Path) -> None:
-    path = tmp_path / "file"
+def test_more_is_asked_for_than_the_memory_holds(reactor: Any, path: Path) -> None:
     data = os.urandom(3_000_000)
     path.write_bytes(data)
 
@@ -372,10 +365,9 @@ def test_beyond_4_gb(reactor: Any, tmp_path: Path) -> None:
     not hasattr(os, "pread"), reason="a read of a Windows file is never short"
 )
 def test_a_system_that_does_less_than_it_was_asked_for(
-    reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As signals and network file systems make it do, and then it fails."""
-    path = tmp_path / "file"
     monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
     pread, pwrite = os.pread, os.pwrite
     broken: list[int] = []
@@ -468,11 +460,10 @@ def test_as_a_file_of_python(
 
 
 @pytest.mark.usefixtures("back_end")
-def test_lines(reactor: Any, tmp_path: Path) -> None:
+def test_lines(reactor: Any, path: Path) -> None:
     long = b"x" * 200_000
     text = b"one\n\n" + long + b"\ntwo\r\nlast"
     expected = [b"one\n", b"\n", long + b"\n", b"two\r\n", b"last"]
-    path = tmp_path / "file"
     path.write_bytes(text)
 
     async def main() -> None:
@@ -494,9 +485,8 @@ def test_lines(reactor: Any, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("back_end")
 @pytest.mark.parametrize("size", [10, 5000, 200_000])
 def test_a_line_that_is_too_long_stays_there(
-    reactor: Any, tmp_path: Path, size: int
+    reactor: Any, path: Path, size: int
 ) -> None:
-    path = tmp_path / "file"
     path.write_bytes(b"ok\n" + b"x" * size + b"\n")
 
     async def main() -> None:
@@ -518,10 +508,7 @@ def test_a_line_that_is_too_long_stays_there(
     run(reactor, main)
 
 
-def test_lines_of_a_file_that_is_written_and_sought(
-    reactor: Any, tmp_path: Path
-) -> None:
-    path = tmp_path / "file"
+def test_lines_of_a_file_that_is_written_and_sought(reactor: Any, path: Path) -> None:
     path.write_bytes(b"one\ntwo\nthree\n")
 
     async def main() -> None:
@@ -542,9 +529,8 @@ def test_lines_of_a_file_that_is_written_and_sought(
 
 
 def test_lines_that_are_changed_while_the_ones_before_them_are_read(
-    reactor: Any, tmp_path: Path
+    reactor: Any, path: Path
 ) -> None:
-    path = tmp_path / "file"
     path.write_bytes(b"one\ntwo\nthree\nfour\n")
 
     async def main() -> None:
@@ -567,9 +553,8 @@ def test_lines_that_are_changed_while_the_ones_before_them_are_read(
 
 @pytest.mark.skipif(not hasattr(os, "pread"), reason="this counts calls of pread")
 def test_a_long_line_is_not_read_in_many_small_pieces(
-    reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "file"
     size = 16 << 20
     path.write_bytes(b"x" * size + b"\n")
     monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
@@ -591,8 +576,7 @@ def test_a_long_line_is_not_read_in_many_small_pieces(
 
 
 @pytest.mark.usefixtures("back_end")
-def test_chunks(reactor: Any, tmp_path: Path) -> None:
-    path = tmp_path / "file"
+def test_chunks(reactor: Any, path: Path) -> None:
     data = os.urandom(3 * CHUNK + 10)
     path.write_bytes(data)
 
@@ -607,10 +591,7 @@ def test_chunks(reactor: Any, tmp_path: Path) -> None:
     run(reactor, main)
 
 
-def test_a_file_that_is_truncated_while_it_is_read(
-    reactor: Any, tmp_path: Path
-) -> None:
-    path = tmp_path / "file"
+def test_a_file_that_is_truncated_while_it_is_read(reactor: Any, path: Path) -> None:
     path.write_bytes(bytes(3 * CHUNK))
 
     async def main() -> None:
@@ -859,9 +840,8 @@ def test_a_write_whose_failure_nobody_sees_is_logged(
 
 
 def test_a_cancelled_read_loses_nothing(
-    reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "file"
     path.write_bytes(b"0123456789")
     monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
     disk = SlowDisk(monkeypatch, "read")
@@ -881,9 +861,8 @@ def test_a_cancelled_read_loses_nothing(
 
 
 def test_lines_of_which_one_was_given_up(
-    reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "file"
     line = b"x" * 40_000 + b"\n"
     path.write_bytes(line * 4)
     monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
@@ -913,9 +892,8 @@ def test_lines_of_which_one_was_given_up(
 
 
 def test_what_is_cancelled_before_it_has_begun_is_not_done(
-    reactor: Any, tmp_path: Path, busy_threads: Gate
+    reactor: Any, path: Path, busy_threads: Gate
 ) -> None:
-    path = tmp_path / "file"
     path.touch()
 
     async def main() -> None:
@@ -937,10 +915,8 @@ def test_what_is_cancelled_before_it_has_begun_is_not_done(
 
 
 def test_a_write_that_is_cancelled_later_is_done_all_the_same(
-    reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "file"
-
     async def main() -> None:
         async with await open_file(path, "wb") as file:
             disk = SlowDisk(monkeypatch, "write")
@@ -961,9 +937,8 @@ def test_a_write_that_is_cancelled_later_is_done_all_the_same(
 
 
 def test_closing_waits_for_what_is_under_way(
-    reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "file"
     path.write_bytes(b"0123456789")
 
     async def main() -> None:
@@ -1076,10 +1051,8 @@ def test_a_reactor_without_threads_has_no_turns_to_wait_for(cached: Path) -> Non
 
 
 def test_what_a_task_waits_for(
-    reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "file"
-
     async def write() -> None:
         async with await open_file(path, "wb") as file:
             await file.write(b"x")

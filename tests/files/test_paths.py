@@ -61,9 +61,7 @@ def test_links(reactor: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
-def test_permissions_of_what_is_written(reactor: Any, tmp_path: Path) -> None:
-    path = tmp_path / "file"
-
+def test_permissions_of_what_is_written(reactor: Any, path: Path) -> None:
     async def main() -> None:
         await write_file(path, b"1", permissions=0o640)
         assert modes.S_IMODE(path.stat().st_mode) == 0o640
@@ -79,9 +77,8 @@ def test_permissions_of_what_is_written(reactor: Any, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
 def test_nobody_reads_what_is_written_who_may_not_read_the_file(
-    reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "file"
     path.touch(0o600)
     chmod = os.chmod
     found = []

@@ -527,9 +527,8 @@ def test_abort_in_the_middle_of_a_file(
 
 @pytest.mark.parametrize("cut", [100, 10_000_000])
 def test_a_file_that_is_truncated_while_it_is_sent(
-    reactor: Any, tmp_path: Path, cut: int
+    reactor: Any, path: Path, cut: int
 ) -> None:
-    path = tmp_path / "file"
     path.write_bytes(bytes(SIZE))
 
     async def main() -> None:
@@ -727,8 +726,7 @@ def test_progress_that_fails(reactor: Any, big: Path) -> None:
     run(reactor, main)
 
 
-def test_without_sockets(tmp_path: Path) -> None:
-    path = tmp_path / "file"
+def test_without_sockets(path: Path) -> None:
     path.write_bytes(bytes(200_000))
 
     async def handler(stream: Stream) -> None:

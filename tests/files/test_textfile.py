@@ -23,8 +23,7 @@ NEWLINES = [None, "", "\n", "\r", "\r\n"]
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_the_same_in_every_style(reactor: Any, style: str, tmp_path: Path) -> None:
-    path = tmp_path / "file"
+def test_the_same_in_every_style(reactor: Any, style: str, path: Path) -> None:
     files: list[AsyncTextFile] = []
     got: list[Any] = []
 
@@ -73,9 +72,8 @@ def python_lines(path: Path, **options: Any) -> list[str]:
 @pytest.mark.parametrize("newline", NEWLINES)
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
 def test_lines_are_those_of_python(
-    reactor: Any, tmp_path: Path, newline: str | None, encoding: str
+    reactor: Any, path: Path, newline: str | None, encoding: str
 ) -> None:
-    path = tmp_path / "file"
     # The ends of lines are where what is read ahead ends, too.
     for length in (0, 1, 65534, 65535, 65536, 65537):
         for end in ("\r\n", "\r", "\n", "ä"):
@@ -201,9 +199,8 @@ def test_all_is_done_in_turn(reactor: Any, tmp_path: Path) -> None:
     run(reactor, main)
 
 
-def test_a_long_file_is_not_kept(reactor: Any, tmp_path: Path) -> None:
+def test_a_long_file_is_not_kept(reactor: Any, path: Path) -> None:
     """Lines that cross the end of what was read ahead do not make it grow."""
-    path = tmp_path / "file"
     path.write_bytes(b"123456\n" * 100_000)
 
     async def main() -> None:
@@ -216,9 +213,7 @@ def test_a_long_file_is_not_kept(reactor: Any, tmp_path: Path) -> None:
     run(reactor, main)
 
 
-def test_limits_of_lines(reactor: Any, tmp_path: Path) -> None:
-    path = tmp_path / "file"
-
+def test_limits_of_lines(reactor: Any, path: Path) -> None:
     async def main() -> None:
         for end in ("\n", "\r\n", "\r", ""):
             path.write_bytes(("12345" + end).encode())
@@ -243,8 +238,7 @@ def test_limits_of_lines(reactor: Any, tmp_path: Path) -> None:
     run(reactor, main)
 
 
-def test_encodings_and_errors(reactor: Any, tmp_path: Path) -> None:
-    path = tmp_path / "file"
+def test_encodings_and_errors(reactor: Any, path: Path) -> None:
     path.write_bytes(b"one\nt\xe4o\n")
 
     async def main() -> None:
@@ -327,9 +321,8 @@ def test_only_regular_files(reactor: Any, tmp_path: Path) -> None:
 
 
 def test_a_read_that_is_cancelled_loses_nothing(
-    reactor: Any, tmp_path: Path, busy_threads: Gate
+    reactor: Any, path: Path, busy_threads: Gate
 ) -> None:
-    path = tmp_path / "file"
     path.write_text("one\ntwo\n", encoding="ascii")
 
     async def main() -> None:
@@ -349,11 +342,10 @@ def test_a_read_that_is_cancelled_loses_nothing(
 
 
 def test_a_read_that_is_cancelled_in_the_thread_loses_nothing(
-    reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from twisted_rtsig.files import textfile
 
-    path = tmp_path / "file"
     path.write_bytes(b"one\ntwo\n")
     gate = Gate()
     read_more = textfile._read_more

@@ -62,10 +62,8 @@ def test_closing_is_done_although_it_is_cancelled(
 
 
 def test_closing_waits_for_the_operations_before_it(
-    reactor: Any, tmp_path: Path, busy_threads: Gate, kind: str
+    reactor: Any, path: Path, busy_threads: Gate, kind: str
 ) -> None:
-    path = tmp_path / "file"
-
     async def main() -> None:
         opening = open_file(path, "w" + kind)
         busy_threads.open()
@@ -88,10 +86,9 @@ def test_closing_waits_for_the_operations_before_it(
 
 @frees_at_once
 def test_a_block_that_is_garbage_closes_the_file(
-    reactor: Any, tmp_path: Path, kind: str
+    reactor: Any, path: Path, kind: str
 ) -> None:
     """It cannot wait for the end of that."""
-    path = tmp_path / "file"
     opened: list[Any] = []
 
     async def main() -> None:
