@@ -13,17 +13,16 @@ import pytest
 
 from tests.coro.conftest import logged as logged
 from tests.coro.conftest import reactor as reactor_without_threads
+from tests.files.support import running_threads
 
 __all__ = ["reactor_without_threads"]
 
 
 @pytest.fixture
 def reactor(reactor_without_threads: Any) -> Iterator[Any]:
-    """Each reactor, with threads that run although it is only iterated."""
-    threads = reactor_without_threads.getThreadPool()
-    threads.start()
-    yield reactor_without_threads
-    threads.stop()
+    """Each reactor, with running threads.  They run although it is only iterated."""
+    with running_threads(reactor_without_threads):
+        yield reactor_without_threads
 
 
 def _as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,13 +47,13 @@ if sys.platform != "win32":
 
 @pytest.fixture(params=BACK_ENDS)
 def back_end(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the platforms have to read files with."""
+    """Each way in which a platform reads files."""
     BACK_ENDS[request.param](monkeypatch)
 
 
 @pytest.fixture
 def cached(tmp_path: Path) -> Path:
-    """A folder whose file system knows how to read what is cached without waiting."""
+    """A folder whose file system can read cached data without waiting."""
     if not hasattr(os, "RWF_NOWAIT"):
         pytest.skip("this platform cannot read without waiting")
     probe = tmp_path / "probe"
@@ -68,6 +67,14 @@ def cached(tmp_path: Path) -> Path:
             pytest.skip("the file system of the temporary folder has no RWF_NOWAIT")
     probe.unlink()
     return tmp_path
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Path:
+    if sys.platform == "win32":
+        pytest.skip("Windows has no FIFOs in folders")
+    os.mkfifo(tmp_path / "fifo")
+    return tmp_path / "fifo"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What the tests of files share."""
+"""Helpers of the tests of files."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from twisted.internet.defer import Deferred
 
 from tests.support import DEADLINE
+from twisted_rtsig.coro import sleep, spawn
 
 
 def forget_cached(path: Path) -> None:
     """
-    Let nothing of a file be in the page cache, where one can ask for that.  The kernel
-    may keep some of it all the same, and to ask whether it does is to have it read.
+    Ask the kernel to remove a file from the page cache, on Linux.  The kernel may keep
+    parts of it nevertheless.  Asking whether it does would read the file again.
     """
     if sys.platform.startswith("linux"):
         with path.open("rb") as file:
@@ -30,9 +32,9 @@ def forget_cached(path: Path) -> None:
 
 class Gate:
     """
-    Where a thread waits.
+    A thread waits here until the gate is opened.
 
-    :ivar reached: set when it is there.
+    :ivar reached: set when a thread waits.
     """
 
     def __init__(self) -> None:
@@ -46,7 +48,7 @@ class Gate:
             function()
 
     def when_open(self, function: Callable[[], None]) -> None:
-        """Call a function now, or else by ``open``."""
+        """Call a function: at once if the gate is open, or else when it is opened."""
         if self._open.is_set():
             function()
         else:
@@ -57,21 +59,78 @@ class Gate:
         assert self._open.wait(DEADLINE)
 
 
+@contextlib.contextmanager
+def running_threads(reactor: Any) -> Iterator[None]:
+    """Run the threads of a reactor that is only iterated."""
+    threads = reactor.getThreadPool()
+    threads.start()
+    yield
+    threads.stop()
+
+
+def occupy_thread(reactor: Any) -> Gate:
+    """Let a thread of the reactor wait at a gate."""
+    gate = Gate()
+    reactor.callInThread(gate.wait)
+    assert gate.reached.wait(DEADLINE)
+    return gate
+
+
 @pytest.fixture
 def busy_threads(reactor: Any) -> Iterator[Gate]:
     """All threads of the reactor wait at a gate."""
     reactor.suggestThreadPoolSize(1)
-    gate = Gate()
-    reactor.callInThread(gate.wait)
-    assert gate.reached.wait(DEADLINE)
+    gate = occupy_thread(reactor)
     yield gate
     gate.open()
 
 
+def hold(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, gate: Gate | None = None
+) -> Gate:
+    """Let calls of the function ``owner.name`` wait at a gate."""
+    gate = gate or Gate()
+    function = getattr(owner, name)
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        gate.wait()
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, slow)
+    return gate
+
+
+@contextlib.asynccontextmanager
+async def counted_turns() -> AsyncIterator[list[int]]:
+    """Count the turns that another task gets, as the only item of a list."""
+    turns = [0]
+
+    async def count() -> None:
+        while True:
+            await sleep(0)
+            turns[0] += 1
+
+    counter = spawn(count)
+    yield turns
+    counter.cancel()
+
+
+def file_steps(
+    opens: Callable[[], Deferred[Any]], calls: Sequence[Callable[[Any], Any]]
+) -> list[Callable[[], Any]]:
+    """The steps of a function in any style: open a file, and make calls with it."""
+    files: list[Any] = []
+
+    def step(call: Callable[[Any], Any]) -> Callable[[], Any]:
+        return lambda: call(files[0])
+
+    return [lambda: opens().addCallback(files.append), *map(step, calls)]
+
+
 class SlowDisk:
     """
-    Lets what is done with files wait at a gate before it is done, or before anybody
-    is told that it is.
+    Lets an operation on files wait at a gate, before it is done or before its end is
+    reported.
 
     :param what: a key of ``_FUNCTIONS``.
     """
@@ -81,16 +140,7 @@ class SlowDisk:
         if sys.platform == "win32":
             self._hold_windows(monkeypatch, what)
         else:
-            monkeypatch.setattr(os, _FUNCTIONS[what], self._slow(os, _FUNCTIONS[what]))
-
-    def _slow(self, owner: Any, name: str) -> Any:
-        function = getattr(owner, name)
-
-        def slow(*args: Any) -> Any:
-            self.gate.wait()
-            return function(*args)
-
-        return slow
+            hold(monkeypatch, os, _FUNCTIONS[what], self.gate)
 
     def _hold_windows(self, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
         from twisted_rtsig.files.handles import HandleDescriptor
@@ -98,16 +148,14 @@ class SlowDisk:
         from twisted_rtsig.windows import calls
 
         if what == "open":
-            opens = calls.msvcrt
-            slow = self._slow(opens, "open_osfhandle")
-            monkeypatch.setattr(opens, "open_osfhandle", slow)
+            hold(monkeypatch, calls.msvcrt, "open_osfhandle", self.gate)
             return
-        # In a thread; and by the port, which tells of both.
-        name = f"_{what}_some"
-        monkeypatch.setattr(HandleDescriptor, name, self._slow(HandleDescriptor, name))
+        # The operation is done in a thread, or by the port, which also reports the end
+        # of both.
+        hold(monkeypatch, HandleDescriptor, f"_{what}_some", self.gate)
         call_once_completed = CompletionPortNotifier.call_once_completed
 
-        def hold(
+        def hold_report(
             port: CompletionPortNotifier, address: int, function: Callable[[], None]
         ) -> None:
             self.gate.reached.set()
@@ -117,10 +165,10 @@ class SlowDisk:
                 lambda: self.gate.when_open(lambda: port._call_soon(function)),
             )
 
-        monkeypatch.setattr(CompletionPortNotifier, "call_once_completed", hold)
+        monkeypatch.setattr(CompletionPortNotifier, "call_once_completed", hold_report)
 
 
-# What of ``os`` is slow, on POSIX.
+# The functions of ``os`` that wait, on POSIX.
 _FUNCTIONS = {
     "open": "set_blocking",
     "read": "pread",
@@ -137,14 +185,14 @@ def open_in(folder: Path) -> list[str]:
         ]
     found = []
     for each in os.listdir("/proc/self/fd"):
-        # The one of the folder itself is closed by now.
+        # The descriptor of the listed folder is closed by now.
         with contextlib.suppress(FileNotFoundError):
             found.append(os.readlink(f"/proc/self/fd/{each}"))
     return [each for each in found if each.startswith(str(folder))]
 
 
 def _is_open(path: Path) -> bool:
-    """On Windows: whether it is refused to who does not share it."""
+    """Whether Windows refuses to open the file without sharing it."""
     from twisted_rtsig.windows import calls as windows
 
     handle = windows.open_file(
@@ -158,9 +206,9 @@ def _is_open(path: Path) -> bool:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A file system with only so much room."""
+    """A file system of ``size`` bytes."""
     if shutil.which("mount") is None:
-        pytest.skip("a small disk cannot be mounted: there is no program for it")
+        pytest.skip("a small disk cannot be mounted: the program mount is missing")
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
         capture_output=True,

@@ -22,7 +22,16 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from tests.coro.support import STYLES, forgets_awaits, run, spin
-from tests.files.support import Gate, SlowDisk, forget_cached, open_in, small_disk
+from tests.files.support import (
+    Gate,
+    SlowDisk,
+    counted_turns,
+    file_steps,
+    forget_cached,
+    occupy_thread,
+    open_in,
+    small_disk,
+)
 from tests.files.support import busy_threads as busy_threads
 from tests.support import DEADLINE
 from twisted_rtsig.coro import DelimiterNotFound, TaskGroup, sleep, spawn, timeout
@@ -34,38 +43,29 @@ CHUNK = 1 << 16
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.usefixtures("back_end")
 def test_the_same_in_every_style(reactor: Any, style: str, path: Path) -> None:
-    files: list[AsyncFile] = []
     got: list[Any] = []
-
-    def file() -> AsyncFile:
-        return files[0]
-
-    def opened() -> Any:
-        return open_file(path, "w+b").addCallback(files.append)
-
-    STYLES[style](
-        reactor,
+    steps = file_steps(
+        lambda: open_file(path, "w+b"),
         [
-            opened,
-            lambda: file().write(b"one\ntwo\nthree"),
-            lambda: file().seek(4),
-            lambda: file().read_line(),
-            lambda: file().read(100),
-            lambda: file().read(1),
-            lambda: file().write_at(0, bytearray(b"ONE")),
-            lambda: file().read_at(0, 5),
-            lambda: file().seek(-5, os.SEEK_END),
-            lambda: file().read(2),
-            lambda: file().seek(-1, os.SEEK_CUR),
-            lambda: file().truncate(),
-            lambda: file().size(),
-            lambda: file().seek(-1),
-            lambda: file().sync(),
-            lambda: file().close(),
-            lambda: file().close(),
+            lambda file: file.write(b"one\ntwo\nthree"),
+            lambda file: file.seek(4),
+            lambda file: file.read_line(),
+            lambda file: file.read(100),
+            lambda file: file.read(1),
+            lambda file: file.write_at(0, bytearray(b"ONE")),
+            lambda file: file.read_at(0, 5),
+            lambda file: file.seek(-5, os.SEEK_END),
+            lambda file: file.read(2),
+            lambda file: file.seek(-1, os.SEEK_CUR),
+            lambda file: file.truncate(),
+            lambda file: file.size(),
+            lambda file: file.seek(-1),
+            lambda file: file.sync(),
+            lambda file: file.close(),
+            lambda file: file.close(),
         ],
-        got,
     )
+    STYLES[style](reactor, steps, got)
     spin(reactor, lambda: len(got) == 17)
     assert got == [
         *(None, None, 4, b"two\n", b"three", b"", None, b"ONE\nt"),
@@ -75,7 +75,7 @@ def test_the_same_in_every_style(reactor: Any, style: str, path: Path) -> None:
 
 
 @pytest.mark.usefixtures("back_end")
-def test_modes(reactor: Any, path: Path) -> None:
+def test_the_modes_of_a_file(reactor: Any, path: Path) -> None:
     async def write(mode: str) -> bytes:
         async with await open_file(path, mode) as file:
             await file.write(b"12")
@@ -100,7 +100,9 @@ def test_modes(reactor: Any, path: Path) -> None:
     run(reactor, main)
 
 
-def test_what_a_file_is_not_open_for(reactor: Any, path: Path) -> None:
+def test_a_file_refuses_operations_that_it_is_not_open_for(
+    reactor: Any, path: Path
+) -> None:
     async def main() -> None:
         async with await open_file(path, "wb") as file:
             for reading in (
@@ -125,7 +127,7 @@ def test_what_a_file_is_not_open_for(reactor: Any, path: Path) -> None:
     run(reactor, main)
 
 
-def test_bad_arguments(reactor: Any, tmp_path: Path) -> None:
+def test_bad_arguments_are_refused(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
         async with await open_file(tmp_path / "file", "w+b") as file:
             for call in (
@@ -152,7 +154,7 @@ def test_bad_arguments(reactor: Any, tmp_path: Path) -> None:
 @forgets_awaits
 @pytest.mark.usefixtures("back_end")
 @pytest.mark.parametrize("queued", [False, True])
-def test_a_bad_argument_does_no_harm_to_what_follows(
+def test_operations_work_after_a_bad_argument(
     reactor: Any, path: Path, queued: bool
 ) -> None:
     path.write_bytes(b"0123")
@@ -198,7 +200,7 @@ def test_a_bad_argument_does_no_harm_to_what_follows(
 
 
 @pytest.mark.usefixtures("back_end")
-def test_more_is_asked_for_than_the_memory_holds(reactor: Any, path: Path) -> None:
+def test_a_read_asks_for_more_than_the_memory_holds(reactor: Any, path: Path) -> None:
     data = os.urandom(3_000_000)
     path.write_bytes(data)
 
@@ -214,7 +216,7 @@ def test_more_is_asked_for_than_the_memory_holds(reactor: Any, path: Path) -> No
     run(reactor, main)
 
 
-def test_what_cannot_be_opened(reactor: Any, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_opened(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
         with pytest.raises(FileNotFoundError) as caught:
             await open_file(tmp_path / "nothing")
@@ -224,7 +226,7 @@ def test_what_cannot_be_opened(reactor: Any, tmp_path: Path) -> None:
         if sys.platform == "win32":
             other = Path("NUL")
         else:
-            # Nobody is at its other end, and nobody waits for him.
+            # It has no other end.  open_file does not wait for one.
             other = tmp_path / "fifo"
             os.mkfifo(other)
         with pytest.raises(OSError, match="Not a regular file"):
@@ -236,23 +238,23 @@ def test_what_cannot_be_opened(reactor: Any, tmp_path: Path) -> None:
     assert open_in(tmp_path) == []
 
 
-def test_permissions(reactor: Any, tmp_path: Path) -> None:
+def test_a_new_file_has_the_permissions(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
         async with await open_file(tmp_path / "file", "wb", permissions=0o600):
             pass
-        # Windows only knows whether it may be written.
+        # Windows stores only whether a file is read-only.
         expected = 0o666 if sys.platform == "win32" else 0o600
         assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == expected
         async with await open_file(tmp_path / "other", "wb", permissions=0o400) as file:
-            await file.write(b"by whoever has made it")
+            await file.write(b"by the process that has made it")
         assert not (tmp_path / "other").stat().st_mode & stat.S_IWUSR
 
     run(reactor, main)
 
 
-def test_an_unprivileged_process_is_told_what_it_may_not_do(tmp_path: Path) -> None:
+def test_an_unprivileged_process_gets_permission_errors(tmp_path: Path) -> None:
     if sys.platform == "win32" or os.getuid() != 0:
-        pytest.skip("only root can become somebody else")
+        pytest.skip("only root can become another user")
     secret = tmp_path / "secret"
     secret.write_bytes(b"x")
     secret.chmod(0o600)
@@ -284,7 +286,7 @@ def test_an_unprivileged_process_is_told_what_it_may_not_do(tmp_path: Path) -> N
     run(reactor, main)
     reactor.getThreadPool().stop()
     """
-    # So that it finds the file, but may not touch it.
+    # The program finds the file, but may not read it.
     folder = tmp_path
     while folder != Path("/tmp") and folder != folder.parent:
         folder.chmod(0o755)
@@ -302,7 +304,9 @@ def test_an_unprivileged_process_is_told_what_it_may_not_do(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("back_end")
-def test_what_is_not_awaited_is_done_in_turn(reactor: Any, tmp_path: Path) -> None:
+def test_operations_that_are_not_awaited_are_done_in_order(
+    reactor: Any, tmp_path: Path
+) -> None:
     async def main() -> None:
         async with await open_file(tmp_path / "file", "w+b") as file:
             for each in range(100):
@@ -342,7 +346,7 @@ def test_reads_and_writes_at_offsets_at_the_same_time(
 
 
 @pytest.mark.usefixtures("back_end")
-def test_beyond_4_gb(reactor: Any, tmp_path: Path) -> None:
+def test_offsets_beyond_4_gb(reactor: Any, tmp_path: Path) -> None:
     far = (1 << 32) + 12345
 
     async def main() -> None:
@@ -364,10 +368,10 @@ def test_beyond_4_gb(reactor: Any, tmp_path: Path) -> None:
 @pytest.mark.skipif(
     not hasattr(os, "pread"), reason="a read of a Windows file is never short"
 )
-def test_a_system_that_does_less_than_it_was_asked_for(
+def test_short_reads_and_writes_of_the_system(
     reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As signals and network file systems make it do, and then it fails."""
+    """Signals and network file systems cause them.  Later operations fail."""
     monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
     pread, pwrite = os.pread, os.pwrite
     broken: list[int] = []
@@ -427,10 +431,10 @@ def test_a_system_that_does_less_than_it_was_asked_for(
     awaited=st.integers(0, 1 << 20),
     content=st.binary(max_size=60),
 )
-def test_as_a_file_of_python(
+def test_operations_behave_like_those_of_a_file_of_python(
     reactor: Any, tmp_path: Path, steps: list[Any], awaited: int, content: bytes
 ) -> None:
-    """Whichever results are awaited before what follows is asked for."""
+    """The program awaits some operations before it begins the next one."""
     path = tmp_path / "file"
     path.write_bytes(content)
     model_path = tmp_path / "model"
@@ -460,7 +464,7 @@ def test_as_a_file_of_python(
 
 
 @pytest.mark.usefixtures("back_end")
-def test_lines(reactor: Any, path: Path) -> None:
+def test_lines_are_read(reactor: Any, path: Path) -> None:
     long = b"x" * 200_000
     text = b"one\n\n" + long + b"\ntwo\r\nlast"
     expected = [b"one\n", b"\n", long + b"\n", b"two\r\n", b"last"]
@@ -484,7 +488,7 @@ def test_lines(reactor: Any, path: Path) -> None:
 
 @pytest.mark.usefixtures("back_end")
 @pytest.mark.parametrize("size", [10, 5000, 200_000])
-def test_a_line_that_is_too_long_stays_there(
+def test_a_line_that_is_too_long_is_not_consumed(
     reactor: Any, path: Path, size: int
 ) -> None:
     path.write_bytes(b"ok\n" + b"x" * size + b"\n")
@@ -508,7 +512,9 @@ def test_a_line_that_is_too_long_stays_there(
     run(reactor, main)
 
 
-def test_lines_of_a_file_that_is_written_and_sought(reactor: Any, path: Path) -> None:
+def test_lines_are_read_while_the_file_is_written_and_sought(
+    reactor: Any, path: Path
+) -> None:
     path.write_bytes(b"one\ntwo\nthree\n")
 
     async def main() -> None:
@@ -528,24 +534,27 @@ def test_lines_of_a_file_that_is_written_and_sought(reactor: Any, path: Path) ->
     run(reactor, main)
 
 
-def test_lines_that_are_changed_while_the_ones_before_them_are_read(
+def test_lines_are_changed_while_earlier_lines_are_read(
     reactor: Any, path: Path
 ) -> None:
     path.write_bytes(b"one\ntwo\nthree\nfour\n")
+
+    async def change(file: AsyncFile, line: bytes) -> None:
+        if line == b"one\n":
+            # Afterwards the position is as before.
+            await file.write(b"TWO\n")
+            await file.seek(4)
+        elif line == b"TWO\n":
+            await file.write_at(8, b"THREE\n")
+        elif line == b"THREE\n":
+            await file.truncate(16)
 
     async def main() -> None:
         async with await open_file(path, "r+b") as file:
             got = []
             async for line in file:
                 got.append(line)
-                if line == b"one\n":
-                    # The position is what it was.
-                    await file.write(b"TWO\n")
-                    await file.seek(4)
-                elif line == b"TWO\n":
-                    await file.write_at(8, b"THREE\n")
-                elif line == b"THREE\n":
-                    await file.truncate(16)
+                await change(file, line)
             assert got == [b"one\n", b"TWO\n", b"THREE\n", b"fo"]
 
     run(reactor, main)
@@ -576,7 +585,7 @@ def test_a_long_line_is_not_read_in_many_small_pieces(
 
 
 @pytest.mark.usefixtures("back_end")
-def test_chunks(reactor: Any, path: Path) -> None:
+def test_chunks_are_read(reactor: Any, path: Path) -> None:
     data = os.urandom(3 * CHUNK + 10)
     path.write_bytes(data)
 
@@ -591,7 +600,7 @@ def test_chunks(reactor: Any, path: Path) -> None:
     run(reactor, main)
 
 
-def test_a_file_that_is_truncated_while_it_is_read(reactor: Any, path: Path) -> None:
+def test_a_file_is_truncated_while_it_is_read(reactor: Any, path: Path) -> None:
     path.write_bytes(bytes(3 * CHUNK))
 
     async def main() -> None:
@@ -609,13 +618,13 @@ def test_a_file_that_is_truncated_while_it_is_read(reactor: Any, path: Path) -> 
     run(reactor, main)
 
 
-# What is cached
+# Files in the page cache
 
 
-def test_what_is_cached_is_there_at_once(
+def test_cached_data_is_read_at_once(
     reactor: Any, cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Quick on any machine: what takes long gives the others a turn.
+    # Reads take no time here.  A slow one would give other tasks a turn.
     monkeypatch.setattr(asyncfile, "perf_counter_ns", lambda: 0)
     path = cached / "file"
     path.write_bytes(bytes(4 * CHUNK) + b"line\nrest")
@@ -638,7 +647,7 @@ def test_what_is_cached_is_there_at_once(
     run(reactor, main)
 
 
-def test_a_file_whose_name_is_cached_is_opened_and_closed_at_once(
+def test_a_file_with_a_cached_name_is_opened_and_closed_at_once(
     reactor: Any, cached: Path
 ) -> None:
     path = cached / "file"
@@ -656,7 +665,7 @@ def test_a_file_whose_name_is_cached_is_opened_and_closed_at_once(
         assert file.close().called
         with pytest.raises(OSError):  # noqa: PT011
             os.fstat(number)
-        # But not what is created, or deleted.
+        # Files that are created or were deleted are not.
         for mode in ("r+b", "wb", "ab"):
             opening = open_file(path, mode)
             assert not opening.called
@@ -676,7 +685,9 @@ def test_a_file_whose_name_is_cached_is_opened_and_closed_at_once(
 
 
 @forgets_awaits
-def test_what_is_not_cached_is_read_by_a_thread(reactor: Any, cached: Path) -> None:
+def test_data_that_is_not_cached_is_read_by_a_thread(
+    reactor: Any, cached: Path
+) -> None:
     path = cached / "file"
     data = os.urandom(64 * CHUNK)
     path.write_bytes(data)
@@ -691,7 +702,7 @@ def test_what_is_not_cached_is_read_by_a_thread(reactor: Any, cached: Path) -> N
             else:
                 pytest.skip("the kernel keeps the file in its cache")
             assert await reading == data[32 * CHUNK :][:4096]
-            # Perhaps only its beginning is cached.
+            # Only the beginning of this range may be cached.
             again = file.read_at(32 * CHUNK, 4 * CHUNK)
             assert await again == data[32 * CHUNK :][: 4 * CHUNK]
             assert b"".join([each async for each in file.chunks()]) == data
@@ -699,7 +710,7 @@ def test_what_is_not_cached_is_read_by_a_thread(reactor: Any, cached: Path) -> N
     run(reactor, main)
 
 
-def test_a_file_system_that_cannot_read_without_waiting(reactor: Any) -> None:
+def test_a_file_system_without_reads_that_do_not_wait(reactor: Any) -> None:
     folder = Path("/dev/shm")
     if not folder.is_dir():
         pytest.skip("there is no /dev/shm")
@@ -741,41 +752,31 @@ def test_a_read_without_waiting_that_ends_early_is_not_the_end_of_the_file(
     run(reactor, main)
 
 
-def test_who_reads_what_is_cached_lets_the_others_have_their_turn(
+def test_reads_of_cached_data_give_other_tasks_a_turn(
     reactor: Any, cached: Path
 ) -> None:
     path = cached / "file"
     path.write_bytes(b"line\n" * 10_000)
 
     async def main() -> None:
-        turns = 0
-
-        async def count() -> None:
-            nonlocal turns
-            while True:
-                await sleep(0)
-                turns += 1
-
-        counter = spawn(count)
-        async with await open_file(path) as file:
+        async with counted_turns() as turns, await open_file(path) as file:
             for _ in range(10_000):
                 await file.read_at(0, 4096)
-            assert turns > 50
-            turns = 0
+            assert turns[0] > 50
+            turns[0] = 0
             for _ in range(10_000):
                 assert await file.read_line() == b"line\n"
-            assert turns > 50
-            # Many at once, in their order, and none of it in a recursion.
+            assert turns[0] > 50
+            # Many reads at once are done in order and without recursion.
             await file.seek(0)
             reads = [file.read(5) for _ in range(5000)]
             assert [await each for each in reads] == [b"line\n"] * 5000
-        counter.cancel()
 
     run(reactor, main)
 
 
 @forgets_awaits
-def test_what_is_cached_but_takes_long_gives_them_a_turn_at_once(
+def test_a_slow_read_of_cached_data_gives_other_tasks_a_turn_at_once(
     reactor: Any, cached: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = cached / "file"
@@ -819,7 +820,7 @@ def test_a_full_disk(reactor: Any, tmp_path: Path, mode: str) -> None:
         run(reactor, main)
 
 
-def test_a_write_whose_failure_nobody_sees_is_logged(
+def test_the_failure_of_a_write_that_is_not_awaited_is_logged(
     reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[Any]
 ) -> None:
     def fail(*args: Any) -> int:
@@ -839,7 +840,7 @@ def test_a_write_whose_failure_nobody_sees_is_logged(
 # Cancellation
 
 
-def test_a_cancelled_read_loses_nothing(
+def test_a_cancelled_read_loses_no_data(
     reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path.write_bytes(b"0123456789")
@@ -860,7 +861,7 @@ def test_a_cancelled_read_loses_nothing(
     run(reactor, main)
 
 
-def test_lines_of_which_one_was_given_up(
+def test_a_cancelled_read_loses_no_line(
     reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = b"x" * 40_000 + b"\n"
@@ -875,7 +876,7 @@ def test_lines_of_which_one_was_given_up(
                 async for each in file:
                     got.append(each)
                     if len(got) == 1:
-                        # What follows is not read yet.
+                        # The next lines are not read yet.
                         disk = SlowDisk(monkeypatch, "read")
                         disks.append(disk)
 
@@ -891,7 +892,7 @@ def test_lines_of_which_one_was_given_up(
     run(reactor, main)
 
 
-def test_what_is_cancelled_before_it_has_begun_is_not_done(
+def test_an_operation_that_is_cancelled_before_its_begin_is_not_done(
     reactor: Any, path: Path, busy_threads: Gate
 ) -> None:
     path.touch()
@@ -900,9 +901,7 @@ def test_what_is_cancelled_before_it_has_begun_is_not_done(
         opening = open_file(path, "r+b")
         busy_threads.open()
         async with await opening as file:
-            gate = Gate()
-            reactor.callInThread(gate.wait)
-            assert gate.reached.wait(DEADLINE)
+            gate = occupy_thread(reactor)
             for writing in (file.write(b"abc"), file.write_at(5, b"abc")):
                 writing.addErrback(lambda _: None).cancel()
             rest = file.write(b"ABC")
@@ -914,7 +913,7 @@ def test_what_is_cancelled_before_it_has_begun_is_not_done(
     run(reactor, main)
 
 
-def test_a_write_that_is_cancelled_later_is_done_all_the_same(
+def test_a_write_that_is_cancelled_after_its_begin_is_done(
     reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
@@ -936,7 +935,7 @@ def test_a_write_that_is_cancelled_later_is_done_all_the_same(
 # The end
 
 
-def test_closing_waits_for_what_is_under_way(
+def test_close_waits_for_earlier_operations(
     reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path.write_bytes(b"0123456789")
@@ -969,7 +968,7 @@ def test_closing_waits_for_what_is_under_way(
     assert path.read_bytes()[2:] == b"c34567d9"
 
 
-def test_who_closes_a_file_that_is_being_closed_waits_as_well(
+def test_a_second_close_waits_for_the_first_one(
     reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate()
@@ -1000,7 +999,7 @@ def test_who_closes_a_file_that_is_being_closed_waits_as_well(
     run(reactor, main)
 
 
-def test_nothing_is_done_with_a_closed_file(reactor: Any, tmp_path: Path) -> None:
+def test_a_closed_file_refuses_all_operations(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
         file = await open_file(tmp_path / "file", "w+b")
         await file.write(b"x")
@@ -1024,7 +1023,7 @@ def test_nothing_is_done_with_a_closed_file(reactor: Any, tmp_path: Path) -> Non
 
 
 def test_a_reactor_without_threads(tmp_path: Path) -> None:
-    """Such as a clock has, in the tests of an application."""
+    """The tests of an application may use a clock, for example."""
     done: list[bytes] = []
 
     async def main() -> None:
@@ -1036,7 +1035,7 @@ def test_a_reactor_without_threads(tmp_path: Path) -> None:
     assert done == [b"written"]
 
 
-def test_a_reactor_without_threads_has_no_turns_to_wait_for(cached: Path) -> None:
+def test_reads_do_not_wait_for_turns_on_a_reactor_without_threads(cached: Path) -> None:
     path = cached / "file"
     path.write_bytes(bytes(CHUNK))
     done: list[int] = []
@@ -1050,7 +1049,7 @@ def test_a_reactor_without_threads_has_no_turns_to_wait_for(cached: Path) -> Non
     assert done == [CHUNK] * 100
 
 
-def test_what_a_task_waits_for(
+def test_a_task_says_which_file_it_waits_for(
     reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def write() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.coro.support import STYLES, run, spin
-from tests.files.support import Gate, open_in
+from tests.files.support import Gate, hold, open_in
 from tests.files.support import busy_threads as busy_threads
 from tests.support import DEADLINE
 from twisted_rtsig.coro import BusyResourceError, sleep
@@ -139,14 +139,7 @@ def test_nothing_stays_open(reactor: Any, tree: Path) -> None:
 def test_a_wait_that_is_cancelled_loses_nothing(
     reactor: Any, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate()
-    scan = directories.scan
-
-    def slow(path: Any) -> Any:
-        gate.wait()
-        return scan(path)
-
-    monkeypatch.setattr(directories, "scan", slow)
+    gate = hold(monkeypatch, directories, "scan")
 
     async def main() -> None:
         entries = scandir(tree)

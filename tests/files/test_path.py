@@ -35,7 +35,13 @@ def make_tree(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-# What is called with a path: pathlib's, or ours.
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A folder with files, and on POSIX with links and a FIFO."""
+    return make_tree(tmp_path / "tree")
+
+
+# Calls with a path of pathlib or of this package.
 CALLS: dict[str, Callable[[Any], Any]] = {
     "exists": lambda path: path.exists(),
     "is_dir": lambda path: path.is_dir(),
@@ -200,9 +206,8 @@ def test_it_has_all_that_pathlib_has() -> None:
         assert name in vars(Path)
 
 
-def test_copies(reactor: Any, tmp_path: pathlib.Path) -> None:
+def test_copies(reactor: Any, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """On each Python, as pathlib does it from 3.14 on."""
-    folder = make_tree(tmp_path / "tree")
     a, c = Path(folder) / "a", Path(folder) / "c.py"
 
     async def main() -> None:
@@ -232,9 +237,8 @@ def test_copies(reactor: Any, tmp_path: pathlib.Path) -> None:
 
 @posix_only
 def test_copies_of_links_and_of_what_no_copy_can_be_made(
-    reactor: Any, tmp_path: pathlib.Path
+    reactor: Any, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    folder = make_tree(tmp_path / "tree")
     link = Path(folder) / "link"
 
     async def main() -> None:
@@ -256,9 +260,8 @@ def test_copies_of_links_and_of_what_no_copy_can_be_made(
 
 @posix_only
 def test_copies_with_what_is_known_of_a_file(
-    reactor: Any, tmp_path: pathlib.Path
+    reactor: Any, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    folder = make_tree(tmp_path / "tree")
     for each in (folder / "a", folder / "a" / "other.txt"):
         each.chmod(0o750)
         os.utime(each, ns=(10**18, 10**18))
@@ -279,12 +282,12 @@ def test_copies_with_what_is_known_of_a_file(
 @pytest.mark.parametrize("across", [False, True])
 def test_moves(
     reactor: Any,
+    folder: pathlib.Path,
     tmp_path: pathlib.Path,
     across: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Within a file system, and as to another one, where it is copied."""
-    folder = make_tree(tmp_path / "tree")
     expected = seen(folder / "a")
     if across:
 
@@ -364,8 +367,7 @@ def test_opening(reactor: Any, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["*", "*.txt", "**/*.txt", "a/*", "**", "n*"])
-def test_patterns(reactor: Any, tmp_path: pathlib.Path, pattern: str) -> None:
-    folder = make_tree(tmp_path / "tree")
+def test_patterns(reactor: Any, folder: pathlib.Path, pattern: str) -> None:
     if sys.platform != "win32":
         (folder / "loop").unlink()
 
@@ -415,11 +417,7 @@ def reference(folder: pathlib.Path, *args: Any) -> Any:
 
 @pytest.mark.parametrize("top_down", [True, False])
 @pytest.mark.parametrize("follow", [True, False])
-def test_walk(
-    reactor: Any, tmp_path: pathlib.Path, top_down: bool, follow: bool
-) -> None:
-    folder = make_tree(tmp_path / "tree")
-
+def test_walk(reactor: Any, folder: pathlib.Path, top_down: bool, follow: bool) -> None:
     def in_order(found: list[Any]) -> list[Any]:
         listed = [
             (str(path), sorted(dirs), sorted(files)) for path, dirs, files in found
@@ -437,9 +435,7 @@ def test_walk(
     run(reactor, main)
 
 
-def test_walk_can_be_pruned(reactor: Any, tmp_path: pathlib.Path) -> None:
-    folder = make_tree(tmp_path / "tree")
-
+def test_walk_can_be_pruned(reactor: Any, folder: pathlib.Path) -> None:
     async def main() -> None:
         visited = []
         async for path, directories, _ in Path(folder).walk():

@@ -96,16 +96,12 @@ def test_nobody_reads_what_is_written_who_may_not_read_the_file(
     assert found == [0o600]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no FIFOs in folders")
-def test_what_is_no_regular_file_is_not_replaced(reactor: Any, tmp_path: Path) -> None:
-    path = tmp_path / "fifo"
-    os.mkfifo(path)
-
+def test_a_fifo_is_not_replaced(reactor: Any, fifo: Path) -> None:
     async def main() -> None:
         with pytest.raises(OSError, match="Not a regular file"):
-            await write_file(path, b"x")
-        assert modes.S_ISFIFO(path.stat().st_mode)
-        assert await listdir(tmp_path) == ["fifo"]
+            await write_file(fifo, b"x")
+        assert modes.S_ISFIFO(fifo.stat().st_mode)
+        assert await listdir(fifo.parent) == ["fifo"]
 
     run(reactor, main)
 

@@ -1,4 +1,4 @@
-"""A file for Twisted's consumers, on each reactor."""
+"""``FileProducer``, which passes a file to Twisted's consumers, on each reactor."""
 
 from __future__ import annotations
 
@@ -23,15 +23,22 @@ SIZE = 2_000_000
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    path = tmp_path / "file"
+def path(path: Path) -> Path:
     path.write_bytes(os.urandom(SIZE))
     return path
 
 
+def serve_protocol(reactor: Any, protocol: type[Protocol]) -> tuple[Any, Any]:
+    """A listening port, and an endpoint that connects to it."""
+    factory = Factory.forProtocol(protocol)
+    factory.noisy = False
+    port = reactor.listenTCP(0, factory, interface="127.0.0.1")
+    return port, TCP4ClientEndpoint(reactor, "127.0.0.1", port.getHost().port)
+
+
 @implementer(IConsumer)
 class Consumer:
-    """Takes so much, and then no more until it is told to."""
+    """Takes ``room`` bytes, and pauses its producer until ``take`` is called."""
 
     def __init__(self, room: int = SIZE) -> None:
         self.data = b""
@@ -58,7 +65,9 @@ class Consumer:
         self.producer.resumeProducing()
 
 
-def test_to_a_consumer_that_pauses(reactor: Any, path: Path) -> None:
+def test_a_file_is_produced_for_a_consumer_that_pauses(
+    reactor: Any, path: Path
+) -> None:
     async def main() -> None:
         consumer = Consumer(1)
         async with await open_file(path) as file:
@@ -76,7 +85,7 @@ def test_to_a_consumer_that_pauses(reactor: Any, path: Path) -> None:
     run(reactor, main)
 
 
-def test_to_a_transport(reactor: Any, path: Path) -> None:
+def test_a_file_is_produced_for_a_transport(reactor: Any, path: Path) -> None:
     received = []
 
     class Sender(Protocol):
@@ -90,12 +99,9 @@ def test_to_a_transport(reactor: Any, path: Path) -> None:
             transport.write(b"%d" % produced)
             transport.loseConnection()
 
-    factory = Factory.forProtocol(Sender)
-    factory.noisy = False
-    port = reactor.listenTCP(0, factory, interface="127.0.0.1")
+    port, endpoint = serve_protocol(reactor, Sender)
 
     async def main() -> None:
-        endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", port.getHost().port)
         async with await connect(endpoint) as stream:
             while chunk := await stream.read():
                 received.append(chunk)
@@ -105,7 +111,7 @@ def test_to_a_transport(reactor: Any, path: Path) -> None:
     assert b"".join(received) == path.read_bytes() + b"%d" % SIZE
 
 
-def test_what_can_go_wrong(reactor: Any, path: Path) -> None:
+def test_errors_of_producing_a_file(reactor: Any, path: Path) -> None:
     async def main() -> None:
         async with await open_file(path) as file:
             consumer = Consumer()
@@ -138,10 +144,10 @@ def test_what_can_go_wrong(reactor: Any, path: Path) -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_consumer_that_has_stopped_is_told_of_rather_than_a_closed_file(
+def test_a_stopped_consumer_is_reported_rather_than_a_closed_file(
     reactor: Any, path: Path, style: str
 ) -> None:
-    """A program closes the file when the client has gone, and not only then."""
+    """The program closes the file when the client has gone."""
     got: list[Any] = []
 
     async def main() -> None:
@@ -182,12 +188,9 @@ def test_a_client_that_leaves_early_is_not_logged(
             self.file.close()
             lost.append(reason)
 
-    factory = Factory.forProtocol(Sender)
-    factory.noisy = False
-    port = reactor.listenTCP(0, factory, interface="127.0.0.1")
+    port, endpoint = serve_protocol(reactor, Sender)
 
     async def main() -> None:
-        endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", port.getHost().port)
         async with await connect(endpoint) as stream:
             await stream.read()
             await stream.abort()

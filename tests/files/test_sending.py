@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import socket
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,6 +56,15 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> PrivateCertificate:
     files = make_certificate(tmp_path_factory.mktemp("certificate"))
     pem = b"".join(each.read_bytes() for each in files)
     return cast(PrivateCertificate, PrivateCertificate.loadPEM(pem))
+
+
+@contextlib.asynccontextmanager
+async def connected_with(
+    reactor: Any, path: Path
+) -> AsyncIterator[tuple[Stream, socket.socket, AsyncFile]]:
+    """A stream, a plain socket at its other end, and an open file."""
+    async with connected(reactor) as (stream, peer), await open_file(path) as file:
+        yield stream, peer, file
 
 
 needs_sendfile = pytest.mark.skipif(
@@ -270,10 +280,7 @@ async def at_least_something(peer: socket.socket) -> int:
 
 def test_half_close_after_the_file(reactor: Any, big: Path) -> None:
     async def main() -> None:
-        async with (
-            connected(reactor) as (stream, peer),
-            await open_file(big) as file,
-        ):
+        async with connected_with(reactor, big) as (stream, peer, file):
             stream.send_file(file)
             ended = stream.write_eof()
             with pytest.raises(StreamError, match="after write_eof"):
@@ -330,10 +337,7 @@ def test_a_peer_that_vanishes_midway(
     reactor: Any, big: Path, held: str, logged: list[Any]
 ) -> None:
     async def main() -> None:
-        async with (
-            connected(reactor) as (stream, peer),
-            await open_file(big) as file,
-        ):
+        async with connected_with(reactor, big) as (stream, peer, file):
             told: list[int] = []
             sending = stream.send_file(file, progress=told.append)
             following = stream.write(b"x"), stream.send_file(file)
@@ -532,10 +536,7 @@ def test_a_file_that_is_truncated_while_it_is_sent(
     path.write_bytes(bytes(SIZE))
 
     async def main() -> None:
-        async with (
-            connected(reactor) as (stream, peer),
-            await open_file(path) as file,
-        ):
+        async with connected_with(reactor, path) as (stream, peer, file):
             told: list[int] = []
             sending = stream.send_file(file, progress=told.append)
             following = stream.write(b"after")
@@ -585,10 +586,7 @@ def test_a_file_that_cannot_be_sent_at_all(reactor: Any, big: Path) -> None:
 
 def test_cancelled_in_the_middle(reactor: Any, big: Path) -> None:
     async def main() -> None:
-        async with (
-            connected(reactor) as (stream, peer),
-            await open_file(big) as file,
-        ):
+        async with connected_with(reactor, big) as (stream, peer, file):
             told: list[int] = []
             sending = stream.send_file(file, progress=told.append)
             queued = stream.send_file(file)
@@ -620,10 +618,7 @@ def test_cancelled_at_every_point(reactor: Any, big: Path, where: str) -> None:
             if where == "when it tells" and len(told) > point:
                 sending.cancel()
 
-        async with (
-            connected(reactor) as (stream, peer),
-            await open_file(big) as file,
-        ):
+        async with connected_with(reactor, big) as (stream, peer, file):
             sending = stream.send_file(file, 0, size, progress=tell)
             sending.addErrback(lambda _: None)
             if where == "when it tells" and not point:
@@ -672,10 +667,7 @@ def test_a_peer_that_does_not_read_holds_up_who_writes_after_the_file(
     reactor: Any, big: Path
 ) -> None:
     async def main() -> None:
-        async with (
-            connected(reactor) as (stream, peer),
-            await open_file(big) as file,
-        ):
+        async with connected_with(reactor, big) as (stream, peer, file):
             sending = stream.send_file(file)
             writing = stream.write(b"after")
             await sleep(0.1)
@@ -698,10 +690,7 @@ def test_a_peer_that_does_not_read_holds_up_who_writes_after_the_file(
 
 def test_no_tls_in_the_middle_of_a_file(reactor: Any, big: Path) -> None:
     async def main() -> None:
-        async with (
-            connected(reactor) as (stream, _),
-            await open_file(big) as file,
-        ):
+        async with connected_with(reactor, big) as (stream, _, file):
             sending = stream.send_file(file)
             with pytest.raises(BusyResourceError, match="sends a file"):
                 stream.start_tls(None)
@@ -715,10 +704,7 @@ def test_progress_that_fails(reactor: Any, big: Path) -> None:
         raise KeyError("told so")
 
     async def main() -> None:
-        async with (
-            connected(reactor) as (stream, _),
-            await open_file(big) as file,
-        ):
+        async with connected_with(reactor, big) as (stream, _, file):
             for count in (1000, 1 << 20):
                 with pytest.raises((KeyError, StreamError)):
                     await stream.send_file(file, 0, count, progress)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.coro.support import STYLES, run, spin
-from tests.files.support import Gate, open_in
+from tests.files.support import hold, open_in
 from tests.support import DEADLINE
 from twisted_rtsig.files import AsyncFile, AsyncTextFile, SpooledTemporaryFile
 
@@ -142,14 +142,7 @@ def test_no_file_can_be_made(reactor: Any, tmp_path: Path) -> None:
 def test_a_write_while_the_content_moves_to_a_file_is_not_lost(
     reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate()
-    make = tempfile.TemporaryFile
-
-    def slow(*args: Any, **kwargs: Any) -> Any:
-        gate.wait()
-        return make(*args, **kwargs)
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", slow)
+    gate = hold(monkeypatch, tempfile, "TemporaryFile")
 
     async def main() -> None:
         spooled = SpooledTemporaryFile(LIMIT, dir=tmp_path)

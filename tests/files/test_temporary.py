@@ -13,7 +13,7 @@ import pytest
 from twisted.internet.defer import CancelledError
 
 from tests.coro.support import STYLES, run, spin
-from tests.files.support import Gate, open_in
+from tests.files.support import Gate, occupy_thread, open_in
 from tests.files.support import busy_threads as busy_threads
 from tests.support import DEADLINE
 from twisted_rtsig.coro import sleep, spawn
@@ -281,9 +281,7 @@ def test_removing_is_done_although_it_is_cancelled(
         busy_threads.open()
         await opening
         await creating
-        gate = Gate()
-        reactor.callInThread(gate.wait)
-        assert gate.reached.wait(DEADLINE)
+        gate = occupy_thread(reactor)
         named.close().cancel()
         folder.cleanup().cancel()
         gate.open()

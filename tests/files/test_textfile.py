@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,49 +12,39 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.coro.support import STYLES, run, spin
-from tests.files.support import Gate, open_in
+from tests.files.support import Gate, file_steps, hold, open_in
 from tests.files.support import busy_threads as busy_threads
 from tests.support import DEADLINE
 from twisted_rtsig.coro import DelimiterNotFound
-from twisted_rtsig.files import AsyncTextFile, open_file
+from twisted_rtsig.files import open_file
 
 NEWLINES = [None, "", "\n", "\r", "\r\n"]
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_the_same_in_every_style(reactor: Any, style: str, path: Path) -> None:
-    files: list[AsyncTextFile] = []
     got: list[Any] = []
-
-    def file() -> AsyncTextFile:
-        return files[0]
-
-    def opened() -> Any:
-        opening = open_file(path, "w+", encoding="utf-8", newline="\n")
-        return opening.addCallback(files.append)
-
-    STYLES[style](
-        reactor,
+    steps = file_steps(
+        lambda: open_file(path, "w+", encoding="utf-8", newline="\n"),
         [
-            opened,
-            lambda: file().write("öne\ntwo\nthree"),
-            lambda: file().seek(0),
-            lambda: file().read_line(),
-            lambda: file().read(1),
-            lambda: file().tell(),
-            lambda: file().read(100),
-            lambda: file().read(1),
-            lambda: file().seek(0, os.SEEK_END),
-            lambda: file().seek(5),
-            lambda: file().truncate(),
-            lambda: file().seek(-1),
-            lambda: file().write(b"bytes"),  # type: ignore[arg-type]
-            lambda: file().sync(),
-            lambda: file().close(),
-            lambda: file().close(),
+            lambda file: file.write("öne\ntwo\nthree"),
+            lambda file: file.seek(0),
+            lambda file: file.read_line(),
+            lambda file: file.read(1),
+            lambda file: file.tell(),
+            lambda file: file.read(100),
+            lambda file: file.read(1),
+            lambda file: file.seek(0, os.SEEK_END),
+            lambda file: file.seek(5),
+            lambda file: file.truncate(),
+            lambda file: file.seek(-1),
+            lambda file: file.write(b"bytes"),
+            lambda file: file.sync(),
+            lambda file: file.close(),
+            lambda file: file.close(),
         ],
-        got,
     )
+    STYLES[style](reactor, steps, got)
     spin(reactor, lambda: len(got) == 16)
     assert got == [
         *(None, None, 0, "öne\n", "t", 6, "wo\nthree", "", 14, 5, 5),
@@ -307,15 +296,11 @@ def test_bad_arguments(reactor: Any, tmp_path: Path) -> None:
     run(reactor, main)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no FIFOs in folders")
-def test_only_regular_files(reactor: Any, tmp_path: Path) -> None:
-    path = tmp_path / "fifo"
-    os.mkfifo(path)
-
+def test_a_fifo_cannot_be_opened(reactor: Any, fifo: Path) -> None:
     async def main() -> None:
         with pytest.raises(OSError, match="Not a regular file"):
-            await open_file(path, "r")
-        assert open_in(tmp_path) == []
+            await open_file(fifo, "r")
+        assert open_in(fifo.parent) == []
 
     run(reactor, main)
 
@@ -347,14 +332,7 @@ def test_a_read_that_is_cancelled_in_the_thread_loses_nothing(
     from twisted_rtsig.files import textfile
 
     path.write_bytes(b"one\ntwo\n")
-    gate = Gate()
-    read_more = textfile._read_more
-
-    def slow(*args: Any) -> Any:
-        gate.wait()
-        return read_more(*args)
-
-    monkeypatch.setattr(textfile, "_read_more", slow)
+    gate = hold(monkeypatch, textfile, "_read_more")
 
     async def main() -> None:
         file = await open_file(path, "r", encoding="ascii")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.coro.support import run, spin
-from tests.files.support import Gate, SlowDisk, open_in
+from tests.files.support import Gate, SlowDisk, occupy_thread, open_in
 from tests.files.support import busy_threads as busy_threads
 from tests.support import DEADLINE, frees_at_once
 from twisted_rtsig.coro import Event, sleep, spawn
@@ -68,9 +68,7 @@ def test_closing_waits_for_the_operations_before_it(
         opening = open_file(path, "w" + kind)
         busy_threads.open()
         file: Any = await opening
-        gate = Gate()
-        reactor.callInThread(gate.wait)
-        assert gate.reached.wait(DEADLINE)
+        gate = occupy_thread(reactor)
         writing = [file.write(CONTENT[kind]) for _ in range(3)]
         writing[1].addErrback(lambda _: None).cancel()
         closing = file.close()

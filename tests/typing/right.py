@@ -40,7 +40,6 @@ from twisted_rtsig.coro import (
     TaskGroup,
     TCPTransport,
     connect,
-    coroutine,
     current_task,
     from_asyncio,
     from_thread,
@@ -82,41 +81,20 @@ from twisted_rtsig.files import (
     write_file,
 )
 
+from .functions import (
+    Counter,
+    count,
+    count_decorated,
+    count_generator,
+    count_inline,
+    count_plain,
+)
+
 # Functions of each style
-
-
-async def count(name: str, most: int = 10) -> bytes:
-    return name.encode() * most
-
-
-def count_generator(name: str) -> Generator[Any, Any, int]:
-    yield sleep(1)
-    return len(name)
-
-
-@coroutine
-def count_decorated(name: str) -> Generator[Deferred[Any], Any, int]:
-    yield sleep(1)
-    return len(name)
-
-
-@inlineCallbacks
-def count_inline(name: str) -> Generator[Deferred[Any], Any, int]:
-    yield sleep(1)
-    return len(name)
 
 
 def count_deferred(name: str) -> Deferred[float]:
     raise NotImplementedError
-
-
-def count_plain(name: str, *more: int) -> float:
-    return len(name) + sum(more)
-
-
-class Counter:
-    async def count(self, name: str) -> bool:
-        return bool(name)
 
 
 # Tasks

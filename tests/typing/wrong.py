@@ -8,10 +8,9 @@ Lines that type checkers refuse, each with what they refuse it for.
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Any
 
-from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ClientEndpoint, TCP4ServerEndpoint
 
 from twisted_rtsig import run
@@ -58,36 +57,14 @@ from twisted_rtsig.files import (
     stat,
 )
 
-
-async def count(name: str, most: int = 10) -> bytes:
-    return name.encode() * most
-
-
-def count_generator(name: str) -> Generator[Any, Any, int]:
-    yield sleep(1)
-    return len(name)
-
-
-@coroutine
-def count_decorated(name: str) -> Generator[Deferred[Any], Any, int]:
-    yield sleep(1)
-    return len(name)
-
-
-@inlineCallbacks
-def count_inline(name: str) -> Generator[Deferred[Any], Any, int]:
-    yield sleep(1)
-    return len(name)
-
-
-def count_plain(name: str) -> float:
-    return len(name)
-
-
-class Counter:
-    async def count(self, name: str) -> bool:
-        return bool(name)
-
+from .functions import (
+    Counter,
+    count,
+    count_decorated,
+    count_generator,
+    count_inline,
+    count_plain,
+)
 
 # fmt: off
 
