@@ -1,8 +1,8 @@
 """
-The reactor that is an asyncio event loop as well: what users of Twisted and users of
-asyncio know, both at once.
+The reactor that is an asyncio event loop as well: the interfaces of Twisted and of
+asyncio, and both together.
 
-What CPython's and Twisted's own tests look at is in test_asyncio_suite.py and
+CPython's and Twisted's own tests run in test_asyncio_suite.py and
 test_twisted_suite.py.
 """
 
@@ -68,7 +68,7 @@ if sys.platform.startswith("linux"):
     if libkqueue.path() is not None:
 
         class KQueueAsyncioReactor(AsyncioEngineReactor, libkqueue.KQueueReactor):
-            """On kqueue, as on BSD and macOS."""
+            """A reactor on kqueue, as on BSD and macOS."""
 
         CLASSES.append(KQueueAsyncioReactor)
 CLASSES.append(AsyncioReactor)
@@ -78,7 +78,7 @@ MakeReactor = Callable[..., AsyncioEngineReactor]
 
 @pytest.fixture(params=each_of(CLASSES), ids=lambda each: each.__name__)
 def make(request: Any) -> Iterator[MakeReactor]:
-    """Makes reactors, by default with a new loop each, and disposes of them."""
+    """Makes reactors, by default each with a new loop, and disposes of them."""
     made: list[AsyncioEngineReactor] = []
 
     def make(loop: Any = None) -> AsyncioEngineReactor:
@@ -89,7 +89,7 @@ def make(request: Any) -> Iterator[MakeReactor]:
     for reactor in made:
         dispose(reactor)
         loop = reactor._asyncioEventloop
-        # A child watcher, for example.
+        # Such a task belongs to a child watcher, for example.
         for task in asyncio.all_tasks(loop):
             task.cancel()
         loop.close()
@@ -105,7 +105,7 @@ def loop_of(reactor: Any) -> Any:
 
 
 def run(reactor: Any, start: Callable[[], Any], **options: Any) -> None:
-    """Run the reactor until something stops it, or fail."""
+    """Run the reactor until it is stopped, and fail if that takes too long."""
     late = reactor.callLater(DEADLINE, reactor.crash)
     reactor.callWhenRunning(start)
     reactor.run(**{"installSignalHandlers": False, **options})
@@ -120,7 +120,7 @@ class Echo(Protocol):
 
 
 def echo_port(reactor: Any) -> int:
-    """The port of a server of Twisted's."""
+    """The port of a server of Twisted."""
     port = reactor.listenTCP(0, Factory.forProtocol(Echo), interface="127.0.0.1")
     number: int = port.getHost().port
     return number
@@ -128,7 +128,7 @@ def echo_port(reactor: Any) -> int:
 
 @contextlib.asynccontextmanager
 async def asyncio_echo() -> AsyncIterator[int]:
-    """The port of a server of asyncio's, until it is closed."""
+    """The port of a server of asyncio, which is closed in the end."""
 
     connections = 0
 
@@ -158,10 +158,12 @@ def talk(port: int) -> str:
     return "talked"
 
 
-# Both worlds in one loop
+# Twisted and asyncio in one loop
 
 
-def test_both_serve_and_call_threads(reactor: AsyncioEngineReactor) -> None:
+def test_servers_and_threads_of_twisted_and_of_asyncio(
+    reactor: AsyncioEngineReactor,
+) -> None:
     outcomes: list[Any] = []
 
     async def main() -> None:
@@ -181,12 +183,14 @@ _kept: list[Any] = []
 
 
 def keep(task: Any) -> None:
-    """A loop refers to its tasks weakly."""
+    """Keep a reference to a task.  A loop has only weak ones."""
     _kept[:] = [task]
 
 
-def test_the_loop_is_there_before_it_runs(reactor: AsyncioEngineReactor) -> None:
-    """For what is called at startup."""
+def test_the_loop_is_the_running_one_during_startup(
+    reactor: AsyncioEngineReactor,
+) -> None:
+    """Triggers of startup and functions of ``callWhenRunning`` can use it."""
     loops: list[Any] = []
 
     async def main() -> None:
@@ -202,10 +206,10 @@ def test_the_loop_is_there_before_it_runs(reactor: AsyncioEngineReactor) -> None
 
 
 @pytest.mark.parametrize("how", ["call_soon", "call_later", "future", "stop"])
-def test_what_twisted_calls_can_wake_asyncio(
+def test_a_call_of_twisted_wakes_asyncio(
     reactor: AsyncioEngineReactor, how: str
 ) -> None:
-    """The loop waits without limit, and a call of Twisted's gives it something."""
+    """The loop waits without a timeout, and a call of Twisted gives it work."""
     loop = loop_of(reactor)
     future = loop.create_future()
 
@@ -239,15 +243,17 @@ def test_what_twisted_calls_can_wake_asyncio(
     assert not late
 
 
-def test_an_asyncio_callback_can_wake_twisted(reactor: AsyncioEngineReactor) -> None:
+def test_a_callback_of_asyncio_wakes_twisted(reactor: AsyncioEngineReactor) -> None:
     run(
         reactor,
         lambda: loop_of(reactor).call_later(0.01, reactor.callLater, 0, reactor.stop),
     )
 
 
-def test_timers_of_both_in_turns(reactor: AsyncioEngineReactor) -> None:
-    """Each is set in a call of the other world, and wakes the loop."""
+def test_timers_of_twisted_and_asyncio_take_turns(
+    reactor: AsyncioEngineReactor,
+) -> None:
+    """Each timer is set in a call of the other framework, and wakes the loop."""
     loop = loop_of(reactor)
     turns: list[int] = []
 
@@ -263,7 +269,7 @@ def test_timers_of_both_in_turns(reactor: AsyncioEngineReactor) -> None:
     assert turns == [0, 1, 2, 3, 4, 5]
 
 
-def test_work_without_end_in_one_world_does_not_starve_the_other(
+def test_endless_work_in_one_framework_does_not_starve_the_other(
     reactor: AsyncioEngineReactor,
 ) -> None:
     loop = loop_of(reactor)
@@ -290,7 +296,7 @@ def test_work_without_end_in_one_world_does_not_starve_the_other(
     assert min(turns) > 10
 
 
-def test_data_that_is_unsent_when_a_transport_is_closed_arrives(
+def test_a_closed_transport_sends_its_data_first(
     reactor: AsyncioEngineReactor,
 ) -> None:
     loop = loop_of(reactor)
@@ -315,7 +321,7 @@ def test_data_that_is_unsent_when_a_transport_is_closed_arrives(
     assert loop.run_until_complete(main()) == much
 
 
-def test_other_threads_wake_it(reactor: AsyncioEngineReactor) -> None:
+def test_other_threads_wake_the_loop(reactor: AsyncioEngineReactor) -> None:
     loop = loop_of(reactor)
     called: list[Any] = []
 
@@ -331,7 +337,7 @@ def test_other_threads_wake_it(reactor: AsyncioEngineReactor) -> None:
 
 
 def test_asyncio_run_in_another_thread(reactor: AsyncioEngineReactor) -> None:
-    """It has a loop of its own, and its children."""
+    """That loop is a separate one, and has its own children."""
     outputs: list[bytes] = []
 
     async def child() -> None:
@@ -377,10 +383,10 @@ def test_the_new_loop_of_another_thread_has_a_reactor_of_its_own() -> None:
     assert outcomes == ["talked"]
 
 
-# Twisted's view
+# The interface of Twisted
 
 
-def test_it_is_one_of_twisteds_reactors_and_uses_none_of_that(
+def test_the_reactor_is_an_instance_of_twisteds_and_uses_none_of_its_methods(
     reactor: AsyncioEngineReactor,
 ) -> None:
     assert isinstance(reactor, twisteds.AsyncioSelectorReactor)
@@ -400,7 +406,7 @@ def test_it_is_one_of_twisteds_reactors_and_uses_none_of_that(
     assert inherited <= dead
 
 
-def test_descriptors_of_asyncio_are_not_the_reactors_to_remove(
+def test_the_reactor_does_not_list_or_remove_descriptors_of_asyncio(
     reactor: AsyncioEngineReactor,
 ) -> None:
     loop = loop_of(reactor)
@@ -426,10 +432,10 @@ def test_descriptors_of_asyncio_are_not_the_reactors_to_remove(
         assert got == [b"data"]
 
 
-def test_a_hang_up_does_not_end_what_asyncio_watches(
+def test_a_hang_up_does_not_remove_a_reader_of_asyncio(
     reactor: AsyncioEngineReactor,
 ) -> None:
-    """As with asyncio's own selectors, it is reported as long as it is there."""
+    """As with asyncio's own selectors, the hang-up is reported in each pass."""
     loop = loop_of(reactor)
     reader, writer = os.pipe()
     os.close(writer)
@@ -454,7 +460,7 @@ def test_a_hang_up_does_not_end_what_asyncio_watches(
 def test_a_descriptor_that_is_closed_while_asyncio_watches_it(
     reactor: AsyncioEngineReactor,
 ) -> None:
-    """It is not reported, does not keep the loop busy, and can be taken back."""
+    """It is not reported, does not keep the loop busy, and can be removed."""
     loop = loop_of(reactor)
     reader, writer = os.pipe()
     loop.add_reader(reader, pytest.fail)
@@ -471,10 +477,10 @@ def test_a_descriptor_that_is_closed_while_asyncio_watches_it(
         loop.add_reader(reader, pytest.fail)
 
 
-def test_a_descriptor_number_that_is_used_again_in_the_same_pass(
+def test_a_descriptor_is_reused_in_the_same_pass(
     reactor: AsyncioEngineReactor,
 ) -> None:
-    """What was reported for the former one does not end the new one's interest."""
+    """An event of the former file does not call or remove the new reader."""
     loop = loop_of(reactor)
     first, far = socket.socketpair()
     second, other_far = socket.socketpair()
@@ -489,7 +495,7 @@ def test_a_descriptor_number_that_is_used_again_in_the_same_pass(
         loop.stop()
 
     def exchange() -> None:
-        # The first one was reported already, in this pass.
+        # The event of the first socket was reported in this pass already.
         watched.recv(10)
         loop.remove_reader(number)
         os.dup2(second.fileno(), number)
@@ -509,7 +515,7 @@ def test_a_descriptor_number_that_is_used_again_in_the_same_pass(
     assert got == [b"new"]
 
 
-def test_files_are_refused_as_by_epoll(reactor: AsyncioEngineReactor) -> None:
+def test_files_are_refused_as_epoll_refuses_them(reactor: AsyncioEngineReactor) -> None:
     loop = loop_of(reactor)
     for path in (__file__, os.devnull):
         with open(path) as file:
@@ -553,7 +559,7 @@ def test_the_selector_has_the_contract_of_the_standard_library(
         key = selector.modify(ours, 3)
         assert selector.select() == [(key, 3)]
         ours.close()
-        # It is known by what it was.
+        # The selector still finds it by its former descriptor.
         assert selector.unregister(ours) == key
         assert len(selector.get_map()) == own
 
@@ -603,10 +609,10 @@ def test_it_can_run_again_after_a_crash(reactor: AsyncioEngineReactor) -> None:
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-def test_the_end_of_the_program_from_a_callback_of_asyncio(
+def test_an_exit_in_a_callback_of_asyncio_stops_the_reactor(
     reactor: AsyncioEngineReactor, error: type[BaseException]
 ) -> None:
-    """It stops the reactor in order, and then leaves run()."""
+    """The exception stops the reactor in order, and then leaves run()."""
     ended: list[int] = []
 
     def end() -> None:
@@ -620,10 +626,10 @@ def test_the_end_of_the_program_from_a_callback_of_asyncio(
     assert not reactor.running
 
 
-def test_a_stop_ends_the_loop_as_on_asyncios(reactor: AsyncioEngineReactor) -> None:
+def test_stop_ends_the_loop_as_in_asyncio(reactor: AsyncioEngineReactor) -> None:
     """
-    The callbacks that are there are called, and no others: neither what they schedule
-    nor timers that have become due meanwhile.
+    Callbacks that are scheduled already are called.  Callbacks that those schedule are
+    not, nor are timers that have become due meanwhile.
     """
     loop = loop_of(reactor)
     called = []
@@ -640,7 +646,7 @@ def test_a_stop_ends_the_loop_as_on_asyncios(reactor: AsyncioEngineReactor) -> N
         loop.call_soon(called.append, "there")
 
     late = loop.call_later(DEADLINE, loop.stop)
-    # The loop waits by now.
+    # By then the loop waits.
     loop.call_soon(lambda: reactor.callLater(0.01, from_twisted))
     loop.run_forever()
     assert called == ["stop", "there"]
@@ -650,7 +656,7 @@ def test_a_stop_ends_the_loop_as_on_asyncios(reactor: AsyncioEngineReactor) -> N
     late.cancel()
 
 
-def test_callbacks_that_fail_or_leave_keep_the_others(
+def test_callbacks_that_raise_do_not_lose_the_others(
     reactor: AsyncioEngineReactor,
 ) -> None:
     loop = loop_of(reactor)
@@ -683,8 +689,10 @@ def test_callbacks_that_fail_or_leave_keep_the_others(
     late.cancel()
 
 
-def test_call_soon_is_asyncios(reactor: AsyncioEngineReactor) -> None:
-    """What makes handles is written out in the loop."""
+def test_call_soon_makes_the_same_handles_as_asyncio(
+    reactor: AsyncioEngineReactor,
+) -> None:
+    """The loop has its own code to make handles."""
     loop = loop_of(reactor)
     variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
     variable.set(1)
@@ -708,7 +716,9 @@ def test_call_soon_is_asyncios(reactor: AsyncioEngineReactor) -> None:
     for name in set(asyncio.Handle.__slots__) - {"__weakref__", "_args", "_context"}:
         if name != "_callback":
             assert getattr(handles[0], name) == getattr(handles[3], name), name
-    assert "test_call_soon_is_asyncios.<locals>.look" in repr(handles[0])
+    assert "test_call_soon_makes_the_same_handles_as_asyncio.<locals>.look" in repr(
+        handles[0]
+    )
     loop.call_soon(loop.stop)
     loop.run_forever()
     assert seen == [(2, ()), (1, ("one", "two")), (2, ("three",))]
@@ -721,7 +731,7 @@ def test_call_soon_of_a_closed_loop(make: MakeReactor) -> None:
         loop.call_soon(print)
 
 
-def test_a_loop_that_schedules_by_itself_goes_on_to(make: MakeReactor) -> None:
+def test_a_loop_keeps_its_own_call_soon(make: MakeReactor) -> None:
     scheduled = []
 
     class Counting(asyncio.SelectorEventLoop):
@@ -738,10 +748,10 @@ def test_a_loop_that_schedules_by_itself_goes_on_to(make: MakeReactor) -> None:
     assert scheduled == [loop.stop]
 
 
-def test_an_interrupt_leaves_the_wait_of_a_plain_loop(
+def test_an_interrupt_leaves_run_forever(
     reactor: AsyncioEngineReactor,
 ) -> None:
-    """Nothing of Twisted's catches it, in the middle of a pass."""
+    """Twisted does not catch it in the middle of a pass."""
     loop = loop_of(reactor)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
@@ -752,11 +762,11 @@ def test_an_interrupt_leaves_the_wait_of_a_plain_loop(
         late.cancel()
     finally:
         signal.signal(signal.SIGALRM, before)
-    # And both go on.
+    # Then the loop and the reactor go on.
     assert loop.run_until_complete(asyncio.sleep(0, "done")) == "done"
 
 
-def test_run_while_it_runs(reactor: AsyncioEngineReactor) -> None:
+def test_run_within_the_running_loop_is_refused(reactor: AsyncioEngineReactor) -> None:
     async def main() -> None:
         with pytest.raises(ReactorAlreadyRunning):
             reactor.run()
@@ -785,11 +795,11 @@ def test_close_stops_the_reactor_in_order(reactor: AsyncioEngineReactor) -> None
     assert ended == ["stopped"]
     assert not reactor.running
     assert reactor.getThreadPool().threads == []
-    # From a thread that does not know yet.
+    # A thread may call this before it knows of the end.
     reactor.callFromThread(pytest.fail)
 
 
-def test_close_gives_all_descriptors_back(make: MakeReactor) -> None:
+def test_close_closes_all_descriptors(make: MakeReactor) -> None:
     def cycle() -> None:
         loop = loop_of(make())
         loop.run_until_complete(asyncio.sleep(0))
@@ -802,7 +812,9 @@ def test_close_gives_all_descriptors_back(make: MakeReactor) -> None:
     assert after == before
 
 
-def test_iterate_runs_callbacks_of_both(reactor: AsyncioEngineReactor) -> None:
+def test_iterate_makes_calls_of_twisted_and_asyncio(
+    reactor: AsyncioEngineReactor,
+) -> None:
     loop = loop_of(reactor)
     called: list[str] = []
     loop.call_soon(called.append, "asyncio")
@@ -810,7 +822,7 @@ def test_iterate_runs_callbacks_of_both(reactor: AsyncioEngineReactor) -> None:
     reactor.iterate(0)
     reactor.iterate(0)
     assert sorted(called) == ["asyncio", "twisted"]
-    # It sleeps as long as it is told to, or until there is something to do.
+    # It sleeps for its delay, or until there is a call to make.
     started = loop.time()
     reactor.iterate(0.05)
     assert loop.time() - started >= 0.049
@@ -820,7 +832,7 @@ def test_iterate_runs_callbacks_of_both(reactor: AsyncioEngineReactor) -> None:
 
 
 def test_iterate_within_a_callback(reactor: AsyncioEngineReactor) -> None:
-    """The loop cannot run in itself: Twisted's part goes on."""
+    """The loop cannot run within itself: only calls of Twisted are made."""
     called: list[str] = []
 
     async def main() -> None:
@@ -832,11 +844,11 @@ def test_iterate_within_a_callback(reactor: AsyncioEngineReactor) -> None:
     assert called == ["twisted"]
 
 
-# What asyncio's users know
+# The interface of asyncio
 
 
 class Taken(asyncio.Protocol):
-    """Keeps its transport, and tells of its end."""
+    """Keeps its transport.  ``lost`` gets its result when the connection is lost."""
 
     def __init__(self) -> None:
         self.lost = asyncio.get_running_loop().create_future()
@@ -885,7 +897,7 @@ def test_the_size_of_reads(make: MakeReactor, tmp_path: Path, kind: str) -> None
             await connect()
         if kind == "adopted":
             make(loop)
-        # Of TLS: those below the ones that the protocols have.
+        # With TLS these are the transports below those of the protocols.
         transports = [*loop._transports.values()] or [protocols[0].transport]
         sizes = {each.max_size for each in transports}
         for each in protocols:
@@ -905,7 +917,7 @@ def test_debug_mode_warns_of_slow_callbacks(
     with caplog.at_level(logging.WARNING, "asyncio"):
         loop.run_until_complete(asyncio.sleep(0))
     assert "Executing <Task" in caplog.text
-    # And tells of calls from other threads.
+    # It also reports calls from other threads.
     errors: list[str] = []
 
     def call() -> None:
@@ -927,7 +939,7 @@ def test_debug_mode_warns_of_slow_callbacks(
 # Adopting
 
 
-def test_a_loop_is_adopted_with_all_that_it_has(make: MakeReactor) -> None:
+def test_an_adopted_loop_keeps_its_readers_and_callbacks(make: MakeReactor) -> None:
     loop: Any = asyncio.SelectorEventLoop()
     ours, theirs = socket.socketpair()
     got: list[Any] = []
@@ -963,7 +975,9 @@ def test_a_loop_is_adopted_while_it_runs(make: MakeReactor) -> None:
     loop.run_until_complete(loop.shutdown_default_executor())
 
 
-def test_a_loop_of_a_subclass_stays_one(make: MakeReactor) -> None:
+def test_an_adopted_loop_of_a_subclass_stays_an_instance_of_it(
+    make: MakeReactor,
+) -> None:
     class Loop(asyncio.SelectorEventLoop):
         def close(self) -> None:
             closed.append(self)
@@ -1072,7 +1086,7 @@ def test_other_systems_are_refused(
 
 
 def program(code: str, *arguments: str) -> str:
-    """The output of a program, if it went well."""
+    """The output of a program that must end with status 0 and without a warning."""
     result = subprocess.run(
         [sys.executable, "-X", "dev", "-c", textwrap.dedent(code), *arguments],
         stdin=subprocess.DEVNULL,
@@ -1087,7 +1101,7 @@ def program(code: str, *arguments: str) -> str:
 
 
 def test_tasks_of_asyncio_await_deferreds() -> None:
-    """In a program that uses nothing else of this package."""
+    """The program uses no other part of this package."""
     code = """
         import asyncio, sys
         from twisted_rtsig import asyncioreactor
@@ -1104,14 +1118,14 @@ def test_tasks_of_asyncio_await_deferreds() -> None:
     assert program(code) == "a result\n"
 
 
-# To end with: what the program has done, and what is left of it.
+# The beginning of most programs.
 COMMON = """
 import asyncio, os, signal, sys, threading
 from twisted_rtsig import asyncioreactor
 from twisted.internet.protocol import ProcessProtocol
 
 def kill_from_thread(number):
-    # So that the thread gets it, and not the main thread, whose sleep it would end.
+    # The thread must get the signal: it would end the sleep of the main thread.
     signal.pthread_sigmask(signal.SIG_BLOCK, [number])
     threading.Thread(target=lambda: (
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [number]),
@@ -1124,7 +1138,7 @@ class Child(ProcessProtocol):
     def processEnded(self, reason):
         self.done(reason.value.exitCode)
 
-# It closes its pipes first, so that these do not tell of its end.
+# A child that closes its pipes first, so that they do not show its end.
 ENDS_SILENTLY = '''if 1:
     import os, time
     for descriptor in range(3):
@@ -1138,8 +1152,18 @@ def spawn(reactor, code, done, **options):
         Child(done), sys.executable, [sys.executable, "-S", "-c", code], **options)
 """
 
+# A program whose reactor is installed.
+INSTALLED = (
+    COMMON
+    + """
+asyncioreactor.install()
+from twisted.internet import reactor
+loop = reactor._asyncioEventloop
+"""
+)
 
-def test_install_and_run() -> None:
+
+def test_the_reactor_is_installed_and_run() -> None:
     output = program(
         COMMON
         + """if 1:
@@ -1161,8 +1185,8 @@ def test_install_and_run() -> None:
     ]
 
 
-def test_a_runner_has_the_reactor_with_its_loop() -> None:
-    """It is started with the loop, and stopped when that is closed."""
+def test_a_new_loop_installs_and_starts_its_reactor() -> None:
+    """The reactor starts with the loop, and stops when the loop is closed."""
     output = program(
         COMMON
         + """if 1:
@@ -1202,7 +1226,7 @@ def test_a_runner_has_the_reactor_with_its_loop() -> None:
     ]
 
 
-def test_a_new_loop_is_that_of_the_installed_reactor_once() -> None:
+def test_the_first_new_loop_is_that_of_the_installed_reactor() -> None:
     output = program(
         COMMON
         + """if 1:
@@ -1217,7 +1241,7 @@ def test_a_new_loop_is_that_of_the_installed_reactor_once() -> None:
     assert output == "[True, False]\n"
 
 
-def test_install_in_asyncio_run() -> None:
+def test_the_reactor_is_installed_within_asyncio_run() -> None:
     output = program(
         COMMON
         + """if 1:
@@ -1241,7 +1265,7 @@ def test_install_in_asyncio_run() -> None:
     assert output.splitlines() == ["True True", "3", "fired", "stops", "False"]
 
 
-def test_install_a_loop() -> None:
+def test_the_reactor_is_installed_with_a_loop() -> None:
     output = program(
         COMMON
         + """if 1:
@@ -1260,8 +1284,8 @@ def test_install_a_loop() -> None:
     assert output.splitlines() == ["True", "before", "after"]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has them")
-def test_realtime_signals_by_choice() -> None:
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has them")
+def test_the_reactor_is_installed_with_realtime_signals() -> None:
     output = program(
         COMMON
         + """if 1:
@@ -1276,8 +1300,8 @@ def test_realtime_signals_by_choice() -> None:
     assert output == "RealtimeSignalAsyncioReactor True\n"
 
 
-def test_replace() -> None:
-    """For code that names Twisted's class and calls its install()."""
+def test_replace_replaces_twisteds_class() -> None:
+    """This serves code that names Twisted's class and calls its install()."""
     output = program(
         COMMON
         + """if 1:
@@ -1296,12 +1320,15 @@ def test_replace() -> None:
     assert output.splitlines() == ["True", "True", "True True"]
 
 
-def test_the_short_name() -> None:
+def test_the_short_name_of_the_reactor() -> None:
     assert installer_named("rtsig-asyncio").moduleName == "twisted_rtsig.asyncioreactor"
 
 
-def test_as_the_reactor_of_a_program() -> None:
-    """What asyncio has left is ended as by asyncio.run, before connections are lost."""
+def test_run_uses_the_reactor_and_ends_the_tasks_of_asyncio() -> None:
+    """
+    Tasks and generators of asyncio that are left are ended as by asyncio.run, before
+    connections are lost.
+    """
     output = program(
         COMMON
         + """if 1:
@@ -1345,7 +1372,7 @@ def test_as_the_reactor_of_a_program() -> None:
     ]
 
 
-def test_a_task_of_asyncios_that_does_not_end_with_the_program() -> None:
+def test_a_task_of_asyncio_that_does_not_end_is_logged() -> None:
     output = program(
         COMMON
         + """if 1:
@@ -1373,7 +1400,7 @@ def test_a_task_of_asyncios_that_does_not_end_with_the_program() -> None:
             global task
             task = asyncio.ensure_future(stubborn())
             await sleep(0.01)
-            # So that nothing is left for the interpreter to complain of.
+            # End the task at last, since the interpreter would warn of it.
             from twisted.internet import reactor
             reactor.addSystemEventTrigger("during", "shutdown", stop.append, True)
             reactor.addSystemEventTrigger("during", "shutdown", task.cancel)
@@ -1435,10 +1462,10 @@ def test_sigint_cancels_the_task_of_a_runner() -> None:
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
-def test_a_handler_of_asyncios_comes_before_the_reactors(number: str) -> None:
+def test_a_signal_handler_of_asyncio_replaces_the_reactors(number: str) -> None:
     """
-    And when it is removed, the reactor's is back, also for a signal that another thread
-    gets while the reactor sleeps.
+    When it is removed, the reactor's handler is restored, also for a signal that another
+    thread gets while the reactor sleeps.
     """
     output = program(
         COMMON
@@ -1470,12 +1497,8 @@ def test_a_handler_of_asyncios_comes_before_the_reactors(number: str) -> None:
 def test_the_wakeup_descriptor_stays_when_asyncio_has_no_handler_left() -> None:
     """A signal that another thread gets ends the sleep."""
     output = program(
-        COMMON
+        INSTALLED
         + """if 1:
-        asyncioreactor.install()
-        from twisted.internet import reactor
-        loop = reactor._asyncioEventloop
-
         def start():
             loop.add_signal_handler(signal.SIGUSR1, print)
             loop.remove_signal_handler(signal.SIGUSR1)
@@ -1491,17 +1514,14 @@ def test_the_wakeup_descriptor_stays_when_asyncio_has_no_handler_left() -> None:
     assert output.splitlines() == ["stopped", "-1"]
 
 
-def test_handlers_of_asyncios_survive_the_start_of_the_reactor() -> None:
+def test_signal_handlers_of_asyncio_stay_when_the_reactor_starts_and_stops() -> None:
     output = program(
-        COMMON
+        INSTALLED
         + """if 1:
-        asyncioreactor.install()
-        from twisted.internet import reactor
-        loop = reactor._asyncioEventloop
         loop.add_signal_handler(signal.SIGUSR1, reactor.stop)
         loop.call_later(0.05, kill_from_thread, signal.SIGUSR1)
         reactor.run()
-        # And its end.
+        # It also stays at its end.
         loop.add_signal_handler(signal.SIGUSR1, loop.stop)
         loop.call_later(0.05, kill_from_thread, signal.SIGUSR1)
         loop.run_forever()
@@ -1512,7 +1532,7 @@ def test_handlers_of_asyncios_survive_the_start_of_the_reactor() -> None:
     assert output == "stopped True\n"
 
 
-# So that nothing but SIGCHLD tells of the end of Twisted's children.
+# Only SIGCHLD reports the end of Twisted's children.
 BY_SIGNAL = """
 from twisted_rtsig.engine import processes
 processes._FIRST_PAUSE = 3600
@@ -1528,12 +1548,9 @@ def test_children_of_twisted_end_whatever_asyncio_does_with_signals(
     handlers: str,
 ) -> None:
     output = program(
-        COMMON
+        INSTALLED
         + BY_SIGNAL
         + """if 1:
-        asyncioreactor.install()
-        from twisted.internet import reactor
-        loop = reactor._asyncioEventloop
         number = signal.SIGCHLD if "sigchld" in sys.argv[1] else signal.SIGUSR1
 
         def ended(code):
@@ -1566,8 +1583,8 @@ if sys.version_info < (3, 14):
 
 @pytest.mark.processes
 @pytest.mark.parametrize("watcher", WATCHERS)
-def test_children_of_both(watcher: str) -> None:
-    """Each side learns how its own have ended."""
+def test_children_of_twisted_and_asyncio(watcher: str) -> None:
+    """Each framework gets the exit status of its own children."""
     output = program(
         COMMON
         + """if 1:
@@ -1620,8 +1637,8 @@ def test_children_of_both(watcher: str) -> None:
     reason="asyncio has no child watchers, or the system no waitid(2)",
 )
 @pytest.mark.parametrize("adopted", ["", "adopted"])
-def test_a_watcher_that_waits_for_any_child_leaves_twisteds(adopted: str) -> None:
-    """Also those that end while it does."""
+def test_a_child_watcher_leaves_the_children_of_twisted(adopted: str) -> None:
+    """The watcher waits for any child.  It leaves those that end meanwhile, too."""
     output = program(
         COMMON
         + BY_SIGNAL

@@ -141,7 +141,7 @@ def test_a_watcher_that_was_closed_before_a_change_is_lost(
     one.close()
     reactor.addWriter(watcher)
     spin(reactor, lambda: watcher.lost)
-    assert watcher.lost[0].check(ConnectionFdescWentAway)
+    assert [each.type for each in watcher.lost] == [ConnectionFdescWentAway]
     assert watcher not in reactor.getReaders() + reactor.getWriters()
 
 

@@ -1,9 +1,9 @@
 """
-A soak test: mixed load on one server for a given time, by peers that behave and peers
-that do not.
+A soak test: mixed load on one server for a given time.  Some peers finish their
+operations, others leave early or send wrong data.
 
-``python -m tests.soak --help`` tells how to run it.  The server (``server.py``) is a
-process of its own, on the reactor that is tested; the peers (``peers.py``) are threads
+``python -m tests.soak --help`` shows how to run it.  The server (``server.py``) is a
+process of its own, on the reactor that is tested.  The peers (``peers.py``) are threads
 with plain blocking sockets.
 """
 
@@ -17,7 +17,7 @@ _PERIOD = bytes(range(251)) * 300
 
 
 def pattern(offset: int, size: int) -> bytes:
-    """``size`` bytes from ``offset`` on of the contents of all files and messages."""
+    """``size`` bytes from ``offset`` on.  All files and messages have this content."""
     whole = bytearray()
     while len(whole) < size:
         start = (offset + len(whole)) % 251

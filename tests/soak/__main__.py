@@ -1,13 +1,13 @@
 """
-Run the soak::
+Run the soak test::
 
     python -m tests.soak --reactor rtsig --minutes 30
 
-When the load has warmed everything up, and again at its end, the peers leave and the
-server must come to rest.  At the end its memory, descriptors, tasks and timers must be
-what they were after the warm-up, no peer may have got a wrong byte or none, and nothing
-may be logged as a warning or an error.  Prints a line a minute, and exits with status 1
-if anything of that is not so.
+After a warm-up, and again at the end of the load, the peers leave and the server must
+come to rest.  At the end it may have no more memory, descriptors, tasks and timers than
+after the warm-up.  No peer may have missed an answer or got a wrong byte.  The server
+may not have logged a warning or an error.  The test prints a line a minute, and exits
+with status 1 if it fails.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from typing import Any
 from tests.soak.peers import Crowd, talks_of
 
 REST = 60.0
-"""Seconds that the server may take to come to rest."""
+"""Seconds in which the server must come to rest."""
 
 SAME = ("descriptors", "tasks", "timers", "watched")
 MORE_OBJECTS = 2_000
 MORE_MEMORY = 16 << 20
-"""Bytes that the allocator may hold in addition, for whatever peaks came later."""
+"""Bytes that the allocator may hold in addition, for peaks after the warm-up."""
 
 
 class Soak:
-    """The server in its process, and what is wrong so far."""
+    """The server process, and the faults that were found so far."""
 
     def __init__(self, server: subprocess.Popen[str]) -> None:
         self._server = server
@@ -59,7 +59,7 @@ class Soak:
         return report
 
     def load(self, seconds: float) -> dict[str, Any]:
-        """Put it under load, then wait until it is at rest, and return its state."""
+        """Put the server under load, wait until it is at rest, and return its state."""
         crowd = Crowd(self.addresses)
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0 and not self.wrong:
@@ -77,7 +77,7 @@ class Soak:
         return report
 
     def _at_rest(self) -> dict[str, Any]:
-        """Wait until there is no connection and nothing changes for a while."""
+        """Wait until the server has no connection and its state stays the same."""
         end = time.monotonic() + REST
         report, unchanged = self.report(), 0
         while unchanged < 20:
@@ -91,7 +91,7 @@ class Soak:
         return report
 
     def compare(self, before: dict[str, Any], after: dict[str, Any]) -> None:
-        """Find what has grown."""
+        """Find the numbers that have grown."""
         most = {name: before[name] for name in SAME}
         most["objects"] = before["objects"] + MORE_OBJECTS
         most["memory"] = before["memory"] + MORE_MEMORY
@@ -119,7 +119,7 @@ class Soak:
 
 @contextlib.contextmanager
 def serving(reactor: str) -> Iterator[Soak]:
-    """A server on this reactor."""
+    """A server on the reactor of this name."""
     with (
         tempfile.TemporaryDirectory() as folder,
         subprocess.Popen(
@@ -149,10 +149,12 @@ def main() -> None:
         if not soak.wrong:
             soak.compare(before, soak.load(seconds - warm_up))
     if soak.wrong:
-        print(f"{len(soak.wrong)} things are wrong with {arguments.reactor}:")
+        print(
+            f"{arguments.reactor}: {len(soak.wrong)} faults after at most {arguments.minutes} minutes:"
+        )
         print("\n".join(dict.fromkeys(soak.wrong[:20])))
         sys.exit(1)
-    print(f"{arguments.reactor}: nothing is wrong after {arguments.minutes} minutes")
+    print(f"{arguments.reactor}: no fault after {arguments.minutes} minutes")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """
-What asyncio does in the server of the soak, on a reactor that is an asyncio event loop
-as well: servers with and without TLS, children, threads, signals and cancellations.
+The part of asyncio in the server of the soak test, on a reactor that is an asyncio
+event loop as well: servers with and without TLS, children, threads, signals and
+cancellations.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _LOST = (OSError, EOFError, asyncio.TimeoutError, ssl.SSLError)
 
 
 class Complaints(logging.Handler):
-    """Keeps what asyncio logs as a warning or an error."""
+    """Reports the warnings and errors that asyncio logs."""
 
     def __init__(self, errors: Callable[[str], None]) -> None:
         super().__init__(logging.WARNING)
@@ -55,8 +56,8 @@ class AsyncioSide:
     """
     The servers of asyncio.
 
-    :param errors: takes what is wrong.
-    :ivar connections: how many there are.
+    :param errors: called with the text of each fault.
+    :ivar connections: the number of open connections.
     """
 
     def __init__(self, reactor: Any, errors: Callable[[str], None]) -> None:
@@ -65,7 +66,7 @@ class AsyncioSide:
         self._errors = errors
         self.connections = 0
         self._servers: list[asyncio.Server] = []
-        # Of those that wait for SIGUSR1.
+        # The futures of commands that wait for SIGUSR1.
         self._waiters: list[asyncio.Future[None]] = []
         self._commands: dict[bytes, Callable[[int], Awaitable[bytes]]] = {
             b"CHILD": self.child,
@@ -139,7 +140,7 @@ class AsyncioSide:
             await asyncio.wait_for(writer.drain(), IDLE_TIMEOUT)
 
     async def take(self, reader: asyncio.StreamReader, size: int) -> bytes:
-        """The digest of what comes."""
+        """Receive ``size`` bytes, and answer with their digest."""
         digest = hashlib.sha256()
         while size:
             data = await asyncio.wait_for(reader.read(min(size, CHUNK)), IDLE_TIMEOUT)
@@ -150,7 +151,7 @@ class AsyncioSide:
         return digest.hexdigest().encode()
 
     async def child(self, size: int) -> bytes:
-        """The digest of what ``cat`` gives back."""
+        """Pass data through ``cat``, and answer with the digest of its output."""
         cat = await asyncio.create_subprocess_exec("cat", stdin=PIPE, stdout=PIPE)
         output, _ = await cat.communicate(pattern(0, size))
         return hashlib.sha256(output).hexdigest().encode()
@@ -163,7 +164,7 @@ class AsyncioSide:
         return b"%d" % await child.wait()
 
     async def thread(self, size: int) -> bytes:
-        """A digest by a thread, which asks the loop in between."""
+        """Answer with a digest that a thread makes, which calls the loop meanwhile."""
 
         async def answer() -> int:
             await asyncio.sleep(0.001)
@@ -189,7 +190,7 @@ class AsyncioSide:
         self._waiters.clear()
 
     async def handler(self, number: int) -> bytes:
-        """The same with a handler of its own, which is set and removed again."""
+        """Set a handler for a signal, wait for the signal, and remove the handler."""
         async with self._one_handler:
             came = asyncio.Event()
             self._loop.add_signal_handler(signal.SIGUSR2, came.set)
@@ -199,7 +200,7 @@ class AsyncioSide:
         return b"%d" % number
 
     async def cancel(self, number: int) -> bytes:
-        """Cancel a task that is connected to this very server, or about to be."""
+        """Cancel a task that is connected to this server, or still connects to it."""
 
         async def wait_for_nothing() -> None:
             reader, writer = await asyncio.open_connection(*self._address)
@@ -220,7 +221,7 @@ class AsyncioSide:
         return b"%d" % number
 
     async def kill(self, number: int) -> bytes:
-        """Cancel tasks that wait for children, which they kill then."""
+        """Cancel tasks that wait beside a child, which each task then kills."""
 
         async def wait_for_child() -> None:
             child = await asyncio.create_subprocess_exec("cat", stdin=PIPE)
@@ -240,14 +241,14 @@ class AsyncioSide:
         return b"%d" % number
 
     async def spawn(self, status: int) -> bytes:
-        """The exit status of a child of Twisted's."""
+        """Answer with the exit status of a child that Twisted has started."""
         ended: asyncio.Future[int] = self._loop.create_future()
         script = ["sh", "-c", f"exit {status}"]
         self._reactor.spawnProcess(Ending(ended), "/bin/sh", script)
         return b"%d" % await ended
 
     async def twisted(self, number: int) -> bytes:
-        """What a timer and a thread of Twisted's give."""
+        """Answer with the result of a timer and of a thread of Twisted."""
         delayed = deferLater(self._reactor, 0.001, lambda: number)
         pool = self._reactor.getThreadPool()
         in_thread = deferToThreadPool(self._reactor, pool, lambda: number)

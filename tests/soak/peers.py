@@ -1,6 +1,6 @@
 """
-The peers of the soak: threads with plain blocking sockets, which check every byte that
-they get, and some of which leave when it is least convenient.
+The peers of the soak test: threads with plain blocking sockets.  They check every byte
+that they receive.  Some of them leave in the middle of an operation.
 """
 
 from __future__ import annotations
@@ -21,16 +21,26 @@ from tests.soak import CHUNK, FILE_NAME, FILE_SIZE, pattern
 from tests.support import RESET
 
 PATIENCE = 60.0
-"""Seconds after which a peer gives up on an answer, which is a failure."""
+"""Seconds that a peer waits for an answer.  A missing answer is a failure."""
 
 SLOW_READ = 1 << 15
 SLOW_PAUSE = 0.01
+
+LEFT_EARLY = [
+    b"",
+    b"half a li",
+    b"ECHO x\n" * 1000,
+    b"TAKE 100000\n" + bytes(50_000),
+    b"CHILD 300000\n",
+    b"THREAD 1000\n",
+]
+"""Commands of all servers whose answers some peers do not wait for."""
 
 Talk = Callable[["Peer"], None]
 
 
 class Connection:
-    """A socket, and what has come and was not asked for yet."""
+    """A socket, and the input that has arrived and was not used yet."""
 
     def __init__(self, handle: socket.socket) -> None:
         self.handle = handle
@@ -60,18 +70,18 @@ class Connection:
         return data
 
     def reset(self) -> None:
-        """Leave without a word."""
+        """Reset the connection."""
         with contextlib.suppress(OSError):
-            # A UNIX socket has no such thing.
+            # A UNIX socket does not have this option.
             self.handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self.handle.close()
 
 
 class Peer:
     """
-    One thread, which talks to the server again and again.
+    A thread that calls ``talk`` again and again.
 
-    :ivar random: makes what it does repeatable.
+    :ivar random: the seeded source of all random choices, so that they are repeatable.
     """
 
     def __init__(self, talk: Talk, addresses: dict[str, Any], seed: int) -> None:
@@ -90,7 +100,7 @@ class Peer:
     def join(self) -> None:
         self._thread.join(PATIENCE)
         if self._thread.is_alive():
-            self.failure = self.failure or "it did not come to its end"
+            self.failure = self.failure or "it did not end"
 
     def _run(self) -> None:
         try:
@@ -100,7 +110,7 @@ class Peer:
         except BaseException:
             self.failure = traceback.format_exc()
 
-    # What the talks are made of
+    # Helpers of the talks
 
     def connect(self, *services: str) -> contextlib.closing[socket.socket]:
         """A connection to one of these services."""
@@ -136,22 +146,55 @@ def expect(got: object, wanted: object) -> None:
         raise AssertionError(f"got {got!r:.200}, and not {wanted!r:.200}")
 
 
-# Peers that behave
+def echo_lines(peer: Peer, connection: Connection, most: int) -> None:
+    """Send lines, up to four at a time, and receive them back."""
+    for turn in range(peer.random.randint(1, most)):
+        several = [b"ECHO %d.%d" % (turn, each) for each in range(turn % 4 + 1)]
+        connection.send(b"".join(line + b"\n" for line in several))
+        for line in several:
+            expect(connection.line(), line)
+
+
+def use_child_and_thread(peer: Peer, connection: Connection) -> int:
+    """
+    Let a child and a thread of the server work.
+
+    :return: the size of their work.
+    """
+    size = peer.random.choice([1, 1000, 300_000])
+    for verb in (b"CHILD", b"THREAD"):
+        connection.send(b"%s %d\n" % (verb, size))
+        expect(connection.line(), digest(size))
+    return size
+
+
+def send_pattern(connection: Connection, size: int) -> None:
+    """Send bytes that the server has to read, and check that it has got them."""
+    connection.send(b"TAKE %d\n" % size + pattern(0, size))
+    expect(connection.line(), digest(size))
+
+
+def leave_after(peer: Peer, connection: Connection, commands: list[bytes]) -> None:
+    """Send one of these, receive a part of the answer or nothing, and leave."""
+    with contextlib.suppress(OSError, EOFError):
+        connection.send(peer.random.choice(commands))
+        if peer.random.random() < 0.5:
+            connection.handle.settimeout(0.05)
+            connection.exactly(peer.random.choice([1, 1000, 100_000]))
+    connection.reset()
+
+
+# Peers that finish their operations
 
 
 def lines(peer: Peer) -> None:
     """A conversation line by line, some lines at a time."""
     with peer.connect("tcp", "tls", "unix", "lines") as handle:
-        connection = Connection(handle)
-        for turn in range(peer.random.randint(1, 50)):
-            several = [b"ECHO %d.%d" % (turn, each) for each in range(turn % 4 + 1)]
-            connection.send(b"".join(line + b"\n" for line in several))
-            for line in several:
-                expect(connection.line(), line)
+        echo_lines(peer, Connection(handle), 50)
 
 
 def files(peer: Peer) -> None:
-    """Parts of a file, sent and read; some of them read slowly."""
+    """Parts of a file, which the server sends as a file or reads."""
     with peer.connect("tcp", "tls", "unix") as handle:
         connection = Connection(handle)
         for _ in range(peer.random.randint(1, 10)):
@@ -175,12 +218,9 @@ def slow_reader(peer: Peer) -> None:
 
 
 def uploads(peer: Peer) -> None:
-    """Much that the server has to read."""
+    """Data that the server has to read."""
     with peer.connect("tcp", "tls", "unix") as handle:
-        connection = Connection(handle)
-        size = peer.random.choice([1, 1000, 2_000_000])
-        connection.send(b"TAKE %d\n" % size + pattern(0, size))
-        expect(connection.line(), digest(size))
+        send_pattern(Connection(handle), peer.random.choice([1, 1000, 2_000_000]))
 
 
 def children_and_threads(peer: Peer) -> None:
@@ -188,10 +228,7 @@ def children_and_threads(peer: Peer) -> None:
     with peer.connect("tcp", "tls", "unix") as handle:
         connection = Connection(handle)
         for _ in range(5):
-            size = peer.random.choice([1, 1000, 300_000])
-            for verb in (b"CHILD", b"THREAD"):
-                connection.send(b"%s %d\n" % (verb, size))
-                expect(connection.line(), digest(size))
+            size = use_child_and_thread(peer, connection)
             connection.send(b"LEAVE %d\n" % size)
             expect(connection.line(), b"first")
             connection.send(b"SPAWN %d\n" % (size % 200))
@@ -206,14 +243,11 @@ def start_tls(peer: Peer) -> None:
         expect(connection.line(), b"ECHO plain")
         expect(connection.line(), b"ready")
         with contextlib.closing(peer.secure(handle)) as encrypted:
-            connection = Connection(encrypted)
-            size = peer.random.choice([1, 200_000])
-            connection.send(b"TAKE %d\n" % size + pattern(0, size))
-            expect(connection.line(), digest(size))
+            send_pattern(Connection(encrypted), peer.random.choice([1, 200_000]))
 
 
 def web(peer: Peer) -> None:
-    """The file by HTTP, whole and in parts, on one connection."""
+    """Parts of the file by HTTP, and a file that is missing, over one connection."""
     host, port = peer.addresses["http"]
     client = http.client.HTTPConnection(host, port, timeout=PATIENCE)
     with contextlib.closing(client):
@@ -231,7 +265,7 @@ def web(peer: Peer) -> None:
 
 
 def datagrams(peer: Peer) -> None:
-    """Datagrams, each of which comes back."""
+    """Datagrams that the server sends back."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
         handle.settimeout(PATIENCE)
         handle.connect(tuple(peer.addresses["udp"]))
@@ -250,31 +284,23 @@ ASYNCIO_VERBS = (
 
 
 def asyncio_lines(peer: Peer) -> None:
-    """A conversation line by line, some lines at a time, and much in between."""
+    """A conversation line by line, some lines at a time, and larger data."""
     with peer.connect("asyncio", "asyncio tls") as handle:
         connection = Connection(handle)
-        for turn in range(peer.random.randint(1, 30)):
-            several = [b"ECHO %d.%d" % (turn, each) for each in range(turn % 4 + 1)]
-            connection.send(b"".join(line + b"\n" for line in several))
-            for line in several:
-                expect(connection.line(), line)
+        echo_lines(peer, connection, 30)
         size = peer.random.choice([1, 1000, 1_000_000])
-        connection.send(b"TAKE %d\n" % size + pattern(0, size))
-        expect(connection.line(), digest(size))
+        send_pattern(connection, size)
         connection.send(b"SEND %d\nECHO next\n" % size)
         expect(connection.exactly(size) == pattern(0, size), True)
         expect(connection.line(), b"ECHO next")
 
 
 def asyncio_work(peer: Peer) -> None:
-    """Children, threads, signals and cancellations, and what Twisted does for it."""
+    """Children, threads, signals, cancellations, and calls of Twisted."""
     with peer.connect("asyncio", "asyncio tls") as handle:
         connection = Connection(handle)
         for _ in range(5):
-            size = peer.random.choice([1, 1000, 300_000])
-            for verb in (b"CHILD", b"THREAD"):
-                connection.send(b"%s %d\n" % (verb, size))
-                expect(connection.line(), digest(size))
+            use_child_and_thread(peer, connection)
             for verb in ASYNCIO_VERBS:
                 number = peer.random.randrange(200)
                 connection.send(b"%s %d\n" % (verb, number))
@@ -282,62 +308,31 @@ def asyncio_work(peer: Peer) -> None:
 
 
 def asyncio_leavers(peer: Peer) -> None:
-    """Reset at every moment of what asyncio does."""
+    """Resets during the operations of asyncio."""
+    commands = [b"SEND 3000000\n", b"SIGNAL 1\nHANDLER 1\nCANCEL 1\n"]
     with peer.connect("asyncio", "asyncio tls") as handle:
-        connection = Connection(handle)
-        what = peer.random.choice(
-            [
-                b"",
-                b"half a li",
-                b"ECHO x\n" * 1000,
-                b"SEND 3000000\n",
-                b"TAKE 100000\n" + bytes(50_000),
-                b"CHILD 300000\n",
-                b"THREAD 1000\n",
-                b"SIGNAL 1\nHANDLER 1\nCANCEL 1\n",
-            ]
-        )
-        with contextlib.suppress(OSError, EOFError):
-            connection.send(what)
-            if peer.random.random() < 0.5:
-                connection.handle.settimeout(0.05)
-                connection.exactly(peer.random.choice([1, 1000, 100_000]))
-        connection.reset()
+        leave_after(peer, Connection(handle), LEFT_EARLY + commands)
 
 
-# Peers that do not
+# Peers that leave or send wrong data
 
 
 def leavers(peer: Peer) -> None:
-    """Reset at every moment of whatever is going on."""
+    """Resets during all operations."""
+    offset, size = peer.part_of_the_file()
+    commands = [
+        b"SEND %d %d\n" % (offset, size),
+        b"READ %d %d\n" % (offset, size),
+        b"LEAVE 300000\n",
+        b"STARTTLS\n",
+        b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n" % FILE_NAME.encode(),
+    ]
     with peer.connect("tcp", "tls", "unix", "lines", "http") as handle:
-        connection = Connection(handle)
-        offset, size = peer.part_of_the_file()
-        what = peer.random.choice(
-            [
-                b"",
-                b"half a li",
-                b"ECHO x\n" * 1000,
-                b"SEND %d %d\n" % (offset, size),
-                b"READ %d %d\n" % (offset, size),
-                b"TAKE 100000\n" + bytes(50_000),
-                b"CHILD 300000\n",
-                b"LEAVE 300000\n",
-                b"THREAD 1000\n",
-                b"STARTTLS\n",
-                b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n" % FILE_NAME.encode(),
-            ]
-        )
-        with contextlib.suppress(OSError, EOFError):
-            connection.send(what)
-            if peer.random.random() < 0.5:
-                connection.handle.settimeout(0.05)
-                connection.exactly(peer.random.choice([1, 1000, 100_000]))
-        connection.reset()
+        leave_after(peer, Connection(handle), LEFT_EARLY + commands)
 
 
 def garbage(peer: Peer) -> None:
-    """Something else than TLS where TLS is spoken, and TLS that ends early."""
+    """Data that is not TLS where the server expects TLS, and TLS that ends early."""
     service = peer.random.choice(["tls", "tcp"])
     address = tuple(peer.addresses[service])
     with socket.create_connection(address, PATIENCE) as handle:
@@ -362,7 +357,7 @@ def garbage(peer: Peer) -> None:
 
 
 def strangers(peer: Peer) -> None:
-    """A client of TLS that does not trust the certificate."""
+    """TLS clients that do not trust the certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     address = tuple(peer.addresses["tls"])
     with socket.create_connection(address, PATIENCE) as handle:
@@ -374,7 +369,7 @@ def strangers(peer: Peer) -> None:
 
 
 def sleepers(peer: Peer) -> None:
-    """Says nothing, until the server has had enough of it."""
+    """Clients that send nothing more, until the server closes the connection."""
     with peer.connect("tcp", "tls", "unix") as handle:
         connection = Connection(handle)
         connection.send(b"ECHO x\n")
@@ -400,18 +395,18 @@ TALKS: dict[Talk, int] = {
     strangers: 1,
     sleepers: 4,
 }
-"""What the peers do, and how many do it at once."""
+"""The talks of the peers, and how many peers hold each of them at once."""
 
 ASYNCIO_TALKS: dict[Talk, int] = {
     asyncio_lines: 2,
     asyncio_work: 2,
     asyncio_leavers: 1,
 }
-"""The same, where asyncio serves as well."""
+"""Further talks with a server that runs asyncio's servers as well."""
 
 
 def talks_of(addresses: dict[str, Any]) -> dict[Talk, int]:
-    """What the peers of a server with these addresses do."""
+    """The talks with a server that has these addresses."""
     return {**TALKS, **ASYNCIO_TALKS} if "asyncio" in addresses else TALKS
 
 
@@ -433,7 +428,11 @@ class Crowd:
         ]
 
     def leave(self) -> Counter[str]:
-        """Wait until all have finished what they do; how often each talk was held."""
+        """
+        Wait until all peers have finished their talks.
+
+        :return: how often each talk was held.
+        """
         for peer in self._peers:
             peer.stop()
         for peer in self._peers:

@@ -1,9 +1,9 @@
 """
-The server of the soak: some of everything that the package has.
+The server of the soak test, which uses all parts of the package.
 
-Call it with the name of a reactor and a folder for its files.  It prints its addresses
-as one line of JSON, answers each line on its standard input with a report of its
-state, and ends with the standard input.
+Its arguments are the name of a reactor and a folder for its files.  It prints its
+addresses as one line of JSON, answers each line of its standard input with a report of
+its state, and ends at the end of its standard input.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ REFUSALS_PAUSE = 0.05
 
 @implementer(ILogObserver)
 class Logged:
-    """An observer that keeps the warnings and errors, and counts everything."""
+    """An observer that counts all events, and keeps the warnings and errors."""
 
     def __init__(self) -> None:
         self.lines = 0
@@ -93,8 +93,8 @@ class Session:
     """
     The handler of the coroutine servers: answers commands, one a line.
 
-    :param context: for ``STARTTLS``.
-    :param file: what ``SEND`` and ``READ`` take parts of.
+    :param context: the certificate for ``STARTTLS``.
+    :param file: the file of which ``SEND`` and ``READ`` send parts.
     """
 
     def __init__(self, reactor: Any, context: CertificateOptions, file: Path) -> None:
@@ -130,19 +130,19 @@ class Session:
                 return
 
     async def send(self, stream: Stream, offset: int, size: int) -> None:
-        """A part of the file, by ``send_file``."""
+        """Send a part of the file with ``send_file``."""
         async with await open_file(self._file, "rb") as file:
             await stream.send_file(file, offset, size)
 
     async def read(self, stream: Stream, offset: int, size: int) -> None:
-        """A part of the file, read and written piece by piece."""
+        """Read a part of the file, and write it piece by piece."""
         async with await open_file(self._file, "rb") as file:
             for start in range(offset, offset + size, CHUNK):
                 data = await file.read_at(start, min(CHUNK, offset + size - start))
                 await stream.write(data)
 
     async def take(self, stream: Stream, size: int) -> None:
-        """The digest of what comes, which goes through a channel."""
+        """Receive data through a channel, and answer with its digest."""
         pieces: Channel[bytes] = Channel(4)
 
         async def receive() -> None:
@@ -160,7 +160,7 @@ class Session:
         await stream.write(digest.hexdigest().encode() + b"\n")
 
     async def child(self, stream: Stream, size: int) -> None:
-        """The digest of what ``cat`` gives back."""
+        """Pass data through ``cat``, and answer with the digest of its output."""
         digest = hashlib.sha256()
         async with open_process(["cat"]) as cat, TaskGroup() as group:
 
@@ -175,21 +175,21 @@ class Session:
         await stream.write(digest.hexdigest().encode() + b"\n")
 
     async def leave(self, stream: Stream, size: int) -> None:
-        """The first line of a child that prints more, of which nothing is read."""
+        """Answer with the first line of a child, and leave the rest of its output."""
         script = f"echo first; head -c {size} /dev/zero; head -c {size} /dev/zero >&2"
         async with open_process(["sh", "-c", script]) as child:
             first = await child.stream.read_line()
         await stream.write(first + b"\n")
 
     async def spawn(self, stream: Stream, status: int) -> None:
-        """The exit status of a child that ``spawnProcess`` has started."""
+        """Answer with the exit status of a child of ``spawnProcess``."""
         ended: Channel[int] = Channel(1)
         script = ["sh", "-c", f"exit {status}"]
         self._reactor.spawnProcess(Ending(ended), "/bin/sh", script)
         await stream.write(b"%d\n" % await ended.receive())
 
     async def thread(self, stream: Stream, size: int) -> None:
-        """A digest by a thread, which asks the reactor in between."""
+        """Answer with a digest from a thread, which calls the reactor meanwhile."""
 
         async def answer() -> int:
             await sleep(0.001)
@@ -213,7 +213,7 @@ class Ending(ProcessProtocol):
 
 
 class Lines(LineReceiver):
-    """Echoes lines, as a protocol of Twisted's."""
+    """A protocol of Twisted that echoes lines."""
 
     delimiter = b"\n"
     factory: Any
@@ -238,9 +238,9 @@ class Datagrams(DatagramProtocol):
 
 class Refusals:
     """
-    Sends datagrams to a port where nothing listens.
+    Sends datagrams to a port without a socket.
 
-    :ivar reported: how many refusals were.
+    :ivar reported: how many refusals were reported.
     """
 
     def __init__(self) -> None:
@@ -250,11 +250,11 @@ class Refusals:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unused:
             unused.bind(("127.0.0.1", 0))
             address = unused.getsockname()
-            # It cannot be given the same port while the other is open.
+            # This one cannot get the same port while the other socket is open.
             datagrams = open_datagrams(0, "127.0.0.1")
         datagrams.transport.connect(*address)
         while True:
-            await datagrams.send_to(b"anybody there?")
+            await datagrams.send_to(b"refused")
             try:
                 with timeout(IDLE_TIMEOUT):
                     await datagrams.receive_from()
@@ -267,7 +267,7 @@ class Soaked:
     """
     All services, and the state of the process.
 
-    :param folder: for the file, the certificate and the socket.
+    :param folder: the folder for the file, the certificate and the socket.
     """
 
     def __init__(self, reactor: Any, folder: Path) -> None:
@@ -278,7 +278,7 @@ class Soaked:
         self._site: Any = Site(StaticResource(str(folder)))
         self._refusals = Refusals()
         self._logged = Logged()
-        # On a reactor that is an asyncio event loop as well.
+        # Not None on a reactor that is an asyncio event loop as well.
         self._asyncio: AsyncioSide | None = None
         if hasattr(reactor, "_asyncioEventloop"):
             self._asyncio = AsyncioSide(reactor, self._logged.errors.append)
