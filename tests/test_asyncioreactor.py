@@ -1152,11 +1152,11 @@ def spawn(reactor, code, done, **options):
         Child(done), sys.executable, [sys.executable, "-S", "-c", code], **options)
 """
 
-# A program whose reactor is installed.
-INSTALLED = (
-    COMMON
-    + """
+INSTALL = """
 asyncioreactor.install()
+from twisted.internet import reactor
+loop = reactor._asyncioEventloop
+"""
 from twisted.internet import reactor
 loop = reactor._asyncioEventloop
 """
@@ -1464,8 +1464,8 @@ def test_sigint_cancels_the_task_of_a_runner() -> None:
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_a_signal_handler_of_asyncio_replaces_the_reactors(number: str) -> None:
     """
-    When it is removed, the reactor's handler is restored, also for a signal that another
-    thread gets while the reactor sleeps.
+    When it is removed, the reactor's handler is restored, also for a signal that
+    another thread gets while the reactor sleeps.
     """
     output = program(
         COMMON
@@ -1497,7 +1497,8 @@ def test_a_signal_handler_of_asyncio_replaces_the_reactors(number: str) -> None:
 def test_the_wakeup_descriptor_stays_when_asyncio_has_no_handler_left() -> None:
     """A signal that another thread gets ends the sleep."""
     output = program(
-        INSTALLED
+        COMMON
+        + INSTALL
         + """if 1:
         def start():
             loop.add_signal_handler(signal.SIGUSR1, print)
@@ -1516,7 +1517,8 @@ def test_the_wakeup_descriptor_stays_when_asyncio_has_no_handler_left() -> None:
 
 def test_signal_handlers_of_asyncio_stay_when_the_reactor_starts_and_stops() -> None:
     output = program(
-        INSTALLED
+        COMMON
+        + INSTALL
         + """if 1:
         loop.add_signal_handler(signal.SIGUSR1, reactor.stop)
         loop.call_later(0.05, kill_from_thread, signal.SIGUSR1)
@@ -1548,8 +1550,9 @@ def test_children_of_twisted_end_whatever_asyncio_does_with_signals(
     handlers: str,
 ) -> None:
     output = program(
-        INSTALLED
+        COMMON
         + BY_SIGNAL
+        + INSTALL
         + """if 1:
         number = signal.SIGCHLD if "sigchld" in sys.argv[1] else signal.SIGUSR1
 

@@ -149,9 +149,7 @@ def main() -> None:
         if not soak.wrong:
             soak.compare(before, soak.load(seconds - warm_up))
     if soak.wrong:
-        print(
-            f"{arguments.reactor}: {len(soak.wrong)} faults after at most {arguments.minutes} minutes:"
-        )
+        print(f"{arguments.reactor}: {len(soak.wrong)} faults:")
         print("\n".join(dict.fromkeys(soak.wrong[:20])))
         sys.exit(1)
     print(f"{arguments.reactor}: no fault after {arguments.minutes} minutes")
