@@ -1157,10 +1157,6 @@ asyncioreactor.install()
 from twisted.internet import reactor
 loop = reactor._asyncioEventloop
 """
-from twisted.internet import reactor
-loop = reactor._asyncioEventloop
-"""
-)
 
 
 def test_the_reactor_is_installed_and_run() -> None:
