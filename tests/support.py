@@ -218,6 +218,14 @@ class Watcher(FileDescriptor):
         self.lost.append(reason)
 
 
+def watch(reactor: EngineReactor, descriptor: int) -> Watcher:
+    """A watcher that reads, after the reactor has begun to watch its descriptor."""
+    watcher = Watcher(reactor, descriptor)
+    reactor.addReader(watcher)
+    settle(reactor)
+    return watcher
+
+
 def connect(port: Any) -> socket.socket:
     """A plain client of a listening port, with a timeout on all its operations."""
     client = socket.create_connection(("127.0.0.1", port.getHost().port))

@@ -1,5 +1,6 @@
 """
-Transports of asyncio that the engine reads for: what their protocols are promised.
+Transports of asyncio for which the engine reads and writes: the guarantees of their
+protocols.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def loop(request: Any) -> Iterator[Any]:
 
 
 class Recorder(asyncio.Protocol):
-    """Records what happens to a connection, and lets ``on_data`` do the rest."""
+    """Records the events of a connection, and calls ``on_data`` for its data."""
 
     def __init__(self, on_data: Callable[[Recorder, bytes], object]) -> None:
         self.events: list[Event] = []
@@ -85,6 +86,12 @@ async def connected(
     return Pair(protocol, handle)
 
 
+async def end(pair: Pair) -> None:
+    pair.protocol.transport.abort()
+    pair.handle.close()
+    await asyncio.sleep(0)
+
+
 async def until(condition: Callable[[], object]) -> None:
     async def wait() -> None:
         while not condition():
@@ -97,8 +104,8 @@ def run(loop: Any, main: Any) -> Any:
     return loop.run_until_complete(asyncio.wait_for(main, DEADLINE))
 
 
-def test_everything_arrives(loop: Any) -> None:
-    """More than one read takes, exactly one read, and the end behind it."""
+def test_all_data_arrives(loop: Any) -> None:
+    """The data takes several reads, or exactly one.  The end follows it."""
 
     async def main() -> None:
         for size in (1, 65_535, 65_536, 65_537, 3_000_000):
@@ -116,7 +123,7 @@ def test_everything_arrives(loop: Any) -> None:
     run(loop, main())
 
 
-def test_the_end_together_with_data(loop: Any) -> None:
+def test_the_end_arrives_together_with_data(loop: Any) -> None:
     async def main() -> None:
         for size in (1, 65_536, 100_000):
             pair = await connected()
@@ -129,7 +136,7 @@ def test_the_end_together_with_data(loop: Any) -> None:
     run(loop, main())
 
 
-def test_a_reset(loop: Any) -> None:
+def test_a_reset_is_passed_to_connection_lost(loop: Any) -> None:
     async def main() -> None:
         pair = await connected()
         pair.handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -141,26 +148,25 @@ def test_a_reset(loop: Any) -> None:
     run(loop, main())
 
 
-def test_a_pause_while_there_is_more(loop: Any) -> None:
+def test_a_pause_leaves_the_rest_of_the_data(loop: Any) -> None:
     async def main() -> None:
         pair = await connected(
             lambda protocol, data: protocol.transport.pause_reading()
         )
         pair.handle.sendall(bytes(150_000))
-        for end in (65_536, 131_072, 150_000):
-            await until(lambda: len(pair.protocol.data) >= end)
+        for size in (65_536, 131_072, 150_000):
+            await until(lambda: len(pair.protocol.data) >= size)
             for _ in range(5):
                 await asyncio.sleep(0)
-            assert len(pair.protocol.data) == end
+            assert len(pair.protocol.data) == size
             pair.protocol.transport.resume_reading()
-        pair.protocol.transport.abort()
-        pair.handle.close()
+        await end(pair)
 
     run(loop, main())
 
 
-def test_the_context_of_a_connection(loop: Any) -> None:
-    """What data_received() sets is there the next time, and nowhere else."""
+def test_a_connection_keeps_its_context(loop: Any) -> None:
+    """A variable that data_received() sets has its value the next time, only there."""
     variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
     seen = []
 
@@ -180,20 +186,19 @@ def test_the_context_of_a_connection(loop: Any) -> None:
         assert seen == [10, 20, 11, 21]
         assert variable.get() == 20
         for pair in (first, second):
-            pair.protocol.transport.abort()
-            pair.handle.close()
+            await end(pair)
 
     run(loop, main())
 
 
-def test_the_context_in_which_reading_was_resumed(loop: Any) -> None:
+def test_data_is_received_in_the_context_that_has_resumed_reading(loop: Any) -> None:
     variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
     seen = []
 
     async def main() -> None:
         variable.set(1)
         pair = await connected(lambda protocol, data: seen.append(variable.get()))
-        # So much that the descriptor stays watched for writing.
+        # This is so much that the descriptor stays watched for writing.
         pair.protocol.transport.write(bytes(20_000_000))
         pair.protocol.transport.pause_reading()
         variable.set(2)
@@ -202,26 +207,25 @@ def test_the_context_in_which_reading_was_resumed(loop: Any) -> None:
         await until(lambda: seen)
         # From Python 3.15 on, a transport keeps the context that it was made in.
         assert seen == [1 if sys.version_info >= (3, 15) else 2]
-        pair.protocol.transport.abort()
-        pair.handle.close()
+        await end(pair)
 
     run(loop, main())
 
 
-def test_an_error_of_the_protocol(loop: Any) -> None:
-    """It ends the connection and goes to the exception handler, as on any loop."""
-    told: list[dict[str, Any]] = []
+def test_an_error_of_the_protocol_ends_the_connection(loop: Any) -> None:
+    """The exception handler of the loop gets the error, as on any loop."""
+    contexts: list[dict[str, Any]] = []
 
     def fail(protocol: Recorder, data: bytes) -> None:
         raise ZeroDivisionError("of the test")
 
     async def main() -> None:
-        loop.set_exception_handler(lambda loop, context: told.append(context))
+        loop.set_exception_handler(lambda loop, context: contexts.append(context))
         pair = await connected(fail)
         pair.handle.sendall(b"x")
         await pair.protocol.lost.wait()
         assert isinstance(pair.protocol.events[0], ZeroDivisionError)
-        (context,) = told
+        (context,) = contexts
         assert context["message"] == (
             "Fatal error: protocol.data_received() call failed."
         )
@@ -232,8 +236,10 @@ def test_an_error_of_the_protocol(loop: Any) -> None:
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-def test_an_exit_of_the_protocol(loop: Any, error: type[BaseException]) -> None:
-    """It leaves the loop, which goes on with the connection when it runs again."""
+def test_an_exit_in_the_protocol_leaves_the_loop(
+    loop: Any, error: type[BaseException]
+) -> None:
+    """The connection goes on when the loop runs again."""
     fails = [True]
 
     def leave(protocol: Recorder, data: bytes) -> None:
@@ -244,8 +250,7 @@ def test_an_exit_of_the_protocol(loop: Any, error: type[BaseException]) -> None:
     async def go_on() -> None:
         pair.handle.sendall(b"second")
         await until(lambda: pair.protocol.data == b"firstsecond")
-        pair.protocol.transport.abort()
-        pair.handle.close()
+        await end(pair)
 
     pair: Pair = run(loop, connected(leave))
     pair.handle.sendall(b"first")
@@ -256,8 +261,8 @@ def test_an_exit_of_the_protocol(loop: Any, error: type[BaseException]) -> None:
     run(loop, go_on())
 
 
-def test_another_protocol(loop: Any) -> None:
-    """Also one that reads into a buffer of its own."""
+def test_a_transport_gets_another_protocol(loop: Any) -> None:
+    """One of the protocols reads into a buffer of its own."""
 
     class Buffered(asyncio.BufferedProtocol):
         def __init__(self) -> None:
@@ -283,8 +288,7 @@ def test_another_protocol(loop: Any) -> None:
         pair.handle.sendall(b"last")
         await until(lambda: again.data == b"last")
         assert pair.protocol.data == b"first"
-        transport.abort()
-        pair.handle.close()
+        await end(pair)
 
     run(loop, main())
 
@@ -295,22 +299,21 @@ def test_debug_mode_measures_the_protocol(
     async def main() -> None:
         pair = await connected()
         loop.set_debug(True)
-        # In which everything is slow.
+        # All callbacks count as slow.
         loop.slow_callback_duration = 0
         pair.handle.sendall(bytes(100_000))
         await until(lambda: len(pair.protocol.data) == 100_000)
         loop.set_debug(False)
         pair.handle.sendall(b"x")
         await until(lambda: len(pair.protocol.data) == 100_001)
-        pair.protocol.transport.abort()
-        pair.handle.close()
+        await end(pair)
 
     run(loop, main())
     assert "_SelectorSocketTransport._read_ready" in caplog.text
 
 
 def test_cancelled_timers_do_not_pile_up(loop: Any) -> None:
-    """Though the loop has nothing to do but what the engine does for it."""
+    """The loop itself has no work: the engine calls the protocol."""
     most = [0]
 
     def set_and_cancel(protocol: Recorder, data: bytes) -> None:
@@ -328,7 +331,7 @@ def test_cancelled_timers_do_not_pile_up(loop: Any) -> None:
     loop.run_forever()
     assert not late.cancelled()
     assert len(pair.protocol.data) == 100
-    # Of 5,000.
+    # 5,000 timers were set.
     assert most[0] < 1000
     pair.protocol.transport.abort()
     pair.handle.close()
@@ -337,7 +340,7 @@ def test_cancelled_timers_do_not_pile_up(loop: Any) -> None:
 
 
 def test_a_protocol_iterates_the_reactor(loop: Any) -> None:
-    """What arrives meanwhile is not lost."""
+    """Data that arrives meanwhile is not lost."""
 
     async def main() -> None:
         def iterate(protocol: Recorder, data: bytes) -> None:
@@ -358,11 +361,11 @@ def test_a_protocol_iterates_the_reactor(loop: Any) -> None:
     run(loop, main())
 
 
-# What is written is sent when the callbacks of the pass have been called
+# Writes are sent when the callbacks of the pass have been called
 
 
 def peeked(handle: socket.socket) -> bytes:
-    """What has arrived, which stays there."""
+    """The data that has arrived.  It is not consumed."""
     handle.setblocking(False)
     try:
         return handle.recv(1000, socket.MSG_PEEK)
@@ -372,14 +375,8 @@ def peeked(handle: socket.socket) -> bytes:
         handle.settimeout(DEADLINE)
 
 
-async def end(pair: Pair) -> None:
-    pair.protocol.transport.abort()
-    pair.handle.close()
-    await asyncio.sleep(0)
-
-
-def test_writes_of_a_pass_go_out_as_one(loop: Any) -> None:
-    """In order, together with those of callbacks that they schedule."""
+def test_writes_of_a_pass_are_sent_as_one(loop: Any) -> None:
+    """They are sent in order, with the writes of callbacks that they schedule."""
     seen = []
 
     def answer(protocol: Recorder, data: bytes) -> None:
@@ -423,7 +420,7 @@ def write_more_than_is_collected(transport: Any) -> None:
         transport.write(bytes(1000))
 
 
-FIRST: list[Callable[[Any], object]] = [
+CALLS_AFTER_A_WRITE: list[Callable[[Any], object]] = [
     write_eof,
     write_much,
     write_more_than_is_collected,
@@ -436,15 +433,17 @@ FIRST: list[Callable[[Any], object]] = [
 ]
 
 
-@pytest.mark.parametrize("ask", FIRST, ids=range(len(FIRST)))
-def test_what_was_written_is_sent_before_anything_else_is_done(
-    loop: Any, ask: Callable[[Any], object]
+@pytest.mark.parametrize(
+    "call", CALLS_AFTER_A_WRITE, ids=range(len(CALLS_AFTER_A_WRITE))
+)
+def test_a_write_is_sent_before_another_call_of_the_transport(
+    loop: Any, call: Callable[[Any], object]
 ) -> None:
     seen = []
 
     def answer(protocol: Recorder, data: bytes) -> None:
         protocol.transport.write(b"first")
-        ask(protocol.transport)
+        call(protocol.transport)
         seen.append(pair.handle.recv(5))
 
     async def main() -> None:
@@ -458,7 +457,7 @@ def test_what_was_written_is_sent_before_anything_else_is_done(
     run(loop, end(pair))
 
 
-def test_what_is_written_before_a_file_is_sent_first(loop: Any, tmp_path: Any) -> None:
+def test_a_write_before_a_file_is_sent_first(loop: Any, tmp_path: Any) -> None:
     (tmp_path / "file").write_bytes(b"file")
 
     async def main() -> None:
@@ -474,9 +473,8 @@ def test_what_is_written_before_a_file_is_sent_first(loop: Any, tmp_path: Any) -
     run(loop, main())
 
 
-def test_writes_when_the_loop_does_not_run(loop: Any) -> None:
-    """Before it runs, and as the last that it does."""
-
+def test_writes_are_sent_when_the_loop_does_not_run(loop: Any) -> None:
+    """One is written before the loop runs, and one by its last callback."""
     pair: Pair = run(loop, connected())
     pair.protocol.transport.write(b"one")
     assert pair.handle.recv(10) == b"one"
@@ -487,8 +485,8 @@ def test_writes_when_the_loop_does_not_run(loop: Any) -> None:
     run(loop, end(pair))
 
 
-def test_writes_of_a_signal_handler(loop: Any) -> None:
-    """It runs in the middle of the sleep, which nothing else ends."""
+def test_a_write_of_a_signal_handler_is_sent(loop: Any) -> None:
+    """The handler runs in the middle of the sleep, which nothing else ends."""
     received = []
 
     def write(number: int, frame: object) -> None:
@@ -514,8 +512,8 @@ def test_writes_of_a_signal_handler(loop: Any) -> None:
     run(loop, end(pair))
 
 
-def test_more_small_writes_than_there_is_room_for(loop: Any) -> None:
-    """Nothing is lost or changes places, and the protocol is told to pause."""
+def test_more_small_writes_than_the_buffer_has_room_for(loop: Any) -> None:
+    """No data is lost or out of order, and the protocol is told to pause."""
     events = []
 
     class Sender(Recorder):
@@ -530,7 +528,7 @@ def test_more_small_writes_than_there_is_room_for(loop: Any) -> None:
         transport = pair.protocol.transport
         sender = Sender(lambda protocol, data: None)
         transport.set_protocol(sender)
-        # So that little is much.
+        # Make the buffers small.
         handle = transport.get_extra_info("socket")
         handle.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10_000)
         transport.set_write_buffer_limits(1000)
@@ -542,7 +540,7 @@ def test_more_small_writes_than_there_is_room_for(loop: Any) -> None:
             await asyncio.sleep(0)
         assert events == ["pause"]
         received = bytearray(pair.handle.recv(1 << 20))
-        # Now there is room, but not for these.
+        # Now there is room, but these writes come before it is reported.
         transport.write(b"the ")
         transport.write(b"last")
 
@@ -562,8 +560,8 @@ def test_more_small_writes_than_there_is_room_for(loop: Any) -> None:
     run(loop, main())
 
 
-def test_a_write_to_a_peer_that_has_left(loop: Any) -> None:
-    """connection_lost() is told of it once, in the context of the connection."""
+def test_a_write_after_the_peer_has_left_ends_the_connection(loop: Any) -> None:
+    """connection_lost() is called once, in the context of the connection."""
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
     seen = []
 
@@ -590,7 +588,7 @@ def test_a_write_to_a_peer_that_has_left(loop: Any) -> None:
 
 
 def test_writes_in_debug_mode_are_sent_at_once(loop: Any) -> None:
-    """So that an error shows which write it was."""
+    """Then the traceback of an error shows the write."""
     seen = []
 
     async def main() -> None:
@@ -604,7 +602,7 @@ def test_writes_in_debug_mode_are_sent_at_once(loop: Any) -> None:
     assert seen == [b"x"]
 
 
-def test_a_small_write_that_there_is_no_room_for(loop: Any) -> None:
+def test_a_small_write_that_the_buffer_has_no_room_for(loop: Any) -> None:
     async def main() -> None:
         pair = await connected()
         transport = pair.protocol.transport
@@ -651,12 +649,12 @@ def _by_a_timer(loop: Any, write: Callable[[], object]) -> None:
     loop.call_later(0.001, write)
 
 
-def _by_a_timer_of_twisteds(loop: Any, write: Callable[[], object]) -> None:
+def _by_a_timer_of_twisted(loop: Any, write: Callable[[], object]) -> None:
     loop.reactor.callLater(0.001, write)
 
 
 @pytest.mark.parametrize(
-    "arrange", [_at_once, _by_call_soon, _by_a_timer, _by_a_timer_of_twisteds]
+    "arrange", [_at_once, _by_call_soon, _by_a_timer, _by_a_timer_of_twisted]
 )
 def test_an_answer_is_sent_before_the_loop_sleeps(
     loop: Any, arrange: Callable[[Any, Callable[[], object]], None]
@@ -674,12 +672,12 @@ def test_an_answer_is_sent_before_the_loop_sleeps(
         assert await loop.run_in_executor(None, exchange) == b"answer"
         await end(pair)
 
-    # The deadline is that of the socket.
+    # The timeout of the socket is the deadline.
     loop.run_until_complete(main())
 
 
-def test_writes_in_passes_of_iterate(loop: Any) -> None:
-    """They are not left to the loop, which may be kept from running."""
+def test_writes_in_passes_of_iterate_are_sent(loop: Any) -> None:
+    """They are not left to the loop, which may not run."""
     seen = []
 
     def iterate(protocol: Recorder, data: bytes) -> None:
@@ -706,7 +704,7 @@ def test_writes_in_passes_of_iterate(loop: Any) -> None:
     assert seen == [b"one two ", b"one two ", b"one two threefour"]
 
 
-def test_what_asyncio_refuses_or_drops_is_refused_or_dropped(loop: Any) -> None:
+def test_writes_that_asyncio_refuses_or_drops(loop: Any) -> None:
     async def main() -> None:
         pair = await connected()
         transport = pair.protocol.transport

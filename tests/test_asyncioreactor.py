@@ -52,6 +52,8 @@ from twisted_rtsig.notifiers import UnsupportedReactorError
 if sys.platform == "win32" or not reactor_classes():
     pytest.skip("it is for Linux, BSD and macOS", allow_module_level=True)
 
+import fcntl
+
 from twisted_rtsig import asyncioreactor
 from twisted_rtsig.asyncio_support.loop import EngineEventLoop
 from twisted_rtsig.asyncio_support.selector import EngineSelector
@@ -462,12 +464,14 @@ def test_a_descriptor_that_is_closed_while_asyncio_watches_it(
 ) -> None:
     """It is not reported, does not keep the loop busy, and can be removed."""
     loop = loop_of(reactor)
-    reader, writer = os.pipe()
+    pipe = os.pipe()
+    # A high descriptor, which libkqueue does not reuse when it makes another queue.
+    reader = fcntl.fcntl(pipe[0], fcntl.F_DUPFD, 200)
     loop.add_reader(reader, pytest.fail)
     loop.call_soon(loop.stop)
     loop.run_forever()
-    os.close(reader)
-    os.close(writer)
+    for each in (*pipe, reader):
+        os.close(each)
     loop.call_later(0.05, loop.stop)
     before = reactor.statistics()["waits"]
     loop.run_forever()

@@ -24,6 +24,7 @@ from tests.support import (
     run_program,
     settle,
     spin,
+    watch,
 )
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.epollreactor import EdgeEPollReactor
@@ -73,10 +74,8 @@ def test_a_duplicate_of_a_descriptor_that_was_closed_too_early(
     reactor = served.reactor
     client, connection = served.connect()
     one, other = socket.socketpair()
-    watcher = Watcher(reactor, connection.transport.fileno())
     connection.transport.pauseProducing()
-    reactor.addReader(watcher)
-    settle(reactor)
+    watcher = watch(reactor, connection.transport.fileno())
     duplicate = os.dup(watcher.descriptor)
     if rest == "reused":
         os.dup2(one.fileno(), watcher.descriptor)
@@ -111,9 +110,7 @@ def test_a_duplicate_takes_the_descriptor_of_a_stale_entry(
 ) -> None:
     """epoll still has the entry of the closed descriptor: EEXIST."""
     one, other = pair
-    watcher = Watcher(reactor, one.fileno())
-    reactor.addReader(watcher)
-    settle(reactor)
+    watcher = watch(reactor, one.fileno())
     duplicate = os.dup(one.fileno())
     number = one.detach()
     os.close(number)
@@ -134,11 +131,8 @@ def test_a_watcher_that_was_closed_before_a_change_is_lost(
     reactor: EngineReactor, pair: SocketPair
 ) -> None:
     """epoll does not report the close, but refuses the change."""
-    one, _ = pair
-    watcher = Watcher(reactor, one.fileno())
-    reactor.addReader(watcher)
-    settle(reactor)
-    one.close()
+    watcher = watch(reactor, pair[0].fileno())
+    pair[0].close()
     reactor.addWriter(watcher)
     spin(reactor, lambda: watcher.lost)
     assert [each.type for each in watcher.lost] == [ConnectionFdescWentAway]

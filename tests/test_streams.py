@@ -729,6 +729,17 @@ def leave(peer: socket.socket) -> None:
         peer.close()
 
 
+def errors_of_a_failed_write(link: Link) -> list[Any]:
+    """Write after the peer has answered and left, until the connection is lost."""
+    link.peer.sendall(b"413")
+    leave(link.peer)
+    link.transport.write(b"x")
+    with logged_errors() as errors:
+        spin(link.reactor, lambda: link.protocol.lost)
+        settle(link.reactor)
+    return errors
+
+
 @pytest.mark.parametrize("written", [b"x", bytes(MEGABYTE)], ids=["chunk", "parts"])
 def test_input_before_a_failed_write_is_received(link: Link, written: bytes) -> None:
     """The peer answers "413", for example, and resets before the write is sent."""
@@ -781,12 +792,7 @@ def test_the_application_closes_the_connection_after_a_failed_write(
         getattr(link.transport, method)()
 
     link.protocol.dataReceived = received
-    link.peer.sendall(b"413")
-    leave(link.peer)
-    link.transport.write(b"x")
-    with logged_errors() as errors:
-        spin(link.reactor, lambda: link.protocol.lost)
-        settle(link.reactor)
+    errors = errors_of_a_failed_write(link)
     assert link.protocol.data == b"413"
     assert [bool(each.check(reason)) for each in link.protocol.lost] == [True]
     raised = [each["failure"].type for each in errors]
@@ -803,15 +809,9 @@ def test_a_nested_pass_after_a_failed_write_disconnects_once(our_link: Link) -> 
         our_link.reactor.iterate(0)
 
     our_link.protocol.dataReceived = iterate
-    our_link.peer.sendall(b"413")
-    leave(our_link.peer)
-    our_link.transport.write(b"x")
-    with logged_errors() as errors:
-        spin(our_link.reactor, lambda: our_link.protocol.lost)
-        settle(our_link.reactor)
+    assert errors_of_a_failed_write(our_link) == []
     assert our_link.protocol.data == b"413"
     assert len(our_link.protocol.lost) == 1
-    assert errors == []
 
 
 def test_a_paused_protocol_gets_no_input_after_a_failed_write(link: Link) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.coro.conftest import certificate as certificate
 from tests.coro.conftest import logged as logged
 from tests.coro.conftest import reactor as reactor_without_threads
 from tests.files.support import running_threads

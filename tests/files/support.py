@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred
 
+from tests.coro.support import STYLES, spin
 from tests.support import DEADLINE
 from twisted_rtsig.coro import sleep, spawn
 
@@ -115,16 +116,27 @@ async def counted_turns() -> AsyncIterator[list[int]]:
     counter.cancel()
 
 
-def file_steps(
-    opens: Callable[[], Deferred[Any]], calls: Sequence[Callable[[Any], Any]]
-) -> list[Callable[[], Any]]:
-    """The steps of a function in any style: open a file, and make calls with it."""
+def results_in(
+    style: str,
+    reactor: Any,
+    opens: Callable[[], Deferred[Any]],
+    calls: Sequence[Callable[[Any], Any]],
+) -> list[Any]:
+    """
+    Open a file and make calls with it, in a function of a style.
+
+    :return: the results, or the types of the errors.
+    """
     files: list[Any] = []
+    results: list[Any] = []
 
     def step(call: Callable[[Any], Any]) -> Callable[[], Any]:
         return lambda: call(files[0])
 
-    return [lambda: opens().addCallback(files.append), *map(step, calls)]
+    steps = [lambda: opens().addCallback(files.append), *map(step, calls)]
+    STYLES[style](reactor, steps, results)
+    spin(reactor, lambda: len(results) == len(steps))
+    return results
 
 
 class SlowDisk:

@@ -21,15 +21,15 @@ from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from tests.coro.support import STYLES, forgets_awaits, run, spin
+from tests.coro.support import STYLES, forgets_awaits, run
 from tests.files.support import (
     Gate,
     SlowDisk,
     counted_turns,
-    file_steps,
     forget_cached,
     occupy_thread,
     open_in,
+    results_in,
     small_disk,
 )
 from tests.files.support import busy_threads as busy_threads
@@ -43,8 +43,9 @@ CHUNK = 1 << 16
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.usefixtures("back_end")
 def test_the_same_in_every_style(reactor: Any, style: str, path: Path) -> None:
-    got: list[Any] = []
-    steps = file_steps(
+    got = results_in(
+        style,
+        reactor,
         lambda: open_file(path, "w+b"),
         [
             lambda file: file.write(b"one\ntwo\nthree"),
@@ -65,8 +66,6 @@ def test_the_same_in_every_style(reactor: Any, style: str, path: Path) -> None:
             lambda file: file.close(),
         ],
     )
-    STYLES[style](reactor, steps, got)
-    spin(reactor, lambda: len(got) == 17)
     assert got == [
         *(None, None, 4, b"two\n", b"three", b"", None, b"ONE\nt"),
         *(8, b"th", 9, 9, 9, OSError, None, None, None),

@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from twisted.internet.defer import inlineCallbacks
@@ -27,7 +27,7 @@ from twisted.logger import LogLevel
 
 from tests.coro.support import STYLES, call, client_endpoint, connected, listen, run
 from tests.files.support import Gate, SlowDisk, forget_cached
-from tests.support import DEADLINE, frees_at_once, make_certificate
+from tests.support import DEADLINE, frees_at_once
 from twisted_rtsig.coro import (
     BusyResourceError,
     FileEnded,
@@ -43,19 +43,11 @@ from twisted_rtsig.coro.testing import SansIO
 from twisted_rtsig.coro.testing.transports import Transport
 from twisted_rtsig.files import AsyncFile, open_file
 
-# Twisted and pyOpenSSL hold different opinions on what is deprecated.
+# Twisted uses functions of pyOpenSSL that are deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-# More than sockets hold.
+# More than the buffers of sockets hold.
 SIZE = 20_000_000
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> PrivateCertificate:
-    """Of this machine, by its address."""
-    files = make_certificate(tmp_path_factory.mktemp("certificate"))
-    pem = b"".join(each.read_bytes() for each in files)
-    return cast(PrivateCertificate, PrivateCertificate.loadPEM(pem))
 
 
 @contextlib.asynccontextmanager
@@ -86,7 +78,7 @@ Handler = Callable[[Stream], Awaitable[Any]]
 def converse(
     request: Any, reactor: Any, tmp_path: Path, certificate: PrivateCertificate
 ) -> Converse:
-    """Run a handler and a client for it, over each kind of connection."""
+    """Runs a handler and a client of it, over each kind of connection."""
     kind = request.param
     if kind == "UNIX" and not IReactorUNIX.providedBy(reactor):
         pytest.skip("this platform has no UNIX sockets")
@@ -135,7 +127,7 @@ Converse = Callable[[Handler, Handler], Awaitable[Any]]
 
 @pytest.fixture
 def received_from(converse: Converse) -> Receive:
-    """All that a client gets from a handler, over each kind of connection."""
+    """All data that a client gets from a handler, over each kind of connection."""
 
     async def receive(handler: Handler) -> bytes:
         data: bytes = await converse(handler, read_all)
@@ -154,7 +146,7 @@ async def read_all(stream: Stream) -> bytes:
 Receive = Callable[[Handler], Awaitable[bytes]]
 
 
-def test_a_file_between_what_is_written_before_and_after(
+def test_a_file_is_sent_between_earlier_and_later_writes(
     reactor: Any, received_from: Receive, big: Path
 ) -> None:
     told: list[int] = []
@@ -185,7 +177,7 @@ def test_a_file_between_what_is_written_before_and_after(
     assert told[-1] == SIZE
 
 
-def test_the_connection_is_closed_after_the_file(
+def test_close_waits_for_the_file(
     reactor: Any, received_from: Receive, big: Path
 ) -> None:
     files: list[AsyncFile] = []
@@ -205,7 +197,7 @@ def test_the_connection_is_closed_after_the_file(
     run(reactor, main)
 
 
-def test_a_file_that_is_not_cached(
+def test_a_file_that_is_not_cached_is_sent(
     reactor: Any, received_from: Receive, big: Path
 ) -> None:
     async def handler(stream: Stream) -> None:
@@ -219,7 +211,9 @@ def test_a_file_that_is_not_cached(
     run(reactor, main)
 
 
-def test_from_beyond_4_gb(reactor: Any, received_from: Receive, tmp_path: Path) -> None:
+def test_a_part_beyond_4_gb_is_sent(
+    reactor: Any, received_from: Receive, tmp_path: Path
+) -> None:
     far = (1 << 32) + 12345
     data = os.urandom(200_000)
 
@@ -261,7 +255,7 @@ def test_the_same_in_every_style(reactor: Any, style: str, big: Path) -> None:
 
 
 async def some(peer: socket.socket) -> int:
-    """How much a peer has received now."""
+    """How many bytes have arrived at a peer."""
     try:
         return len(peer.recv(1 << 20))
     except BlockingIOError:
@@ -269,8 +263,8 @@ async def some(peer: socket.socket) -> int:
         return 0
 
 
-async def at_least_something(peer: socket.socket) -> int:
-    """The same, but waits; 0 at the end."""
+async def next_bytes(peer: socket.socket) -> int:
+    """How many bytes arrive next at a peer; 0 at the end."""
     while True:
         try:
             return len(peer.recv(1 << 20))
@@ -278,7 +272,7 @@ async def at_least_something(peer: socket.socket) -> int:
             await sleep(0.001)
 
 
-def test_half_close_after_the_file(reactor: Any, big: Path) -> None:
+def test_write_eof_waits_for_the_file(reactor: Any, big: Path) -> None:
     async def main() -> None:
         async with connected_with(reactor, big) as (stream, peer, file):
             stream.send_file(file)
@@ -289,7 +283,7 @@ def test_half_close_after_the_file(reactor: Any, big: Path) -> None:
             while received < SIZE:
                 received += await some(peer)
             await ended
-            assert await at_least_something(peer) == 0
+            assert await next_bytes(peer) == 0
             peer.send(b"still there")
             assert await stream.read() == b"still there"
 
@@ -297,15 +291,15 @@ def test_half_close_after_the_file(reactor: Any, big: Path) -> None:
 
 
 @needs_sendfile
-def test_without_sendfile(
+def test_a_file_is_sent_without_sendfile(
     reactor: Any, big: Path, monkeypatch: pytest.MonkeyPatch, received_from: Receive
 ) -> None:
     monkeypatch.delattr(os, "sendfile")
-    test_a_file_between_what_is_written_before_and_after(reactor, received_from, big)
+    test_a_file_is_sent_between_earlier_and_later_writes(reactor, received_from, big)
 
 
 @needs_sendfile
-def test_a_file_that_sendfile_refuses(
+def test_a_file_that_sendfile_refuses_is_sent(
     reactor: Any, big: Path, monkeypatch: pytest.MonkeyPatch, received_from: Receive
 ) -> None:
     refused = []
@@ -329,11 +323,11 @@ def test_a_file_that_sendfile_refuses(
     run(reactor, main)
 
 
-# What can go wrong
+# Errors
 
 
 @pytest.mark.parametrize("held", ["", "unread"])
-def test_a_peer_that_vanishes_midway(
+def test_send_file_after_the_peer_has_left(
     reactor: Any, big: Path, held: str, logged: list[Any]
 ) -> None:
     async def main() -> None:
@@ -341,7 +335,7 @@ def test_a_peer_that_vanishes_midway(
             told: list[int] = []
             sending = stream.send_file(file, progress=told.append)
             following = stream.write(b"x"), stream.send_file(file)
-            stream.write(b"nobody waits for this")
+            stream.write(b"not awaited")
             while not told:
                 await sleep(0.001)
             while not await some(peer):
@@ -548,7 +542,7 @@ def test_a_file_that_is_truncated_while_it_is_sent(
                 received += await some(peer)
             with pytest.raises(FileEnded, match=f"of the {SIZE} bytes") as caught:
                 await sending
-            # It is not a whole file that something follows.
+            # No data may follow the incomplete file.
             for writing in (following, stream.write(b"x")):
                 with pytest.raises(StreamError, match="after a part of a file"):
                     await writing
@@ -561,7 +555,7 @@ def test_a_file_that_is_truncated_while_it_is_sent(
     run(reactor, main)
 
 
-def test_a_file_that_cannot_be_sent_at_all(reactor: Any, big: Path) -> None:
+def test_a_file_of_which_no_byte_can_be_sent(reactor: Any, big: Path) -> None:
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
             file = await open_file(big)
@@ -575,7 +569,7 @@ def test_a_file_that_cannot_be_sent_at_all(reactor: Any, big: Path) -> None:
             for offset, count in ((-1, 1), (0, -1)):
                 with pytest.raises(ValueError, match="0 is the least"):
                     stream.send_file(file, offset, count)
-            # Nothing was sent, so that the conversation can go on.
+            # No byte was sent, so that the conversation can go on.
             await stream.write(b"sorry")
             while not (received := await some(peer)):
                 pass
@@ -584,7 +578,7 @@ def test_a_file_that_cannot_be_sent_at_all(reactor: Any, big: Path) -> None:
     run(reactor, main)
 
 
-def test_cancelled_in_the_middle(reactor: Any, big: Path) -> None:
+def test_a_cancelled_send_file_breaks_the_stream(reactor: Any, big: Path) -> None:
     async def main() -> None:
         async with connected_with(reactor, big) as (stream, peer, file):
             told: list[int] = []
@@ -598,30 +592,32 @@ def test_cancelled_in_the_middle(reactor: Any, big: Path) -> None:
                 await stream.write(b"x")
             stream.close()
             received = 0
-            while chunk := await at_least_something(peer):
+            while chunk := await next_bytes(peer):
                 received += chunk
             assert told[-1] == received < SIZE
 
     run(reactor, main)
 
 
-@pytest.mark.parametrize("where", ["when it tells", "in between"])
-def test_cancelled_at_every_point(reactor: Any, big: Path, where: str) -> None:
-    """What it has told is what the peer gets, and nothing follows it."""
+@pytest.mark.parametrize("where", ["in progress", "between"])
+def test_send_file_is_cancelled_at_every_point(
+    reactor: Any, big: Path, where: str
+) -> None:
+    """The peer gets the bytes of the last progress, and no others."""
 
     async def cancel_after(point: int) -> bool:
-        """Whether it had not ended by then."""
+        """Whether the file was not sent by then."""
         told = [0]
 
         def tell(sent: int) -> None:
             told.append(sent)
-            if where == "when it tells" and len(told) > point:
+            if where == "in progress" and len(told) > point:
                 sending.cancel()
 
         async with connected_with(reactor, big) as (stream, peer, file):
             sending = stream.send_file(file, 0, size, progress=tell)
             sending.addErrback(lambda _: None)
-            if where == "when it tells" and not point:
+            if where == "in progress" and not point:
                 sending.cancel()
             received = 0
             while len(told) <= point and not sending.called:
@@ -629,7 +625,7 @@ def test_cancelled_at_every_point(reactor: Any, big: Path, where: str) -> None:
             ended = told[-1] == size
             sending.cancel()
             closing = stream.close()
-            while chunk := await at_least_something(peer):
+            while chunk := await next_bytes(peer):
                 received += chunk
             await closing
             assert told[-1] == received
@@ -639,15 +635,15 @@ def test_cancelled_at_every_point(reactor: Any, big: Path, where: str) -> None:
         point = 0
         while await cancel_after(point):
             point += 1
-        # In between, much may happen before anybody looks.
-        assert point > (2 if where == "when it tells" else 0)
+        # Between two steps of progress, many steps may be made before the test looks.
+        assert point > (2 if where == "in progress" else 0)
 
-    # More than a thread sends at once, or than is read and written.
+    # More than a thread sends at once, or than is read and written at once.
     size = 12_000_000 if hasattr(os, "sendfile") else 500_000
     run(reactor, main)
 
 
-def test_cancelled_before_its_turn(
+def test_a_queued_send_file_is_cancelled(
     reactor: Any, received_from: Receive, big: Path
 ) -> None:
     async def handler(stream: Stream) -> None:
@@ -663,9 +659,7 @@ def test_cancelled_before_its_turn(
     run(reactor, main)
 
 
-def test_a_peer_that_does_not_read_holds_up_who_writes_after_the_file(
-    reactor: Any, big: Path
-) -> None:
+def test_a_write_after_the_file_waits_for_a_slow_peer(reactor: Any, big: Path) -> None:
     async def main() -> None:
         async with connected_with(reactor, big) as (stream, peer, file):
             sending = stream.send_file(file)
@@ -688,7 +682,7 @@ def test_a_peer_that_does_not_read_holds_up_who_writes_after_the_file(
     run(reactor, main)
 
 
-def test_no_tls_in_the_middle_of_a_file(reactor: Any, big: Path) -> None:
+def test_start_tls_is_refused_while_a_file_is_sent(reactor: Any, big: Path) -> None:
     async def main() -> None:
         async with connected_with(reactor, big) as (stream, _, file):
             sending = stream.send_file(file)
@@ -699,9 +693,9 @@ def test_no_tls_in_the_middle_of_a_file(reactor: Any, big: Path) -> None:
     run(reactor, main)
 
 
-def test_progress_that_fails(reactor: Any, big: Path) -> None:
+def test_a_progress_function_that_fails(reactor: Any, big: Path) -> None:
     def progress(sent: int) -> None:
-        raise KeyError("told so")
+        raise KeyError("of the test")
 
     async def main() -> None:
         async with connected_with(reactor, big) as (stream, _, file):
@@ -712,7 +706,7 @@ def test_progress_that_fails(reactor: Any, big: Path) -> None:
     run(reactor, main)
 
 
-def test_without_sockets(path: Path) -> None:
+def test_send_file_without_sockets(path: Path) -> None:
     path.write_bytes(bytes(200_000))
 
     async def handler(stream: Stream) -> None:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.coro.support import STYLES, run, spin
-from tests.files.support import Gate, file_steps, hold, open_in
+from tests.coro.support import STYLES, run
+from tests.files.support import Gate, hold, open_in, results_in
 from tests.files.support import busy_threads as busy_threads
 from tests.support import DEADLINE
 from twisted_rtsig.coro import DelimiterNotFound
@@ -23,8 +23,9 @@ NEWLINES = [None, "", "\n", "\r", "\r\n"]
 
 @pytest.mark.parametrize("style", STYLES)
 def test_the_same_in_every_style(reactor: Any, style: str, path: Path) -> None:
-    got: list[Any] = []
-    steps = file_steps(
+    got = results_in(
+        style,
+        reactor,
         lambda: open_file(path, "w+", encoding="utf-8", newline="\n"),
         [
             lambda file: file.write("öne\ntwo\nthree"),
@@ -44,8 +45,6 @@ def test_the_same_in_every_style(reactor: Any, style: str, path: Path) -> None:
             lambda file: file.close(),
         ],
     )
-    STYLES[style](reactor, steps, got)
-    spin(reactor, lambda: len(got) == 16)
     assert got == [
         *(None, None, 0, "öne\n", "t", 6, "wo\nthree", "", 14, 5, 5),
         *(ValueError, TypeError, None, None, None),

@@ -1,4 +1,4 @@
-"""Files over HTTP: the same as from twisted.web.static.File."""
+"""``StaticResource`` serves files over HTTP as ``twisted.web.static.File`` does."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from twisted_rtsig.coro import IncompleteRead, Stream, connect, sleep
 from twisted_rtsig.files.open_calls import open_descriptor
 
 with warnings.catch_warnings():
-    # Twisted's own, about its own.
+    # Twisted warns of its own modules.
     warnings.simplefilter("ignore", DeprecationWarning)
     from twisted.web.resource import Resource
     from twisted.web.server import Site
@@ -30,7 +31,7 @@ with warnings.catch_warnings():
 
     from twisted_rtsig.files.web import StaticResource
 
-# What Twisted itself says when it answers that there is no such file.
+# Twisted itself warns when it answers that a file does not exist.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 SIZE = 1_000_000
@@ -61,7 +62,7 @@ class Response:
 
 
 class Web:
-    """A site, and a client."""
+    """A web site, and a client of it."""
 
     def __init__(self, reactor: Any, resource: Any) -> None:
         self.reactor = reactor
@@ -90,6 +91,18 @@ class Web:
         await stream.write("\r\n".join([*lines, "", ""]).encode())
 
 
+@pytest.fixture
+def web(reactor: Any, folder: Path) -> Iterator[Web]:
+    """A site that serves the folder."""
+    it = Web(reactor, StaticResource(str(folder)))
+    yield it
+
+    async def stop() -> None:
+        await it.port.stopListening()
+
+    run(reactor, stop)
+
+
 PATHS = [
     *("/", "/empty", "/page.html", "/archive.tar.gz", "/n%C3%A4me.txt", "/no%20type"),
     *("/big.bin", "/sub", "/sub?a=b", "/sub/", "/sub/with%20index"),
@@ -105,18 +118,22 @@ RANGES = [
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("path", PATHS)
-def test_the_same_as_twisted(
+def test_a_response_is_the_same_as_from_twisted(
     reactor: Any, folder: Path, path: str, method: str
 ) -> None:
     same_response(reactor, folder, path, method)
 
 
 @pytest.mark.parametrize("ranges", RANGES)
-def test_ranges(reactor: Any, folder: Path, ranges: str) -> None:
+def test_a_range_is_the_same_as_from_twisted(
+    reactor: Any, folder: Path, ranges: str
+) -> None:
     same_response(reactor, folder, "/big.bin", Range=f"bytes={ranges}")
 
 
-def test_the_head_of_a_range(reactor: Any, folder: Path) -> None:
+def test_HEAD_of_a_range_is_the_same_as_from_twisted(
+    reactor: Any, folder: Path
+) -> None:
     for ranges in ("0-4", "0-4,10-14", "2000000-"):
         same_response(reactor, folder, "/big.bin", "HEAD", Range=f"bytes={ranges}")
 
@@ -145,7 +162,7 @@ def same_response(
 
 
 def without_boundary(response: Response) -> tuple[bytes, bytes]:
-    """The type and the body."""
+    """The type and the body.  The random boundary is replaced."""
     kind = response.headers.get(b"content-type", b"")
     boundary = re.search(rb'boundary="(.*)"', kind)
     body = b"" if response.status == 404 else response.body
@@ -154,27 +171,28 @@ def without_boundary(response: Response) -> tuple[bytes, bytes]:
     return kind.replace(boundary[1], b"-"), body.replace(boundary[1], b"-")
 
 
-def test_what_file_has_no_answer_to(reactor: Any, folder: Path) -> None:
+def test_requests_that_twisted_does_not_answer_correctly(
+    reactor: Any, web: Web
+) -> None:
     async def main() -> None:
-        web = Web(reactor, StaticResource(str(folder)))
         assert (await web.get("/%00")).status == 404
         response = await web.get("/page.html", Range="bytes=1000-,2000-")
         assert (response.status, response.body) == (416, b"")
         assert response.headers[b"content-range"] == b"bytes */11"
-        # What is no range at all is not minded (RFC 9110, 14.2).
+        # A header without a valid range is ignored (RFC 9110, 14.2).
         for ranges in ("bytes=", "bytes=,", "bytes=\xe9", "bytes=0-\xb2"):
             response = await web.get("/page.html", Range=ranges)
             assert (response.status, response.body) == (200, b"<p>page</p>")
-        await web.port.stopListening()
 
     run(reactor, main)
 
 
-def test_a_range_of_what_the_client_has_the_rest_of(reactor: Any, folder: Path) -> None:
-    """Or else it is all of the file that he gets (RFC 9110, 13.1.5)."""
+def test_If_Range_sends_the_whole_file_if_it_has_changed(
+    reactor: Any, web: Web
+) -> None:
+    """The client gets the range only of the file that it has (RFC 9110, 13.1.5)."""
 
     async def main() -> None:
-        web = Web(reactor, StaticResource(str(folder)))
         modified = (await web.get("/page.html")).headers[b"last-modified"].decode()
         for condition, status in (
             (modified, 206),
@@ -187,17 +205,15 @@ def test_a_range_of_what_the_client_has_the_rest_of(reactor: Any, folder: Path) 
             )
             body = b"page" if status == 206 else b"<p>page</p>"
             assert (response.status, response.body) == (status, body), condition
-        await web.port.stopListening()
 
     run(reactor, main)
 
 
-def test_more_from_the_end_than_there_is(reactor: Any, folder: Path) -> None:
-    """That is all of it (RFC 9110, 14.1.2)."""
+def test_a_suffix_range_that_is_longer_than_the_file(reactor: Any, web: Web) -> None:
+    """The range is the whole file (RFC 9110, 14.1.2)."""
     page = b"<p>page</p>"
 
     async def main() -> None:
-        web = Web(reactor, StaticResource(str(folder)))
         for size in (12, 1000, 1 << 70):
             response = await web.get("/page.html", Range=f"bytes=-{size}")
             assert (response.status, response.body) == (206, page)
@@ -208,16 +224,14 @@ def test_more_from_the_end_than_there_is(reactor: Any, folder: Path) -> None:
         assert int(response.headers[b"content-length"]) == len(response.body)
         assert b"bytes 0-2/11\r\n\r\n<p>\r\n" in response.body
         assert b"bytes 0-10/11\r\n\r\n" + page in response.body
-        await web.port.stopListening()
 
     run(reactor, main)
 
 
-def test_ranges_of_an_empty_file(reactor: Any, folder: Path) -> None:
-    """It has last bytes, none; but no first ones (RFC 9110, 14.1.2)."""
+def test_ranges_of_an_empty_file(reactor: Any, web: Web) -> None:
+    """A suffix range of it is valid, and another range is not (RFC 9110, 14.1.2)."""
 
     async def main() -> None:
-        web = Web(reactor, StaticResource(str(folder)))
         for ranges, status in (
             *(("-5", 200), ("-5,-3", 200), ("0-,-1", 200)),
             *(("-0", 416), ("0-", 416), ("0-0,5-", 416)),
@@ -226,17 +240,15 @@ def test_ranges_of_an_empty_file(reactor: Any, folder: Path) -> None:
             assert (response.status, response.body) == (status, b""), ranges
             expected = b"bytes */0" if status == 416 else None
             assert response.headers.get(b"content-range") == expected, ranges
-        await web.port.stopListening()
 
     run(reactor, main)
 
 
-def test_more_ranges_than_a_client_has_use_for(reactor: Any, folder: Path) -> None:
-    """They would bring many times the file: they get the file (RFC 9110, 14.2)."""
+def test_too_many_ranges_are_ignored(reactor: Any, folder: Path, web: Web) -> None:
+    """They would send the file many times, so it is sent once (RFC 9110, 14.2)."""
     big = (folder / "big.bin").read_bytes()
 
     async def main() -> None:
-        web = Web(reactor, StaticResource(str(folder)))
         for ranges in (
             *(["0-"] * 1000, ["0-"] * 3, ["-2000000", "0-999998", "1-"]),
             [f"{each}-{each}" for each in range(0, 402, 2)],
@@ -245,7 +257,7 @@ def test_more_ranges_than_a_client_has_use_for(reactor: Any, folder: Path) -> No
             assert response.status == 200
             assert response.headers[b"content-length"] == b"%d" % SIZE
             assert response.body == big
-        # What may be of use: few, in any order, and two of them overlapping.
+        # These are served: few ranges, in any order, of which two overlap.
         for ranges in (
             *(["0-", "500000-"], ["900000-", "5-9", "0-3"]),
             [f"{each}-{each}" for each in range(0, 400, 2)],
@@ -254,18 +266,16 @@ def test_more_ranges_than_a_client_has_use_for(reactor: Any, folder: Path) -> No
             assert response.status == 206
             assert response.body.count(b"\r\nContent-range: ") == len(ranges)
             assert len(response.body) == int(response.headers[b"content-length"])
-        await web.port.stopListening()
 
     run(reactor, main)
 
 
-def test_ranges_that_are_malformed(
-    reactor: Any, folder: Path, logged: list[Any]
+def test_malformed_ranges_are_ignored(
+    reactor: Any, web: Web, logged: list[Any]
 ) -> None:
-    """The file is sent, and the log gets no line of the client's making."""
+    """The file is sent, and nothing is logged that a client could repeat at will."""
 
     async def main() -> None:
-        web = Web(reactor, StaticResource(str(folder)))
         for ranges in (
             *("bytes=1_0-", "bytes=+1-5", "bytes=--5", "bytes=-+5", "bytes=-", "bytes"),
             *("bytes=1 - 5", "bytes=0x1-", "bytes=1-5-7", "bytes=0-1,x", "bytes=5-1"),
@@ -273,16 +283,14 @@ def test_ranges_that_are_malformed(
         ):
             response = await web.get("/page.html", Range=ranges)
             assert (response.status, response.body) == (200, b"<p>page</p>"), ranges
-        await web.port.stopListening()
 
     run(reactor, main)
     assert "ange" not in "".join(str(each.get("log_text", "")) for each in logged)
     assert not [each for each in logged if each.get("log_failure")]
 
 
-def test_ranges_with_numbers_of_any_length(reactor: Any, folder: Path) -> None:
+def test_ranges_with_numbers_of_any_length(reactor: Any, web: Web) -> None:
     async def main() -> None:
-        web = Web(reactor, StaticResource(str(folder)))
         nines, zeros = "9" * 5000, "0" * 5000
         for ranges, status, body in (
             *((f"0-{nines}", 206, b"<p>page</p>"), (f"-{nines}", 206, b"<p>page</p>")),
@@ -293,14 +301,15 @@ def test_ranges_with_numbers_of_any_length(reactor: Any, folder: Path) -> None:
             assert (response.status, response.body) == (status, body), ranges[:9]
         response = await web.get("/page.html", Range="Bytes=3-6")
         assert (response.status, response.body) == (206, b"page")
-        await web.port.stopListening()
 
     run(reactor, main)
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_conditions(reactor: Any, folder: Path, logged: list[Any], method: str) -> None:
-    """RFC 9110, 13.2.2, of a file that has no entity tag."""
+def test_conditional_requests(
+    reactor: Any, web: Web, logged: list[Any], method: str
+) -> None:
+    """The rules are those of RFC 9110, 13.2.2, for a file without an entity tag."""
     early, late = "Sat, 01 Jan 2000 00:00:00 GMT", "Fri, 01 Jan 2100 00:00:00 GMT"
     cases: list[tuple[int, dict[str, str]]] = [
         (200, {"If_Match": "*"}),
@@ -321,49 +330,45 @@ def test_conditions(reactor: Any, folder: Path, logged: list[Any], method: str) 
         cases.append((200, {"If_Unmodified_Since": no_date}))
 
     async def main() -> None:
-        web = Web(reactor, StaticResource(str(folder)))
         for status, headers in cases:
             response = await web.get("/page.html", method, **headers)
             assert response.status == status, headers
             body = b"<p>page</p>" if (status, method) == (200, "GET") else b""
             assert response.body == body, headers
-        await web.port.stopListening()
 
     run(reactor, main)
     assert not [each for each in logged if each.get("log_failure")]
 
 
-def test_a_range_beyond_4_gb(reactor: Any, folder: Path) -> None:
+def test_a_range_beyond_4_gb(reactor: Any, folder: Path, web: Web) -> None:
     far = (1 << 32) + 12345
     with (folder / "far.bin").open("wb") as file:
         file.seek(far)
         file.write(b"far away")
 
     async def main() -> None:
-        web = Web(reactor, StaticResource(str(folder)))
         response = await web.get("/far.bin", Range=f"bytes={far}-{far + 2}")
         assert (response.status, response.body) == (206, b"far")
         assert (await web.get("/far.bin", Range="bytes=-4")).body == b"away"
-        await web.port.stopListening()
 
     run(reactor, main)
 
 
-def test_what_was_not_modified(reactor: Any, folder: Path) -> None:
+def test_a_file_that_was_not_modified_is_not_sent(
+    reactor: Any, folder: Path, web: Web
+) -> None:
     async def main() -> None:
-        web = Web(reactor, StaticResource(str(folder)))
         modified = (await web.get("/big.bin")).headers[b"last-modified"].decode()
         again = await web.get("/big.bin", If_Modified_Since=modified)
         assert (again.status, again.body) == (304, b"")
         os.utime(folder / "big.bin", (2_000_000_000, 2_000_000_000))
         later = await web.get("/big.bin", If_Modified_Since=modified)
         assert (later.status, len(later.body)) == (200, SIZE)
-        await web.port.stopListening()
 
     run(reactor, main)
 
 
-def test_below_another_resource(reactor: Any, folder: Path) -> None:
+def test_a_static_resource_below_another_resource(reactor: Any, folder: Path) -> None:
     async def main() -> None:
         root = Resource()
         static = StaticResource(str(folder), default_type="text/x-unknown")
@@ -387,9 +392,10 @@ def test_below_another_resource(reactor: Any, folder: Path) -> None:
     run(reactor, main)
 
 
-def test_what_cannot_be_served(reactor: Any, folder: Path) -> None:
+def test_files_that_cannot_be_served_are_not_found(
+    reactor: Any, folder: Path, web: Web
+) -> None:
     async def main() -> None:
-        web = Web(reactor, StaticResource(str(folder)))
         paths = ["/" + "n" * 300]
         if sys.platform != "win32":
             os.mkfifo(folder / "fifo")
@@ -397,26 +403,23 @@ def test_what_cannot_be_served(reactor: Any, folder: Path) -> None:
             paths += ["/fifo", "/loop"]
         for path in paths:
             assert (await web.get(path)).status == 404
-        await web.port.stopListening()
 
     run(reactor, main)
 
 
-def test_what_may_not_be_read(
-    reactor: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_must_not_be_read_is_forbidden(
+    reactor: Any, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which root may, so that the refusal is made up."""
+    """Root may read all files, so the test makes up the refusal."""
 
     def refuse(*args: Any) -> int:
         raise PermissionError(13, "Permission denied")
 
     async def main() -> None:
-        web = Web(reactor, StaticResource(str(folder)))
         with monkeypatch.context() as patch:
             patch.setattr(os, "fstat", refuse)
             assert (await web.get("/page.html")).status == 403
         assert (await web.get("/page.html")).status == 200
-        await web.port.stopListening()
 
     run(reactor, main)
 
@@ -429,25 +432,23 @@ def test_an_index_without_an_extension(reactor: Any, folder: Path) -> None:
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="names are text on this platform"
 )
-def test_a_listing_has_no_names_that_cannot_be_asked_for(
-    reactor: Any, folder: Path
+def test_a_listing_leaves_out_names_that_are_not_text(
+    reactor: Any, folder: Path, web: Web
 ) -> None:
     (folder / "sub" / os.fsdecode(b"no text \xff")).write_bytes(b"x")
     (folder / "sub" / "text").write_bytes(b"x")
 
     async def main() -> None:
-        web = Web(reactor, StaticResource(str(folder)))
         response = await web.get("/sub/")
         assert response.status == 200
         assert b">text<" in response.body
         assert b"no text" not in response.body
-        await web.port.stopListening()
 
     run(reactor, main)
 
 
-def test_what_fails_is_not_told_to_be_missing(
-    reactor: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, logged: list[Any]
+def test_a_failure_is_a_server_error(
+    reactor: Any, web: Web, monkeypatch: pytest.MonkeyPatch, logged: list[Any]
 ) -> None:
 
     def fail(*args: Any) -> Any:
@@ -459,7 +460,6 @@ def test_what_fails_is_not_told_to_be_missing(
         return opened
 
     async def main() -> None:
-        web = Web(reactor, StaticResource(str(folder)))
         module = "twisted_rtsig.files.web"
         monkeypatch.setattr(f"{module}.open_cached", lambda path: None)
         monkeypatch.setattr(f"{module}.open_descriptor", fail)
@@ -470,7 +470,6 @@ def test_what_fails_is_not_told_to_be_missing(
         about_the_file = {b"content-encoding", b"content-range", b"last-modified"}
         assert not about_the_file & response.headers.keys()
         assert len(response.body) == int(response.headers[b"content-length"])
-        await web.port.stopListening()
 
     run(reactor, main)
     failures = [each["log_failure"] for each in logged if each.get("log_failure")]
@@ -478,21 +477,19 @@ def test_what_fails_is_not_told_to_be_missing(
 
 
 def test_a_file_that_is_truncated_while_it_is_sent(
-    reactor: Any, folder: Path, logged: list[Any]
+    reactor: Any, folder: Path, web: Web, logged: list[Any]
 ) -> None:
     path = folder / "big.bin"
     path.write_bytes(bytes(30 * SIZE))
 
     async def main() -> None:
-        web = Web(reactor, StaticResource(str(folder)))
         async with await web.connect() as stream:
             await web.ask(stream, "/big.bin")
             await stream.read_until(b"\r\n\r\n")
             os.truncate(path, SIZE)
-            # It does not get less as if that were all.
+            # The client can tell that the file is incomplete.
             with pytest.raises(IncompleteRead):
                 await stream.read_exactly(30 * SIZE)
-        await web.port.stopListening()
 
     run(reactor, main)
     failures = [each["log_failure"] for each in logged if each.get("log_failure")]
@@ -500,9 +497,10 @@ def test_a_file_that_is_truncated_while_it_is_sent(
 
 
 @pytest.mark.parametrize("when", ["while it is opened", "while it is sent"])
-def test_a_client_that_vanishes(
+def test_a_client_disconnects_early(
     reactor: Any,
     folder: Path,
+    web: Web,
     logged: list[Any],
     monkeypatch: pytest.MonkeyPatch,
     when: str,
@@ -510,8 +508,7 @@ def test_a_client_that_vanishes(
     (folder / "big.bin").write_bytes(bytes(30 * SIZE))
 
     async def main() -> None:
-        web = Web(reactor, StaticResource(str(folder)))
-        # So that it is opened in a thread; what is read may be cached.
+        # The file is opened in a thread.  Its data may be cached.
         monkeypatch.setattr("twisted_rtsig.files.web.open_cached", lambda path: None)
         disk = SlowDisk(monkeypatch, "open")
         if when == "while it is sent":
@@ -529,7 +526,6 @@ def test_a_client_that_vanishes(
         disk.gate.open()
         while open_in(folder):
             await sleep(0.001)
-        await web.port.stopListening()
 
     run(reactor, main)
     assert not [each for each in logged if each.get("log_failure")]
@@ -538,7 +534,7 @@ def test_a_client_that_vanishes(
 EXAMPLE = Path(__file__).parents[2] / "examples" / "static_server.py"
 
 
-def test_the_example(folder: Path, tmp_path: Path) -> None:
+def test_the_example_server(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
     if sys.platform.startswith("linux"):
         command.append("--reactor=rtsig-epoll")
