@@ -1,11 +1,11 @@
 """
-CPython's own tests of asyncio, with the event loop of this package in the place of
-``asyncio.SelectorEventLoop`` or without, in a process of their own.
+CPython's own tests of asyncio, on ``asyncio.SelectorEventLoop`` or on the event loop of
+this package in its place, in a process of their own.
 
     python -m tests.asyncio_suite {stock,engine} [--only TEST_ID...]
 
-Prints one JSON object: the outcome ("success", "skip", "fail") of each test by its id.
-A test that is expected to fail counts as a success when it does.
+The program prints one JSON object: the outcome ("success", "skip", "fail") of each test
+by its id.  A test that is expected to fail counts as a success when it fails.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def is_installed() -> bool:
 
 
 def replace_loops() -> None:
-    """Let everything that makes a loop for a selector make one of this package."""
+    """Replace ``asyncio.SelectorEventLoop`` by the loop of this package everywhere."""
     from twisted_rtsig.asyncio_support.loop import EngineEventLoop
     from twisted_rtsig.asyncioreactor import AsyncioReactor
 
@@ -59,7 +59,7 @@ def replace_loops() -> None:
 
 
 class Result(unittest.TestResult):
-    """The outcome of each test; the worst of its subtests counts."""
+    """The outcome of each test, which is the worst of its subtests."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Result(unittest.TestResult):
         self.outcomes[test.id()] = "success"
 
     def _failed(self, test: Any, error: Any) -> None:
-        # Also what failed in setUpClass, which is no test.
+        # This may also be a failure of setUpClass, which is not a test.
         self.outcomes[test.id()] = "fail"
         print(f"{test.id()}: {self._exc_info_to_string(error, test)}", file=sys.stderr)  # type: ignore[attr-defined]
 
@@ -108,7 +108,7 @@ def run(only: set[str]) -> Outcomes:
     tests = _tests(unittest.defaultTestLoader.loadTestsFromName(PACKAGE))
     suite = unittest.TestSuite(each for each in tests if not only or each.id() in only)
     del tests
-    # Most tests collect garbage, which takes the longer the more there is to look at.
+    # Most tests collect garbage, which takes longer with more objects to look through.
     gc.collect()
     gc.freeze()
     result = Result()

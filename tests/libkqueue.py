@@ -1,27 +1,26 @@
 """
 The kqueue reactor over libkqueue, which emulates kqueue(2) on Linux's epoll.
 
-The library is the one that the environment variable ``LIBKQUEUE`` names, or else
-the loader finds.  No Debian release that is supported has it as a package; from
-its source it is built by::
+The environment variable ``LIBKQUEUE`` names the library, or else the loader finds it.
+No supported Debian release has a package of it.  It is built from its source by::
 
     git clone https://github.com/mheily/libkqueue
     cmake -S libkqueue -B build -DCMAKE_BUILD_TYPE=Release
     cmake --build build --target kqueue
     export LIBKQUEUE=$PWD/build/libkqueue.so
 
-:class:`LibKQueue` has the interface of ``select.kqueue``, and makes good where
-the emulation is unlike a kernel:
+:class:`LibKQueue` has the interface of ``select.kqueue``, and corrects the differences
+between the emulation and a kernel:
 
-- Descriptors that were closed stay watched, and where a duplicate lives on, their
-  events point to memory that was freed.  So their numbers are looked at before
-  each call, and if one was closed, all others move to a new queue.
-- To look at a socket with an error takes the error away, so that nobody else
-  meets it.  Such a socket is taken out for as long as it has one, and its events
-  are made here.
-- EV_ADD of what is there already fails.
-- A wait that follows a change that failed may lose the failure.
-- A child that was reaped fails all waits.
+- Closed descriptors stay watched.  If a duplicate still exists, their events point to
+  memory that was freed.  So the descriptors are checked before each call.  If one was
+  closed, all others move to a new queue.
+- The emulation clears the error of a socket, so that no read gets the error.  Such a
+  socket is removed from the queue as long as it has an error, and its events are made
+  here.
+- EV_ADD of a knote that exists already fails.
+- A wait after a failed change may lose the failure.
+- A child that was reaped makes all waits fail.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ class _TimeSpec(ctypes.Structure):
 
 
 def path() -> str | None:
-    """Where the library is, if there is one."""
+    """The path of the library, or ``None``."""
     return os.environ.get("LIBKQUEUE") or ctypes.util.find_library("kqueue")
 
 
@@ -104,7 +103,7 @@ def _library() -> Any:
 
 
 def _eventpolls(pipe: int) -> set[int]:
-    """The epoll sets of this process that watch a pipe, by its inode."""
+    """The epoll sets of this process that watch the pipe with this inode."""
     found = set()
     for name in os.listdir("/proc/self/fdinfo"):
         with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{name}") as info:
@@ -117,15 +116,15 @@ class _Queue:
     """
     One queue of the library.
 
-    Its number is a pipe's, and tells nothing; the epoll set below it does.  A
-    thread of the library gives it back at some time after it was closed.
+    Its descriptor is a pipe, which does not become readable.  The epoll set below it
+    does.  A thread of the library frees both at some time after the queue was closed.
     """
 
     def __init__(self) -> None:
         kept = _keep_one(os.getpid())
         self.number = _call(_library().kqueue)
         self._pipe = os.fstat(self.number).st_ino
-        # The set of that thread watches the pipes of all.
+        # The epoll set of that thread watches the pipes of all queues.
         (self.eventpoll,) = _eventpolls(self._pipe) - _eventpolls(kept)
 
     def close(self) -> None:
@@ -138,8 +137,8 @@ class _Queue:
 @functools.cache
 def _keep_one(process: int) -> int:
     """
-    The pipe of a queue that stays, and with it what the first queue makes for all
-    and the last one gives back.
+    The pipe of a queue that stays open.  It keeps the resources that the first queue
+    allocates for all and that the last one frees.
     """
     return os.fstat(_call(_library().kqueue)).st_ino
 
@@ -157,12 +156,12 @@ class LibKQueue:
 
     def __init__(self) -> None:
         self._queue = _Queue()
-        # What is watched, and the identity of each descriptor that is.
+        # The changes that are in force, and the identity of each watched descriptor.
         self._knotes: dict[tuple[int, int], KEvent] = {}
         self._identities: dict[int, tuple[int, int]] = {}
-        # Those whose socket has an error.
+        # The knotes that were removed because their socket has an error.
         self._taken_out: set[tuple[int, int]] = set()
-        # The queue is another one after a move.  A signal handler may come in it.
+        # A move replaces the queue.  A signal handler may run during the move.
         self._lock = threading.RLock()
         self._triggered = False
         self.closed = False
@@ -183,11 +182,11 @@ class LibKQueue:
         timeout: float | None = None,
         /,
     ) -> list[Any]:
-        """Call kevent(2), as it were."""
+        """Do the work of kevent(2)."""
         if self.closed:
             raise ValueError("I/O operation on closed kqueue object")
         if changelist and changelist[0].fflags & NOTE_TRIGGER:
-            # In another thread, while this one sleeps: nothing else may change.
+            # Another thread calls this while this one sleeps: change nothing else.
             self._trigger(changelist[0])
             return []
         self._forget_closed()
@@ -205,10 +204,10 @@ class LibKQueue:
         made = self._events_of_errors() + self._events_of_the_reaped()
         return (made + self._kevent(max_events))[:max_events]
 
-    # What a kernel would do
+    # The work of a kernel
 
     def _change(self, change: KEvent) -> int:
-        """Make it; the errno."""
+        """Make a change, and return its errno or 0."""
         key = change.ident, change.filter
         known = self._knotes.pop(key, None)
         if change.flags & DELETE:
@@ -309,7 +308,7 @@ class LibKQueue:
         return watched
 
     def _sleep(self, timeout: float | None) -> None:
-        """Till there is something in the queue, or a socket has an error."""
+        """Sleep until the queue has an event, or a socket has an error."""
         poll = select.poll()
         poll.register(self._queue.eventpoll, select.POLLIN)
         for descriptor in self._watched():
@@ -335,7 +334,7 @@ class LibKQueue:
                         self._taken_out.add(key)
                     events.append(
                         self._knotes[key].copy(
-                            # A kernel ends streams by an error, and nothing else.
+                            # A kernel reports EOF with the error of a stream only.
                             flags=EOF if _is_stream(descriptor) else 0,
                             fflags=errno.ECONNRESET,
                             data=_waiting(descriptor) if key[1] == READ else 32768,
@@ -373,8 +372,8 @@ def _is_stream(descriptor: int) -> bool:
 
 
 def _waiting(descriptor: int) -> int:
-    """How many bytes there are to read."""
-    # Windows has neither, but imports this file.
+    """How many bytes can be read."""
+    # Windows has neither module, but imports this file.
     import fcntl
     import termios
 
@@ -397,7 +396,7 @@ CALLS = KernelCalls(
 
 
 class KQueueReactor(kqreactor.KQueueReactor):
-    """The kqueue reactor, over libkqueue."""
+    """The kqueue reactor over libkqueue."""
 
     def __init__(self) -> None:
         super().__init__(CALLS)

@@ -21,10 +21,10 @@ def start_suite(module: str, *arguments: str) -> subprocess.Popen[str]:
 
 def end_of(suite: subprocess.Popen[str], seconds: float) -> tuple[Any, str]:
     """
-    Wait for a suite to end well.
+    Wait for a suite, which must end with status 0.
 
-    :param seconds: the longest that it may take.
-    :return: what it has printed, as JSON; and its errors.
+    :param seconds: the longest time that it may take.
+    :return: its output, which is JSON, and its errors.
     """
     with suite:
         try:

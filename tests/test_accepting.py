@@ -1,9 +1,9 @@
 """
-Connections that a TCP port accepts: what their transports know, and how a port deals
-with what goes wrong.
+Connections that a TCP port accepts: the attributes of their transports, and errors of
+accepting.
 
-Every test runs on Twisted's own reactor as well, which says what the behaviour has to
-be.
+Every test runs on one of Twisted's own reactors as well: its behaviour is the right
+one.
 """
 
 from __future__ import annotations
@@ -57,18 +57,20 @@ def connect(port: Any) -> socket.socket:
 @pytest.mark.parametrize(
     ("interface", "cls"), [("127.0.0.1", IPv4Address), ("::1", IPv6Address)]
 )
-def test_what_a_transport_knows(reactor: Any, interface: str, cls: type[Any]) -> None:
+def test_the_attributes_of_an_accepted_transport(
+    reactor: Any, interface: str, cls: type[Any]
+) -> None:
     factory = RecorderFactory()
     port = listen(reactor, factory, interface)
     number = port.getHost().port
     built: list[Any] = []
     build = factory.buildProtocol
 
-    def build_and_tell(address: Any) -> Recorder:
+    def build_and_record(address: Any) -> Recorder:
         built.append(address)
         return build(address)
 
-    factory.buildProtocol = build_and_tell  # type: ignore[method-assign,assignment]
+    factory.buildProtocol = build_and_record  # type: ignore[method-assign,assignment]
     with connect(port) as first, connect(port) as second:
         spin_with_timers(reactor, lambda: len(factory.connections) == 2)
         peers = [each.getsockname() for each in (first, second)]
@@ -89,7 +91,7 @@ def test_what_a_transport_knows(reactor: Any, interface: str, cls: type[Any]) ->
             assert transport.repstr == repr(transport)
             assert not transport.getHandle().getblocking()
             assert not transport.getHandle().get_inheritable()
-        # What it was made with.
+        # The transports keep their repr after the port has closed.
         port.stopListening()
         spin_with_timers(reactor, lambda: not port.connected)
     spin_with_timers(reactor, lambda: all(each.lost for each in factory.connections))
@@ -100,8 +102,8 @@ def test_what_a_transport_knows(reactor: Any, interface: str, cls: type[Any]) ->
     assert repr(transports[0]) == "changed"
 
 
-def test_the_end_comes_once(reactor: Any) -> None:
-    told = []
+def test_a_connection_is_lost_once(reactor: Any) -> None:
+    calls = []
 
     class Producer:
         def resumeProducing(self) -> None: ...
@@ -109,7 +111,7 @@ def test_the_end_comes_once(reactor: Any) -> None:
         def pauseProducing(self) -> None: ...
 
         def stopProducing(self) -> None:
-            told.append("stop")
+            calls.append("stop")
 
     factory = RecorderFactory()
     port = listen(reactor, factory)
@@ -123,15 +125,15 @@ def test_the_end_comes_once(reactor: Any) -> None:
     assert [each.type for each in protocol.lost] == [ConnectionDone]
     transport.connectionLost(Failure(ConnectionDone()))
     assert len(protocol.lost) == 1
-    assert told == ["stop"]
+    assert calls == ["stop"]
     assert not transport.connected
     assert transport.disconnected
     assert not hasattr(transport, "socket")
     assert not hasattr(transport, "protocol")
 
 
-def test_a_factory_that_refuses_or_fails(reactor: Any) -> None:
-    """The others are served; the next number is not taken."""
+def test_a_factory_refuses_or_fails(reactor: Any) -> None:
+    """The other connections are served, and no session number is left out."""
     factory = RecorderFactory()
     build = factory.buildProtocol
     answers: list[Callable[[Any], Any]] = [lambda address: None, lambda address: 1 / 0]
@@ -155,8 +157,10 @@ def test_a_factory_that_refuses_or_fails(reactor: Any) -> None:
     assert failure.check(ZeroDivisionError)
 
 
-def test_accept_fails(reactor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twisted's own code deals with it, and the next connections come."""
+def test_connections_are_accepted_after_accept_has_failed(
+    reactor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twisted's own code handles the error."""
     factory = RecorderFactory()
     port = listen(reactor, factory)
     accept = socket.socket._accept  # type: ignore[attr-defined]
@@ -175,8 +179,8 @@ def test_accept_fails(reactor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         client.close()
 
 
-def test_as_many_as_came_before(reactor: Any) -> None:
-    """A port accepts no more at once, which saves the call that finds none."""
+def test_a_port_accepts_as_many_at_once_as_the_last_time(reactor: Any) -> None:
+    """This saves the last accept(2), which would find no connection."""
     factory = RecorderFactory()
     port = listen(reactor, factory)
     served = 0

@@ -2,7 +2,7 @@
 Conformance: no test of CPython's own asyncio suite fails on the event loop of this
 package while it passes on ``asyncio.SelectorEventLoop``, on the same Python.
 
-It takes minutes, so that it is left out unless ``TEST_ASYNCIO`` is set, as by .ci/run.
+It takes minutes, and is left out unless ``TEST_ASYNCIO`` is set, as .ci/run does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not is_installed(), reason="this Python has no tests installed"),
 ]
 
-# Far more than there would be if the suite had not been found.
+# If the suite were not found, many fewer tests would run.
 FEWEST_TESTS = 2000
 
 
@@ -36,7 +36,7 @@ def start(loop: str, *options: str) -> subprocess.Popen[str]:
 
 
 def outcomes_of(suite: subprocess.Popen[str]) -> tuple[Outcomes, str]:
-    """The outcomes, and what the suite has printed about failures."""
+    """The outcomes, and the failures that the suite has printed."""
     return end_of(suite, 1200)
 
 
@@ -44,16 +44,16 @@ def passed(outcomes: Outcomes) -> set[str]:
     return {test for test, outcome in outcomes.items() if outcome == "success"}
 
 
-def test_as_good_as_asyncios() -> None:
+def test_the_loop_passes_the_tests_that_asyncios_loop_passes() -> None:
     """
-    A test counts against the loop if it passes on asyncio's and does not here, three
-    times of three: some of these tests depend on time.
+    A test counts as a failure if it passes on asyncio's loop and fails here three times
+    in three runs: some of these tests depend on time.
     """
     suites = [start("stock"), start("engine")]
     (theirs, _), (ours, errors) = map(outcomes_of, suites)
     assert set(ours) == set(theirs)
     assert len(passed(ours)) >= FEWEST_TESTS
-    # A skip is no way around.
+    # A skipped test counts as a failure.
     suspects = passed(theirs) - passed(ours)
     for _ in range(2):
         if suspects:

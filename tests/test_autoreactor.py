@@ -1,4 +1,4 @@
-"""The reactor for the system at hand, and a program that runs on any."""
+"""``rtsig-auto`` chooses the reactor of the system.  A program runs on each."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ needs_a_reactor = pytest.mark.skipif(
 )
 
 
-# What the interpreter is given before the program, by the reactor that it runs on.
+# The arguments of the interpreter before the program, by the chosen reactor.
 SYSTEMS: dict[str, tuple[str, ...]] = {}
 if sys.platform in HERE:
     SYSTEMS[HERE[sys.platform]] = ()
-# Where it is missing, test_kqueue.py skips and says so, once for all.
+# If libkqueue is missing, test_kqueue.py says so when it skips.
 if sys.platform == "linux" and libkqueue.path() is not None:
     AS_IF_IT_WERE_BSD = """if 1:
         import runpy, sys
@@ -99,7 +99,7 @@ def test_install_names_the_reactor_in_the_log(monkeypatch: pytest.MonkeyPatch) -
         ("freebsd14", "kqreactor", "KQueueReactor"),
     ],
 )
-def test_choice(
+def test_the_reactor_of_each_system(
     monkeypatch: pytest.MonkeyPatch, platform: str, module: str, name: str
 ) -> None:
     made = object()
@@ -109,15 +109,15 @@ def test_choice(
     assert autoreactor.make_reactor() is made
 
 
-def test_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_a_reactor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "sunos5")
     monkeypatch.setattr(main, "installReactor", pytest.fail)
     with pytest.raises(UnsupportedReactorError, match="sunos5; use --reactor=poll"):
         twisted_rtsig.install()
 
 
-def test_nothing_else_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the reactor of the system cannot run, it says why, and that is all."""
+def test_no_other_reactor_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the reactor of the system cannot run, its error is raised."""
 
     def refuse() -> None:
         raise UnsupportedReactorError("no descriptors are left")

@@ -1,9 +1,9 @@
 """
-docs/first-server.md, word for word: the files that it shows are written into an empty
-folder, and its commands run there in one shell, which must print what the page says.
+docs/first-server.md, word for word.  The files of the page are written into an empty
+folder, and its commands run there in one shell, whose output must be that of the page.
 
-The ports are others, since the page's may be taken.  What pip would download is found
-beside the interpreter of the tests instead.
+Other ports are used, since those of the page may be taken.  The packages that pip would
+download are found beside the interpreter of the tests instead.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from tests.support import make_certificate
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "first-server.md"
 PATIENCE = 120.0
-"""Seconds in which each command must have ended, pip's too."""
+"""Seconds that each command may take, also those of pip."""
 
 PARTS = re.compile(
-    # A block of Python is a file if the line above it ends with the name of one.
+    # A block of Python is a file if the line above it ends with a name of a file.
     r"(?:`(?P<file>[\w/]+\.py)`:\n\n```python\n(?P<code>.*?)^```$)"
     r"|(?:^```console\n(?P<session>.*?)^```$)",
     re.MULTILINE | re.DOTALL,
@@ -50,7 +50,7 @@ pytestmark = [
 
 
 class Shell:
-    """One bash, which runs command after command."""
+    """A bash that runs one command after the other."""
 
     END = "end of the command"
 
@@ -72,8 +72,8 @@ class Shell:
 
     def run(self, command: str, lines: int) -> str:
         """
-        Run a command, and return what is printed: up to its end, or at most ``lines``
-        lines if it goes on in the background.
+        Run a command, and return its output: until its end, or at most ``lines`` lines
+        if it runs in the background.
         """
         watch = threading.Timer(PATIENCE, self.kill)
         watch.start()
@@ -95,7 +95,7 @@ class Shell:
             watch.cancel()
 
     def kill(self) -> None:
-        """The shell, and all that it has started."""
+        """Kill the shell and the processes that it has started."""
         os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
@@ -107,7 +107,7 @@ class Shell:
 
 
 def page() -> str:
-    """The page, with ports that are free."""
+    """The page with free ports in place of its own."""
     text = PAGE.read_text()
     local = ("127.0.0.1", 0)
     with socket.create_server(local) as one, socket.create_server(local) as other:
@@ -131,7 +131,8 @@ def shell(folder: Path, tmp_path: Path) -> Iterator[Shell]:
     (home / "twisted-rtsig").symlink_to(ROOT)
     programs = tmp_path / "bin"
     programs.mkdir()
-    # The interpreter that the page calls; its environment finds what is installed here.
+    # The interpreter that the page calls.  Its virtual environment finds the packages
+    # that are installed here.
     python = programs / "python3"
     here = site.getsitepackages()[0]
     python.write_text(
@@ -145,7 +146,7 @@ def shell(folder: Path, tmp_path: Path) -> Iterator[Shell]:
         "HOME": str(home),
         "PATH": f"{programs}:{os.environ['PATH']}",
         "PIP_NO_INDEX": "1",
-        # Which means "no isolation": pip takes the value of this one for its opposite.
+        # This means "no isolation": pip inverts the value of this variable.
         "PIP_NO_BUILD_ISOLATION": "0",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "PIP_NO_CACHE_DIR": "1",
@@ -156,7 +157,7 @@ def shell(folder: Path, tmp_path: Path) -> Iterator[Shell]:
 
 
 def same(printed: str, expected: str) -> bool:
-    """Whether they are the same; ``...`` stands for anything, and for other lines."""
+    """Whether they are the same.  ``...`` stands for any text, on several lines too."""
     parts = (re.escape(part) for part in expected.split("..."))
     return re.fullmatch(".*?".join(parts), printed, re.DOTALL) is not None
 
@@ -188,7 +189,7 @@ CLIENTS = 20
 
 @pytest.fixture
 def server(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """The server of the page, with TLS; ``stdout`` has told its port already."""
+    """The server of the page, with TLS.  It prints its port."""
     for part in PARTS.finditer(PAGE.read_text()):
         if part["file"] == "server.py":
             (folder / "server.py").write_text(part["code"])
@@ -228,11 +229,12 @@ def connect(port: int) -> ssl.SSLSocket:
 
 class LoadingClient(threading.Thread):
     """
-    Sends line after line, each when the one before was answered, until the server ends
-    the connection; and then on the next connection, until the server is gone.
+    Sends one line after the other, each after the answer to the one before, until the
+    server ends the connection.  Then it goes on with another connection, until the
+    server has ended.
 
-    :ivar answered: how many lines were.
-    :ivar lost: when those were sent that were not, each before something was sent.
+    :ivar answered: how many lines were answered.
+    :ivar lost: the times at which lines were sent that were not answered.
     """
 
     def __init__(self, port: int) -> None:
@@ -265,12 +267,12 @@ class LoadingClient(threading.Thread):
 
 
 def test_sigterm_under_load_loses_no_request(server: subprocess.Popen[str]) -> None:
-    """What was sent before the signal is answered, whatever has been read by then."""
+    """Lines that were sent before the signal are answered, even if unread by then."""
     port = port_of(server)
     clients = [LoadingClient(port) for _ in range(CLIENTS)]
     for each in clients:
         each.start()
-    # For a while, and until each has connected again.
+    # Wait until each client has connected again.
     while min(each.answered for each in clients) < 25:
         assert server.poll() is None
         time.sleep(0.01)
@@ -282,21 +284,21 @@ def test_sigterm_under_load_loses_no_request(server: subprocess.Popen[str]) -> N
     assert [at for each in clients for at in each.lost if at < signalled] == []
 
 
-def test_a_second_signal_ends_it_at_once(server: subprocess.Popen[str]) -> None:
-    """Though a client does not read its answers, and the grace is not over."""
+def test_a_second_signal_ends_the_server_at_once(server: subprocess.Popen[str]) -> None:
+    """A client does not read its answers, and the time of grace is not over."""
     with connect(port_of(server)) as connection:
         connection.settimeout(0.5)
-        # Until the server waits for this client to read.
+        # Send until the server waits for this client to read.
         with contextlib.suppress(TimeoutError):
             while True:
                 connection.sendall(b"a line\n" * 10_000)
         server.send_signal(signal.SIGTERM)
-        # It no longer listens.
+        # Wait until it no longer listens.
         with contextlib.suppress(OSError):
             while True:
                 connect(connection.getpeername()[1]).close()
         began = time.monotonic()
         server.send_signal(signal.SIGTERM)
         assert server.wait() == -signal.SIGTERM
-        # Its grace is 10 s.
+        # The time of grace is 10 s.
         assert time.monotonic() - began < 8

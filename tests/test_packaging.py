@@ -1,6 +1,6 @@
 """
-What pip installs: the contents of the wheel and of the sdist, and that the
-reactors' short names work from the wheel alone, without the checkout.
+The contents of the wheel and of the sdist.  The short names of the reactors work with
+the wheel alone, without the checkout.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Built:
             return HeaderParser().parsestr(archive.read(metadata).decode())
 
     def sdist_names(self) -> set[str]:
-        """Without the leading folder, which names the version."""
+        """The names without the leading folder, which contains the version."""
         with tarfile.open(self.sdist) as archive:
             return {name.partition("/")[2] for name in archive.getnames()}
 
 
 def run(*arguments: str, cwd: Path, **environment: str) -> str:
-    """The output of a Python process that has to succeed."""
+    """The output of a Python process, which must succeed."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
@@ -74,7 +74,7 @@ def run(*arguments: str, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Built from a copy, which keeps the checkout as it is."""
+    """Build from a copy, so that the checkout stays as it is."""
     copy = tmp_path_factory.mktemp("build") / "project"
     shutil.copytree(
         CHECKOUT,
@@ -83,7 +83,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
             ".git", ".venv", ".*_cache", ".hypothesis", "dist", "_trial_temp*"
         ),
     )
-    # What Twisted leaves in a checkout, and nobody should get.
+    # Twisted makes this file in a checkout.  It must not be packed.
     (copy / "twisted/plugins/dropin.cache").write_bytes(b"")
     dist = tmp_path_factory.mktemp("dist")
     run("-m", "hatchling", "build", "-d", str(dist), cwd=copy)
@@ -102,18 +102,18 @@ def unpacked(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_from_wheel(unpacked: Path, cwd: Path, code: str, *arguments: str) -> str:
-    """Run code that finds the unpacked wheel where it would find the checkout."""
+    """Run code that imports the package from the unpacked wheel, not the checkout."""
     path = [str(unpacked)]
     path += [each for each in sys.path if each and Path(each).resolve() != CHECKOUT]
-    # -S: or else site would add the checkout of an editable install again.
+    # Without -S, site would add the checkout of an editable install again.
     return run("-S", "-c", code, *arguments, cwd=cwd, PYTHONPATH=os.pathsep.join(path))
 
 
-def test_wheel_contents(built: Built) -> None:
+def test_the_contents_of_the_wheel(built: Built) -> None:
     names = built.wheel_names()
     assert {"twisted_rtsig/__init__.py", "twisted_rtsig/py.typed", *PLUGINS} <= names
-    # In Twisted's own package, the plugins are all there may be: an __init__.py would
-    # overwrite Twisted's, and go when this project is uninstalled.
+    # In Twisted's own package the wheel may only have the plugins.  An __init__.py
+    # would overwrite Twisted's, and be removed when this project is uninstalled.
     assert {name for name in names if name.startswith("twisted/")} == PLUGINS
     tops = {PurePath(name).parts[0] for name in names}
     info = {top for top in tops if top.endswith(".dist-info")}
@@ -121,7 +121,7 @@ def test_wheel_contents(built: Built) -> None:
     assert tops - info == {"twisted", "twisted_rtsig"}
 
 
-def test_wheel_holds_every_module(built: Built) -> None:
+def test_the_wheel_has_every_module(built: Built) -> None:
     modules = {
         path.relative_to(CHECKOUT).as_posix()
         for path in (CHECKOUT / "twisted_rtsig").rglob("*.py")
@@ -130,7 +130,7 @@ def test_wheel_holds_every_module(built: Built) -> None:
     assert packed == modules | {"twisted_rtsig/py.typed"}
 
 
-def test_sdist_contents(built: Built) -> None:
+def test_the_contents_of_the_sdist(built: Built) -> None:
     names = built.sdist_names()
     assert {*PLUGINS, "LICENSE", "README.md", "pyproject.toml"} <= names
     assert {"CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "dev"} <= names
@@ -138,8 +138,8 @@ def test_sdist_contents(built: Built) -> None:
     assert [name for name in names if name.endswith((".pyc", ".cache"))] == []
 
 
-def test_licence(built: Built) -> None:
-    """An SPDX expression, and the text (PEP 639), without the classifier."""
+def test_the_metadata_of_the_licence(built: Built) -> None:
+    """It has an SPDX expression and the text (PEP 639), and not the classifier."""
     metadata = built.metadata()
     assert metadata["License-Expression"] == "MIT"
     assert metadata.get_all("License-File") == ["LICENSE"]
@@ -149,10 +149,10 @@ def test_licence(built: Built) -> None:
         assert archive.read(text) == (CHECKOUT / "LICENSE").read_bytes()
 
 
-def test_dependencies(built: Built) -> None:
+def test_the_dependencies_at_run_time(built: Built) -> None:
     """
-    At run time, Twisted and zope.interface, and what Python 3.10 lacks; all else
-    is an extra.
+    They are Twisted and zope.interface, and modules that Python 3.10 lacks.  All others
+    are extras.
     """
     required = built.metadata().get_all("Requires-Dist", [])
     names = []
@@ -176,10 +176,10 @@ HERE = {
 
 
 @pytest.mark.parametrize("program", ["twistd", "trial"])
-def test_listed(unpacked: Path, tmp_path: Path, program: str) -> None:
+def test_help_lists_the_reactors(unpacked: Path, tmp_path: Path, program: str) -> None:
     """
-    ``--help-reactors`` lists the reactors of this system with a description, and
-    the others apart, with a reason.
+    ``--help-reactors`` lists the reactors of this system with a description, and the
+    others separately with a reason.
     """
     listing = run_from_wheel(
         unpacked,
@@ -198,9 +198,9 @@ def test_listed(unpacked: Path, tmp_path: Path, program: str) -> None:
         assert bool(re.search(rf"\b{name}\s", others)) is not here
 
 
-def test_workers_are_listed(unpacked: Path, tmp_path: Path) -> None:
+def test_help_lists_the_workers_command(unpacked: Path, tmp_path: Path) -> None:
     """
-    ``twistd`` lists the command; what it runs with is imported only when it is chosen.
+    ``twistd`` lists the command, and imports its modules only when it is used.
     """
     code = """
 import sys
@@ -217,8 +217,10 @@ finally:
 
 
 @pytest.mark.parametrize("name", [name for name, here in HERE.items() if not here])
-def test_chosen_where_it_cannot_run(unpacked: Path, tmp_path: Path, name: str) -> None:
-    """A sentence says why, and what to use instead."""
+def test_a_reactor_that_cannot_run_here_is_refused(
+    unpacked: Path, tmp_path: Path, name: str
+) -> None:
+    """The error gives the reason, and a reactor to use instead."""
     code = f"""
 from twisted.application.reactors import installReactor
 try:
@@ -226,22 +228,22 @@ try:
 except Exception as error:
     print(type(error).__name__, error)
 """
-    said = run_from_wheel(unpacked, tmp_path, code)
-    assert said.startswith("UnsupportedReactorError ")
-    assert f"only, and this is {sys.platform}; use --reactor=" in said
+    output = run_from_wheel(unpacked, tmp_path, code)
+    assert output.startswith("UnsupportedReactorError ")
+    assert f"only, and this is {sys.platform}; use --reactor=" in output
 
 
 def test_pytest_finds_the_plugin(unpacked: Path, tmp_path: Path) -> None:
-    """Also where nothing else of the package is imported."""
+    """No other part of the package needs to be imported."""
     (tmp_path / "test_it.py").write_text(
         "async def test_it():\n    from twisted.internet import reactor\n"
     )
-    said = run_from_wheel(
+    output = run_from_wheel(
         unpacked,
         tmp_path,
         "import pytest; raise SystemExit(pytest.main(['--twisted-reactor=select']))",
     )
-    assert "reactor: select (SelectReactor)" in said
+    assert "reactor: select (SelectReactor)" in output
 
 
 @pytest.mark.parametrize(
@@ -255,10 +257,12 @@ def test_pytest_finds_the_plugin(unpacked: Path, tmp_path: Path) -> None:
         "twisted_rtsig.workers.options",
     ],
 )
-def test_import_chooses_no_reactor(unpacked: Path, tmp_path: Path, module: str) -> None:
+def test_an_import_installs_no_reactor(
+    unpacked: Path, tmp_path: Path, module: str
+) -> None:
     """
-    Importing the package or listing the reactors leaves the choice open, and
-    loads none of what works on one operating system only.
+    Importing the package or listing the reactors leaves the choice of the reactor open,
+    and imports no module that works on one operating system only.
     """
     code = f"""
 import sys

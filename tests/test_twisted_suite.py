@@ -1,7 +1,7 @@
 """
-Conformance: no test of Twisted's own reactor suite fails on one of our
-reactors while it passes on Twisted's epoll reactor in the same environment, or
-on its select reactor where there is no epoll.
+Conformance: no test of Twisted's own reactor suite fails on a reactor of this package
+while it passes on Twisted's epoll reactor in the same environment, or on its select
+reactor on systems without epoll.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ pytestmark = [
 ]
 
 LINUX = sys.platform.startswith("linux")
-# What ours are held to, and whatever else passes there.
+# The reactors of Twisted with which those of this package are compared.
 YARDSTICKS = [
     "twisted.internet.epollreactor.EPollReactor"
     if LINUX
     else "twisted.internet.selectreactor.SelectReactor"
 ]
 
-# One more dotted name here tests one more reactor.  With each, the tests that
-# its kernel interface cannot pass.
+# The reactors to test, by their dotted names, and for each the tests that its kernel
+# interface cannot pass.
 ON_LINUX = {
     "twisted_rtsig.rtsigreactor.RealtimeSignalReactor": set[str](),
     "twisted_rtsig.epollreactor.EdgeEPollReactor": {
-        # Epoll is silent about a descriptor that is closed while it is watched.
-        # The test knows that, and skips Twisted's epoll reactor by its name.
+        # epoll does not report a descriptor that is closed while it is watched.  The
+        # test skips Twisted's epoll reactor by its name for this reason.
         "twisted.internet.test.test_fdset.ReactorFDSetTestsBuilder"
         ".test_lostFileDescriptor",
     },
@@ -51,21 +51,21 @@ ON_LINUX["twisted_rtsig.asyncioreactor.AsyncioReactor"] = ON_LINUX[
 REACTORS: dict[str, set[str]] = {}
 if LINUX:
     REACTORS.update(ON_LINUX)
-    # Where it is missing, test_kqueue.py skips and says so, once for all.
+    # If libkqueue is missing, test_kqueue.py says so when it skips.
     if libkqueue.path() is not None:
         REACTORS["tests.libkqueue.KQueueReactor"] = set()
 elif hasattr(select, "kqueue"):
     REACTORS["twisted_rtsig.kqreactor.KQueueReactor"] = {
-        # As with epoll; Twisted's kqueue reactor, which it skips, has this name.
+        # As with epoll.  The test skips Twisted's kqueue reactor by its name.
         "twisted.internet.test.test_fdset.ReactorFDSetTestsBuilder"
         ".test_lostFileDescriptor",
     }
 elif sys.platform == "win32":
     REACTORS["twisted_rtsig.iocpreactor.CompletionPortReactor"] = set()
-    # It has less than the select reactor, and passes what that does not.
+    # It has fewer features than the select reactor, and passes other tests.
     YARDSTICKS.append("twisted.internet.iocpreactor.reactor.IOCPReactor")
 
-# Far more than there would be if the suite had not been found.
+# If the suite were not found, many fewer tests would run.
 FEWEST_TESTS = 200 if sys.platform != "win32" else 190
 
 
@@ -83,7 +83,7 @@ def outcomes_of(suite: subprocess.Popen[str]) -> Outcomes:
 
 @pytest.fixture(scope="module")
 def outcomes_by_reactor() -> dict[str, Outcomes]:
-    """Of all reactors; their suites wait most of the time, so all run at once."""
+    """Run the suites of all reactors at once, since they wait most of the time."""
     suites = {
         **{reactor: start(reactor) for reactor in YARDSTICKS},
         **{
@@ -105,12 +105,12 @@ def failed(outcomes: Outcomes) -> set[str]:
 
 @pytest.mark.skipif(not REACTORS, reason="no reactor of this package runs here")
 @pytest.mark.parametrize("reactor", REACTORS)
-def test_as_good_as_twisteds(
+def test_a_reactor_passes_the_tests_that_twisteds_reactor_passes(
     reactor: str, outcomes_by_reactor: dict[str, Outcomes]
 ) -> None:
     """
-    A test counts against us if it passes on one of Twisted's reactors and fails
-    here, three times of three: some of Twisted's tests are flaky by themselves.
+    A test counts as a failure if it passes on a reactor of Twisted and fails here three
+    times in three runs: some of Twisted's tests are flaky.
     """
     ours = outcomes_by_reactor[reactor]
     first, *others = (outcomes_by_reactor[each] for each in YARDSTICKS)
@@ -122,7 +122,7 @@ def test_as_good_as_twisteds(
         for test, outcome in theirs.items()
         if outcome == "success"
     }
-    # What Twisted's can run, we can: a skip is no way around.
+    # A test that is skipped here and passes there counts as a failure.
     skipped = {test for test, outcome in ours.items() if outcome == "skip"}
     assert skipped & passed == set()
     suspects = failed(ours) - (failed(first) - passed)

@@ -1,4 +1,4 @@
-"""The declarations of Windows calls, tested without a Windows."""
+"""The declarations of Windows calls, tested without Windows."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from twisted_rtsig.notifiers import UnsupportedReactorError
 from twisted_rtsig.windows import calls
 
 
-def test_layouts() -> None:
-    """Those of a 64-bit Windows, wherever they are looked at."""
+def test_the_layouts_are_those_of_64_bit_windows() -> None:
+    """They are so on every system."""
     calls.check_layouts()
 
 
-def test_refused_by_a_python_of_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_32_bit_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(sys, "maxsize", 2**31 - 1)
     with pytest.raises(
@@ -25,8 +25,8 @@ def test_refused_by_a_python_of_32_bits(monkeypatch: pytest.MonkeyPatch) -> None
         CompletionPortReactor()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="what other systems say")
-def test_refused_elsewhere() -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="for other systems")
+def test_other_systems_are_refused() -> None:
     with pytest.raises(UnsupportedReactorError, match="on Windows only"):
         CompletionPortReactor()
     with pytest.raises(NotImplementedError, match="on Windows only"):

@@ -1,12 +1,12 @@
 """
-Twisted's own black-box tests of a reactor, run on any reactors, one after the
-other, in a process of their own.
+Twisted's own black-box tests of a reactor, on one or more reactors one after the other,
+in a process of their own.
 
     python -m tests.twisted_suite REACTOR... [--only TEST_ID...] [--skip TEST_ID...]
 
-A reactor is given by its dotted class name.  Prints one JSON object: for each
-reactor, the outcome ("success", "skip", "fail") of each test by its id; a test
-that is expected to fail counts as a success when it does.
+A reactor is given by its dotted class name.  The program prints one JSON object: for
+each reactor, the outcome ("success", "skip", "fail") of each test by its id.  A test
+that is expected to fail counts as a success when it fails.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from twisted.trial.unittest import TestSuite
 
 Outcomes = dict[str, str]
 
-# Seconds for one test; trial itself has patience for 120.  A few of Twisted's
-# tests hang once in a while, on any reactor: on a busy machine a child may end
-# before the reactor runs that it should stop.
+# Seconds for one test; trial's own limit is 120.  A few of Twisted's tests hang now and
+# then on any reactor: on a busy machine a child may end before the reactor runs which
+# its end should stop.
 TIMEOUT = 20
 
 
@@ -38,7 +38,7 @@ def reactor_test_cases(reactors: list[str]) -> list[type[Any]]:
     """Every test case class that Twisted's ReactorBuilder makes for the reactors."""
     from twisted.internet.test import reactormixins
 
-    # Read by makeTestCaseClasses(), which test modules call when imported.
+    # makeTestCaseClasses() reads this.  Test modules call it when they are imported.
     reactormixins.ReactorBuilder._reactors = list(reactors)
     import twisted.internet.test
 
@@ -83,7 +83,7 @@ def run(reactors: list[str], only: set[str], skip: set[str]) -> dict[str, Outcom
         case.timeout = TIMEOUT
         base = f"{case.__module__}.{case.__name__.removesuffix(suffix)}"
         for name in loader.getTestCaseNames(case):
-            # Without the prefix, as trial's loader gives them.
+            # The loader of trial gives names without their prefix.
             test_id = f"{base}.test{name}"
             if test_id in skip or (only and test_id not in only):
                 continue

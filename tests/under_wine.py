@@ -22,7 +22,7 @@ import pytest
 WINE = Path(__file__).with_name("wine.sh")
 
 PATIENCE = 180.0
-"""Seconds in which anything must have come about."""
+"""Seconds in which each step must have ended."""
 
 FILES = 1000
 AT_ONCE = 50
@@ -47,7 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def port(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of ``twistd --reactor=rtsig-iocp web``, which its log names."""
+    """The port of ``twistd --reactor=rtsig-iocp web``, which is in its log."""
     log = tmp_path_factory.mktemp("log") / "log"
     with log.open("wb") as output:
         server = subprocess.Popen(
@@ -70,7 +70,7 @@ def port(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]
             assert time.monotonic() < deadline, log.read_text()
             if found := re.search(r"Site starting on (\d+)\n", log.read_text()):
                 break
-            # The log is a file, which cannot be waited for.
+            # The log is a file, for which one cannot wait.
             time.sleep(0.05)
         assert "CompletionPortReactor" in log.read_text()
         yield int(found[1])
@@ -80,7 +80,7 @@ def port(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]
 
 
 async def fetch(port: int, path: str) -> bytes:
-    """The digest of what is there."""
+    """Fetch a file, and return its digest."""
     return await ask(*await asyncio.open_connection("127.0.0.1", port), path)
 
 
@@ -97,7 +97,7 @@ async def ask(
     return content.digest()
 
 
-def test_a_thousand_files(port: int, files: Path) -> None:
+def test_a_thousand_files_are_served(port: int, files: Path) -> None:
     wrong = []
 
     async def fetch_all() -> None:
@@ -115,7 +115,7 @@ def test_a_thousand_files(port: int, files: Path) -> None:
     assert not wrong
 
 
-def test_a_big_file_to_many_at_once(port: int, files: Path) -> None:
+def test_a_big_file_is_sent_to_many_clients_at_once(port: int, files: Path) -> None:
     async def fetch_all() -> list[bytes]:
         return await asyncio.gather(*(fetch(port, "big") for _ in range(AT_ONCE)))
 
@@ -124,7 +124,7 @@ def test_a_big_file_to_many_at_once(port: int, files: Path) -> None:
 
 
 def test_two_thousand_connections_at_once(port: int, files: Path) -> None:
-    """Where select stops at 512.  All are there before the first one asks."""
+    """select(2) allows 512.  All clients are connected before the first request."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < SOCKETS + 100:
         pytest.skip(f"no more than {hard} descriptors are allowed here")
