@@ -1,4 +1,4 @@
-"""The pytest plugin, in processes of their own."""
+"""The pytest plugin.  Each test runs pytest in a process of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 pytestmark = pytest.mark.processes
 
-# With the class that each is to be.
+# The short names of reactors, and the classes that they choose.
 REACTORS = {"select": "SelectReactor", "asyncio": "AsyncioSelectorReactor"}
 if sys.platform == "linux":
     REACTORS["rtsig"] = "RealtimeSignalReactor"
@@ -26,7 +26,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Runs a file of tests, with options."""
+    """Runs pytest with options on a file of tests."""
 
     def run_pytest(code: str, *options: str) -> subprocess.CompletedProcess[str]:
         (tmp_path / "test_it.py").write_text(textwrap.dedent(code))
@@ -46,7 +46,7 @@ def run(tmp_path: Path) -> Run:
     return run_pytest
 
 
-def test_the_name_in_the_configuration(run: Run, tmp_path: Path) -> None:
+def test_the_configuration_names_the_reactor(run: Run, tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\ntwisted_reactor = select\n")
     code = """
         def test_it():
@@ -55,12 +55,12 @@ def test_the_name_in_the_configuration(run: Run, tmp_path: Path) -> None:
     """
     done = run(code)
     assert done.returncode == 0, done.stdout
-    # The command line has precedence.
+    # The command line takes precedence.
     done = run(code, "--twisted-reactor=asyncio")
     assert "'AsyncioSelectorReactor' == 'SelectReactor'" in done.stdout
 
 
-def test_without_a_name_there_is_nothing(run: Run) -> None:
+def test_without_a_reactor_the_plugin_does_nothing(run: Run) -> None:
     done = run(
         """
         import sys
@@ -166,14 +166,14 @@ async def test_of_another():
 
 
 @pytest.mark.parametrize("name", REACTORS)
-def test_tests_that_take_time(run: Run, name: str) -> None:
+def test_tests_of_every_style_run_on_the_reactor(run: Run, name: str) -> None:
     done = run(TESTS, f"--twisted-reactor={name}", "-rs", "-m", "not asyncio")
     assert "2 failed, 8 passed, 1 skipped, 1 deselected, 1 xfailed" in done.stdout, (
         done.stdout
     )
     assert f"\nreactor: {name} ({REACTORS[name]})\n" in done.stdout
     assert "should return None" not in done.stdout
-    # As pytest shows those of plain functions.
+    # The failures look like those of plain functions.
     assert ">       assert 1 == 2\n" in done.stdout
     assert ">       assert mine == 4\nE       assert 3 == 4\n" in done.stdout
     assert "no need" in done.stdout
@@ -254,7 +254,7 @@ def test_broken(broken):
 """
 
 
-def test_fixtures(run: Run) -> None:
+def test_async_fixtures(run: Run) -> None:
     done = run(FIXTURES, "--twisted-reactor=select")
     assert "4 passed, 3 errors" in done.stdout, done.stdout
     assert "ValueError: when it was set up" in done.stdout
@@ -279,7 +279,7 @@ def test_a_test_that_stops_the_reactor(run: Run) -> None:
 
 
 def test_the_reactor_shuts_down_with_the_session(run: Run) -> None:
-    """Its threads, for which Python would wait, have ended."""
+    """Its threads end.  Python would wait for them."""
     done = run(
         """
         from twisted.internet import reactor
@@ -309,13 +309,17 @@ def test_the_reactor_shuts_down_with_the_session(run: Run) -> None:
         ),
     ],
 )
-def test_a_reactor_that_cannot_be(run: Run, name: str, says: str) -> None:
+def test_an_unknown_or_impossible_reactor_is_a_usage_error(
+    run: Run, name: str, says: str
+) -> None:
     done = run("def test_it(): pass", f"--twisted-reactor={name}")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert f"ERROR: {says}" in done.stdout
 
 
-def test_a_reactor_that_came_before(run: Run, tmp_path: Path) -> None:
+def test_a_reactor_that_is_installed_already_is_a_usage_error(
+    run: Run, tmp_path: Path
+) -> None:
     (tmp_path / "hasty.py").write_text("from twisted.internet import reactor\n")
     done = run("def test_it(): pass", "--twisted-reactor=asyncio", "-p", "hasty")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
@@ -327,7 +331,7 @@ def plugins(tmp_path: Path) -> Path:
     """A folder of plugins for Twisted, one of which imports the reactor."""
     folder = tmp_path / "twisted" / "plugins"
     folder.mkdir(parents=True)
-    # As those of txtorcon and txi2p do.
+    # The plugins of txtorcon and txi2p do so.
     (folder / "hasty.py").write_text("from twisted.internet import reactor\n")
     return folder
 
@@ -335,13 +339,13 @@ def plugins(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", REACTORS)
 @pytest.mark.usefixtures("plugins")
 def test_plugins_of_twisted_that_import_the_reactor(run: Run, name: str) -> None:
-    """They are not looked at for the reactors of Twisted and of this package."""
+    """They are not imported to find the reactors of Twisted and of this package."""
     done = run("def test_it(): pass", f"--twisted-reactor={name}")
     assert done.returncode == 0, done.stdout
     assert f"reactor: {name} ({REACTORS[name]})" in done.stdout
 
 
-def test_a_reactor_that_came_with_another_plugin(run: Run, plugins: Path) -> None:
+def test_a_plugin_of_twisted_installs_a_reactor(run: Run, plugins: Path) -> None:
     (plugins / "slow.py").write_text(
         "from twisted.application.reactors import Reactor\n"
         "mine = Reactor('mine', 'twisted.internet.selectreactor', 'A third one.')\n"
@@ -349,7 +353,7 @@ def test_a_reactor_that_came_with_another_plugin(run: Run, plugins: Path) -> Non
     done = run("def test_it(): pass", "--twisted-reactor=mine")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "one of Twisted's plugins imports twisted.internet.reactor" in done.stdout
-    # Now the cache of the plugins is there, and the first one is not imported.
+    # Now Twisted has a cache of its plugins, and does not import the first one.
     done = run("def test_it(): pass", "--twisted-reactor=mine")
     assert "reactor: mine (SelectReactor)" in done.stdout
 
@@ -358,12 +362,12 @@ def test_a_reactor_that_came_with_another_plugin(run: Run, plugins: Path) -> Non
 
 
 class Session:
-    """pytest, on a file of tests that says READY when it is to be interrupted."""
+    """pytest, on a file of tests that prints a word when it should be interrupted."""
 
     def __init__(self, folder: Path, code: str, reactor: str, *options: str) -> None:
         (folder / "test_it.py").write_text(textwrap.dedent(code))
         (folder / "pytest.ini").write_text("[pytest]\n")
-        # In the background of a shell, SIGINT is ignored.
+        # A shell ignores SIGINT in its background processes.
         main = (
             "import signal, sys, pytest\n"
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -381,7 +385,7 @@ class Session:
         self.output = ""
 
     def interrupt_at(self, word: str) -> None:
-        """Press Ctrl-C when it prints this."""
+        """Send SIGINT when the session prints this word."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self.output += line
@@ -391,7 +395,12 @@ class Session:
         raise AssertionError(self.output)
 
     def finish(self) -> str:
-        """What it prints; it must say that it was interrupted, and show no stack."""
+        """
+        Wait for the end of the session, which must report the interruption without a
+        traceback.
+
+        :return: all output.
+        """
         rest, _ = self._process.communicate(timeout=60)
         self.output += rest
         assert self._process.returncode == pytest.ExitCode.INTERRUPTED, self.output
@@ -467,7 +476,9 @@ async def test_second():
         ("select", "inline_callbacks"),
     ],
 )
-def test_ctrl_c(tmp_path: Path, name: str, test: str) -> None:
+def test_ctrl_c_cancels_the_test_and_tears_down_its_fixtures(
+    tmp_path: Path, name: str, test: str
+) -> None:
     choice = f"test_{test} or second"
     session = Session(tmp_path, INTERRUPTED, name, "-k", choice)
     session.interrupt_at("READY")
@@ -477,7 +488,7 @@ def test_ctrl_c(tmp_path: Path, name: str, test: str) -> None:
     assert places == sorted(places)
     assert "WENT ON" not in output
     assert "SECOND TEST" not in output
-    # The tree of the tasks, before anything was cancelled.
+    # This is the tree of tasks before the cancellation.
     assert f"test_{test} was interrupted" in output
     assert re.search(r"test_it.py:\d+ in linger: await ", output)
     assert re.search(r"^    ticking: \d\.\d s, waits for ", output, re.MULTILINE)
@@ -530,8 +541,8 @@ def test_ctrl_c_kills_the_child(tmp_path: Path) -> None:
         ("after", "After the interruption it failed: ValueError('in the fixture')"),
     ],
 )
-def test_ctrl_c_and_fixtures(tmp_path: Path, place: str, says: str) -> None:
-    """Interrupted in a fixture, or in a test whose fixture fails in its turn."""
+def test_ctrl_c_in_a_fixture(tmp_path: Path, place: str, says: str) -> None:
+    """The interruption comes in a fixture, or in a test whose fixture then fails."""
     code = f"""
         import pytest
         from twisted_rtsig.coro import sleep
@@ -569,8 +580,8 @@ def test_ctrl_c_and_fixtures(tmp_path: Path, place: str, says: str) -> None:
 
 
 @needs_sigint
-def test_ctrl_c_twice(tmp_path: Path) -> None:
-    """What ignores its cancellation is waited for only until the second one."""
+def test_a_second_ctrl_c_ends_the_wait_for_the_test(tmp_path: Path) -> None:
+    """The test ignores its cancellation."""
     code = """
         import pytest
         from twisted_rtsig.coro import shield, sleep
@@ -609,7 +620,7 @@ def test_ctrl_c_twice(tmp_path: Path) -> None:
 @needs_sigint
 @pytest.mark.parametrize("name", sorted({"select", "rtsig"} & set(REACTORS)))
 def test_ctrl_c_in_code_that_blocks(tmp_path: Path, name: str) -> None:
-    """In a plain test, whose handler Twisted has replaced; and in a task."""
+    """The code is a task, or a plain test whose SIGINT handler Twisted has replaced."""
     # One long sleep would go on if the signal came just before it.
     plain = """
         import time
@@ -635,7 +646,7 @@ def test_ctrl_c_in_code_that_blocks(tmp_path: Path, name: str) -> None:
             print("READY", flush=True)
             try:
                 time.sleep(0.5)
-                # Only the reactor is to hear of the first one.
+                # Only the reactor handles the first one.
                 print("AGAIN", flush=True)
                 while True:
                     time.sleep(0.01)
@@ -650,7 +661,7 @@ def test_ctrl_c_in_code_that_blocks(tmp_path: Path, name: str) -> None:
 
 @needs_sigint
 def test_ctrl_c_before_the_reactor_runs(tmp_path: Path) -> None:
-    """A task begins at once; a fixture is torn down all the same."""
+    """A task begins before the reactor runs.  Its fixture is torn down nevertheless."""
     code = """
         import pytest, time
         from twisted_rtsig.coro import sleep
@@ -673,7 +684,7 @@ def test_ctrl_c_before_the_reactor_runs(tmp_path: Path) -> None:
     assert "TORN DOWN" in output
 
 
-# What tests leave behind
+# Tests that leave something behind
 
 LEFT_BEHIND = """
 import gc
@@ -797,7 +808,7 @@ def test_fails_only_once():
 
 
 @pytest.mark.parametrize("name", REACTORS)
-def test_what_tests_leave_behind(run: Run, name: str) -> None:
+def test_tests_that_leave_something_behind_fail(run: Run, name: str) -> None:
     done = run(LEFT_BEHIND, f"--twisted-reactor={name}", "-v", "--strict-markers")
     output = done.stdout
     tests = set(re.findall(r"^(?:    def|def|async def) (test_\w+)", LEFT_BEHIND, re.M))
@@ -849,15 +860,15 @@ def test_clean():
 """
 
 
-def test_what_tests_with_broken_fixtures_leave_behind(run: Run) -> None:
-    """It is removed before the next test, and the error of the fixture is shown."""
+def test_tests_with_broken_fixtures_leave_nothing_for_the_next_test(run: Run) -> None:
+    """The plugin removes it, and the error of the fixture is shown."""
     done = run(BROKEN_FIXTURES, "--twisted-reactor=rtsig")
     assert "3 passed, 2 errors" in done.stdout, done.stdout
     assert done.stdout.count("E       OSError: broken") == 2
     assert "not clean" not in done.stdout
 
 
-def test_marks_without_a_reactor(run: Run) -> None:
+def test_the_marks_are_known_without_a_reactor(run: Run) -> None:
     done = run(
         """
         import pytest
@@ -949,7 +960,7 @@ async def test_clean_at_the_end(client):
 
 
 @pytest.mark.parametrize("name", REACTORS)
-def test_what_wider_fixtures_hold(run: Run, name: str) -> None:
+def test_tasks_and_calls_of_wider_fixtures_are_allowed(run: Run, name: str) -> None:
     done = run(WIDE, f"--twisted-reactor={name}", "-v")
     output = done.stdout
     unclean = re.findall(r"ERROR at teardown of (\w+)", output)
@@ -1053,7 +1064,7 @@ async def test_unlimited():
 
 
 @pytest.mark.parametrize("name", REACTORS)
-def test_limits(run: Run, name: str) -> None:
+def test_a_test_that_takes_too_long_fails(run: Run, name: str) -> None:
     done = run(LATE, f"--twisted-reactor={name}", "--twisted-timeout=0.2", "-rA")
     output = done.stdout
     assert "0.2 s for each test" in output
@@ -1072,14 +1083,14 @@ def test_limits(run: Run, name: str) -> None:
     assert "Timeout: test_late_task took more than 0.2 s. The tasks at" in output
     assert "in wait: await sleep(1000)" in output
     assert "and when it was cancelled it raised ValueError('as well')" in output
-    # One each, and hypothesis looks for no smaller example.
+    # Each has cleaned up once: hypothesis did not look for a smaller example.
     assert "The example: n=1000000000000000000000000000000" in output
     cleaned_up = ["late_task", "inline_callbacks", "hypothesis", "and_then_fails"]
     cleaned_up += ["set up", "tear down"]
     assert len(re.findall("^CLEANED UP$", output, re.M)) == len(cleaned_up)
 
 
-def test_the_limit_in_the_configuration(run: Run, tmp_path: Path) -> None:
+def test_the_configuration_sets_the_timeout(run: Run, tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\ntwisted_timeout = 0.1\n")
     code = """
         from twisted_rtsig.coro import sleep
@@ -1089,12 +1100,12 @@ def test_the_limit_in_the_configuration(run: Run, tmp_path: Path) -> None:
     """
     done = run(code, "--twisted-reactor=select")
     assert "took more than 0.1 s" in done.stdout
-    # The command line has precedence.
+    # The command line takes precedence.
     assert run(code, "--twisted-reactor=select", "--twisted-timeout=0").returncode == 0
 
 
 @pytest.mark.parametrize("text", ["soon", "-1", "nan", "inf"])
-def test_no_limit(run: Run, text: str) -> None:
+def test_a_wrong_timeout_is_a_usage_error(run: Run, text: str) -> None:
     options = ("--twisted-reactor=select", f"--twisted-timeout={text}")
     done = run("def test_it(): pass", *options)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
@@ -1110,7 +1121,9 @@ FORGETS = """
 """
 
 
-def test_forgotten_awaits(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forgotten_await_is_a_warning(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TWISTED_RTSIG_DEBUG", raising=False)
     done = run(FORGETS, "--twisted-reactor=select")
     assert done.returncode == 0, done.stdout
@@ -1123,8 +1136,8 @@ def test_forgotten_awaits(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_a_fixture_whose_group_fails(run: Run) -> None:
-    """It is torn down, with the error of its task."""
+def test_a_fixture_is_torn_down_when_its_group_fails(run: Run) -> None:
+    """The error of its task is shown."""
     done = run(
         """
         import pytest
