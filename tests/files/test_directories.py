@@ -28,7 +28,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_entries(reactor: Any, tree: Path) -> None:
+def test_the_entries_of_a_directory(reactor: Any, tree: Path) -> None:
     async def main() -> None:
         paths: list[Any] = [tree, str(tree), os.fsencode(tree)]
         for path in paths:
@@ -58,7 +58,7 @@ def test_the_current_directory(
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_in_every_style(reactor: Any, tree: Path, style: str) -> None:
+def test_the_same_in_every_style(reactor: Any, tree: Path, style: str) -> None:
     got: list[Any] = []
     entries = scandir(tree, reactor=reactor)
     missing = scandir(tree / "nothing", reactor=reactor)
@@ -72,10 +72,10 @@ def test_in_every_style(reactor: Any, tree: Path, style: str) -> None:
     assert got[1:] == [[], FileNotFoundError]
 
 
-def test_many_at_a_time_and_never_all(
+def test_a_thread_finds_some_entries_at_a_time(
     reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thread finds many entries, and none that are not asked for."""
+    """It finds many entries at once, but none that were not asked for."""
     for number in range(2500):
         (tmp_path / str(number)).touch()
     read = 0
@@ -88,7 +88,7 @@ def test_many_at_a_time_and_never_all(
             yield each
 
     monkeypatch.setattr(directories, "scan", counting)
-    # However slow the machine is.
+    # This holds on a slow machine, too.
     monkeypatch.setattr(directories, "_LONGEST", DEADLINE)
 
     async def main() -> None:
@@ -104,7 +104,7 @@ def test_many_at_a_time_and_never_all(
     run(reactor, main)
 
 
-def test_a_slow_directory_is_told_in_parts(
+def test_a_slow_directory_is_reported_in_parts(
     reactor: Any, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(directories, "_LONGEST", -1)
@@ -116,16 +116,16 @@ def test_a_slow_directory_is_told_in_parts(
     run(reactor, main)
 
 
-def test_nothing_stays_open(reactor: Any, tree: Path) -> None:
+def test_no_directory_stays_open(reactor: Any, tree: Path) -> None:
     if sys.platform == "win32":
-        pytest.skip("looks into /proc")
+        pytest.skip("reads /proc")
 
     async def main() -> None:
         async for _ in scandir(tree):
             break
         entries = scandir(tree)
         await entries.next_batch()
-        # A turn of the reactor, which holds what it has called last.
+        # The reactor keeps a reference to its last call until its next turn.
         await sleep(0.001)
 
     def gone() -> bool:
@@ -136,7 +136,7 @@ def test_nothing_stays_open(reactor: Any, tree: Path) -> None:
     spin(reactor, gone)
 
 
-def test_a_wait_that_is_cancelled_loses_nothing(
+def test_a_cancelled_wait_loses_no_entry(
     reactor: Any, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = hold(monkeypatch, directories, "scan")
@@ -156,7 +156,7 @@ def test_a_wait_that_is_cancelled_loses_nothing(
     run(reactor, main)
 
 
-def test_a_wait_that_is_cancelled_before_a_thread_has_begun(
+def test_a_wait_that_is_cancelled_before_its_begin_loses_no_entry(
     reactor: Any, tree: Path, busy_threads: Gate
 ) -> None:
     async def main() -> None:
@@ -169,7 +169,9 @@ def test_a_wait_that_is_cancelled_before_a_thread_has_begun(
 
 
 @pytest.mark.parametrize("topdown", [True, False])
-def test_walk(reactor: Any, tree: Path, topdown: bool) -> None:
+def test_walk_visits_the_same_as_python(
+    reactor: Any, tree: Path, topdown: bool
+) -> None:
     if sys.platform != "win32":
         (tree / "link").symlink_to("a")
 
@@ -207,7 +209,7 @@ def test_errors_of_a_walk(reactor: Any, tree: Path) -> None:
             assert [e async for e in walk(tree / "nothing", topdown)] == []
             assert [e async for e in walk(tree / "nothing", topdown, tell)] == []
             assert [type(each) for each in errors] == [FileNotFoundError]
-            # It is called in the thread of the reactor.
+            # The function is called in the thread of the reactor.
             assert threads == [threading.current_thread()]
 
             def fail(error: OSError) -> None:
@@ -215,7 +217,7 @@ def test_errors_of_a_walk(reactor: Any, tree: Path) -> None:
 
             with pytest.raises(FileNotFoundError):
                 _ = [e async for e in walk(tree / "nothing", topdown, fail)]
-        # A directory that goes while it is walked.
+        # A directory is removed while it is walked.
         errors = []
         async for folder, below, _ in walk(tree, onerror=errors.append):
             if folder == str(tree):

@@ -17,7 +17,7 @@ from twisted_rtsig.notifiers.completion_port import CompletionPortNotifier
 from twisted_rtsig.windows import calls as windows
 
 pytestmark = [
-    pytest.mark.skipif(sys.platform != "win32", reason="this is about Windows"),
+    pytest.mark.skipif(sys.platform != "win32", reason="for Windows only"),
     pytest.mark.parametrize("reactor_without_threads", ["rtsig-iocp"], indirect=True),
 ]
 
@@ -37,7 +37,7 @@ def keep_threads_busy(reactor: Any) -> Gate:
     return gate
 
 
-def test_what_takes_no_thread(reactor: Any, path: Path) -> None:
+def test_operations_that_need_no_thread(reactor: Any, path: Path) -> None:
     async def main() -> None:
         async with await open_file(path, "r+b") as file:
             threads = keep_threads_busy(reactor)
@@ -60,8 +60,8 @@ def test_what_takes_no_thread(reactor: Any, path: Path) -> None:
     run(reactor, main)
 
 
-def test_a_large_read_takes_one(reactor: Any, path: Path) -> None:
-    """Of what is cached it would copy too much at once."""
+def test_a_large_read_uses_a_thread(reactor: Any, path: Path) -> None:
+    """Without one it would copy too much cached data at once."""
     data = os.urandom(1 << 20)
     path.write_bytes(data)
 
@@ -91,7 +91,7 @@ def test_an_open_file_is_renamed_and_removed(reactor: Any, path: Path) -> None:
     run(reactor, main)
 
 
-def test_a_file_that_somebody_does_not_share(reactor: Any, path: Path) -> None:
+def test_a_file_that_another_handle_does_not_share(reactor: Any, path: Path) -> None:
     async def main() -> None:
         only_mine = windows.open_file(
             str(path), windows.GENERIC_READ, 0, None, windows.OPEN_EXISTING, 0, None
@@ -107,7 +107,7 @@ def test_a_file_that_somebody_does_not_share(reactor: Any, path: Path) -> None:
 
 
 class Overlapped:
-    """One that is not what it seems to be."""
+    """Wraps an overlapped operation, so that a subclass can override its attributes."""
 
     made = windows.overlapped and windows.overlapped.Overlapped
 
@@ -118,7 +118,7 @@ class Overlapped:
         return getattr(self._operation, name)
 
 
-def test_a_packet_of_another_operation(
+def test_a_packet_of_another_operation_is_ignored(
     reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -141,7 +141,7 @@ def test_a_packet_of_another_operation(
     assert len(asked) == 2
 
 
-def test_a_thread_tries_again_what_has_failed(
+def test_a_thread_repeats_an_operation_that_has_failed(
     reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed = []
@@ -164,7 +164,7 @@ def test_a_thread_tries_again_what_has_failed(
     run(reactor, main)
 
 
-def test_a_port_that_takes_no_more(
+def test_operations_work_when_the_port_takes_no_more(
     reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(port: CompletionPortNotifier, handle: int) -> None:

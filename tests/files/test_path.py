@@ -18,7 +18,7 @@ from tests.coro.support import STYLES, run, spin
 from twisted_rtsig.files import AsyncFile, AsyncTextFile, Path, listdir, open_file
 
 posix_only = pytest.mark.skipif(
-    sys.platform == "win32", reason="Windows has no such thing, or not for everybody"
+    sys.platform == "win32", reason="Windows does not have it, or not for every user"
 )
 
 
@@ -109,7 +109,7 @@ NAMES = ["a", "c.py", "nothing", "a/b/file.txt", "link", "dangling", "loop", "fi
 
 
 def seen(folder: pathlib.Path) -> list[Any]:
-    """What there is in a folder."""
+    """The contents of a folder."""
     return sorted(
         (
             str(each.relative_to(folder)),
@@ -130,7 +130,7 @@ def comparable(result: Any) -> Any:
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_it_does_what_pathlib_does(
+def test_a_call_does_the_same_as_pathlib(
     reactor_without_threads: Any,
     reactor: Any,
     tmp_path: pathlib.Path,
@@ -167,7 +167,9 @@ def test_it_does_what_pathlib_does(
         assert seen(found) == seen(expected), name
 
 
-def test_what_only_computes_is_that_of_pathlib(tmp_path: pathlib.Path) -> None:
+def test_calls_without_input_or_output_are_those_of_pathlib(
+    tmp_path: pathlib.Path,
+) -> None:
     for text in ("a/b.txt", "/", ".", "a/../b", "C:/x", "", "//server/share/x"):
         ours, pure = Path(text), pathlib.PurePath(text)
         assert (str(ours), ours.parts, ours.name) == (str(pure), pure.parts, pure.name)
@@ -196,18 +198,20 @@ def test_what_only_computes_is_that_of_pathlib(tmp_path: pathlib.Path) -> None:
         assert Path.from_uri(uri) == Path(tmp_path)
 
 
-def test_it_has_all_that_pathlib_has() -> None:
-    """Apart from what is deprecated, or too new."""
+def test_every_name_of_pathlib_exists() -> None:
+    """Except deprecated names and those that are too new."""
     left_out = {"info", "is_reserved", "link_to"}
     names = {each for each in vars(pathlib.Path) if not each.startswith("_")}
     assert names - left_out - set(vars(Path)) <= set(dir(pathlib.PurePath))
-    # What looks at the disk and was forgotten would block.
+    # A call of pathlib that reads the disk would block.
     for name in ("expanduser", "resolve", "exists", "glob", "walk", "open"):
         assert name in vars(Path)
 
 
-def test_copies(reactor: Any, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """On each Python, as pathlib does it from 3.14 on."""
+def test_a_path_is_copied(
+    reactor: Any, folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Every Python has the copies that pathlib has from 3.14 on."""
     a, c = Path(folder) / "a", Path(folder) / "c.py"
 
     async def main() -> None:
@@ -215,7 +219,7 @@ def test_copies(reactor: Any, folder: pathlib.Path, tmp_path: pathlib.Path) -> N
         assert type(copied) is Path
         assert copied == Path(folder / "copied")
         assert await copied.read_bytes() == await c.read_bytes()
-        # A file that is there is replaced.
+        # An existing file is replaced.
         await (a / "other.txt").copy(copied)
         assert await copied.read_bytes() == b"in a/other.txt\n"
         assert await c.copy_into(a) == a / "c.py"
@@ -236,7 +240,7 @@ def test_copies(reactor: Any, folder: pathlib.Path, tmp_path: pathlib.Path) -> N
 
 
 @posix_only
-def test_copies_of_links_and_of_what_no_copy_can_be_made(
+def test_links_are_copied_and_fifos_are_refused(
     reactor: Any, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     link = Path(folder) / "link"
@@ -247,7 +251,7 @@ def test_copies_of_links_and_of_what_no_copy_can_be_made(
         copied = await link.copy(tmp_path / "directory")
         assert await copied.is_dir()
         assert not await copied.is_symlink()
-        # To open it would wait for a writer.
+        # Opening it would wait for a writer.
         with pytest.raises(OSError, match="fifo"):
             await (Path(folder) / "fifo").copy(tmp_path / "fifo")
         (folder / "hard").hardlink_to(folder / "c.py")
@@ -259,7 +263,7 @@ def test_copies_of_links_and_of_what_no_copy_can_be_made(
 
 
 @posix_only
-def test_copies_with_what_is_known_of_a_file(
+def test_a_copy_preserves_the_metadata(
     reactor: Any, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     for each in (folder / "a", folder / "a" / "other.txt"):
@@ -280,14 +284,14 @@ def test_copies_with_what_is_known_of_a_file(
 
 
 @pytest.mark.parametrize("across", [False, True])
-def test_moves(
+def test_a_path_is_moved(
     reactor: Any,
     folder: pathlib.Path,
     tmp_path: pathlib.Path,
     across: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Within a file system, and as to another one, where it is copied."""
+    """It moves within a file system, and as if to another one, where it is copied."""
     expected = seen(folder / "a")
     if across:
 
@@ -304,7 +308,7 @@ def test_moves(
         moved = await (Path(folder) / "c.py").move_into(tmp_path)
         assert moved == Path(tmp_path / "c.py")
         assert await moved.read_bytes() == b"in c.py\n"
-        # A file that is there is replaced.
+        # An existing file is replaced.
         await (Path(tmp_path) / "moved" / "other.txt").move(moved)
         assert await moved.read_bytes() == b"in a/other.txt\n"
         with pytest.raises(OSError, match="are the same file"):
@@ -322,7 +326,9 @@ def test_moves(
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_every_style(reactor: Any, style: str, tmp_path: pathlib.Path) -> None:
+def test_the_same_in_every_style(
+    reactor: Any, style: str, tmp_path: pathlib.Path
+) -> None:
     path = Path(tmp_path) / "folder"
     got: list[Any] = []
     entries = path.iterdir()
@@ -345,7 +351,7 @@ def test_every_style(reactor: Any, style: str, tmp_path: pathlib.Path) -> None:
     assert issubclass(got[6], OSError)
 
 
-def test_opening(reactor: Any, tmp_path: pathlib.Path) -> None:
+def test_a_path_is_opened(reactor: Any, tmp_path: pathlib.Path) -> None:
     path = Path(tmp_path) / "file"
 
     async def main() -> None:
@@ -367,7 +373,9 @@ def test_opening(reactor: Any, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["*", "*.txt", "**/*.txt", "a/*", "**", "n*"])
-def test_patterns(reactor: Any, folder: pathlib.Path, pattern: str) -> None:
+def test_glob_finds_the_same_as_pathlib(
+    reactor: Any, folder: pathlib.Path, pattern: str
+) -> None:
     if sys.platform != "win32":
         (folder / "loop").unlink()
 
@@ -382,7 +390,7 @@ def test_patterns(reactor: Any, folder: pathlib.Path, pattern: str) -> None:
     run(reactor, main)
 
 
-def test_patterns_that_cannot_be(reactor: Any, tmp_path: pathlib.Path) -> None:
+def test_wrong_patterns_are_refused(reactor: Any, tmp_path: pathlib.Path) -> None:
     async def main() -> None:
         for pattern in ("", os.path.abspath("/x")):
             with pytest.raises((ValueError, NotImplementedError)):
@@ -399,7 +407,7 @@ def test_patterns_that_cannot_be(reactor: Any, tmp_path: pathlib.Path) -> None:
 
 
 def reference(folder: pathlib.Path, *args: Any) -> Any:
-    """``Path.walk`` of pathlib, or what it does, from ``os.walk``."""
+    """``Path.walk`` of pathlib, or the same made from ``os.walk``."""
     if sys.version_info >= (3, 12):
         return folder.walk(*args)
     top_down, _, follow = args
@@ -417,7 +425,9 @@ def reference(folder: pathlib.Path, *args: Any) -> Any:
 
 @pytest.mark.parametrize("top_down", [True, False])
 @pytest.mark.parametrize("follow", [True, False])
-def test_walk(reactor: Any, folder: pathlib.Path, top_down: bool, follow: bool) -> None:
+def test_walk_visits_the_same_as_pathlib(
+    reactor: Any, folder: pathlib.Path, top_down: bool, follow: bool
+) -> None:
     def in_order(found: list[Any]) -> list[Any]:
         listed = [
             (str(path), sorted(dirs), sorted(files)) for path, dirs, files in found
@@ -429,7 +439,7 @@ def test_walk(reactor: Any, folder: pathlib.Path, top_down: bool, follow: bool) 
         assert all(type(path) is Path for path, _, _ in found)
         expected = list(reference(folder, top_down, None, follow))
         assert in_order(found) == in_order(expected)
-        # A directory comes before, or after, those in it.
+        # A directory comes before or after its subdirectories.
         assert (str(found[0][0]) == str(folder)) == top_down
 
     run(reactor, main)
@@ -447,7 +457,7 @@ def test_walk_can_be_pruned(reactor: Any, folder: pathlib.Path) -> None:
     run(reactor, main)
 
 
-def test_walk_tells_errors(reactor: Any, tmp_path: pathlib.Path) -> None:
+def test_walk_reports_errors(reactor: Any, tmp_path: pathlib.Path) -> None:
     errors: list[OSError] = []
 
     async def main() -> None:

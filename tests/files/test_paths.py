@@ -44,8 +44,10 @@ def test_the_same_in_every_style(reactor: Any, style: str, tmp_path: Path) -> No
     ]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="on Windows few may make links")
-def test_links(reactor: Any, tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="on Windows few users may make links"
+)
+def test_functions_of_links(reactor: Any, tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     link.symlink_to("target")
 
@@ -61,13 +63,13 @@ def test_links(reactor: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
-def test_permissions_of_what_is_written(reactor: Any, path: Path) -> None:
+def test_a_written_file_keeps_its_permissions(reactor: Any, path: Path) -> None:
     async def main() -> None:
         await write_file(path, b"1", permissions=0o640)
         assert modes.S_IMODE(path.stat().st_mode) == 0o640
         await write_file(path, b"2", permissions=0o666)
         assert modes.S_IMODE(path.stat().st_mode) == 0o640
-        # It does not run as somebody else, with another content and perhaps owner.
+        # With other content, and perhaps another owner, it must not be set-user-id.
         path.chmod(0o6775)
         await write_file(path, b"3")
         assert modes.S_IMODE(path.stat().st_mode) == 0o775
@@ -76,7 +78,7 @@ def test_permissions_of_what_is_written(reactor: Any, path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
-def test_nobody_reads_what_is_written_who_may_not_read_the_file(
+def test_a_file_that_is_being_written_is_not_readable_by_others(
     reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path.touch(0o600)
@@ -107,9 +109,11 @@ def test_a_fifo_is_not_replaced(reactor: Any, fifo: Path) -> None:
 
 
 @pytest.mark.skipif(
-    sys.platform == "win32", reason="Windows replaces no file that is open"
+    sys.platform == "win32", reason="Windows does not replace an open file"
 )
-def test_whoever_has_it_open_keeps_what_was_there(reactor: Any, tmp_path: Path) -> None:
+def test_an_open_file_keeps_its_content_when_it_is_replaced(
+    reactor: Any, tmp_path: Path
+) -> None:
     path = tmp_path / ("n" * 255)
 
     async def main() -> None:
@@ -122,9 +126,7 @@ def test_whoever_has_it_open_keeps_what_was_there(reactor: Any, tmp_path: Path) 
     run(reactor, main)
 
 
-def test_nothing_is_left_of_what_could_not_be_written(
-    reactor: Any, tmp_path: Path
-) -> None:
+def test_a_failed_write_leaves_no_temporary_file(reactor: Any, tmp_path: Path) -> None:
     with small_disk(tmp_path, 1 << 16) as folder:
         path = folder / "file"
 
@@ -138,7 +140,7 @@ def test_nothing_is_left_of_what_could_not_be_written(
         run(reactor, main)
 
 
-def test_what_cannot_be_written(reactor: Any, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
         with pytest.raises(FileNotFoundError):
             await write_file(tmp_path / "nothing" / "file", b"")

@@ -18,7 +18,7 @@ LIMIT = 10
 
 
 @pytest.mark.usefixtures("back_end")
-def test_what_is_small_is_in_memory_and_done_at_once(
+def test_a_small_file_is_in_memory_and_read_at_once(
     reactor: Any, tmp_path: Path
 ) -> None:
     async def main() -> None:
@@ -44,7 +44,7 @@ def test_what_is_small_is_in_memory_and_done_at_once(
 
 @pytest.mark.usefixtures("back_end")
 @pytest.mark.parametrize("how", ["write", "write_at", "truncate", "rollover", "append"])
-def test_what_is_large_is_in_a_file(reactor: Any, tmp_path: Path, how: str) -> None:
+def test_a_large_file_is_on_the_disk(reactor: Any, tmp_path: Path, how: str) -> None:
     async def main() -> None:
         mode: Any = "a+b" if how == "append" else "w+b"
         spooled: Any = SpooledTemporaryFile(LIMIT, mode, dir=tmp_path)
@@ -71,7 +71,7 @@ def test_what_is_large_is_in_a_file(reactor: Any, tmp_path: Path, how: str) -> N
     run(reactor, main)
 
 
-def test_text(reactor: Any, tmp_path: Path) -> None:
+def test_a_spooled_text_file(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
         spooled = SpooledTemporaryFile(LIMIT, "w+", encoding="utf-16", dir=tmp_path)
         async with spooled as file:
@@ -98,7 +98,7 @@ def test_text(reactor: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_in_every_style(reactor: Any, tmp_path: Path, style: str) -> None:
+def test_the_same_in_every_style(reactor: Any, tmp_path: Path, style: str) -> None:
     spooled = SpooledTemporaryFile(LIMIT, dir=tmp_path, reactor=reactor)
     got: list[Any] = []
     STYLES[style](
@@ -118,7 +118,7 @@ def test_in_every_style(reactor: Any, tmp_path: Path, style: str) -> None:
     assert open_in(tmp_path) == []
 
 
-def test_no_file_can_be_made(reactor: Any, tmp_path: Path) -> None:
+def test_a_write_fails_if_no_file_can_be_made(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
         spooled: SpooledTemporaryFile[AsyncFile] = SpooledTemporaryFile(
             LIMIT, dir=tmp_path / "nothing"
@@ -131,7 +131,7 @@ def test_no_file_can_be_made(reactor: Any, tmp_path: Path) -> None:
                 await file.write(b"abc")
             with pytest.raises(FileNotFoundError):
                 await spooled.rollover()
-            # Nothing is lost.
+            # No data is lost.
             assert await file.read_at(0, 100) == b"0123456789"
         with pytest.raises(ValueError, match="0 is the least"):
             SpooledTemporaryFile(-1)
@@ -152,7 +152,7 @@ def test_a_write_while_the_content_moves_to_a_file_is_not_lost(
             assert gate.reached.wait(DEADLINE)
             writing = file.write_at(2, b"ab")
             assert not writing.called
-            # The first bytes can be read meanwhile.
+            # The first bytes can be read while the content moves.
             assert await file.read_at(0, 2) == b"01"
             closing = file.close()
             gate.open()

@@ -31,14 +31,14 @@ from twisted_rtsig.files import (
 
 
 class Left(Exception):
-    """What a block ends by."""
+    """The exception that ends a block."""
 
 
 def contents(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
 
-def test_a_file_without_a_name(reactor: Any, tmp_path: Path) -> None:
+def test_a_temporary_file_has_no_name(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
         async with TemporaryFile(dir=tmp_path) as file:
             assert isinstance(file, AsyncFile)
@@ -59,14 +59,14 @@ def test_a_file_without_a_name(reactor: Any, tmp_path: Path) -> None:
     run(reactor, main)
 
 
-def test_a_file_with_a_name(reactor: Any, tmp_path: Path) -> None:
+def test_a_named_temporary_file_is_removed(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
         options: dict[str, Any] = {"suffix": ".x", "prefix": "y", "dir": tmp_path}
         async with NamedTemporaryFile(**options) as file:
             path = Path(str(file.name))
             assert (path.parent, path.suffix, path.name[0]) == (tmp_path, ".x", "y")
             await file.write(b"one")
-            # Others can open it.
+            # Other code can open it.
             assert path.read_bytes() == b"one"
             if sys.platform != "win32":
                 with tempfile.NamedTemporaryFile() as plain:
@@ -96,7 +96,7 @@ async def leave_by_error(temporary: Any) -> None:
         raise Left
 
 
-def test_a_block_that_raises(reactor: Any, tmp_path: Path) -> None:
+def test_a_block_that_raises_removes_its_files(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
         for temporary in (
             TemporaryFile(dir=tmp_path),
@@ -111,7 +111,9 @@ def test_a_block_that_raises(reactor: Any, tmp_path: Path) -> None:
     run(reactor, main)
 
 
-def test_a_block_that_nothing_can_resume(reactor: Any, tmp_path: Path) -> None:
+def test_a_block_that_is_garbage_removes_its_files(
+    reactor: Any, tmp_path: Path
+) -> None:
     async def main() -> None:
         async def block(temporary: Any) -> None:
             async with temporary:
@@ -135,7 +137,7 @@ def test_a_block_that_nothing_can_resume(reactor: Any, tmp_path: Path) -> None:
     run(reactor, main)
 
 
-def test_a_directory(reactor: Any, tmp_path: Path) -> None:
+def test_a_temporary_directory_is_removed(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
         async with TemporaryDirectory(".x", "y", tmp_path) as name:
             path = Path(name)
@@ -152,7 +154,7 @@ def test_a_directory(reactor: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_in_every_style(reactor: Any, tmp_path: Path, style: str) -> None:
+def test_the_same_in_every_style(reactor: Any, tmp_path: Path, style: str) -> None:
     got: list[Any] = []
     named = NamedTemporaryFile("w+", dir=tmp_path, reactor=reactor)
     plain = TemporaryFile(dir=tmp_path, reactor=reactor)
@@ -189,7 +191,7 @@ def test_in_every_style(reactor: Any, tmp_path: Path, style: str) -> None:
     assert got[13] is FileNotFoundError
 
 
-def test_names_in_bytes(reactor: Any, tmp_path: Path) -> None:
+def test_names_are_bytes_if_asked_for(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
         number, name = await mkstemp(b".x", dir=os.fsencode(tmp_path))
         os.close(number)
@@ -201,7 +203,7 @@ def test_names_in_bytes(reactor: Any, tmp_path: Path) -> None:
     run(reactor, main)
 
 
-def test_bad_arguments(reactor: Any, tmp_path: Path) -> None:
+def test_bad_arguments_are_refused(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
         for kind in (TemporaryFile, NamedTemporaryFile):
             options: dict[str, Any] = {"encoding": "ascii"}
@@ -233,12 +235,12 @@ MAKERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_nothing_is_left_if_it_is_cancelled_while_it_is_made(
+def test_a_file_whose_making_is_cancelled_is_removed(
     reactor: Any, tmp_path: Path, maker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate()
     made: list[str] = []
-    # Both the names of files and of directories are asked of it.
+    # This function makes the names of files and of directories.
     names = tempfile._get_candidate_names  # type: ignore[attr-defined]
 
     def slow() -> Any:
@@ -248,18 +250,18 @@ def test_nothing_is_left_if_it_is_cancelled_while_it_is_made(
 
     monkeypatch.setattr(tempfile, "_get_candidate_names", slow)
     if hasattr(os, "O_TMPFILE"):
-        # Where a file has no name from the beginning, none is asked for.
+        # With O_TMPFILE a file has no name, and the function would not be called.
         monkeypatch.setattr(tempfile, "_O_TMPFILE_WORKS", False, raising=False)
 
     async def main() -> None:
         making = MAKERS[maker](tmp_path)
         assert gate.reached.wait(DEADLINE)
         making.cancel()
-        # It begins only now, and is made all the same.
+        # The making begins only now, and is finished.
         gate.open()
         with pytest.raises(CancelledError):
             await making
-        # What follows in the only thread comes after it was made, and perhaps removed.
+        # The only thread does this after the file was made, and perhaps removed.
         await gettempdir()
         await gettempdir()
         while contents(tmp_path) or open_in(tmp_path):
@@ -271,7 +273,7 @@ def test_nothing_is_left_if_it_is_cancelled_while_it_is_made(
     assert contents(tmp_path) == []
 
 
-def test_removing_is_done_although_it_is_cancelled(
+def test_a_cancelled_removal_is_done(
     reactor: Any, tmp_path: Path, busy_threads: Gate
 ) -> None:
     async def main() -> None:

@@ -62,7 +62,7 @@ def python_lines(path: Path, **options: Any) -> list[str]:
 def test_lines_are_those_of_python(
     reactor: Any, path: Path, newline: str | None, encoding: str
 ) -> None:
-    # The ends of lines are where what is read ahead ends, too.
+    # Some ends of lines are at the end of the data that was read ahead.
     for length in (0, 1, 65534, 65535, 65536, 65537):
         for end in ("\r\n", "\r", "\n", "ä"):
             text = "é" * length + end + "\nlast" + end
@@ -78,7 +78,7 @@ def test_lines_are_those_of_python(
             run(reactor, main)
 
 
-def test_what_is_written_is_what_python_writes(reactor: Any, tmp_path: Path) -> None:
+def test_written_text_is_the_same_as_pythons(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
         for newline in NEWLINES:
             for mode in ("w", "x", "a", "w+", "a+", "wt", "r+"):
@@ -122,7 +122,7 @@ STEPS = st.one_of(
     max_examples=60,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_it_does_what_python_does(
+def test_operations_behave_like_those_of_a_file_of_python(
     reactor: Any,
     tmp_path: Path,
     steps: list[tuple[str, Any]],
@@ -138,10 +138,10 @@ def test_it_does_what_python_does(
         options: dict[str, Any] = {"encoding": "latin-1", "newline": newline}
         with open(expected, "r+", **options) as plain:
             async with await open_file(found, "r+", **options) as file:
-                # What tell() returns is opaque: a file is only given its own.
+                # The result of tell() is opaque: each file gets only its own.
                 positions = [(0, 0)]
                 for what, value in steps:
-                    # Python's own file writes in the wrong place after a read.
+                    # Python's own file writes at a wrong place after a read.
                     plain.seek(plain.tell())
                     if what == "read":
                         assert await file.read(value) == plain.read(value)
@@ -167,7 +167,9 @@ def test_it_does_what_python_does(
     run(reactor, main)
 
 
-def test_all_is_done_in_turn(reactor: Any, tmp_path: Path) -> None:
+def test_operations_that_are_not_awaited_are_done_in_order(
+    reactor: Any, tmp_path: Path
+) -> None:
     async def main() -> None:
         file = await open_file(tmp_path / "file", "w+", encoding="utf-8", newline="\n")
         file.write("one\n")
@@ -187,8 +189,8 @@ def test_all_is_done_in_turn(reactor: Any, tmp_path: Path) -> None:
     run(reactor, main)
 
 
-def test_a_long_file_is_not_kept(reactor: Any, path: Path) -> None:
-    """Lines that cross the end of what was read ahead do not make it grow."""
+def test_a_long_file_is_not_kept_in_memory(reactor: Any, path: Path) -> None:
+    """Lines across the end of the data that was read ahead do not make it grow."""
     path.write_bytes(b"123456\n" * 100_000)
 
     async def main() -> None:
@@ -201,7 +203,7 @@ def test_a_long_file_is_not_kept(reactor: Any, path: Path) -> None:
     run(reactor, main)
 
 
-def test_limits_of_lines(reactor: Any, path: Path) -> None:
+def test_a_line_that_is_too_long_is_not_consumed(reactor: Any, path: Path) -> None:
     async def main() -> None:
         for end in ("\n", "\r\n", "\r", ""):
             path.write_bytes(("12345" + end).encode())
@@ -211,7 +213,7 @@ def test_limits_of_lines(reactor: Any, path: Path) -> None:
                 ) as file:
                     with pytest.raises(DelimiterNotFound):
                         await file.read_line(4)
-                    # It stays there, to be read in another way.
+                    # The line stays, and can be read in another way.
                     assert await file.read(2) == "12"
                     line = await file.read_line(3)
                     assert line.rstrip("\r\n") == "345"
@@ -226,7 +228,7 @@ def test_limits_of_lines(reactor: Any, path: Path) -> None:
     run(reactor, main)
 
 
-def test_encodings_and_errors(reactor: Any, path: Path) -> None:
+def test_the_encoding_and_errors_of_a_file(reactor: Any, path: Path) -> None:
     path.write_bytes(b"one\nt\xe4o\n")
 
     async def main() -> None:
@@ -246,7 +248,7 @@ def test_encodings_and_errors(reactor: Any, path: Path) -> None:
                 await file.write("ä")
         with pytest.raises(LookupError):
             await open_file(path, "r", encoding="no such encoding")
-        # By default that of the locale.
+        # The default is the encoding of the locale.
         with open(path) as plain:
             expected = plain.encoding
         async with await open_file(path, "r") as file:
@@ -255,7 +257,7 @@ def test_encodings_and_errors(reactor: Any, path: Path) -> None:
     run(reactor, main)
 
 
-def test_bad_arguments(reactor: Any, tmp_path: Path) -> None:
+def test_bad_arguments_are_refused(reactor: Any, tmp_path: Path) -> None:
     path = tmp_path / "file"
     for mode in ("", "t", "rwt", "rtt", "rbt", "U"):
         with pytest.raises(ValueError, match="add 'b' for bytes"):
@@ -304,7 +306,7 @@ def test_a_fifo_cannot_be_opened(reactor: Any, fifo: Path) -> None:
     run(reactor, main)
 
 
-def test_a_read_that_is_cancelled_loses_nothing(
+def test_a_cancelled_read_loses_no_text(
     reactor: Any, path: Path, busy_threads: Gate
 ) -> None:
     path.write_text("one\ntwo\n", encoding="ascii")
@@ -325,7 +327,7 @@ def test_a_read_that_is_cancelled_loses_nothing(
     run(reactor, main)
 
 
-def test_a_read_that_is_cancelled_in_the_thread_loses_nothing(
+def test_a_read_that_is_cancelled_in_its_thread_loses_no_text(
     reactor: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from twisted_rtsig.files import textfile

@@ -1,4 +1,4 @@
-"""What files of bytes and of text have in common: closing, and cancelled opens."""
+"""Files of bytes and of text: closing, and cancelled opens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONTENT: dict[str, Any] = {"b": b"all of it", "": "all of it"}
 
 @pytest.fixture(params=CONTENT, ids=["bytes", "text"])
 def kind(request: Any) -> str:
-    """What follows the mode."""
+    """The arguments after the mode."""
     return str(request.param)
 
 
@@ -48,9 +48,7 @@ def test_a_forgotten_file_is_closed_with_a_warning(
     assert path.read_text() == "all of it"
 
 
-def test_closing_is_done_although_it_is_cancelled(
-    reactor: Any, tmp_path: Path, kind: str
-) -> None:
+def test_a_cancelled_close_is_done(reactor: Any, tmp_path: Path, kind: str) -> None:
     async def main() -> None:
         file: Any = await open_file(tmp_path / "file", "w" + kind)
         file.close().cancel()
@@ -61,7 +59,7 @@ def test_closing_is_done_although_it_is_cancelled(
     run(reactor, main)
 
 
-def test_closing_waits_for_the_operations_before_it(
+def test_close_waits_for_earlier_operations(
     reactor: Any, path: Path, busy_threads: Gate, kind: str
 ) -> None:
     async def main() -> None:
@@ -86,7 +84,7 @@ def test_closing_waits_for_the_operations_before_it(
 def test_a_block_that_is_garbage_closes_the_file(
     reactor: Any, path: Path, kind: str
 ) -> None:
-    """It cannot wait for the end of that."""
+    """It cannot wait for the end of the close."""
     opened: list[Any] = []
 
     async def main() -> None:
@@ -106,8 +104,10 @@ def test_a_block_that_is_garbage_closes_the_file(
     spin(reactor, lambda: opened[0].fileno() == -1)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="it opens in another way there")
-def test_an_open_that_is_cancelled_leaves_nothing_open(
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="Windows opens files in another way"
+)
+def test_a_cancelled_open_leaves_no_file_open(
     reactor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     path = tmp_path / "file"
@@ -123,7 +123,7 @@ def test_an_open_that_is_cancelled_leaves_nothing_open(
         disk.gate.open()
         while open_in(tmp_path):
             await sleep(0.001)
-        # By then the reactor has been told of the end of what came before.
+        # By then the end of the earlier operations was reported to the reactor.
         file: Any = await open_file(path, "r" + kind)
         await file.close()
 
