@@ -1,5 +1,5 @@
 """
-Draw what compare.py has measured, as SVG for README and docs.
+Draw what compare.py has measured, as SVG for README and docs/benchmarks.md.
 
     python benchmarks/draw.py [RESULTS] [--folder FOLDER]
 
@@ -27,14 +27,14 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 # Readable on white as well as on black.
 INK = "#7d8590"
-SPEED = {
-    "rtsig": "#e8590c",
-    "rtsig-epoll": "#f2a65a",
-    "python": "#4c8dd6",
-    "protocol-uvloop": "#8bb8e8",
-}
+OURS = {"rtsig-epoll": "#e8590c", "rtsig": "#f2a65a"}
+"""The bars of this package have a colour of their own."""
+COROUTINES = {"coro": "#c98a5e"}
+OTHERS = {"protocol-uvloop": "#5b8fc7", "python": "#8fb3d9", "c": "#a3a9b1"}
+SPEED = {**OURS, **OTHERS}
+SPEED_WORKS = ("echo-100", "echo-1", "echo-64k", "connect", "udp", "tls", "web-hello")
+"""Works that differ; docs/benchmarks.md has a table of all."""
 COST_WORKS = ("echo-100", "echo-idle", "connect")
-OURS = ("rtsig", "rtsig-epoll")
 
 STYLE = {
     "axes.edgecolor": INK,
@@ -65,42 +65,52 @@ def draw_speed(results: Results) -> Figure:
         for work in results.works()
         if any(results.times(work, name, YARDSTICK) for name in OURS)
     ]
+    works = [work for work in SPEED_WORKS if work in works] or works
     names = [
         name
         for name in SPEED
         if any(results.times(work, name, YARDSTICK) for work in works)
     ]
-    thickness = 0.8 / max(1, len(names))
-    drawn = Figure(figsize=(7.5, 1.2 + 0.2 * len(names) * len(works)))
+    thickness = 0.84 / max(1, len(names))
+    drawn = Figure(figsize=(7.5, 1.2 + 0.17 * len(names) * len(works)))
     axes = drawn.subplots()
     for place, name in enumerate(names):
-        spreads = {
-            row: spread
+        medians = {
+            row: spread.median
             for row, work in enumerate(works)
             if (spread := results.times(work, name, YARDSTICK))
         }
-        medians = [spread.median for spread in spreads.values()]
-        below = [spread.median - spread.low for spread in spreads.values()]
-        above = [spread.high - spread.median for spread in spreads.values()]
-        axes.barh(
-            [row - 0.4 + (place + 0.5) * thickness for row in spreads],
-            medians,
-            thickness,
-            xerr=[below, above],
+        bars = axes.barh(
+            [row - 0.42 + (place + 0.5) * thickness for row in medians],
+            list(medians.values()),
+            thickness * 0.92,
             color=SPEED[name],
-            error_kw={"ecolor": INK, "elinewidth": 1},
             label=CONTENDERS[name].what,
         )
+        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=7.5)
     axes.axvline(1, color=INK, linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(works)), [WORKS[work].what for work in works])
+    axes.set_yticks(range(len(works)), [two_lines(WORKS[work].what) for work in works])
+    axes.set_xticks([0, 1, 2, 3, 4])
     axes.set_xlabel(
-        "times less CPU than Twisted's epoll reactor (dashed); quartiles of the rounds"
+        "longer is better; dashed line: Twisted's epoll reactor; medians of the rounds"
+    )
+    axes.set_title(
+        "How many times less CPU a request takes than on Twisted's epoll reactor",
+        loc="left",
+        pad=34,
+        x=-0.27,
+        fontweight="bold",
     )
     axes.legend(
-        frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0
+        frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(-0.28, 1), borderpad=0
     )
     plain(axes)
     return drawn
+
+
+def two_lines(text: str) -> str:
+    """A label that is broken behind its last comma."""
+    return "\n".join(text.rsplit(", ", 1))
 
 
 def draw_cost(results: Results) -> Figure:
@@ -111,14 +121,14 @@ def draw_cost(results: Results) -> Figure:
         for name in CONTENDERS
         if any(name in results.contenders(work) for work in works)
     ]
-    drawn = Figure(figsize=(2.2 + 2.7 * len(works), 1 + 0.24 * len(names)))
+    drawn = Figure(figsize=(2.2 + 2.8 * len(works), 1 + 0.24 * len(names)))
     for place, work in enumerate(works):
         axes = drawn.add_subplot(1, len(works), place + 1)
         costs = [results.spread(work, name, "cpu") for name in names]
         bars = axes.barh(
             range(len(names)),
             [cost.median if cost else 0 for cost in costs],
-            color=[SPEED["rtsig"] if name in OURS else INK for name in names],
+            color=[{**OURS, **COROUTINES}.get(name, INK) for name in names],
         )
         labels = [figure(cost.median) if cost else "" for cost in costs]
         axes.bar_label(bars, labels, padding=3)
@@ -128,9 +138,15 @@ def draw_cost(results: Results) -> Figure:
         )
         axes.set_xticks([])
         axes.margins(x=0.2)
-        axes.set_title(f"{work}: µs of CPU per {WORKS[work].unit}", loc="left")
+        axes.set_title(two_lines(WORKS[work].what), loc="left", fontsize=8.5)
         plain(axes)
         axes.spines["bottom"].set_visible(False)
+    drawn.suptitle(
+        "Microseconds of CPU for a request or a connection (shorter is better)",
+        y=1.04,
+        fontsize=10,
+        fontweight="bold",
+    )
     return drawn
 
 

@@ -80,7 +80,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         CHECKOUT,
         copy,
         ignore=shutil.ignore_patterns(
-            ".git", ".venv", ".*_cache", ".hypothesis", "dist", "_trial_temp*"
+            *(".git", ".venv", ".*_cache", ".hypothesis", "dist", "_build"),
+            "_trial_temp*",
         ),
     )
     # Twisted makes this file in a checkout.  It must not be packed.
@@ -136,6 +137,16 @@ def test_the_contents_of_the_sdist(built: Built) -> None:
     assert {"CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "dev"} <= names
     assert {"tests/__init__.py", f"tests/{Path(__file__).name}"} <= names
     assert [name for name in names if name.endswith((".pyc", ".cache"))] == []
+
+
+def test_description(built: Built) -> None:
+    """That of README.md, without links to files that an index page does not have."""
+    description = built.metadata().get_payload()
+    assert isinstance(description, str)
+    assert "twistd --reactor=rtsig-auto" in description
+    assert "[Twisted](https://twisted.org)" in description
+    assert re.findall(r"\]\((?!https:)", description) == []
+    assert "CHANGELOG" in description
 
 
 def test_the_metadata_of_the_licence(built: Built) -> None:

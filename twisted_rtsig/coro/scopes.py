@@ -376,7 +376,7 @@ class shield(Scope):
     Let nothing outside of a block of code cancel what is inside::
 
         with shield():
-            await stream.write(b"QUIT\r\n")
+            await stream.write(b"QUIT\\r\\n")
 
     It is cancelled where it waits next after the block.  A ``timeout`` inside of
     the block does what it always does.
