@@ -142,8 +142,12 @@ def test_daemon_started_in_a_terminal(tmp_path: Path) -> None:
     with daemon(tmp_path, *arguments, launcher=IN_TERMINAL) as process:
         os.kill(process, signal.SIGHUP)
         log = tmp_path / "log"
-        wait_until(lambda: re.search("reload is complete|Stopping", log.read_text()))
-        assert "Stopping" not in log.read_text()
+        wait_until(
+            lambda: re.search(
+                "reload is complete|Stopping all workers", log.read_text()
+            )
+        )
+        assert "Stopping all workers" not in log.read_text()
 
 
 def test_nohup(tmp_path: Path) -> None:
