@@ -226,14 +226,14 @@ async def options_of_clients() -> None:
 
 def options_of_programs() -> None:
     number: int
-    run(count)  # mypy: arg-type, call-arg; pyright: reportArgumentType, reportCallIssue
-    run(count, 3)  # mypy: arg-type; pyright: reportArgumentType, reportCallIssue
-    run(count("a"))  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
-    run(count_plain, "a")  # mypy: arg-type; pyright: reportArgumentType, reportCallIssue
-    run(count, "a", grace="3")  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
-    run(count, "a", name=3)  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
-    run(count, "a", debug="yes")  # mypy: call-overload; pyright: reportArgumentType, reportCallIssue
-    run(count, "a", nam="b")  # mypy: call-overload; pyright: reportCallIssue
+    run(count)  # mypy: arg-type; pyright: reportArgumentType
+    run(count, 3)  # mypy: arg-type; pyright: reportArgumentType
+    run(count("a"))  # mypy: arg-type; pyright: reportArgumentType
+    run(count_plain, "a")  # mypy: arg-type; pyright: reportArgumentType
+    run(count, "a", grace="3")  # mypy: arg-type; pyright: reportArgumentType
+    run(count, "a", name=3)  # mypy: arg-type; pyright: reportArgumentType
+    run(count, "a", debug="yes")  # mypy: arg-type; pyright: reportArgumentType
+    run(count, "a", nam="b")  # mypy: call-arg; pyright: reportCallIssue
     number = run(count, "a")  # mypy: assignment; pyright: reportAssignmentType
     print(number)
 

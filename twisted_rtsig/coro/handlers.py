@@ -49,6 +49,7 @@ class ServerProtocol(StreamProtocol):
     _refused = False
 
     def connectionMade(self) -> None:
+        """See ``IProtocol.connectionMade``."""
         factory = self.factory
         if not factory.admit(self):
             self._refused = True
@@ -72,6 +73,7 @@ class ServerProtocol(StreamProtocol):
             return spawn(_fail, error, name=name or name_of(function), reactor=reactor)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """See ``IProtocol.connectionLost``."""
         if self._refused:
             return
         stream = self.stream

@@ -97,6 +97,7 @@ _Call = tuple[
 
 
 def stack_of(call: _Call | None) -> Stack:
+    """Return a new stack, on which ``call`` will run."""
     stack = Stack(_run)
     # greenlet would keep an argument of the first switch until the end.
     stack.awaited = call

@@ -89,10 +89,10 @@ class ByteStream(ReceiveStream, SendStream, Protocol):
     async def __aenter__(self) -> Self:
         """Begin a block that closes the stream, or aborts it if it raises."""
 
-    async def __aexit__(
+    def __aexit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
-    ) -> None:
+    ) -> Awaitable[None]:
         """End the block."""

@@ -218,6 +218,7 @@ def scandir(path: Any = None, *, reactor: Any | None = None) -> Entries[Any]:
 
 
 def scan(path: Any) -> Iterator[Any]:
+    """Yield the entries of a directory.  It blocks."""
     # The block closes it without a warning when this generator is collected.
     with os.scandir(path) as entries:
         yield from entries
