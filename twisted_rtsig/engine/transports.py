@@ -483,21 +483,26 @@ class TCPPort(tcp.Port):
                     return
                 accepted += 1
                 client = socket.socket(family, kind, proto, fileno=descriptor)
-                if len(address) == 4:
-                    # It adds the scope to an IPv6 address.
-                    host = socket.getnameinfo(
-                        address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+                try:
+                    if len(address) == 4:
+                        # It adds the scope to an IPv6 address.
+                        host = socket.getnameinfo(
+                            address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+                        )
+                        address = (host[0], *address[1:])
+                    protocol = factory.buildProtocol(self._buildAddr(address))
+                    if protocol is None:
+                        client.close()
+                        continue
+                    number = self.sessionno
+                    self.sessionno = number + 1
+                    transport = self.transport(
+                        client, protocol, address, self, number, self.reactor
                     )
-                    address = (host[0], *address[1:])
-                protocol = factory.buildProtocol(self._buildAddr(address))
-                if protocol is None:
+                except BaseException:
+                    # The logged failure keeps the socket.
                     client.close()
-                    continue
-                number = self.sessionno
-                self.sessionno = number + 1
-                transport = self.transport(
-                    client, protocol, address, self, number, self.reactor
-                )
+                    raise
                 protocol.makeConnection(transport)
             if accepted == self.numberAccepts:
                 self.numberAccepts += 20
