@@ -91,7 +91,7 @@ class BlockingSocket(SocketFiles):
     The socket owns the stream from now on.  Several tasks can share it: if several
     read, each gets a part of the data.
 
-    :param stream: the connection, for example of :func:`open_tcp`.
+    :param stream: the connection, for example of :func:`.open_tcp`.
     """
 
     _stream: Stream | None = None
@@ -660,7 +660,7 @@ def create_connection(
 ) -> BlockingSocket:
     """
     Connect by TCP, as ``socket.create_connection``; the addresses of a name are tried
-    as by :func:`open_tcp`.
+    as by :func:`.open_tcp`.
 
     :param address: host and port.
     :param timeout: the seconds that each attempt may take, and later each call of the

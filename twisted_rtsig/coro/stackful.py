@@ -65,7 +65,7 @@ def spawn_stackful(
     Run a plain function, ``function(*args)``, as a task.  In the function, and in all
     functions that it calls, :func:`wait` waits.
 
-    The task begins as one of :func:`spawn` does.
+    The task begins as one of :func:`.spawn` does.
 
     :param name: the name of the task in logs; by default that of the function.
     :param reactor: an ``IReactorTime`` provider, ``task.Clock`` for example; by

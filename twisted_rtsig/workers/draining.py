@@ -89,7 +89,7 @@ def drain(
        within ``keep_alive`` seconds; a request that arrives is answered with
        ``Connection: close``.  HTTP/2 clients get GOAWAY, and all open streams are
        answered.
-    3. Coroutine servers stop, as by :meth:`CoroutineFactory.stop`: ``stopping`` of
+    3. Coroutine servers stop, as by :meth:`.CoroutineFactory.stop`: ``stopping`` of
        their streams is set, and their handlers have the grace to end.
     4. ``drain`` of each protocol that provides :class:`IDrainable` is called.
     5. All server connections are awaited, whatever their protocol.  Those that are open
