@@ -160,7 +160,7 @@ def test_first_server(checker: str, tmp_path: Path) -> None:
 # What no program imports: the engine and the notifiers below the reactors, and the base
 # classes of reactors, which Twisted has not annotated.
 NO_INTERFACE = re.compile(
-    r"twisted_rtsig\.(engine|notifiers|windows|asyncio_\w+|pytest_\w+|\w*reactor)\."
+    r"twisted_rtsig\.(engine|notifiers|asyncio_support|windows|pytest_\w+|\w*reactor)\."
     r"|twisted_rtsig\.coro\.scheduler\.Handover\."
     r"|twisted_rtsig\.files\.accesses\."
     r"|twisted_rtsig\.workers\.(?!Worker|draining\.(drain|Drained|IDrainable)\.|\w+\.$)"
