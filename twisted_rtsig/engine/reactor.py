@@ -219,7 +219,8 @@ class EngineReactor(
 
     def begin_reading(self, stream: StreamTransport) -> None:
         """
-        Like :meth:`addReader`, for a new stream, whose descriptor is rarely registered.
+        Like :meth:`addReader`, for a new transport, whose descriptor is rarely
+        registered.
 
         :raises OSError: if its descriptor cannot be watched.
         """
@@ -237,13 +238,13 @@ class EngineReactor(
             self.wakeUp()
 
     def look_again(self, stream: StreamTransport) -> None:
-        """Check ``stream`` again: its last read may have left data."""
+        """Check the transport again: its last read may have left data."""
         registration = self._reading.get(stream)
         if registration is not None:
             self._mark_unchecked(registration, READ)
 
     def is_reading(self, stream: StreamTransport) -> bool:
-        """Whether ``stream`` is a reader, which means connected and not paused."""
+        """Whether the transport is a reader, which means connected and not paused."""
         return stream in self._reading
 
     def write_soon(self, stream: StreamTransport) -> None:
@@ -251,7 +252,7 @@ class EngineReactor(
         Call ``stream.doWrite`` at the end of the pass, without asking the kernel
         whether the descriptor is writable.
 
-        :param stream: a stream whose ``write_state`` is ``NOT_WRITING``.
+        :param stream: a transport whose ``write_state`` is ``NOT_WRITING``.
         """
         stream.write_state = QUEUED
         self._queued.append(stream)
@@ -507,7 +508,9 @@ class EngineReactor(
 
     def _check_rest_again(self) -> None:
         """
-        Mark as unchecked what the outer pass has not dispatched, and now will not.
+        Mark as unchecked what the outer pass has not dispatched yet.
+
+        This uses up the iterators of the outer pass, which will dispatch nothing more.
         """
         for registration in (*self._plain_input, *self._reading_on):
             self._mark_unchecked(registration, registration.interest)
@@ -565,9 +568,9 @@ class EngineReactor(
         self, fields: LogContext, registrations: Iterable[Registration]
     ) -> None:
         """
-        Read a few times from each stream.
+        Read a few times from each transport.
 
-        A stream from which something was read is read from in the next pass again.
+        A transport from which something was read is read from in the next pass again.
         Only a read that would block proves that nothing is left; after a short read,
         more may have arrived.
         """
