@@ -73,7 +73,7 @@ _CONTROL_C_EXIT: Final = 0xC000013A - (1 << 32)
 
 # How long to wait for the last line to be logged, in seconds: the log may be a pipe
 # that no process reads.
-_TO_TELL: Final = 1.0
+_TO_LOG: Final = 1.0
 
 # The number of turns of the reactor in which asynchronous generators can begin to end.
 _TURNS: Final = 3
@@ -327,14 +327,14 @@ class _Program:
         if self._over.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
             self._over.release()
             return
-        told = threading.Lock()
-        told.acquire()
-        _thread.start_new_thread(self._tell, (seconds, told))
-        told.acquire(timeout=_TO_TELL)
+        logged = threading.Lock()
+        logged.acquire()
+        _thread.start_new_thread(self._log_overdue, (seconds, logged))
+        logged.acquire(timeout=_TO_LOG)
         assert self._signal is not None
         _die(self._signal)
 
-    def _tell(self, seconds: float, told: threading.Lock) -> None:
+    def _log_overdue(self, seconds: float, logged: threading.Lock) -> None:
         """Log what still runs when the grace is over."""
         assert self._signal is not None
         try:
@@ -349,7 +349,7 @@ class _Program:
                 with contextlib.suppress(Exception):
                     file.flush()
         finally:
-            told.release()
+            logged.release()
 
     # The end
 
@@ -402,20 +402,20 @@ class _Program:
                     # Their asynchronous generators end in tasks, which begin later.
                     await sleep(0)
         except TimeoutError:
-            self._tell_of(tasks_of(self._reactor) - {own})
+            self._log_left(tasks_of(self._reactor) - {own})
 
     async def _wait_for(self, task: Task[Any]) -> None:
         try:
             with self._within_grace():
                 await _all_ended({task}).wait()
         except TimeoutError:
-            self._tell_of({task})
+            self._log_left({task})
 
     def _within_grace(self) -> contextlib.AbstractContextManager[object]:
         # After a signal, the thread enforces it.
         return timeout(self._grace if self._signal is None else None)
 
-    def _tell_of(self, left: set[Task[Any]]) -> None:
+    def _log_left(self, left: set[Task[Any]]) -> None:
         """Log the tasks that have not ended when the grace is over."""
         _log.critical(
             "{count} tasks were cancelled because the program ends, and have not "
@@ -514,7 +514,7 @@ def _die(number: int) -> NoReturn:
         # The first signal has reset the handler.
         os.kill(os.getpid(), number)
         # This is reached only if the program has set another handler since.
-        time.sleep(_TO_TELL)
+        time.sleep(_TO_LOG)
         os._exit(128 + number)
     os._exit(_CONTROL_C_EXIT if number != signal.SIGTERM else 128 + number)
 

@@ -180,7 +180,7 @@ class EdgeEPollNotifier:
         # unchecked until the next one.
         self._checked.clear()
         if self._closed_early:
-            polled = self._without_ghosts(polled)
+            polled = self._without_stale(polled)
         registrations = self._registrations
         plain: list[Registration] = []
         events: list[Event] = []
@@ -312,7 +312,7 @@ class EdgeEPollNotifier:
         registration.edges = 0
         self.update(registration)
 
-    def _without_ghosts(
+    def _without_stale(
         self, polled: Sequence[tuple[int, int]]
     ) -> Sequence[tuple[int, int]]:
         """
@@ -321,7 +321,7 @@ class EdgeEPollNotifier:
         Such an entry cannot be removed from the set, so the set is replaced.
         """
         confirmed = []
-        haunted = False
+        stale = False
         for descriptor, event in polled:
             if descriptor in self._closed_early:
                 poll = select.poll()
@@ -329,10 +329,10 @@ class EdgeEPollNotifier:
                 if registration is not None:
                     poll.register(descriptor, _LEVEL_MASKS[registration.interest])
                 if not poll.poll(0):
-                    haunted = True
+                    stale = True
                     continue
             confirmed.append((descriptor, event))
-        if haunted:
+        if stale:
             self._renewals += 1
             self.close()
             self.open()

@@ -221,12 +221,12 @@ class KQueueNotifier:
             assert queue is not None
         changes = None
         if self._check_all:
-            everybody = self._registrations.values()
-            changes = self._changes_to_check(dict.fromkeys(everybody, READ | WRITE))
+            watched = self._registrations.values()
+            changes = self._changes_to_check(dict.fromkeys(watched, READ | WRITE))
         elif unchecked or self._changes:
             changes = self._changes_to_check(unchecked)
         if self._ending:
-            timeout = self._tell_again(timeout)
+            timeout = self._call_ending(timeout)
         if self._woken or self._always_ready:
             self._woken = False
             timeout = 0
@@ -256,7 +256,7 @@ class KQueueNotifier:
                     or registration.generation != event.udata
                     or not registration.interest & READ
                 ):
-                    self._is_not_for_anybody(event)
+                    self._remove_knote(event)
                 elif registration.interest == READ:
                     if registration.tells_drained:
                         plain.append(registration)
@@ -309,11 +309,11 @@ class KQueueNotifier:
 
     def wake(self) -> None:
         """End the wait under way, or else the next one; from any thread."""
-        if not self._set_off():
+        if not self._trigger_wake_up():
             self._woken = True
             # The queue may have been opened in between, and its thread may sleep
             # already.
-            self._set_off()
+            self._trigger_wake_up()
 
     def watch_exit(self, process: int, call: Callable[[], bool]) -> None:
         """
@@ -376,7 +376,7 @@ class KQueueNotifier:
             ):
                 self._reading.add(registration)
 
-    def _is_not_for_anybody(self, event: KernelEvent) -> None:
+    def _remove_knote(self, event: KernelEvent) -> None:
         """Remove a knote whose reader was removed."""
         registration = self._registrations.get(event.ident)
         if registration is not None and registration.interest & READ:
@@ -425,7 +425,7 @@ class KQueueNotifier:
             self._pause = _FIRST_PAUSE
             self._ending_due = time.monotonic() + self._pause
 
-    def _tell_again(self, timeout: float | None) -> float | None:
+    def _call_ending(self, timeout: float | None) -> float | None:
         """
         Call the callbacks of children that are not reaped yet, if it is time.
 
@@ -516,7 +516,7 @@ class KQueueNotifier:
             return False
         return True
 
-    def _set_off(self) -> bool:
+    def _trigger_wake_up(self) -> bool:
         """
         Trigger the event that ends a wait.
 

@@ -367,11 +367,11 @@ class RealtimeSignalNotifier:
             merged[descriptor] = band
         plain = []
         suspects: dict[Registration, int] = {}
-        strangers = False
+        unknown = False
         for descriptor, band in merged.items():
             registration = registrations.get(descriptor)
             if registration is None:
-                strangers = True
+                unknown = True
             elif not registration.edges:
                 # The signal is stale.  The descriptor is polled in each pass.
                 continue
@@ -390,7 +390,7 @@ class RealtimeSignalNotifier:
         if overflowed:
             self._overflow()
             suspects = {each: 0 for each in registrations.values() if each.edges}
-        if overflowed or strangers:
+        if overflowed or unknown:
             # Reactors that run in turn in this thread share the queue, and the same
             # SIGIO stands for all queues.
             for member in members_in_this_thread():
