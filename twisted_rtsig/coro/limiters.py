@@ -10,11 +10,11 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from twisted.internet.defer import Deferred
 
+from twisted_rtsig.coro.closing import AsyncBlock
 from twisted_rtsig.coro.errors import WouldBlock
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Done, Operation, Wait, ignore
@@ -43,7 +43,7 @@ class CapacityLimiterStatistics(NamedTuple):
     tasks_waiting: int
 
 
-class CapacityLimiter:
+class CapacityLimiter(AsyncBlock):
     """
     Limits how many tasks do something at the same time::
 
@@ -201,12 +201,7 @@ class CapacityLimiter:
     async def __aenter__(self) -> None:
         await self.acquire()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def _end_block(self, error: BaseException | None) -> None:
         if isinstance(error, GeneratorExit):
             # The garbage collector has found the task and this limiter.  It closes the
             # coroutine outside of the task, which then is not the calling task.

@@ -11,7 +11,6 @@ See ``docs/channels.md``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -175,12 +174,7 @@ class Semaphore(_Queued):
     async def __aenter__(self) -> None:
         await self.acquire()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         self.release()
 
     def __repr__(self) -> str:
@@ -276,12 +270,7 @@ class Condition(_Queued):
     async def __aenter__(self) -> None:
         await self.lock.acquire()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         self.lock.release()
 
     def __repr__(self) -> str:
