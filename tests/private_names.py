@@ -1,13 +1,12 @@
 """
-Source text, as tests/test_private_names.py compares it: which of Twisted's private
-names the package uses, and the functions of Twisted in each release.
+Reads source text for tests/test_private_names.py: the private names of Twisted that the
+package uses, and the functions of Twisted in each release.
 
     python -m tests.private_names [FOLDER...]
 
-records the functions as they read in the Twisted that is installed, or in each
-FOLDER that ``pip install --no-deps --target FOLDER Twisted==RELEASE`` has
-filled, and prints what is new.  Do so when the code that follows them has been
-compared with them.
+records the text of the functions in the installed Twisted, or in each FOLDER that was
+filled by ``pip install --no-deps --target FOLDER Twisted==RELEASE``, and prints the
+changes.  Do this after the code that mirrors them was compared with them.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def parsed(path: Path) -> ast.Module:
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a module or a class, with those under its conditions."""
+    """The statements of a module or a class, also those in its blocks."""
     for each in body:
         yield each
         if isinstance(each, ast.If | ast.Try | ast.With):
@@ -96,14 +95,14 @@ def _find(release: Release, dotted: str) -> list[ast.stmt | ast.Module]:
 
 
 def _is_self(node: ast.expr) -> bool:
-    """``self`` or ``super()``."""
+    """Whether the expression is ``self`` or ``super()``."""
     if isinstance(node, ast.Call):
         node = node.func
     return isinstance(node, ast.Name) and node.id in ("self", "super")
 
 
-def _asked_for(node: ast.AST) -> str:
-    """The name that a ``getattr`` or the like asks for."""
+def _attribute_in_call(node: ast.AST) -> str:
+    """The attribute name in a call of ``getattr``, ``hasattr`` or ``setattr``."""
     match node:
         case ast.Call(
             func=ast.Name(id="getattr" | "hasattr" | "setattr"),
@@ -122,7 +121,7 @@ def functions_of(owner: ast.Module | ast.ClassDef) -> set[str]:
 
 
 def data_of(owner: ast.Module | ast.ClassDef) -> set[str]:
-    """What a module or a class defines apart from functions."""
+    """The names that a module or a class defines, except functions."""
     names: set[str] = set()
     for each in _statements(owner.body):
         match each:
@@ -139,7 +138,7 @@ def data_of(owner: ast.Module | ast.ClassDef) -> set[str]:
                 case ast.Attribute(value=value, attr=name, ctx=ast.Store()):
                     if _is_self(value):
                         names.add(name)
-            names.add(_asked_for(node))
+            names.add(_attribute_in_call(node))
     return names - {""}
 
 
@@ -152,7 +151,7 @@ def defines(release: Release, owner: str, name: str) -> bool:
     )
 
 
-# What the package leans on
+# The names of Twisted that the package uses
 
 
 def _is_private(name: str) -> bool:
@@ -160,14 +159,14 @@ def _is_private(name: str) -> bool:
 
 
 class _FromTwisted(NamedTuple):
-    """What a class of the package has from Twisted."""
+    """The names that a class of the package inherits from Twisted."""
 
     functions: set[str]
     data: set[str]
     documented: set[str]
 
     def leaned_on(self, names: set[str]) -> set[str]:
-        # A function that is not private is for subclasses to call and override.
+        # Subclasses may call and override a function that is not private.
         public = self.functions | self.documented
         return {
             each
@@ -177,7 +176,7 @@ class _FromTwisted(NamedTuple):
 
 
 def _from_twisted(classes: Iterable[type[Any]]) -> _FromTwisted:
-    """What any of these classes has."""
+    """The names that any of these classes inherits."""
     theirs = _FromTwisted(set(), set(), set())
     for ancestor in {each for cls in classes for each in cls.__mro__}:
         if ancestor.__module__.startswith("twisted."):
@@ -194,10 +193,11 @@ def _from_twisted(classes: Iterable[type[Any]]) -> _FromTwisted:
 @functools.cache
 def _classes_of_the_package() -> dict[str, _FromTwisted]:
     """
-    By name, what each has from Twisted, its subclasses included: where a class
-    of the package goes before one of Twisted's, both use the same instance.
+    The names that each class and its subclasses inherit from Twisted, by the name of
+    the class.  A class of the package may precede one of Twisted among the bases of a
+    subclass: both then use the same instance.
 
-    Notifiers have nothing, and those of other systems cannot be imported.
+    Notifiers inherit nothing, and those of other systems cannot be imported.
     """
     classes: list[type[Any]] = []
     for folder in (
@@ -218,7 +218,7 @@ def _classes_of_the_package() -> dict[str, _FromTwisted]:
 
 
 def _not_exported(node: ast.ImportFrom) -> Iterator[str]:
-    """What is imported from a module of Twisted though its ``__all__`` has it not."""
+    """The names that are imported from Twisted and missing in the ``__all__`` there."""
     if node.module is not None and node.module.startswith("twisted."):
         module = importlib.import_module(node.module)
         exported: list[str] = getattr(module, "__all__", [])
@@ -237,12 +237,12 @@ def _touched(tree: ast.ClassDef) -> set[str]:
 
 def leaned_on(files: Mapping[str, ast.Module]) -> dict[str, str]:
     """
-    The private names of Twisted, and its attributes that no interface has, which
-    ``files`` of the package use; each with a place.
+    The private names of Twisted, and its attributes without an interface, that
+    ``files`` of the package use, each with a place of its use.
 
-    A private name is Twisted's if an ancestor of the class has it; or if some
-    file uses it and none defines it; or if a class with an ancestor in Twisted
-    defines it and no file uses it, so that Twisted must.
+    A private name belongs to Twisted in three cases: an ancestor of the class has it,
+    or some file uses it and none defines it, or a class with an ancestor in Twisted
+    defines it and no file uses it, so that Twisted must use it.
     """
     classes = _classes_of_the_package()
     leaned: dict[str, str] = {}
@@ -250,8 +250,8 @@ def leaned_on(files: Mapping[str, ast.Module]) -> dict[str, str]:
     own: set[str] = set()
     hooks: dict[str, str] = {}
     for path, tree in files.items():
-        # An annotation alone says what is there already.
-        told = {
+        # An annotation without a value does not define the name.
+        annotated = {
             each.target
             for each in ast.walk(tree)
             if isinstance(each, ast.AnnAssign) and each.value is None
@@ -263,7 +263,7 @@ def leaned_on(files: Mapping[str, ast.Module]) -> dict[str, str]:
                 case ast.ImportFrom():
                     names = set(_not_exported(node))
                 case ast.Attribute(value=ast.Name(id="stream"), attr=name):
-                    # What the engine calls a connection.
+                    # The engine calls a connection ``stream``.
                     names = classes["StreamTransport"].leaned_on({name})
                 case ast.ClassDef(name=name) if (
                     name in classes and classes[name].functions
@@ -276,11 +276,11 @@ def leaned_on(files: Mapping[str, ast.Module]) -> dict[str, str]:
                 case ast.Attribute(attr=name, ctx=ast.Store()):
                     own.add(name)
                 case ast.Attribute(value=ast.Name(id="sys")):
-                    # The interpreter's.
+                    # The names of the interpreter do not count.
                     pass
                 case ast.Attribute(attr=name):
                     used[name] = place
-                case ast.Name(id=name, ctx=ast.Store()) if node not in told:
+                case ast.Name(id=name, ctx=ast.Store()) if node not in annotated:
                     own.add(name)
                 case (
                     ast.FunctionDef(name=name)
@@ -288,7 +288,7 @@ def leaned_on(files: Mapping[str, ast.Module]) -> dict[str, str]:
                     | ast.ClassDef(name=name)
                 ):
                     own.add(name)
-                case _ if name := _asked_for(node):
+                case _ if name := _attribute_in_call(node):
                     used[name] = place
     for name, place in [*used.items(), *hooks.items()]:
         if _is_private(name) and not (name in own and name in used):
@@ -311,11 +311,11 @@ def of_asyncio() -> set[str]:
     return {name for names in OF_ASYNCIO.values() for name in names}
 
 
-# How Twisted's functions read
+# The text of Twisted's functions
 
 
 class _WithoutRemarks(ast.NodeTransformer):
-    """Leaves out what has no effect: docstrings and annotations."""
+    """Removes docstrings and annotations, which have no effect."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         self.generic_visit(node)
@@ -335,7 +335,7 @@ class _WithoutRemarks(ast.NodeTransformer):
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.JoinedStr:
         self.generic_visit(node)
-        # Python 3.12 puts an empty string after what ends a format.
+        # Python 3.12 adds an empty string at the end of some formats.
         node.values = [
             each
             for each in node.values
@@ -346,8 +346,8 @@ class _WithoutRemarks(ast.NodeTransformer):
 
 def _dump(node: Any) -> str:
     """
-    As ``ast.dump``, in a way that is the same on each Python: without what is
-    empty, since later ones have more fields.
+    As ``ast.dump``, but the same on each Python: empty fields are left out, since later
+    versions have more fields.
     """
     if isinstance(node, list):
         return f"[{','.join(map(_dump, node))}]"
@@ -359,14 +359,14 @@ def _dump(node: Any) -> str:
         if name not in ("kind", "type_comment")
         and value is not None
         and value != []
-        # Python 3.15 says so of each import.
+        # Python 3.15 has this field on each import.
         and (name, value) != ("is_lazy", 0)
     ]
     return f"{type(node).__name__}({','.join(fields)})"
 
 
 def digest(release: Release, function: str) -> str:
-    """Of the text of a function of Twisted; empty if the release has it not."""
+    """The digest of a function of Twisted, or "" if the release does not have it."""
     found = [
         _dump(_WithoutRemarks().visit(copy.deepcopy(each)))
         for each in _find(release, function)
@@ -382,10 +382,10 @@ def _order(version: str) -> tuple[int, ...]:
 
 class Record:
     """
-    What is known of the releases.
+    The recorded releases of Twisted.
 
-    :ivar releases: all that were recorded, the oldest first.
-    :ivar digests: of each function, by the first release with that text.
+    :ivar releases: their versions, the oldest first.
+    :ivar digests: the digests of each function, by the first release with that text.
     """
 
     def __init__(self, path: Path = RECORD) -> None:
@@ -395,12 +395,12 @@ class Record:
         self.digests: dict[str, dict[str, str]] = stored["digests"]
 
     def as_of(self, version: str) -> str:
-        """The newest known release that is not newer."""
+        """The newest recorded release that is not newer than ``version``."""
         older = [each for each in self.releases if _order(each) <= _order(version)]
         return older[-1] if older else "none"
 
     def digest(self, function: str, version: str) -> str | None:
-        """What the function is expected to be in a release."""
+        """The expected digest of a function in a release."""
         expected = None
         for first, text in self.digests.get(function, {}).items():
             if _order(first) <= _order(version):
@@ -408,7 +408,7 @@ class Record:
         return expected
 
     def complaint(self, function: str, release: Release) -> str:
-        """What is to be done about a function that reads anew; else nothing."""
+        """The error for a function whose text has changed, or "" if it has not."""
         found = digest(release, function)
         if found == self.digest(function, release.version):
             return ""
@@ -427,7 +427,11 @@ class Record:
         )
 
     def add(self, release: Release) -> list[str]:
-        """Record a release; what is new in it."""
+        """
+        Record a release.
+
+        :return: its changes.
+        """
         news = []
         for function in MIRRORED:
             found = digest(release, function)

@@ -1,6 +1,6 @@
 """
-Libraries for asyncio on the loop of the reactor, and Twisted beside them: each test is
-a program with both, or one of the examples.
+Libraries for asyncio on the loop of the reactor, beside Twisted.  Each test runs a
+program with both, or one of the examples.
 """
 
 from __future__ import annotations
@@ -39,16 +39,18 @@ PATIENCE = 60.0
 def need(*modules: str) -> None:
     for name in modules:
         if importlib.util.find_spec(name) is None:
-            pytest.skip(f"there is no {name} (pip install -e '.[asyncio-libraries]')")
+            pytest.skip(
+                f"{name} is not installed (pip install -e '.[asyncio-libraries]')"
+            )
 
 
 @pytest.fixture
 def redis_server(tmp_path: Path) -> Iterator[str]:
-    """The URL of a Redis of its own."""
+    """The URL of a Redis server that only this test uses."""
     need("redis")
     path = shutil.which("redis-server")
     if path is None:
-        pytest.skip("there is no redis-server (apt-get install redis-server)")
+        pytest.skip("redis-server is not installed (apt-get install redis-server)")
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         port = reserved.getsockname()[1]
     command = [path, "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
@@ -67,7 +69,7 @@ def redis_server(tmp_path: Path) -> Iterator[str]:
             server.communicate()
 
 
-# What each program begins with: run() has both worlds in one loop, and ends them.
+# The beginning of each program.  Its run() runs Twisted and asyncio in one loop.
 COMMON = """
 import asyncio, sys
 from twisted_rtsig import asyncioreactor
@@ -89,7 +91,7 @@ class Echo(Protocol):
         self.transport.write(data)
 
 class Client(Protocol):
-    # Sends, and waits for as much to come back.
+    # Sends data, and waits until as much data has come back.
     def __init__(self):
         self.got, self.size, self.waiter = b"", 0, None
 
@@ -125,15 +127,15 @@ def run(main):
 
 @pytest.fixture(params=["epoll", "realtime signals"])
 def notifier(request: Any) -> str:
-    """What the programs' reactor stands on; elsewhere than on Linux, it is kqueue."""
+    """The notifier of the programs' reactor.  On other systems than Linux: kqueue."""
     if request.param != "epoll" and not sys.platform.startswith("linux"):
-        pytest.skip("realtime signals are of Linux")
+        pytest.skip("only Linux has realtime signals")
     name: str = request.param
     return name
 
 
 def run_program(code: str, *arguments: str) -> None:
-    """Run a program, which must end well and have nothing to complain of."""
+    """Run a program, which must end with status 0 and without a warning."""
     done = subprocess.run(
         [sys.executable, "-c", COMMON + textwrap.dedent(code), *arguments],
         stdin=subprocess.DEVNULL,
@@ -148,7 +150,7 @@ def run_program(code: str, *arguments: str) -> None:
 # Programs
 
 
-def test_aiohttp(notifier: str) -> None:
+def test_aiohttp_beside_twisted(notifier: str) -> None:
     need("aiohttp")
     run_program(
         """
@@ -223,7 +225,7 @@ def test_aiohttp(notifier: str) -> None:
     )
 
 
-def test_httpx_and_twisted_web(notifier: str) -> None:
+def test_httpx_beside_twisted_web(notifier: str) -> None:
     need("httpx")
     run_program(
         """
@@ -234,7 +236,7 @@ def test_httpx_and_twisted_web(notifier: str) -> None:
         class Length(Resource):
             isLeaf = True
             def render_GET(self, request):
-                # Some bytes now, and the rest by a thread and by a timer.
+                # A thread and a timer send the rest of the answer.
                 request.write(b"a")
                 def rest(data):
                     request.write(data)
@@ -268,7 +270,7 @@ def test_redis_beside_a_twisted_protocol(notifier: str, redis_server: str) -> No
         import redis.asyncio
 
         def soon(function, *arguments):
-            # A timer of Twisted's starts a task of asyncio's.
+            # A timer of Twisted starts a task of asyncio.
             reactor.callLater(
                 0.05, lambda: asyncio.ensure_future(function(*arguments))
             )
@@ -289,7 +291,7 @@ def test_redis_beside_a_twisted_protocol(notifier: str, redis_server: str) -> No
                     pipeline.rpush("list", number)
                 assert (await pipeline.execute())[-1] == 1000
             assert len(await client.lrange("list", 0, -1)) == 1000
-            # A blocking command that is cancelled, and one that gets its item.
+            # One blocking command is cancelled, and another one gets its item.
             taking = asyncio.ensure_future(client.blpop(["nothing"], timeout=60))
             await asyncio.sleep(0.05)
             taking.cancel()
@@ -315,7 +317,7 @@ def test_redis_beside_a_twisted_protocol(notifier: str, redis_server: str) -> No
     )
 
 
-def test_uvicorn(notifier: str) -> None:
+def test_uvicorn_beside_twisted(notifier: str) -> None:
     need("uvicorn")
     run_program(
         """
@@ -366,7 +368,7 @@ def test_uvicorn(notifier: str) -> None:
     )
 
 
-def test_uvicorn_stops_on_a_signal_beside_a_reactor_that_runs() -> None:
+def test_uvicorn_stops_at_a_signal_beside_a_running_reactor() -> None:
     need("uvicorn")
     run_program(
         """
@@ -378,7 +380,7 @@ def test_uvicorn_stops_on_a_signal_beside_a_reactor_that_runs() -> None:
             options = {"port": 0, "log_level": "error", "lifespan": "off"}
             config = uvicorn.Config(application, **options)
             server = uvicorn.Server(config)
-            # When it has stopped, it raises the signal again.
+            # When uvicorn has stopped, it raises the signal again.
             got = []
             before = signal.signal(signal.SIGTERM, lambda *_: got.append("again"))
             serving = asyncio.ensure_future(server.serve())
@@ -399,7 +401,7 @@ def test_uvicorn_stops_on_a_signal_beside_a_reactor_that_runs() -> None:
 
 
 class Example:
-    """An example that serves, in a process of its own."""
+    """An example with a server, in a process of its own."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -409,7 +411,7 @@ class Example:
         self.port = int(line.split()[-1])
 
     def stop(self) -> None:
-        """End it as a service manager does; it must have nothing to complain of."""
+        """Send SIGTERM.  The example must end with status 0 and without output."""
         self._process.send_signal(signal.SIGTERM)
         output, errors = self._process.communicate(timeout=PATIENCE)
         assert (self._process.returncode, output, errors) == (0, "", "")
@@ -419,7 +421,7 @@ class Example:
 
 
 class Lines:
-    """A client that speaks line by line."""
+    """A client that sends and receives lines."""
 
     def __init__(self, port: int) -> None:
         self.handle = socket.create_connection(("127.0.0.1", port), PATIENCE)
@@ -427,13 +429,13 @@ class Lines:
 
     def ask(self, line: bytes) -> bytes:
         self.send(line)
-        return self.hear()
+        return self.receive()
 
     def send(self, line: bytes) -> None:
         self._file.write(line + b"\n")
         self._file.flush()
 
-    def hear(self) -> bytes:
+    def receive(self) -> bytes:
         return self._file.readline().rstrip(b"\n")
 
     def close(self) -> None:
@@ -449,7 +451,7 @@ def example(name: str, *arguments: str) -> Iterator[Example]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Of the clients' environment, for proxies.
+        # The clients of the examples must not use a proxy.
         env={**os.environ, "NO_PROXY": "*"},
     ) as process:
         try:
@@ -508,7 +510,7 @@ def test_example_of_aiohttp_in_twisted(pages: int) -> None:
             f"{here}/none: 404, 0 bytes",
             f"{here}/third: 200, {len(PAGES['/third'])} bytes",
         ]
-        # Nothing listens on the first, and the second is not a URL.
+        # The first URL is refused, and the second is not a URL.
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             refused = f"http://127.0.0.1:{unused.getsockname()[1]}/"
@@ -517,7 +519,7 @@ def test_example_of_aiohttp_in_twisted(pages: int) -> None:
             f"{refused}: ClientConnectorError",
             "nonsense: InvalidUrlClientError",
         ]
-        # A page that never comes: its client goes away.
+        # A page is never sent: its client disconnects.
         with socket.create_server(("127.0.0.1", 0)) as silent:
             url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
             client = Lines(server.port)
@@ -539,12 +541,12 @@ def test_example_of_a_protocol_beside_redis(redis_server: str) -> None:
         clients = [server.lines() for _ in range(5)]
         for number, client in enumerate(clients, 1):
             assert client.ask(b"Alice") == b"%d" % number
-        # Many at once, one of which is half a line.
+        # Many lines at once.  The last one is sent in two parts.
         clients[0].send(b"Bob\n" * 50 + b"Bob")
-        assert [clients[0].hear() for _ in range(51)] == [
+        assert [clients[0].receive() for _ in range(51)] == [
             b"%d" % each for each in range(1, 52)
         ]
-        assert [watcher.hear() for _ in range(56)] == [b"Alice"] * 5 + [b"Bob"] * 51
+        assert [watcher.receive() for _ in range(56)] == [b"Alice"] * 5 + [b"Bob"] * 51
         for each in (watcher, *clients):
             each.close()
         server.stop()

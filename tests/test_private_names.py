@@ -1,7 +1,7 @@
 """
-The names and functions of Twisted that engine/private_names.py lists: that the
-installed Twisted still has them, that the functions read as they did when they
-were last compared with the code that follows them, and that no name is missing.
+The names and functions of Twisted that engine/private_names.py lists.  The installed
+Twisted still has them.  The text of the functions is the same as when it was last
+compared with the code that mirrors them.  No name is missing from the list.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Connection:
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_the_sources() -> Iterator[None]:
-    """Each later garbage collection would take a third of a second for them."""
+    """With them, each garbage collection would take a third of a second longer."""
     yield
     parsed.cache_clear()
 
@@ -80,7 +80,7 @@ def release(tmp_path: Path) -> MakeRelease:
 
 @pytest.fixture
 def record(tmp_path: Path) -> Record:
-    """A record to change."""
+    """A copy of the record, which a test can change."""
     return Record(Path(shutil.copy(RECORD, tmp_path)))
 
 
@@ -104,7 +104,7 @@ def test_a_name_that_is_gone_is_noticed(release: MakeRelease) -> None:
     for name in ("logstr", "protocol", "_opened", "doRead"):
         assert defines(before, CONNECTION, name)
         assert not defines(after, CONNECTION, name)
-    # Used, but not its own.
+    # These names are used there, but not defined.
     assert not defines(before, CONNECTION, "socket")
     assert not defines(before, "twisted.internet.udp.Port", "socket")
 
@@ -131,7 +131,7 @@ def test_asyncio_has_the_names(owner: str) -> None:
     try:
         found = pkgutil.resolve_name(owner)
     except AttributeError:
-        # Child watchers have gone.
+        # Recent Pythons have no child watchers.
         assert owner.endswith("ChildWatcher")
         return
     text = inspect.getsource(found)
@@ -150,7 +150,7 @@ def test_asyncio_has_the_names(owner: str) -> None:
         ("def peek(port): return getattr(port, '_type')", "_type"),
         ("from twisted.internet.tcp import _accept", "_accept"),
         ("from twisted.internet.posixbase import processEnabled", "processEnabled"),
-        # In a class of this package: overridden, set, read.
+        # A class of this package overrides, sets or reads a name.
         (
             "class StreamTransport:\n def _isSendBufferFull(self): ...",
             "_isSendBufferFull",
@@ -161,7 +161,7 @@ def test_asyncio_has_the_names(owner: str) -> None:
         ("class StreamTransport:\n def go(self): super()._aborting", "_aborting"),
         ("class UNIXTransport:\n def go(self): self.realAddress", "realAddress"),
         ("def go(stream): return stream.realAddress", "realAddress"),
-        # Nobody here reads it, so that Twisted must.
+        # The package does not read this name, so Twisted must do so.
         ("class EngineReactor:\n _hook = True", "_hook"),
     ],
 )
@@ -176,13 +176,13 @@ def test_a_use_is_noticed(source: str, name: str) -> None:
         "class Own:\n def __init__(self): self._x = 0; print(self._x)",
         "class StreamTransport:\n def go(self): self._x = 0; return self._x",
         "class StreamTransport:\n def __init__(self): super().__init__()",
-        # An interface has it, or it is for subclasses to call.
+        # An interface has the name, or subclasses may call it.
         "class StreamTransport:\n def go(self): self.getPeer(); self.stopWriting()",
         "from twisted.internet.posixbase import PosixReactorBase",
         "for _, each in (): print(each)",
     ],
 )
-def test_what_is_public_or_ours_is_not_meant(source: str) -> None:
+def test_public_names_and_own_names_are_not_listed(source: str) -> None:
     assert not leaned_on({"x.py": ast.parse(source)})
 
 
@@ -190,7 +190,7 @@ def test_what_is_public_or_ours_is_not_meant(source: str) -> None:
 
 
 @pytest.mark.parametrize("function", MIRRORED)
-def test_the_function_reads_as_it_did(function: str) -> None:
+def test_a_mirrored_function_has_its_recorded_text(function: str) -> None:
     complaint = Record().complaint(function, installed())
     assert not complaint, complaint
 
@@ -198,7 +198,7 @@ def test_the_function_reads_as_it_did(function: str) -> None:
 @pytest.mark.parametrize(
     "place", sorted({e for each in MIRRORED.values() for e in each})
 )
-def test_what_follows_a_function_is_where_the_list_says(place: str) -> None:
+def test_the_code_that_mirrors_a_function_exists(place: str) -> None:
     pkgutil.resolve_name(place)
 
 
@@ -227,7 +227,7 @@ def test_every_supported_release_is_recorded() -> None:
         ("    def doRead", "    @property\n    def doRead", False),
     ],
 )
-def test_what_counts_as_another_text(
+def test_which_changes_of_a_function_count(
     release: MakeRelease, old: str, new: str, same: bool
 ) -> None:
     assert TCP.count(old) == 1
@@ -278,19 +278,19 @@ def test_a_release_that_changes_a_function_is_named(
     )
 
 
-def test_the_installed_twisted_is_checked_for_real(
+def test_a_change_of_the_installed_twisted_fails_these_tests(
     release: MakeRelease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = release("99.1.0", TCP)
     monkeypatch.setattr("twisted.__version__", changed.version)
     monkeypatch.setattr("twisted.__file__", str(changed.folder / "__init__.py"))
     with pytest.raises(AssertionError, match=r"Twisted 99\.1\.0 changes .*\.doRead"):
-        test_the_function_reads_as_it_did(DO_READ)
+        test_a_mirrored_function_has_its_recorded_text(DO_READ)
     with pytest.raises(AssertionError, match=r"Twisted 99\.1\.0 has no .*\.TLS any"):
         test_twisted_has_the_names()
 
 
-def test_releases_may_be_recorded_in_any_order(
+def test_releases_are_recorded_in_any_order(
     release: MakeRelease, record: Record
 ) -> None:
     changed = TCP.replace("limit)", "limit or 1)")
@@ -321,7 +321,7 @@ def test_the_command_records_the_installed_twisted(
         f"Twisted {installed().version}: {DO_READ}: {text}\n" in capsys.readouterr().out
     )
     assert not Record(record.path).complaint(DO_READ, installed())
-    # What it has written is in the form of the record that is kept.
+    # The written record has the format of the one in the repository.
     known = Record()
     known.path = record.path
     known.save()

@@ -37,16 +37,16 @@ def reactor_class() -> type[EngineReactor]:
 
 
 class Child(ProcessProtocol):
-    """Records what a child says, and how it ends."""
+    """Records the output of a child, and its end."""
 
     def __init__(self) -> None:
-        self.said = {1: b"", 2: b""}
+        self.output = {1: b"", 2: b""}
         self.closed: list[int] = []
         self.exited: list[Failure] = []
         self.ended: list[Failure] = []
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
-        self.said[childFD] += data
+        self.output[childFD] += data
 
     def childConnectionLost(self, childFD: int) -> None:
         self.closed.append(childFD)
@@ -84,16 +84,16 @@ sys.exit(3)
 """
 
 
-def test_a_conversation(reactor: CompletionPortReactor) -> None:
+def test_a_child_answers_line_by_line(reactor: CompletionPortReactor) -> None:
     child = spawn(reactor, READ_AND_ANSWER)
     for turn in (b"1", b"12", b"123"):
         child.transport.write(turn[-1:])
-        spin(reactor, lambda: child.said[1] == turn)
-    # Nothing looks at it again and again meanwhile.
+        spin(reactor, lambda: child.output[1] == turn)
+    # The reactor does not poll for the child.
     assert reactor.getDelayedCalls() == []
     child.transport.closeStdin()
     spin(reactor, lambda: child.ended)
-    assert child.said[2] == b"the end"
+    assert child.output[2] == b"the end"
     assert sorted(child.closed) == [0, 1, 2]
     assert child.ended[0].check(ProcessTerminated)
     assert child.ended[0].value.exitCode == 3
@@ -102,16 +102,18 @@ def test_a_conversation(reactor: CompletionPortReactor) -> None:
         child.transport.signalProcess("KILL")
 
 
-def test_more_than_a_pipe_holds(reactor: CompletionPortReactor) -> None:
+def test_input_and_output_that_do_not_fit_into_a_pipe(
+    reactor: CompletionPortReactor,
+) -> None:
     child = spawn(reactor, READ_AND_ANSWER)
     data = bytes(range(256)) * 4096
     child.transport.writeSequence([data, b"", data])
     child.transport.closeStdin()
     spin(reactor, lambda: child.ended)
-    assert child.said[1] == data + data
+    assert child.output[1] == data + data
 
 
-def test_arguments_environment_and_folder(
+def test_the_arguments_environment_and_folder_of_a_child(
     reactor: CompletionPortReactor, tmp_path: Path
 ) -> None:
     arguments = ["", "two words", 'a "quoted" one', "back\\slash\\", "Zürich"]
@@ -127,21 +129,21 @@ def test_arguments_environment_and_folder(
         path=str(tmp_path),
     )
     spin(reactor, lambda: child.ended)
-    assert child.ended[0].check(ProcessDone), child.said
-    said = ast.literal_eval(child.said[1].decode())
-    assert said == (arguments, "blue", True, str(tmp_path))
+    assert child.ended[0].check(ProcessDone), child.output
+    output = ast.literal_eval(child.output[1].decode())
+    assert output == (arguments, "blue", True, str(tmp_path))
 
 
-def test_killed(reactor: CompletionPortReactor) -> None:
+def test_a_child_is_killed(reactor: CompletionPortReactor) -> None:
     child = spawn(reactor, READ_AND_ANSWER)
     child.transport.write(b"x")
-    spin(reactor, lambda: child.said[1] == b"x")
+    spin(reactor, lambda: child.output[1] == b"x")
     child.transport.signalProcess("TERM")
     spin(reactor, lambda: child.ended)
     assert child.ended[0].value.exitCode == 1
 
 
-def test_a_producer_is_held_up_by_who_does_not_read(
+def test_a_producer_is_paused_if_the_child_does_not_read(
     reactor: CompletionPortReactor,
 ) -> None:
     class Producer:
@@ -175,21 +177,21 @@ def test_a_producer_is_held_up_by_who_does_not_read(
 def test_output_waits_while_it_is_paused(reactor: CompletionPortReactor) -> None:
     child = spawn(reactor, READ_AND_ANSWER)
     child.transport.write(b"1")
-    spin(reactor, lambda: child.said[1] == b"1")
+    spin(reactor, lambda: child.output[1] == b"1")
     child.transport.pauseProducing()
-    # A read is under way, whose end is not told of either.
+    # A read is under way.  Its data is not passed on either.
     child.transport.write(b"2")
     settle(reactor)
     child.transport.write(b"3")
     child.transport.closeStdin()
     spin(reactor, lambda: child.exited)
     settle(reactor)
-    assert child.said == {1: b"1", 2: b""}
+    assert child.output == {1: b"1", 2: b""}
     assert not child.ended
     child.transport.resumeProducing()
-    assert child.said[1] == b"1"
+    assert child.output[1] == b"1"
     spin(reactor, lambda: child.ended)
-    assert child.said[1] == b"123"
+    assert child.output[1] == b"123"
 
 
 def test_output_is_paused_from_the_beginning(
@@ -204,17 +206,17 @@ def test_output_is_paused_from_the_beginning(
     spawn(reactor, "print('something')", child=child)
     spin(reactor, lambda: child.exited)
     settle(reactor)
-    assert child.said[1] == b""
+    assert child.output[1] == b""
     transport: Any = child.transport
     transport.resumeProducing()
     spin(reactor, lambda: child.ended)
-    assert child.said[1].split() == [b"something"]
+    assert child.output[1].split() == [b"something"]
 
 
 @pytest.mark.parametrize(
     "method", ["connectionMade", "childDataReceived", "childConnectionLost"]
 )
-def test_a_protocol_that_fails_is_told_of_the_end_all_the_same(
+def test_a_protocol_that_fails_is_told_of_the_end(
     reactor: CompletionPortReactor, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its exceptions are logged."""
@@ -234,13 +236,13 @@ def test_a_protocol_that_fails_is_told_of_the_end_all_the_same(
 
 
 def test_a_child_outlives_a_run(reactor: CompletionPortReactor) -> None:
-    """Its pipes report to one port as long as they are open."""
+    """As long as its pipes are open, the reactor keeps its completion port."""
     child = spawn(reactor, READ_AND_ANSWER)
     for turn in (b"1", b"12"):
         child.transport.write(turn[-1:])
         reactor.callLater(0, reactor.crash)
         reactor.run(installSignalHandlers=False)
-        spin(reactor, lambda: child.said[1] == turn)
+        spin(reactor, lambda: child.output[1] == turn)
     reactor.callLater(0, reactor.crash)
     reactor.run(installSignalHandlers=False)
     child.transport.closeStdin()
@@ -254,12 +256,12 @@ def test_all_pipes_are_closed(reactor: CompletionPortReactor) -> None:
     assert sorted(child.closed) == [0, 1, 2]
 
 
-def test_there_is_no_such_program(reactor: CompletionPortReactor) -> None:
+def test_a_missing_program_is_an_error(reactor: CompletionPortReactor) -> None:
     with pytest.raises(OSError, match=r"cannot find|Error|No such"):
         reactor.spawnProcess(Child(), "Z:\\no\\such\\program.exe", ["program"])
 
 
-def test_a_script_names_its_interpreter(
+def test_a_script_runs_in_its_interpreter(
     reactor: CompletionPortReactor, tmp_path: Path
 ) -> None:
     script = tmp_path / "script"
@@ -267,8 +269,8 @@ def test_a_script_names_its_interpreter(
     child = Child()
     reactor.spawnProcess(child, str(script), ["script", "one"])
     spin(reactor, lambda: child.ended)
-    assert child.said[1].split() == [b"['one']"]
-    script.write_text("echo what is it\n")
+    assert child.output[1].split() == [b"['one']"]
+    script.write_text("echo no shebang\n")
     with pytest.raises(OSError, match="nor a script with a shebang line"):
         reactor.spawnProcess(Child(), str(script), ["script"])
 
@@ -276,7 +278,7 @@ def test_a_script_names_its_interpreter(
 @pytest.mark.parametrize(
     "asked", [{"uid": 1}, {"gid": 1}, {"usePTY": True}, {"childFDs": {3: "r"}}]
 )
-def test_what_windows_has_not_is_refused(
+def test_options_that_windows_does_not_have_are_refused(
     reactor: CompletionPortReactor, asked: dict[str, Any]
 ) -> None:
     with pytest.raises(ValueError, match=r"[Uu]nsupported|not supported"):
@@ -284,7 +286,7 @@ def test_what_windows_has_not_is_refused(
 
 
 def test_standard_io_of_a_child(reactor: CompletionPortReactor) -> None:
-    """Twisted's own, on the same reactor in the child; it polls."""
+    """The child uses Twisted's own StandardIO, which polls, on the same reactor."""
     child = spawn(
         reactor,
         """
@@ -309,13 +311,13 @@ def test_standard_io_of_a_child(reactor: CompletionPortReactor) -> None:
         env={"PYTHONPATH": str(Path(__file__).parents[1])},
     )
     child.transport.write(b"hello")
-    spin(reactor, lambda: child.said[1] == b"HELLO")
+    spin(reactor, lambda: child.output[1] == b"HELLO")
     child.transport.write(b"quit")
     spin(reactor, lambda: child.ended)
-    assert child.ended[0].check(ProcessDone), child.said
+    assert child.ended[0].check(ProcessDone), child.output
 
 
-# By the functions for coroutines
+# Children of the functions for coroutines
 
 
 def python(code: str) -> list[str]:
@@ -339,7 +341,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", COMMANDS)
-def test_commands(reactor: CompletionPortReactor, case: str) -> None:
+def test_commands_of_coroutines(reactor: CompletionPortReactor, case: str) -> None:
     code, options = COMMANDS[case]
     plain = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     if "input" not in options:
@@ -351,7 +353,7 @@ def test_commands(reactor: CompletionPortReactor, case: str) -> None:
     )
 
 
-def test_streams(reactor: CompletionPortReactor) -> None:
+def test_a_child_with_streams(reactor: CompletionPortReactor) -> None:
     async def main() -> None:
         async with open_process(python(READ_AND_ANSWER)) as process:
             await process.stream.write(b"one\n")
@@ -369,7 +371,7 @@ def test_streams(reactor: CompletionPortReactor) -> None:
     run(reactor, main)
 
 
-def test_files(reactor: CompletionPortReactor, tmp_path: Path) -> None:
+def test_a_child_with_files(reactor: CompletionPortReactor, tmp_path: Path) -> None:
     path = tmp_path / "file"
 
     async def main() -> None:
@@ -387,14 +389,14 @@ def test_files(reactor: CompletionPortReactor, tmp_path: Path) -> None:
         *({"signal_group": True}, {"user": 1}, {"group": 1}, {"umask": 0}),
     ],
 )
-def test_options_that_windows_has_not(
+def test_options_of_coroutines_that_windows_does_not_have(
     reactor: CompletionPortReactor, options: dict[str, Any]
 ) -> None:
     with pytest.raises(ValueError, match="Windows does not support it"):
         open_process([sys.executable], reactor=reactor, **options)
 
 
-def test_signals_that_windows_has_not(reactor: CompletionPortReactor) -> None:
+def test_signals_that_windows_does_not_have(reactor: CompletionPortReactor) -> None:
     async def main() -> None:
         async with open_process(python(READ_AND_ANSWER)) as process:
             for name in ("HUP", 1):
