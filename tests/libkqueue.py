@@ -37,7 +37,6 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from twisted.internet.main import installReactor
@@ -176,11 +175,7 @@ class LibKQueue:
                 self._queue.close()
 
     def control(
-        self,
-        changelist: Sequence[Any] | None,
-        max_events: int,
-        timeout: float | None = None,
-        /,
+        self, changelist: Any, max_events: int, timeout: float | None = None, /
     ) -> list[Any]:
         """Do the work of kevent(2)."""
         if self.closed:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,7 +36,7 @@ class KEvent:
 @dataclass(eq=False)
 class ScriptedKernel:
     """
-    The state of the kernel, and what a test can see and set of it.
+    The state of the kernel, which a test can read and set.
 
     :ivar changes: the changes of each call of kevent(2), in order.
     :ivar timeouts: the timeout of each call.
@@ -114,11 +114,7 @@ class ScriptedKQueue:
             os.close(each)
 
     def control(
-        self,
-        changelist: Sequence[Any] | None,
-        max_events: int,
-        timeout: float | None = None,
-        /,
+        self, changelist: Any, max_events: int, timeout: float | None = None, /
     ) -> list[Any]:
         kernel = self.kernel
         interrupt, kernel.interrupt = kernel.interrupt, None

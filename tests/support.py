@@ -163,7 +163,7 @@ def settle(reactor: EngineReactor) -> None:
 
 
 class Recorder(Protocol):
-    """Records what happens to a connection."""
+    """Records the data and the end of a connection."""
 
     def __init__(self) -> None:
         self.data = b""
@@ -386,6 +386,29 @@ class Served:
         settle(self.reactor)
         return client, self.factory.connections[-1]
 
+    def send_bytes(self, client: socket.socket, connection: Any, count: int) -> None:
+        """Let a client send bytes one by one, and wait until all have arrived."""
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        wanted = len(connection.data) + count
+        for _ in range(count):
+            client.sendall(b"x")
+        spin(self.reactor, lambda: len(connection.data) == wanted)
+
+    def cost_of_requests(self, count: int) -> dict[str, int]:
+        """
+        Receive requests over one connection, each after the one before has arrived.
+
+        :return: how much the counts of the reactor's statistics have grown.
+        """
+        client, connection = self.connect()
+        before = self.reactor.statistics()
+        for turn in range(1, count + 1):
+            client.sendall(b"x")
+            spin(self.reactor, lambda: len(connection.data) == turn)
+        settle(self.reactor)
+        after = self.reactor.statistics()
+        return {name: after[name] - before[name] for name in after}
+
     def close(self) -> None:
         """Close both ends of all connections, paused ones as well."""
         for client in self.clients:
@@ -443,7 +466,7 @@ def read_all(reactor: EngineReactor, client: socket.socket, size: int) -> None:
 
 
 class Output(ProcessProtocol):
-    """Collects what a child prints."""
+    """Collects the output of a child."""
 
     def __init__(self) -> None:
         self.output = b""

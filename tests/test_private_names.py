@@ -39,7 +39,7 @@ DO_READ = f"{CONNECTION}.doRead"
 
 TCP = '''
 class Connection:
-    """What receives."""
+    """Receives data."""
 
     if True:
         logstr: str = "Uninitialized"

@@ -844,7 +844,7 @@ def test_a_connection_is_accepted_after_too_many_open_files(served: Served) -> N
 def test_the_parent_gets_events_after_a_forked_child(
     reactor_class: Any, child: str
 ) -> None:
-    """The child changes, in the kernel, what it shares with its parent."""
+    """The child changes state in the kernel that it shares with its parent."""
     run_forking(
         f"""
 def child():

@@ -55,11 +55,8 @@ reactor_class = only(RealtimeSignalReactor)
 def test_many_sends_cause_many_signals(served: Served) -> None:
     """The kernel does not merge signals: it queues one for each small send."""
     client, connection = served.connect()
-    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     before = served.reactor.statistics()["signals"]
-    for _ in range(50):
-        client.sendall(b"x")
-    spin(served.reactor, lambda: len(connection.data) == 50)
+    served.send_bytes(client, connection, 50)
     assert served.reactor.statistics()["signals"] > before + 1
 
 
@@ -124,16 +121,11 @@ def test_short_connections_are_not_armed(served: Served) -> None:
 def test_a_noisy_connection_is_polled_until_it_calms_down(served: Served) -> None:
     """A connection is noisy if it causes several signals for one read."""
     client, connection = served.connect()
-    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     assert served.reactor.statistics()["armed"] == 1
-    for _ in range(50):
-        client.sendall(b"x")
-    spin(served.reactor, lambda: len(connection.data) == 50)
+    served.send_bytes(client, connection, 50)
     assert served.reactor.statistics()["armed"] == 0
     signals = served.reactor.statistics()["signals"]
-    for _ in range(50):
-        client.sendall(b"x")
-    spin(served.reactor, lambda: len(connection.data) == 100)
+    served.send_bytes(client, connection, 50)
     assert served.reactor.statistics()["signals"] == signals
     for _ in range(10):
         settle(served.reactor)

@@ -1,9 +1,9 @@
 """
-What type checkers make of programs that use this package: mypy and pyright, which
-users have without the plugin for zope.interface.
+Type checkers on programs that use this package: mypy and pyright, without the plugin
+for zope.interface, which users may not have.
 
-``typing/right.py`` they accept, and of ``typing/wrong.py`` they refuse each line that
-says so.  They accept the examples, and the blocks of Python in the pages of docs/.
+They accept ``typing/right.py``, and refuse each line of ``typing/wrong.py`` that says
+so.  They accept the examples, and the blocks of Python in the pages of docs/.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ROOT / "tests" / "typing"
-# Functions that take an interface: pyright has no plugin that shows what provides it.
+# Functions that take an interface: pyright has no plugin for classes that provide one.
 OF_TWISTED = r'in function "(wrapClientTLS|service|beginLoggingTo)"'
-# A file of the same folder, which pytest finds.
+# A module in the folder of the file, which pytest finds.
 OF_FOLDER = r'Import "server" could not be resolved'
-# What examples need that may not be installed.
+# Packages that examples need, and that may not be installed.
 NEEDED = {
     "aiohttp_in_twisted": "aiohttp",
     "daphne_chat": "daphne",
@@ -43,7 +43,7 @@ EXAMPLES = [
     if importlib.util.find_spec(NEEDED.get(path.stem, "twisted")) is not None
 ]
 
-# From line numbers to the codes of the errors there.
+# The codes of the errors, by line number.
 Errors = dict[int, set[str]]
 
 
@@ -101,13 +101,13 @@ checkers = pytest.mark.parametrize("checker", CHECKERS)
 
 
 @checkers
-def test_right_programs(checker: str) -> None:
+def test_right_programs_are_accepted(checker: str) -> None:
     path = PROGRAMS / "right.py"
     assert check(checker, [path]) == {}
 
 
 @checkers
-def test_wrong_programs(checker: str) -> None:
+def test_wrong_lines_are_refused(checker: str) -> None:
     path = PROGRAMS / "wrong.py"
     expected: Errors = {}
     wrong_lines = 0
@@ -122,14 +122,14 @@ def test_wrong_programs(checker: str) -> None:
 
 
 @checkers
-def test_examples(checker: str) -> None:
+def test_the_examples_are_accepted(checker: str) -> None:
     assert check(checker, EXAMPLES, "-examples") == {}
 
 
 @checkers
-def test_docs(checker: str, tmp_path: Path) -> None:
+def test_the_blocks_of_the_docs_are_accepted(checker: str, tmp_path: Path) -> None:
     sections: dict[tuple[Path, str], list[Block]] = {}
-    # About Twisted's protocols, whose transports have no types.
+    # This section uses Twisted's protocols, whose transports have no types.
     left_out = (CHAT, "Draining")
     for block in BLOCKS:
         if (
@@ -147,7 +147,7 @@ def test_docs(checker: str, tmp_path: Path) -> None:
 
 
 @checkers
-def test_first_server(checker: str, tmp_path: Path) -> None:
+def test_the_first_server_is_accepted(checker: str, tmp_path: Path) -> None:
     files = []
     for part in PARTS.finditer(PAGE.read_text()):
         if part["file"]:
@@ -168,9 +168,9 @@ NO_INTERFACE = re.compile(
 
 
 def test_all_types_of_the_interface_are_known() -> None:
-    """To each checker alike: none has to infer them from the code."""
+    """They are annotated, so that checkers do not infer them in different ways."""
     pyright_is_installed()
-    # It looks for the package where the python of the PATH does.
+    # pyright finds the package by the python in the PATH.
     folder = os.path.dirname(sys.executable)
     command = [sys.executable, "-m", "pyright", "--outputjson", "--ignoreexternal"]
     ran = subprocess.run(
@@ -185,7 +185,7 @@ def test_all_types_of_the_interface_are_known() -> None:
         f"{symbol['name']}: {problem['message']}"
         for symbol in report["typeCompleteness"]["symbols"]
         for problem in symbol["diagnostics"]
-        # Private ones can do without a docstring.
+        # Private names need no docstring.
         if symbol["isExported"] or problem["severity"] == "error"
         if not NO_INTERFACE.match(f"{symbol['name']}.")
     ]
@@ -211,7 +211,7 @@ def _program(blocks: list[Block]) -> str:
     for old, new in (
         (r"(\bdef \w+\([^)]*\bstream)(?=[,)])", r"\1: _Stream"),
         (r"^( +)global ", r"\1nonlocal "),
-        # Checkers take it for the module, which has no methods.
+        # Checkers take this name for the module, which has no methods.
         (r"^    from twisted.internet import reactor$", "    reactor: _t.Any = None"),
     ):
         program = re.sub(old, new, program, flags=re.MULTILINE)

@@ -376,7 +376,7 @@ def _generator_handler(path: Path, begin: Begin) -> Handler:
 
 Begin = Callable[[Stream, AsyncFile], Any]
 
-# Each takes a file's path and what to do with the file, and makes a handler.
+# Each makes a handler from the path of a file and a function that begins to send it.
 HANDLERS: dict[str, Callable[[Path, Begin], Handler]] = {
     "async def": _async_handler,
     "generator": _generator_handler,
@@ -394,7 +394,7 @@ def test_a_peer_that_leaves_early_is_one_line_in_the_log(
     style: str,
     logged: list[Any],
 ) -> None:
-    """Neither the socket nor the file, which are closed by then, is to blame."""
+    """The line reports the connection, and not the socket or file, which are closed."""
     reactor.suggestThreadPoolSize(1)
 
     async def leave_early(awaited: bool) -> None:
@@ -403,7 +403,7 @@ def test_a_peer_that_leaves_early_is_one_line_in_the_log(
 
         def begin(stream: Stream, file: AsyncFile) -> Any:
             accepted.append(stream)
-            # The size of the file, or the first piece of it, has to wait for this.
+            # This delays the look at the size of the file, or the first piece of it.
             reactor.callInThread(gate.wait)
             sending = stream.send_file(file, 0, count)
             return sending if awaited else stream.write(b"that is all\n")

@@ -31,6 +31,10 @@ def count_inline(name: str) -> Generator[Deferred[Any], Any, int]:
     return len(name)
 
 
+def count_deferred(name: str) -> Deferred[float]:
+    raise NotImplementedError
+
+
 def count_plain(name: str, *more: int) -> float:
     return len(name) + sum(more)
 

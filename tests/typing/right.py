@@ -1,7 +1,7 @@
 """
 Programs that type checkers accept, and the types that they find.
 
-``tests/test_types.py`` has them checked.
+``tests/test_types.py`` runs the checkers.
 """
 
 from __future__ import annotations
@@ -85,17 +85,11 @@ from .functions import (
     Counter,
     count,
     count_decorated,
+    count_deferred,
     count_generator,
     count_inline,
     count_plain,
 )
-
-# Functions of each style
-
-
-def count_deferred(name: str) -> Deferred[float]:
-    raise NotImplementedError
-
 
 # Tasks
 
@@ -206,7 +200,7 @@ async def symmetric_coroutines() -> None:
 
 
 def generator() -> Generator[Any, Any, int]:
-    """What ``yield`` gives is Any to a checker; ``yield from`` has the type."""
+    """The result of ``yield`` is Any to a checker.  ``yield from`` has the type."""
     stream, _ = stream_pair(reactor=Clock())
     channel: Channel[str] = Channel(1)
     assert_type((yield from stream.read()), bytes)
@@ -316,7 +310,7 @@ def programs() -> None:
     assert_type(run(count_deferred, "a"), float)
 
 
-# What tasks share
+# Channels, locks and other objects that tasks share
 
 
 async def sharing() -> None:

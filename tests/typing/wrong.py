@@ -1,9 +1,9 @@
 # mypy: enable-error-code="unused-awaitable"
 """
-Lines that type checkers refuse, each with what they refuse it for.
+Lines that type checkers refuse, each with its errors.
 
-``tests/test_types.py`` has them checked.  ``mypy:`` names the error codes of mypy, and
-``pyright:`` the rules of pyright.  A hyphen says that this checker finds nothing.
+``tests/test_types.py`` runs the checkers.  ``mypy:`` is followed by the error codes of
+mypy, and ``pyright:`` by the rules of pyright.  A hyphen means no error of the checker.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ async def options_of_files(data: AsyncFile, words: AsyncTextFile) -> None:
         await file.write("text")  # mypy: arg-type; pyright: reportArgumentType
 
 
-# What tasks share
+# Channels, locks and other objects that tasks share
 
 
 async def sharing(channel: Channel[int]) -> None:
