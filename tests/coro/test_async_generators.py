@@ -27,11 +27,6 @@ pytestmark = frees_at_once
 variable = contextvars.ContextVar("variable", default="none")
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
 def advance(clock: Clock) -> None:
     for _ in range(5):
         clock.advance(1)
@@ -49,7 +44,7 @@ async def numbers(seen: list[Any], clock: Any = None) -> AsyncIterator[int]:
         seen.append(f"ends with {variable.get()}")
 
 
-def test_break(clock: Clock) -> None:
+def test_leaving_a_loop_closes_its_generator(clock: Clock) -> None:
     seen: list[Any] = []
 
     async def main() -> None:
@@ -67,7 +62,9 @@ def test_break(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("how", ["return", "raise", "cancel"])
-def test_the_task_ends(clock: Clock, how: str, logged: list[Any]) -> None:
+def test_the_end_of_the_task_closes_its_generators(
+    clock: Clock, how: str, logged: list[Any]
+) -> None:
     seen: list[Any] = []
 
     async def main() -> None:
@@ -93,7 +90,7 @@ def test_the_task_ends(clock: Clock, how: str, logged: list[Any]) -> None:
     assert [each for each in logged if "log_failure" in each] == []
 
 
-def test_one_that_is_dropped_outside_of_a_task(clock: Clock) -> None:
+def test_a_generator_freed_outside_of_a_task(clock: Clock) -> None:
     seen: list[Any] = []
     kept: list[Any] = []
 
@@ -113,7 +110,7 @@ async def anext_of(generator: Any) -> Any:
     return await generator.__anext__()
 
 
-def test_one_that_waits_when_its_task_is_dropped(
+def test_a_generator_that_waits_when_its_task_is_freed(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, logged: list[Any]
 ) -> None:
     """Nothing is written about it."""
@@ -135,7 +132,9 @@ def test_one_that_waits_when_its_task_is_dropped(
     assert [each for each in logged if "log_failure" in each] == []
 
 
-def test_one_that_fails_at_its_end(clock: Clock, logged: list[Any]) -> None:
+def test_a_generator_that_fails_while_it_is_closed(
+    clock: Clock, logged: list[Any]
+) -> None:
     async def fails() -> AsyncIterator[int]:
         try:
             yield 1
@@ -154,8 +153,8 @@ def test_one_that_fails_at_its_end(clock: Clock, logged: list[Any]) -> None:
     assert isinstance(event["log_failure"].value, KeyError)
 
 
-def test_one_without_anything_to_wait_for(clock: Clock) -> None:
-    """``stream.lines()``, for example: no task is made for it."""
+def test_a_generator_that_waits_for_nothing_at_its_end(clock: Clock) -> None:
+    """As ``stream.lines()``, for example: it is closed without a task."""
 
     async def main() -> None:
         async for each in letters():
@@ -171,7 +170,7 @@ def test_one_without_anything_to_wait_for(clock: Clock) -> None:
     assert clock.getDelayedCalls() == []
 
 
-def test_that_of_a_stream(reactor: Any) -> None:
+def test_the_generator_of_a_stream(reactor: Any) -> None:
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
             peer.sendall(b"one\ntwo\nthree\n")
@@ -207,8 +206,8 @@ def test_the_garbage_collector_runs_in_another_thread(reactor: Any) -> None:
     assert seen[0].endswith("generator")
 
 
-def test_asyncio_has_its_own() -> None:
-    """Those that asyncio runs are closed by asyncio, and ours by tasks."""
+def test_generators_of_asyncio_are_closed_by_asyncio() -> None:
+    """Generators of asyncio's tasks are closed by asyncio, and of ours by tasks."""
     loop = asyncio.new_event_loop()
     reactor: Any = AsyncioSelectorReactor(loop)
     seen: list[str] = []
@@ -240,7 +239,7 @@ def test_asyncio_has_its_own() -> None:
     assert seen == ["asyncio"]
 
 
-def test_one_that_no_task_has_begun(clock: Clock) -> None:
+def test_a_generator_that_no_task_has_begun(clock: Clock) -> None:
     """It is left to Python, as without this package."""
     seen: list[str] = []
 
@@ -305,7 +304,7 @@ def test_another_thread_runs_the_reactor(reactor: Any) -> None:
 
 
 @pytest.mark.parametrize("in_task", [False, True])
-def test_asyncio_has_its_own_after_tasks_of_a_clock(
+def test_generators_of_asyncio_after_tasks_of_a_clock(
     clock: Clock, in_task: bool
 ) -> None:
     """They run in a task of asyncio's reactor, or in a callback of its loop."""
@@ -347,7 +346,7 @@ def test_asyncio_has_its_own_after_tasks_of_a_clock(
     assert seen == ["begins", "ends with none"] * 3
 
 
-def test_the_process_ends() -> None:
+def test_generators_at_the_end_of_the_process() -> None:
     """Nothing is written about a generator that is left then."""
     program = """
         from twisted.internet.task import Clock

@@ -21,7 +21,15 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
 from tests.coro import conftest
-from tests.coro.support import call, connected, listen, run, run_for_real
+from tests.coro.support import (
+    ExpectedError,
+    call,
+    connected,
+    failures,
+    listen,
+    run,
+    run_for_real,
+)
 from tests.coro.test_garbage import garbage, without_collector
 from tests.support import DEADLINE, dispose, each_of, frees_at_once
 from twisted_rtsig.coro import (
@@ -85,12 +93,8 @@ def reactor(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     made._asyncioEventloop.close()
 
 
-class Gone(Exception):
-    """What is raised here."""
-
-
 # How it may end.
-ENDS = (Gone, BaseExceptionGroup, asyncio.CancelledError, defer.CancelledError)
+ENDS = (ExpectedError, BaseExceptionGroup, asyncio.CancelledError, defer.CancelledError)
 
 
 # What a coroutine does, of either world; each tells in a list what happens to it
@@ -121,7 +125,7 @@ def raises(pause: Any, told: list[str]) -> Body:
 
 
 def innermost() -> None:
-    raise Gone("why")
+    raise ExpectedError("why")
 
 
 def waits(pause: Any, told: list[str]) -> Body:
@@ -214,7 +218,7 @@ each_of_asyncio = pytest.mark.parametrize("kind", OF_ASYNCIO)
 
 @each_style
 @each_of_asyncio
-def test_value(reactor: Any, style: str, kind: str) -> None:
+def test_values_of_asyncio(reactor: Any, style: str, kind: str) -> None:
     async def main() -> Any:
         body = returns(pause_of_asyncio, [])
         return await STYLES[style](lambda: OF_ASYNCIO[kind](body))
@@ -224,12 +228,12 @@ def test_value(reactor: Any, style: str, kind: str) -> None:
 
 @each_style
 @each_of_asyncio
-def test_error_with_its_stack(reactor: Any, style: str, kind: str) -> None:
+def test_errors_of_asyncio(reactor: Any, style: str, kind: str) -> None:
     async def main() -> None:
         body = raises(pause_of_asyncio, [])
         await STYLES[style](lambda: OF_ASYNCIO[kind](body))
 
-    with pytest.raises((Gone, BaseExceptionGroup)) as caught:
+    with pytest.raises((ExpectedError, BaseExceptionGroup)) as caught:
         run(reactor, main)
     names = stack_through_groups(caught.value)
     assert names[-2:] == ["body", "innermost"]
@@ -254,7 +258,7 @@ def stack_through_groups(error: Any) -> list[str]:
 
 @each_style
 @each_of_asyncio
-def test_what_awaits_is_cancelled(reactor: Any, style: str, kind: str) -> None:
+def test_cancelling_the_awaiting_task(reactor: Any, style: str, kind: str) -> None:
     told: list[str] = []
 
     async def main() -> None:
@@ -272,7 +276,7 @@ def test_what_awaits_is_cancelled(reactor: Any, style: str, kind: str) -> None:
 
 
 @each_style
-def test_what_is_awaited_is_cancelled(reactor: Any, style: str) -> None:
+def test_cancelling_what_is_awaited(reactor: Any, style: str) -> None:
     async def main() -> None:
         future = asyncio.ensure_future(asyncio.sleep(DEADLINE))
         deferred = STYLES[style](lambda: future)
@@ -284,7 +288,7 @@ def test_what_is_awaited_is_cancelled(reactor: Any, style: str) -> None:
     run(reactor, main)
 
 
-def test_a_task_is_told_that_what_it_awaits_was_cancelled(reactor: Any) -> None:
+def test_a_task_gets_the_cancellation_of_what_it_awaits(reactor: Any) -> None:
     async def main() -> None:
         future = asyncio.get_running_loop().create_future()
         task = spawn(awaits, lambda: future)
@@ -299,7 +303,7 @@ def test_a_task_is_told_that_what_it_awaits_was_cancelled(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_a_result_at_the_moment_of_a_cancellation(reactor: Any) -> None:
+def test_a_result_in_the_turn_of_a_cancellation(reactor: Any) -> None:
     """It is not lost, and the task is cancelled where it waits next."""
     got: list[Any] = []
 
@@ -323,7 +327,7 @@ def test_a_result_at_the_moment_of_a_cancellation(reactor: Any) -> None:
     assert got == ["value", "goes on"]
 
 
-def test_what_suppresses_its_cancellation(reactor: Any) -> None:
+def test_awaitables_that_suppress_their_cancellation(reactor: Any) -> None:
     async def stubborn() -> str:
         with contextlib.suppress(asyncio.CancelledError):
             limit.deadline = reactor.seconds()
@@ -591,7 +595,7 @@ def test_asyncio_cancels_a_task_whose_future_is_done(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_a_message_of_any_kind(reactor: Any) -> None:
+def test_cancellation_messages_of_any_type(reactor: Any) -> None:
     """Some libraries know their own cancellations by the message."""
     message = object()
 
@@ -615,7 +619,7 @@ def test_a_message_of_any_kind(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_what_raises_another_error_in_the_place_of_ours(reactor: Any) -> None:
+def test_awaitables_that_replace_the_cancellation(reactor: Any) -> None:
     """As asyncio.Condition does."""
 
     async def another() -> None:
@@ -744,7 +748,7 @@ def test_the_current_task_can_be_awaited(reactor: Any) -> None:
         theirs.append(asyncio.current_task())
         await asyncio.sleep(0.001)
         if outcome == "fails":
-            raise Gone
+            raise ExpectedError
         if outcome == "is cancelled":
             current_task().cancel("enough")
             await sleep(0)
@@ -771,7 +775,7 @@ def test_the_current_task_can_be_awaited(reactor: Any) -> None:
             if outcome == "returns":
                 assert result == await current == current.result() == "returns"
             elif outcome == "fails":
-                assert isinstance(result, Gone)
+                assert isinstance(result, ExpectedError)
                 assert current.exception() is result
             else:
                 assert isinstance(result, asyncio.CancelledError)
@@ -804,7 +808,7 @@ def test_asyncio_cancels_the_current_task(reactor: Any) -> None:
 
 @since_311
 @pytest.mark.parametrize("wait", ["of asyncio", "of ours"])
-def test_group_of_asyncio(reactor: Any, wait: str) -> None:
+def test_a_group_of_asyncio(reactor: Any, wait: str) -> None:
     told: list[str] = []
 
     async def fails_together(group: Any, body: Body, fails: Body) -> None:
@@ -820,7 +824,7 @@ def test_group_of_asyncio(reactor: Any, wait: str) -> None:
         with pytest.raises(BaseExceptionGroup) as caught:
             await fails_together(group, body, fails)
         [error] = caught.value.exceptions
-        assert isinstance(error, Gone)
+        assert isinstance(error, ExpectedError)
         assert told == ["waits", "cleaned up"]
         current: Any = asyncio.current_task()
         assert current.cancelling() == 0
@@ -876,35 +880,33 @@ OF_OURS: dict[str, Callable[[Body], Any]] = {
 each_of_ours = pytest.mark.parametrize("kind", OF_OURS)
 
 
-@each_of_ours
-def test_value_for_asyncio(reactor: Any, kind: str) -> None:
+async def awaits_asyncio(kind: str, body: Body) -> Any:
+    """Await a task of asyncio, which awaits a body of ours."""
+
     async def of_asyncio() -> Any:
-        return await OF_OURS[kind](returns(pause_of_ours, []))
+        return await OF_OURS[kind](body)
 
-    async def main() -> Any:
-        return await asyncio.ensure_future(of_asyncio())
-
-    assert run(reactor, main) == "value"
+    return await asyncio.ensure_future(of_asyncio())
 
 
 @each_of_ours
-def test_error_for_asyncio_with_its_stack(reactor: Any, kind: str) -> None:
-    async def of_asyncio() -> Any:
-        return await OF_OURS[kind](raises(pause_of_ours, []))
+def test_asyncio_gets_the_value(reactor: Any, kind: str) -> None:
+    body = returns(pause_of_ours, [])
+    assert run(reactor, awaits_asyncio, kind, body) == "value"
 
-    async def main() -> Any:
-        return await asyncio.ensure_future(of_asyncio())
 
-    with pytest.raises((Gone, BaseExceptionGroup)) as caught:
-        run(reactor, main)
+@each_of_ours
+def test_asyncio_gets_the_error_with_its_stack(reactor: Any, kind: str) -> None:
+    with pytest.raises((ExpectedError, BaseExceptionGroup)) as caught:
+        run(reactor, awaits_asyncio, kind, raises(pause_of_ours, []))
     names = stack_through_groups(caught.value)
     assert names[-2:] == ["body", "innermost"]
     assert "of_asyncio" in names
-    assert "main" in names
+    assert "awaits_asyncio" in names
 
 
 @each_of_ours
-def test_a_task_of_asyncio_is_cancelled(reactor: Any, kind: str) -> None:
+def test_cancelling_a_task_of_asyncio(reactor: Any, kind: str) -> None:
     told: list[str] = []
 
     async def of_asyncio() -> Any:
@@ -929,7 +931,7 @@ def test_a_task_of_asyncio_is_cancelled(reactor: Any, kind: str) -> None:
 
 
 @each_of_ours
-def test_what_asyncio_awaits_is_cancelled(reactor: Any, kind: str) -> None:
+def test_cancelling_what_asyncio_awaits(reactor: Any, kind: str) -> None:
     """A task of asyncio gets Twisted's error, and was not cancelled itself."""
     made: list[Any] = []
 
@@ -949,7 +951,7 @@ def test_what_asyncio_awaits_is_cancelled(reactor: Any, kind: str) -> None:
     run(reactor, main)
 
 
-def test_operations_for_asyncio(reactor: Any) -> None:
+def test_asyncio_awaits_operations(reactor: Any) -> None:
     channel: Channel[int] = Channel(0)
     event = Event()
     lock = Lock()
@@ -986,7 +988,7 @@ def test_operations_for_asyncio(reactor: Any) -> None:
     assert first == "first"
 
 
-def test_streams_for_asyncio(reactor: Any) -> None:
+def test_asyncio_awaits_streams(reactor: Any) -> None:
     async def echo(stream: Stream) -> None:
         async for line in stream.lines():
             await stream.write(line.upper() + b"\n")
@@ -1032,7 +1034,7 @@ def test_streams_of_asyncio(reactor: Any) -> None:
     assert run(reactor, main) == [b"HELLO\n", b"THERE\n"]
 
 
-def test_deferreds_for_asyncio(reactor: Any) -> None:
+def test_asyncio_awaits_deferreds(reactor: Any) -> None:
     async def main() -> Any:
         loop = asyncio.get_running_loop()
         fired: Deferred[int] = succeed(1)
@@ -1065,7 +1067,7 @@ def test_deferreds_for_asyncio(reactor: Any) -> None:
     assert run(reactor, main) == [1, 2, 3, 4, [5, 5], [6, 7], 8, 2]
 
 
-def test_asyncio_takes_no_deferred_for_a_future() -> None:
+def test_asyncio_does_not_take_a_deferred_for_a_future() -> None:
     """So that it puts a task around it."""
     assert not asyncio.isfuture(Deferred())
     operation = sleep(0, Clock())
@@ -1073,7 +1075,7 @@ def test_asyncio_takes_no_deferred_for_a_future() -> None:
     operation.cancel()
 
 
-def test_a_deferred_is_cancelled_by_twisted_as_ever(reactor: Any) -> None:
+def test_twisted_cancels_a_deferred_as_before(reactor: Any) -> None:
     cancelled: list[Any] = []
 
     async def main() -> None:
@@ -1093,17 +1095,17 @@ def test_a_deferred_is_cancelled_by_twisted_as_ever(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_a_canceller_that_fails_otherwise(reactor: Any) -> None:
+def test_a_canceller_that_fails_with_another_error(reactor: Any) -> None:
     """What fails at once fails because of the cancellation."""
 
     async def of_asyncio(deferred: Deferred[None]) -> None:
         with pytest.raises(asyncio.CancelledError, match="enough") as caught:
             await deferred
-        assert isinstance(caught.value.__cause__, Gone)
+        assert isinstance(caught.value.__cause__, ExpectedError)
         raise caught.value
 
     async def main() -> None:
-        deferred: Deferred[None] = Deferred(lambda it: it.errback(Gone("why")))
+        deferred: Deferred[None] = Deferred(lambda it: it.errback(ExpectedError("why")))
         task = asyncio.ensure_future(of_asyncio(deferred))
         await sleep(0.001)
         task.cancel("enough")
@@ -1133,7 +1135,7 @@ def test_cancelling_one_of_two_that_share_a_deferred(reactor: Any) -> None:
 
 
 @since_311
-def test_a_value_at_the_moment_at_which_asyncio_cancels(reactor: Any) -> None:
+def test_a_value_in_the_turn_of_a_cancellation_by_asyncio(reactor: Any) -> None:
     """What a channel has given away is not lost; the task is cancelled later."""
     got: list[Any] = []
     channel: Channel[str] = Channel(0)
@@ -1159,7 +1161,7 @@ def test_a_value_at_the_moment_at_which_asyncio_cancels(reactor: Any) -> None:
 
 
 @since_311
-def test_a_value_at_the_moment_of_a_timeout_of_asyncio(reactor: Any) -> None:
+def test_a_value_in_the_turn_of_a_timeout_of_asyncio(reactor: Any) -> None:
     """The block has come to its end: nothing is cancelled after it."""
     channel: Channel[str] = Channel(0)
 
@@ -1345,33 +1347,25 @@ def test_a_failure_is_logged_once(reactor: Any, logged: list[Any]) -> None:
         for kind in OF_ASYNCIO:
             spawn(awaits, lambda kind=kind: OF_ASYNCIO[kind](fails))
         await sleep(0.05)
-        gc.collect()
-        assert len(failures()) == len(OF_ASYNCIO)
+        assert len(failures(logged)) == len(OF_ASYNCIO)
         assert told == []
         logged.clear()
         from_asyncio(fails()).addCallback(print)
         await sleep(0.05)
-        gc.collect()
-        assert len(failures()) == 1
+        assert len(failures(logged)) == 1
         assert told == []
         logged.clear()
         tasks = [asyncio.ensure_future(of_asyncio(kind)) for kind in OF_OURS]
         await sleep(0.05)
         tasks.clear()
-        gc.collect()
-        assert failures() == []
+        assert failures(logged) == []
         assert len(told) == len(OF_OURS)
-
-    def failures() -> list[Any]:
-        return [each for each in logged if "log_failure" in each]
 
     fails = raises(pause_of_asyncio, [])
     run(reactor, main)
 
 
-def test_what_a_cancelled_task_has_abandoned_is_not_logged(
-    reactor: Any, logged: list[Any]
-) -> None:
+def test_an_abandoned_failure_is_not_logged(reactor: Any, logged: list[Any]) -> None:
     told: list[Any] = []
 
     async def of_asyncio() -> None:
@@ -1403,7 +1397,7 @@ def test_what_a_cancelled_task_has_abandoned_is_not_logged(
 @pytest.mark.parametrize("make", [returns, raises, waits])
 @pytest.mark.parametrize("style", ["async def", "generator", "@coroutine", "callbacks"])
 @pytest.mark.parametrize("kind", [*OF_ASYNCIO.keys() - {"TaskGroup", "wait_for"}])
-def test_what_awaits_asyncio_leaves_no_garbage(
+def test_awaiting_asyncio_leaves_no_garbage(
     reactor: Any, kind: str, style: str, make: Any
 ) -> None:
     def start(told: list[str]) -> Any:
@@ -1416,9 +1410,7 @@ def test_what_awaits_asyncio_leaves_no_garbage(
 @frees_at_once
 @pytest.mark.parametrize("make", [returns, raises, waits])
 @pytest.mark.parametrize("kind", ["task", "as_deferred", "fromCoroutine"])
-def test_what_asyncio_awaits_leaves_no_garbage(
-    reactor: Any, kind: str, make: Any
-) -> None:
+def test_waits_of_asyncio_leave_no_garbage(reactor: Any, kind: str, make: Any) -> None:
     async def of_asyncio(told: list[str]) -> None:
         await OF_OURS[kind](make(pause_of_ours, told))
 
@@ -1454,7 +1446,7 @@ def left_by(reactor: Any, start: Any, cancels: bool) -> list[str]:
 
 
 @frees_at_once
-def test_a_task_that_has_ended_is_not_kept(reactor: Any) -> None:
+def test_an_ended_task_is_freed(reactor: Any) -> None:
     async def main() -> Any:
         return asyncio.current_task()
 
@@ -1518,7 +1510,7 @@ def test_instruments(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_instruments_that_are_there_before_asyncio() -> None:
+def test_instruments_added_before_asyncio() -> None:
     """They can be removed all the same."""
     clock = Clock()
     steps: list[str] = []
@@ -1551,7 +1543,7 @@ def test_instruments_that_are_there_before_asyncio() -> None:
     asyncio.run(main())
 
 
-def test_what_it_waits_for_is_seen(reactor: Any) -> None:
+def test_format_tasks_shows_awaitables_of_asyncio(reactor: Any) -> None:
     async def main() -> str:
         task = spawn(awaits, lambda: asyncio.ensure_future(asyncio.sleep(DEADLINE)))
         await sleep(0)
@@ -1577,7 +1569,7 @@ def test_threads(reactor: Any) -> None:
 # Loops
 
 
-def test_without_a_loop() -> None:
+def test_awaiting_asyncio_without_a_loop_raises() -> None:
     clock = Clock()
     loop = asyncio.new_event_loop()
     future = loop.create_future()
@@ -1610,7 +1602,7 @@ def test_without_a_loop() -> None:
         loop.close()
 
 
-def test_a_future_of_another_loop(reactor: Any) -> None:
+def test_a_future_of_another_loop_raises(reactor: Any) -> None:
     loop = asyncio.new_event_loop()
     future = loop.create_future()
 
@@ -1647,7 +1639,7 @@ def test_tasks_of_a_clock_in_a_loop() -> None:
     assert asyncio.run(main()) == "value"
 
 
-def test_a_clock_that_has_tasks_before_a_loop_runs() -> None:
+def test_tasks_of_a_clock_before_a_loop_runs() -> None:
     clock = Clock()
     channel: Channel[Any] = Channel(0)
 
@@ -1685,7 +1677,7 @@ def test_tasks_before_the_reactor_runs(reactor: Any) -> None:
     assert seen == [reactor._asyncioEventloop] * 2
 
 
-def test_asyncio_awaits_deferreds_that_no_coroutine_of_ours_uses() -> None:
+def test_asyncio_awaits_deferreds_without_tasks_of_ours() -> None:
     """The import is enough."""
     program = """
         import asyncio, sys
@@ -1723,16 +1715,16 @@ def test_yielded_coroutines(reactor: Any) -> None:
 
 def test_failures_of_deferreds_reach_asyncio_as_they_are(reactor: Any) -> None:
     async def of_asyncio(deferred: Deferred[None]) -> None:
-        with pytest.raises(Gone, match="why"):
+        with pytest.raises(ExpectedError, match="why"):
             await deferred
 
     async def main() -> None:
         later: Deferred[None] = Deferred()
         task = asyncio.ensure_future(of_asyncio(later))
         await sleep(0.001)
-        later.errback(Failure(Gone("why")))
+        later.errback(Failure(ExpectedError("why")))
         await task
-        await asyncio.ensure_future(of_asyncio(defer.fail(Gone("why"))))
+        await asyncio.ensure_future(of_asyncio(defer.fail(ExpectedError("why"))))
 
     run(reactor, main)
 
@@ -1833,7 +1825,7 @@ async def waits_for_ever(stream: Stream) -> None:
         (waits_for_ever, "the handler waits for something that never happens"),
     ],
 )
-def test_what_cancel_everywhere_finds(
+def test_cancel_everywhere_finds_faults(
     handler: Any, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("twisted_rtsig.coro.testing.cancellation._PATIENCE", 0.01)

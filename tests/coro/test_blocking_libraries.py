@@ -49,21 +49,8 @@ from tests.coro.test_blocking_sockets import connections_of, until_closed
 from tests.coro.test_examples import example
 from tests.coro.test_examples import reactor as reactor
 from tests.support import DEADLINE, make_certificate
-from twisted_rtsig.coro import (
-    Event,
-    TaskGroup,
-    current_task,
-    serve,
-    spawn,
-    statistics,
-    timeout,
-)
-from twisted_rtsig.coro.stackful import (
-    allow_blocking_sockets,
-    in_stackful,
-    patched,
-    wait,
-)
+from twisted_rtsig import coro
+from twisted_rtsig.coro import TaskGroup, current_task, serve, spawn, stackful, timeout
 
 # Of pyOpenSSL's, about what Twisted does with certificates.
 pytestmark = pytest.mark.filterwarnings("ignore:Passing pyOpenSSL:DeprecationWarning")
@@ -105,7 +92,7 @@ class Meeting:
     def __init__(self, reactor: Any, count: int) -> None:
         self._reactor = reactor
         self._missing = count
-        self._complete = Event()
+        self._complete = coro.Event()
         self.connections: int = 0
 
     def attend(self, number: int) -> None:
@@ -113,7 +100,7 @@ class Meeting:
         if not self._missing:
             self.connections = len(set(connections_of(self._reactor)))
             self._complete.set()
-        wait(self._complete.wait())
+        stackful.wait(self._complete.wait())
         if number % 10 == 0:
             current_task().cancel()
 
@@ -131,11 +118,11 @@ def run_sessions(
 
     async def one(number: int) -> None:
         with timeout(LIMIT):
-            await in_stackful(session, number, meeting.attend)
+            await stackful.in_stackful(session, number, meeting.attend)
         ended.append(number)
 
     async def main() -> None:
-        with patched(*modules):
+        with stackful.patched(*modules):
             async with TaskGroup() as group:
                 for number in range(count):
                     group.spawn(one, number)
@@ -151,7 +138,7 @@ def run_sessions(
     assert meeting.connections >= count
     spin(reactor, lambda: len(reactor.getDelayedCalls()) <= timers)
     spin(reactor, lambda: open_sockets() <= before)
-    assert not statistics(reactor=reactor).tasks.waiting
+    assert not coro.statistics(reactor=reactor).tasks.waiting
     assert set(threading.enumerate()) - threads <= set(reactor.getThreadPool().threads)
 
 
@@ -172,7 +159,7 @@ def test_smtplib(reactor: Any, count: int, tmp_path: Path) -> None:
     serving = run(reactor, lambda: serve(endpoint, server.session, reactor=reactor))
     port = serving.port.getHost().port
     context = ssl.create_default_context(cafile=str(files[0]))
-    allow_blocking_sockets(context)
+    stackful.allow_blocking_sockets(context)
 
     def session(number: int, attend: Callable[[int], None]) -> None:
         # With SMTP, as a context manager, would say QUIT in the middle of a command.
@@ -312,11 +299,13 @@ def test_redis_with_one_pool(reactor: Any, redis_port: int) -> None:
         session(number, lambda _: None)
 
     async def main() -> None:
-        with patched(redis):
+        with stackful.patched(redis):
             async with TaskGroup() as group:
                 for number in range(10):
-                    group.spawn(in_stackful, all_of_them, number, lambda _: None)
-            await in_stackful(client.close)
+                    group.spawn(
+                        stackful.in_stackful, all_of_them, number, lambda _: None
+                    )
+            await stackful.in_stackful(client.close)
 
     run(reactor, main)
     until_closed(reactor)
@@ -428,11 +417,11 @@ def test_pg8000_over_tls(reactor: Any, postgres_port: int) -> None:
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    allow_blocking_sockets(context)
+    stackful.allow_blocking_sockets(context)
 
     def session() -> Any:
         with (
-            patched(sys.modules["pg8000"]),
+            stackful.patched(sys.modules["pg8000"]),
             contextlib.closing(
                 sys.modules["pg8000.native"].Connection(
                     "tester",
@@ -448,7 +437,7 @@ def test_pg8000_over_tls(reactor: Any, postgres_port: int) -> None:
                 "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
             )
 
-    assert run(reactor, in_stackful, session) == [[True]]
+    assert run(reactor, stackful.in_stackful, session) == [[True]]
     until_closed(reactor)
 
 

@@ -168,7 +168,7 @@ def outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def connections_of(reactor: Any) -> list[Any]:
-    """The connections that a reactor has."""
+    """The connections that a reactor watches; paused ones are not among them."""
     watched = [*reactor.getReaders(), *reactor.getWriters()]
     return [each for each in watched if isinstance(each, Connection)]
 
@@ -184,13 +184,13 @@ def until_closed(reactor: Any) -> None:
 def both(
     reactor: Any, conversation: Callable[..., Any], peer: Any, *args: Any
 ) -> list[Any]:
-    """Have a conversation with each kind of socket; what came of it."""
+    """Have a conversation with each kind of socket; return the results of its calls."""
     address = getattr(peer, "address", peer)
     real = run(reactor, in_thread, conversation, REAL, address, *args)
     ours = run(reactor, in_stackful, conversation, OURS, address, *args)
     until_closed(reactor)
     assert ours == real
-    # One that finds nothing cannot fail.
+    # A conversation without results cannot fail.
     assert real
     return list(real)
 
@@ -281,7 +281,7 @@ def time_out(net: Any, address: Any) -> list[Any]:
         sock.settimeout(0.02)
         got.append(outcome(file.readline))
         got.append(outcome(file.readline))
-        # Nobody reads what is sent.
+        # The peer does not read what is sent.
         sock.sendall(b"flood 100000000\n")
         got.append(outcome(sock.sendall, b"x" * 50_000_000))
         # So that the end does not wait until it does.
@@ -495,13 +495,13 @@ CONVERSATIONS = [
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS, ids=lambda each: each.__name__)
-def test_as_a_socket_in_a_thread(
+def test_sockets_behave_as_those_of_a_thread(
     reactor: Any, peer: Peer, conversation: Callable[..., Any]
 ) -> None:
     both(reactor, conversation, peer)
 
 
-def test_connections_that_fail(reactor: Any) -> None:
+def test_failing_connections(reactor: Any) -> None:
     with refusing_port() as port:
         both(reactor, fail_to_connect, ("127.0.0.1", port))
 
@@ -517,12 +517,12 @@ def get_no_answer(net: Any, address: Any) -> list[Any]:
 
 
 @needs_silent_host
-def test_connections_without_an_answer(reactor: Any) -> None:
+def test_unanswered_connections_time_out(reactor: Any) -> None:
     with silent_host() as address:
         both(reactor, get_no_answer, address)
 
 
-def test_files_are_sent(reactor: Any, peer: Peer, tmp_path: Path) -> None:
+def test_sendfile(reactor: Any, peer: Peer, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"0123456789" * 50_000)
     both(reactor, send_files, peer, path)
@@ -688,7 +688,7 @@ def test_tls(reactor: Any, tls_peer: Peer, files_of_certificate: Files) -> None:
     both(reactor, over_tls, tls_peer, files_of_certificate[0])
 
 
-def test_tls_that_fails(
+def test_failing_tls(
     reactor: Any, peer: Peer, tls_peer: Peer, files_of_certificate: Files
 ) -> None:
     both(reactor, fail_over_tls, tls_peer, peer.address, files_of_certificate[0])
@@ -698,7 +698,7 @@ def test_tls_that_fails(
 
 
 def test_two_tasks_on_one_socket(reactor: Any, peer: Peer) -> None:
-    """One reads and one writes; two that read take turns."""
+    """One task reads and the other one writes; two that read take turns."""
 
     async def main() -> None:
         sock = await in_stackful(create_connection, peer.address, DEADLINE)
@@ -761,8 +761,8 @@ def test_two_tasks_over_tls(
     run(reactor, main)
 
 
-def test_of_a_stream(reactor: Any) -> None:
-    """Any stream will do; outside of a stackful task a socket says what is wrong."""
+def test_a_socket_over_any_stream(reactor: Any) -> None:
+    """Outside of a stackful task, its calls raise an error that says what to do."""
 
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
@@ -779,8 +779,8 @@ def test_of_a_stream(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_a_call_without_time_that_is_cancelled(reactor: Any, peer: Peer) -> None:
-    """It leaves nothing in the way of the next one."""
+def test_cancelling_a_call_without_a_timeout(reactor: Any, peer: Peer) -> None:
+    """It does not block the next call."""
 
     async def main() -> None:
         sock = await in_stackful(create_connection, peer.address, DEADLINE)
@@ -817,8 +817,8 @@ def end_with(net: Any, address: Any, linger: bytes) -> list[Any]:
 
 @pytest.mark.parametrize(("linger", "received"), [(RESET, []), (b"\0" * 8, [0, 0])])
 @pytest.mark.skipif(sys.platform == "win32", reason="SO_LINGER has another form")
-def test_how_it_ends(reactor: Any, linger: bytes, received: list[int]) -> None:
-    """With a reset, if that is set."""
+def test_close_and_reset(reactor: Any, linger: bytes, received: list[int]) -> None:
+    """It sends a reset if SO_LINGER is set to 0 seconds."""
     listening = socket.create_server(("127.0.0.1", 0))
     with contextlib.closing(Peer(listening)) as peer:
         both(reactor, end_with, peer, linger)
@@ -832,16 +832,16 @@ def end_unsent(net: Any, address: Any) -> list[Any]:
         return [outcome(sock.sendall, b"x" * 50_000_000)]
 
 
-def test_a_closed_one_is_given_up_in_time(
+def test_closing_gives_up_when_the_peer_does_not_read(
     reactor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the peer takes nothing of what is left."""
+    """The peer reads nothing of the output that is left."""
     monkeypatch.setattr(blocking_sockets, "_LINGER", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         both(reactor, end_unsent, listening.getsockname())
 
 
-def test_one_that_is_closed_while_it_connects(reactor: Any, peer: Peer) -> None:
+def test_a_socket_closed_while_it_connects(reactor: Any, peer: Peer) -> None:
     async def main() -> None:
         sock = ClientSocket()
         task = spawn_stackful(sock.connect, peer.address)
@@ -855,7 +855,7 @@ def test_one_that_is_closed_while_it_connects(reactor: Any, peer: Peer) -> None:
     until_closed(reactor)
 
 
-def test_errors_leave_no_frames_to_the_collector(
+def test_errors_leave_no_frames_in_cycles(
     reactor: Any, tls_peer: Peer, files_of_certificate: Files
 ) -> None:
     context = ssl.create_default_context(cafile=str(files_of_certificate[0]))
@@ -885,8 +885,8 @@ def test_errors_leave_no_frames_to_the_collector(
     until_closed(reactor)
 
 
-def test_calls_outside_of_a_stackful_task(reactor: Any, peer: Peer) -> None:
-    """They take nothing, and leave nothing behind."""
+def test_calls_outside_of_a_stackful_task_raise(reactor: Any, peer: Peer) -> None:
+    """They read nothing, and open no connection."""
 
     async def main() -> None:
         for connect in (create_connection, ClientSocket().connect):
@@ -907,7 +907,7 @@ def test_calls_outside_of_a_stackful_task(reactor: Any, peer: Peer) -> None:
     until_closed(reactor)
 
 
-def test_what_it_cannot_do(reactor: Any, peer: Peer) -> None:
+def test_unsupported_calls_raise(reactor: Any, peer: Peer) -> None:
     def use() -> None:
         with create_connection(peer.address, DEADLINE) as sock:
             calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = [
@@ -951,7 +951,7 @@ def test_what_it_cannot_do(reactor: Any, peer: Peer) -> None:
     until_closed(reactor)
 
 
-def test_names_without_an_address(reactor: Any) -> None:
+def test_names_that_do_not_resolve(reactor: Any) -> None:
     class Resolver:
         def resolveHostName(self, receiver: Any, name: str, **_: Any) -> None:
             receiver.resolutionBegan(None)
@@ -970,8 +970,10 @@ def test_names_without_an_address(reactor: Any) -> None:
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_one_that_is_dropped(reactor: Any, peer: Peer, closed: bool) -> None:
-    """Its connection ends; and it is warned of, as of one of the operating system."""
+def test_a_socket_that_is_not_closed_warns(
+    reactor: Any, peer: Peer, closed: bool
+) -> None:
+    """Its connection ends, and Python warns, as of a socket of the operating system."""
 
     def use() -> None:
         sock = create_connection(peer.address, DEADLINE)
@@ -1018,7 +1020,7 @@ def test_cancellation_everywhere() -> None:
 def test_cancellation_in_any_turn(
     reactor: Any, secure: bool, request: Any, files_of_certificate: Files
 ) -> None:
-    """Whenever it is cancelled, nothing is left open, and nothing is warned of."""
+    """Whenever it is cancelled, no connection stays open, and nothing warns."""
     peer: Peer = request.getfixturevalue("tls_peer" if secure else "peer")
     context = ssl.create_default_context(cafile=str(files_of_certificate[0]))
     allow_blocking_sockets(context)

@@ -7,10 +7,9 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
-from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from tests.coro.support import STYLES, run
+from tests.coro.support import Start, run
 from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     Channel,
@@ -23,7 +22,6 @@ from twisted_rtsig.coro import (
     Task,
     TaskGroup,
     WouldBlock,
-    channels,
     coroutine,
     move_on_after,
     select,
@@ -31,18 +29,6 @@ from twisted_rtsig.coro import (
     spawn,
 )
 from twisted_rtsig.coro.testing import cancel_everywhere
-
-styles = pytest.mark.parametrize("style", STYLES)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-def quiet(operation: Deferred[Any]) -> Deferred[Any]:
-    """One whose error is no surprise."""
-    return operation.addErrback(lambda _: None)
 
 
 async def sends(sender: ChannelSender[Any], values: Any) -> None:
@@ -108,28 +94,24 @@ def test_the_channel_closes_with_its_last_sender(
     assert not clock.getDelayedCalls()
 
 
-@styles
-def test_what_was_sent_is_received_after_the_last_sender(
-    clock: Clock, style: str
-) -> None:
+def test_values_left_are_received_after_the_last_sender_closes(start: Start) -> None:
     channel: Channel[int] = Channel(2)
     with channel.open_sender() as sender:
         sender.try_send(1)
         sender.send(2)
     got: list[Any] = []
     receiver = channel.open_receiver()
-    STYLES[style](clock, [receiver.receive] * 3, got)
+    start([receiver.receive] * 3, got)
     assert got == [1, 2, EndOfChannel]
     receiver.close()
 
 
-@styles
-def test_the_channel_closes_with_its_last_receiver(clock: Clock, style: str) -> None:
+def test_the_channel_closes_with_its_last_receiver(start: Start) -> None:
     channel: Channel[int] = Channel(1)
     got: list[Any] = []
     with channel.open_receiver() as receiver, channel.open_sender() as sender:
         sender.try_send(1)
-        STYLES[style](clock, [lambda: sender.send(2), lambda: sender.send(3)], got)
+        start([lambda: sender.send(2), lambda: sender.send(3)], got)
         other = receiver.clone()
         receiver.close()
         assert got == []
@@ -148,7 +130,7 @@ def test_the_channel_closes_with_its_last_receiver(clock: Clock, style: str) -> 
         late.try_receive()
 
 
-def test_values_that_are_left_go_with_the_last_receiver() -> None:
+def test_values_left_are_dropped_with_the_last_receiver() -> None:
     channel: Channel[int] = Channel(1)
     with channel.open_receiver():
         channel.try_send(1)
@@ -158,10 +140,9 @@ def test_values_that_are_left_go_with_the_last_receiver() -> None:
 
 
 def test_a_send_that_waits_for_a_turn_fails_with_the_last_receiver(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
+    clock: Clock, one_in_a_turn: None
 ) -> None:
     """The room in the buffer of a channel that nothing receives from is no room."""
-    monkeypatch.setattr(channels, "_AT_ONCE_IN_A_TURN", 1)
     channel: Channel[int] = Channel(1)
     receiver = channel.open_receiver()
     failed: list[Any] = []
@@ -177,12 +158,9 @@ def test_a_send_that_waits_for_a_turn_fails_with_the_last_receiver(
     assert [each.type for each in failed] == [ChannelClosed]
 
 
-@styles
 @pytest.mark.parametrize("sends", [True, False])
-def test_what_waits_through_an_end_that_is_closed(
-    clock: Clock, style: str, sends: bool
-) -> None:
-    """Only that: what waits through other ends goes on."""
+def test_closing_an_end_ends_its_waiting_operations(start: Start, sends: bool) -> None:
+    """Operations that wait through other ends go on."""
     channel: Channel[Any] = Channel(0)
     own: list[Any] = []
     others: list[Any] = []
@@ -191,7 +169,7 @@ def test_what_waits_through_an_end_that_is_closed(
     ]
     for end, got in ((ends[0], own), (ends[1], others), (ends[0], own)) * 3:
         wait = (lambda end=end: end.send("value")) if sends else end.receive
-        STYLES[style](clock, [wait], got)
+        start([wait], got)
     ends[0].close()
     assert own == [ChannelClosed] * 6
     assert others == []
@@ -206,7 +184,7 @@ def test_what_waits_through_an_end_that_is_closed(
     assert channel.statistics() == (0, 0, 0, 0, True, 0, 0)
 
 
-def test_an_end_that_is_closed_is_not_used() -> None:
+def test_a_closed_end_cannot_be_used() -> None:
     channel: Channel[int] = Channel(1)
     with channel.open_sender() as sender, channel.open_receiver() as receiver:
         keeps_it_open = sender.clone(), receiver.clone()
@@ -241,7 +219,7 @@ def test_an_end_that_is_closed_is_not_used() -> None:
         end.close()
 
 
-def test_without_waiting() -> None:
+def test_the_try_methods_of_ends() -> None:
     channel: Channel[int] = Channel(1)
     with channel.open_sender() as sender, channel.open_receiver() as receiver:
         with pytest.raises(WouldBlock):
@@ -258,7 +236,7 @@ def test_without_waiting() -> None:
 
 @frees_at_once
 @pytest.mark.filterwarnings("default")
-def test_an_end_that_is_forgotten() -> None:
+def test_an_end_that_is_not_closed_warns() -> None:
     channel: Channel[int] = Channel(1)
     senders = [channel.open_sender()]
     with pytest.warns(ResourceWarning, match="ChannelSender at .* was not closed"):
@@ -268,25 +246,21 @@ def test_an_end_that_is_forgotten() -> None:
 # Select
 
 
-@styles
-def test_select_ends(clock: Clock, style: str) -> None:
+def test_select_ends(start: Start) -> None:
     channel: Channel[int] = Channel(0)
     sender, receiver = channel.open_sender(), channel.open_receiver()
     sending = sender.sending(1)
     got: list[Any] = []
-    STYLES[style](clock, [lambda: select(receiver, Event())] * 2, got)
-    STYLES[style](clock, [lambda: select(sending, Event())], got)
+    start([lambda: select(receiver, Event())] * 2, got)
+    start([lambda: select(sending, Event())], got)
     assert sorted(got, key=repr) == sorted([(receiver, 1), (sending, None)], key=repr)
     sender.close()
     assert got[2] is EndOfChannel
     receiver.close()
 
 
-@styles
 @pytest.mark.parametrize("sends", [True, False])
-def test_a_select_through_an_end_that_is_closed(
-    clock: Clock, style: str, sends: bool
-) -> None:
+def test_a_select_through_a_closed_end(start: Start, sends: bool) -> None:
     channel: Channel[int] = Channel(0)
     other: Channel[int] = Channel(0)
     end: Any = channel.open_sender() if sends else channel.open_receiver()
@@ -294,11 +268,11 @@ def test_a_select_through_an_end_that_is_closed(
     got: list[Any] = []
     case = end.sending(1) if sends else end
     # Twice in one select, and in one that has chosen another case.
-    STYLES[style](clock, [lambda: select(case, other, case)], got)
+    start([lambda: select(case, other, case)], got)
     chosen: list[Any] = []
-    STYLES[style](clock, [lambda: select(case, other)], chosen)
+    start([lambda: select(case, other)], chosen)
     other.try_send(0)
-    STYLES[style](clock, [lambda: select(case, other)], got)
+    start([lambda: select(case, other)], got)
     end.close()
     assert sorted(got + chosen, key=repr).count(ChannelClosed) == 2
     assert channel.statistics()[2:4] == other.statistics()[2:4] == (0, 0)
@@ -309,7 +283,7 @@ def test_a_select_through_an_end_that_is_closed(
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_what_is_received_was_sent(clock: Clock, seed: int) -> None:
+def test_random_ends_receive_what_was_sent(clock: Clock, seed: int) -> None:
     """
     Of senders and receivers that come and go, wait, are cancelled and close their ends:
     each value is received once, or its sender was told that it is not.

@@ -1,19 +1,19 @@
 """
 Random programs that share channels, locks and events, compared with a model.
 
-Some actors run a program each: they send and receive, try to, select, take locks,
-wait for a while, cancel each other.  Somebody outside of all tasks lets time pass
-and interferes.  Each actor writes down what it wants before it waits, and what it
-has got.  So the model need know nothing of who is resumed when.  It says, whenever
-everybody waits:
+Each actor runs a program: it sends, receives, selects, takes locks, waits for a while,
+and cancels other actors.  The test itself, outside of all tasks, lets time pass and
+interferes.  An actor records what it wants before it waits, and what it got.  So the
+model need not know the order in which actors are resumed.  Whenever all actors wait, it
+checks:
 
-- that nobody waits for what is there;
-- that nobody has what he cannot have: a value that was not sent, or that another
-  has received, or the lock of another;
-- that all is in order: of two receivers the earlier one has the value that was sent
-  earlier, of two who want a lock the earlier one gets it first, and nobody waits who
-  has come before one who does not;
-- that only those who wait are in the queues.
+- No actor waits for something that is available.
+- No actor has something that it cannot have: a value that was not sent, a value that
+  another actor has received, or a lock that another actor holds.
+- Everything is in order.  Of two receivers, the earlier one has the value that was sent
+  earlier.  Of two actors that want a lock, the earlier one gets it first.  No actor
+  waits that came before one that was served.
+- The queues hold only the actors that wait.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
@@ -60,11 +61,11 @@ ACTORS = 5
 GIVEN_UP = object()
 
 
-# What there is, in the model and in truth
+# The model, and the real channels and locks
 
 
 class Value(NamedTuple):
-    """:ivar ticket: of who sends it."""
+    """:ivar ticket: the sender's ticket."""
 
     channel: int
     ticket: int
@@ -72,10 +73,10 @@ class Value(NamedTuple):
 
 class ModelChannel:
     """
-    A channel, and what came of it.
+    A channel and its history.
 
-    :ivar sent: what was said to be sent.
-    :ivar received: who has received what.
+    :ivar sent: the values whose sends have succeeded.
+    :ivar received: the values received, by the receiver's ticket.
     """
 
     def __init__(self, number: int, capacity: int) -> None:
@@ -103,7 +104,7 @@ class ModelChannel:
         assert self.sent >= {*self.received.values()}
         values = [self.received[ticket] for ticket in sorted(self.received)]
         assert values == sorted(values)
-        # And what nobody has received was sent after that.
+        # The values not received yet were sent after those.
         assert values == sorted(self.sent)[: len(values)]
 
 
@@ -111,8 +112,8 @@ class ModelLock:
     """
     A lock or semaphore.
 
-    :ivar holders: who has it.
-    :ivar tickets: of those who got it, in that order.
+    :ivar holders: the actors that hold it.
+    :ivar tickets: the tickets of the actors that got it, in that order.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -133,7 +134,7 @@ class Want(NamedTuple):
         return self.kind in ("value", "room")
 
     def served(self) -> list[int]:
-        """The tickets of all who got it."""
+        """The tickets of all actors that got it."""
         match self.kind:
             case "value":
                 return list(self.what.received)
@@ -145,7 +146,7 @@ class Want(NamedTuple):
 
 
 class Model:
-    """Everything, and everybody."""
+    """All channels, locks and actors."""
 
     def __init__(self, capacities: list[int]) -> None:
         self.clock = Clock()
@@ -163,7 +164,7 @@ class Model:
         return self.channels[number % len(self.channels)]
 
     def happen(self, in_task: bool, what: Sequence[Callable[[], object]]) -> None:
-        """In a task, whom that resumes runs afterwards."""
+        """In a task, what this resumes runs afterwards."""
 
         def everything() -> None:
             for each in what:
@@ -173,10 +174,10 @@ class Model:
             spawn(everything, reactor=self.clock).result()
         else:
             everything()
-        self.everybody_waits()
+        self.check_rules()
 
-    def everybody_waits(self) -> None:
-        """The rules."""
+    def check_rules(self) -> None:
+        """Check the rules; all actors wait."""
         self.clock.advance(0)
         for actor in self.actors:
             assert actor.done or actor.wants, "it does not wait, and has not ended"
@@ -207,7 +208,7 @@ class Model:
             assert event.is_set or f" {waiting} wait" in repr(event)
 
     def is_there(self, want: Want, actor: Actor) -> Any:
-        """Whether one need not wait for it."""
+        """Whether it is available without waiting."""
         what = want.what
         match want.kind:
             case "value":
@@ -231,10 +232,10 @@ class Model:
     def others_want(self, want: Want, actor: Actor) -> bool:
         return any(want in each.wants for each in self.actors if each is not actor)
 
-    def it_is_over(self) -> None:
+    def finish(self) -> None:
         for actor in self.actors:
             actor.cancel()
-        self.everybody_waits()
+        self.check_rules()
         for actor in self.actors:
             actor.has_not_failed()
         assert all(each.done for each in self.actors)
@@ -249,7 +250,7 @@ class Model:
             channel.is_in_order()
 
 
-# Who uses it
+# Actors
 
 
 class Actor:
@@ -257,7 +258,7 @@ class Actor:
     Runs a program.
 
     :ivar wants: what it waits for.
-    :ivar ticket: when it has come.
+    :ivar ticket: its place in the order in which actors began to wait.
     """
 
     def __init__(self, model: Model, in_task: bool, awaits: bool) -> None:
@@ -377,13 +378,21 @@ class Receive(NamedTuple):
             channel.receives(ticket, value)
 
 
-class TrySend(NamedTuple):
-    channel: int
+class WithoutWaiting:
+    """A step that does not wait, and can happen outside of all tasks as well."""
 
     def run(self, actor: Actor) -> Steps:
         self.happen(actor.model)
         return
         yield
+
+    def happen(self, model: Model) -> None:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TrySend(WithoutWaiting):
+    channel: int
 
     def happen(self, model: Model) -> None:
         channel = model.channel(self.channel)
@@ -396,13 +405,9 @@ class TrySend(NamedTuple):
             channel.sent.remove(value)
 
 
-class TryReceive(NamedTuple):
+@dataclass(frozen=True)
+class TryReceive(WithoutWaiting):
     channel: int
-
-    def run(self, actor: Actor) -> Steps:
-        self.happen(actor.model)
-        return
-        yield
 
     def happen(self, model: Model) -> None:
         channel = model.channel(self.channel)
@@ -411,13 +416,9 @@ class TryReceive(NamedTuple):
             channel.receives(ticket, channel.real.try_receive())
 
 
-class Close(NamedTuple):
+@dataclass(frozen=True)
+class Close(WithoutWaiting):
     channel: int
-
-    def run(self, actor: Actor) -> Steps:
-        self.happen(actor.model)
-        return
-        yield
 
     def happen(self, model: Model) -> None:
         model.channel(self.channel).close()
@@ -457,25 +458,17 @@ class WaitFor(NamedTuple):
         yield from actor.wait(event.wait, [Want("event", event)], self.patience)
 
 
-class Set(NamedTuple):
+@dataclass(frozen=True)
+class Set(WithoutWaiting):
     event: int
-
-    def run(self, actor: Actor) -> Steps:
-        self.happen(actor.model)
-        return
-        yield
 
     def happen(self, model: Model) -> None:
         model.events[self.event].set()
 
 
-class Fire(NamedTuple):
+@dataclass(frozen=True)
+class Fire(WithoutWaiting):
     deferred: int
-
-    def run(self, actor: Actor) -> Steps:
-        self.happen(actor.model)
-        return
-        yield
 
     def happen(self, model: Model) -> None:
         deferred = model.deferreds[self.deferred]
@@ -539,7 +532,7 @@ class Select(NamedTuple):
         except CancelledError:
             if actor.cancelled:
                 raise
-            # That of an actor who was selected.
+            # The cancellation of an actor that was selected.
             return
         if result is GIVEN_UP:
             return
@@ -627,7 +620,7 @@ def programs(kinds: list[st.SearchStrategy[Any]]) -> st.SearchStrategy[list[Any]
     )
 
 
-# All of a list before anybody else runs, or with whom it resumes in between.
+# All calls of a list before an actor runs, or with the resumed actors in between.
 INTERFERENCE = st.lists(
     st.tuples(
         st.booleans(),
@@ -656,7 +649,7 @@ INTERFERENCE = st.lists(
     at_once=st.sampled_from([1, 1, 2, 256]),
     seed=st.integers(0, 100),
 )
-# Who is told first meets the other one elsewhere, in between.
+# The first select that is resumed meets the other one in between, elsewhere.
 @example(
     programs=[
         (
@@ -706,4 +699,4 @@ def test_model(
                 model.happen(False, [start])
         for in_task, what in interference:
             model.happen(in_task, [partial(each.happen, model) for each in what])
-        model.it_is_over()
+        model.finish()

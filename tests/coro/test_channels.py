@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 import weakref
 from collections.abc import Callable, Generator
 from functools import partial
-from itertools import count, pairwise
+from itertools import count, pairwise, product
 from typing import Any
 
 import pytest
 from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
 from twisted.internet.task import Clock
 
-from tests.coro.support import STYLES, spin
+from tests.coro.support import (
+    STYLES,
+    Start,
+    failures,
+    most_left_by_timeouts,
+    spin,
+)
 from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     Channel,
@@ -23,25 +28,11 @@ from twisted_rtsig.coro import (
     EndOfChannel,
     Task,
     WouldBlock,
-    channels,
     select,
     sleep,
     spawn,
     timeout,
 )
-
-styles = pytest.mark.parametrize("style", STYLES)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-def failures(logged: list[Any]) -> list[Any]:
-    """Which errors were logged, once nobody can look at them any more."""
-    gc.collect()
-    return [each["log_failure"].type for each in logged if each.get("log_failure")]
 
 
 def finish(clock: Clock, tasks: list[Task[Any]]) -> None:
@@ -51,44 +42,37 @@ def finish(clock: Clock, tasks: list[Task[Any]]) -> None:
 
 
 class Value:
-    """Something that can be seen to be gone."""
+    """A value whose end can be observed, by a weak reference."""
 
 
 # Sending and receiving
 
 
-@styles
 @pytest.mark.parametrize("capacity", [0, 1, 2, 10])
-def test_what_is_sent_is_received_in_order(
-    clock: Clock, style: str, capacity: int
-) -> None:
+def test_values_are_received_in_the_order_sent(start: Start, capacity: int) -> None:
     channel: Channel[int] = Channel(capacity)
     got: list[Any] = []
     done: list[Any] = []
-    STYLES[style](clock, [partial(channel.send, each) for each in range(5)], done)
+    start([partial(channel.send, each) for each in range(5)], done)
     assert done == [None] * min(capacity, 5)
-    STYLES[style](clock, [channel.receive] * 5, got)
+    start([channel.receive] * 5, got)
     assert got == [0, 1, 2, 3, 4]
     assert done == [None] * 5
 
 
-@styles
 @pytest.mark.parametrize("capacity", [0, 1])
-def test_who_receives_first_waits(clock: Clock, style: str, capacity: int) -> None:
+def test_receivers_wait_for_senders(start: Start, capacity: int) -> None:
     channel: Channel[int] = Channel(capacity)
     got: list[Any] = []
-    STYLES[style](clock, [channel.receive] * 3, got)
-    STYLES[style](clock, [partial(channel.send, each) for each in range(3)], [])
+    start([channel.receive] * 3, got)
+    start([partial(channel.send, each) for each in range(3)], [])
     assert got == [0, 1, 2]
 
 
-@styles
-def test_at_a_rendezvous_the_sender_waits_for_the_receiver(
-    clock: Clock, style: str
-) -> None:
+def test_without_a_buffer_the_sender_waits_for_the_receiver(start: Start) -> None:
     channel: Channel[str] = Channel(0)
     done: list[Any] = []
-    STYLES[style](clock, [lambda: channel.send("a")], done)
+    start([lambda: channel.send("a")], done)
     assert done == []
     assert channel.statistics().buffered == 0
     received = channel.receive()
@@ -96,7 +80,7 @@ def test_at_a_rendezvous_the_sender_waits_for_the_receiver(
     assert received.result == "a"
 
 
-def test_a_sender_waits_while_there_is_no_room(clock: Clock) -> None:
+def test_a_sender_waits_while_the_buffer_is_full(clock: Clock) -> None:
     channel: Channel[int] = Channel(2)
     sends = [channel.send(each) for each in range(4)]
     assert [each.called for each in sends] == [True, True, False, False]
@@ -136,7 +120,7 @@ def test_receivers_are_served_in_order(clock: Clock, capacity: int) -> None:
     assert got == [(each, each) for each in range(5)]
 
 
-def test_values_of_many_senders_go_to_many_receivers(clock: Clock) -> None:
+def test_many_senders_and_many_receivers(clock: Clock) -> None:
     channel: Channel[tuple[int, int]] = Channel(3)
     got: list[list[tuple[int, int]]] = [[] for _ in range(4)]
 
@@ -163,7 +147,7 @@ def test_values_of_many_senders_go_to_many_receivers(clock: Clock) -> None:
 
 @pytest.mark.parametrize("value", [None, False, 0, "", ()])
 @pytest.mark.parametrize("capacity", [0, 1])
-def test_anything_is_a_value(clock: Clock, value: object, capacity: int) -> None:
+def test_any_object_can_be_sent(clock: Clock, value: object, capacity: int) -> None:
     channel: Channel[object] = Channel(capacity)
     got: list[Any] = []
     spawn(channel.receive, reactor=clock).as_deferred().addCallback(got.append)
@@ -175,7 +159,7 @@ def test_anything_is_a_value(clock: Clock, value: object, capacity: int) -> None
 
 
 @pytest.mark.parametrize("capacity", [-1, float("nan")])
-def test_no_capacity_is_negative(capacity: Any) -> None:
+def test_a_negative_capacity_is_refused(capacity: Any) -> None:
     with pytest.raises(ValueError, match="0 is the least"):
         Channel(capacity)
 
@@ -193,8 +177,8 @@ def test_try_send(clock: Clock) -> None:
         channel.try_receive()
 
 
-def test_try_at_a_rendezvous(clock: Clock) -> None:
-    """It succeeds if somebody waits at the other side."""
+def test_try_send_and_try_receive_without_a_buffer(clock: Clock) -> None:
+    """It succeeds if an operation waits at the other side."""
     channel: Channel[int] = Channel(0)
     with pytest.raises(WouldBlock):
         channel.try_send(1)
@@ -208,7 +192,7 @@ def test_try_at_a_rendezvous(clock: Clock) -> None:
     assert sent.called
 
 
-def test_try_send_does_not_overtake_who_waits(clock: Clock) -> None:
+def test_try_send_does_not_overtake_waiting_senders(clock: Clock) -> None:
     channel: Channel[int] = Channel(1)
     channel.try_send(1)
     channel.send(2)
@@ -217,7 +201,7 @@ def test_try_send_does_not_overtake_who_waits(clock: Clock) -> None:
     assert [channel.try_receive(), channel.try_receive()] == [1, 2]
 
 
-def test_try_on_one_that_is_closed(clock: Clock) -> None:
+def test_try_send_and_try_receive_on_a_closed_channel(clock: Clock) -> None:
     channel: Channel[int] = Channel(1)
     channel.try_send(1)
     channel.close()
@@ -231,59 +215,53 @@ def test_try_on_one_that_is_closed(clock: Clock) -> None:
 # The end
 
 
-@styles
-def test_receivers_get_what_is_left_and_then_the_end(clock: Clock, style: str) -> None:
+def test_receivers_get_the_values_left_and_then_the_end(start: Start) -> None:
     channel: Channel[int] = Channel(3)
     for each in range(3):
         channel.try_send(each)
     channel.close()
     got: list[Any] = []
-    STYLES[style](clock, [channel.receive] * 5, got)
+    start([channel.receive] * 5, got)
     assert got == [0, 1, 2, EndOfChannel, EndOfChannel]
 
 
-@styles
 @pytest.mark.parametrize("capacity", [0, 3])
-def test_receivers_that_wait_get_the_end(
-    clock: Clock, style: str, capacity: int
-) -> None:
+def test_waiting_receivers_get_the_end(start: Start, capacity: int) -> None:
     channel: Channel[int] = Channel(capacity)
     got: list[Any] = []
     for _ in range(3):
-        STYLES[style](clock, [channel.receive], got)
+        start([channel.receive], got)
     channel.close()
     assert got == [EndOfChannel] * 3
     assert channel.statistics().receivers == 0
 
 
-@styles
 @pytest.mark.parametrize("capacity", [0, 2])
-def test_senders_that_wait_are_told_that_nobody_receives_it(
-    clock: Clock, style: str, capacity: int
+def test_waiting_senders_fail_when_the_channel_closes(
+    start: Start, capacity: int
 ) -> None:
     channel: Channel[int] = Channel(capacity)
     got: list[Any] = []
     for each in range(4):
-        STYLES[style](clock, [partial(channel.send, each)], got)
+        start([partial(channel.send, each)], got)
     channel.close()
     assert got == [None] * capacity + [ChannelClosed] * (4 - capacity)
     received: list[Any] = []
-    STYLES[style](clock, [channel.receive] * 4, received)
+    start([channel.receive] * 4, received)
     left = list(range(capacity))
     assert received == left + [EndOfChannel] * (4 - capacity)
 
 
-@styles
-def test_nothing_is_sent_to_one_that_is_closed(clock: Clock, style: str) -> None:
+def test_send_to_a_closed_channel_raises(start: Start) -> None:
     channel: Channel[int] = Channel(5)
     channel.close()
     got: list[Any] = []
-    STYLES[style](clock, [lambda: channel.send(1), lambda: channel.send(2)], got)
+    start([lambda: channel.send(1), lambda: channel.send(2)], got)
     assert got == [ChannelClosed, ChannelClosed]
     assert channel.statistics().buffered == 0
 
 
-def test_to_close_it_twice_does_nothing(clock: Clock) -> None:
+def test_closing_twice_does_nothing(clock: Clock) -> None:
     channel: Channel[int] = Channel(1)
     channel.try_send(1)
     channel.close()
@@ -293,7 +271,7 @@ def test_to_close_it_twice_does_nothing(clock: Clock) -> None:
         channel.try_receive()
 
 
-def test_the_end_says_of_which_channel(clock: Clock) -> None:
+def test_errors_of_a_closed_channel_name_it(clock: Clock) -> None:
     channel: Channel[int] = Channel(0)
     waiting = channel.receive()
     channel.close()
@@ -303,17 +281,17 @@ def test_the_end_says_of_which_channel(clock: Clock) -> None:
     waiting.addErrback(lambda _: None)
 
 
-def test_a_refused_send_that_nobody_waits_for_is_logged(
+def test_an_unawaited_send_that_is_refused_is_logged(
     clock: Clock, logged: list[Any]
 ) -> None:
     channel: Channel[int] = Channel(0)
     channel.send(1)
     channel.close()
     channel.send(2)
-    assert failures(logged) == [ChannelClosed, ChannelClosed]
+    assert [each.type for each in failures(logged)] == [ChannelClosed] * 2
 
 
-def test_a_refused_send_that_somebody_waits_for_is_not_logged(
+def test_an_awaited_send_that_is_refused_is_not_logged(
     clock: Clock, logged: list[Any]
 ) -> None:
     channel: Channel[int] = Channel(0)
@@ -331,7 +309,7 @@ async def _all(channel: Channel[Any]) -> list[Any]:
 
 @pytest.mark.parametrize("in_task", [True, False])
 @pytest.mark.parametrize("capacity", [0, 2])
-def test_iteration_ends_when_it_is_closed(
+def test_iteration_ends_when_the_channel_is_closed(
     clock: Clock, in_task: bool, capacity: int
 ) -> None:
     channel: Channel[int] = Channel(capacity)
@@ -349,8 +327,10 @@ def test_iteration_ends_when_it_is_closed(
     assert got == [[1, 2]]
 
 
-def test_it_need_not_be_closed(clock: Clock, logged: list[Any]) -> None:
-    """One that nobody uses any more is gone, with who waits for it."""
+def test_an_unreferenced_channel_is_freed_with_its_waiters(
+    clock: Clock, logged: list[Any]
+) -> None:
+    """A channel that is not referenced any more, and the tasks that wait for it."""
     channel: Channel[Value] = Channel(1)
     value = Value()
     spawn(_all, channel, reactor=clock)
@@ -404,16 +384,13 @@ def test_repr(clock: Clock) -> None:
 # Cancellation
 
 
-@styles
 @pytest.mark.parametrize("capacity", [0, 1])
-def test_a_cancelled_send_has_sent_nothing(
-    clock: Clock, style: str, capacity: int
-) -> None:
+def test_a_cancelled_send_has_sent_nothing(start: Start, capacity: int) -> None:
     channel: Channel[str] = Channel(capacity)
     for _ in range(capacity):
         channel.try_send("first")
     got: list[Any] = []
-    sender = STYLES[style](clock, [lambda: channel.send("cancelled")], got)
+    sender = start([lambda: channel.send("cancelled")], got)
     last = channel.send("last")
     assert channel.statistics().senders == 2
     sender.cancel()
@@ -426,14 +403,11 @@ def test_a_cancelled_send_has_sent_nothing(
         channel.try_receive()
 
 
-@styles
 @pytest.mark.parametrize("capacity", [0, 1])
-def test_a_cancelled_receive_has_taken_nothing(
-    clock: Clock, style: str, capacity: int
-) -> None:
+def test_a_cancelled_receive_has_taken_nothing(start: Start, capacity: int) -> None:
     channel: Channel[str] = Channel(capacity)
     got: list[Any] = []
-    receivers = [STYLES[style](clock, [channel.receive], got) for _ in range(3)]
+    receivers = [start([channel.receive], got) for _ in range(3)]
     receivers[0].cancel()
     receivers[2].cancel()
     assert got in ([], [CancelledError] * 2)
@@ -445,11 +419,8 @@ def test_a_cancelled_receive_has_taken_nothing(
     assert channel.try_receive() == "b"
 
 
-@styles
 @pytest.mark.parametrize("what", ["send", "receive"])
-def test_to_cancel_what_is_done_does_nothing(
-    clock: Clock, style: str, what: str
-) -> None:
+def test_cancelling_a_finished_operation_does_nothing(start: Start, what: str) -> None:
     channel: Channel[int] = Channel(0)
     done: list[Any] = []
     if what == "send":
@@ -459,7 +430,7 @@ def test_to_cancel_what_is_done_does_nothing(
         operation = channel.receive()
         other = channel.send(1)
     operation.cancel()
-    STYLES[style](clock, [lambda: operation, lambda: other], done)
+    start([lambda: operation, lambda: other], done)
     assert done == ([None, 1] if what == "send" else [1, None])
 
 
@@ -481,8 +452,8 @@ def test_timeouts(clock: Clock) -> None:
     assert not clock.getDelayedCalls()
 
 
-def test_a_value_that_was_handed_over_is_not_lost(clock: Clock) -> None:
-    """It was cancelled, or its time was over, between that and its next step."""
+def test_a_cancelled_receive_does_not_lose_its_value(clock: Clock) -> None:
+    """The receiver is cancelled or times out before it runs with the value."""
     channel: Channel[int] = Channel(0)
     got: list[int] = []
 
@@ -510,27 +481,17 @@ def test_a_value_that_was_handed_over_is_not_lost(clock: Clock) -> None:
 
 @frees_at_once
 def test_ten_thousand_timeouts_leave_nothing_behind(clock: Clock) -> None:
-    """Behind somebody who waits for long, so that each would be in the middle."""
+    """Behind a receiver that waits on, so that each would be left in the middle."""
     channel: Channel[Value] = Channel(0)
     patient = spawn(channel.receive, reactor=clock)
-    left: weakref.WeakSet[Any] = weakref.WeakSet()
-    most = 0
 
-    async def receive() -> None:
-        nonlocal most
-        for _ in range(10_000):
-            operation = channel.receive()
-            left.add(operation)
-            with pytest.raises(TimeoutError), timeout(1):
-                await operation
-            del operation
-            most = max(most, len(left))
+    def receive() -> tuple[Any, Deferred[Any]]:
+        operation = channel.receive()
+        return operation, operation
 
-    task = spawn(receive, reactor=clock)
-    clock.pump([1] * 10_000)
-    assert task.result() is None
+    most = most_left_by_timeouts(clock, 10_000, receive)
     assert channel.statistics().receivers == 1
-    # Of those who wait, as many are kept as still do; and the last one's error.
+    # The patient receiver, the operation that waits, and the last one's error.
     assert most <= 3
     value = Value()
     channel.try_send(value)
@@ -541,24 +502,13 @@ def test_ten_thousand_timeouts_leave_nothing_behind(clock: Clock) -> None:
 def test_sends_that_time_out_leave_nothing_behind(clock: Clock) -> None:
     channel: Channel[Value] = Channel(0)
     spawn(lambda: channel.send(Value()), reactor=clock)
-    left: weakref.WeakSet[Value] = weakref.WeakSet()
-    most = 0
 
-    async def send() -> None:
-        nonlocal most
-        for _ in range(1_000):
-            value = Value()
-            left.add(value)
-            with pytest.raises(TimeoutError), timeout(1):
-                await channel.send(value)
-            del value
-            most = max(most, len(left))
+    def send() -> tuple[Any, Deferred[Any]]:
+        value = Value()
+        return value, channel.send(value)
 
-    task = spawn(send, reactor=clock)
-    clock.pump([1] * 1_000)
-    assert task.result() is None
+    assert most_left_by_timeouts(clock, 1_000, send) <= 2
     assert channel.statistics().senders == 1
-    assert most <= 2
 
 
 ORDERS: dict[str, Callable[[list[Any]], object]] = {
@@ -571,8 +521,10 @@ ORDERS: dict[str, Callable[[list[Any]], object]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("what", ["send", "receive"])
-def test_a_hundred_thousand_are_cancelled(clock: Clock, order: str, what: str) -> None:
-    """It would take minutes if each had to be looked for."""
+def test_cancelling_many_operations_takes_linear_time(
+    clock: Clock, order: str, what: str
+) -> None:
+    """If each operation were searched for in the queue, this would take minutes."""
     channel: Channel[int] = Channel(0)
     start = partial(channel.send, 1) if what == "send" else channel.receive
     waiting: list[Any] = [start() for _ in range(100_000)]
@@ -597,13 +549,13 @@ def test_a_hundred_thousand_are_cancelled(clock: Clock, order: str, what: str) -
 # Turns
 
 
-# Whoever is not in a task of this package has to see to that himself.
+# Code outside of the tasks of this package has to give turns itself.
 TASKS = [each for each in STYLES if each not in ("@inlineCallbacks", "fromCoroutine")]
 
 
 @pytest.mark.parametrize("style", TASKS)
 @pytest.mark.parametrize("capacity", [1, 300])
-def test_one_that_sends_to_itself_for_ever_lets_others_have_their_turn(
+def test_a_task_that_sends_to_itself_lets_other_tasks_run(
     reactor: Any, style: str, capacity: int
 ) -> None:
     channel: Channel[int] = Channel(capacity)
@@ -627,9 +579,7 @@ def test_one_that_sends_to_itself_for_ever_lets_others_have_their_turn(
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 7, 1000])
-def test_a_pair_that_is_never_idle_lets_the_reactor_have_its_turns(
-    reactor: Any, capacity: int
-) -> None:
+def test_two_busy_tasks_let_the_reactor_run(reactor: Any, capacity: int) -> None:
     channel: Channel[int] = Channel(capacity)
     got: list[int] = []
 
@@ -663,9 +613,8 @@ def progress(reactor: Any, got: list[Any], until: Callable[[], bool]) -> list[in
 
 
 @pytest.fixture
-def one_in_a_turn(monkeypatch: pytest.MonkeyPatch, debug_off: None) -> None:
-    """What is done first is done at once, and all else waits for the turn."""
-    monkeypatch.setattr(channels, "_AT_ONCE_IN_A_TURN", 1)
+def one_unawaited_in_a_turn(one_in_a_turn: None, debug_off: None) -> None:
+    """Of operations that may stay unawaited, one is served in a turn."""
 
 
 def use_up_the_turn(channel: Channel[Any]) -> None:
@@ -675,10 +624,12 @@ def use_up_the_turn(channel: Channel[Any]) -> None:
         channel.receive()
 
 
-@pytest.mark.usefixtures("one_in_a_turn")
+@pytest.mark.usefixtures("one_unawaited_in_a_turn")
 @pytest.mark.parametrize("capacity", [0, 1, 2, 3, 9])
-def test_order_is_kept_across_a_turn(clock: Clock, capacity: int) -> None:
-    """Nobody overtakes those who wait for the turn."""
+def test_operations_are_served_in_order_across_turns(
+    clock: Clock, capacity: int
+) -> None:
+    """No operation overtakes those that wait for the turn."""
     channel: Channel[int] = Channel(capacity)
     got: list[tuple[int, int]] = []
     order: list[int] = []
@@ -717,9 +668,11 @@ def test_order_is_kept_across_a_turn(clock: Clock, capacity: int) -> None:
     assert channel.statistics() == (0, capacity, 0, 0, False, 0, 0)
 
 
-@pytest.mark.usefixtures("one_in_a_turn")
-def test_nobody_overtakes_where_a_receiver_uses_up_the_turn(clock: Clock) -> None:
-    """It is resumed within the select that sends to it, and so counts first."""
+@pytest.mark.usefixtures("one_unawaited_in_a_turn")
+def test_operations_keep_their_order_when_a_receiver_uses_up_the_turn(
+    clock: Clock,
+) -> None:
+    """The receiver is resumed within the select that sends to it: it counts first."""
     channel: Channel[str] = Channel(1)
     got: list[tuple[str, str]] = []
 
@@ -739,10 +692,10 @@ def test_nobody_overtakes_where_a_receiver_uses_up_the_turn(clock: Clock) -> Non
     assert got == [("first", "A"), ("second", "B"), ("third", "C")]
 
 
-@pytest.mark.usefixtures("one_in_a_turn")
+@pytest.mark.usefixtures("one_unawaited_in_a_turn")
 @pytest.mark.parametrize("left", range(5))
-def test_those_who_wait_for_a_turn_get_the_end(clock: Clock, left: int) -> None:
-    """More of them than there are values left."""
+def test_receivers_that_wait_for_a_turn_get_the_end(clock: Clock, left: int) -> None:
+    """There are more receivers than values left."""
     channel: Channel[int] = Channel(9)
     got: list[list[int]] = []
 
@@ -780,7 +733,7 @@ def test_a_receiver_sends_on_at_once(clock: Clock) -> None:
     assert got == list(range(101))
 
 
-def test_callbacks_close_it(clock: Clock) -> None:
+def test_callbacks_close_the_channel(clock: Clock) -> None:
     channel: Channel[int] = Channel(0)
     got: list[Any] = []
 
@@ -794,7 +747,7 @@ def test_callbacks_close_it(clock: Clock) -> None:
     assert got == [EndOfChannel] * 3
 
 
-def test_a_callback_sends_while_it_is_closed(clock: Clock) -> None:
+def test_a_callback_sends_while_the_channel_is_closed(clock: Clock) -> None:
     channel: Channel[int] = Channel(1)
     got: list[Any] = []
 
@@ -810,15 +763,14 @@ def test_a_callback_sends_while_it_is_closed(clock: Clock) -> None:
     assert got == [EndOfChannel, ChannelClosed, EndOfChannel]
 
 
-@pytest.mark.parametrize("capacity", range(4))
-@pytest.mark.parametrize("trying", [False, True])
-def test_a_callback_receives_while_it_is_closed(
+@pytest.mark.parametrize(("capacity", "trying"), [*product(range(4), [False, True])])
+def test_a_callback_receives_while_the_channel_is_closed(
     clock: Clock, capacity: int, trying: bool
 ) -> None:
-    """It gets what is left, and makes no room for those who wait to send."""
+    """It gets what is left, and makes no room for the senders that wait."""
+    sent: list[Any] = []
     channel: Channel[int] = Channel(capacity)
     got: list[Any] = []
-    sent: list[Any] = []
 
     def refused(failure: Any) -> None:
         sent.append(failure.type)
@@ -839,8 +791,8 @@ def test_a_callback_receives_while_it_is_closed(
     assert got == [*range(capacity), EndOfChannel, EndOfChannel, EndOfChannel][:3]
 
 
-@pytest.mark.usefixtures("one_in_a_turn")
-def test_a_callback_receives_in_the_turn_that_it_has_waited_for(clock: Clock) -> None:
+@pytest.mark.usefixtures("one_unawaited_in_a_turn")
+def test_a_callback_receives_in_the_turn_its_operation_waited_for(clock: Clock) -> None:
     channel: Channel[str] = Channel(1)
     got: list[Any] = []
 
@@ -857,11 +809,10 @@ def test_a_callback_receives_in_the_turn_that_it_has_waited_for(clock: Clock) ->
     assert channel.statistics() == (0, 1, 0, 0, False, 0, 0)
 
 
-def test_a_receive_that_gets_a_callback_while_it_is_served(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
+def test_a_receive_gets_a_callback_while_it_is_served(
+    clock: Clock, one_in_a_turn: None
 ) -> None:
-    """A task waits for it all the same, and both have the value."""
-    monkeypatch.setattr(channels, "_AT_ONCE_IN_A_TURN", 1)
+    """A task waits for it as well: the callback and the task both get the value."""
     channel: Channel[str] = Channel(0)
     got: list[Any] = []
 
@@ -882,9 +833,9 @@ def test_a_receive_that_gets_a_callback_while_it_is_served(
     assert task.result() == "value"
 
 
-@pytest.mark.usefixtures("one_in_a_turn")
-def test_a_callback_sends_in_the_turn_that_it_has_waited_for(clock: Clock) -> None:
-    """It is behind those who have waited for it as well."""
+@pytest.mark.usefixtures("one_unawaited_in_a_turn")
+def test_a_callback_sends_in_the_turn_its_operation_waited_for(clock: Clock) -> None:
+    """It comes behind the operations that have waited for that turn as well."""
     channel: Channel[str] = Channel(1)
     got: list[str] = []
 
@@ -906,7 +857,7 @@ def test_a_callback_sends_in_the_turn_that_it_has_waited_for(clock: Clock) -> No
 
 
 @pytest.mark.parametrize("what", ["send", "receive"])
-def test_callbacks_cancel_who_waits(clock: Clock, what: str) -> None:
+def test_callbacks_cancel_waiting_operations(clock: Clock, what: str) -> None:
     channel: Channel[int] = Channel(0)
     outcomes: list[Any] = []
     start = partial(channel.send, 1) if what == "send" else channel.receive

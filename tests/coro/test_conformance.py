@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,15 @@ every_check = pytest.mark.parametrize(
 # Over sockets
 
 
+@dataclass
 class Accepting:
     """A server, and clients that connect to it."""
 
-    def __init__(
-        self, reactor: Any, listening: Any, connecting: Callable[[Any], Any]
-    ) -> None:
-        self.reactor = reactor
-        self.listening = listening
-        self.connecting = connecting
+    reactor: Any
+    listening: Any
+    connecting: Callable[[Any], Any]
+
+    def __post_init__(self) -> None:
         self.accepted: Channel[Stream] = Channel(0)
 
     async def __aenter__(self) -> MakePair:
@@ -205,10 +206,6 @@ class OfAnotherPackage:
     def ended(self) -> bool:
         return self._stream.ended
 
-    @property
-    def lost(self) -> bool:
-        return self._stream.lost
-
     async def read(self, max_bytes: int = 1 << 16) -> bytes:
         return await self._stream.read(max_bytes)
 
@@ -232,6 +229,10 @@ class OfAnotherPackage:
     async def lines(self, max_bytes: int = 1 << 16) -> AsyncIterator[bytes]:
         async for line in self._stream.lines(max_bytes):
             yield line
+
+    @property
+    def lost(self) -> bool:
+        return self._stream.lost
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
         await self._stream.write(data)
@@ -267,7 +268,7 @@ def test_streams_of_another_package(
     run(reactor, check, make)
 
 
-def test_a_stapled_stream_closes_both_in_any_case() -> None:
+def test_a_stapled_stream_closes_both_even_after_an_error() -> None:
     async def main() -> None:
         one, other = stream_pair()
         third, fourth = stream_pair()
@@ -438,7 +439,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize(("broken", "name"), BREAKS.items())
-def test_what_breaks_a_rule_is_noticed(broken: Any, name: str) -> None:
+def test_the_checks_notice_broken_rules(broken: Any, name: str) -> None:
     (check,) = [each for each in STREAM_CHECKS if each.__name__ == name]
 
     def make(clock: Clock) -> Any:

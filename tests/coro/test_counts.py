@@ -33,12 +33,6 @@ from twisted_rtsig.coro import (
 )
 from twisted_rtsig.engine.reactor import EngineReactor
 
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
 # Tasks
 
 
@@ -78,7 +72,7 @@ def test_tasks_by_state(clock: Clock) -> None:
     assert statistics(clock).tasks.active == 0
 
 
-def test_how_tasks_have_ended(clock: Clock) -> None:
+def test_tasks_by_outcome(clock: Clock) -> None:
     never = Event()
     spawn(never.wait, reactor=clock).cancel()
     failing = spawn(fail, reactor=clock)
@@ -102,7 +96,7 @@ def test_how_tasks_have_ended(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("ends", ["none", "most", "all"])
-def test_many_tasks_and_how_they_have_ended(clock: Clock, ends: str) -> None:
+def test_many_tasks_by_outcome(clock: Clock, ends: str) -> None:
     """All that were spawned are counted, though few references to them are kept."""
     never, stop = Event(), Event()
     count = 4_000
@@ -168,7 +162,7 @@ def test_servers_of_another_reactor(clock: Clock) -> None:
     assert statistics(clock).servers == ()
 
 
-def test_what_the_transports_hold(reactor: Any) -> None:
+def test_bytes_held_by_transports(reactor: Any) -> None:
     async def main() -> None:
         async with connected(reactor) as (stream, _peer):
             data = bytes(1 << 24)
@@ -306,7 +300,7 @@ def test_the_slowest_step(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None
     remove_instrument(monitor, clock)
 
 
-def test_added_in_the_middle_of_a_step(clock: Clock) -> None:
+def test_a_monitor_added_during_a_step(clock: Clock) -> None:
     monitor, other = LoopMonitor(), LoopMonitor()
     add_instrument(other, clock)
 
@@ -321,7 +315,7 @@ def test_added_in_the_middle_of_a_step(clock: Clock) -> None:
     remove_instrument(other, clock)
 
 
-def test_passes(reactor: Any) -> None:
+def test_the_passes_of_a_reactor(reactor: Any) -> None:
     monitor = LoopMonitor()
     add_instrument(monitor, reactor)
     held_up = 0.02

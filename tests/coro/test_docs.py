@@ -37,11 +37,10 @@ import pytest
 from twisted.internet.process import reapAllProcesses
 from twisted.internet.task import LoopingCall
 
-from tests.coro.support import run
+from tests.coro.support import failures, run
 from tests.coro.test_examples import (
     Client,
     converse_in_chat,
-    failures,
     flood_chat,
     meanwhile,
     serving,
@@ -152,7 +151,7 @@ class Section:
             if block.language == "python":
                 self.run_code(block)
             elif re.match("[CS]: ", block.code):
-                assert self.handlers, "there is nobody to converse with"
+                assert self.handlers, "no handler was started"
                 for handler in self.handlers:
                     self.converse(handler, block.code)
                 self.handlers.clear()
@@ -215,7 +214,7 @@ class Section:
     SECTIONS,
     ids=[f"{page.stem}, {title}" for page, title in SECTIONS],
 )
-def test_the_page_is_right(
+def test_the_examples_of_a_page_run(
     reactor: Any,
     page: Path,
     title: str,
@@ -241,7 +240,7 @@ def test_the_page_is_right(
     ],
     ids=lambda each: f"{each.quoted}, line {each.line}",
 )
-def test_quotations(block: Block) -> None:
+def test_quotations_are_up_to_date(block: Block) -> None:
     assert block.quoted is not None
     assert f"\n{block.code}" in "\n" + (ROOT / block.quoted).read_text()
     # Not the end of one thing and the beginning of another.
@@ -264,7 +263,7 @@ def test_the_chat_with_callbacks(
     assert failures(logged) == []
 
 
-def test_the_pages_name_what_there_is() -> None:
+def test_names_in_the_pages_exist() -> None:
     page = (DOCS / "coroutines.md").read_text()
     for name, value in vars(coro.Stream).items():
         documented = inspect.isfunction(value) or isinstance(value, property)

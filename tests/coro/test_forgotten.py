@@ -80,11 +80,6 @@ def debug(debug_as_before: None) -> None:
     set_debug(True)
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
 def warned(function: Callable[[], Any]) -> list[str]:
     """Of which calls in this file there was a warning, each with its line of code."""
     with warnings.catch_warnings(record=True) as caught:
@@ -142,31 +137,33 @@ def test_tasks_and_time(clock: Clock) -> None:
         ]
 
 
-def test_what_tasks_share(clock: Clock) -> None:
-    async def main() -> None:
-        channel: Channel[int] = Channel(1)
-        channel.try_send(1)
-        channel.receive()
-        channel.receive()
-        select(channel, Event())
-        select(channel, Deadline(0))
-        lock, semaphore, event = Lock(), Semaphore(1), Event()
-        lock.acquire()
-        lock.acquire()
-        semaphore.acquire()
-        event.wait()
-        event.set()
-        event.wait()
-        condition = Condition()
-        await condition.lock.acquire()
-        condition.wait_for(lambda: True)
-        condition.wait()
-        await condition.lock.acquire()
-        condition.notify()
-        condition.lock.release()
-        # The wait has the lock again.
-        condition.wait_for(lambda: False)
+async def _leaves_out_awaits_of_channels_and_locks() -> None:
+    channel: Channel[int] = Channel(1)
+    channel.try_send(1)
+    channel.receive()
+    channel.receive()
+    select(channel, Event())
+    select(channel, Deadline(0))
+    lock, semaphore, event = Lock(), Semaphore(1), Event()
+    lock.acquire()
+    lock.acquire()
+    semaphore.acquire()
+    event.wait()
+    event.set()
+    event.wait()
+    condition = Condition()
+    await condition.lock.acquire()
+    condition.wait_for(lambda: True)
+    condition.wait()
+    await condition.lock.acquire()
+    condition.notify()
+    condition.lock.release()
+    # The wait has the lock again.
+    condition.wait_for(lambda: False)
 
+
+def test_channels_locks_and_select(clock: Clock) -> None:
+    main = _leaves_out_awaits_of_channels_and_locks
     assert sorted(warned(lambda: spawn(main, reactor=clock))) == [
         "Channel.receive(): channel.receive()",
         "Channel.receive(): channel.receive()",
@@ -221,7 +218,7 @@ def test_reads(clock: Clock) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the program is one of POSIX")
-def test_what_leads_outside(reactor: Any, tmp_path: Any) -> None:
+def test_threads_processes_and_connections(reactor: Any, tmp_path: Any) -> None:
     (tmp_path / "file").write_bytes(b"text\n")
 
     async def main() -> None:
@@ -272,7 +269,7 @@ def wait_for_file(path: Any) -> None:
         pass
 
 
-def test_an_error_that_is_lost(clock: Clock) -> None:
+def test_the_lost_error_of_an_unawaited_operation(clock: Clock) -> None:
     """It is logged as well, as without the debug mode."""
     errors: list[Any] = []
 
@@ -419,7 +416,7 @@ def _transfers_in_generator() -> Generator[Any, Any, None]:
     assert (yield from transfer(symmetric(answer), "hello")) == "hello!"
 
 
-def test_what_is_used(clock: Clock) -> None:
+def test_used_operations_do_not_warn(clock: Clock) -> None:
     def runs() -> None:
         task = spawn(_uses, *stream_pair(reactor=clock), reactor=clock)
         clock.pump([0.1] * 40)
@@ -429,7 +426,7 @@ def test_what_is_used(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_what_is_used_in_each_style(reactor: Any, style: str) -> None:
+def test_used_operations_do_not_warn_in_each_style(reactor: Any, style: str) -> None:
     got: list[Any] = []
 
     async def main() -> None:
@@ -511,7 +508,7 @@ def test_a_transfer_outside_of_a_task(clock: Clock) -> None:
     assert errors == [coro.NoTaskError, coro.NoTaskError]
 
 
-def test_a_task_that_is_cancelled_in_what_it_waits_for(clock: Clock) -> None:
+def test_a_cancelled_wait_does_not_warn(clock: Clock) -> None:
     lock = Lock()
     lock.try_acquire()
 
@@ -551,7 +548,7 @@ def _functions() -> Iterator[tuple[str, types.FunctionType]]:
                         yield f"{name}.{own}", function
 
 
-def test_nothing_is_forgotten() -> None:
+def test_every_function_is_tested_here() -> None:
     """What returns an operation either must be awaited or may be left."""
     decorated = set()
     for name, function in _functions():
@@ -565,7 +562,7 @@ def test_nothing_is_forgotten() -> None:
     assert {"sleep", "Stream.read_line", "Semaphore.acquire"} <= decorated
 
 
-def test_off_it_leaves_no_trace(clock: Clock) -> None:
+def test_debug_mode_off_leaves_no_trace(clock: Clock) -> None:
     set_debug(False)
     assert not get_debug()
     functions = dict(_functions())
@@ -594,7 +591,7 @@ def test_off_it_leaves_no_trace(clock: Clock) -> None:
     assert warned(lambda: spawn(main, reactor=clock)) == []
 
 
-def test_what_was_called_before_it_is_turned_off(clock: Clock) -> None:
+def test_operations_begun_before_debug_mode_is_turned_off(clock: Clock) -> None:
     lock = Lock()
     first, second = lock.acquire(), lock.acquire()
     set_debug(False)
@@ -634,7 +631,7 @@ print(get_debug())
         ("1", ["-E"], False),
     ],
 )
-def test_the_environment(
+def test_the_environment_turns_debug_mode_on(
     tmp_path: Any, value: str | None, options: list[str], on: bool
 ) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TWISTED_RTSIG_DEBUG"}

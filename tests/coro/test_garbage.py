@@ -23,7 +23,14 @@ from twisted.internet.endpoints import TCP4ClientEndpoint
 from twisted.internet.error import ConnectError, ConnectionLost
 from twisted.internet.task import Clock
 
-from tests.coro.support import STYLES, connected, forgets_awaits, listen, run_for_real
+from tests.coro.support import (
+    STYLES,
+    ExpectedError,
+    connected,
+    forgets_awaits,
+    listen,
+    run_for_real,
+)
 from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     CancelScope,
@@ -86,7 +93,7 @@ OF_THREAD_POOL = (FunctionType, CellType, tuple, dict)
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
     gc.collect()
-    # What other tests have left may become garbage only now.
+    # Objects of earlier tests may become garbage only now.
     gc.freeze()
     gc.disable()
     try:
@@ -96,7 +103,7 @@ def without_collector() -> Iterator[None]:
 
 
 def garbage() -> list[str]:
-    """What the collector finds, in words."""
+    """Descriptions of the objects that the collector finds."""
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
         gc.collect()
@@ -120,27 +127,23 @@ def advance(clock: Clock) -> None:
 # Tasks
 
 
-class Gone(Exception):
-    """What is raised here."""
-
-
 async def fails_at_once() -> None:
-    raise Gone
+    raise ExpectedError
 
 
 async def fails_after_a_turn() -> None:
     await sleep(0)
-    raise Gone
+    raise ExpectedError
 
 
 async def fails_after_a_wait() -> None:
     await sleep(1)
-    raise Gone
+    raise ExpectedError
 
 
 async def fails_after_a_deferred() -> None:
     await succeed(None)
-    raise Gone
+    raise ExpectedError
 
 
 async def fails_in_a_coroutine() -> None:
@@ -149,12 +152,12 @@ async def fails_in_a_coroutine() -> None:
 
 def generator_fails_at_once() -> Generator[Any, Any, None]:
     yield from ()
-    raise Gone
+    raise ExpectedError
 
 
 def generator_fails_after_a_wait() -> Generator[Any, Any, None]:
     yield sleep(1)
-    raise Gone
+    raise ExpectedError
 
 
 FAILING = [
@@ -218,7 +221,7 @@ async def with_a_cause(fails: Any) -> None:
     try:
         with timeout(9):
             await spawn(fails)
-    except Gone as error:
+    except ExpectedError as error:
         raise RuntimeError("therefore") from error
 
 
@@ -287,8 +290,8 @@ async def sleeps(clock: Clock) -> None:
 
 
 async def deferreds(clock: Clock) -> None:
-    for end in (lambda it: it.callback(1), lambda it: it.errback(Gone())):
-        with contextlib.suppress(Gone):
+    for end in (lambda it: it.callback(1), lambda it: it.errback(ExpectedError())):
+        with contextlib.suppress(ExpectedError):
             await ending(clock, end)
 
 
@@ -300,9 +303,9 @@ def ending(clock: Clock, end: Callable[[Deferred[Any]], object]) -> Deferred[Any
 
 async def tasks_that_fail(clock: Clock) -> None:
     for fails in FAILING:
-        with contextlib.suppress(Gone):
+        with contextlib.suppress(ExpectedError):
             await spawn(fails)
-        with contextlib.suppress(Gone):
+        with contextlib.suppress(ExpectedError):
             await spawn(fails).as_deferred()
 
 
@@ -334,7 +337,7 @@ async def starts(clock: Clock) -> None:
         with contextlib.suppress(RuntimeError):
             await group.start(is_never_ready)
         for fails in FAILING:
-            with contextlib.suppress(Gone):
+            with contextlib.suppress(ExpectedError):
                 await group.start(is_never_ready, fails)
         with contextlib.suppress(TimeoutError), timeout(0.1):
             await group.start(is_never_ready)
@@ -345,10 +348,10 @@ async def starts(clock: Clock) -> None:
 def starts_yielding(clock: Clock) -> Generator[Any, Any, None]:
     def fails_first(*, task_status: Any) -> Generator[Any, Any, None]:
         yield sleep(1)
-        raise Gone
+        raise ExpectedError
 
     def body(group: TaskGroup) -> Generator[Any, Any, None]:
-        with contextlib.suppress(Gone):
+        with contextlib.suppress(ExpectedError):
             yield group.start(fails_first)
 
     yield run_group(body)
@@ -517,7 +520,7 @@ async def limiters(clock: Clock) -> None:
     for each in users:
         await each
     for fails in FAILING:
-        with contextlib.suppress(Gone):
+        with contextlib.suppress(ExpectedError):
             async with limiter:
                 await spawn(fails)
 
@@ -533,10 +536,10 @@ async def selects(clock: Clock) -> None:
     with contextlib.suppress(TimeoutError), timeout(1):
         await select(channel, Event())
     for fails in FAILING:
-        with contextlib.suppress(Gone):
+        with contextlib.suppress(ExpectedError):
             await select(channel, spawn(fails))
-    with contextlib.suppress(Gone):
-        await select(channel, ending(clock, lambda it: it.errback(Gone())))
+    with contextlib.suppress(ExpectedError):
+        await select(channel, ending(clock, lambda it: it.errback(ExpectedError())))
     waits_that_fail: list[Any] = list(FAILING)
     waits: list[Any] = [lambda: sleep(5), Deferred, lambda: spawn(sleep, 5)]
     for wait in (*waits, Event().wait):
@@ -544,7 +547,7 @@ async def selects(clock: Clock) -> None:
         with contextlib.suppress(TimeoutError), timeout(1):
             await select(wait, channel.receive)
         for failing in waits_that_fail:
-            with contextlib.suppress(Gone):
+            with contextlib.suppress(ExpectedError):
                 await select(wait, failing)
     clock.callLater(1, channel.close)
     for _ in range(2):
@@ -561,7 +564,7 @@ async def transfers(clock: Clock) -> None:
     assert await transfer(other, 1) == 2
     assert await transfer(other, 2) == 3
     for fails in FAILING:
-        with contextlib.suppress(Gone):
+        with contextlib.suppress(ExpectedError):
             await transfer(symmetric(lambda fails, value: fails(), fails))
     abandoned = symmetric(answers, current_task())
     await transfer(abandoned, 1)
@@ -602,7 +605,7 @@ async def inline_callbacks(clock: Clock) -> None:
         inline_callbacks,
     ],
 )
-def test_what_waits_leaves_no_garbage(waits: Any) -> None:
+def test_waits_leave_no_garbage(waits: Any) -> None:
     def wait() -> None:
         clock = Clock()
         task = spawn(waits, clock, reactor=clock)
@@ -625,7 +628,7 @@ OPERATIONS: dict[str, Callable[[Clock], Any]] = {
     "send": lambda clock: channel_that_is_closed(clock).send(1),
     "select": lambda clock: select(channel_that_is_closed(clock), Event()),
     "task": lambda clock: spawn(fails_after_a_wait, reactor=clock).as_deferred(),
-    "Deferred": lambda clock: ending(clock, lambda it: it.errback(Gone())),
+    "Deferred": lambda clock: ending(clock, lambda it: it.errback(ExpectedError())),
 }
 
 
@@ -705,12 +708,12 @@ async def streams_that_are_lost(reactor: Any) -> None:
 async def threads(reactor: Any) -> None:
     await in_thread(lambda: from_thread(sleep, 0))
     for function in (fails_at_once, fails_after_a_turn):
-        with contextlib.suppress(Gone):
+        with contextlib.suppress(ExpectedError):
             await in_thread(from_thread, function)
     async with Portal() as portal:
         await in_thread(lambda: portal.call(sleep, 0))
         await in_thread(lambda: portal.spawn(sleep, 0).result())
-        with contextlib.suppress(Gone):
+        with contextlib.suppress(ExpectedError):
             await in_thread(portal.call, fails_after_a_turn)
         await in_thread(lambda: portal.spawn(sleep, 10).cancel())
     with contextlib.suppress(ValueError):
@@ -748,9 +751,9 @@ async def processes(reactor: Any) -> None:
         with contextlib.suppress(IncompleteRead):
             await process.stream.read_line()
         await process.wait()
-    with contextlib.suppress(Gone):
+    with contextlib.suppress(ExpectedError):
         async with open_process(["cat"]) as process:
-            raise Gone
+            raise ExpectedError
     await run_process(["cat"], input=b"one")
     with contextlib.suppress(CalledProcessError):
         await run_process(["false"], text=True)
@@ -814,7 +817,7 @@ async def datagrams(reactor: Any) -> None:
         datagrams,
     ],
 )
-def test_what_waits_on_a_reactor_leaves_no_garbage(reactor: Any, waits: Any) -> None:
+def test_waits_on_a_reactor_leave_no_garbage(reactor: Any, waits: Any) -> None:
     async def main() -> list[str]:
         # What is made once.
         await waits(reactor)
@@ -829,8 +832,10 @@ def test_what_waits_on_a_reactor_leaves_no_garbage(reactor: Any, waits: Any) -> 
 
 
 @pytest.mark.parametrize("outcome", ["connected", "refused", "cancelled"])
-def test_open_tcp_leaves_what_twisted_leaves(reactor: Any, outcome: str) -> None:
-    """Twisted's clients refer to themselves; nothing is added to that."""
+def test_open_tcp_leaves_no_more_garbage_than_twisted(
+    reactor: Any, outcome: str
+) -> None:
+    """Twisted's clients are in reference cycles; open_tcp() adds none."""
 
     async def handler(stream: Stream) -> None:
         await stream.read()

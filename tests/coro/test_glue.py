@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
@@ -20,8 +19,16 @@ from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import ProcessEndpoint, TCP4ServerEndpoint
 from twisted.internet.error import CannotListenError, ConnectionLost, MessageLengthError
 
-from tests.coro.support import STYLES, client_endpoint, run, run_for_real
-from tests.support import DEADLINE
+from tests.coro.support import (
+    INSTALLS,
+    STYLES,
+    WAITS_FOR_EVER,
+    client_endpoint,
+    installs,
+    output_of,
+    run,
+    run_for_real,
+)
 from twisted_rtsig.coro import (
     BusyResourceError,
     IncompleteRead,
@@ -47,7 +54,7 @@ from twisted_rtsig.files import open_file
 # Threads
 
 
-def test_in_a_thread_and_back(reactor: Any) -> None:
+def test_in_thread_and_from_thread(reactor: Any) -> None:
     variable = contextvars.ContextVar("variable", default="none")
 
     async def doubled(number: int) -> tuple[int, int]:
@@ -67,7 +74,7 @@ def test_in_a_thread_and_back(reactor: Any) -> None:
     assert away != home
 
 
-def test_it_is_a_task_that_a_thread_runs(reactor: Any) -> None:
+def test_from_thread_runs_a_task(reactor: Any) -> None:
     def generator(value: str) -> Generator[Any, Any, str]:
         with pytest.raises(TimeoutError), timeout(0.01):
             yield sleep(60)
@@ -90,29 +97,15 @@ def test_an_error_in_a_thread(reactor: Any) -> None:
     run_for_real(reactor, main)
 
 
-def test_from_another_thread() -> None:
+def test_from_thread_in_another_thread_raises() -> None:
     with pytest.raises(RuntimeError, match="only in a function that in_thread"):
         from_thread(sleep, 0)
 
 
-# What waits for ever, if a reactor that stops does not tell the threads.
-STOPS = """
-import sys, threading, time
-{install}
-installed.install()
-from twisted.internet import reactor
-from twisted.internet.error import ReactorNotRunning
-from twisted_rtsig.coro import Event, from_thread, in_thread, sleep, spawn
-
-begun = Event()
-
-async def never():
-    begun.set()
-    try:
-        await Event().wait()
-    finally:
-        print("cancelled", flush=True)
-
+# If a reactor that stops does not end the calls of threads, this waits for ever.
+STOPS = (
+    WAITS_FOR_EVER
+    + """
 def wait():
     try:
         from_thread(never)
@@ -141,13 +134,7 @@ reactor.callWhenRunning(spawn, main)
 reactor.run()
 print("the end")
 """
-
-
-INSTALLS = {
-    "select": "from twisted.internet import selectreactor as installed",
-    "asyncio": "from twisted.internet import asyncioreactor as installed",
-    "rtsig-epoll": "from twisted_rtsig import epollreactor as installed",
-}
+)
 
 
 @pytest.mark.processes
@@ -161,21 +148,11 @@ INSTALLS = {
         ("select", "pass", "waiting.cancel()"),
     ],
 )
-def test_a_reactor_that_stops_tells_the_threads(
+def test_calls_of_threads_fail_when_the_reactor_stops(
     name: str, pool: str, abandon: str
 ) -> None:
-    if name == "rtsig-epoll" and not sys.platform.startswith("linux"):
-        pytest.skip("this is about Linux")
-    program = STOPS.format(install=INSTALLS[name], pool=pool, abandon=abandon)
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
-    assert done.stderr == ""
-    first, *middle, last = done.stdout.splitlines()
+    program = STOPS.format(install=installs(name), pool=pool, abandon=abandon)
+    first, *middle, last = output_of(program).splitlines()
     assert (first, last) == ("stopped in grace", "the end")
     # Two threads write these.
     assert sorted(middle) == [
@@ -228,16 +205,8 @@ reactor.run()
 """
 
 
-def test_a_reactor_that_stops_tells_each_thread() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", STOPS_THREE],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
-    assert done.stderr == ""
-    assert sorted(done.stdout.splitlines()) == ["first", "second", "third"]
+def test_each_thread_that_waits_fails_when_the_reactor_stops() -> None:
+    assert sorted(output_of(STOPS_THREE).splitlines()) == ["first", "second", "third"]
 
 
 STANDARD_IO = """
@@ -262,14 +231,9 @@ reactor.run()
 
 
 def test_standard_io() -> None:
-    """Through pipes; the end of the input ends the handler, and that the program."""
-    done = subprocess.run(
-        [sys.executable, "-c", STANDARD_IO],
-        input=b"one\ntwo\n",
-        capture_output=True,
-        timeout=DEADLINE,
-    )
-    assert (done.stdout, done.stderr) == (b"ONE\nTWO\nthe end\n", b"")
+    """Over pipes: the end of the input ends the handler, which ends the program."""
+    output = output_of(STANDARD_IO, input="one\ntwo\n")
+    assert output == "ONE\nTWO\nthe end\n"
 
 
 # Datagrams
@@ -298,7 +262,7 @@ def test_datagrams(reactor: Any) -> None:
 
 
 def test_a_block_of_datagrams_that_is_garbage(reactor: Any) -> None:
-    """It cannot wait until the port is closed."""
+    """Its end cannot wait until the port is closed."""
     opened: list[Any] = []
 
     async def body() -> None:
@@ -319,7 +283,7 @@ def test_a_block_of_datagrams_that_is_garbage(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_datagrams_that_wait(reactor: Any) -> None:
+def test_datagrams_are_queued(reactor: Any) -> None:
     """A few wait here, some more in the kernel, and none for ever."""
 
     async def main() -> None:
@@ -341,8 +305,8 @@ def test_datagrams_that_wait(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_datagrams_that_nobody_receives(reactor: Any) -> None:
-    """Few of them wait here, however many have come; and it is held up once only."""
+def test_unreceived_datagrams_are_limited(reactor: Any) -> None:
+    """Few are queued here, however many arrive; the transport is paused only once."""
 
     async def main() -> None:
         async with open_datagrams(interface="127.0.0.1") as receiver:
@@ -364,14 +328,14 @@ def test_datagrams_that_nobody_receives(reactor: Any) -> None:
             assert held_up == ["pauseProducing", "resumeProducing"]
             with pytest.raises(TimeoutError), timeout(0.01):
                 await receiver.receive_from()
-            # Nobody waits who would take it away.
+            # No cancelled receiver takes it away.
             receiver.feed(b"kept", ("127.0.0.1", 1))
             assert (await receiver.receive_from())[0] == b"kept"
 
     run(reactor, main)
 
 
-def test_datagrams_that_cannot_be(reactor: Any) -> None:
+def test_bad_datagrams_are_refused(reactor: Any) -> None:
     async def main() -> None:
         async with open_datagrams(interface="127.0.0.1") as used:
             port = used.host.port
@@ -398,7 +362,7 @@ def test_datagrams_that_cannot_be(reactor: Any) -> None:
 
 # Twisted leaves the socket that it could not bind to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_port_that_is_taken(reactor: Any) -> None:
+def test_a_port_in_use(reactor: Any) -> None:
     async def main() -> None:
         async with open_datagrams(interface="127.0.0.1") as used:
             with pytest.raises(CannotListenError):
@@ -422,7 +386,7 @@ def test_a_filter(reactor: Any) -> None:
     assert run_for_real(reactor, main) == ([b"1", b"2", b"3"], 0, 0)
 
 
-def test_how_it_ends(reactor: Any) -> None:
+def test_the_exit_status_of_a_process(reactor: Any) -> None:
     async def main() -> Any:
         script = "echo $WORD >&2; pwd; exit 3"
         process = open_process(["sh", "-c", script], env={"WORD": "hello"}, cwd="/")
@@ -453,13 +417,13 @@ def test_signals(reactor: Any) -> None:
     run_for_real(reactor, main)
 
 
-def test_the_end_of_a_block_is_the_end_of_the_process(reactor: Any) -> None:
+def test_leaving_the_block_ends_the_process(reactor: Any) -> None:
     async def main() -> None:
         with pytest.raises(TimeoutError), timeout(0.01):
             async with open_process(["sleep", "60"]) as process:
                 pass
         assert await process.wait() == -signal.SIGTERM
-        # It gets all that was written before, though nobody has waited for that.
+        # It gets all that was written before, though no write was awaited.
         async with open_process(["sh", "-c", "test $(wc -c) = 1048576"]) as process:
             process.stream.write(bytes(1 << 20))
         assert await process.wait() == 0
@@ -467,7 +431,7 @@ def test_the_end_of_a_block_is_the_end_of_the_process(reactor: Any) -> None:
     run_for_real(reactor, main)
 
 
-def test_a_process_that_nobody_can_wait_for(reactor: Any) -> None:
+def test_a_block_of_a_process_whose_coroutine_is_closed(reactor: Any) -> None:
     async def main() -> None:
         processes = []
 
@@ -488,7 +452,7 @@ def test_a_process_that_nobody_can_wait_for(reactor: Any) -> None:
     run_for_real(reactor, main)
 
 
-def test_no_such_program(reactor: Any) -> None:
+def test_a_missing_program(reactor: Any) -> None:
     with pytest.raises(FileNotFoundError, match="no such program in PATH"):
         open_process(["no-such-program-anywhere"], reactor=reactor)
 
@@ -524,7 +488,7 @@ def test_a_child_that_closes_its_input(reactor: Any) -> None:
     run_for_real(reactor, main)
 
 
-def test_a_child_that_closes_its_input_while_somebody_waits(reactor: Any) -> None:
+def test_a_child_that_closes_its_input_during_a_write(reactor: Any) -> None:
     async def main() -> None:
         script = "read line; exec <&-; exec sleep 60"
         async with open_process(["sh", "-c", script]) as child:
@@ -536,7 +500,7 @@ def test_a_child_that_closes_its_input_while_somebody_waits(reactor: Any) -> Non
     run_for_real(reactor, main)
 
 
-def test_a_child_that_says_too_much(reactor: Any) -> None:
+def test_the_buffered_output_of_a_child_is_limited(reactor: Any) -> None:
     async def main() -> int:
         async with open_process(["sh", "-c", "yes | head -c 10000000"]) as child:
             await sleep(0.1)
@@ -667,7 +631,7 @@ UNREAD = {
 
 @pytest.mark.parametrize("driver", ["task", "fromCoroutine"])
 @pytest.mark.parametrize("script", UNREAD.values(), ids=UNREAD)
-def test_a_block_ends_although_output_is_left_unread(
+def test_leaving_a_block_with_unread_output(
     reactor: Any, script: str, driver: str
 ) -> None:
     async def block() -> Process:
@@ -686,7 +650,7 @@ def test_a_block_ends_although_output_is_left_unread(
     run_for_real(reactor, main)
 
 
-def test_a_block_ends_although_the_output_holds_up_the_input(
+def test_leaving_a_block_whose_output_blocks_the_input(
     reactor: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_bytes(bytes(5_000_000))
@@ -702,7 +666,7 @@ def test_a_block_ends_although_the_output_holds_up_the_input(
     run_for_real(reactor, main)
 
 
-def test_errors_that_are_not_read_do_not_hold_up_the_output(reactor: Any) -> None:
+def test_unread_errors_do_not_block_the_output(reactor: Any) -> None:
     script = "head -c 1000000 /dev/zero >&2; echo the end >&2; echo done"
 
     async def main() -> bytes:
@@ -720,7 +684,7 @@ def test_errors_that_are_not_read_do_not_hold_up_the_output(reactor: Any) -> Non
     assert 1 << 16 <= len(errors) <= (1 << 17) + (1 << 16)
 
 
-def test_errors_that_were_asked_for_are_all_kept(reactor: Any) -> None:
+def test_all_requested_errors_are_kept(reactor: Any) -> None:
     script = "echo started; head -c 1000000 /dev/zero >&2; echo done"
 
     async def main() -> int:
@@ -760,8 +724,8 @@ def test_a_process_endpoint(reactor: Any) -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_whatever_waits_in_every_style(reactor: Any, style: str) -> None:
-    """It is a Deferred, also where there is no task."""
+def test_every_wait_in_every_style(reactor: Any, style: str) -> None:
+    """Each wait is a Deferred, also outside of a task."""
     got: list[Any] = []
 
     async def handler(stream: Stream) -> None:

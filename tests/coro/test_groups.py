@@ -11,7 +11,7 @@ import pytest
 from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
 from twisted.internet.task import Clock
 
-from tests.coro.support import call, forgets_awaits, listen, run
+from tests.coro.support import ExpectedError, call, forgets_awaits, listen, run
 from twisted_rtsig.coro import (
     TASK_STATUS_IGNORED,
     Cancelled,
@@ -36,27 +36,23 @@ if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-class Gone(Exception):
-    """What is raised here."""
-
-
 # Tasks that are started, in each style
+
+
+def report(status: TaskStatus[Any], value: Any) -> None:
+    """Report a task as started with *value*, unless that is an error or None."""
+    if isinstance(value, Exception):
+        raise value
+    if value is not None:
+        status.started(value)
 
 
 async def becomes_ready(
     clock: Clock, value: Any, *, task_status: TaskStatus[Any] = TASK_STATUS_IGNORED
 ) -> str:
-    """It takes a second to get ready, or to fail if ``value`` is an error."""
+    """It takes a second to get ready, or to fail if *value* is an error."""
     await sleep(1, clock)
-    if isinstance(value, Exception):
-        raise value
-    if value is not None:
-        task_status.started(value)
+    report(task_status, value)
     await sleep(1, clock)
     return "done"
 
@@ -65,10 +61,7 @@ def becomes_ready_yielding(
     clock: Clock, value: Any, *, task_status: TaskStatus[Any] = TASK_STATUS_IGNORED
 ) -> Generator[Any, Any, str]:
     yield sleep(1, clock)
-    if isinstance(value, Exception):
-        raise value
-    if value is not None:
-        task_status.started(value)
+    report(task_status, value)
     yield sleep(1, clock)
     return "done"
 
@@ -91,7 +84,11 @@ async def _start(function: Any, got: list[Any], *args: Any) -> None:
         got.append(group)
 
 
-def _start_yielding(function: Any, got: list[Any], *args: Any) -> Any:
+def _starts(
+    function: Any, got: list[Any], *args: Any
+) -> Callable[[TaskGroup], Generator[Any, Any, None]]:
+    """The same as a generator, for :func:`run_group`."""
+
     def block(group: TaskGroup) -> Generator[Any, Any, None]:
         try:
             got.append((yield group.start(function, *args)))
@@ -99,22 +96,16 @@ def _start_yielding(function: Any, got: list[Any], *args: Any) -> Any:
             got.append(error)
         got.append(group)
 
-    return run_group(block)
+    return block
+
+
+def _start_yielding(*args: Any) -> Any:
+    return run_group(_starts(*args))
 
 
 @inlineCallbacks
-def _start_inline(
-    function: Any, got: list[Any], *args: Any
-) -> Generator[Any, Any, None]:
-    @inlineCallbacks
-    def block(group: TaskGroup) -> Generator[Any, Any, None]:
-        try:
-            got.append((yield group.start(function, *args)))
-        except Exception as error:
-            got.append(error)
-        got.append(group)
-
-    yield run_group(block)
+def _start_inline(*args: Any) -> Generator[Any, Any, None]:
+    yield run_group(inlineCallbacks(_starts(*args)))
 
 
 # Each runs a group, starts a task in it, and appends what comes of that.
@@ -128,7 +119,7 @@ callers = pytest.mark.parametrize("caller", CALLERS)
 
 @callers
 @started
-def test_start(clock: Clock, caller: str, function: str) -> None:
+def test_start_waits_until_ready(clock: Clock, caller: str, function: str) -> None:
     got: list[Any] = []
     task = spawn(CALLERS[caller], STARTED[function], got, clock, "ready", reactor=clock)
     assert got == []
@@ -143,15 +134,17 @@ def test_start(clock: Clock, caller: str, function: str) -> None:
 
 @callers
 @started
-def test_one_that_fails_before_it_is_ready(
+def test_a_task_that_fails_before_it_is_ready(
     clock: Clock, caller: str, function: str, logged: list[Any]
 ) -> None:
-    """It is raised by ``start``, and the group goes on."""
+    """``start`` raises its error, and the group goes on."""
     got: list[Any] = []
-    task = spawn(CALLERS[caller], STARTED[function], got, clock, Gone(), reactor=clock)
+    task = spawn(
+        CALLERS[caller], STARTED[function], got, clock, ExpectedError(), reactor=clock
+    )
     clock.advance(1)
     error, group = got
-    assert type(error) is Gone
+    assert type(error) is ExpectedError
     assert not group.cancelled
     task.result()
     got.clear()
@@ -162,7 +155,7 @@ def test_one_that_fails_before_it_is_ready(
 
 @callers
 @started
-def test_one_that_returns_and_was_never_ready(
+def test_a_task_that_returns_before_it_is_ready(
     clock: Clock, caller: str, function: str
 ) -> None:
     got: list[Any] = []
@@ -183,7 +176,7 @@ def test_the_function_can_be_called_directly(clock: Clock, function: str) -> Non
     assert task.result() == "done"
 
 
-def test_one_that_is_ready_at_once(clock: Clock) -> None:
+def test_a_task_that_is_ready_at_once(clock: Clock) -> None:
     async def at_once(*, task_status: TaskStatus[None]) -> None:
         task_status.started()
 
@@ -195,8 +188,8 @@ def test_one_that_is_ready_at_once(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("in_callback", [False, True])
-def test_one_that_is_started_by_a_callback(clock: Clock, in_callback: bool) -> None:
-    """Where it runs before ``start`` returns."""
+def test_a_task_started_by_a_callback(clock: Clock, in_callback: bool) -> None:
+    """It runs before ``start`` returns."""
     got: list[Any] = []
 
     async def at_once(*, task_status: TaskStatus[int]) -> None:
@@ -216,11 +209,11 @@ def test_one_that_is_started_by_a_callback(clock: Clock, in_callback: bool) -> N
     assert got == [1]
 
 
-def test_one_that_fails_when_it_is_ready(clock: Clock) -> None:
+def test_a_task_that_fails_after_it_is_ready(clock: Clock) -> None:
     async def fails(*, task_status: TaskStatus[int]) -> None:
         task_status.started(1)
         await sleep(1)
-        raise Gone
+        raise ExpectedError
 
     async def main() -> None:
         async with TaskGroup() as group:
@@ -231,10 +224,10 @@ def test_one_that_fails_when_it_is_ready(clock: Clock) -> None:
     clock.advance(1)
     with pytest.raises(ExceptionGroup) as caught:
         task.result()
-    assert [type(each) for each in caught.value.exceptions] == [Gone]
+    assert [type(each) for each in caught.value.exceptions] == [ExpectedError]
 
 
-def test_one_that_says_twice_that_it_is_ready(clock: Clock) -> None:
+def test_reporting_ready_twice_raises(clock: Clock) -> None:
     kept: list[TaskStatus[Any]] = []
 
     async def twice(*, task_status: TaskStatus[int]) -> None:
@@ -252,7 +245,7 @@ def test_one_that_says_twice_that_it_is_ready(clock: Clock) -> None:
         kept[0].started(3)
 
 
-def test_one_that_cannot_be_called_like_that(clock: Clock) -> None:
+def test_starting_a_function_with_wrong_arguments(clock: Clock) -> None:
     async def takes_no_status() -> None:
         raise AssertionError
 
@@ -266,12 +259,12 @@ def test_one_that_cannot_be_called_like_that(clock: Clock) -> None:
     spawn(main, reactor=clock).result()
 
 
-def test_start_outside_of_the_block(clock: Clock) -> None:
+def test_start_outside_of_the_block_raises(clock: Clock) -> None:
     with pytest.raises(RuntimeError, match="outside of its block"):
         TaskGroup().start(becomes_ready, clock, "ready")
 
 
-def test_the_name_of_one_that_is_started(clock: Clock) -> None:
+def test_the_name_of_a_started_task(clock: Clock) -> None:
     async def names(*, task_status: TaskStatus[str]) -> None:
         task_status.started(current_task().name)
 
@@ -283,7 +276,7 @@ def test_the_name_of_one_that_is_started(clock: Clock) -> None:
     spawn(main, reactor=clock).result()
 
 
-def test_what_waits_for_the_start(clock: Clock) -> None:
+def test_format_tasks_says_what_waits_for_a_start(clock: Clock) -> None:
     async def main() -> None:
         async with TaskGroup() as group:
             await group.start(becomes_ready, clock, "ready", name="Ann")
@@ -362,8 +355,8 @@ def test_a_start_that_is_cancelled_waits_for_the_end_of_the_task(
     assert not clock.getDelayedCalls()
 
 
-def test_one_that_is_ready_in_spite_of_it(clock: Clock) -> None:
-    """It stays in the group, and ``start`` has a result: the next wait is cancelled."""
+def test_a_task_that_is_ready_in_spite_of_its_cancellation(clock: Clock) -> None:
+    """It stays in the group, ``start`` has a result, and the next wait is cancelled."""
     seen: list[Any] = []
 
     async def goes_on(*, task_status: TaskStatus[str]) -> None:
@@ -386,17 +379,17 @@ def test_one_that_is_ready_in_spite_of_it(clock: Clock) -> None:
     assert seen == ["ready", "done"]
 
 
-def test_one_that_fails_when_its_start_is_cancelled(clock: Clock) -> None:
+def test_a_task_that_fails_when_its_start_is_cancelled(clock: Clock) -> None:
     async def fails(*, task_status: TaskStatus[str]) -> None:
         try:
             await sleep(60)
         finally:
             await sleep(1)
-            raise Gone
+            raise ExpectedError
 
     async def main() -> None:
         async with TaskGroup() as group:
-            with pytest.raises(Gone), timeout(1):
+            with pytest.raises(ExpectedError), timeout(1):
                 await group.start(fails)
             assert not group.cancelled
 
@@ -434,7 +427,7 @@ def test_a_deferred_of_a_start_is_cancelled(clock: Clock) -> None:
 
 
 @forgets_awaits
-def test_the_group_waits_for_one_that_is_not_ready(clock: Clock) -> None:
+def test_the_group_waits_for_a_task_that_is_not_ready(clock: Clock) -> None:
     async def main() -> None:
         async with TaskGroup() as group:
             group.start(becomes_ready, clock, "ready")
@@ -447,7 +440,7 @@ def test_the_group_waits_for_one_that_is_not_ready(clock: Clock) -> None:
 
 
 def test_start_on_a_reactor(reactor: Any) -> None:
-    """As it is used: a server that is asked for its port."""
+    """A real use: the start of a server returns its port."""
 
     async def serves(*, task_status: TaskStatus[Any]) -> None:
         async def handler(stream: Stream) -> None:
@@ -511,7 +504,7 @@ async def waits(told: list[str]) -> None:
 
 
 @pytest.mark.parametrize("at", ["before", "inside", "outside"])
-def test_to_cancel_a_group_for_a_reason(clock: Clock, at: str) -> None:
+def test_cancelling_a_group_for_a_reason(clock: Clock, at: str) -> None:
     told: list[str] = []
     groups: list[TaskGroup] = [TaskGroup()]
 
@@ -546,7 +539,7 @@ def test_to_cancel_a_group_for_a_reason(clock: Clock, at: str) -> None:
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_tasks_of_a_group_that_wait_for_each_other(clock: Clock, at_once: bool) -> None:
-    """Their ends are a part of the cancellation, and it comes to each once."""
+    """Each is cancelled once, and their errors are a part of the cancellation."""
     told: list[str] = []
     groups: list[TaskGroup] = []
 
@@ -583,8 +576,8 @@ def test_tasks_of_a_group_that_wait_for_each_other(clock: Clock, at_once: bool) 
     assert told == ["why", "cleaned up", "waiter: why", "waiter: why"]
 
 
-def test_a_task_that_is_spawned_late(clock: Clock) -> None:
-    """By a task of the group that cleans up."""
+def test_a_task_spawned_during_the_cancellation(clock: Clock) -> None:
+    """A task of the group that cleans up spawns it."""
     told: list[str] = []
 
     async def spawns(group: TaskGroup) -> None:
@@ -611,7 +604,7 @@ def test_a_failure_is_the_reason(clock: Clock, in_block: bool) -> None:
 
     async def fails() -> None:
         await sleep(1)
-        raise Gone
+        raise ExpectedError
 
     async def main() -> None:
         async with TaskGroup() as group:
@@ -626,17 +619,17 @@ def test_a_failure_is_the_reason(clock: Clock, in_block: bool) -> None:
     with pytest.raises(ExceptionGroup):
         task.result()
     if in_block:
-        assert told == ["the block of the group has failed with Gone"]
+        assert told == ["the block of the group has failed with ExpectedError"]
     else:
-        assert told == ["Ann has failed with Gone"] * 2
+        assert told == ["Ann has failed with ExpectedError"] * 2
 
 
 # Reasons
 
 
 @pytest.mark.parametrize("reason", [None, "no longer wanted"])
-def test_the_reason_is_told(clock: Clock, reason: str | None) -> None:
-    """Inside of the task, inside of what it waits for, and outside."""
+def test_the_reason_is_in_the_error(clock: Clock, reason: str | None) -> None:
+    """In the task, in what it waits for, and outside of the group."""
     told: list[str] = []
 
     async def main() -> None:
@@ -658,7 +651,7 @@ def test_the_reason_is_told(clock: Clock, reason: str | None) -> None:
     assert seen[0].getErrorMessage() == outside
 
 
-def test_the_reason_goes_through_deferreds(clock: Clock) -> None:
+def test_the_reason_passes_through_deferreds(clock: Clock) -> None:
     told: list[str] = []
 
     @inlineCallbacks
@@ -671,7 +664,7 @@ def test_the_reason_goes_through_deferreds(clock: Clock) -> None:
     assert task.cancelled
 
 
-def test_the_reason_goes_into_a_group_for_generators(clock: Clock) -> None:
+def test_the_reason_reaches_a_group_for_generators(clock: Clock) -> None:
     told: list[str] = []
 
     def block(group: TaskGroup) -> Generator[Any, Any, None]:
@@ -716,7 +709,7 @@ def test_the_reason_comes_after_a_shield(clock: Clock) -> None:
     assert task.cancelled
 
 
-def test_a_server_that_stops_gives_a_reason(reactor: Any) -> None:
+def test_a_stopping_server_gives_a_reason(reactor: Any) -> None:
     told: list[str] = []
 
     async def handler(stream: Stream) -> None:
@@ -733,7 +726,7 @@ def test_a_server_that_stops_gives_a_reason(reactor: Any) -> None:
     assert told == ["the server stops, and its grace of 0.01 s is over"]
 
 
-def test_a_loss_gives_a_reason(reactor: Any) -> None:
+def test_a_lost_connection_gives_a_reason(reactor: Any) -> None:
     told: list[str] = []
     ended: Deferred[None] = Deferred()
 

@@ -1,4 +1,4 @@
-"""The list of tasks: their names, where each one is, and what it waits for."""
+"""The list of tasks: their names, where each task is, and what it waits for."""
 
 from __future__ import annotations
 
@@ -36,24 +36,19 @@ from twisted_rtsig.coro.inspection import tasks_of
 
 
 @pytest.fixture(autouse=True)
-def nobody_else() -> None:
-    """Tasks that other tests have left, and that only a cycle keeps."""
+def no_other_tasks() -> None:
+    """Collects tasks of earlier tests that only a reference cycle keeps."""
     gc.collect()
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 HERE = __file__
 
 
-def test_no_tasks(clock: Clock) -> None:
+def test_format_tasks_without_tasks(clock: Clock) -> None:
     assert format_tasks(clock) == "There are no tasks."
 
 
-def test_the_tree(clock: Clock) -> None:
+def test_format_tasks_prints_a_tree(clock: Clock) -> None:
     stop = Event()
 
     async def inner() -> None:
@@ -94,8 +89,8 @@ def test_the_tree(clock: Clock) -> None:
     assert format_tasks(clock) == "There are no tasks."
 
 
-def test_what_cannot_describe_itself() -> None:
-    """An error of a __repr__ does not keep the others from being described."""
+def test_an_object_whose_repr_raises() -> None:
+    """An error of a ``__repr__`` does not hide the other tasks."""
 
     class Mute(Deferred[None]):
         def __repr__(self) -> str:
@@ -117,7 +112,7 @@ def test_what_cannot_describe_itself() -> None:
     assert all(task.done for task in tasks)
 
 
-def test_what_they_wait_for(reactor: Any) -> None:
+def test_format_tasks_says_what_each_task_waits_for(reactor: Any) -> None:
     channel: Channel[int] = Channel(0)
     never: Deferred[None] = Deferred()
 
@@ -167,10 +162,13 @@ def test_what_they_wait_for(reactor: Any) -> None:
     assert waiting["deferred"].startswith("waits for <Deferred at ")
     assert waiting["task"] == "waits for the end of <Task slept: active>"
     assert waiting["unstarted"] == "waits for its first transfer"
-    assert waiting["test_what_they_wait_for.<locals>.main"] == "runs"
+    assert (
+        waiting["test_format_tasks_says_what_each_task_waits_for.<locals>.main"]
+        == "runs"
+    )
 
 
-def test_a_task_that_sees_itself(clock: Clock) -> None:
+def test_format_tasks_in_a_task(clock: Clock) -> None:
     def look() -> str:
         return format_tasks(clock)
 
@@ -206,7 +204,9 @@ def messages(logged: list[Any]) -> list[str]:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="needs SIGUSR2")
 @pytest.mark.parametrize("holding_up", [False, True])
-def test_from_a_signal(reactor: Any, logged: list[Any], holding_up: bool) -> None:
+def test_tasks_are_logged_on_a_signal(
+    reactor: Any, logged: list[Any], holding_up: bool
+) -> None:
     before = signal.getsignal(signal.SIGUSR2)
     log_tasks_on_signal()
 
@@ -224,17 +224,19 @@ def test_from_a_signal(reactor: Any, logged: list[Any], holding_up: bool) -> Non
     finally:
         signal.signal(signal.SIGUSR2, before)
     (text,) = tasks()
-    assert "test_from_a_signal.<locals>.main: " in text
+    assert "test_tasks_are_logged_on_a_signal.<locals>.main: " in text
     assert f"{HERE}:" in text
 
 
-def test_without_such_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_tasks_on_signal_without_the_signal_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delattr(signal, "SIGUSR2", raising=False)
     with pytest.raises(RuntimeError, match="no SIGUSR2: call"):
         log_tasks_on_signal()
 
 
-def test_from_a_manhole(clock: Clock) -> None:
+def test_format_tasks_in_a_manhole(clock: Clock) -> None:
     from twisted.conch.manhole import ManholeInterpreter
 
     shown: list[bytes] = []
@@ -257,12 +259,12 @@ def test_from_a_manhole(clock: Clock) -> None:
     )
 
 
-# Tasks that hold up all others
+# Tasks that block the reactor
 
 
-def test_who_holds_up_the_others_is_named(reactor: Any, logged: list[Any]) -> None:
+def test_a_blocking_task_is_named(reactor: Any, logged: list[Any]) -> None:
     def told() -> list[str]:
-        # On a busy machine it tells of others as well.
+        # On a busy machine other tasks are reported as well.
         return [each for each in messages(logged) if " in hold_up: " in each]
 
     async def hold_up() -> None:
@@ -281,13 +283,11 @@ def test_who_holds_up_the_others_is_named(reactor: Any, logged: list[Any]) -> No
     spin(reactor, lambda: all(each.name != "blocking tasks" for each in threads()))
 
 
-def test_what_is_no_task_may_hold_up_the_others(
-    reactor: Any, logged: list[Any]
-) -> None:
+def test_a_blocking_callback_is_reported(reactor: Any, logged: list[Any]) -> None:
     told: list[str] = []
 
     def hold_up() -> None:
-        # On a busy machine it tells of others as well.
+        # On a busy machine other tasks are reported as well.
         while not told:
             told[:] = [each for each in messages(logged) if " in hold_up: " in each]
 
@@ -302,12 +302,12 @@ def threads() -> list[threading.Thread]:
     return threading.enumerate()
 
 
-def test_how_long_is_to_be_more_than_nothing(clock: Clock) -> None:
+def test_watch_for_blocking_refuses_zero_seconds(clock: Clock) -> None:
     with pytest.raises(ValueError, match="must be more"):
         watch_for_blocking(0, clock)
 
 
-def test_it_stops_with_the_reactor(reactor: Any) -> None:
+def test_the_watch_stops_with_the_reactor(reactor: Any) -> None:
     async def main() -> None:
         watch_for_blocking(60)
 
@@ -318,11 +318,11 @@ def test_it_stops_with_the_reactor(reactor: Any) -> None:
     assert sys.modules["twisted.internet.reactor"] is reactor
 
 
-# How it finds them
+# How tasks are found
 
 
 @frees_at_once
-def test_tasks_that_were_frozen(clock: Clock) -> None:
+def test_frozen_tasks_are_found(clock: Clock) -> None:
     stop = Event()
     task = spawn(stop.wait, name="frozen", reactor=clock)
     gc.collect()
@@ -338,7 +338,7 @@ def test_tasks_that_were_frozen(clock: Clock) -> None:
     assert task.done
 
 
-def test_the_heap_is_not_looked_through(
+def test_tasks_are_found_without_a_search_of_the_heap(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("get_objects", "get_referrers"):
@@ -351,8 +351,8 @@ def test_the_heap_is_not_looked_through(
 
 
 @frees_at_once
-def test_a_task_that_cannot_go_on_is_collected(clock: Clock) -> None:
-    """To be listed keeps no task alive: what it waits for is gone as well."""
+def test_a_task_that_can_never_be_resumed_is_collected(clock: Clock) -> None:
+    """The list of tasks keeps no task alive."""
     ends: list[str] = []
 
     async def wait() -> None:
@@ -367,8 +367,8 @@ def test_a_task_that_cannot_go_on_is_collected(clock: Clock) -> None:
     assert format_tasks(clock) == "There are no tasks."
 
 
-def test_some_of_many_tasks(clock: Clock) -> None:
-    """Those that remain are found in order, however many have ended."""
+def test_the_remaining_tasks_of_many_are_found(clock: Clock) -> None:
+    """They are found in order, however many tasks have ended."""
     stop = Event()
 
     async def main() -> list[Any]:
@@ -389,8 +389,10 @@ def test_some_of_many_tasks(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("reference_cycles", ["are collected", "are not collected"])
-def test_many_tasks_that_wait_for_anything(clock: Clock, reference_cycles: str) -> None:
-    """All are found, in order, however many of them have ended meanwhile."""
+def test_many_tasks_of_every_kind_are_found(
+    clock: Clock, reference_cycles: str
+) -> None:
+    """They are found in order, however many tasks have ended meanwhile."""
     stop, other_stop, deferreds = Event(), Event(), []
     channel: Channel[int] = Channel(0)
 
@@ -425,13 +427,13 @@ def test_many_tasks_that_wait_for_anything(clock: Clock, reference_cycles: str) 
             spawned.append(waits[number % len(waits)](f"task {number}"))
         one = symmetric(transfers, name="one", reactor=clock)
         assert set(tasks_of(clock)) == {*spawned, one}
-        # Some end, and are still referred to; others are gone.
+        # Some tasks end, and are still referenced; others are freed.
         other_stop.set()
         assert sum(not each.done for each in spawned) == 9_000 * 7 // 15
         del spawned[1:2_000]
         expected = [each.name for each in spawned if not each.done]
         assert tasks_of(clock) >= {each for each in spawned if not each.done}
-        # More of them, so that the lists are looked through again.
+        # More tasks, so that the ended ones are dropped from the lists again.
         for number in range(9_000, 15_000):
             spawned.append(waits[0](f"task {number}"))
         text = format_tasks(clock)
@@ -454,7 +456,7 @@ def test_many_tasks_that_wait_for_anything(clock: Clock, reference_cycles: str) 
 
 @pytest.mark.parametrize("name", ["a name", None])
 def test_a_task_that_is_renamed(clock: Clock, name: str | None) -> None:
-    """Tasks of one name that are spawned at once share it."""
+    """Tasks of one name that are spawned one after the other share that string."""
     stop = Event()
     first, second = (spawn(stop.wait, name=name, reactor=clock) for _ in range(2))
     before = second.name
@@ -467,7 +469,7 @@ def test_a_task_that_is_renamed(clock: Clock, name: str | None) -> None:
     stop.set()
 
 
-def test_tasks_of_one_name_and_of_all_styles(clock: Clock) -> None:
+def test_tasks_of_one_name_in_all_styles(clock: Clock) -> None:
     stop = Event()
 
     def generator() -> Generator[Any, Any, None]:
@@ -495,8 +497,8 @@ async def transfer_to(task: Task[None]) -> None:
     await transfer(task)
 
 
-def test_tasks_of_one_name_below_those_that_spawned_them(clock: Clock) -> None:
-    """They are spawned in turns by two tasks, and by none, at the same time."""
+def test_tasks_of_one_name_below_the_tasks_that_spawned_them(clock: Clock) -> None:
+    """They are spawned alternately by two tasks and outside of all tasks."""
     stop, go = Event(), Event()
 
     async def spawner() -> None:
@@ -520,8 +522,8 @@ def test_tasks_of_one_name_below_those_that_spawned_them(clock: Clock) -> None:
     stop.set()
 
 
-def test_a_task_that_waits_takes_little_memory(tracemalloc: Any, clock: Clock) -> None:
-    """In all, and in a group, whose tasks are found without an object for each."""
+def test_a_waiting_task_takes_little_memory(tracemalloc: Any, clock: Clock) -> None:
+    """A group finds its tasks without an object for each."""
     count = 1_000
     stop = Event()
 
@@ -560,7 +562,7 @@ def test_a_task_that_waits_takes_little_memory(tracemalloc: Any, clock: Clock) -
     stop.set()
 
 
-def test_tasks_that_have_ended_take_no_memory(tracemalloc: Any, clock: Clock) -> None:
+def test_ended_tasks_take_no_memory(tracemalloc: Any, clock: Clock) -> None:
     async def nothing() -> None:
         pass
 
@@ -582,5 +584,5 @@ def test_tasks_that_have_ended_take_no_memory(tracemalloc: Any, clock: Clock) ->
             clock.advance(0)
     finally:
         tracemalloc.stop()
-    # 10,000 of them, and what is kept of the last hundreds.
+    # Of 10,000 tasks, only references to the last few hundreds are kept.
     assert max(task.result()) < 200_000

@@ -73,11 +73,6 @@ class Everything(Recorder):
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
 def recorder(clock: Clock) -> Iterator[Recorder]:
     recorder = Recorder()
     add_instrument(recorder, clock)
@@ -170,7 +165,7 @@ def test_transfers(clock: Clock, recorder: Recorder) -> None:
     assert events[-1] == "returned main"
 
 
-def test_tasks_that_were_there_before(clock: Clock) -> None:
+def test_tasks_that_began_before_the_instrument(clock: Clock) -> None:
     event = Event()
     spawn(in_async_def(event), name="a", reactor=clock)
     recorder = Recorder()
@@ -183,7 +178,7 @@ def test_tasks_that_were_there_before(clock: Clock) -> None:
     remove_instrument(recorder, clock)
 
 
-def test_after_it_was_removed(clock: Clock) -> None:
+def test_a_removed_instrument_is_not_called(clock: Clock) -> None:
     first, second, event = Recorder(), Recorder(), Event()
     add_instrument(first, clock)
     add_instrument(second, clock)
@@ -202,7 +197,7 @@ def test_after_it_was_removed(clock: Clock) -> None:
         remove_instrument(second, clock)
 
 
-def test_removed_while_it_is_called(clock: Clock) -> None:
+def test_an_instrument_removed_while_it_is_called(clock: Clock) -> None:
     class Once(Recorder):
         def before_task_step(self, task: Task[Any]) -> None:
             super().before_task_step(task)
@@ -217,7 +212,7 @@ def test_removed_while_it_is_called(clock: Clock) -> None:
     remove_instrument(other, clock)
 
 
-def test_added_by_a_task(clock: Clock) -> None:
+def test_an_instrument_added_by_a_task(clock: Clock) -> None:
     """It belongs to the reactor of that task."""
     recorder = Recorder()
 
@@ -234,12 +229,14 @@ def test_added_by_a_task(clock: Clock) -> None:
     assert recorder.take() == ["before a"]
 
 
-def test_another_reactor_is_not_observed(clock: Clock, recorder: Recorder) -> None:
+def test_an_instrument_does_not_observe_other_reactors(
+    clock: Clock, recorder: Recorder
+) -> None:
     spawn(in_async_def(Event()), reactor=Clock())
     assert recorder.take() == []
 
 
-def test_only_what_it_overrides(clock: Clock) -> None:
+def test_only_overridden_methods_are_called(clock: Clock) -> None:
     class Spawned(Instrument):
         names: list[str] = []  # noqa: RUF012
 
@@ -260,7 +257,7 @@ HOOKS = ["task_spawned", "before_task_step", "after_task_step", "task_exited"]
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_one_that_fails_is_removed_and_logged_once(
+def test_a_failing_instrument_is_removed_and_logged_once(
     clock: Clock, logged: list[Any], recorder: Recorder, hook: str
 ) -> None:
     def fail(self: Any, *args: Any) -> None:
@@ -282,7 +279,9 @@ def test_one_that_fails_is_removed_and_logged_once(
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_what_tasks_wait_for(clock: Clock, recorder: Recorder, style: Any) -> None:
+def test_instruments_change_no_result(
+    clock: Clock, recorder: Recorder, style: Any
+) -> None:
     """What a task gets is the same as without instruments, errors too."""
     broken: Deferred[int] = Deferred()
     value: Deferred[int] = Deferred()

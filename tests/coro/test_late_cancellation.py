@@ -12,8 +12,7 @@ import pytest
 from twisted.internet.defer import CancelledError
 from twisted.internet.endpoints import UNIXServerEndpoint
 
-from tests.coro.support import connected, listen, run
-from tests.coro.test_tls import until
+from tests.coro.support import connected, listen, run, until
 from twisted_rtsig.coro import (
     Event,
     Server,
@@ -108,9 +107,7 @@ async def close_all(
     await server.stop()
 
 
-def test_a_connection_that_nothing_waits_for_is_closed(
-    reactor: Any, late: Late
-) -> None:
+def test_an_unawaited_connection_is_closed(reactor: Any, late: Late) -> None:
     async def main() -> None:
         server = await listen(reactor, _wait)
         port = server.port.getHost().port
@@ -120,7 +117,7 @@ def test_a_connection_that_nothing_waits_for_is_closed(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no UNIX sockets")
-def test_a_unix_connection_that_nothing_waits_for_is_closed(
+def test_an_unawaited_unix_connection_is_closed(
     reactor: Any, late: Late, tmp_path: Path
 ) -> None:
     path = str(tmp_path / "s")
@@ -132,7 +129,7 @@ def test_a_unix_connection_that_nothing_waits_for_is_closed(
     run(reactor, main)
 
 
-def test_text_that_nothing_waits_for_stays_there(reactor: Any, late: Late) -> None:
+def test_text_of_a_cancelled_read_can_be_read_again(reactor: Any, late: Late) -> None:
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
             text = TextStream(stream)
@@ -158,7 +155,7 @@ def test_text_that_nothing_waits_for_stays_there(reactor: Any, late: Late) -> No
     run(reactor, main)
 
 
-def test_text_is_read_again_as_soon_as_a_read_is_cancelled(reactor: Any) -> None:
+def test_text_of_a_cancelled_read_can_be_read_in_the_same_step(reactor: Any) -> None:
     """As of a stream of bytes: in the same step, before the scheduler has its turn."""
 
     async def main() -> None:

@@ -15,7 +15,7 @@ import pytest
 from twisted.internet.defer import CancelledError
 from twisted.internet.task import Clock
 
-from tests.coro.support import forgets_awaits, run_for_real
+from tests.coro.support import ExpectedError, forgets_awaits, run_for_real
 from twisted_rtsig.coro import (
     CapacityLimiter,
     Event,
@@ -34,15 +34,6 @@ from twisted_rtsig.coro import (
     timeout,
 )
 from twisted_rtsig.coro.testing import cancel_everywhere
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-class Gone(Exception):
-    """What is raised here."""
 
 
 async def uses(limiter: CapacityLimiter, inside: list[Any], name: Any) -> None:
@@ -73,7 +64,7 @@ styles = pytest.mark.parametrize("style", STYLES)
 
 
 @styles
-def test_so_many_at_a_time_in_their_order(clock: Clock, style: str) -> None:
+def test_a_limiter_serves_borrowers_in_order(clock: Clock, style: str) -> None:
     limiter = CapacityLimiter(2)
     inside: list[Any] = []
     tasks = [
@@ -88,7 +79,7 @@ def test_so_many_at_a_time_in_their_order(clock: Clock, style: str) -> None:
         task.result()
 
 
-def test_what_it_tells(clock: Clock) -> None:
+def test_statistics_and_repr(clock: Clock) -> None:
     limiter = CapacityLimiter(2)
     tasks = [spawn(uses, limiter, [], each, reactor=clock) for each in "abc"]
     assert limiter.statistics() == (2, 2, (tasks[0], tasks[1]), 1)
@@ -123,7 +114,7 @@ def test_on_behalf_of(clock: Clock) -> None:
     assert limiter.statistics().borrowers == ("c",)
 
 
-def test_a_callback_does_not_overtake_what_waits() -> None:
+def test_a_callback_does_not_overtake_waiting_borrowers() -> None:
     limiter = CapacityLimiter(0)
     order: list[str] = []
 
@@ -142,7 +133,7 @@ def test_a_callback_does_not_overtake_what_waits() -> None:
 
 
 @forgets_awaits
-def test_a_task_and_what_it_borrows(clock: Clock) -> None:
+def test_a_task_borrows_one_token(clock: Clock) -> None:
     limiter = CapacityLimiter(2)
 
     async def main() -> None:
@@ -165,7 +156,7 @@ def test_a_task_and_what_it_borrows(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("name", ["acquire", "try_acquire", "release"])
-def test_only_in_a_task(name: str) -> None:
+def test_acquire_outside_of_a_task_raises(name: str) -> None:
     with pytest.raises(NoTaskError, match=f"{name}\\(\\) of a limiter"):
         getattr(CapacityLimiter(1), name)()
 
@@ -174,7 +165,7 @@ def test_only_in_a_task(name: str) -> None:
 
 
 @pytest.mark.parametrize("total", [1.5, "one", None, math.nan, -math.inf])
-def test_a_total_that_is_no_number(total: Any) -> None:
+def test_a_total_of_another_type_is_refused(total: Any) -> None:
     with pytest.raises(TypeError, match=r"an int, or math\.inf"):
         CapacityLimiter(total)
     limiter = CapacityLimiter(1)
@@ -183,7 +174,7 @@ def test_a_total_that_is_no_number(total: Any) -> None:
     assert limiter.total_tokens == 1
 
 
-def test_a_total_that_is_negative() -> None:
+def test_a_negative_total_is_refused() -> None:
     with pytest.raises(ValueError, match="0 is the least"):
         CapacityLimiter(-1)
     with pytest.raises(ValueError, match="0 is the least"):
@@ -213,7 +204,7 @@ def test_the_total_grows_and_shrinks(clock: Clock) -> None:
 # Cancellation
 
 
-def test_one_that_waits_is_cancelled(clock: Clock) -> None:
+def test_a_waiting_borrower_is_cancelled(clock: Clock) -> None:
     limiter = CapacityLimiter(1)
     inside: list[Any] = []
     tasks = [spawn(uses, limiter, inside, name, reactor=clock) for name in "abc"]
@@ -227,8 +218,8 @@ def test_one_that_waits_is_cancelled(clock: Clock) -> None:
     limiter.acquire_on_behalf_of(tasks[1]).cancel()
 
 
-def test_one_that_has_got_a_token_is_cancelled(clock: Clock) -> None:
-    """Between that and its next step: it releases the token."""
+def test_a_borrower_cancelled_before_it_runs_releases_its_token(clock: Clock) -> None:
+    """It was granted a token, and releases it."""
     limiter = CapacityLimiter(1)
 
     async def main() -> None:
@@ -248,8 +239,8 @@ def test_one_that_has_got_a_token_is_cancelled(clock: Clock) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_block_that_is_collected(clock: Clock) -> None:
-    """No task can release the token, and none is left that could want it."""
+def test_a_garbage_borrower_is_freed_with_its_limiter(clock: Clock) -> None:
+    """No task can release its token, and none is left that could want it."""
     limiter = CapacityLimiter(1)
     task = spawn(uses, limiter, [], "a", reactor=clock)
     assert limiter.borrowed_tokens == 1
@@ -310,8 +301,8 @@ def test_cancelled_everywhere() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_is_borrowed_never_exceeds_the_total(clock: Clock, seed: int) -> None:
-    """Whatever comes, is cancelled, fails and changes the total: and all get a turn."""
+def test_random_borrowers_never_exceed_the_total(clock: Clock, seed: int) -> None:
+    """They come, are cancelled, fail, and change the total; each of them is served."""
     random_ = random.Random(seed)
     limiter = CapacityLimiter(3)
     order: list[int] = []
@@ -323,7 +314,7 @@ def test_what_is_borrowed_never_exceeds_the_total(clock: Clock, seed: int) -> No
             assert limiter.borrowed_tokens <= 5
             await sleep(random_.random())
             if random_.random() < 0.2:
-                raise Gone
+                raise ExpectedError
         done.append(number)
 
     tasks: list[Task[None]] = []
@@ -340,14 +331,14 @@ def test_what_is_borrowed_never_exceeds_the_total(clock: Clock, seed: int) -> No
     assert order == sorted(order)
     for each in tasks:
         if each.failed:
-            with pytest.raises(Gone):
+            with pytest.raises(ExpectedError):
                 each.result()
     assert limiter.statistics() == (0, 5, (), 0)
 
 
 @forgets_awaits
-def test_many_that_release_in_a_callback() -> None:
-    """Each gets its token from the one before it, and the stack does not grow."""
+def test_many_borrowers_release_in_a_callback() -> None:
+    """Each gets its token from the one before, and the stack does not grow."""
     limiter = CapacityLimiter(1)
     limiter.acquire_on_behalf_of("first")
     count = 10_000
@@ -404,7 +395,7 @@ def test_a_thread_that_fails_returns_its_token(reactor: Any) -> None:
     assert run_for_real(reactor, main) == 1
 
 
-def test_a_thread_that_is_left_behind_keeps_its_token(reactor: Any) -> None:
+def test_an_abandoned_thread_keeps_its_token(reactor: Any) -> None:
     limiter = CapacityLimiter(1)
     go_on = threading.Event()
 
@@ -424,7 +415,7 @@ def test_a_thread_that_is_left_behind_keeps_its_token(reactor: Any) -> None:
     assert all(run_for_real(reactor, main))
 
 
-def test_what_a_thread_waits_for(reactor: Any) -> None:
+def test_format_tasks_shows_what_a_thread_waits_for(reactor: Any) -> None:
     limiter = CapacityLimiter(1)
     limiter.try_acquire_on_behalf_of("test")
 
@@ -441,7 +432,7 @@ def test_what_a_thread_waits_for(reactor: Any) -> None:
 
 
 def test_a_thread_has_the_context_of_the_call(reactor: Any) -> None:
-    """And leads back to the reactor, also when it had to wait for its token."""
+    """Its calls reach the reactor, also when the thread had to wait for its token."""
     limiter = CapacityLimiter(1)
     event = Event()
 

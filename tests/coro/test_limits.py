@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import ssl
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -17,33 +16,27 @@ from twisted.internet.defer import inlineCallbacks
 from twisted.internet.endpoints import (
     UNIXClientEndpoint,
     UNIXServerEndpoint,
-    wrapClientTLS,
 )
 from twisted.internet.error import ConnectionAborted, ConnectionClosed, ConnectionDone
-from twisted.internet.ssl import PrivateCertificate, optionsForClientTLS
+from twisted.internet.ssl import PrivateCertificate
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel
 from twisted.python.failure import Failure
 
-from tests.coro.support import call, client_endpoint, listen, run, spin, tls_endpoint
-from tests.coro.test_serving import (
+from tests.coro import peers
+from tests.coro.support import (
+    Certificate,
     Logged,
-    _made,
-    _Transport,
+    call,
+    client_endpoint,
     failures,
-    held_up,
-    write_and_end,
-    write_and_wait,
-)
-from tests.coro.test_tls import (
-    Peer,
-    accepted,
-    client_context,
-    socket_to,
-    tls_client,
+    listen,
+    run,
+    spin,
     until,
 )
-from tests.coro.test_tls import server_context as server_context
+from tests.files.conftest import reactor as reactor
+from tests.files.conftest import reactor_without_threads as reactor_without_threads
 from twisted_rtsig.coro import (
     CoroutineFactory,
     Event,
@@ -68,15 +61,6 @@ WRITE = 120
 LOOK = 15
 
 
-@pytest.fixture
-def reactor(reactor: Any) -> Iterator[Any]:
-    """Each reactor, with threads for files that run although it is only iterated."""
-    threads = reactor.getThreadPool()
-    threads.start()
-    yield reactor
-    threads.stop()
-
-
 @pytest.fixture(autouse=True, scope="module")
 def big_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     path = tmp_path_factory.mktemp("big") / "file"
@@ -95,7 +79,7 @@ def lines(logged: Logged, option: str) -> list[str]:
     return [each for each in texts if option in each]
 
 
-def age(clock: Clock, transport: _Transport) -> float:
+def age(clock: Clock, transport: peers.AbortableTransport) -> float:
     """Let time pass until a connection is aborted; how long that took."""
     begin = clock.seconds()
     while not transport.aborting:
@@ -116,6 +100,10 @@ async def _read(stream: Stream, errors: list[Any]) -> None:
         raise
 
 
+async def _read_all(stream: Stream) -> None:
+    await _read(stream, [])
+
+
 def _read_as_generator(stream: Stream, errors: list[Any]) -> Generator[Any, Any, None]:
     try:
         while (yield stream.read()):
@@ -134,20 +122,20 @@ READERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("style", READERS)
-def test_a_peer_that_sends_nothing(logged: Logged, style: str) -> None:
+def test_a_peer_that_sends_nothing_is_aborted(logged: Logged, style: str) -> None:
     clock = Clock()
     errors: list[Any] = []
     factory = CoroutineFactory(
         lambda stream: READERS[style](stream, errors), name="it", reactor=clock
     )
-    _, transport = _made(factory)
+    _, transport = peers.connection_of(factory)
     assert FIRST_BYTE <= age(clock, transport) <= FIRST_BYTE + LOOK
     (error,) = errors
     assert isinstance(error, ConnectionAborted)
     assert "has sent nothing for 60.0 s (first_byte_timeout)" in str(error)
     (line,) = lines(logged, "first_byte_timeout")
     assert line.startswith("it: aborted <Stream to ")
-    # The handler that fails because of it tells no more.
+    # The handler that fails because of it logs nothing more.
     assert len([each for each in logged if each["log_namespace"] in _SERVING]) == 1
     assert not clock.getDelayedCalls()
 
@@ -156,10 +144,10 @@ _SERVING = ("twisted_rtsig.coro.factories", "twisted_rtsig.coro.handlers")
 
 
 def test_a_peer_that_has_sent_something_may_be_silent() -> None:
-    """As the member of a chat that only listens."""
+    """As a member of a chat who only reads."""
     clock = Clock()
-    protocol, transport = _made(
-        CoroutineFactory(lambda stream: _read(stream, []), reactor=clock)
+    protocol, transport = peers.connection_of(
+        CoroutineFactory(_read_all, reactor=clock)
     )
     clock.advance(LOOK)
     protocol.dataReceived(b"my name\n")
@@ -183,10 +171,10 @@ async def _read_late(stream: Stream) -> None:
 
 
 @pytest.mark.parametrize("handler", [_push, _push_and_read, _read_late])
-def test_a_peer_that_need_not_send_anything(handler: Any) -> None:
-    """Because no read waits, or because the server sends something now and then."""
+def test_first_byte_timeout_counts_only_while_a_read_waits(handler: Any) -> None:
+    """It does not count while no read waits, or the server sends now and then."""
     clock = Clock()
-    protocol, transport = _made(CoroutineFactory(handler, reactor=clock))
+    protocol, transport = peers.connection_of(CoroutineFactory(handler, reactor=clock))
     for _ in range(2 * FIRST_BYTE // LOOK + 1):
         clock.advance(LOOK)
         assert not transport.aborting
@@ -199,29 +187,26 @@ def test_a_peer_that_need_not_send_anything(handler: Any) -> None:
 
 
 @pytest.mark.parametrize("first_byte_timeout", [FIRST_BYTE, None])
-def test_the_first_byte_comes_after_the_handshake(
+def test_first_byte_timeout_begins_after_the_handshake(
     reactor: Any,
     certificate: PrivateCertificate,
     logged: Logged,
     first_byte_timeout: float | None,
 ) -> None:
-    """Before, the limit of the handshake counts, which may be none."""
+    """Before that, handshake_timeout counts, which may be None."""
     clock = Clock()
 
     async def main() -> None:
-        server = await serve(
-            tls_endpoint(reactor, certificate),
-            lambda stream: _read(stream, []),
-            handshake_timeout=None,
-            first_byte_timeout=first_byte_timeout,
-            reactor=clock,
-        )
-        with socket_to(server) as plain:
+        limits: Any = {
+            "handshake_timeout": None,
+            "first_byte_timeout": first_byte_timeout,
+        }
+        server = await listen(reactor, _read_all, certificate, reactor=clock, **limits)
+        with peers.socket_to(server) as plain:
             await until(lambda: server.factory.connections)
             clock.pump([LOOK] * 10)
             assert server.factory.connections
-            peer = Peer(plain, client_context(), server_side=False)
-            await peer.handshake()
+            await peers.secure_as_client(plain)
             for _ in range(FIRST_BYTE // LOOK - 1):
                 await sleep(0)
                 clock.advance(LOOK)
@@ -248,7 +233,7 @@ def stuck(
 ) -> Iterator[tuple[Clock, CoroutineFactory, socket.socket]]:
     """A server with the default limits but for *idle_timeout*, and a client."""
     clock = Clock()
-    with held_up(
+    with peers.unread_client(
         reactor,
         clock,
         handler,
@@ -279,8 +264,8 @@ async def _send_file(stream: Stream) -> None:
 
 
 async def _write_on_and_on(stream: Stream) -> None:
-    """As one that tells many peers something, and waits for none."""
-    await write_and_end(stream)
+    """As a handler that writes to many peers, and waits for none."""
+    await peers.write_and_end(stream)
     while not stream.lost:
         await sleep(5)
         stream.write(b"news")
@@ -289,17 +274,15 @@ async def _write_on_and_on(stream: Stream) -> None:
 async def _write_as_generator_does(stream: Stream) -> None:
     @inlineCallbacks
     def write() -> Generator[Any, Any, None]:
-        transport: Any = stream.transport
-        transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-        yield stream.write(bytes(1 << 22))
+        yield peers.write_much(stream)
 
     await write()
 
 
 STUCK = [
-    write_and_wait,
+    peers.write_and_wait,
     # The handler has returned, and the rest is to be sent before the end.
-    write_and_end,
+    peers.write_and_end,
     _send_file,
     _write_on_and_on,
     _write_as_generator_does,
@@ -307,7 +290,9 @@ STUCK = [
 
 
 @pytest.mark.parametrize("handler", STUCK)
-def test_a_peer_that_does_not_read(reactor: Any, logged: Logged, handler: Any) -> None:
+def test_a_peer_that_does_not_read_is_aborted(
+    reactor: Any, logged: Logged, handler: Any
+) -> None:
     with stuck(reactor, handler) as (clock, factory, _):
         settle(reactor)
         pass_time(reactor, clock, WRITE - LOOK)
@@ -321,21 +306,27 @@ def test_a_peer_that_does_not_read(reactor: Any, logged: Logged, handler: Any) -
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no UNIX sockets")
-def test_a_peer_of_a_unix_socket_that_does_not_read(
+def test_a_unix_peer_that_does_not_read_is_aborted(
     reactor: Any, logged: Logged, tmp_path: Path
 ) -> None:
-    with stuck(reactor, write_and_end, tmp_path / "socket") as (clock, factory, _):
+    with stuck(reactor, peers.write_and_end, tmp_path / "socket") as (
+        clock,
+        factory,
+        _,
+    ):
         settle(reactor)
         pass_time(reactor, clock, WRITE + 3 * LOOK)
         spin(reactor, lambda: not factory.connections)
     assert len(lines(logged, "write_timeout")) == 1
 
 
-def test_a_peer_that_sends_and_does_not_read(reactor: Any, logged: Logged) -> None:
-    """What comes is a sign of life, and still it blocks the output."""
+def test_a_peer_that_sends_but_does_not_read_is_aborted(
+    reactor: Any, logged: Logged
+) -> None:
+    """Its input is a sign of life, but its output stays blocked."""
 
     async def handler(stream: Stream) -> None:
-        await write_and_end(stream)
+        await peers.write_and_end(stream)
         while await stream.read():
             pass
 
@@ -350,9 +341,13 @@ def test_a_peer_that_sends_and_does_not_read(reactor: Any, logged: Logged) -> No
     assert len(lines(logged, "write_timeout")) == 1
 
 
-@pytest.mark.parametrize("handler", [write_and_wait, write_and_end, _send_file])
-def test_a_peer_that_reads_slowly(reactor: Any, logged: Logged, handler: Any) -> None:
-    """It takes many times the limit, and gets everything."""
+@pytest.mark.parametrize(
+    "handler", [peers.write_and_wait, peers.write_and_end, _send_file]
+)
+def test_a_peer_that_reads_slowly_gets_everything(
+    reactor: Any, logged: Logged, handler: Any
+) -> None:
+    """It takes many times the limit."""
     received = 0
     with stuck(reactor, handler, receive_buffer=1 << 14) as (clock, _, client):
         settle(reactor)
@@ -374,7 +369,7 @@ def test_a_peer_that_reads_slowly(reactor: Any, logged: Logged, handler: Any) ->
 
 def test_the_write_limit_can_be_turned_off(reactor: Any, logged: Logged) -> None:
     options = {"write_timeout": None, "first_byte_timeout": None}
-    with stuck(reactor, write_and_end, **options) as (clock, factory, _):
+    with stuck(reactor, peers.write_and_end, **options) as (clock, factory, _):
         settle(reactor)
         # There is nothing to look for at all.
         assert not clock.getDelayedCalls()
@@ -405,8 +400,7 @@ async def secure_and_do_not_read(
     plain: socket.socket, server: Server, clock: Clock
 ) -> None:
     """Do the handshake as a client; the connection lasts for the limit from then on."""
-    peer = Peer(plain, client_context(), server_side=False)
-    await peer.handshake()
+    await peers.secure_as_client(plain)
     for _ in range(100):
         await sleep(0)
     await look(clock, WRITE // LOOK - 1)
@@ -414,82 +408,45 @@ async def secure_and_do_not_read(
     await look_until(clock, lambda: not server.factory.connections)
 
 
-@pytest.mark.parametrize("returns", [False, True])
-def test_a_peer_of_tls_that_does_not_read(
-    reactor: Any, certificate: PrivateCertificate, logged: Logged, returns: bool
+@pytest.mark.parametrize("late_handshake", [False, True])
+@pytest.mark.parametrize("handler", [peers.write_and_wait, peers.write_and_end])
+def test_a_tls_client_that_does_not_read_is_aborted(
+    reactor: Any,
+    certificate: PrivateCertificate,
+    logged: Logged,
+    limits_clock: Clock,
+    handler: Any,
+    late_handshake: bool,
 ) -> None:
-    """Neither while the handler waits, nor before the close_notify is sent."""
-    clock = Clock()
-
-    async def handler(stream: Stream) -> None:
-        layer: Any = stream.transport
-        layer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-        written = stream.write(bytes(1 << 22))
-        if not returns:
-            await written
+    """
+    It is aborted while the handler waits, or before close_notify is sent.  What was
+    written before the handshake does not count: neither side can send it yet.
+    """
+    options: Any = {"idle_timeout": None, "reactor": limits_clock}
+    if late_handshake:
+        options.update(handshake_timeout=10 * WRITE, close_timeout=None)
 
     async def main() -> None:
-        endpoint = tls_endpoint(reactor, certificate)
-        server = await serve(endpoint, handler, idle_timeout=None, reactor=clock)
-        with socket_to(server, receive_buffer=1 << 13) as plain:
-            await secure_and_do_not_read(plain, server, clock)
+        server = await listen(reactor, handler, certificate, **options)
+        with peers.socket_to(server, receive_buffer=1 << 13) as plain:
+            if late_handshake:
+                await until(lambda: server.factory.connections)
+                await look(limits_clock, 2 * WRITE // LOOK)
+                assert server.factory.connections
+            await secure_and_do_not_read(plain, server, limits_clock)
         await server.stop()
-        assert not clock.getDelayedCalls()
 
     run(reactor, main)
     assert len(lines(logged, "write_timeout")) == 1
     assert failures(logged) == []
 
 
-@pytest.mark.parametrize("returns", [False, True])
-def test_a_peer_of_tls_whose_handshake_is_late_does_not_read(
-    reactor: Any, certificate: PrivateCertificate, logged: Logged, returns: bool
+def test_a_tls_server_that_does_not_read_is_aborted_after_close(
+    reactor: Any, connecting: Any
 ) -> None:
-    """What was written before the handshake is pending neither here nor there."""
-    clock = Clock()
-
-    async def handler(stream: Stream) -> None:
-        layer: Any = stream.transport
-        layer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-        written = stream.write(bytes(1 << 22))
-        if not returns:
-            await written
-
     async def main() -> None:
-        server = await serve(
-            tls_endpoint(reactor, certificate),
-            handler,
-            idle_timeout=None,
-            handshake_timeout=10 * WRITE,
-            close_timeout=None,
-            reactor=clock,
-        )
-        with socket_to(server, receive_buffer=1 << 13) as plain:
-            await until(lambda: server.factory.connections)
-            await look(clock, 2 * WRITE // LOOK)
-            assert server.factory.connections
-            await secure_and_do_not_read(plain, server, clock)
-        await server.stop()
-        assert not clock.getDelayedCalls()
-
-    run(reactor, main)
-    assert len(lines(logged, "write_timeout")) == 1
-    assert failures(logged) == []
-
-
-def test_a_server_of_tls_whose_handshake_is_late_does_not_read_after_close(
-    reactor: Any, certificate: PrivateCertificate, server_context: ssl.SSLContext
-) -> None:
-    clock = Clock()
-
-    async def main() -> None:
-        async with accepted(reactor) as (endpoint, accept):
-            stream = await connect(
-                tls_client(endpoint, certificate),
-                clock,
-                handshake_timeout=10 * WRITE,
-                close_timeout=None,
-            )
+        limits: Any = {"handshake_timeout": 10 * WRITE, "close_timeout": None}
+        async with connecting(**limits) as (clock, stream, _, secure):
             # The kernel of the peer has acknowledged the beginning of the handshake.
             await until(lambda: not any(pending_of(stream)))
             # Much more than all buffers hold.
@@ -497,15 +454,13 @@ def test_a_server_of_tls_whose_handshake_is_late_does_not_read_after_close(
             closed = stream.close()
             await look(clock, 2 * WRITE // LOOK)
             assert not closed.called
-            peer = Peer(await accept(), server_context, server_side=True)
-            await peer.handshake()
+            await secure()
             for _ in range(100):
                 await sleep(0)
             await look(clock, WRITE // LOOK - 1)
             assert not closed.called
             await look_until(clock, lambda: closed.called)
             await closed
-        assert not clock.getDelayedCalls()
 
     run(reactor, main)
 
@@ -513,7 +468,7 @@ def test_a_server_of_tls_whose_handshake_is_late_does_not_read_after_close(
 def test_a_connection_that_ends_at_once_does_not_end_the_limits(
     logged: Logged,
 ) -> None:
-    """In the first step of its handler, before the limits begin."""
+    """It ends in the first step of its handler, before the limits begin."""
     clock = Clock()
     streams: list[Stream] = []
 
@@ -524,10 +479,10 @@ def test_a_connection_that_ends_at_once_does_not_end_the_limits(
         await stream.read()
 
     factory = CoroutineFactory(handler, reactor=clock)
-    _, transport = _made(factory)
+    _, transport = peers.connection_of(factory)
     assert transport.aborting
     clock.advance(FIRST_BYTE)
-    _, transport = _made(factory)
+    _, transport = peers.connection_of(factory)
     assert FIRST_BYTE <= age(clock, transport) <= FIRST_BYTE + LOOK
     assert not clock.getDelayedCalls()
 
@@ -541,7 +496,7 @@ def test_a_transport_that_raises_does_not_end_the_limits_of_others(
         await stream.read()
 
     factory = CoroutineFactory(handler, reactor=clock)
-    protocols = [_made(factory) for _ in range(3)]
+    protocols = [peers.connection_of(factory) for _ in range(3)]
     broken: Any = protocols[1][1]
     # As if there were more to it.
     broken.dataBuffer = b""
@@ -556,8 +511,8 @@ def test_a_transport_that_raises_does_not_end_the_limits_of_others(
     assert not clock.getDelayedCalls()
 
 
-def test_a_transport_without_a_socket_that_has_no_room(logged: Logged) -> None:
-    """It tells no more than that it has no room, and that it has room again."""
+def test_write_timeout_of_a_transport_without_a_socket(logged: Logged) -> None:
+    """It reports only that it has no room, and that it has room again."""
     clock = Clock()
 
     async def handler(stream: Stream) -> None:
@@ -565,7 +520,7 @@ def test_a_transport_without_a_socket_that_has_no_room(logged: Logged) -> None:
         await stream.write(b"x")
 
     factory = CoroutineFactory(handler, reactor=clock)
-    protocol, transport = _made(factory)
+    protocol, transport = peers.connection_of(factory)
     clock.pump([LOOK] * 5)
     protocol.stream.resumeProducing()
     assert transport.disconnecting
@@ -577,27 +532,21 @@ def test_a_transport_without_a_socket_that_has_no_room(logged: Logged) -> None:
 # Clients
 
 
-@pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("file", [False, True])
-def test_a_server_that_does_not_read_after_close(
-    reactor: Any, certificate: PrivateCertificate, tls: bool, file: bool
+def test_a_server_that_does_not_read_is_aborted_after_close(
+    reactor: Any, maybe_certificate: Certificate, limits_clock: Clock, file: bool
 ) -> None:
-    clock = Clock()
+    clock = limits_clock
     left = Event()
 
     async def handler(stream: Stream) -> None:
         await left.wait()
 
     async def main() -> None:
-        if tls:
-            endpoint = tls_endpoint(reactor, certificate)
-            server = await serve(endpoint, handler, reactor=reactor)
-        else:
-            server = await listen(reactor, handler)
-        to: Any = client_endpoint(reactor, server)
-        if tls:
-            to = wrapClientTLS(optionsForClientTLS("127.0.0.1", certificate), to)
-        stream = await connect(to, clock, close_timeout=None)
+        server = await listen(reactor, handler, maybe_certificate)
+        stream = await call(
+            reactor, server, maybe_certificate, reactor=clock, close_timeout=None
+        )
         async with await open_file(BIG_FILE[0], "rb") as opened:
             # Much more than all buffers hold.
             stream.write(bytes(1 << 24))
@@ -614,17 +563,18 @@ def test_a_server_that_does_not_read_after_close(
         left.set()
         await server.stop()
         clock.advance(0)
-        assert not clock.getDelayedCalls()
 
     run(reactor, main)
 
 
-def test_a_client_that_closes_has_no_delayed_call(reactor: Any) -> None:
-    """There is nothing left to be sent."""
+def test_a_client_with_nothing_to_send_closes_without_a_delayed_call(
+    reactor: Any,
+) -> None:
+    """The kernel has acknowledged all output."""
     clock = Clock()
 
     async def main() -> None:
-        server = await listen(reactor, lambda stream: _read(stream, []))
+        server = await listen(reactor, _read_all)
         stream = await connect(client_endpoint(reactor, server), clock)
         await stream.write(b"x")
         transport: Any = stream.transport
@@ -673,13 +623,14 @@ async def is_refused(server: Server, client: socket.socket) -> bool:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no such limit")
-def test_connections_leave_descriptors_free(reactor: Any, logged: Logged) -> None:
-    """Of two servers together, and those of the clients, which are in this process."""
+def test_max_connections_auto_leaves_descriptors_free(
+    reactor: Any, logged: Logged
+) -> None:
+    """Those of both servers, and of the clients, which are in this process."""
 
     async def main() -> None:
         servers = [
-            await listen(reactor, lambda stream: _read(stream, []), name=each)
-            for each in ("one", "two")
+            await listen(reactor, _read_all, name=each) for each in ("one", "two")
         ]
         with few_descriptors(free=20), contextlib.ExitStack() as stack:
             clients = []
@@ -710,13 +661,11 @@ def test_connections_leave_descriptors_free(reactor: Any, logged: Logged) -> Non
     assert failures(logged) == []
 
 
-def test_a_number_of_connections_that_descriptors_do_not_limit(reactor: Any) -> None:
-    """A number, or None, is taken at its word."""
+def test_max_connections_none_does_not_look_at_descriptors(reactor: Any) -> None:
+    """Only "auto" looks at them."""
 
     async def main() -> None:
-        server = await listen(
-            reactor, lambda stream: _read(stream, []), max_connections=None
-        )
+        server = await listen(reactor, _read_all, max_connections=None)
         with few_descriptors(free=0):
             async with await call(reactor, server):
                 await until(lambda: server.factory.connections)
@@ -726,46 +675,38 @@ def test_a_number_of_connections_that_descriptors_do_not_limit(reactor: Any) -> 
         run(reactor, main)
 
 
-ADDRESSES: list[tuple[Any, Any]] = [
-    (IPv4Address("TCP", "192.0.2.1", 5), IPv4Address("TCP", "192.0.2.1", 6)),
-    (
-        IPv4Address("TCP", "192.0.2.1", 5),
-        IPv6Address("TCP", "::ffff:192.0.2.1", 6),
-    ),
-    (
-        IPv6Address("TCP", "2001:db8::1", 5),
-        IPv6Address("TCP", "2001:db8::ffff:0:0:1", 6),
-    ),
-    (IPv6Address("TCP", "fe80::1%eth0", 5), IPv6Address("TCP", "fe80::1%eth0", 6)),
+def _tcp(host: str, port: int = 5) -> Any:
+    return (IPv6Address if ":" in host else IPv4Address)("TCP", host, port)
+
+
+SAME_ADDRESS = [
+    (_tcp("192.0.2.1"), _tcp("192.0.2.1", 6)),
+    (_tcp("192.0.2.1"), _tcp("::ffff:192.0.2.1", 6)),
+    (_tcp("2001:db8::1"), _tcp("2001:db8::ffff:0:0:1", 6)),
+    (_tcp("fe80::1%eth0"), _tcp("fe80::1%eth0", 6)),
 ]
-OTHERS: list[tuple[Any, Any]] = [
-    (IPv4Address("TCP", "192.0.2.1", 5), IPv4Address("TCP", "192.0.2.2", 5)),
-    (
-        IPv6Address("TCP", "2001:db8:0:1::1", 5),
-        IPv6Address("TCP", "2001:db8:0:2::1", 5),
-    ),
-    (
-        IPv6Address("TCP", "::ffff:192.0.2.1", 5),
-        IPv6Address("TCP", "::ffff:192.0.2.2", 5),
-    ),
+OTHER_ADDRESS = [
+    (_tcp("192.0.2.1"), _tcp("192.0.2.2")),
+    (_tcp("2001:db8:0:1::1"), _tcp("2001:db8:0:2::1")),
+    (_tcp("::ffff:192.0.2.1"), _tcp("::ffff:192.0.2.2")),
     # All hosts of a link have this network.
-    (IPv6Address("TCP", "fe80::1%eth0", 5), IPv6Address("TCP", "fe80::2%eth0", 5)),
-    (IPv6Address("TCP", "::1", 5), IPv4Address("TCP", "127.0.0.1", 5)),
+    (_tcp("fe80::1%eth0"), _tcp("fe80::2%eth0")),
+    (_tcp("::1"), _tcp("127.0.0.1")),
 ]
 
 
-@pytest.mark.parametrize(("one", "other"), ADDRESSES)
-def test_what_is_one_address(one: Any, other: Any) -> None:
+@pytest.mark.parametrize(("one", "other"), SAME_ADDRESS)
+def test_addresses_that_count_as_one(one: Any, other: Any) -> None:
     assert network_of(one) == network_of(other) is not None
 
 
-@pytest.mark.parametrize(("one", "other"), OTHERS)
-def test_what_is_not_one_address(one: Any, other: Any) -> None:
+@pytest.mark.parametrize(("one", "other"), OTHER_ADDRESS)
+def test_addresses_that_count_separately(one: Any, other: Any) -> None:
     assert network_of(one) != network_of(other)
 
 
 @pytest.mark.parametrize("address", [None, UNIXAddress(None), UNIXAddress("/x")])
-def test_what_has_no_address(address: Any) -> None:
+def test_no_limit_without_an_address(address: Any) -> None:
     assert network_of(address) is None
 
 
@@ -786,11 +727,11 @@ def clients_of(address: str) -> Iterator[Callable[[Any], socket.socket]]:
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="it has one loopback address"
 )
-def test_connections_per_address(reactor: Any, logged: Logged) -> None:
+def test_max_connections_per_address(reactor: Any, logged: Logged) -> None:
     async def main() -> None:
         server = await listen(
             reactor,
-            lambda stream: _read(stream, []),
+            _read_all,
             name="it",
             max_connections_per_address=2,
         )
@@ -830,7 +771,7 @@ def test_unix_sockets_have_no_address(reactor: Any, tmp_path: Path) -> None:
         path = str(tmp_path / "socket")
         server = await serve(
             UNIXServerEndpoint(reactor, path),
-            lambda stream: _read(stream, []),
+            _read_all,
             max_connections_per_address=1,
             reactor=reactor,
         )
@@ -842,8 +783,8 @@ def test_unix_sockets_have_no_address(reactor: Any, tmp_path: Path) -> None:
     run(reactor, main)
 
 
-def test_a_handler_without_its_connection_counts(logged: Logged) -> None:
-    """It holds memory as well; and when it ends, it does not count twice."""
+def test_a_handler_that_outlives_its_connection_counts(logged: Logged) -> None:
+    """It holds memory as well; and its end is not counted twice."""
     end = Event()
 
     async def handler(stream: Stream) -> None:
@@ -852,12 +793,8 @@ def test_a_handler_without_its_connection_counts(logged: Logged) -> None:
     clock = Clock()
     factory = CoroutineFactory(handler, max_connections_per_address=1, reactor=clock)
 
-    def made() -> tuple[Any, _Transport]:
-        protocol: Any = factory.buildProtocol(None)
-        transport = _Transport(peerAddress=IPv4Address("TCP", "192.0.2.1", 1))
-        transport.protocol = protocol
-        protocol.makeConnection(transport)
-        return protocol, transport
+    def made() -> tuple[Any, peers.AbortableTransport]:
+        return peers.connection_of(factory, IPv4Address("TCP", "192.0.2.1", 1))
 
     first, _ = made()
     first.connectionLost(Failure(ConnectionDone()))
@@ -875,14 +812,12 @@ def test_a_handler_without_its_connection_counts(logged: Logged) -> None:
 
 def test_a_stranger_cannot_fill_the_log(logged: Logged) -> None:
     clock = Clock()
-    factory = CoroutineFactory(
-        lambda stream: _read(stream, []), name="it", max_connections=1, reactor=clock
-    )
-    _, first = _made(factory)
+    factory = CoroutineFactory(_read_all, name="it", max_connections=1, reactor=clock)
+    _, first = peers.connection_of(factory)
 
     def knock(times: int) -> None:
         for _ in range(times):
-            assert _made(factory)[1].aborting
+            assert peers.connection_of(factory)[1].aborting
 
     knock(100)
     (line,) = lines(logged, "max_connections")
@@ -893,7 +828,7 @@ def test_a_stranger_cannot_fill_the_log(logged: Logged) -> None:
     assert len(lines(logged, "max_connections")) == 1
     clock.pump([LOOK] * 2)
     assert first.aborting
-    _, first = _made(factory)
+    _, first = peers.connection_of(factory)
     knock(3)
     *_, line = lines(logged, "max_connections")
     assert line.endswith("(max_connections) (199 more since the last such message)")
@@ -905,12 +840,10 @@ def test_a_stranger_cannot_fill_the_log(logged: Logged) -> None:
 
 
 def test_many_silent_peers_make_one_line(logged: Logged) -> None:
-    """More than are looked at in one turn of the reactor."""
+    """There are more connections than are checked in one turn of the reactor."""
     clock = Clock()
-    factory = CoroutineFactory(
-        lambda stream: _read(stream, []), max_connections=None, reactor=clock
-    )
-    transports = [_made(factory)[1] for _ in range(1200)]
+    factory = CoroutineFactory(_read_all, max_connections=None, reactor=clock)
+    transports = [peers.connection_of(factory)[1] for _ in range(1200)]
     clock.pump([LOOK] * (FIRST_BYTE // LOOK + 1))
     assert all(each.aborting for each in transports)
     assert not factory.connections
@@ -918,11 +851,11 @@ def test_many_silent_peers_make_one_line(logged: Logged) -> None:
     assert len([each for each in logged if each["log_namespace"] in _SERVING]) == 1
 
 
-def test_looks_leave_room_for_others(logged: Logged) -> None:
-    """A look at very many connections is made of many short ones."""
+def test_checks_of_many_connections_are_spread_over_turns(logged: Logged) -> None:
+    """So other work has its turn in between."""
     clock = Clock()
     factory = CoroutineFactory(_push, max_connections=None, reactor=clock)
-    protocols = [_made(factory)[0] for _ in range(1200)]
+    protocols = [peers.connection_of(factory)[0] for _ in range(1200)]
     seen: list[int] = []
 
     def count() -> None:
@@ -938,20 +871,16 @@ def test_looks_leave_room_for_others(logged: Logged) -> None:
         each.connectionLost(Failure(ConnectionDone()))
 
 
-def test_handshakes_that_do_not_come_make_one_line(
+def test_many_handshake_timeouts_make_one_line(
     reactor: Any, certificate: PrivateCertificate, logged: Logged
 ) -> None:
     clock = Clock()
 
     async def main() -> None:
-        server = await serve(
-            tls_endpoint(reactor, certificate),
-            lambda stream: _read(stream, []),
-            reactor=clock,
-        )
+        server = await listen(reactor, _read_all, certificate, reactor=clock)
         with contextlib.ExitStack() as stack:
             for _ in range(5):
-                stack.enter_context(socket_to(server))
+                stack.enter_context(peers.socket_to(server))
             await until(lambda: len(server.factory.connections) == 5)
             clock.advance(30)
             await until(lambda: not server.factory.connections)

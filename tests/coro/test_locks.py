@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import weakref
 from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from twisted.internet.defer import (
 )
 from twisted.internet.task import Clock
 
-from tests.coro.support import STYLES
+from tests.coro.support import STYLES, Start, most_left_by_timeouts
 from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     Condition,
@@ -31,23 +30,14 @@ from twisted_rtsig.coro import (
     timeout,
 )
 
-styles = pytest.mark.parametrize("style", STYLES)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
 # Events
 
 
-@styles
-def test_all_who_wait_for_an_event_go_on(clock: Clock, style: str) -> None:
+def test_setting_an_event_resumes_all_waiters(start: Start) -> None:
     event = Event()
     got: list[Any] = []
     for _ in range(3):
-        STYLES[style](clock, [event.wait], got)
+        start([event.wait], got)
     assert not event.is_set
     assert got == []
     event.set()
@@ -55,21 +45,19 @@ def test_all_who_wait_for_an_event_go_on(clock: Clock, style: str) -> None:
     assert got == [None] * 3
 
 
-@styles
-def test_whoever_comes_later_does_not_wait(clock: Clock, style: str) -> None:
+def test_waiting_for_an_event_that_is_set_ends_at_once(start: Start) -> None:
     event = Event()
     event.set()
     event.set()
     got: list[Any] = []
-    STYLES[style](clock, [event.wait, event.wait], got)
+    start([event.wait, event.wait], got)
     assert got == [None, None]
 
 
-@styles
-def test_to_cancel_one_who_waits_for_an_event(clock: Clock, style: str) -> None:
+def test_cancelling_one_waiter_of_an_event_leaves_the_others(start: Start) -> None:
     event = Event()
     got: list[Any] = []
-    waiting = [STYLES[style](clock, [event.wait], got) for _ in range(3)]
+    waiting = [start([event.wait], got) for _ in range(3)]
     waiting[1].cancel()
     assert "2 wait" in repr(event)
     assert got in ([], [CancelledError])
@@ -79,7 +67,7 @@ def test_to_cancel_one_who_waits_for_an_event(clock: Clock, style: str) -> None:
     assert "set" in repr(event)
 
 
-def test_those_who_wait_for_an_event_go_on_in_order(clock: Clock) -> None:
+def test_waiters_of_an_event_are_resumed_in_order(clock: Clock) -> None:
     event = Event()
     order: list[int] = []
     for number in range(3):
@@ -101,18 +89,18 @@ LOCKS: dict[str, Callable[[], Semaphore]] = {
     "semaphore": partial(Semaphore, 1),
     "semaphore with a maximum": partial(Semaphore, 1, 1),
 }
-locks = pytest.mark.parametrize("make", LOCKS.values(), ids=LOCKS)
 
 
-@styles
-@locks
-def test_first_come_first_served(
-    clock: Clock, style: str, make: Callable[[], Semaphore]
-) -> None:
-    lock = make()
+@pytest.fixture(params=LOCKS)
+def lock(request: Any) -> Semaphore:
+    """A lock that one task can hold."""
+    return LOCKS[request.param]()
+
+
+def test_first_come_first_served(start: Start, lock: Semaphore) -> None:
     got: list[list[Any]] = [[] for _ in range(4)]
     for each in got:
-        STYLES[style](clock, [lock.acquire], each)
+        start([lock.acquire], each)
     for number in range(4):
         assert got == [[None]] * (number + 1) + [[]] * (3 - number)
         assert f"{3 - number} wait" in repr(lock)
@@ -123,7 +111,9 @@ def test_first_come_first_served(
 
 @pytest.mark.usefixtures("debug_off")
 @pytest.mark.parametrize("value", [0, 1, 3])
-def test_so_many_may_have_a_semaphore(clock: Clock, value: int) -> None:
+def test_a_semaphore_allows_as_many_holders_as_its_value(
+    clock: Clock, value: int
+) -> None:
     semaphore = Semaphore(value)
     acquired = [semaphore.acquire() for _ in range(5)]
     assert [each.called for each in acquired] == [True] * value + [False] * (5 - value)
@@ -138,15 +128,13 @@ def test_so_many_may_have_a_semaphore(clock: Clock, value: int) -> None:
 
 
 @pytest.mark.usefixtures("debug_off")
-@locks
-def test_try_acquire(make: Callable[[], Semaphore]) -> None:
-    lock = make()
+def test_try_acquire(lock: Semaphore) -> None:
     lock.try_acquire()
     with pytest.raises(WouldBlock, match="is taken"):
         lock.try_acquire()
     waiting = lock.acquire()
     lock.release()
-    # It is that one's, and not of who tries.
+    # The waiter has it now, and try_acquire() does not overtake.
     with pytest.raises(WouldBlock):
         lock.try_acquire()
     assert waiting.called
@@ -155,7 +143,7 @@ def test_try_acquire(make: Callable[[], Semaphore]) -> None:
 
 
 @pytest.mark.parametrize("lock", [Lock(), Semaphore(2, 2), Semaphore(0, 0)])
-def test_to_release_it_too_often(lock: Semaphore) -> None:
+def test_releasing_more_than_was_acquired_raises(lock: Semaphore) -> None:
     value = lock.value
     with pytest.raises(RuntimeError, match="more often than acquired"):
         lock.release()
@@ -163,12 +151,12 @@ def test_to_release_it_too_often(lock: Semaphore) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(-1,), (-1, 3), (4, 3)])
-def test_what_a_semaphore_cannot_begin_with(arguments: tuple[int, ...]) -> None:
+def test_bad_initial_values_of_a_semaphore(arguments: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=f"begin with {arguments[0]}"):
         Semaphore(*arguments)
 
 
-def test_whether_a_lock_is_locked() -> None:
+def test_locked() -> None:
     lock = Lock()
     assert not lock.locked
     lock.try_acquire()
@@ -179,9 +167,7 @@ def test_whether_a_lock_is_locked() -> None:
     assert not lock.locked
 
 
-@locks
-def test_async_with(clock: Clock, make: Callable[[], Semaphore]) -> None:
-    lock = make()
+def test_async_with(clock: Clock, lock: Semaphore) -> None:
     inside: list[int] = []
     most = 0
 
@@ -227,15 +213,12 @@ def test_in_generators(clock: Clock, decorate: Any) -> None:
     assert not lock.locked
 
 
-@styles
-@locks
-def test_one_who_is_cancelled_does_not_take_it_with_him(
-    clock: Clock, style: str, make: Callable[[], Semaphore]
+def test_a_cancelled_waiter_does_not_get_the_lock(
+    start: Start, lock: Semaphore
 ) -> None:
-    lock = make()
     lock.try_acquire()
     got: list[list[Any]] = [[] for _ in range(4)]
-    waiting = [STYLES[style](clock, [lock.acquire], each) for each in got]
+    waiting = [start([lock.acquire], each) for each in got]
     waiting[0].cancel()
     waiting[2].cancel()
     assert "2 wait" in repr(lock)
@@ -250,12 +233,10 @@ def test_one_who_is_cancelled_does_not_take_it_with_him(
 
 
 @pytest.mark.parametrize("how", ["cancel", "timeout"])
-@locks
-def test_one_who_is_cancelled_when_he_has_got_it(
-    clock: Clock, how: str, make: Callable[[], Semaphore]
+def test_a_task_cancelled_before_it_runs_with_the_lock_releases_it(
+    clock: Clock, how: str, lock: Semaphore
 ) -> None:
-    """It is granted, and he has not run yet: he has it, and gives it back."""
-    lock = make()
+    """It holds the lock before it runs, and gives it back."""
     lock.try_acquire()
     had: list[str] = []
 
@@ -288,7 +269,7 @@ def test_one_who_is_cancelled_when_he_has_got_it(
         tasks[0].result()
 
 
-def test_one_who_is_cancelled_while_he_has_it(clock: Clock) -> None:
+def test_a_cancelled_holder_releases_the_lock(clock: Clock) -> None:
     lock = Lock()
 
     async def use() -> None:
@@ -304,33 +285,22 @@ def test_one_who_is_cancelled_while_he_has_it(clock: Clock) -> None:
 
 @frees_at_once
 @pytest.mark.usefixtures("debug_off")
-def test_those_who_give_up_leave_nothing_behind(clock: Clock) -> None:
+def test_waiters_that_time_out_are_freed(clock: Clock) -> None:
     lock = Lock()
     lock.try_acquire()
     patient = lock.acquire()
-    left: weakref.WeakSet[Any] = weakref.WeakSet()
-    most = 0
 
-    async def wait() -> None:
-        nonlocal most
-        for _ in range(1_000):
-            operation = lock.acquire()
-            left.add(operation)
-            with pytest.raises(TimeoutError), timeout(1):
-                await operation
-            del operation
-            most = max(most, len(left))
+    def acquire() -> tuple[Any, Deferred[Any]]:
+        operation = lock.acquire()
+        return operation, operation
 
-    task = spawn(wait, reactor=clock)
-    clock.pump([1] * 1_000)
-    assert task.result() is None
-    assert most <= 3
+    assert most_left_by_timeouts(clock, 1_000, acquire) <= 3
     assert "1 wait" in repr(lock)
     lock.release()
     assert patient.called
 
 
-def test_many_give_up_in_any_order(clock: Clock) -> None:
+def test_many_waiters_are_cancelled_in_any_order(clock: Clock) -> None:
     lock = Lock()
     lock.try_acquire()
     tasks = [spawn(lock.acquire, reactor=clock) for _ in range(1_000)]
@@ -348,7 +318,7 @@ def test_many_give_up_in_any_order(clock: Clock) -> None:
     assert len(patient) == 100
 
 
-def test_callbacks_that_release_it(clock: Clock) -> None:
+def test_callbacks_release_the_lock(clock: Clock) -> None:
     lock = Lock()
     order: list[int] = []
 
@@ -364,36 +334,37 @@ def test_callbacks_that_release_it(clock: Clock) -> None:
     assert not lock.locked
 
 
-@pytest.mark.parametrize("style", ["@inlineCallbacks", "fromCoroutine"])
-def test_many_who_wait_for_an_event_and_set_it(style: str) -> None:
-    event = Event()
+def resume_many(
+    style: str, wait: Callable[[], Any], resume: Callable[[], object]
+) -> None:
+    """Start 10,000 waiters, each of which resumes the next one when it is resumed."""
     got: list[Any] = []
 
-    def set_again() -> Deferred[None]:
-        event.set()
+    def resume_next() -> Deferred[None]:
+        resume()
         return succeed(None)
 
     for _ in range(10_000):
-        STYLES[style](None, [event.wait, set_again], got)
-    event.set()
+        STYLES[style](None, [wait, resume_next], got)
+    resume()
     assert got == [None] * 20_000
 
 
-@pytest.mark.parametrize("style", ["@inlineCallbacks", "fromCoroutine"])
+not_in_tasks = pytest.mark.parametrize("style", ["@inlineCallbacks", "fromCoroutine"])
+
+
+@not_in_tasks
+def test_many_waiters_of_an_event_that_set_it_again(style: str) -> None:
+    event = Event()
+    resume_many(style, event.wait, event.set)
+
+
+@not_in_tasks
 def test_a_long_queue_for_a_lock(style: str) -> None:
     """Each is resumed within the release of the one before, and nothing recurses."""
     lock = Lock()
     lock.try_acquire()
-    got: list[Any] = []
-
-    def release() -> Deferred[None]:
-        lock.release()
-        return succeed(None)
-
-    for _ in range(10_000):
-        STYLES[style](None, [lock.acquire, release], got)
-    lock.release()
-    assert got == [None] * 20_000
+    resume_many(style, lock.acquire, lock.release)
     assert not lock.locked
 
 
@@ -470,7 +441,7 @@ takers = pytest.mark.parametrize("taker", TAKERS)
 
 
 @takers
-def test_who_is_notified_goes_on_in_order(clock: Clock, taker: str) -> None:
+def test_notified_waiters_are_resumed_in_order(clock: Clock, taker: str) -> None:
     box = Mailbox()
     for number in range(4):
         TAKERS[taker](clock, box, number)
@@ -489,7 +460,9 @@ def test_who_is_notified_goes_on_in_order(clock: Clock, taker: str) -> None:
 
 
 @takers
-def test_who_finds_nothing_waits_again(clock: Clock, taker: str) -> None:
+def test_wait_for_waits_again_while_its_predicate_is_false(
+    clock: Clock, taker: str
+) -> None:
     box = Mailbox()
     for number in range(3):
         TAKERS[taker](clock, box, number)
@@ -503,7 +476,7 @@ def test_who_finds_nothing_waits_again(clock: Clock, taker: str) -> None:
 @pytest.mark.parametrize(
     ("count", "go_on"), [(-1, 0), (0, 0), (1, 1), (2, 2), (3, 3), (4, 3), ("all", 3)]
 )
-def test_so_many_are_notified(clock: Clock, count: Any, go_on: int) -> None:
+def test_notify_resumes_the_given_number(clock: Clock, count: Any, go_on: int) -> None:
     condition = Condition()
     done: list[int] = []
 
@@ -533,7 +506,7 @@ def test_so_many_are_notified(clock: Clock, count: Any, go_on: int) -> None:
     assert not condition.lock.locked
 
 
-def test_nobody_is_notified_who_comes_later(clock: Clock) -> None:
+def test_notify_does_not_count_for_later_waiters(clock: Clock) -> None:
     condition = Condition()
 
     async def wait() -> None:
@@ -553,7 +526,7 @@ def test_a_condition_needs_its_lock() -> None:
             method()
 
 
-def test_a_condition_of_somebody_elses_lock(clock: Clock) -> None:
+def test_a_condition_whose_lock_another_task_holds(clock: Clock) -> None:
     lock = Lock()
     conditions = [Condition(lock), Condition(lock)]
     done: list[int] = []
@@ -579,10 +552,10 @@ def test_a_condition_of_somebody_elses_lock(clock: Clock) -> None:
 @pytest.mark.parametrize("how", ["cancel", "timeout"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("locked", [False, True])
-def test_one_who_is_cancelled_has_the_lock_again(
+def test_a_cancelled_waiter_of_a_condition_holds_the_lock(
     clock: Clock, how: str, when: str, locked: bool
 ) -> None:
-    """Before he is notified; or after that, while he waits for the lock."""
+    """It is cancelled before it is notified, or then, while it waits for the lock."""
     condition = Condition()
     seen: list[Any] = []
     has_it: list[str] = []
@@ -595,7 +568,7 @@ def test_one_who_is_cancelled_has_the_lock_again(
                     seen.append("notified")
                     await sleep(60)
             finally:
-                # And nobody else has.
+                # And no other task has.
                 seen.append(condition.lock.locked and not has_it)
 
     async def hold() -> None:
@@ -638,7 +611,7 @@ def test_one_who_is_cancelled_has_the_lock_again(
     ],
 )
 @pytest.mark.parametrize("locked", [False, True])
-def test_a_deferred_that_is_cancelled_has_the_lock_again(
+def test_a_cancelled_deferred_of_a_condition_holds_the_lock(
     clock: Clock, taker: str, locked: bool
 ) -> None:
     box = Mailbox()
@@ -659,7 +632,7 @@ def test_a_deferred_that_is_cancelled_has_the_lock_again(
     assert box.taken == [1]
 
 
-def test_one_who_was_cancelled_is_not_notified(clock: Clock) -> None:
+def test_a_cancelled_waiter_of_a_condition_is_not_notified(clock: Clock) -> None:
     """The next one is."""
     box = Mailbox()
     tasks = [spawn(box.take, number, reactor=clock) for number in range(3)]
@@ -671,7 +644,7 @@ def test_one_who_was_cancelled_is_not_notified(clock: Clock) -> None:
     assert box.taken == [1, 2]
 
 
-def test_wait_for_is_a_deferred_that_has_begun(clock: Clock) -> None:
+def test_wait_for_returns_a_deferred(clock: Clock) -> None:
     condition = Condition()
     condition.lock.try_acquire()
     ready: list[None] = []
@@ -691,7 +664,7 @@ def test_wait_for_is_a_deferred_that_has_begun(clock: Clock) -> None:
     assert condition.lock.locked
 
 
-def test_a_predicate_that_fails(clock: Clock) -> None:
+def test_wait_for_raises_the_error_of_its_predicate(clock: Clock) -> None:
     box = Mailbox()
 
     def fails() -> bool:
@@ -710,7 +683,7 @@ def test_a_predicate_that_fails(clock: Clock) -> None:
     assert not box.condition.lock.locked
 
 
-def test_wait_for_does_not_wait_for_what_is_true(clock: Clock) -> None:
+def test_wait_for_ends_at_once_when_its_predicate_is_true(clock: Clock) -> None:
     box = Mailbox()
     box.put(2)
     assert spawn(box.take_if_there, reactor=clock).result() is None

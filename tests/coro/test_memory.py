@@ -72,8 +72,8 @@ class Peer:
             context.verify_mode = ssl.CERT_NONE
             with context.wrap_socket(plain) as secure:
                 yield secure
-                # To close it would reset the connection: there are tickets that
-                # nobody has read.
+                # To close it would reset the connection: there are unread session
+                # tickets.
                 secure.unwrap()
 
     def sends(self, port: int) -> None:
@@ -101,7 +101,7 @@ def threads() -> Iterator[ThreadPool]:
         pool.stop()
 
 
-def test_a_client_that_sends_without_end(reactor: Any, peer: Peer) -> None:
+def test_memory_for_a_client_that_sends_without_end(reactor: Any, peer: Peer) -> None:
     """The handler does not read, for long; then it does, and all is there."""
     received = grown = 0
 
@@ -127,7 +127,7 @@ def test_a_client_that_sends_without_end(reactor: Any, peer: Peer) -> None:
     assert received == TOTAL
 
 
-def test_a_client_that_never_reads(reactor: Any, peer: Peer) -> None:
+def test_memory_for_a_client_that_does_not_read(reactor: Any, peer: Peer) -> None:
     """The handler writes without end, but is held up; the client gets it all."""
     written = grown = 0
 
@@ -175,7 +175,7 @@ def fed(handler: Any, *pieces: bytes) -> None:
 
 
 @pytest.mark.skipif(ON_PYPY, reason="PyPy copies more")
-def test_what_is_read_whole_is_not_copied() -> None:
+def test_one_large_read_makes_no_copy() -> None:
     piece = bytes(MIB)
     read = []
 
@@ -190,7 +190,9 @@ def test_what_is_read_whole_is_not_copied() -> None:
 
 
 @pytest.mark.parametrize("pieces", [1, 10])
-def test_what_is_kept_is_not_copied(tracemalloc: Any, pieces: int) -> None:
+def test_small_reads_do_not_copy_the_buffered_rest(
+    tracemalloc: Any, pieces: int
+) -> None:
     """Many small reads of much data make copies of what they read, and no more."""
     lines = [b"a line\n" * 100_000] * pieces
     peaks = []

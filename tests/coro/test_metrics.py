@@ -8,8 +8,8 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.coro.support import call, listen, run
-from tests.coro.test_examples import example, failures, meanwhile
+from tests.coro.support import call, failures, listen, run
+from tests.coro.test_examples import example, meanwhile
 from tests.coro.test_examples import reactor as reactor
 from tests.support import DEADLINE
 from twisted_rtsig.coro import Channel, Event, Stream, sleep, spawn

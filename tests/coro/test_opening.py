@@ -208,7 +208,7 @@ def reasons(error: ConnectFailed) -> list[str]:
 
 
 @needs_silent_host
-def test_a_silent_address_holds_nothing_up(reactor: Any) -> None:
+def test_a_silent_address_does_not_delay_the_next_one(reactor: Any) -> None:
     async def main() -> None:
         with silent_host() as (silent, port):
             Resolver(reactor, [silent, "127.0.0.3"])
@@ -227,7 +227,7 @@ def test_a_silent_address_holds_nothing_up(reactor: Any) -> None:
 
 
 @needs_silent_host
-def test_to_cancel_it_gives_up_all_attempts(reactor: Any) -> None:
+def test_cancelling_gives_up_all_attempts(reactor: Any) -> None:
     async def main() -> None:
         with silent_host() as (silent, port):
             resolver = Resolver(reactor, [silent])
@@ -276,7 +276,7 @@ def test_the_address_of_this_side(reactor: Any) -> None:
 # What goes wrong
 
 
-def test_no_attempt_succeeds(reactor: Any) -> None:
+def test_all_attempts_fail(reactor: Any) -> None:
     async def main(port: int) -> None:
         Resolver(reactor, ["127.0.0.1"])
         with pytest.raises(ConnectFailed) as caught:
@@ -361,7 +361,7 @@ def test_the_zone_of_an_address(reactor: Any) -> None:
         ("\N{SNOWMAN WITHOUT SNOW}\N{ZERO WIDTH SPACE}..", "no name of a host"),
     ],
 )
-def test_what_is_no_host(reactor: Any, host: str, why: str) -> None:
+def test_bad_hosts_are_refused(reactor: Any, host: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         open_tcp(host, 80)
 
@@ -382,7 +382,7 @@ def test_arguments_out_of_range(reactor: Any, options: dict[str, Any]) -> None:
         open_tcp(**{"host": "localhost", "port": 80, **options})
 
 
-def test_a_host_is_text(reactor: Any) -> None:
+def test_a_host_of_another_type_is_refused(reactor: Any) -> None:
     with pytest.raises(TypeError, match="as a str"):
         open_tcp(b"localhost", 80)  # type: ignore[arg-type]
 
@@ -425,7 +425,7 @@ def test_tls(
     run(reactor, main)
 
 
-def test_a_handshake_that_does_not_come(reactor: Any) -> None:
+def test_a_missing_handshake_times_out(reactor: Any) -> None:
     async def quiet(stream: Stream) -> None:
         ended.append(await stream.read_until_regex(b"(?s).*never"))
 
@@ -492,7 +492,7 @@ def test_a_unix_socket(reactor: Any, short_folder: Path) -> None:
     run(reactor, main)
 
 
-def test_to_cancel_it_when_it_is_connected_closes_the_connection(
+def test_cancelling_after_the_connection_closes_it(
     reactor: Any,
 ) -> None:
     async def handler(stream: Stream) -> None:

@@ -33,16 +33,11 @@ from twisted_rtsig.coro import (
 )
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
 class Peer:
     """
-    Somebody who says what a test wants.
+    The peer of a stream: the test calls what it does.
 
-    :ivar stream: what a handler has at the other side.
+    :ivar stream: the handler's stream, at the other side.
     """
 
     stream: Stream
@@ -97,7 +92,7 @@ endings = pytest.mark.parametrize("ending", ["a value", "an error"])
 
 
 def end(peer: Peer, ending: str) -> Any:
-    """Let a read come to its end; what it is to be."""
+    """Let a read end; its expected result."""
     if ending == "a value":
         peer.says(b"hello")
         return b"hello"
@@ -108,35 +103,26 @@ def end(peer: Peer, ending: str) -> Any:
 @styles
 @endings
 @pytest.mark.parametrize("used", [False, True])
-def test_it_is_awaited_before_it_is_done(
-    peer: Peer, style: str, ending: str, used: bool
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_operation_is_awaited_before_or_after_its_end(
+    peer: Peer, style: str, ending: str, used: bool, ended: bool
 ) -> None:
     got: list[Any] = []
     reading = peer.stream.read()
     if used:
         reading.addBoth(lambda result: result)
-    STYLES[style]([reading], got)
-    assert got == []
-    assert [end(peer, ending)] == got
-
-
-@styles
-@endings
-@pytest.mark.parametrize("used", [False, True])
-def test_it_is_awaited_when_it_is_done(
-    peer: Peer, style: str, ending: str, used: bool
-) -> None:
-    got: list[Any] = []
-    reading = peer.stream.read()
-    if used:
-        reading.addBoth(lambda result: result)
-    expected = end(peer, ending)
-    STYLES[style]([reading], got)
+    if ended:
+        expected = end(peer, ending)
+        STYLES[style]([reading], got)
+    else:
+        STYLES[style]([reading], got)
+        assert got == []
+        expected = end(peer, ending)
     assert [expected] == got
 
 
 @styles
-def test_what_was_there_already(peer: Peer, style: str) -> None:
+def test_an_operation_that_is_done_at_once(peer: Peer, style: str) -> None:
     got: list[Any] = []
     peer.says(b"one\ntwo\n")
     reads = [peer.stream.read_line(), peer.stream.read_exactly(0)]
@@ -148,7 +134,7 @@ def test_what_was_there_already(peer: Peer, style: str) -> None:
 
 
 @endings
-def test_two_await_it(peer: Peer, ending: str) -> None:
+def test_two_tasks_await_the_same_operation(peer: Peer, ending: str) -> None:
     got: list[Any] = []
     reading = peer.stream.read()
     spawn(_async_def, [reading], got)
@@ -158,7 +144,7 @@ def test_two_await_it(peer: Peer, ending: str) -> None:
 
 
 @endings
-def test_it_is_awaited_twice(peer: Peer, ending: str) -> None:
+def test_an_operation_is_awaited_twice(peer: Peer, ending: str) -> None:
     got: list[Any] = []
     reading = peer.stream.read()
     expected = end(peer, ending)
@@ -166,7 +152,9 @@ def test_it_is_awaited_twice(peer: Peer, ending: str) -> None:
     assert got == [expected, expected]
 
 
-def test_it_waits_for_what_a_callback_returns(peer: Peer, clock: Clock) -> None:
+def test_an_operation_waits_for_the_deferred_that_a_callback_returns(
+    peer: Peer, clock: Clock
+) -> None:
     got: list[Any] = []
     reading = peer.stream.read().addCallback(lambda data: sleep(1, clock))
     spawn(_async_def, [reading], got)
@@ -182,8 +170,8 @@ def _second(second: Any, first: object) -> Any:
 
 
 @endings
-def test_a_callback_returns_it(peer: Peer, ending: str) -> None:
-    """As any Deferred: before it is done, and when it is."""
+def test_a_callback_returns_an_operation(peer: Peer, ending: str) -> None:
+    """As with any Deferred: before its end, and after it."""
     got: list[Any] = []
     for when in range(2):
         deferred: Deferred[Any] = Deferred()
@@ -200,7 +188,7 @@ def test_a_callback_returns_it(peer: Peer, ending: str) -> None:
             return
 
 
-def test_a_callback_returns_what_was_there_already(peer: Peer) -> None:
+def test_a_callback_returns_an_operation_that_is_done(peer: Peer) -> None:
     got: list[Any] = []
     deferred: Deferred[Any] = Deferred()
     peer.says(b"one\ntwo\n")
@@ -213,8 +201,8 @@ def test_a_callback_returns_what_was_there_already(peer: Peer) -> None:
     assert got == [b"one", b"two"]
 
 
-def test_to_cancel_it_is_an_error_for_who_waits(peer: Peer) -> None:
-    """Who has not been cancelled himself; and it can be read again."""
+def test_cancelling_an_operation_is_an_error_for_its_waiters(peer: Peer) -> None:
+    """The waiters were not cancelled themselves; and the stream can be read again."""
     got: list[Any] = []
     reading = peer.stream.read()
     spawn(_async_def, [reading], got)
@@ -227,7 +215,9 @@ def test_to_cancel_it_is_an_error_for_who_waits(peer: Peer) -> None:
 
 
 @pytest.mark.usefixtures("debug_off")
-def test_an_error_that_nobody_asks_for_is_logged(peer: Peer, logged: list[Any]) -> None:
+def test_an_error_that_is_never_retrieved_is_logged(
+    peer: Peer, logged: list[Any]
+) -> None:
     reading = peer.stream.read_line()
     peer.leaves(ConnectionLost())
     del reading
@@ -236,8 +226,8 @@ def test_an_error_that_nobody_asks_for_is_logged(peer: Peer, logged: list[Any]) 
     assert [each.type for each in failures] == [ConnectionLost]
 
 
-def test_what_is_done_is_not_given_to_who_drives_it(peer: Peer) -> None:
-    """So that nobody else has to understand it."""
+def test_a_finished_operation_is_not_yielded_to_the_driver(peer: Peer) -> None:
+    """So no other driver of coroutines has to understand it."""
 
     async def converse(stream: Stream) -> list[bytes]:
         await stream.write(b"hello")
@@ -274,7 +264,7 @@ def test_a_long_chain_of_tasks(clock: Clock) -> None:
 
 
 def test_a_long_line_of_waiters(clock: Clock) -> None:
-    """Each is woken by the one before."""
+    """Each waiter is resumed by the one before."""
     gates: list[Deferred[None]] = [Deferred() for _ in range(100_000)]
 
     async def pass_on(number: int) -> None:
@@ -293,8 +283,8 @@ def test_a_long_line_of_waiters(clock: Clock) -> None:
 
 
 @frees_at_once
-def test_nothing_is_left_of_what_is_over(clock: Clock) -> None:
-    """Nor does it take the garbage collector."""
+def test_finished_operations_are_freed_without_the_collector(clock: Clock) -> None:
+    """By reference counts alone."""
     gone: list[weakref.ref[Any]] = []
 
     class Marked:
@@ -333,7 +323,7 @@ def test_nothing_is_left_of_what_is_over(clock: Clock) -> None:
     assert left == []
 
 
-def test_an_abandoned_one_is_cancelled_to_whoever_asks_later(
+def test_an_abandoned_operation_is_cancelled_for_later_waiters(
     peer: Peer, clock: Clock
 ) -> None:
     async def reads() -> None:
@@ -348,7 +338,7 @@ def test_an_abandoned_one_is_cancelled_to_whoever_asks_later(
     assert task.result() is None
 
 
-def test_writes_that_were_given_up_do_not_pile_up(peer: Peer, clock: Clock) -> None:
+def test_cancelled_writes_are_freed(peer: Peer, clock: Clock) -> None:
     given_up = []
 
     async def writes() -> None:
@@ -372,7 +362,7 @@ def test_writes_that_were_given_up_do_not_pile_up(peer: Peer, clock: Clock) -> N
 
 
 @pytest.mark.usefixtures("debug_off")
-def test_the_marks_at_which_the_transport_is_held_up(peer: Peer) -> None:
+def test_the_limits_at_which_the_transport_is_paused_and_resumed(peer: Peer) -> None:
     transport: Any = peer.stream.transport
     peer.says(bytes(1 << 17))
     assert transport.producerState == "producing"
@@ -386,7 +376,7 @@ def test_the_marks_at_which_the_transport_is_held_up(peer: Peer) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_what_comes_after_close_is_discarded(peer: Peer, when: str) -> None:
+def test_input_after_close_is_discarded(peer: Peer, when: str) -> None:
     """And holds nothing up: under TLS, the farewell of the other side comes last."""
     transport: Any = peer.stream.transport
     if when == "before":
@@ -456,7 +446,7 @@ def test_lines_have_a_limit_by_default(peer: Peer, clock: Clock) -> None:
     ],
 )
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_who_always_has_data_waits_for_its_turn(
+def test_a_task_that_always_has_data_lets_other_tasks_run(
     peer: Peer, clock: Clock, style: str, read: Any, pieces: int
 ) -> None:
     for _ in range(pieces):
@@ -479,7 +469,7 @@ def test_who_always_has_data_waits_for_its_turn(
 
 
 @pytest.mark.parametrize("method", ["write", "close", "write_eof"])
-def test_what_was_lost_and_nobody_waits_for_is_not_logged(
+def test_an_unawaited_operation_of_a_lost_connection_is_not_logged(
     peer: Peer, logged: list[Any], method: str
 ) -> None:
     transport: Any = peer.stream.transport
@@ -494,7 +484,7 @@ def test_what_was_lost_and_nobody_waits_for_is_not_logged(
     assert not [each for each in logged if each.get("log_failure")]
 
 
-def test_no_tls_while_somebody_reads(peer: Peer) -> None:
+def test_start_tls_during_a_read_raises(peer: Peer) -> None:
     reading = peer.stream.read()
     with pytest.raises(BusyResourceError, match="start TLS when none does"):
         peer.stream.start_tls(None)
@@ -528,7 +518,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> type[Counting]:
 def test_each_byte_is_searched_once(
     peer: Peer, counting: type[Counting], end: bytes
 ) -> None:
-    """But for those with which the delimiter may have begun."""
+    """Only the bytes that may begin the delimiter are searched again."""
     reading = peer.stream.read_until(end, 1 << 20)
     size = 10_000
     for _ in range(size):
@@ -539,7 +529,7 @@ def test_each_byte_is_searched_once(
     assert size < counting.searched < size * (len(end) + 1)
 
 
-def test_what_is_kept_is_not_copied_when_more_comes(
+def test_buffered_data_is_not_copied_when_more_arrives(
     peer: Peer, counting: type[Counting]
 ) -> None:
     pieces = [b"%2048d" % number for number in range(200)]
@@ -550,7 +540,7 @@ def test_what_is_kept_is_not_copied_when_more_comes(
     assert counting.made == 1
 
 
-def test_others_that_were_given_up_do_not_pile_up(peer: Peer, clock: Clock) -> None:
+def test_cancelled_waits_are_freed(peer: Peer, clock: Clock) -> None:
     given_up = []
 
     async def tries(start: Callable[[], Deferred[None]]) -> None:

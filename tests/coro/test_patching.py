@@ -67,7 +67,7 @@ def library() -> Any:
     return make_library()
 
 
-def test_only_the_module_and_only_in_the_block(
+def test_patched_affects_only_the_module_and_the_block(
     reactor: Any, library: Any, peer: Peer
 ) -> None:
     before = dict(vars(library))
@@ -103,7 +103,7 @@ def test_only_the_module_and_only_in_the_block(
     until_closed(reactor)
 
 
-def test_nested_and_at_once(reactor: Any, library: Any, peer: Peer) -> None:
+def test_nested_and_simultaneous_blocks(reactor: Any, library: Any, peer: Peer) -> None:
     before = dict(vars(library))
     other = make_library("other")
     at_once = Event()
@@ -171,7 +171,7 @@ def test_tasks_that_outlive_the_block(reactor: Any, library: Any, peer: Peer) ->
     until_closed(reactor)
 
 
-def test_a_task_that_is_dropped_in_the_block(reactor: Any, library: Any) -> None:
+def test_a_task_freed_in_the_block(reactor: Any, library: Any) -> None:
     before = dict(vars(library))
 
     async def coroutine() -> None:
@@ -194,7 +194,7 @@ def test_a_task_that_is_dropped_in_the_block(reactor: Any, library: Any) -> None
         assert vars(library) == before
 
 
-def test_other_values_in_a_module_are_not_touched(library: Any) -> None:
+def test_other_values_of_a_module_are_kept(library: Any) -> None:
     class Odd:
         """As a proxy that knows nothing outside of a request."""
 
@@ -207,7 +207,7 @@ def test_other_values_in_a_module_are_not_touched(library: Any) -> None:
         assert library.socket is not socket
 
 
-def test_what_is_set_meanwhile_stays(library: Any) -> None:
+def test_values_set_in_the_block_stay(library: Any) -> None:
     mine = object()
     with patched(library):
         library.socket = mine
@@ -237,7 +237,9 @@ def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert inner.socket is socket
 
 
-def test_names_and_time_do_not_block(reactor: Any, library: Any) -> None:
+def test_name_lookups_and_sleeps_do_not_block_the_reactor(
+    reactor: Any, library: Any
+) -> None:
     turns = 0
 
     def use() -> None:
@@ -348,7 +350,7 @@ def test_readiness(
     until_closed(reactor)
 
 
-def test_other_descriptors_are_not_polled(reactor: Any, library: Any) -> None:
+def test_polling_other_descriptors_raises(reactor: Any, library: Any) -> None:
     def use() -> None:
         with patched(library), socket.socket() as real:
             for poll in (

@@ -5,9 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import contextvars
-import gc
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Generator
@@ -16,7 +14,17 @@ from typing import Any
 import pytest
 from twisted.internet.defer import CancelledError, Deferred
 
-from tests.coro.support import listen, run_for_real
+from tests.coro.support import (
+    INSTALLS,
+    WAITS_FOR_EVER,
+    ExpectedError,
+    failures,
+    installs,
+    listen,
+    output_of,
+    run_for_real,
+    running,
+)
 from tests.support import DEADLINE
 from twisted_rtsig.coro import (
     TASK_STATUS_IGNORED,
@@ -33,10 +41,6 @@ from twisted_rtsig.coro import (
     spawn,
 )
 from twisted_rtsig.coro.portals import calls_of
-
-
-class Gone(Exception):
-    """What is raised here."""
 
 
 async def in_other_thread(function: Callable[..., Any], *args: Any) -> Any:
@@ -79,7 +83,7 @@ def doubled_at_once(number: int) -> tuple[int, int]:
 
 async def fails() -> None:
     await sleep(0)
-    raise Gone("why")
+    raise ExpectedError("why")
 
 
 @pytest.mark.parametrize(
@@ -128,13 +132,13 @@ def test_the_context_of_the_thread(reactor: Any) -> None:
 def test_errors(reactor: Any) -> None:
     async def main() -> None:
         async with Portal() as portal:
-            with pytest.raises(Gone, match="why"):
+            with pytest.raises(ExpectedError, match="why"):
                 await in_other_thread(portal.call, fails)
             future = await in_other_thread(portal.spawn, fails)
             for _ in range(2):
-                with pytest.raises(Gone, match="why"):
+                with pytest.raises(ExpectedError, match="why"):
                     await in_other_thread(future.result)
-            assert isinstance(future.exception(), Gone)
+            assert isinstance(future.exception(), ExpectedError)
             # What cannot be run at all.
             with pytest.raises(TypeError):
                 await in_other_thread(portal.call, doubled)
@@ -142,7 +146,7 @@ def test_errors(reactor: Any) -> None:
     run_for_real(reactor, main)
 
 
-def test_to_cancel_the_future_cancels_the_task(reactor: Any) -> None:
+def test_cancelling_the_future_cancels_the_task(reactor: Any) -> None:
     begun, cancelled, never = Event(), Event(), Event()
 
     async def wait() -> None:
@@ -180,7 +184,7 @@ def test_to_cancel_the_future_cancels_the_task(reactor: Any) -> None:
     run_for_real(reactor, main)
 
 
-def test_a_task_that_is_cancelled(reactor: Any) -> None:
+def test_the_future_of_a_cancelled_task(reactor: Any) -> None:
     tasks: list[Task[Any]] = []
 
     async def wait() -> None:
@@ -204,7 +208,7 @@ def test_a_task_that_is_cancelled(reactor: Any) -> None:
     run_for_real(reactor, main)
 
 
-def test_the_thread_of_the_reactor_would_wait_for_itself(reactor: Any) -> None:
+def test_a_portal_refuses_the_thread_of_the_reactor(reactor: Any) -> None:
     async def call_from_thread() -> None:
         # With the context of the thread.
         from_thread(sleep, 0)
@@ -221,7 +225,7 @@ def test_the_thread_of_the_reactor_would_wait_for_itself(reactor: Any) -> None:
     run_for_real(reactor, main)
 
 
-def test_a_task_that_says_when_it_is_ready(reactor: Any) -> None:
+def test_starting_a_task_from_a_thread(reactor: Any) -> None:
     async def listen(*, task_status: TaskStatus[str]) -> str:
         await sleep(0)
         task_status.started("ready")
@@ -237,7 +241,7 @@ def test_a_task_that_says_when_it_is_ready(reactor: Any) -> None:
     def work(portal: Portal) -> None:
         future, value = portal.start(listen)
         assert (value, future.result()) == ("ready", "done")
-        with pytest.raises(Gone, match="why"):
+        with pytest.raises(ExpectedError, match="why"):
             portal.start(fails_before)
         with pytest.raises(RuntimeError, match="without a call of"):
             portal.start(never)
@@ -297,7 +301,7 @@ def test_the_tasks_of_a_portal_are_cancelled(reactor: Any, by: str) -> None:
             if by == "stop":
                 await portal.stop(cancel=True)
             elif by == "block":
-                raise Gone
+                raise ExpectedError
 
     async def main() -> None:
         futures: list[Any] = []
@@ -306,7 +310,7 @@ def test_the_tasks_of_a_portal_are_cancelled(reactor: Any, by: str) -> None:
         await sleep(0.01)
         if by == "task":
             running.cancel()
-        with contextlib.suppress(Gone, CancelledError):
+        with contextlib.suppress(ExpectedError, CancelledError):
             await running
         assert cleaned_up.is_set
         assert futures[0].cancelled()
@@ -336,7 +340,7 @@ def test_a_block_that_is_cancelled_again_waits_for_the_tasks(
             await in_other_thread(portal.spawn, wait)
             await begun.wait()
             if raises:
-                raise Gone
+                raise ExpectedError
 
     async def main() -> None:
         running = spawn(block)
@@ -397,23 +401,9 @@ def test_an_interrupt_while_a_task_is_handed_over(
     run_for_real(reactor, main)
 
 
-STOPS = """
-import sys, threading
-{install}
-installed.install()
-from twisted.internet import reactor
-from twisted.internet.error import ReactorNotRunning
-from twisted_rtsig.coro import Event, Portal, sleep, spawn
-
-begun = Event()
-
-async def never():
-    begun.set()
-    try:
-        await Event().wait()
-    finally:
-        print("cancelled\\n", end="", flush=True)
-
+STOPS = (
+    WAITS_FOR_EVER
+    + """
 def wait(portal):
     for function in (never, sleep):
         try:
@@ -433,36 +423,17 @@ reactor.callWhenRunning(spawn, main)
 reactor.run()
 threads[0].join()
 """
-
-INSTALLS = {
-    "select": "from twisted.internet import selectreactor as installed",
-    "asyncio": "from twisted.internet import asyncioreactor as installed",
-    "rtsig-epoll": "from twisted_rtsig import epollreactor as installed",
-}
-
-
-def program(text: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", text],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-        **options,
-    )
+)
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("name", INSTALLS)
-def test_a_reactor_that_stops_tells_the_threads(name: str) -> None:
-    if name == "rtsig-epoll" and not sys.platform.startswith("linux"):
-        pytest.skip("this is about Linux")
-    done = program(STOPS.format(install=INSTALLS[name]))
-    assert done.stderr == ""
-    assert sorted(done.stdout.split()) == ["cancelled", "told", "told"]
+def test_calls_of_threads_fail_when_the_reactor_stops(name: str) -> None:
+    output = output_of(STOPS.format(install=installs(name)))
+    assert sorted(output.split()) == ["cancelled", "told", "told"]
 
 
-def test_an_error_that_no_thread_asks_for_is_logged(
+def test_an_error_that_no_thread_retrieves_is_logged(
     reactor: Any, logged: list[Any]
 ) -> None:
     async def main() -> None:
@@ -471,12 +442,10 @@ def test_an_error_that_no_thread_asks_for_is_logged(
             await in_other_thread(lambda: portal.spawn(fails) and None)
         async with Portal() as portal:
             future = await in_other_thread(portal.spawn, fails)
-        assert isinstance(future.exception(), Gone)
+        assert isinstance(future.exception(), ExpectedError)
 
     run_for_real(reactor, main)
-    gc.collect()
-    failures = [each for each in logged if each.get("log_failure")]
-    assert [each["log_failure"].type for each in failures] == [Gone]
+    assert [each.type for each in failures(logged)] == [ExpectedError]
 
 
 # Asynchronous context managers
@@ -491,7 +460,7 @@ class Manager:
     async def __aenter__(self) -> str:
         await sleep(0)
         if self.fails_to_enter:
-            raise Gone("cannot enter")
+            raise ExpectedError("cannot enter")
         self.seen.append((threading.get_ident(), current_task()))
         return "value"
 
@@ -518,13 +487,15 @@ def test_a_context_manager(reactor: Any) -> None:
             assert entered[0] == threading.get_ident()
             assert error is None
             manager = Manager()
-            with pytest.raises(Gone, match="in the block"):
-                await in_other_thread(work, portal, manager, Gone("in the block"))
-            assert isinstance(manager.seen[-1], Gone)
+            with pytest.raises(ExpectedError, match="in the block"):
+                await in_other_thread(
+                    work, portal, manager, ExpectedError("in the block")
+                )
+            assert isinstance(manager.seen[-1], ExpectedError)
             manager.swallows = True
-            await in_other_thread(work, portal, manager, Gone("in the block"))
+            await in_other_thread(work, portal, manager, ExpectedError("in the block"))
             manager.fails_to_enter = True
-            with pytest.raises(Gone, match="cannot enter"):
+            with pytest.raises(ExpectedError, match="cannot enter"):
                 await in_other_thread(work, portal, manager, None)
 
     run_for_real(reactor, main)
@@ -610,21 +581,11 @@ thread.join()
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize("name", INSTALLS)
 def test_a_reactor_in_the_background(name: str) -> None:
-    if name == "rtsig-epoll" and not sys.platform.startswith("linux"):
-        pytest.skip("this is about Linux")
-    with subprocess.Popen(
-        [sys.executable, "-c", BACKGROUND.format(install=INSTALLS[name])],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as running:
-        try:
-            assert running.stdout is not None
-            lines = [running.stdout.readline().strip() for _ in range(2)]
-            running.send_signal(signal.SIGINT)
-            rest, errors = running.communicate(timeout=DEADLINE)
-        finally:
-            running.kill()
+    with running(BACKGROUND.format(install=installs(name))) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline().strip() for _ in range(2)]
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=DEADLINE)
     assert errors == ""
     assert lines == ["hello", "begun"]
     *middle, last, name = rest.split()

@@ -164,7 +164,7 @@ def test_the_results_are_those_of_subprocess(reactor: Any, check: bool) -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_command_in_every_style(reactor: Any, style: str) -> None:
+def test_run_process_in_every_style(reactor: Any, style: str) -> None:
     got: list[Any] = []
 
     def start() -> Any:
@@ -297,9 +297,7 @@ def test_a_command_that_writes_too_much_is_stopped(
     run_for_real(reactor, main)
 
 
-def test_a_command_that_ends_before_it_is_waited_for(
-    reactor: Any, tmp_path: Path
-) -> None:
+def test_a_command_that_ends_before_the_wait(reactor: Any, tmp_path: Path) -> None:
     """So many tasks are ready that the reactor has its turn before they have run."""
     written = tmp_path / "written"
 
@@ -380,7 +378,7 @@ def test_files_and_descriptors(reactor: Any, tmp_path: Path) -> None:
     run_for_real(reactor, main)
 
 
-def test_one_pipe_and_no_other(reactor: Any) -> None:
+def test_a_single_pipe(reactor: Any) -> None:
     async def main() -> None:
         async with open_process(["cat"], stdout=DEVNULL) as process:
             for read in (
@@ -515,7 +513,7 @@ def test_only_root_can_change_the_user(
             open_process(["true"], reactor=reactor, **options)  # type: ignore[arg-type]
 
 
-def test_a_reactor_with_a_way_of_its_own(reactor: Any) -> None:
+def test_a_reactor_with_its_own_spawn_process(reactor: Any) -> None:
     """What another reactor does in ``spawnProcess`` is done; what it cannot is told."""
     started = []
 
@@ -538,7 +536,7 @@ def test_a_reactor_with_a_way_of_its_own(reactor: Any) -> None:
         reactor.__class__ = before
 
 
-def test_nothing_stays_open(reactor: Any) -> None:
+def test_no_descriptor_stays_open(reactor: Any) -> None:
     async def main() -> None:
         async def some() -> None:
             with contextlib.suppress(FileNotFoundError):
@@ -579,7 +577,7 @@ def test_a_block_that_raises_terminates_first(reactor: Any, tmp_path: Path) -> N
     run_for_real(reactor, main)
 
 
-def test_a_block_that_raises_kills_in_the_end(reactor: Any) -> None:
+def test_a_block_that_raises_kills_after_the_grace(reactor: Any) -> None:
     async def main() -> None:
         process = open_process(shell(STUBBORN), grace=0.01)
         with pytest.raises(Left):
@@ -602,7 +600,7 @@ def test_a_block_that_raises_kills_in_the_end(reactor: Any) -> None:
             await sleep(0.01)
             assert not task.done
             if twice:
-                # The one who cancels again has no patience left.
+                # A second cancellation kills at once.
                 task.cancel()
             else:
                 processes[-1].stop(0)
@@ -659,7 +657,9 @@ def test_signals_by_number_and_name(reactor: Any) -> None:
 
 
 @pytest.mark.parametrize("session", [False, True], ids=["group", "session"])
-def test_the_whole_group_ends(reactor: Any, session: bool, tmp_path: Path) -> None:
+def test_signals_reach_the_whole_process_group(
+    reactor: Any, session: bool, tmp_path: Path
+) -> None:
     # The last one does not mind SIGTERM, and outlives its parent.
     script = f"(trap '' TERM; {STUBBORN}) & echo $! > {tmp_path}/pid; sleep 60"
 
@@ -692,7 +692,7 @@ def test_the_whole_group_ends(reactor: Any, session: bool, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("group", [False, True], ids=["alone", "group"])
 @pytest.mark.parametrize("session", [False, True], ids=["", "session"])
-def test_a_signal_before_the_program_runs_is_not_lost(
+def test_a_signal_sent_before_exec_is_not_lost(
     reactor: Any, group: bool, session: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A forked child has the handlers of this process until it runs its program."""
@@ -724,7 +724,7 @@ def test_a_signal_before_the_program_runs_is_not_lost(
     os.close(go)
 
 
-def test_the_mask_of_this_thread_stays_as_it_is(reactor: Any) -> None:
+def test_the_signal_mask_of_this_thread_is_restored(reactor: Any) -> None:
     async def main() -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         done = await run_process(["grep", "SigBlk", "/proc/self/status"], cwd="/")

@@ -82,8 +82,8 @@ bodies = pytest.mark.parametrize("body", BODIES)
 
 @bodies
 @limits
-def test_what_takes_too_long(clock: Clock, kind: str, body: str) -> None:
-    made: list[Any] = []
+def test_what_takes_too_long_is_cancelled(clock: Clock, kind: str, body: str) -> None:
+    made = []
 
     async def main() -> float:
         made.append(LIMITS[kind](5))
@@ -104,7 +104,7 @@ def test_what_takes_too_long(clock: Clock, kind: str, body: str) -> None:
 
 @bodies
 @limits
-def test_what_is_done_in_time(clock: Clock, kind: str, body: str) -> None:
+def test_a_block_that_ends_in_time(clock: Clock, kind: str, body: str) -> None:
     made: list[Any] = []
 
     async def main() -> float:
@@ -120,7 +120,7 @@ def test_what_is_done_in_time(clock: Clock, kind: str, body: str) -> None:
     assert not clock.getDelayedCalls()
 
 
-def test_the_texts_of_the_errors(clock: Clock) -> None:
+def test_error_messages(clock: Clock) -> None:
     texts: list[str] = []
 
     async def main() -> None:
@@ -143,7 +143,7 @@ def test_the_texts_of_the_errors(clock: Clock) -> None:
 
 
 @limits
-def test_other_errors_pass(clock: Clock, kind: str) -> None:
+def test_other_errors_are_raised(clock: Clock, kind: str) -> None:
     async def main() -> None:
         with LIMITS[kind](5):
             raise KeyError
@@ -154,7 +154,7 @@ def test_other_errors_pass(clock: Clock, kind: str) -> None:
 
 
 @limits
-def test_the_cancellation_of_the_task_passes(clock: Clock, kind: str) -> None:
+def test_the_cancellation_of_the_task_is_raised(clock: Clock, kind: str) -> None:
     made: list[Any] = []
 
     async def main() -> None:
@@ -172,7 +172,7 @@ def test_the_cancellation_of_the_task_passes(clock: Clock, kind: str) -> None:
 @pytest.mark.parametrize(
     ("inner", "outer", "expected"), [(1, 2, (True, True)), (2, 1, (False, True))]
 )
-def test_each_leaves_only_its_own_block(
+def test_each_scope_leaves_only_its_own_block(
     clock: Clock, inner: float, outer: float, expected: tuple[bool, bool]
 ) -> None:
     seen: list[str] = []
@@ -192,8 +192,8 @@ def test_each_leaves_only_its_own_block(
 
 
 @limits
-def test_a_block_that_comes_to_its_end_has_not_expired(clock: Clock, kind: str) -> None:
-    """As the value that it has got must not be taken for none."""
+def test_a_block_that_reaches_its_end_has_not_expired(clock: Clock, kind: str) -> None:
+    """Else the value that the block got would be taken for missing."""
     event: Deferred[str] = Deferred()
 
     async def main() -> tuple[str, bool]:
@@ -214,8 +214,8 @@ def test_a_block_that_comes_to_its_end_has_not_expired(clock: Clock, kind: str) 
 
 @limits
 @pytest.mark.parametrize("seconds", [0, -1])
-def test_no_time_at_all(clock: Clock, kind: str, seconds: float) -> None:
-    """What is there already comes, and nothing is waited for."""
+def test_a_timeout_of_zero(clock: Clock, kind: str, seconds: float) -> None:
+    """Results that are there already are returned; nothing is waited for."""
     if seconds and kind in ("timeout", "move_on_after"):
         with pytest.raises(ValueError, match="0 is the least"):
             LIMITS[kind](seconds)
@@ -252,7 +252,7 @@ def test_no_time_at_all(clock: Clock, kind: str, seconds: float) -> None:
         CancelScope,
     ],
 )
-def test_no_limit(clock: Clock, make: Callable[[], Any]) -> None:
+def test_a_timeout_of_none(clock: Clock, make: Callable[[], Any]) -> None:
     async def main() -> str:
         with make() as limit:
             assert limit.deadline == current_deadline() == math.inf
@@ -269,7 +269,7 @@ def test_no_limit(clock: Clock, make: Callable[[], Any]) -> None:
 @pytest.mark.parametrize(
     "make", [timeout, timeout_at, move_on_after, move_on_at, lambda nan: setting(nan)]
 )
-def test_not_a_number(make: Callable[[float], Any]) -> None:
+def test_a_timeout_of_nan_is_refused(make: Callable[[float], Any]) -> None:
     with pytest.raises(ValueError, match=r"nan|not a number"):
         make(math.nan)
 
@@ -279,7 +279,7 @@ def setting(deadline: float) -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: timeout(1), CancelScope])
-def test_only_in_a_task(make: Callable[[], Any]) -> None:
+def test_scopes_outside_of_a_task_raise(make: Callable[[], Any]) -> None:
     with pytest.raises(NoTaskError), make():
         pass
     with pytest.raises(NoTaskError):
@@ -287,7 +287,7 @@ def test_only_in_a_task(make: Callable[[], Any]) -> None:
 
 
 @limits
-def test_only_once(clock: Clock, kind: str) -> None:
+def test_entering_a_scope_twice_raises(clock: Clock, kind: str) -> None:
     async def main() -> None:
         limit = LIMITS[kind](5)
         with limit:
@@ -334,8 +334,8 @@ def test_the_deadline_is_moved(
 
 
 @pytest.mark.parametrize("kind", ["timeout", "move_on_at"])
-def test_a_limit_on_silence(clock: Clock, kind: str) -> None:
-    """It is moved again and again, as for a peer that must not be silent."""
+def test_a_deadline_moved_on_each_arrival(clock: Clock, kind: str) -> None:
+    """A peer must not be silent for long: each arrival moves the deadline."""
 
     async def main() -> float:
         with quiet(kind), LIMITS[kind](3) as limit:
@@ -351,7 +351,7 @@ def test_a_limit_on_silence(clock: Clock, kind: str) -> None:
     assert not clock.getDelayedCalls()
 
 
-def test_a_deadline_that_is_moved_too_late(clock: Clock) -> None:
+def test_moving_a_deadline_too_late(clock: Clock) -> None:
     async def main() -> None:
         with move_on_after(1) as limit:
             try:
@@ -394,7 +394,7 @@ def test_a_delayed_call_that_other_code_has_cancelled(
 
 @pytest.mark.parametrize("where", ["before", "inside", "outside"])
 @pytest.mark.parametrize("reason", [None, "no longer wanted"])
-def test_to_cancel_a_scope(clock: Clock, where: str, reason: str | None) -> None:
+def test_cancelling_a_scope(clock: Clock, where: str, reason: str | None) -> None:
     made: list[CancelScope] = []
     texts: list[tuple[str | None, str]] = []
 
@@ -427,7 +427,7 @@ def test_to_cancel_a_scope(clock: Clock, where: str, reason: str | None) -> None
     assert not clock.getDelayedCalls()
 
 
-def test_to_cancel_a_scope_in_a_generator(clock: Clock) -> None:
+def test_cancelling_a_scope_in_a_generator(clock: Clock) -> None:
     scope = CancelScope()
 
     @coroutine
@@ -444,7 +444,7 @@ def test_to_cancel_a_scope_in_a_generator(clock: Clock) -> None:
     assert scope.cancelled
 
 
-def test_to_cancel_a_scope_after_its_block(clock: Clock) -> None:
+def test_cancelling_a_scope_after_its_block(clock: Clock) -> None:
     async def main() -> str:
         with CancelScope() as scope:
             await sleep(0)
@@ -504,7 +504,7 @@ def test_the_effective_deadline(clock: Clock) -> None:
 
 
 def test_the_effective_deadline_in_groups(clock: Clock) -> None:
-    """What cancels the block of a group cancels the tasks of it."""
+    """A scope that cancels the block of a group cancels its tasks."""
     seen: dict[str, float] = {}
 
     async def child(name: str) -> None:
@@ -551,7 +551,7 @@ def test_the_effective_deadline_in_groups(clock: Clock) -> None:
     }
 
 
-def test_the_effective_deadline_of_what_is_cancelled(clock: Clock) -> None:
+def test_the_effective_deadline_of_a_cancelled_task(clock: Clock) -> None:
     seen: list[float] = []
 
     async def child() -> None:
@@ -618,7 +618,7 @@ def test_on_a_reactor(reactor: Any) -> None:
 
 
 def test_cancelled_everywhere() -> None:
-    """That the task is cancelled is no reason to leave one of these blocks."""
+    """The cancellation of the task leaves none of these blocks quietly."""
 
     async def cancel_later(scope: CancelScope) -> None:
         await sleep(1)
@@ -645,8 +645,8 @@ def test_cancelled_everywhere() -> None:
     assert cancel_everywhere(handler, peer) == 3
 
 
-def test_a_task_that_is_cancelled_twice_is_told_once(clock: Clock) -> None:
-    """As in asyncio: unless it was told in between."""
+def test_two_cancellations_before_a_step_are_delivered_once(clock: Clock) -> None:
+    """As in asyncio, unless the first one is delivered in between."""
     told: list[str] = []
 
     async def cleans_up() -> None:

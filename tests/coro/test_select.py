@@ -20,7 +20,15 @@ from twisted.internet.defer import (
 )
 from twisted.internet.task import Clock
 
-from tests.coro.support import STYLES, connected, run
+from tests.coro.support import (
+    STYLES,
+    Start,
+    connected,
+    failures,
+    ignore_error,
+    run,
+    styles,
+)
 from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     Cancelled,
@@ -31,7 +39,6 @@ from twisted_rtsig.coro import (
     Event,
     Stream,
     Task,
-    channels,
     coroutine,
     move_on_after,
     select,
@@ -41,34 +48,16 @@ from twisted_rtsig.coro import (
 )
 from twisted_rtsig.coro.testing import cancel_everywhere
 
-styles = pytest.mark.parametrize("style", STYLES)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-def failures(logged: list[Any]) -> list[Any]:
-    """Which errors were logged, once nobody can look at them any more."""
-    gc.collect()
-    return [each["log_failure"].type for each in logged if each.get("log_failure")]
-
-
-def quiet(operation: Deferred[Any]) -> Deferred[Any]:
-    """One whose error is no surprise."""
-    return operation.addErrback(lambda _: None)
-
 
 class Kind(NamedTuple):
     """
     Something to select.
 
-    :ivar case: it.
-    :ivar happen: makes it happen.
-    :ivar value: what comes of it.
-    :ivar untouched: whether it is as if nobody had ever selected it, or taken what
-        there is.
+    :ivar case: the argument of ``select``.
+    :ivar happen: makes the case ready.
+    :ivar value: the result of the case.
+    :ivar untouched: whether the case is as if it had never been selected, and its value
+        is still there.
     """
 
     case: Any
@@ -163,7 +152,7 @@ def a_deferred(clock: Clock) -> Kind:
     def untouched() -> bool:
         if not deferred.called:
             return not cancelled
-        # It is there for everybody else as well.
+        # Other waiters can still get the value.
         got: list[str] = []
         deferred.addCallback(take, got)
         return got == ["value"]
@@ -205,7 +194,9 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 @styles
 @kinds
-def test_what_there_is_already(clock: Clock, style: str, kind: str) -> None:
+def test_a_case_that_is_ready_is_chosen_at_once(
+    clock: Clock, style: str, kind: str
+) -> None:
     what = KINDS[kind](clock)
     what.happen()
     other: Channel[int] = Channel(0)
@@ -221,13 +212,14 @@ def test_what_there_is_already(clock: Clock, style: str, kind: str) -> None:
     assert other.statistics().receivers == 0
 
 
-@styles
 @kinds
-def test_what_comes_to_be(clock: Clock, style: str, kind: str) -> None:
+def test_the_case_that_becomes_ready_is_chosen(
+    start: Start, clock: Clock, kind: str
+) -> None:
     what = KINDS[kind](clock)
     other: Channel[int] = Channel(0)
     got: list[Any] = []
-    STYLES[style](clock, [lambda: select(other, what.case)], got)
+    start([lambda: select(other, what.case)], got)
     assert got == []
     assert other.statistics().receivers == 1
     what.happen()
@@ -238,8 +230,8 @@ def test_what_comes_to_be(clock: Clock, style: str, kind: str) -> None:
 
 
 @kinds
-def test_the_others_are_left_alone(clock: Clock, kind: str) -> None:
-    """And they may still happen; first those that happen after the one is chosen."""
+def test_the_other_cases_are_left_alone(clock: Clock, kind: str) -> None:
+    """They may still happen, also right after the choice."""
     made = {name: make(clock) for name, make in KINDS.items()}
     cases = [each.case for each in made.values()]
     got: list[Any] = []
@@ -255,7 +247,7 @@ def test_the_others_are_left_alone(clock: Clock, kind: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_of_all_that_is_there_one_happens(clock: Clock, seed: int) -> None:
+def test_only_one_of_several_ready_cases_happens(clock: Clock, seed: int) -> None:
     random.seed(seed)
     made = [make(clock) for make in KINDS.values()]
     for each in made:
@@ -267,7 +259,7 @@ def test_of_all_that_is_there_one_happens(clock: Clock, seed: int) -> None:
     assert all(each.untouched() for each in made)
 
 
-def test_each_has_its_turn(clock: Clock) -> None:
+def test_ready_cases_are_chosen_in_turns(clock: Clock) -> None:
     random.seed(1)
     ready: list[Channel[int]] = [Channel(1) for _ in range(4)]
     chosen: Counter[int] = Counter()
@@ -286,8 +278,8 @@ def test_each_has_its_turn(clock: Clock) -> None:
 
 
 @kinds
-def test_the_same_thing_twice(clock: Clock, kind: str) -> None:
-    """It happens once."""
+def test_the_same_case_twice(clock: Clock, kind: str) -> None:
+    """Only one of the two happens."""
     for before in (True, False):
         what = KINDS[kind](clock)
         if before:
@@ -318,7 +310,7 @@ def test_two_selects_meet(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("receives_first", [True, False])
-def test_one_that_sends_and_receives_never_meets_itself(
+def test_a_select_never_receives_its_own_value(
     clock: Clock, receives_first: bool
 ) -> None:
     channel: Channel[str] = Channel(0)
@@ -343,7 +335,7 @@ def test_one_that_sends_and_receives_never_meets_itself(
 
 
 @pytest.mark.parametrize("receives_first", [True, False])
-def test_nor_is_it_sent_what_it_sends_when_it_is_closed(
+def test_a_select_never_receives_its_own_value_when_the_channel_closes(
     clock: Clock, receives_first: bool
 ) -> None:
     channel: Channel[str] = Channel(0)
@@ -358,11 +350,10 @@ def test_nor_is_it_sent_what_it_sends_when_it_is_closed(
 
 
 @pytest.mark.parametrize("own", ["first", "last", "only"])
-def test_nor_in_the_turn_that_it_has_waited_for(
-    clock: Clock, own: str, monkeypatch: pytest.MonkeyPatch
+def test_a_select_never_receives_its_own_value_in_a_later_turn(
+    clock: Clock, own: str, one_in_a_turn: None
 ) -> None:
-    """The others meet it, and each other, in their order."""
-    monkeypatch.setattr(channels, "_AT_ONCE_IN_A_TURN", 1)
+    """The other operations meet it, and each other, in order."""
     channel: Channel[str] = Channel(0)
     got: list[Any] = []
 
@@ -403,9 +394,7 @@ def test_nor_in_the_turn_that_it_has_waited_for(
 
 
 @styles
-def test_one_that_is_cancelled_leaves_everything_as_it_was(
-    clock: Clock, style: str
-) -> None:
+def test_a_cancelled_select_leaves_its_cases_alone(clock: Clock, style: str) -> None:
     made = {name: make(clock) for name, make in KINDS.items()}
     got: list[Any] = []
     waiting = STYLES[style](
@@ -419,7 +408,7 @@ def test_one_that_is_cancelled_leaves_everything_as_it_was(
     assert [name for name, each in made.items() if not each.untouched()] == []
 
 
-def test_a_timeout_around_it(clock: Clock) -> None:
+def test_a_timeout_around_a_select(clock: Clock) -> None:
     channel: Channel[int] = Channel(0)
 
     async def main() -> None:
@@ -434,8 +423,8 @@ def test_a_timeout_around_it(clock: Clock) -> None:
     assert not clock.getDelayedCalls()
 
 
-def test_a_value_that_was_chosen_is_not_lost(clock: Clock) -> None:
-    """When it is cancelled between that and its next step."""
+def test_a_cancelled_select_does_not_lose_its_value(clock: Clock) -> None:
+    """It is cancelled after the choice, before its next step."""
     channel: Channel[int] = Channel(0)
     got: list[Any] = []
 
@@ -489,14 +478,14 @@ def test_a_loop_leaves_nothing_behind(clock: Clock) -> None:
     assert not clock.getDelayedCalls()
 
 
-def test_it_keeps_nothing_alive(clock: Clock) -> None:
+def test_a_finished_select_keeps_no_case_alive(clock: Clock) -> None:
     async def wait() -> None:
         await select(Event())
 
     happens = Event()
     unfired: Deferred[None] = Deferred()
     waiting = spawn(wait, reactor=clock)
-    quiet(select(happens, unfired, waiting, Deadline(1, clock))).cancel()
+    ignore_error(select(happens, unfired, waiting, Deadline(1, clock))).cancel()
     gone: list[weakref.ref[Any]] = [
         weakref.ref(happens),
         weakref.ref(unfired),
@@ -509,8 +498,8 @@ def test_it_keeps_nothing_alive(clock: Clock) -> None:
 
 @pytest.mark.parametrize("waits", [True, False])
 @pytest.mark.parametrize("kind", ["Deferred", "Task"])
-def test_an_error_keeps_nothing_alive(clock: Clock, waits: bool, kind: str) -> None:
-    """Whose traceback leads to the Deferred, or to the task."""
+def test_an_error_keeps_no_case_alive(clock: Clock, waits: bool, kind: str) -> None:
+    """The traceback of the error leads to the Deferred, or to the task."""
 
     def run() -> list[weakref.ref[Any]]:
         gate: Deferred[None] = Deferred()
@@ -540,9 +529,8 @@ def test_an_error_keeps_nothing_alive(clock: Clock, waits: bool, kind: str) -> N
 # Errors
 
 
-@styles
 @pytest.mark.parametrize("waits", [True, False])
-def test_the_end_of_a_channel(clock: Clock, style: str, waits: bool) -> None:
+def test_the_end_of_a_channel(start: Start, waits: bool) -> None:
     channel: Channel[int] = Channel(0)
     other: Channel[int] = Channel(0)
     got: list[Any] = []
@@ -553,13 +541,13 @@ def test_the_end_of_a_channel(clock: Clock, style: str, waits: bool) -> None:
 
     if not waits:
         channel.close()
-    STYLES[style](clock, [at_end], got)
+    start([at_end], got)
     channel.close()
     assert got == [channel]
     assert other.statistics().receivers == 0
 
 
-def test_what_is_left_in_one_that_is_closed(clock: Clock) -> None:
+def test_select_receives_the_values_left_in_a_closed_channel(clock: Clock) -> None:
     channel: Channel[int] = Channel(1)
     channel.try_send(1)
     channel.close()
@@ -568,32 +556,28 @@ def test_what_is_left_in_one_that_is_closed(clock: Clock) -> None:
     assert got == [(channel, 1), EndOfChannel]
 
 
-@styles
 @pytest.mark.parametrize("waits", [True, False])
-def test_to_send_to_one_that_is_closed(clock: Clock, style: str, waits: bool) -> None:
+def test_select_of_a_send_to_a_closed_channel_raises(start: Start, waits: bool) -> None:
     channel: Channel[int] = Channel(0)
     got: list[Any] = []
     if not waits:
         channel.close()
-    STYLES[style](clock, [lambda: select(Event(), channel.sending(1))], got)
+    start([lambda: select(Event(), channel.sending(1))], got)
     channel.close()
     assert got == [ChannelClosed]
     assert channel.statistics() == (0, 0, 0, 0, True, 0, 0)
 
 
-@styles
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_deferred_that_fails(
-    clock: Clock, style: str, waits: bool, logged: list[Any]
-) -> None:
-    """Whoever has chosen it has seen to it."""
+def test_a_deferred_that_fails(start: Start, waits: bool, logged: list[Any]) -> None:
+    """The task that has chosen it has handled the error, so it is not logged."""
     deferred: Deferred[None] = Deferred()
     got: list[Any] = []
     if not waits:
         deferred.errback(KeyError())
     cases: list[Any] = [Event(), deferred]
     for _ in range(2):
-        STYLES[style](clock, [lambda: select(*cases)], got)
+        start([lambda: select(*cases)], got)
     if waits:
         deferred.errback(KeyError())
     assert got == [KeyError, KeyError]
@@ -612,14 +596,13 @@ def test_a_deferred_that_fails_and_is_not_chosen(
     assert waiting.result == (happens, None)
     deferred.errback(KeyError())
     del deferred, waiting
-    assert failures(logged) == [KeyError]
+    assert [each.type for each in failures(logged)] == [KeyError]
 
 
-@styles
 @pytest.mark.parametrize("waits", [True, False])
 @pytest.mark.parametrize("how", ["fails", "is cancelled"])
 def test_a_task_that_does_not_succeed(
-    clock: Clock, style: str, waits: bool, how: str, logged: list[Any]
+    start: Start, clock: Clock, waits: bool, how: str, logged: list[Any]
 ) -> None:
     gate: Deferred[None] = Deferred()
 
@@ -640,7 +623,7 @@ def test_a_task_that_does_not_succeed(
     if not waits:
         end()
     for _ in range(2):
-        STYLES[style](clock, [lambda: select(*cases)], got)
+        start([lambda: select(*cases)], got)
     if waits:
         end()
     assert got == [KeyError if how == "fails" else CancelledError] * 2
@@ -662,7 +645,7 @@ def test_a_task_that_fails_and_is_not_chosen(clock: Clock, logged: list[Any]) ->
     gate.errback(KeyError())
     assert waiting.result == (happens, None)
     del task, waiting
-    assert failures(logged) == [KeyError]
+    assert [each.type for each in failures(logged)] == [KeyError]
 
 
 class Pollable:
@@ -673,7 +656,7 @@ class Pollable:
 
 
 @pytest.mark.parametrize("what", [None, 3, "channel", Pollable()])
-def test_what_cannot_be_selected(what: Any) -> None:
+def test_select_refuses_other_types(what: Any) -> None:
     channel: Channel[int] = Channel(1)
     channel.try_send(1)
     with pytest.raises(TypeError, match="cannot wait for"):
@@ -681,7 +664,7 @@ def test_what_cannot_be_selected(what: Any) -> None:
     assert channel.try_receive() == 1
 
 
-def test_nothing_to_wait_for() -> None:
+def test_select_without_cases() -> None:
     with pytest.raises(ValueError, match="without anything"):
         select()
 
@@ -715,7 +698,7 @@ def test_a_deadline_for_several_selects(clock: Clock) -> None:
     assert channel.statistics().receivers == 0
 
 
-def test_what_a_deadline_tells(clock: Clock) -> None:
+def test_the_attributes_of_a_deadline(clock: Clock) -> None:
     deadline = Deadline(10, clock)
     clock.advance(4)
     assert deadline.remaining == 6
@@ -725,13 +708,13 @@ def test_what_a_deadline_tells(clock: Clock) -> None:
     assert not clock.getDelayedCalls()
 
 
-def test_a_deadline_is_now(clock: Clock) -> None:
+def test_a_deadline_of_now(clock: Clock) -> None:
     waiting = select(Deadline(0, clock), Event())
     assert waiting.called
     waiting.cancel()
 
 
-def test_one_of_those_who_wait_for_a_deadline_cancels_the_others(clock: Clock) -> None:
+def test_a_waiter_of_a_deadline_cancels_the_others(clock: Clock) -> None:
     deadline = Deadline(1, clock)
     got: list[Any] = []
     tasks: list[Task[Any]] = []
@@ -749,7 +732,7 @@ def test_one_of_those_who_wait_for_a_deadline_cancels_the_others(clock: Clock) -
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan")])
-def test_no_deadline_has_passed(clock: Clock, seconds: float) -> None:
+def test_a_negative_deadline_is_refused(clock: Clock, seconds: float) -> None:
     with pytest.raises(ValueError, match="0 is the least"):
         Deadline(seconds, clock)
 
@@ -787,7 +770,7 @@ def test_a_callback_cancels_another_select(clock: Clock) -> None:
     assert channel.statistics().receivers == 0
 
 
-def test_a_failed_deferred_is_seen_by_those_who_come_late(logged: list[Any]) -> None:
+def test_a_later_select_sees_a_failed_deferred_as_well(logged: list[Any]) -> None:
     failed = fail(KeyError())
     got: list[Any] = []
     STYLES["fromCoroutine"](None, [partial(select, failed)] * 3, got)
@@ -898,7 +881,7 @@ def test_a_function_that_fails(clock: Clock, how: str, logged: list[Any]) -> Non
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_function_is_not_called_if_there_is_something(
+def test_a_function_is_not_called_if_another_case_is_ready(
     clock: Clock, seed: int
 ) -> None:
     """Or is called, and cancelled at once."""
@@ -932,7 +915,7 @@ def test_a_function_that_cannot_wait(clock: Clock, what: Any) -> None:
 
 
 def test_a_function_that_makes_another_case_happen(clock: Clock) -> None:
-    """One that was looked at before: it is looked at again."""
+    """A case that was looked at before: it is looked at again."""
     for seed in range(20):
         random.seed(seed)
         event, channel = Event(), Channel[int](1)
@@ -949,8 +932,8 @@ def test_a_function_that_makes_another_case_happen(clock: Clock) -> None:
         assert called[0].called
 
 
-def test_what_is_cancelled_makes_another_case_happen(clock: Clock) -> None:
-    """It is too late for that one."""
+def test_a_cancelled_function_makes_another_case_happen(clock: Clock) -> None:
+    """The other case comes too late to be chosen."""
     event, other = Event(), Event()
     channel: Channel[int] = Channel(1)
 
@@ -968,7 +951,7 @@ def test_what_is_cancelled_makes_another_case_happen(clock: Clock) -> None:
     assert channel.try_receive() == 1
 
 
-def test_a_loser_that_fails_to_clean_up_is_logged(
+def test_an_error_in_the_cleanup_of_a_cancelled_function_is_logged(
     clock: Clock, logged: list[Any]
 ) -> None:
     async def fails() -> None:
@@ -981,10 +964,10 @@ def test_a_loser_that_fails_to_clean_up_is_logged(
     got = spawn(select, fails, event, reactor=clock)
     event.set()
     assert got.result() == (event, None)
-    assert failures(logged) == [KeyError]
+    assert [each.type for each in failures(logged)] == [KeyError]
 
 
-def test_the_reason_of_a_loser(clock: Clock) -> None:
+def test_the_reason_of_the_cancelled_function(clock: Clock) -> None:
     told: list[str] = []
 
     async def waits() -> None:
@@ -1001,14 +984,13 @@ def test_the_reason_of_a_loser(clock: Clock) -> None:
     assert told == ["select() does not wait for it any more"]
 
 
-def test_a_value_that_is_handed_over_at_the_same_moment(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
+def test_a_received_value_wins_over_a_case_that_its_sender_makes_happen(
+    clock: Clock, one_in_a_turn: None
 ) -> None:
     """
     The sender is told that it has been received, and makes another case happen at once:
     the value is chosen.
     """
-    monkeypatch.setattr(channels, "_AT_ONCE_IN_A_TURN", 1)
     channel: Channel[str] = Channel(0)
     event = Event()
     got: list[Any] = []
@@ -1028,13 +1010,12 @@ def test_a_value_that_is_handed_over_at_the_same_moment(
     assert channel.statistics() == (0, 0, 0, 0, False, 0, 0)
 
 
-@styles
-def test_functions_in_each_style(clock: Clock, style: str) -> None:
+def test_functions_in_each_style(start: Start, clock: Clock) -> None:
     channel: Channel[str] = Channel(1)
     receive = channel.receive
     got: list[Any] = []
     step = partial(select, receive, Event(), lambda: sleep(1, clock))
-    STYLES[style](clock, [step, step], got)
+    start([step, step], got)
     channel.try_send("value")
     assert got == [(receive, "value")]
     assert len(clock.getDelayedCalls()) == 1
@@ -1046,7 +1027,7 @@ def test_functions_in_each_style(clock: Clock, style: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_no_value_is_lost(clock: Clock, seed: int) -> None:
+def test_random_selects_lose_no_value(clock: Clock, seed: int) -> None:
     """
     Whatever is chosen, and however often a select is cancelled: each value is received
     once, by the functions, by the cases and by plain receives.

@@ -80,7 +80,7 @@ def messages(logged: list[Any]) -> list[str]:
 
 
 @handlers
-def test_it_starts_stops_and_starts_again(reactor: Any, handler: Any) -> None:
+def test_a_service_starts_stops_and_starts_again(reactor: Any, handler: Any) -> None:
     service = made(reactor, handler)
     assert verifyObject(IService, service)
 
@@ -128,7 +128,7 @@ def test_several_services_start_and_stop_together(
     assert len(messages(logged)) == 3
 
 
-def test_it_tells_how_handlers_have_ended(reactor: Any, logged: list[Any]) -> None:
+def test_stopping_logs_how_the_handlers_ended(reactor: Any, logged: list[Any]) -> None:
     never = Event()
 
     async def handler(stream: Stream) -> None:
@@ -168,7 +168,7 @@ def test_it_tells_how_handlers_have_ended(reactor: Any, logged: list[Any]) -> No
     assert "handler" in message.split(" has stopped")[0]
 
 
-def test_stop_of_a_server_tells_the_same(reactor: Any) -> None:
+def test_stopping_a_server_logs_the_same(reactor: Any) -> None:
     async def main() -> Stopped:
         endpoint = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
         server = await serve(endpoint, shout, reactor=reactor)
@@ -213,7 +213,7 @@ def test_connections_in_the_backlog_are_served(reactor: Any) -> None:
 # Twisted before 24.10 leaves the socket to the garbage collector.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_it_cannot_listen(reactor: Any) -> None:
+def test_a_service_that_cannot_listen(reactor: Any) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -239,7 +239,7 @@ class _Slow:
         return self.listening
 
 
-def test_it_fails_to_listen_after_a_while(logged: list[Any]) -> None:
+def test_listening_fails_later(logged: list[Any]) -> None:
     endpoint = _Slow()
     service = CoroutineService(endpoint, shout)
     service.startService()
@@ -249,7 +249,7 @@ def test_it_fails_to_listen_after_a_while(logged: list[Any]) -> None:
     assert isinstance(event["log_failure"].value, OSError)
 
 
-def test_it_is_stopped_before_it_listens(logged: list[Any]) -> None:
+def test_stopping_before_it_listens(logged: list[Any]) -> None:
     endpoint = _Slow()
     service = CoroutineService(endpoint, shout)
     service.startService()
@@ -300,7 +300,7 @@ def _deferred_early(reactor: Any, endpoint: Any, factory: Any, go_on: Event) -> 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("way", [_late, _early, _deferred, _deferred_early])
-def test_it_does_not_listen_after_it_was_stopped(
+def test_a_stopped_service_does_not_listen(
     reactor: Any, logged: list[Any], way: Any
 ) -> None:
     ports: list[Any] = []
@@ -349,7 +349,7 @@ def test_it_does_not_listen_after_it_was_stopped(
     assert failures == []
 
 
-def test_the_endpoint_does_not_end(reactor: Any, logged: list[Any]) -> None:
+def test_an_endpoint_that_never_listens(reactor: Any, logged: list[Any]) -> None:
     never = Event()
 
     class Endpoint:
@@ -373,7 +373,7 @@ def test_the_endpoint_does_not_end(reactor: Any, logged: list[Any]) -> None:
     assert "has stopped before its endpoint listens" in event["log_format"]
 
 
-def test_the_canceller_of_the_endpoint_fails(logged: list[Any]) -> None:
+def test_an_endpoint_whose_canceller_fails(logged: list[Any]) -> None:
     def fail(deferred: Any) -> None:
         raise ZeroDivisionError
 
@@ -503,7 +503,7 @@ def test_a_stop_within_a_stop_waits_for_it(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_to_cancel_a_stop_ends_the_grace(reactor: Any, logged: list[Any]) -> None:
+def test_cancelling_a_stop_ends_the_grace(reactor: Any, logged: list[Any]) -> None:
     clean = Event()
 
     async def handler(stream: Stream) -> None:
@@ -541,7 +541,7 @@ def test_to_cancel_a_stop_ends_the_grace(reactor: Any, logged: list[Any]) -> Non
         ({"speed": "high"}, TypeError),
     ],
 )
-def test_wrong_options(options: Any, error: type[Exception]) -> None:
+def test_wrong_options_are_refused(options: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         CoroutineService(_Slow(), shout, **options)
 
@@ -556,7 +556,7 @@ def test_the_options_that_are_passed_on_are_all_of_a_factory() -> None:
         assert f":param {name}: " in str(CoroutineFactory.__doc__)
 
 
-def test_not_a_handler() -> None:
+def test_a_handler_that_is_not_callable_is_refused() -> None:
     with pytest.raises(TypeError, match="a handler is a function of a stream"):
         CoroutineService(_Slow(), "shout")  # type: ignore[arg-type]
 

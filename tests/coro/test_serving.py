@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import weakref
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Generator
 from typing import Any
 
 import pytest
@@ -32,21 +32,33 @@ from twisted.internet.error import (
 from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.ssl import PrivateCertificate, optionsForClientTLS
 from twisted.internet.task import Clock
-from twisted.internet.testing import StringTransport
 from twisted.logger import LogLevel
 from twisted.python.failure import Failure
 
+from tests.coro.peers import (
+    AbortableTransport,
+    connection_of,
+    read_slowly,
+    secure_as_client,
+    socket_to,
+    unread_client,
+    write_and_end,
+    write_and_wait,
+)
 from tests.coro.support import (
+    Certificate,
+    Logged,
     call,
     client_endpoint,
     connected,
+    failures,
     listen,
     run,
     run_for_real,
     spin,
     tls_endpoint,
+    until,
 )
-from tests.coro.test_tls import Peer, client_context, socket_to, until
 from tests.support import DEADLINE, ON_PYPY
 from twisted_rtsig.coro import (
     Cancelled,
@@ -78,15 +90,9 @@ from twisted_rtsig.coro.tracebacks import causes
 # Twisted and pyOpenSSL hold different opinions on what is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-Logged = list[dict[str, Any]]
-
-
-def failures(logged: Logged) -> list[Any]:
-    return [each["log_failure"].value for each in logged if each.get("log_failure")]
-
 
 async def _until_told(stream: Stream) -> None:
-    """A handler that does what it is told, a word at a time."""
+    """A handler that obeys a word of each line."""
     async for word in stream.lines():
         if word == b"return":
             return
@@ -95,7 +101,7 @@ async def _until_told(stream: Stream) -> None:
         await stream.write(b"not that\n")
 
 
-# How it ends
+# The end of a handler
 
 
 def test_a_handler_that_returns(reactor: Any, logged: Logged) -> None:
@@ -115,7 +121,7 @@ def test_a_handler_that_returns(reactor: Any, logged: Logged) -> None:
 def failure_of(
     reactor: Any, logged: Logged, handler: Any, line: bytes, **options: Any
 ) -> BaseException:
-    """What is logged of a handler that fails when it has read a line."""
+    """The logged error of a handler that fails after it has read a line."""
 
     async def main() -> None:
         server = await listen(reactor, handler, **options)
@@ -127,9 +133,9 @@ def failure_of(
         await server.stop(60)
 
     run(reactor, main)
-    [error] = failures(logged)
-    assert isinstance(error, BaseException)
-    return error
+    [failure] = failures(logged)
+    assert failure.value is not None
+    return failure.value
 
 
 def test_a_handler_that_raises(reactor: Any, logged: Logged) -> None:
@@ -152,7 +158,7 @@ def test_a_generator_that_raises(reactor: Any, logged: Logged) -> None:
     assert isinstance(error, KeyError)
 
 
-def test_a_handler_that_takes_no_stream(reactor: Any, logged: Logged) -> None:
+def test_a_handler_without_a_parameter(reactor: Any, logged: Logged) -> None:
     async def handler() -> None:
         """It forgets the argument."""
 
@@ -215,12 +221,12 @@ async def _awaits_a_task(stream: Stream) -> None:
 def test_the_stack_of_a_handler_that_fails(
     logged: Logged, handler: Any, stack: list[str]
 ) -> None:
-    """In every style the lines that the user wrote, in order, and no others."""
-    protocol, transport = _made(CoroutineFactory(handler, reactor=Clock()))
+    """In every style it shows the lines of the user's code, in order, and no others."""
+    protocol, transport = connection_of(CoroutineFactory(handler, reactor=Clock()))
     protocol.dataReceived(b"\n")
     assert transport.aborting
-    [failure] = [each["log_failure"] for each in logged if each.get("log_failure")]
-    # Before that, older Twisteds tell who called, which is one of these.
+    [failure] = failures(logged)
+    # Before this line, older Twisteds print the caller, which is one of the functions.
     _, _, trace = failure.getTraceback().rpartition("<exception caught here>")
     assert re.findall(r'File ".*", line [0-9]+, in (\S+)', trace) == stack
 
@@ -231,7 +237,7 @@ async def _in_a_group(stream: Stream) -> None:
 
 
 @pytest.mark.parametrize("handler", [_until_told, _in_a_group])
-def test_a_peer_that_goes_is_no_failure(
+def test_a_peer_that_leaves_is_not_logged_as_a_failure(
     reactor: Any, logged: Logged, handler: Any
 ) -> None:
     async def main() -> None:
@@ -259,12 +265,12 @@ def test_a_failure_beside_that_of_the_peer_is_logged(logged: Logged) -> None:
             group.spawn(fails)
             await stream.read_line()
 
-    protocol, transport = _made(CoroutineFactory(handler, reactor=Clock()))
+    protocol, transport = connection_of(CoroutineFactory(handler, reactor=Clock()))
     protocol.dataReceived(b"half a l")
     protocol.readConnectionLost()
     assert transport.aborting
-    [error] = failures(logged)
-    assert {type(each) for each in causes(error)} == {IncompleteRead, KeyError}
+    [failure] = failures(logged)
+    assert {type(each) for each in causes(failure.value)} == {IncompleteRead, KeyError}
 
 
 def test_a_handler_may_go_on_without_its_connection(reactor: Any) -> None:
@@ -313,7 +319,7 @@ def test_a_loss_cancels_the_handler_on_request(reactor: Any, logged: Logged) -> 
 # Stopping
 
 
-def test_stop_lets_them_finish(reactor: Any) -> None:
+def test_stop_lets_handlers_finish(reactor: Any) -> None:
     async def main() -> None:
         server = await listen(reactor, _until_told)
         stream = await call(reactor, server)
@@ -333,7 +339,7 @@ def test_stop_lets_them_finish(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_stop_cancels_who_does_not_finish(reactor: Any, logged: Logged) -> None:
+def test_stop_cancels_handlers_that_do_not_finish(reactor: Any, logged: Logged) -> None:
     async def main() -> None:
         server = await listen(reactor, _until_told)
         stream = await call(reactor, server)
@@ -362,8 +368,8 @@ def test_stop_does_not_wait_for_a_peer_that_does_not_read(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_stop_can_be_hurried(reactor: Any) -> None:
-    """As by a second Ctrl-C."""
+def test_a_second_stop_can_shorten_the_grace(reactor: Any) -> None:
+    """As a second Ctrl-C does."""
 
     async def main() -> None:
         server = await listen(reactor, _until_told)
@@ -378,7 +384,7 @@ def test_stop_can_be_hurried(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_a_cancelled_handler_can_say_goodbye(reactor: Any) -> None:
+def test_a_cancelled_handler_can_still_write(reactor: Any) -> None:
     async def handler(stream: Stream) -> None:
         try:
             await stream.read()
@@ -401,12 +407,12 @@ def test_a_cancelled_handler_can_say_goodbye(reactor: Any) -> None:
 
 
 def test_a_factory_that_stops_refuses_new_connections(logged: Logged) -> None:
-    """With an endpoint that listens still, as that of a service may."""
+    """The endpoint may still listen, as the endpoint of a service does."""
     clock = Clock()
     factory = CoroutineFactory(_echo, reactor=clock)
-    protocol, transport = _made(factory)
+    protocol, transport = connection_of(factory)
     stopped = factory.stop(60)
-    _, refused = _made(factory)
+    _, refused = connection_of(factory)
     assert refused.aborting
     assert not transport.aborting
     assert not stopped.called
@@ -471,7 +477,7 @@ async def _shielded(stream: Stream, end: Event) -> None:
         lambda *args: Deferred.fromCoroutine(_stubborn(*args)),
     ],
 )
-def test_stop_ends_before_a_handler_that_does_not(
+def test_stop_does_not_wait_for_ever_for_a_cancelled_handler(
     reactor: Any, logged: Logged, handler: Any
 ) -> None:
     end = Event()
@@ -528,7 +534,7 @@ def test_stop_aborts_what_a_cancelled_handler_writes(
     assert not [each for each in logged if "handlers" in each]
 
 
-def test_a_hurried_stop_ends_the_one_before(reactor: Any, logged: Logged) -> None:
+def test_a_shorter_stop_ends_the_one_before(reactor: Any, logged: Logged) -> None:
     end = Event()
 
     async def main() -> None:
@@ -546,7 +552,7 @@ def test_a_hurried_stop_ends_the_one_before(reactor: Any, logged: Logged) -> Non
     assert failures(logged) == []
 
 
-def test_each_stop_tells_what_another_one_has_cancelled(reactor: Any) -> None:
+def test_each_stop_counts_what_another_one_has_cancelled(reactor: Any) -> None:
     async def main() -> list[Stopped]:
         server = await listen(reactor, _echo)
         async with await call(reactor, server) as stream:
@@ -572,7 +578,7 @@ def test_a_handler_is_cancelled_once(again: str) -> None:
             seen.append("is clean")
 
     factory = CoroutineFactory(handler, cancel_on_loss=True, reactor=clock)
-    protocol, _ = _made(factory)
+    protocol, _ = connection_of(factory)
     first = factory.stop(1, 60)
     second = factory.stop(0, 60)
     clock.advance(0)
@@ -588,11 +594,11 @@ def test_a_handler_is_cancelled_once(again: str) -> None:
     assert second.called
 
 
-def test_many_handlers_that_do_not_end_make_one_message(logged: Logged) -> None:
+def test_many_handlers_that_do_not_end_are_logged_in_one_line(logged: Logged) -> None:
     clock = Clock()
     end = Event()
     factory = CoroutineFactory(lambda stream: _shielded(stream, end), reactor=clock)
-    transports = [_made(factory)[1] for _ in range(25)]
+    transports = [connection_of(factory)[1] for _ in range(25)]
     stopped = factory.stop(60, 30)
     clock.advance(60)
     assert not any(each.aborting for each in transports)
@@ -611,28 +617,29 @@ def test_many_handlers_that_do_not_end_make_one_message(logged: Logged) -> None:
 
 
 @pytest.mark.parametrize("times", [(-1,), (0, -1), (float("nan"),)])
-def test_times_of_stop_that_cannot_be(times: tuple[float, ...]) -> None:
+def test_stop_refuses_bad_times(times: tuple[float, ...]) -> None:
     factory = CoroutineFactory(_echo, reactor=Clock())
     with pytest.raises(ValueError, match="0 is the least"):
         factory.stop(*times)
     assert not factory.stopping.is_set
 
 
-# To know that the server stops
+# Handlers that learn of the stop
 
 
 async def _until_stopping(stream: Stream) -> None:
-    """The same as the next one."""
     await stream.write(b"hello\n")
-    while True:
-        reading = stream.read_line()
-        chosen, line = await select(reading, stream.stopping)
-        if chosen is stream.stopping:
-            reading.cancel()
-            await stream.write(b"bye\n")
-            return
-        assert line is not None
+    while (line := await _line_unless_stopping(stream)) is not None:
         await stream.write(line)
+    await stream.write(b"bye\n")
+
+
+async def _line_unless_stopping(stream: Stream) -> bytes | None:
+    reading = stream.read_line()
+    chosen, line = await select(reading, stream.stopping)
+    if chosen is stream.stopping:
+        reading.cancel()
+    return line
 
 
 def _generator_until_stopping(stream: Stream) -> Generator[Any, Any, None]:
@@ -666,24 +673,12 @@ async def _lines_until_stopping(stream: Stream) -> None:
         lambda stream: Deferred.fromCoroutine(_lines_until_stopping(stream)),
     ],
 )
-@pytest.mark.parametrize("tls", [False, True])
 def test_an_idle_connection_does_not_delay_stop(
-    reactor: Any,
-    certificate: PrivateCertificate,
-    logged: Logged,
-    handler: Any,
-    tls: Any,
+    reactor: Any, maybe_certificate: Certificate, logged: Logged, handler: Any
 ) -> None:
     async def main() -> None:
-        if tls:
-            endpoint = tls_endpoint(reactor, certificate)
-            server = await serve(endpoint, handler, reactor=reactor)
-            trusted = optionsForClientTLS("127.0.0.1", certificate)
-            client = wrapClientTLS(trusted, client_endpoint(reactor, server))
-            stream = await connect(client)
-        else:
-            server = await listen(reactor, handler)
-            stream = await call(reactor, server)
+        server = await listen(reactor, handler, maybe_certificate)
+        stream = await call(reactor, server, maybe_certificate)
         assert await stream.read_line() == b"hello"
         await stream.write(b"x\n")
         assert await stream.read_exactly(1) == b"x"
@@ -700,11 +695,11 @@ def test_an_idle_connection_does_not_delay_stop(
     assert failures(logged) == []
 
 
-def test_the_stopping_of_a_stream() -> None:
-    """That of its factory; of a client, one that does not happen by itself."""
+def test_stream_stopping_is_the_event_of_its_server() -> None:
+    """A client has an event of its own, which is never set."""
     clock = Clock()
     factory = CoroutineFactory(_echo, reactor=clock)
-    protocol, transport = _made(factory)
+    protocol, transport = connection_of(factory)
     assert protocol.stream.stopping is factory.stopping
     transport.loseConnection()
     one, other = stream_pair(reactor=clock)
@@ -713,7 +708,7 @@ def test_the_stopping_of_a_stream() -> None:
 
 
 def test_lines_until_an_event() -> None:
-    """Lines that are whole are still there then; the rest can be read."""
+    """Complete lines are still delivered then; the rest can be read."""
     got: list[bytes] = []
     over = Event()
     over_in_a_line = Event()
@@ -743,9 +738,9 @@ def test_lines_until_an_event() -> None:
 
 
 @pytest.mark.parametrize("greeted", [False, True])
-def test_what_was_sent_before_the_stop_is_answered(reactor: Any, greeted: bool) -> None:
+def test_data_sent_before_the_stop_is_answered(reactor: Any, greeted: bool) -> None:
     """
-    Also if the system has received it, or the connection, and the reactor not yet.
+    Also if only the kernel has the data so far, or even the connection.
     """
 
     async def main() -> bytes:
@@ -783,24 +778,18 @@ def _wait_until_received(transport: Any, size: int) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("tls", [False, True])
-def test_much_that_was_sent_before_the_stop_is_answered(
-    reactor: Any, certificate: PrivateCertificate, tls: bool
+def test_much_data_sent_before_the_stop_is_answered(
+    reactor: Any, maybe_certificate: Certificate
 ) -> None:
     got: list[bytes] = []
 
     async def main() -> None:
-        if tls:
-            endpoint = tls_endpoint(reactor, certificate)
-            server = await serve(endpoint, _counting(got), reactor=reactor)
-        else:
-            server = await listen(reactor, _counting(got))
+        server = await listen(reactor, _counting(got), maybe_certificate)
         port: Any = server.port
         port.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         with socket_to(server) as plain:
-            peer = Peer(plain, client_context(), server_side=False) if tls else None
+            peer = await secure_as_client(plain) if maybe_certificate else None
             if peer is not None:
-                await peer.handshake()
                 assert await peer.read() == b"hello\n"
             else:
                 await until(lambda: server.factory.connections)
@@ -823,7 +812,7 @@ def test_much_that_was_sent_before_the_stop_is_answered(
     assert got == _MANY_LINES
 
 
-def test_much_that_a_process_has_written_before_an_event(reactor: Any) -> None:
+def test_lines_that_a_process_wrote_before_the_event_are_read(reactor: Any) -> None:
     """A pipe holds 64 KiB, of which Twisted reads 8 KiB in a turn."""
     got: list[bytes] = []
     lines = _MANY_LINES[:7000]
@@ -846,30 +835,20 @@ def test_much_that_a_process_has_written_before_an_event(reactor: Any) -> None:
     assert got == lines
 
 
-@pytest.mark.parametrize("tls", [False, True])
 def test_a_peer_that_goes_on_sending_does_not_hold_up_a_stop(
-    reactor: Any, certificate: PrivateCertificate, tls: bool
+    reactor: Any, maybe_certificate: Certificate
 ) -> None:
+    line = b"a line\n"
     got: list[bytes] = []
 
     async def main() -> None:
-        if tls:
-            endpoint = tls_endpoint(reactor, certificate)
-            server = await serve(endpoint, _counting(got), reactor=reactor)
-            client = await connect(
-                wrapClientTLS(
-                    optionsForClientTLS("127.0.0.1", certificate),
-                    client_endpoint(reactor, server),
-                )
-            )
-        else:
-            server = await listen(reactor, _counting(got))
-            client = await call(reactor, server)
+        server = await listen(reactor, _counting(got), maybe_certificate)
+        client = await call(reactor, server, maybe_certificate)
 
         async def go_on_sending() -> None:
             with contextlib.suppress(ConnectionClosed):
                 while True:
-                    await client.write(b"a line\n" * 1000)
+                    await client.write(line * 1000)
                     await sleep(0)
 
         sending = spawn(go_on_sending)
@@ -900,7 +879,7 @@ def test_a_transport_that_is_paused_does_not_hold_up_a_stop(reactor: Any) -> Non
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_lines_until_an_event_have_the_same_limit(end: bytes) -> None:
+def test_lines_until_an_event_keep_their_limit(end: bytes) -> None:
     """A line of just so many bytes, whatever ends it; and one byte more."""
     got: list[bytes] = []
     over = Event()
@@ -922,8 +901,8 @@ def test_lines_until_an_event_have_the_same_limit(end: bytes) -> None:
     assert got[3:] == [b"three"]
 
 
-def test_a_line_that_is_not_whole_at_the_stop_can_be_read(reactor: Any) -> None:
-    """Also if the peer has sent its end behind it."""
+def test_an_incomplete_line_at_the_stop_can_be_read(reactor: Any) -> None:
+    """Also if the peer has ended its output right after it."""
     got: list[bytes] = []
 
     async def handler(stream: Stream) -> None:
@@ -944,7 +923,7 @@ def test_a_line_that_is_not_whole_at_the_stop_can_be_read(reactor: Any) -> None:
     assert got == [b"one", b"two", b"half a l"]
 
 
-def test_lines_that_are_cancelled_leave_no_read_behind() -> None:
+def test_cancelled_lines_leave_no_read_pending() -> None:
     got: list[bytes] = []
 
     async def handler(stream: Stream) -> None:
@@ -961,8 +940,8 @@ def test_lines_that_are_cancelled_leave_no_read_behind() -> None:
     assert got == [b"one", b"ha"]
 
 
-def test_a_read_that_is_left_behind_says_nothing(reactor: Any, logged: Logged) -> None:
-    """That of a handler which was cancelled, or has returned, or was timed out."""
+def test_a_read_left_pending_logs_nothing(reactor: Any, logged: Logged) -> None:
+    """The handler was cancelled, has returned, or has timed out."""
 
     async def handler(stream: Stream) -> None:
         how = await stream.read_line()
@@ -1015,18 +994,18 @@ def test_max_connections(reactor: Any) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 1.5])
-def test_max_connections_that_is_lowered(limit: Any) -> None:
+def test_lowering_max_connections(limit: Any) -> None:
     clock = Clock()
     factory = CoroutineFactory(_echo, max_connections=3, reactor=clock)
-    protocols = [_made(factory)[0] for _ in range(3)]
+    protocols = [connection_of(factory)[0] for _ in range(3)]
     factory.max_connections = limit
-    assert _made(factory)[1].aborting
+    assert connection_of(factory)[1].aborting
     for each in protocols[:2]:
-        assert _made(factory)[1].aborting
+        assert connection_of(factory)[1].aborting
         each.connectionLost(Failure(ConnectionAborted()))
     # One is left.
-    assert _made(factory)[1].aborting is (limit == 1)
-    assert _made(factory)[1].aborting
+    assert connection_of(factory)[1].aborting is (limit == 1)
+    assert connection_of(factory)[1].aborting
 
 
 @pytest.mark.parametrize(
@@ -1044,33 +1023,14 @@ def test_max_connections_that_is_lowered(limit: Any) -> None:
         {"close_timeout": 0},
     ],
 )
-def test_limits_that_cannot_be(wrong: dict[str, Any]) -> None:
+def test_bad_limits_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         CoroutineFactory(_until_told, **wrong)
 
 
-def test_what_is_no_handler() -> None:
+def test_serve_refuses_a_handler_that_is_not_callable() -> None:
     with pytest.raises(TypeError, match="function of a stream"):
         CoroutineFactory(5)  # type: ignore[arg-type]
-
-
-class _Transport(StringTransport):
-    """Tells the protocol when it is aborted, as real ones do."""
-
-    protocol: Any
-    aborting = False
-
-    def abortConnection(self) -> None:
-        self.aborting = True
-        self.protocol.connectionLost(Failure(ConnectionAborted()))
-
-
-def _made(factory: CoroutineFactory) -> tuple[Any, _Transport]:
-    protocol: Any = factory.buildProtocol(None)
-    transport = _Transport()
-    transport.protocol = protocol
-    protocol.makeConnection(transport)
-    return protocol, transport
 
 
 async def _echo(stream: Stream) -> None:
@@ -1078,8 +1038,8 @@ async def _echo(stream: Stream) -> None:
         await stream.write(line)
 
 
-class _Fragile(_Transport):
-    """It is lost by what it is told to do."""
+class _Fragile(AbortableTransport):
+    """A transport that loses its connection in each call."""
 
     def write(self, data: bytes) -> None:
         self.protocol.stream.pauseProducing()
@@ -1098,8 +1058,8 @@ def _write_something(stream: Stream) -> Any:
 
 
 @pytest.mark.parametrize("method", [_write_something, _start_tls])
-def test_a_connection_that_is_lost_at_once(method: Any) -> None:
-    """The operation that has lost it fails, and leaves no limit behind."""
+def test_a_connection_lost_in_the_first_step_of_its_handler(method: Any) -> None:
+    """The operation that loses it fails, and no time limit stays scheduled."""
     clock = Clock()
     got: list[Exception] = []
 
@@ -1124,8 +1084,8 @@ def test_idle_timeout(logged: Logged) -> None:
     factory = CoroutineFactory(
         _echo, first_byte_timeout=None, idle_timeout=60, reactor=clock
     )
-    busy, _ = _made(factory)
-    _, transport = _made(factory)
+    busy, _ = connection_of(factory)
+    _, transport = connection_of(factory)
     for _ in range(40):
         clock.advance(5)
         busy.dataReceived(b"x\n")
@@ -1141,7 +1101,7 @@ def test_idle_timeout(logged: Logged) -> None:
     assert failures(logged) == []
 
 
-def test_what_goes_is_a_sign_of_life() -> None:
+def test_output_that_is_sent_resets_the_idle_timeout() -> None:
     async def write_now_and_then(stream: Stream) -> None:
         for _ in range(10):
             await sleep(40)
@@ -1154,7 +1114,7 @@ def test_what_goes_is_a_sign_of_life() -> None:
 
     clock = Clock()
     factory = CoroutineFactory(write_now_and_then, idle_timeout=60, reactor=clock)
-    _, transport = _made(factory)
+    _, transport = connection_of(factory)
     clock.pump([5] * 80)
     assert not transport.aborting
     assert transport.value() == b"x" * 10
@@ -1162,7 +1122,7 @@ def test_what_goes_is_a_sign_of_life() -> None:
 
     clock = Clock()
     factory = CoroutineFactory(write_once, idle_timeout=60, reactor=clock)
-    protocol, transport = _made(factory)
+    protocol, transport = connection_of(factory)
     clock.pump([5] * 10)
     # The peer has taken it.
     protocol.stream.resumeProducing()
@@ -1172,78 +1132,18 @@ def test_what_goes_is_a_sign_of_life() -> None:
     assert transport.aborting
 
 
-@contextlib.contextmanager
-def held_up(
-    reactor: Any,
-    clock: Clock,
-    handler: Any,
-    path: str | None = None,
-    receive_buffer: int = 1 << 16,
-    idle_timeout: float | None = 60,
-    **options: Any,
-) -> Iterator[tuple[CoroutineFactory, socket.socket]]:
-    """
-    A server whose time is the clock's, and a client that has read nothing yet.
-
-    :param path: of a UNIX socket; of TCP by default.
-    :param receive_buffer: of the client, in bytes: as much is acknowledged at once.
-    """
-    factory = CoroutineFactory(
-        handler, idle_timeout=idle_timeout, reactor=clock, **options
-    )
-    if path is None:
-        port = reactor.listenTCP(0, factory, interface="127.0.0.1")
-        family = socket.AF_INET
-        address: Any = "127.0.0.1", port.getHost().port
-    else:
-        port = reactor.listenUNIX(path, factory)
-        family = socket.AF_UNIX
-        address = path
-    with socket.socket(family) as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        client.connect(address)
-        client.setblocking(False)
-        spin(reactor, lambda: factory.connections)
-        yield factory, client
-    spin(reactor, lambda: not factory.connections)
-    stopped: list[Any] = []
-    port.stopListening().addCallback(stopped.append)
-    spin(reactor, lambda: stopped)
-
-
-def write_much(stream: Stream) -> Deferred[None]:
-    transport: Any = stream.transport
-    transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-    return stream.write(bytes(1 << 22))
-
-
-async def write_and_wait(stream: Stream) -> None:
-    await write_much(stream)
-
-
-async def write_and_end(stream: Stream) -> None:
-    write_much(stream)
-
-
 @pytest.mark.parametrize("handler", [write_and_wait, write_and_end])
-def test_who_reads_slowly_is_not_idle(reactor: Any, handler: Any) -> None:
-    """Of much that was written at once, a little goes, again and again."""
-    clock = Clock()
-    received = 0
-    with held_up(reactor, clock, handler) as (_, client):
-        while received < 1 << 22:
-            try:
-                received += len(client.recv(1 << 16))
-            except BlockingIOError:
-                reactor.iterate(0.01)
-            else:
-                reactor.iterate(0)
-                clock.advance(5)
+def test_a_peer_that_reads_slowly_is_not_idle(
+    reactor: Any, clock: Clock, handler: Any
+) -> None:
+    """The server has written much at once, of which a little goes now and then."""
+    with unread_client(reactor, clock, handler) as (_, client):
+        for _ in read_slowly(reactor, client, 1 << 22, 1 << 16):
+            clock.advance(5)
 
 
-def test_who_does_not_read_is_idle(reactor: Any) -> None:
-    clock = Clock()
-    with held_up(reactor, clock, write_and_wait) as (factory, _):
+def test_a_peer_that_does_not_read_is_idle(reactor: Any, clock: Clock) -> None:
+    with unread_client(reactor, clock, write_and_wait) as (factory, _):
         # What the kernel takes goes soon.
         for _ in range(100):
             reactor.iterate(0)
@@ -1264,37 +1164,29 @@ async def write_and_read(stream: Stream) -> None:
     reason="the kernel does not tell what the peer has acknowledged",
 )
 @pytest.mark.parametrize("unix", [False, True])
-def test_what_the_peer_acknowledges_is_a_sign_of_life(
-    reactor: Any, tmp_path: Any, unix: bool
+def test_acknowledged_output_resets_the_idle_timeout(
+    reactor: Any, clock: Clock, tmp_path: Any, unix: bool
 ) -> None:
     """The kernel has all that was written, and the peer takes a little at a time."""
-    clock = Clock()
-    received = 0
     path = str(tmp_path / "socket") if unix else None
-    held = held_up(reactor, clock, write_and_read, path, receive_buffer=1 << 13)
+    held = unread_client(reactor, clock, write_and_read, path, receive_buffer=1 << 13)
     with held as (factory, client):
-        while received < 1 << 18:
-            try:
-                received += len(client.recv(1 << 12))
-            except BlockingIOError:
-                reactor.iterate(0.01)
-            else:
-                reactor.iterate(0)
-                clock.advance(5)
-                assert factory.connections
+        for _ in read_slowly(reactor, client, 1 << 18, 1 << 12):
+            clock.advance(5)
+            assert factory.connections
         # It has all, and is idle from now on.
         clock.pump([5] * 20)
         spin(reactor, lambda: not factory.connections)
 
 
-def test_ended_connections_are_not_kept() -> None:
-    """Neither by the watchdogs, nor do these outlive the last connection."""
+def test_ended_connections_are_freed() -> None:
+    """The watchdogs do not keep them, and end with the last connection."""
     clock = Clock()
     factory = CoroutineFactory(_echo, idle_timeout=60, read_timeout=60, reactor=clock)
-    kept, _ = _made(factory)
+    kept, _ = connection_of(factory)
     gone = []
     for _ in range(10):
-        protocol = _made(factory)[0]
+        protocol = connection_of(factory)[0]
         protocol.dataReceived(b"half a l")
         gone.append(weakref.ref(protocol.stream))
         # Seen by the watchdogs.
@@ -1310,13 +1202,13 @@ def test_ended_connections_are_not_kept() -> None:
     kept.connectionLost(Failure(ConnectionDone()))
     assert not clock.getDelayedCalls()
     # And begin again with the next connection.
-    _, transport = _made(factory)
+    _, transport = connection_of(factory)
     clock.pump([15] * 5)
     assert transport.aborting
     assert not clock.getDelayedCalls()
 
 
-def test_a_handler_without_its_connection_is_not_idle(logged: Logged) -> None:
+def test_a_handler_that_outlives_its_connection_is_not_idle(logged: Logged) -> None:
     clock = Clock()
     end = Event()
 
@@ -1324,7 +1216,7 @@ def test_a_handler_without_its_connection_is_not_idle(logged: Logged) -> None:
         await end.wait()
 
     factory = CoroutineFactory(handler, idle_timeout=60, reactor=clock)
-    protocol, _ = _made(factory)
+    protocol, _ = connection_of(factory)
     protocol.connectionLost(Failure(ConnectionDone()))
     clock.pump([15] * 10)
     assert not any("idle_timeout" in str(each.get("error")) for each in logged)
@@ -1335,8 +1227,8 @@ def test_a_handler_without_its_connection_is_not_idle(logged: Logged) -> None:
 def test_read_timeout() -> None:
     clock = Clock()
     factory = CoroutineFactory(_echo, read_timeout=60, reactor=clock)
-    patient, patient_transport = _made(factory)
-    slow, slow_transport = _made(factory)
+    patient, patient_transport = connection_of(factory)
+    slow, slow_transport = connection_of(factory)
     for _ in range(12):
         clock.advance(10)
         # Whole lines, or nothing for long, are well.
@@ -1371,30 +1263,25 @@ def test_handshake_timeout(reactor: Any, certificate: Any, logged: Logged) -> No
     assert failures(logged) == []
 
 
-def test_a_handshake_in_time(reactor: Any, certificate: PrivateCertificate) -> None:
-    """There is no limit any more when it is done, or when the connection is lost."""
+def test_the_handshake_timeout_ends_with_the_handshake(
+    reactor: Any, certificate: PrivateCertificate
+) -> None:
+    """No limit is left after the handshake, or after the connection is lost."""
     clock = Clock()
 
     async def main() -> None:
-        server = await serve(
-            tls_endpoint(reactor, certificate),
-            _until_told,
-            handshake_timeout=60,
-            reactor=clock,
+        server = await listen(
+            reactor, _until_told, certificate, reactor=clock, handshake_timeout=60
         )
-        endpoint = client_endpoint(reactor, server)
-        trusted = optionsForClientTLS("127.0.0.1", certificate)
-        async with await connect(wrapClientTLS(trusted, endpoint)) as stream:
+        async with await call(reactor, server, certificate) as stream:
             await stream.write(b"what?\n")
             assert await stream.read_line() == b"not that"
             clock.advance(61)
             await stream.write(b"what?\n")
             assert await stream.read_line() == b"not that"
-        async with await connect(endpoint):
-            while not server.factory.connections:
-                await sleep(0)
-        while server.factory.connections:
-            await sleep(0)
+        async with await call(reactor, server):
+            await until(lambda: server.factory.connections)
+        await until(lambda: not server.factory.connections)
         await server.stop()
         assert not clock.getDelayedCalls()
 
@@ -1404,7 +1291,7 @@ def test_a_handshake_in_time(reactor: Any, certificate: PrivateCertificate) -> N
 # Clients and endpoints
 
 
-def test_nobody_is_there(reactor: Any) -> None:
+def test_connect_to_a_closed_port(reactor: Any) -> None:
     async def main() -> None:
         server = await listen(reactor, _until_told)
         endpoint = client_endpoint(reactor, server)
@@ -1416,8 +1303,8 @@ def test_nobody_is_there(reactor: Any) -> None:
 
 
 @pytest.mark.skipif(ON_PYPY, reason="the queue of its listen(0) has more room")
-def test_a_connect_that_takes_too_long(reactor: Any) -> None:
-    """Nobody accepts: the queue of the listening socket is full."""
+def test_a_timeout_around_connect(reactor: Any) -> None:
+    """The backlog of the listening socket is full, and nothing accepts."""
 
     async def main() -> None:
         with socket.socket() as listening, socket.socket() as first:
@@ -1450,7 +1337,7 @@ def _unwilling(endpoint: Any, name: str, go_on: Event) -> Any:
     return Endpoint()
 
 
-def test_a_connect_that_is_cancelled_leaves_no_connection(reactor: Any) -> None:
+def test_a_cancelled_connect_leaves_no_connection(reactor: Any) -> None:
     made: list[Stream] = []
 
     async def handler(stream: Stream) -> None:
@@ -1476,7 +1363,7 @@ def test_a_connect_that_is_cancelled_leaves_no_connection(reactor: Any) -> None:
 # Twisted leaves the socket of a port whose factory raises to the garbage collector.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_serve_that_is_cancelled_does_not_listen(reactor: Any) -> None:
+def test_a_cancelled_serve_does_not_listen(reactor: Any) -> None:
     ports: list[Any] = []
     listen_tcp = reactor.listenTCP
 
@@ -1519,24 +1406,18 @@ def test_unix_sockets(reactor: Any, tmp_path: Any) -> None:
 
 
 def test_tls(reactor: Any, certificate: PrivateCertificate) -> None:
-    async def main() -> bytes:
-        server = await serve(
-            tls_endpoint(reactor, certificate), _until_told, reactor=reactor
-        )
-        port = server.port.getHost().port
-        trusted = optionsForClientTLS("127.0.0.1", certificate)
-        endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", port)
-        async with await connect(wrapClientTLS(trusted, endpoint)) as stream:
+    async def main() -> None:
+        server = await listen(reactor, _until_told, certificate)
+        async with await call(reactor, server, certificate) as stream:
             await stream.write(b"what?\n")
-            answer = await stream.read_line()
+            assert await stream.read_line() == b"not that"
             with pytest.raises(StreamError, match="no half close"):
                 stream.write_eof()
             await stream.write(b"return\n")
             assert await stream.read() == b""
         await server.stop()
-        return answer
 
-    assert run(reactor, main) == b"not that"
+    run(reactor, main)
 
 
 def test_start_tls(reactor: Any, certificate: PrivateCertificate) -> None:
@@ -1562,7 +1443,7 @@ def test_start_tls(reactor: Any, certificate: PrivateCertificate) -> None:
     assert run(reactor, main) == b"secret"
 
 
-def test_tls_is_started_once(reactor: Any, certificate: PrivateCertificate) -> None:
+def test_start_tls_twice_raises(reactor: Any, certificate: PrivateCertificate) -> None:
     async def handler(stream: Stream) -> None:
         # Unless it is on a TLS endpoint.
         if not ISSLTransport.providedBy(stream.transport):
@@ -1581,17 +1462,15 @@ def test_tls_is_started_once(reactor: Any, certificate: PrivateCertificate) -> N
             with pytest.raises(StreamError, match="encrypted already"):
                 stream.start_tls(options)
         await server.stop()
-        endpoint = tls_endpoint(reactor, certificate)
-        server = await serve(endpoint, handler, reactor=reactor)
-        client = wrapClientTLS(options, client_endpoint(reactor, server))
-        async with await connect(client) as stream:
+        server = await listen(reactor, handler, certificate)
+        async with await call(reactor, server, certificate) as stream:
             assert await stream.read_line() == b"fine"
         await server.stop()
 
     run(reactor, main)
 
 
-def test_no_tls_where_one_side_has_ended(reactor: Any) -> None:
+def test_start_tls_after_one_side_has_ended_raises(reactor: Any) -> None:
     async def main() -> None:
         for end in ("write_eof", "close"):
             async with connected(reactor) as (stream, _):
@@ -1607,7 +1486,7 @@ def test_no_tls_where_one_side_has_ended(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_what_was_injected_before_tls_is_refused(
+def test_plaintext_injected_before_tls_is_refused(
     reactor: Any, certificate: PrivateCertificate, logged: Logged
 ) -> None:
     async def handler(stream: Stream) -> None:
@@ -1626,7 +1505,7 @@ def test_what_was_injected_before_tls_is_refused(
     assert failures(logged) == []
 
 
-def test_a_handshake_that_fails(reactor: Any, certificate: PrivateCertificate) -> None:
+def test_a_failed_handshake(reactor: Any, certificate: PrivateCertificate) -> None:
     async def handler(stream: Stream) -> None:
         with pytest.raises(Exception, match=r"alert|lost"):
             await stream.start_tls(certificate.options())
@@ -1694,7 +1573,7 @@ def test_serve_forever(reactor: Any) -> None:
 
 
 def test_serve_forever_until_another_stop_has_ended(reactor: Any) -> None:
-    """A program that returns then does not end the handlers within their grace."""
+    """So a program that returns then does not end handlers that still have time."""
     leave = Event()
 
     async def handler(stream: Stream) -> None:
@@ -1720,7 +1599,7 @@ def test_serve_forever_until_another_stop_has_ended(reactor: Any) -> None:
 
 
 class _Cleans:
-    """A handler that takes its time when it is cancelled, and tells."""
+    """A handler that takes time to clean up when it is cancelled, and records it."""
 
     def __init__(self) -> None:
         self.told: list[str] = []
@@ -1738,7 +1617,7 @@ class _Cleans:
     def generator(self, stream: Stream) -> Generator[Any, Any, None]:
         yield stream.write(b"here")
         try:
-            yield Event().wait()
+            yield Deferred()
         finally:
             self.told.append("cleans up")
             yield self.go_on.wait()
@@ -1749,7 +1628,7 @@ class _Cleans:
 async def _stopping(
     reactor: Any, handler: Any, how: str
 ) -> AsyncIterator[tuple[Stream, Task[Any]]]:
-    """A server that stops with much time; and the task that waits for it."""
+    """A server that stops with a long grace, and the task that waits for the stop."""
     server = await listen(reactor, handler)
     stream = await call(reactor, server)
     await stream.read_exactly(4)
@@ -1769,7 +1648,7 @@ async def _stopping(
 
 @pytest.mark.parametrize("how", ["stop", "serve_forever"])
 @pytest.mark.parametrize("style", ["handler", "generator"])
-def test_to_cancel_a_stop_ends_the_grace(reactor: Any, how: str, style: str) -> None:
+def test_cancelling_a_stop_ends_the_grace(reactor: Any, how: str, style: str) -> None:
     """The handlers are cancelled, and waited for."""
     cleans = _Cleans()
 
@@ -1793,7 +1672,7 @@ def test_to_cancel_a_stop_ends_the_grace(reactor: Any, how: str, style: str) -> 
 
 
 @pytest.mark.parametrize("how", ["stop", "serve_forever"])
-def test_to_cancel_a_stop_again_aborts_the_connections(
+def test_cancelling_a_stop_again_aborts_the_connections(
     reactor: Any, logged: Logged, how: str
 ) -> None:
     cleans = _Cleans()
@@ -1837,7 +1716,7 @@ def test_a_stop_that_takes_too_long(reactor: Any) -> None:
 def test_a_handler_that_waits_for_the_stop_of_its_server(
     reactor: Any, logged: Logged, hurried: bool
 ) -> None:
-    """It is cancelled as the others, which have their time nevertheless."""
+    """It is cancelled with the others, which still have their time to clean up."""
     cleans = _Cleans()
 
     async def main() -> None:
@@ -1917,7 +1796,7 @@ def test_a_factory_that_has_stopped_does_not_listen(reactor: Any) -> None:
         factory.doStart()
 
 
-def test_a_write_in_the_turn_of_a_time_limit_is_no_failure_of_the_handler(
+def test_a_write_in_the_turn_of_a_time_limit_is_not_logged_as_a_failure(
     reactor: Any, logged: Logged
 ) -> None:
     async def main() -> None:

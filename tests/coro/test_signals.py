@@ -6,16 +6,14 @@ import contextlib
 import itertools
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from twisted.internet.defer import CancelledError
 
-from tests.coro.support import STYLES, run, run_for_real
+from tests.coro.support import STYLES, cancel, run, run_for_real, running
 from tests.support import DEADLINE, ON_PYPY
 from twisted_rtsig.coro import (
     BusyResourceError,
@@ -147,7 +145,7 @@ def test_a_signal_at_each_point_of_the_receiver(seen: list[int], waits: bool) ->
     assert seen == []
 
 
-def test_a_signal_that_comes_several_times(reactor: Any, seen: list[int]) -> None:
+def test_a_signal_that_arrives_several_times(reactor: Any, seen: list[int]) -> None:
     async def main() -> None:
         with open_signal_receiver(ONE, TWO) as receiver:
             send(ONE, TWO, ONE, ONE, TWO)
@@ -164,7 +162,7 @@ def test_a_signal_that_comes_several_times(reactor: Any, seen: list[int]) -> Non
     assert seen == []
 
 
-def test_what_was_not_received_goes_to_the_handler_before(
+def test_unreceived_signals_go_to_the_previous_handler(
     reactor: Any, seen: list[int]
 ) -> None:
     async def main() -> None:
@@ -179,7 +177,7 @@ def test_what_was_not_received_goes_to_the_handler_before(
     run_for_real(reactor, main)
 
 
-def test_the_receiver_that_was_opened_last_gets_it(
+def test_the_last_opened_receiver_gets_the_signal(
     reactor: Any, seen: list[int]
 ) -> None:
     async def main() -> None:
@@ -201,7 +199,7 @@ def test_the_receiver_that_was_opened_last_gets_it(
     run_for_real(reactor, main)
 
 
-def test_one_task_receives_at_a_time(reactor: Any) -> None:
+def test_only_one_task_receives_at_a_time(reactor: Any) -> None:
     async def main() -> None:
         with open_signal_receiver(ONE) as receiver:
             first = spawn(receiver.receive)
@@ -219,17 +217,13 @@ def test_one_task_receives_at_a_time(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_a_task_that_is_cancelled_restores_the_handlers(reactor: Any) -> None:
+def test_a_cancelled_task_restores_the_handlers(reactor: Any) -> None:
     async def receive() -> None:
         with open_signal_receiver(ONE) as receiver:
             await receiver.receive()
 
     async def main() -> None:
-        task = spawn(receive)
-        await sleep(0)
-        task.cancel()
-        with pytest.raises(CancelledError):
-            await task
+        await cancel(spawn(receive))
 
     run(reactor, main)
 
@@ -238,7 +232,7 @@ def test_a_task_that_is_cancelled_restores_the_handlers(reactor: Any) -> None:
 
 
 @pytest.mark.skipif(ON_PYPY, reason="PyPy lets SIGKILL have a handler")
-def test_what_is_no_signal(reactor: Any) -> None:
+def test_bad_signals_are_refused(reactor: Any) -> None:
     with pytest.raises(TypeError, match="needs signals"):
         open_signal_receiver()
     with pytest.raises(ValueError, match="no signal 4000"):
@@ -256,7 +250,7 @@ def test_a_receiver_is_not_opened_twice(reactor: Any) -> None:
         pass
 
 
-def test_only_in_the_main_thread(reactor: Any) -> None:
+def test_opening_a_receiver_in_another_thread_raises(reactor: Any) -> None:
     errors: list[str] = []
 
     def use(receiver: SignalReceiver) -> None:
@@ -272,7 +266,7 @@ def test_only_in_the_main_thread(reactor: Any) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="this is about Linux")
-def test_the_signal_that_a_reactor_needs(reactor: Any) -> None:
+def test_signals_that_the_reactor_needs_are_refused(reactor: Any) -> None:
     async def main() -> None:
         # The reactor blocks its signals when it first waits.
         await sleep(0.001)
@@ -343,27 +337,19 @@ def test_a_reactor_does_not_stop_while_sigterm_is_received(
 ) -> None:
     """And it wakes up for a signal: it has nothing else to do."""
     text = PROGRAM.format(install=INSTALLS[name], start=STARTS[start])
-    with subprocess.Popen(
-        [sys.executable, "-c", text],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as program:
-        try:
-            assert program.stdout is not None
-            for number, expected in [
-                (None, "ready"),
-                (signal.SIGTERM, "SIGTERM"),
-                (signal.SIGTERM, "SIGTERM"),
-                (signal.SIGINT, "SIGINT"),
-                (None, "closed"),
-            ]:
-                if number is not None:
-                    program.send_signal(number)
-                assert program.stdout.readline().strip() == expected
-            program.send_signal(signal.SIGTERM)
-            rest, errors = program.communicate(timeout=DEADLINE)
-        finally:
-            program.kill()
+    with running(text) as program:
+        assert program.stdout is not None
+        for number, expected in [
+            (None, "ready"),
+            (signal.SIGTERM, "SIGTERM"),
+            (signal.SIGTERM, "SIGTERM"),
+            (signal.SIGINT, "SIGINT"),
+            (None, "closed"),
+        ]:
+            if number is not None:
+                program.send_signal(number)
+            assert program.stdout.readline().strip() == expected
+        program.send_signal(signal.SIGTERM)
+        rest, errors = program.communicate(timeout=DEADLINE)
     assert rest == "stopped\n"
     assert errors == ""

@@ -15,7 +15,7 @@ from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from tests.coro.support import call, listen, run, run_for_real
+from tests.coro.support import ExpectedError, call, listen, run, run_for_real
 from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     Cancelled,
@@ -41,7 +41,6 @@ from twisted_rtsig.coro import (
     remove_instrument,
     run_group,
     select,
-    set_debug,
     shield,
     sleep,
     spawn,
@@ -64,11 +63,6 @@ if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
 def finish(clock: Clock, task: Task[Any]) -> Any:
     """Let time pass until a task has ended; its result."""
     for _ in range(1000):
@@ -76,10 +70,6 @@ def finish(clock: Clock, task: Task[Any]) -> Any:
             return task.result()
         clock.advance(0.5)
     raise AssertionError(f"{task!r} waits for {task.waits_for()}")
-
-
-class Gone(Exception):
-    """What is raised here."""
 
 
 # Each of these starts a stackful task that runs a function.
@@ -113,7 +103,7 @@ async def _returns() -> str:
 
 async def _raises() -> None:
     await sleep(1)
-    raise Gone
+    raise ExpectedError
 
 
 def _generator() -> Generator[Any, Any, str]:
@@ -153,8 +143,8 @@ SUCCEED: dict[str, Callable[[Clock], Any]] = {
     "in_stackful()": lambda clock: in_stackful(lambda: wait(_returns())),
 }
 FAIL: dict[str, Callable[[Clock], Any]] = {
-    "failed Deferred": lambda clock: fail(Gone()),
-    "Deferred": lambda clock: _later(clock, Failure(Gone())),
+    "failed Deferred": lambda clock: fail(ExpectedError()),
+    "Deferred": lambda clock: _later(clock, Failure(ExpectedError())),
     "task": lambda clock: spawn(_raises),
     "coroutine": lambda clock: _raises(),
     "in_stackful()": lambda clock: in_stackful(lambda: wait(_raises())),
@@ -174,7 +164,7 @@ def test_what_succeeds(
 @pytest.mark.parametrize("what", FAIL)
 def test_what_fails(clock: Clock, start: Callable[..., Task[Any]], what: str) -> None:
     def main() -> Any:
-        with pytest.raises(Gone):
+        with pytest.raises(ExpectedError):
             wait(FAIL[what](clock))
         # It goes on.
         return wait(_returns())
@@ -194,7 +184,7 @@ def test_what_cannot_be_awaited(
 def test_a_result_that_is_an_error_or_a_tuple(
     clock: Clock, start: Callable[..., Task[Any]]
 ) -> None:
-    for result in ((), (1, 2), Gone("returned"), None):
+    for result in ((), (1, 2), ExpectedError("returned"), None):
         assert finish(clock, start(lambda: wait(succeed(result)), reactor=clock)) is (
             result
         )
@@ -578,7 +568,7 @@ def test_nested_scopes(clock: Clock, start: Callable[..., Task[Any]]) -> None:
     assert finish(clock, start(main, reactor=clock)) == "the end"
 
 
-def test_scopes_are_left_in_order(clock: Clock) -> None:
+def test_a_scope_that_stays_open_fails_the_task(clock: Clock) -> None:
     """As in a coroutine, a scope that stays open fails the task."""
 
     def main() -> None:
@@ -676,7 +666,7 @@ def test_a_group_that_fails(clock: Clock, start: Callable[..., Task[Any]]) -> No
 
     def fails() -> None:
         wait(sleep(1))
-        raise Gone
+        raise ExpectedError
 
     def waits() -> None:
         try:
@@ -693,8 +683,10 @@ def test_a_group_that_fails(clock: Clock, start: Callable[..., Task[Any]]) -> No
 
     with pytest.raises(ExceptionGroup) as raised:
         finish(clock, start(main, reactor=clock))
-    assert [type(each) for each in raised.value.exceptions] == [Gone]
-    assert [each.endswith(".fails has failed with Gone") for each in seen] == [True] * 2
+    assert [type(each) for each in raised.value.exceptions] == [ExpectedError]
+    assert [each.endswith(".fails has failed with ExpectedError") for each in seen] == [
+        True
+    ] * 2
 
 
 def test_the_block_of_a_group_is_cancelled(
@@ -706,7 +698,7 @@ def test_the_block_of_a_group_is_cancelled(
         with entering(TaskGroup()) as group:
             tasks.append(group.spawn(in_stackful, lambda: wait(sleep(5))))
             wait(sleep(1))
-            raise Gone
+            raise ExpectedError
 
     with pytest.raises(ExceptionGroup, match="1 of a group"):
         finish(clock, start(main, reactor=clock))
@@ -762,8 +754,8 @@ def test_locks(clock: Clock, start: Callable[..., Task[Any]]) -> None:
             group.spawn(in_stackful, use, 2)
         with entering(condition), move_on_after(1):
             wait(condition.wait())
-        with pytest.raises(Gone), entering(lock):
-            raise Gone
+        with pytest.raises(ExpectedError), entering(lock):
+            raise ExpectedError
         assert not lock.locked
 
     finish(clock, start(main, reactor=clock))
@@ -792,15 +784,15 @@ def test_entering(clock: Clock) -> None:
         manager = _Manager()
         with entering(manager) as value:
             assert value == "entered"
-        with pytest.raises(Gone), entering(manager):
-            raise Gone
-        assert manager.seen == [None, Gone]
+        with pytest.raises(ExpectedError), entering(manager):
+            raise ExpectedError
+        assert manager.seen == [None, ExpectedError]
         manager = _Manager(swallows=True)
         with entering(manager):
-            raise Gone
+            raise ExpectedError
         with entering(manager), move_on_after(1):
             wait(sleep(5))
-        assert manager.seen == [Gone, None]
+        assert manager.seen == [ExpectedError, None]
 
     finish(clock, spawn_stackful(main, reactor=clock))
 
@@ -885,12 +877,11 @@ def test_transfers_in_a_circle(clock: Clock) -> None:
 
 @frees_at_once
 def test_a_forgotten_wait(
-    clock: Clock, start: Callable[..., Task[Any]], recwarn: Any
+    clock: Clock, start: Callable[..., Task[Any]], recwarn: Any, debug_on: None
 ) -> None:
-    # What other tests have left.
+    # Other tests may have left operations to the garbage collector.
     gc.collect()
     recwarn.clear()
-    set_debug(True)
 
     def main() -> str:
         wait(sleep(1))
@@ -913,8 +904,7 @@ def test_a_forgotten_wait(
     assert [each.filename for each in warnings] == [__file__]
 
 
-def test_transfer_in_debug_mode(clock: Clock) -> None:
-    set_debug(True)
+def test_transfer_in_debug_mode(clock: Clock, debug_on: None) -> None:
     test_transfer(clock)
 
 
@@ -985,8 +975,8 @@ def test_futures_of_asyncio(asyncio_reactor: Any) -> None:
         assert [*wait(asyncio.gather(value(), value()))] == ["value"] * 2
         wait(asyncio.sleep(0))
         failing: asyncio.Future[str] = loop.create_future()
-        loop.call_soon(failing.set_exception, Gone())
-        with pytest.raises(Gone):
+        loop.call_soon(failing.set_exception, ExpectedError())
+        with pytest.raises(ExpectedError):
             wait(failing)
         waiting = asyncio.create_task(asyncio.sleep(60))
         with move_on_after(0.01) as scope:

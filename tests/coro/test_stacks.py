@@ -19,7 +19,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from twisted.internet.defer import Deferred, fail
 from twisted.internet.task import Clock
 
-from tests.coro.support import spin
+from tests.coro.support import ExpectedError, spin
 from tests.coro.test_garbage import garbage, without_collector
 from tests.coro.test_stackful import STARTS, finish
 from tests.support import ON_PYPY
@@ -57,11 +57,6 @@ HERE = __file__
 variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
 @pytest.fixture(params=STARTS)
 def start(request: Any) -> Callable[..., Task[Any]]:
     started: Callable[..., Task[Any]] = STARTS[request.param]
@@ -72,10 +67,6 @@ def start(request: Any) -> Callable[..., Task[Any]]:
 since_311 = pytest.mark.skipif(
     sys.version_info < (3, 11), reason="it stays until the process ends"
 )
-
-
-class Gone(Exception):
-    """What is raised here."""
 
 
 # Errors
@@ -108,10 +99,10 @@ def inner() -> None:
 
 async def innermost() -> None:
     await sleep(1)
-    raise Gone
+    raise ExpectedError
 
 
-def test_the_whole_stack(clock: Clock, logged: list[Any]) -> None:
+def test_an_error_has_the_whole_stack(clock: Clock, logged: list[Any]) -> None:
     task = spawn_stackful(outer, reactor=clock)
     while not task.done:
         clock.advance(1)
@@ -119,23 +110,23 @@ def test_the_whole_stack(clock: Clock, logged: list[Any]) -> None:
     assert functions_of(error) == ["outer", "middle", "inner", "innermost"]
     # None of the machinery.
     assert files_of(error) == {HERE}
-    with pytest.raises(Gone):
+    with pytest.raises(ExpectedError):
         task.result()
 
 
-def test_an_error_that_comes_from_elsewhere(clock: Clock) -> None:
+def test_an_error_from_another_task(clock: Clock) -> None:
     """From another task, with the frames that it has there."""
     errors: list[BaseException] = []
 
     def waits() -> None:
         try:
             wait(spawn(innermost))
-        except Gone as error:
+        except ExpectedError as error:
             errors.append(error)
             raise
 
     task = spawn_stackful(waits, reactor=clock)
-    with pytest.raises(Gone):
+    with pytest.raises(ExpectedError):
         finish(clock, task)
     assert functions_of(errors[0])[-2:] == ["waits", "innermost"]
 
@@ -151,17 +142,19 @@ def test_a_failure_is_logged_once(clock: Clock, logged: list[Any]) -> None:
         assert f"in {name}\n" in failures[0]["log_failure"].getTraceback()
 
 
-def test_the_error_that_is_handled(clock: Clock, start: Callable[..., Any]) -> None:
+def test_each_stack_has_its_own_handled_error(
+    clock: Clock, start: Callable[..., Any]
+) -> None:
     """Each stack has its own, and what is raised there has it as its context."""
     seen: list[Any] = []
 
     def main(number: int) -> None:
         assert sys.exc_info()[1] is None
-        error = Gone(number)
+        error = ExpectedError(number)
         try:
             try:
                 raise error
-            except Gone:
+            except ExpectedError:
                 for awaited in (sleep(1), _sleeps(), in_stackful(_waits)):
                     wait(awaited)
                     assert sys.exc_info()[1] is error
@@ -173,7 +166,7 @@ def test_the_error_that_is_handled(clock: Clock, start: Callable[..., Any]) -> N
                     assert raised.__context__ is error  # noqa: PT017
                 assert sys.exc_info()[1] is error
                 raise
-        except Gone as raised:
+        except ExpectedError as raised:
             assert raised is error  # noqa: PT017
         assert sys.exc_info()[1] is None
         seen.append(number)
@@ -192,7 +185,7 @@ def _waits() -> None:
     wait(sleep(1))
 
 
-def test_an_error_that_has_a_context(clock: Clock, start: Callable[..., Any]) -> None:
+def test_an_error_keeps_its_context(clock: Clock, start: Callable[..., Any]) -> None:
     """It keeps that, whatever is handled where it is waited for."""
 
     async def fails() -> None:
@@ -204,8 +197,8 @@ def test_an_error_that_has_a_context(clock: Clock, start: Callable[..., Any]) ->
 
     def main() -> None:
         try:
-            raise Gone
-        except Gone:
+            raise ExpectedError
+        except ExpectedError:
             wait(fails())
 
     task = start(main, reactor=clock)
@@ -218,7 +211,7 @@ def test_the_error_that_a_coroutine_handles(clock: Clock) -> None:
     """A function that it calls sees it, as any function that it would call."""
 
     def again() -> None:
-        assert isinstance(sys.exc_info()[1], Gone)
+        assert isinstance(sys.exc_info()[1], ExpectedError)
         wait(sleep(1))
         raise
 
@@ -228,21 +221,21 @@ def test_the_error_that_a_coroutine_handles(clock: Clock) -> None:
 
     async def main(function: Callable[[], None]) -> None:
         try:
-            raise Gone
-        except Gone:
+            raise ExpectedError
+        except ExpectedError:
             await in_stackful(function)
 
     task = spawn(main, again, reactor=clock)
-    with pytest.raises(Gone):
+    with pytest.raises(ExpectedError):
         finish(clock, task)
     task = spawn(main, another, reactor=clock)
     with pytest.raises(KeyError) as raised:
         finish(clock, task)
-    assert isinstance(raised.value.__context__, Gone)
+    assert isinstance(raised.value.__context__, ExpectedError)
     assert functions_of(raised.value.__context__) == ["main"]
 
 
-def test_errors_that_mean_something_to_the_machinery(
+def test_errors_of_the_coroutine_protocol(
     clock: Clock, start: Callable[..., Any]
 ) -> None:
     def main(error: BaseException) -> None:
@@ -407,7 +400,7 @@ def lines(listing: str) -> list[str]:
     ]
 
 
-def test_where_it_waits(clock: Clock) -> None:
+def test_the_stack_of_a_waiting_task(clock: Clock) -> None:
     event = Event()
 
     def first() -> None:
@@ -445,7 +438,7 @@ def test_where_it_waits(clock: Clock) -> None:
     assert task.done
 
 
-def test_where_it_runs(clock: Clock) -> None:
+def test_the_stack_of_a_running_task(clock: Clock) -> None:
     seen: list[str] = []
 
     def first() -> None:
@@ -490,7 +483,9 @@ def test_the_task_of_code_at_any_depth(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("inner", [True, False])
-def test_what_blocks_is_reported(reactor: Any, logged: list[Any], inner: bool) -> None:
+def test_a_blocking_call_is_reported(
+    reactor: Any, logged: list[Any], inner: bool
+) -> None:
     """By its name and its whole stack: a real sleep, for example."""
 
     def told() -> list[str]:
@@ -567,7 +562,7 @@ class Log(list[str]):
 
 
 @since_311
-def test_dropped_by_its_last_reference(clock: Clock) -> None:
+def test_a_task_freed_by_its_last_reference(clock: Clock) -> None:
     """Nothing of this is left to the collector."""
     seen: list[str] = []
 
@@ -604,7 +599,7 @@ async def _never() -> None:
 
 @since_311
 @pytest.mark.parametrize("what", WAITS)
-def test_dropped(
+def test_a_freed_task_cleans_up(
     clock: Clock, start: Callable[..., Any], what: str, logged: list[Any]
 ) -> None:
     seen: list[str] = []
@@ -630,7 +625,7 @@ def test_dropped(
 
 
 @since_311
-def test_dropped_in_a_group(clock: Clock) -> None:
+def test_a_freed_task_in_a_group(clock: Clock) -> None:
     seen: list[str] = []
 
     async def coroutine() -> None:
@@ -683,7 +678,7 @@ print(format_tasks().count(" waits for "), "left", flush=True)
 """
 
 
-def test_left_when_the_process_ends() -> None:
+def test_tasks_left_at_the_end_of_the_process() -> None:
     """Whatever refers to them."""
     done = subprocess.run(
         [sys.executable, "-c", LEFT], capture_output=True, text=True, check=True
@@ -724,7 +719,7 @@ print("the end", flush=True)
 """
 
 
-def test_a_function_that_ignores_its_end() -> None:
+def test_a_function_that_ignores_its_end_is_abandoned() -> None:
     """Neither the collector nor the end of the process wait for it for ever."""
     done = subprocess.run(
         [sys.executable, "-c", ENDLESS],
@@ -761,16 +756,16 @@ def test_a_coroutine_that_is_closed(clock: Clock) -> None:
         try:
             wait(sleep(1, reactor=clock))
         finally:
-            raise Gone
+            raise ExpectedError
 
     coroutine = in_stackful(fails)
     coroutine.send(None)
-    with pytest.raises(Gone):
+    with pytest.raises(ExpectedError):
         coroutine.close()
 
 
 @since_311
-def test_dropped_in_another_thread(clock: Clock) -> None:
+def test_a_task_freed_in_another_thread(clock: Clock) -> None:
     """It ends in its own one, as soon as any stack is switched there."""
     seen: list[int] = []
 
@@ -798,7 +793,7 @@ def test_dropped_in_another_thread(clock: Clock) -> None:
     assert seen == [threading.get_ident()]
 
 
-def test_resumed_in_another_thread(clock: Clock) -> None:
+def test_a_task_resumed_in_another_thread_fails(clock: Clock) -> None:
     """It fails, and cleans up in its own one."""
     seen: list[int] = []
 
@@ -818,31 +813,31 @@ def test_resumed_in_another_thread(clock: Clock) -> None:
     assert seen == [threading.get_ident()]
 
 
-def test_what_has_ended_leaves_nothing(clock: Clock) -> None:
+def test_ended_tasks_leave_no_garbage(clock: Clock) -> None:
     """To the collector."""
 
     async def coroutine(fails: bool) -> None:
         await sleep(1)
         if fails:
-            raise Gone
+            raise ExpectedError
 
     def main(fails: bool) -> None:
         wait(sleep(1))
         wait(coroutine(False))
         with contextlib.suppress(TimeoutError), timeout(1):
             wait(Deferred())
-        with contextlib.suppress(Gone):
+        with contextlib.suppress(ExpectedError):
             wait(coroutine(True))
-        with contextlib.suppress(Gone):
+        with contextlib.suppress(ExpectedError):
             wait(in_stackful(wait, coroutine(True)))
-        with contextlib.suppress(Gone):
+        with contextlib.suppress(ExpectedError):
             wait(spawn(coroutine, True))
         with entering(TaskGroup()) as group, shield():
             group.spawn(in_stackful, wait, coroutine(False))
         with contextlib.suppress(TypeError):
             wait(None)  # type: ignore[arg-type]
         if fails:
-            raise Gone
+            raise ExpectedError
 
     def all_ways() -> None:
         for begin in STARTS.values():
@@ -850,7 +845,7 @@ def test_what_has_ended_leaves_nothing(clock: Clock) -> None:
                 task = begin(lambda fails=fails: main(fails), reactor=clock)
                 finish_anyhow(clock, task)
                 if fails:
-                    assert isinstance(task._see_error(), Gone)
+                    assert isinstance(task._see_error(), ExpectedError)
             task = begin(lambda: main(False), reactor=clock)
             clock.advance(1)
             task.cancel("why")
@@ -866,7 +861,7 @@ def test_what_has_ended_leaves_nothing(clock: Clock) -> None:
         assert garbage() == []
 
 
-def test_an_argument_is_not_kept(clock: Clock) -> None:
+def test_arguments_are_freed(clock: Clock) -> None:
     """Once the function has dropped it."""
     log = Log()
     reference = weakref.ref(log)
@@ -884,7 +879,7 @@ def test_an_argument_is_not_kept(clock: Clock) -> None:
     assert reference() is None
 
 
-def test_what_a_task_has_got_is_not_kept(clock: Clock) -> None:
+def test_received_values_are_freed(clock: Clock) -> None:
     channel: Channel[Log] = Channel(0)
     event = Event()
 
@@ -905,7 +900,7 @@ def test_what_a_task_has_got_is_not_kept(clock: Clock) -> None:
 # Greenlets of other packages
 
 
-def test_a_greenlet_within(clock: Clock) -> None:
+def test_other_greenlets_within_a_stackful_task(clock: Clock) -> None:
     """As of SQLAlchemy, which awaits for a function on its own greenlet."""
 
     def main() -> str:
@@ -964,7 +959,7 @@ def test_a_reactor_that_runs_in_a_greenlet(clock: Clock) -> None:
     assert task.result() == "value"
 
 
-def test_many(clock: Clock) -> None:
+def test_many_stackful_tasks(clock: Clock) -> None:
     event = Event()
     count = 10_000
 

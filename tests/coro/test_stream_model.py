@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 from unittest import mock
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, settings, stateful
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -19,7 +19,6 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from twisted.internet.defer import Deferred, DeferredQueue, inlineCallbacks
 from twisted.internet.defer import TimeoutError as DeferredTimeoutError
@@ -388,18 +387,18 @@ class StreamMachine(RuleBasedStateMachine):
             assert not paused
 
 
+RANDOM_PROGRAMS = settings(
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    max_examples=examples(300),
+    stateful_step_count=30,
+)
+
+
 def test_model() -> None:
     """
     Nothing is lost, doubled or reordered; each read ends as soon as it can, with
     what it should; what is cancelled leaves everything as it was.
     """
-    run_state_machine_as_test(
-        StreamMachine,
-        settings=settings(
-            max_examples=examples(300),
-            stateful_step_count=30,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    stateful.run_state_machine_as_test(StreamMachine, settings=RANDOM_PROGRAMS)

@@ -13,6 +13,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.error import ConnectionLost
 
 from tests.coro.support import call, connected, listen, run
+from tests.files.support import counted_turns
 from tests.support import reset
 from twisted_rtsig.coro import (
     BusyResourceError,
@@ -28,7 +29,7 @@ from twisted_rtsig.coro import (
 
 
 async def _session(stream: Stream) -> None:
-    """The same as the two below."""
+    """Read in each way; the same as the generators below."""
     await stream.write(b"who?\n")
     name = await stream.read_line()
     size = int(await stream.read_until(b";"))
@@ -44,8 +45,8 @@ async def _session(stream: Stream) -> None:
 def _generator(stream: Stream) -> Generator[Any, Any, None]:
     yield stream.write(b"who?\n")
     name = yield stream.read_line()
-    size = int((yield stream.read_until(b";")))
-    data = yield stream.read_exactly(size)
+    size = yield stream.read_until(b";")
+    data = yield stream.read_exactly(int(size))
     word = yield stream.read_until_regex(rb"\w+[.!]")
     start = yield stream.peek(1)
     rest = yield stream.read_line()
@@ -84,7 +85,7 @@ def test_the_same_session_in_every_style(reactor: Any, style: str, pieces: int) 
     assert run(reactor, client) == repr(expected).encode()[:-1]
 
 
-def test_what_is_left_at_the_end_of_the_stream(reactor: Any) -> None:
+def test_reads_of_the_data_left_at_the_end(reactor: Any) -> None:
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
             peer.sendall(b"one\ntwo")
@@ -122,7 +123,7 @@ def test_what_is_left_at_the_end_of_the_stream(reactor: Any) -> None:
         lambda stream: stream.read_until_regex(re.compile(rb"\d")),
     ],
 )
-def test_the_partial_data_is_on_the_error(reactor: Any, read: Any) -> None:
+def test_incomplete_read_holds_the_partial_data(reactor: Any, read: Any) -> None:
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
             peer.sendall(b"partial")
@@ -159,7 +160,7 @@ def test_limits(reactor: Any) -> None:
 
 
 def test_a_higher_limit_after_a_lower_one(reactor: Any) -> None:
-    """What is known of the data behind a line is not taken for the line's."""
+    """What was found out about the data behind a line does not count for the line."""
 
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
@@ -172,7 +173,8 @@ def test_a_higher_limit_after_a_lower_one(reactor: Any) -> None:
             assert await stream.read_line() == b"much too long"
             reading = stream.read_line()
             peer.sendall(b"\n")
-            assert await reading == b"b"
+            line = await reading
+            assert line == b"b"
 
     run(reactor, main)
 
@@ -188,7 +190,7 @@ def test_bad_arguments(reactor: Any) -> None:
             ):
                 with pytest.raises(ValueError, match=r"least|empty"):
                     reading()
-            for data in ("text", 5):
+            for data in ["text", 5]:
                 with pytest.raises(TypeError):
                     stream.write(data)  # type: ignore[arg-type]
             assert await stream.read_exactly(0) == b""
@@ -206,8 +208,8 @@ def test_bad_arguments(reactor: Any) -> None:
         lambda stream: stream.read_until_regex("\n"),
     ],
 )
-def test_bad_arguments_are_the_readers_error(reactor: Any, read: Any) -> None:
-    """Also when it waits already, and the transport brings what it waits for."""
+def test_bad_arguments_are_an_error_of_the_read(reactor: Any, read: Any) -> None:
+    """Also if the read waits already, and the transport delivers the data."""
 
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
@@ -226,7 +228,7 @@ def test_bad_arguments_are_the_readers_error(reactor: Any, read: Any) -> None:
     run(reactor, main)
 
 
-def test_matches_without_any_bytes(reactor: Any) -> None:
+def test_empty_matches_of_a_pattern(reactor: Any) -> None:
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
             reading = stream.read_until_regex(rb"x*")
@@ -246,7 +248,7 @@ def test_matches_without_any_bytes(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_only_one_reads_at_a_time(reactor: Any) -> None:
+def test_only_one_task_reads_at_a_time(reactor: Any) -> None:
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
             reading = stream.read()
@@ -258,7 +260,7 @@ def test_only_one_reads_at_a_time(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_a_cancelled_read_leaves_everything_there(reactor: Any) -> None:
+def test_a_cancelled_read_consumes_nothing(reactor: Any) -> None:
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
             peer.sendall(b"partial")
@@ -273,7 +275,7 @@ def test_a_cancelled_read_leaves_everything_there(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_reset(reactor: Any, logged: list[Any]) -> None:
+def test_a_reset_connection(reactor: Any, logged: list[Any]) -> None:
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
             peer.sendall(b"last words")
@@ -288,14 +290,14 @@ def test_reset(reactor: Any, logged: list[Any]) -> None:
                     await operation()
             with pytest.raises(ConnectionLost):
                 await stream.write(b"x")
-            stream.write(b"nobody waits for this")
+            stream.write(b"not awaited")
             assert stream.lost
 
     run(reactor, main)
     assert not [each for each in logged if each.get("log_failure")]
 
 
-def test_after_the_end_of_output(reactor: Any) -> None:
+def test_writing_after_write_eof_raises(reactor: Any) -> None:
     async def main() -> None:
         async with connected(reactor) as (stream, _):
             await stream.write_eof()
@@ -310,8 +312,8 @@ def test_after_the_end_of_output(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_the_end_of_output_comes_after_all_of_it(reactor: Any) -> None:
-    """Also if nobody has waited for room."""
+def test_write_eof_comes_after_all_output(reactor: Any) -> None:
+    """Also if no write was awaited."""
 
     async def main() -> int:
         received = 0
@@ -331,8 +333,8 @@ def test_the_end_of_output_comes_after_all_of_it(reactor: Any) -> None:
     assert run(reactor, main) == 1 << 24
 
 
-def test_one_who_waits_for_the_end_of_output_is_cancelled(reactor: Any) -> None:
-    """And nobody else."""
+def test_cancelling_one_waiter_for_the_end_of_output(reactor: Any) -> None:
+    """The other waiters are not cancelled."""
 
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
@@ -351,8 +353,10 @@ def test_one_who_waits_for_the_end_of_output_is_cancelled(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_the_end_of_a_block_does_not_wait_for_ever(reactor: Any) -> None:
-    """The peer reads nothing."""
+def test_leaving_a_block_does_not_wait_for_a_peer_that_does_not_read(
+    reactor: Any,
+) -> None:
+    """The peer reads nothing, so the output cannot be sent."""
 
     async def main() -> None:
         async with connected(reactor) as (stream, _):
@@ -365,7 +369,7 @@ def test_the_end_of_a_block_does_not_wait_for_ever(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_a_block_that_nobody_can_end(reactor: Any) -> None:
+def test_a_block_whose_coroutine_is_closed(reactor: Any) -> None:
     async def main() -> None:
         async def body() -> None:
             async with stream:
@@ -385,7 +389,7 @@ def test_a_block_that_nobody_can_end(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_everything_is_sent_before_it_closes(reactor: Any) -> None:
+def test_close_sends_all_output_first(reactor: Any) -> None:
     data = bytes(range(256)) * 8192
 
     async def main() -> bytes:
@@ -403,7 +407,7 @@ def test_everything_is_sent_before_it_closes(reactor: Any) -> None:
     assert run(reactor, main) == data
 
 
-def test_a_peer_that_does_not_read_holds_up_the_writer(reactor: Any) -> None:
+def test_writes_wait_for_a_peer_that_does_not_read(reactor: Any) -> None:
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
             written = 0
@@ -434,7 +438,7 @@ def test_a_peer_that_does_not_read_holds_up_the_writer(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_a_handler_that_does_not_read_holds_up_the_peer(reactor: Any) -> None:
+def test_input_is_paused_while_the_handler_does_not_read(reactor: Any) -> None:
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
             sent, stuck = 0, 0
@@ -481,7 +485,7 @@ async def lost_while_nobody_reads(
         return sent, received, held, None
 
 
-def test_the_end_while_nobody_reads(reactor: Any) -> None:
+def test_the_end_of_input_while_no_read_waits(reactor: Any) -> None:
     sent, received, held, error = run(
         reactor, lost_while_nobody_reads, reactor, socket.socket.close
     )
@@ -490,31 +494,22 @@ def test_the_end_while_nobody_reads(reactor: Any) -> None:
     assert received == sent
 
 
-def test_reset_while_nobody_reads(reactor: Any) -> None:
+def test_a_reset_while_no_read_waits(reactor: Any) -> None:
     sent, received, held, error = run(reactor, lost_while_nobody_reads, reactor, reset)
     assert error is ConnectionLost
     assert len(received) >= held
     assert sent.startswith(received)
 
 
-def test_who_always_has_data_lets_the_others_have_their_turn(reactor: Any) -> None:
+def test_reads_that_need_not_wait_let_other_tasks_run(reactor: Any) -> None:
     async def main() -> None:
         async with connected(reactor) as (stream, peer):
             peer.sendall(b"\n" * 50_000)
             while len(await stream.peek(50_000)) < 50_000:
                 await sleep(0)
-            turns = 0
-
-            async def count() -> None:
-                nonlocal turns
-                while True:
-                    await sleep(0)
-                    turns += 1
-
-            counter = spawn(count)
-            for _ in range(50_000):
-                await stream.read_line()
-            assert turns > 50
-            counter.cancel()
+            async with counted_turns() as turns:
+                for _ in range(50_000):
+                    await stream.read_line()
+            assert turns[0] > 50
 
     run(reactor, main)

@@ -30,17 +30,33 @@ from twisted_rtsig.coro import (
 )
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
 def run(clock: Clock, function: Callable[..., Any], *args: Any) -> Any:
     task = spawn(function, *args, reactor=clock)
     while not task.done:
         assert clock.getDelayedCalls(), f"{task!r} waits for ever"
         clock.advance(0)
     return task.result()
+
+
+def run_in_constant_memory(
+    tracemalloc: Any, clock: Clock, first: Task[Any], sizes: list[int]
+) -> None:
+    """
+    Transfer to a task, and run until that is over; the memory does not grow.
+
+    :param sizes: what the task has measured meanwhile, in bytes.
+    """
+
+    async def main() -> None:
+        await transfer(first)
+
+    tracemalloc.start()
+    try:
+        run(clock, main)
+    finally:
+        tracemalloc.stop()
+    assert len(sizes) == 10
+    assert max(sizes) - min(sizes) < 100_000
 
 
 # The same in both styles
@@ -63,7 +79,7 @@ def _produce_as_generator(consumer: Task[Any]) -> Generator[Any, Any, str]:
 @pytest.mark.parametrize(
     "produce", [_produce, _produce_as_generator, coroutine(_produce_as_generator)]
 )
-def test_values_go_back_and_forth(clock: Clock, produce: Any) -> None:
+def test_transfers_pass_values_back_and_forth(clock: Clock, produce: Any) -> None:
     got: list[Any] = []
 
     async def consume(producer: Task[Any], item: Any) -> None:
@@ -81,7 +97,7 @@ def test_values_go_back_and_forth(clock: Clock, produce: Any) -> None:
     assert got == [0, 1, 2]
 
 
-def test_any_can_transfer_to_any_other(clock: Clock) -> None:
+def test_any_task_can_transfer_to_any_other(clock: Clock) -> None:
     ring: list[Task[Any]] = []
 
     async def node(main: Task[Any], number: int, count: int) -> None:
@@ -108,7 +124,7 @@ def test_a_task_that_has_transferred_is_a_target_like_any_other(clock: Clock) ->
     assert run(clock, main) == ["A", "B"]
 
 
-def test_it_waits_for_other_things_meanwhile(clock: Clock) -> None:
+def test_a_symmetric_task_awaits_other_operations(clock: Clock) -> None:
     async def dawdle(value: str) -> str:
         await sleep(5)
         return value
@@ -126,7 +142,7 @@ def test_it_waits_for_other_things_meanwhile(clock: Clock) -> None:
 # The end
 
 
-def test_an_error_goes_to_who_was_the_first_to_transfer(
+def test_an_error_is_raised_in_the_first_task_that_transferred(
     clock: Clock, logged: list[Any]
 ) -> None:
     async def fail(value: Any) -> None:
@@ -142,7 +158,7 @@ def test_an_error_goes_to_who_was_the_first_to_transfer(
     assert not [event for event in logged if "log_failure" in event]
 
 
-def test_a_call_that_fails_is_an_error_of_the_coroutine(clock: Clock) -> None:
+def test_an_error_of_the_call_is_an_error_of_the_task(clock: Clock) -> None:
     async def takes_nothing() -> None:
         pass
 
@@ -155,7 +171,7 @@ def test_a_call_that_fails_is_an_error_of_the_coroutine(clock: Clock) -> None:
     run(clock, main)
 
 
-def test_the_control_goes_past_those_who_have_ended(clock: Clock) -> None:
+def test_control_passes_over_ended_tasks(clock: Clock) -> None:
     relayed: list[Task[Any]] = []
 
     async def relay(count: int) -> Any:
@@ -178,7 +194,7 @@ def test_the_control_goes_past_those_who_have_ended(clock: Clock) -> None:
     assert run(clock, main) == [True, True, True, False]
 
 
-def test_the_result_goes_past_one_that_has_ended(clock: Clock) -> None:
+def test_the_result_passes_over_an_ended_task(clock: Clock) -> None:
     made: list[Task[Any]] = []
 
     async def inner(value: Any) -> str:
@@ -195,7 +211,7 @@ def test_the_result_goes_past_one_that_has_ended(clock: Clock) -> None:
         starts_inner = symmetric(middle)
         assert await transfer(starts_inner) == "inner"
         starts_inner.cancel()
-        # It is told that the one whom it started was cancelled.
+        # It gets the cancellation of the task that it started.
         with pytest.raises(CancelledError):
             await transfer(made[1])
         assert starts_inner.cancelled
@@ -205,7 +221,7 @@ def test_the_result_goes_past_one_that_has_ended(clock: Clock) -> None:
     assert run(clock, main) == "the end of inner"
 
 
-def test_relays_leave_nothing_behind(clock: Clock) -> None:
+def test_ended_tasks_of_a_relay_are_freed(clock: Clock) -> None:
     seen: list[weakref.ref[Task[Any]]] = []
     main_task: list[Task[Any]] = []
 
@@ -227,10 +243,10 @@ def test_relays_leave_nothing_behind(clock: Clock) -> None:
     assert [each() for each in seen] == [None] * 51
 
 
-# Who cannot take over
+# Tasks that cannot be transferred to
 
 
-def test_transfers_that_cannot_be(clock: Clock) -> None:
+def test_transfer_refuses_bad_targets(clock: Clock) -> None:
     async def end(value: Any) -> Any:
         return value
 
@@ -248,14 +264,14 @@ def test_transfers_that_cannot_be(clock: Clock) -> None:
         ready = spawn(end, 1)
         with pytest.raises(TransferError, match="which runs already"):
             await transfer(ready)
-        with pytest.raises(TypeError, match="'nobody'"):
-            await transfer("nobody")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="'no task'"):
+            await transfer("no task")  # type: ignore[arg-type]
         asleep.cancel()
 
     run(clock, main)
 
 
-def test_outside_of_a_task(clock: Clock) -> None:
+def test_transfer_outside_of_a_task_raises(clock: Clock) -> None:
     async def end(value: Any) -> Any:
         return value
 
@@ -279,7 +295,7 @@ def test_outside_of_a_task(clock: Clock) -> None:
     assert not other.done
 
 
-def test_only_functions(clock: Clock) -> None:
+def test_symmetric_refuses_other_objects(clock: Clock) -> None:
     with pytest.raises(TypeError, match="needs a function"):
         symmetric(5)  # type: ignore[call-overload]
 
@@ -299,7 +315,7 @@ def test_yield_from(clock: Clock) -> None:
 # Cancellation
 
 
-def test_one_that_was_not_started_is_cancelled(clock: Clock) -> None:
+def test_a_symmetric_task_is_cancelled_before_its_start(clock: Clock) -> None:
     async def end(value: Any) -> None:
         pass
 
@@ -327,41 +343,29 @@ def test_a_timeout_around_a_transfer(clock: Clock) -> None:
     task = spawn(main, reactor=clock)
     clock.advance(1)
     assert task.result() == "in time"
-    # Nobody is there any more who would get the control.
+    # No task is left that could get the control.
     clock.advance(9)
     assert not clock.getDelayedCalls()
 
 
-def test_who_is_to_be_cancelled_hands_nothing_over(clock: Clock) -> None:
+@pytest.mark.parametrize("target_waits", [False, True])
+def test_a_cancelled_task_transfers_no_value(clock: Clock, target_waits: bool) -> None:
+    """
+    Neither to a new task, nor to one that has transferred its own value, and would
+    take over at once.
+    """
     got: list[Any] = []
 
     async def take(value: Any) -> None:
         got.append(value)
 
-    async def main() -> None:
-        other = symmetric(take)
-        current_task().cancel()
-        try:
-            await transfer(other, "lost")
-        except Cancelled:
-            got.append("cancelled")
-            raise
-
-    task = spawn(main, reactor=clock)
-    assert task.cancelled
-    assert got == ["cancelled"]
-
-
-def test_nor_to_one_who_waits_for_it(clock: Clock) -> None:
-    """The target has transferred itself, and would take over at once."""
-    got: list[Any] = []
-
-    async def take(value: Task[Any]) -> None:
+    async def take_later(value: Task[Any]) -> None:
         got.append(await transfer(value))
 
     async def main() -> None:
-        other = symmetric(take)
-        await transfer(other, current_task())
+        other = symmetric(take_later if target_waits else take)
+        if target_waits:
+            await transfer(other, current_task())
         current_task().cancel()
         try:
             await transfer(other, "lost")
@@ -377,7 +381,7 @@ def test_nor_to_one_who_waits_for_it(clock: Clock) -> None:
 # Turns, memory, context
 
 
-def test_they_let_others_have_their_turn(reactor: Any) -> None:
+def test_transferring_tasks_let_the_reactor_run(reactor: Any) -> None:
     async def play(value: Task[Any]) -> None:
         while True:
             value = await transfer(value, current_task())
@@ -404,16 +408,7 @@ def test_many_transfers_take_no_memory(tracemalloc: Any, clock: Clock) -> None:
 
     others = [symmetric(play, reactor=clock) for _ in range(2)]
 
-    async def main() -> None:
-        await transfer(others[0])
-
-    tracemalloc.start()
-    try:
-        run(clock, main)
-    finally:
-        tracemalloc.stop()
-    assert len(sizes) == 10
-    assert max(sizes) - min(sizes) < 100_000
+    run_in_constant_memory(tracemalloc, clock, others[0], sizes)
 
 
 @pytest.mark.slow
@@ -444,21 +439,12 @@ def test_a_million_transfers(tracemalloc: Any, clock: Clock, style: str) -> None
     play = async_def if style == "async def" else generator
     others = [symmetric(play, 1, reactor=clock), symmetric(play, 0, reactor=clock)]
 
-    async def main() -> None:
-        await transfer(others[0])
-
-    tracemalloc.start()
-    try:
-        run(clock, main)
-    finally:
-        tracemalloc.stop()
-    assert len(sizes) == 10
-    assert max(sizes) - min(sizes) < 100_000
+    run_in_constant_memory(tracemalloc, clock, others[0], sizes)
     # Of the first turn, and of the others.
     assert max(depths) - min(depths) < 10
 
 
-def test_each_has_its_own_context(clock: Clock) -> None:
+def test_each_symmetric_task_has_its_own_context(clock: Clock) -> None:
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
 
     async def change(value: str) -> str:

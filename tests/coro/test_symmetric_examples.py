@@ -61,12 +61,12 @@ def test_calculate(text: str, value: int) -> None:
         ("*", "expected a number, not [*]"),
     ],
 )
-def test_what_cannot_be_calculated(text: str, error: str) -> None:
+def test_bad_expressions(text: str, error: str) -> None:
     with pytest.raises(SyntaxError, match=error):
         result(symmetric.calculate, text)
 
 
-def test_it_is_a_program() -> None:
+def test_the_examples_are_programs() -> None:
     command = [sys.executable, str(EXAMPLES / "symmetric.py"), "6 * 7"]
     output = subprocess.check_output(command, text=True, timeout=DEADLINE)
     assert output.splitlines()[-1] == "6 * 7 = 42"
@@ -82,7 +82,7 @@ def test_it_is_a_program() -> None:
         ("(" * 5000, "recursion"),
     ],
 )
-def test_it_says_what_is_wrong_in_a_line(text: str, says: str) -> None:
+def test_errors_are_printed_in_one_line(text: str, says: str) -> None:
     command = [sys.executable, str(EXAMPLES / "symmetric.py"), text]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 1

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
-import gc
 import subprocess
 import sys
 import traceback
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Iterator
 from typing import Any
 
 import pytest
-from twisted.internet.defer import (
-    CancelledError,
-    Deferred,
-    fail,
-    inlineCallbacks,
-    succeed,
-)
+from twisted.internet import defer
+from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
 from twisted.internet.task import Clock
 
+from tests.coro.support import cancel, failures
 from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     Cancelled,
@@ -43,17 +39,6 @@ if sys.version_info < (3, 11):
     from exceptiongroup import ExceptionGroup
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-def failures(logged: list[Any]) -> list[Any]:
-    """What was logged about failures, once nobody can look at them any more."""
-    gc.collect()
-    return [each for each in logged if each.get("log_failure")]
-
-
 # Running
 
 
@@ -74,7 +59,7 @@ async def _appends(event: Event, seen: list[str], what: str) -> None:
 
 @frees_at_once
 def test_a_value_that_resumes_a_task_when_it_is_dropped(clock: Clock) -> None:
-    """The task that was resumed with it is the last one that runs."""
+    """The task that it resumes is the last one that runs."""
     seen: list[str] = []
     event = Event()
 
@@ -154,7 +139,7 @@ print(sorted(errors), seen)
 @pytest.mark.processes
 @pytest.mark.parametrize("how", ["event", "channel", "spawn", "turn"])
 def test_tasks_run_on_after_the_stack_was_full(how: str) -> None:
-    """In a process of its own: what is dropped there complains on standard error."""
+    """In a process of its own: objects freed at its end complain on standard error."""
     ended = subprocess.run(
         [sys.executable, "-c", FULL_STACK, how],
         capture_output=True,
@@ -165,11 +150,11 @@ def test_tasks_run_on_after_the_stack_was_full(how: str) -> None:
     assert ended.stdout == "['RecursionError'] ['an event', 'a turn']\n", ended.stderr
 
 
-def test_it_begins_at_once_and_waits_for_deferreds(clock: Clock) -> None:
+def test_a_task_begins_at_once_and_waits_for_deferreds(clock: Clock) -> None:
     first: Deferred[int] = Deferred()
 
     async def add() -> int:
-        return await first + await succeed(2)
+        return await first + await defer.succeed(2)
 
     task = spawn(add, reactor=clock)
     assert not task.done
@@ -202,7 +187,7 @@ def _returns_a_deferred(deferred: Deferred[int], base: int) -> Deferred[int]:
         _returns_a_deferred,
     ],
 )
-def test_whatever_can_be_run(clock: Clock, function: Any) -> None:
+def test_what_spawn_accepts(clock: Clock, function: Any) -> None:
     deferred: Deferred[int] = Deferred()
     task = spawn(function, deferred, 40, reactor=clock)
     deferred.callback(2)
@@ -211,28 +196,28 @@ def test_whatever_can_be_run(clock: Clock, function: Any) -> None:
 
 
 def test_a_coroutine_or_generator_object(clock: Clock) -> None:
-    assert spawn(_async_def(succeed(2), 1), reactor=clock).result() == 3
-    assert spawn(_generator(succeed(2), 1), reactor=clock).result() == 3
+    assert spawn(_async_def(defer.succeed(2), 1), reactor=clock).result() == 3
+    assert spawn(_generator(defer.succeed(2), 1), reactor=clock).result() == 3
 
 
 @pytest.mark.parametrize("what", [None, 3, "function"])
-def test_what_cannot_be_run(clock: Clock, what: Any) -> None:
+def test_what_spawn_refuses(clock: Clock, what: Any) -> None:
     with pytest.raises(TypeError, match="needs a function"):
         spawn(what, reactor=clock)
 
 
-def test_what_runs_already_takes_no_arguments(clock: Clock) -> None:
-    generator = _generator(succeed(2), 1)
+def test_arguments_for_a_coroutine_object_are_refused(clock: Clock) -> None:
+    generator = _generator(defer.succeed(2), 1)
     with pytest.raises(TypeError, match="cannot take"):
         spawn(generator, 3, reactor=clock)  # type: ignore[call-overload]
 
 
-def test_only_generator_functions_are_decorated() -> None:
+def test_coroutine_refuses_other_functions() -> None:
     with pytest.raises(TypeError, match="needs no decoration"):
         coroutine(_async_def)  # type: ignore[arg-type]
 
 
-def test_it_cannot_wait_for_anything_else(clock: Clock) -> None:
+def test_awaiting_another_object_raises(clock: Clock) -> None:
     def waits() -> Generator[Any, Any, str]:
         with pytest.raises(TypeError, match="cannot wait for 3"):
             yield 3
@@ -258,7 +243,7 @@ def test_tasks_wait_for_tasks(clock: Clock) -> None:
     assert [each.result() for each in tasks] == [["done", "done"], "done"]
 
 
-def test_one_that_is_spawned_by_a_task_begins_when_that_one_waits(
+def test_a_task_spawned_by_a_task_begins_when_that_one_waits(
     clock: Clock,
 ) -> None:
     order = []
@@ -275,7 +260,7 @@ def test_one_that_is_spawned_by_a_task_begins_when_that_one_waits(
     assert order == ["parent", "child"]
 
 
-def test_sleep_zero_lets_the_others_go_first(clock: Clock) -> None:
+def test_sleep_zero_lets_other_tasks_run_first(clock: Clock) -> None:
     order = []
 
     async def polite() -> None:
@@ -300,14 +285,14 @@ def test_sleep_zero_lets_the_others_go_first(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan")])
-def test_no_time_is_negative(clock: Clock, seconds: float) -> None:
+def test_a_negative_time_is_refused(clock: Clock, seconds: float) -> None:
     with pytest.raises(ValueError, match="0 is the least"):
         sleep(seconds, clock)
     with pytest.raises(ValueError, match="0 is the least"):
         timeout(seconds, clock)
 
 
-def test_context_variables_are_those_of_the_task(clock: Clock) -> None:
+def test_each_task_has_its_own_context_variables(clock: Clock) -> None:
     variable = contextvars.ContextVar("variable", default="none")
 
     async def sets(value: str) -> tuple[str, str]:
@@ -327,7 +312,7 @@ def test_context_variables_are_those_of_the_task(clock: Clock) -> None:
     assert variable.get() == "none"
 
 
-def test_a_busy_pair_lets_the_reactor_have_its_turns(clock: Clock) -> None:
+def test_two_busy_tasks_let_the_reactor_run(clock: Clock) -> None:
     turns = 0
 
     async def busy() -> None:
@@ -348,8 +333,8 @@ async def _nothing() -> None:
     pass
 
 
-def test_one_of_another_reactor_runs_within_it(clock: Clock) -> None:
-    """And then it is itself again."""
+def test_a_task_of_another_reactor_runs_within_a_task(clock: Clock) -> None:
+    """Then the outer task is the current one again."""
     seen: list[str] = []
 
     async def other() -> None:
@@ -368,7 +353,7 @@ def test_one_of_another_reactor_runs_within_it(clock: Clock) -> None:
     assert seen == ["other", "main", "other", "main"]
 
 
-def test_an_error_of_a_canceller_does_not_stop_the_others(
+def test_an_error_of_a_canceller_does_not_stop_the_scheduler(
     clock: Clock, logged: list[Any]
 ) -> None:
     """It is logged, and the scheduler goes on."""
@@ -382,18 +367,16 @@ def test_an_error_of_a_canceller_does_not_stop_the_others(
 
     for _ in range(3):
         assert spawn(cancels_itself, reactor=clock).cancelled
-        assert spawn(lambda: succeed(1), reactor=clock).result() == 1
+        assert spawn(lambda: defer.succeed(1), reactor=clock).result() == 1
     assert [event["log_failure"].type for event in logged] == [KeyError] * 3
 
 
 # Errors
 
 
-def test_an_error_is_raised_where_it_is_asked_for(
-    clock: Clock, logged: list[Any]
-) -> None:
+def test_result_raises_the_error_of_the_task(clock: Clock, logged: list[Any]) -> None:
     async def fails() -> None:
-        await succeed(None)
+        await defer.succeed(None)
         raise KeyError("why")
 
     async def waits() -> None:
@@ -408,7 +391,7 @@ def test_an_error_is_raised_where_it_is_asked_for(
     assert failures(logged) == []
 
 
-def test_an_error_that_nobody_looks_at_is_logged(
+def test_an_error_that_is_never_retrieved_is_logged(
     clock: Clock, logged: list[Any]
 ) -> None:
     async def helper() -> None:
@@ -420,14 +403,14 @@ def test_an_error_that_nobody_looks_at_is_logged(
 
     spawn(fails, name="Frederick", reactor=clock)
     clock.advance(1)
-    [event] = failures(logged)
-    assert event["name"] == "Frederick"
-    trace = event["log_failure"].getTraceback()
+    [failure] = failures(logged)
+    assert [each["name"] for each in logged if "name" in each] == ["Frederick"]
+    trace = failure.getTraceback()
     assert trace.index("in fails") < trace.index("in helper")
     assert "twisted" not in trace.replace("twisted_rtsig/tests", "")
 
 
-def test_the_stack_shows_only_what_the_user_wrote(clock: Clock) -> None:
+def test_tracebacks_show_only_the_users_code(clock: Clock) -> None:
     @coroutine
     def third() -> Generator[Any, Any, None]:
         yield sleep(1)
@@ -456,7 +439,7 @@ def test_the_stack_shows_only_what_the_user_wrote(clock: Clock) -> None:
 # Cancellation
 
 
-def test_what_it_waits_for_is_cancelled(clock: Clock) -> None:
+def test_cancelling_a_task_cancels_what_it_waits_for(clock: Clock) -> None:
     cancelled: list[Any] = []
     deferred: Deferred[None] = Deferred(cancelled.append)
 
@@ -480,7 +463,7 @@ def test_what_it_waits_for_is_cancelled(clock: Clock) -> None:
     task.cancel()
 
 
-def test_to_the_outside_it_is_twisteds_cancelled_error(clock: Clock) -> None:
+def test_a_cancelled_task_raises_twisteds_cancelled_error(clock: Clock) -> None:
     task = spawn(sleep, 5, reactor=clock)
     deferred = task.as_deferred()
     caught: list[Any] = []
@@ -491,7 +474,7 @@ def test_to_the_outside_it_is_twisteds_cancelled_error(clock: Clock) -> None:
     assert not clock.getDelayedCalls()
 
 
-def test_the_error_of_another_cancellation_is_that_error(clock: Clock) -> None:
+def test_a_cancelled_error_of_something_else_is_an_error(clock: Clock) -> None:
     deferred: Deferred[None] = Deferred()
 
     async def waits() -> str:
@@ -504,7 +487,7 @@ def test_the_error_of_another_cancellation_is_that_error(clock: Clock) -> None:
     assert task.result() == "not mine"
 
 
-def test_a_result_that_is_there_is_not_lost(clock: Clock) -> None:
+def test_cancelling_does_not_lose_a_result_that_has_arrived(clock: Clock) -> None:
     deferred: Deferred[str] = Deferred()
     got = []
 
@@ -527,7 +510,7 @@ def test_a_result_that_is_there_is_not_lost(clock: Clock) -> None:
     task.result()
 
 
-def test_what_succeeds_in_spite_of_it(clock: Clock) -> None:
+def test_a_task_that_ignores_its_cancellation(clock: Clock) -> None:
     deferred: Deferred[str] = Deferred(lambda d: d.callback("late"))
 
     async def waits() -> str:
@@ -541,7 +524,9 @@ def test_what_succeeds_in_spite_of_it(clock: Clock) -> None:
     assert task.result() == "late"
 
 
-def test_it_waits_for_the_cleaning_up_of_what_it_waits_for(clock: Clock) -> None:
+def test_a_cancelled_task_waits_for_the_cleanup_of_what_it_waits_for(
+    clock: Clock,
+) -> None:
     @inlineCallbacks
     def cleans_up() -> Generator[Any, Any, None]:
         try:
@@ -560,8 +545,8 @@ def test_it_waits_for_the_cleaning_up_of_what_it_waits_for(clock: Clock) -> None
 
 
 @pytest.mark.parametrize("late", [True, False])
-def test_what_fails_because_of_it(clock: Clock, late: bool) -> None:
-    """At once, it is the cancellation; later, an error of its own."""
+def test_an_operation_that_fails_when_it_is_cancelled(clock: Clock, late: bool) -> None:
+    """At once, the error is the cancellation; later, it is an error of its own."""
 
     @inlineCallbacks
     def cleans_up_badly() -> Generator[Any, Any, None]:
@@ -595,7 +580,7 @@ def test_what_fails_because_of_it(clock: Clock, late: bool) -> None:
 
 @pytest.mark.parametrize("which", [-1, 19_800], ids=["the last", "one before it"])
 def test_a_long_chain_is_cancelled(clock: Clock, which: int) -> None:
-    """The first one is told at once, then each that waits for one before."""
+    """The first task is cancelled at once, then each that waits for the one before."""
     told: list[int] = []
 
     async def wait(number: int, awaited: Any) -> None:
@@ -626,8 +611,10 @@ def test_a_long_chain_is_cancelled(clock: Clock, which: int) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_a_circle_is_cancelled(clock: Clock, length: int) -> None:
-    """Tasks that wait for each other, or one that waits for itself."""
+def test_tasks_that_wait_for_each_other_are_cancelled(
+    clock: Clock, length: int
+) -> None:
+    """Also a task that waits for itself."""
     begin: Deferred[None] = Deferred()
     tasks: list[Task[None]] = []
 
@@ -642,8 +629,8 @@ def test_a_circle_is_cancelled(clock: Clock, length: int) -> None:
     assert all(each.cancelled for each in tasks)
 
 
-@pytest.mark.parametrize("late", [succeed, fail])
-def test_what_was_abandoned_is_not_logged(
+@pytest.mark.parametrize("late", [defer.succeed, defer.fail])
+def test_the_failure_of_an_abandoned_deferred_is_not_logged(
     clock: Clock, logged: list[Any], late: Any
 ) -> None:
     deferred: Deferred[Any] = Deferred()
@@ -652,17 +639,17 @@ def test_what_was_abandoned_is_not_logged(
         await deferred
 
     spawn(waits, reactor=clock).cancel()
-    if late is succeed:
+    if late is defer.succeed:
         deferred.callback(None)
     else:
         deferred.errback(KeyError())
     assert failures(logged) == []
 
 
-def test_what_is_abandoned_in_a_circle_is_not_logged(
+def test_the_failures_of_tasks_that_wait_for_each_other_are_not_logged(
     clock: Clock, logged: list[Any]
 ) -> None:
-    """Which of its errors nobody waits for any more."""
+    """No task waits for these failures any more."""
     begin: Deferred[None] = Deferred()
     tasks: list[Task[None]] = []
 
@@ -680,16 +667,19 @@ def test_what_is_abandoned_in_a_circle_is_not_logged(
 
 @pytest.mark.parametrize("waits_for", [Deferred, lambda: sleep(5)])
 @pytest.mark.parametrize("style", ["async def", "generator"])
-def test_one_that_does_not_wait_is_cancelled_where_it_does(
+def test_a_running_task_is_cancelled_where_it_waits_next(
     clock: Clock, waits_for: Any, style: str
 ) -> None:
-    """Once, however often it was told before."""
+    """Once, however often it was cancelled before."""
     seen: list[str] = []
 
-    async def async_def() -> None:
+    def cancels_itself() -> None:
         for _ in range(2):
             current_task().cancel()
         seen.append("runs")
+
+    async def async_def() -> None:
+        cancels_itself()
         try:
             await waits_for()
         finally:
@@ -697,9 +687,7 @@ def test_one_that_does_not_wait_is_cancelled_where_it_does(
             seen.append("cleaned up")
 
     def generator() -> Generator[Any, Any, None]:
-        for _ in range(2):
-            current_task().cancel()
-        seen.append("runs")
+        cancels_itself()
         try:
             yield waits_for()
         finally:
@@ -714,7 +702,7 @@ def test_one_that_does_not_wait_is_cancelled_where_it_does(
     assert not clock.getDelayedCalls()
 
 
-def test_no_generator_swallows_it_by_accident(clock: Clock) -> None:
+def test_except_exception_does_not_catch_a_cancellation(clock: Clock) -> None:
     seen: list[str] = []
 
     def stubborn() -> Generator[Any, Any, None]:
@@ -772,35 +760,47 @@ def test_timeout_in_a_generator(clock: Clock) -> None:
     task.result()
 
 
+@pytest.mark.parametrize("style", ["async def", "generator"])
 @pytest.mark.parametrize(
     ("inner", "outer", "expected"),
     [(1, 2, ["inner", "outer"]), (2, 1, ["outer"]), (1, 1, ["outer"])],
 )
-def test_nested_timeouts_know_their_own(
-    clock: Clock, inner: int, outer: int, expected: list[str]
+def test_nested_timeouts_tell_their_expiry_from_the_other(
+    clock: Clock, inner: int, outer: int, expected: list[str], style: str
 ) -> None:
-    seen = []
+    seen: list[str] = []
 
-    async def waits() -> None:
+    @contextlib.contextmanager
+    def noted(name: str, seconds: int) -> Iterator[None]:
         try:
-            with timeout(outer):
-                try:
-                    with timeout(inner):
-                        await sleep(10)
-                except TimeoutError:
-                    seen.append("inner")
-                await sleep(10)
+            with timeout(seconds) as limit:
+                yield
         except TimeoutError:
-            seen.append("outer")
+            assert limit.expired
+            seen.append(name)
 
-    task = spawn(waits, reactor=clock)
+    async def async_def() -> None:
+        with noted("outer", outer):
+            with noted("inner", inner):
+                await sleep(10)
+            await sleep(10)
+
+    def generator() -> Generator[Any, Any, None]:
+        with noted("outer", outer):
+            with noted("inner", inner):
+                yield sleep(10)
+            yield sleep(10)
+
+    run_it = async_def if style == "async def" else coroutine(generator)
+    task = spawn(run_it, reactor=clock)
     clock.advance(1)
     clock.advance(1)
     task.result()
     assert seen == expected
+    assert not clock.getDelayedCalls()
 
 
-def test_a_timeout_that_expires_when_all_is_done(clock: Clock) -> None:
+def test_a_timeout_that_expires_at_the_end_of_its_block(clock: Clock) -> None:
     deferred: Deferred[None] = Deferred()
 
     async def waits() -> str:
@@ -845,10 +845,10 @@ def test_a_timeout_over_a_yield_of_an_asynchronous_generator(clock: Clock) -> No
         generator.aclose().send(None)
 
 
-def test_what_needs_a_task_says_so(clock: Clock) -> None:
+def test_functions_that_need_a_task_say_so(clock: Clock) -> None:
     @inlineCallbacks
     def bare() -> Generator[Any, Any, None]:
-        yield succeed(None)
+        yield defer.succeed(None)
         with pytest.raises(NoTaskError, match="@coroutine"), timeout(5):
             pass
         with pytest.raises(NoTaskError, match="@coroutine"), shield():
@@ -871,18 +871,24 @@ def test_what_needs_a_task_says_so(clock: Clock) -> None:
     assert spawn(within_a_task, name="mine", reactor=clock).result() == "mine"
 
 
+@contextlib.contextmanager
+def _times_out(seen: list[str]) -> Iterator[None]:
+    with pytest.raises(TimeoutError), timeout(1):
+        yield
+    seen.append("timeout inside")
+
+
 def test_shield(clock: Clock) -> None:
-    seen = []
+    seen: list[str] = []
 
     async def waits() -> None:
         with shield():
             await sleep(2)
             seen.append("shielded")
-            with pytest.raises(TimeoutError), timeout(1):
+            with _times_out(seen):
                 await sleep(5)
-            seen.append("timeout inside")
         await sleep(5)
-        seen.append("never")
+        raise AssertionError("it was not cancelled")
 
     async def in_time() -> None:
         with pytest.raises(TimeoutError), timeout(1):
@@ -898,49 +904,16 @@ def test_shield(clock: Clock) -> None:
     assert seen == ["shielded", "shielded", "timeout inside", "timeout inside"]
 
 
-@pytest.mark.parametrize(
-    ("inner", "outer", "expected"),
-    [(1, 2, ["inner", "outer"]), (2, 1, ["outer"]), (1, 1, ["outer"])],
-)
-def test_nested_timeouts_in_a_generator(
-    clock: Clock, inner: int, outer: int, expected: list[str]
-) -> None:
-    seen = []
-
-    @coroutine
-    def waits() -> Generator[Any, Any, None]:
-        try:
-            with timeout(outer) as limit:
-                try:
-                    with timeout(inner):
-                        yield sleep(10)
-                except TimeoutError:
-                    seen.append("inner")
-                yield sleep(10)
-        except TimeoutError:
-            seen.append("outer")
-            assert limit.expired
-
-    task = spawn(waits, reactor=clock)
-    clock.advance(1)
-    clock.advance(1)
-    task.result()
-    assert seen == expected
-    assert not clock.getDelayedCalls()
-
-
 def test_shield_in_a_generator(clock: Clock) -> None:
-    seen = []
+    seen: list[str] = []
 
     def waits() -> Generator[Any, Any, None]:
         with shield():
             yield sleep(2)
             seen.append("shielded")
-            with pytest.raises(TimeoutError), timeout(1):
+            with _times_out(seen):
                 yield sleep(5)
-            seen.append("timeout inside")
-        yield sleep(5)
-        seen.append("never")
+        yield Deferred()
 
     task = spawn(waits, reactor=clock)
     task.cancel()
@@ -966,6 +939,13 @@ def test_a_group_waits_for_its_tasks(clock: Clock) -> None:
     assert task.result() == [1, 2, 3]
 
 
+async def _fails_to_clean_up(error: Exception) -> None:
+    try:
+        await sleep(60)
+    finally:
+        raise error
+
+
 async def _after(seconds: float, value: Any) -> Any:
     await sleep(seconds)
     if isinstance(value, Exception):
@@ -974,7 +954,9 @@ async def _after(seconds: float, value: Any) -> Any:
 
 
 @pytest.mark.parametrize("in_block", [False, True])
-def test_an_error_cancels_the_others(clock: Clock, in_block: bool) -> None:
+def test_an_error_cancels_the_other_tasks_of_the_group(
+    clock: Clock, in_block: bool
+) -> None:
     tasks: list[Task[Any]] = []
 
     async def main() -> None:
@@ -996,15 +978,9 @@ def test_an_error_cancels_the_others(clock: Clock, in_block: bool) -> None:
 
 
 def test_all_errors_are_raised_together(clock: Clock) -> None:
-    async def cleans_up_badly() -> None:
-        try:
-            await sleep(10)
-        finally:
-            raise ValueError("cleaning up")
-
     async def main() -> None:
         async with TaskGroup() as group:
-            group.spawn(cleans_up_badly)
+            group.spawn(_fails_to_clean_up, ValueError("cleaning up"))
             group.spawn(_after, 1, KeyError("task"))
 
     task = spawn(main, reactor=clock)
@@ -1014,7 +990,7 @@ def test_all_errors_are_raised_together(clock: Clock) -> None:
     assert {type(each) for each in caught.value.exceptions} == {KeyError, ValueError}
 
 
-def test_to_cancel_the_outside_cancels_the_group(clock: Clock) -> None:
+def test_cancelling_the_task_of_a_group_cancels_the_group(clock: Clock) -> None:
     tasks: list[Task[Any]] = []
 
     async def main() -> None:
@@ -1028,7 +1004,7 @@ def test_to_cancel_the_outside_cancels_the_group(clock: Clock) -> None:
     assert tasks[0].cancelled
 
 
-def test_they_are_cancelled_once_and_can_clean_up(clock: Clock) -> None:
+def test_the_tasks_of_a_group_are_cancelled_once_and_can_clean_up(clock: Clock) -> None:
     cleaned_up: list[int] = []
 
     async def cleans_up(seconds: int) -> None:
@@ -1057,7 +1033,7 @@ def test_they_are_cancelled_once_and_can_clean_up(clock: Clock) -> None:
     assert cleaned_up == [1, 2]
 
 
-def test_the_last_one_ends_while_the_group_is_cancelled(clock: Clock) -> None:
+def test_the_last_task_ends_while_its_group_is_cancelled(clock: Clock) -> None:
     event = Event()
 
     async def main() -> None:
@@ -1073,7 +1049,7 @@ def test_the_last_one_ends_while_the_group_is_cancelled(clock: Clock) -> None:
     assert task.cancelled
 
 
-def test_a_group_that_nobody_can_end(clock: Clock) -> None:
+def test_a_group_whose_coroutine_is_closed(clock: Clock) -> None:
     async def main() -> None:
         async with TaskGroup() as group:
             group.spawn(sleep, 1)
@@ -1086,7 +1062,7 @@ def test_a_group_that_nobody_can_end(clock: Clock) -> None:
     assert not task.done
 
 
-def test_to_cancel_the_group(clock: Clock) -> None:
+def test_cancelling_a_group(clock: Clock) -> None:
     async def main() -> str:
         async with TaskGroup() as group:
             group.spawn(_after, 10, None)
@@ -1141,9 +1117,7 @@ def test_an_error_in_a_group_for_generators(clock: Clock, in_body: bool) -> None
 
 
 @pytest.mark.parametrize("how", ["timeout", "cancel"])
-def test_to_cancel_the_outside_cancels_a_group_for_generators(
-    clock: Clock, how: str
-) -> None:
+def test_cancelling_the_task_of_a_group_for_generators(clock: Clock, how: str) -> None:
     tasks: list[Task[Any]] = []
 
     def body(group: TaskGroup) -> Generator[Any, Any, None]:
@@ -1166,7 +1140,7 @@ def test_to_cancel_the_outside_cancels_a_group_for_generators(
 
 
 def test_a_callback_spawns_into_a_group(clock: Clock) -> None:
-    """On the group's reactor; and if that is cancelled, so is what comes late."""
+    """On the group's reactor; a task that comes after the cancellation is cancelled."""
     late: list[Task[Any]] = []
     groups: list[TaskGroup] = []
 
@@ -1196,10 +1170,8 @@ def test_a_callback_spawns_into_a_group(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("how", ["timeout", "cancel"])
-def test_the_outside_is_cancelled_in_the_block_of_a_group(
-    clock: Clock, how: str
-) -> None:
-    """The end of the block does not take that for the group's own cancellation."""
+def test_the_task_of_a_group_is_cancelled_in_the_block(clock: Clock, how: str) -> None:
+    """The group does not take that for its own cancellation."""
     seen: list[str] = []
 
     async def main() -> None:
@@ -1220,18 +1192,12 @@ def test_the_outside_is_cancelled_in_the_block_of_a_group(
 
 
 def test_errors_of_a_group_come_before_a_cancellation(clock: Clock) -> None:
-    """Which is not lost: it comes where the task waits next."""
+    """The cancellation is not lost: it is raised where the task waits next."""
     seen: list[str] = []
-
-    async def cleans_up_badly() -> None:
-        try:
-            await sleep(60)
-        finally:
-            raise KeyError("cleaning up")
 
     async def group_of_them() -> None:
         async with TaskGroup() as group:
-            group.spawn(cleans_up_badly)
+            group.spawn(_fails_to_clean_up, KeyError("cleaning up"))
             await sleep(60)
 
     async def main() -> None:
@@ -1260,18 +1226,14 @@ def _canceller_that_fails(deferred: Deferred[None]) -> None:
 
 
 def test_a_canceller_that_fails(clock: Clock, logged: list[Any]) -> None:
-    """That is logged, and what waits is cancelled all the same."""
+    """Its error is logged, and the waiting task is cancelled all the same."""
     never: Deferred[None] = Deferred(_canceller_that_fails)
 
     async def wait() -> None:
         await never
 
     async def main() -> str:
-        task = spawn(wait)
-        await sleep(0)
-        task.cancel()
-        with pytest.raises(CancelledError):
-            await task
+        await cancel(spawn(wait))
         with pytest.raises(ExceptionGroup) as raised:  # noqa: PT012
             async with TaskGroup() as group:
                 group.spawn(wait)
@@ -1292,8 +1254,10 @@ def test_a_canceller_that_fails(clock: Clock, logged: list[Any]) -> None:
     assert kinds == [KeyError] * 3
 
 
-def test_an_interrupt_in_the_turn_of_many(clock: Clock) -> None:
-    """The others that have waited for this turn have theirs nevertheless."""
+def test_a_keyboard_interrupt_leaves_the_other_tasks_of_the_turn_running(
+    clock: Clock,
+) -> None:
+    """The other tasks that wait for this turn run nevertheless."""
     woken: list[int] = []
 
     async def wait(number: int) -> None:

@@ -15,6 +15,7 @@ from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
 from twisted.internet.error import ConnectionAborted, ConnectionLost
 from twisted.internet.task import Clock
 
+from tests.coro.support import output_of
 from tests.support import DEADLINE
 from twisted_rtsig.coro import (
     Cancelled,
@@ -74,7 +75,7 @@ def test_a_conversation(handler: Any) -> None:
     assert conversation.ended == "closed"
 
 
-def test_time_passes_when_it_is_told_to() -> None:
+def test_time_passes_when_advanced() -> None:
     async def session(stream: Stream) -> None:
         await sleep(0)
         try:
@@ -174,11 +175,6 @@ def test_a_handler_that_does_not_read() -> None:
 # Two streams
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
 def test_a_pair_with_latency(clock: Clock) -> None:
     one, other = stream_pair(latency=0.5, reactor=clock)
     read = other.read()
@@ -208,7 +204,7 @@ def test_a_pair_with_a_buffer(clock: Clock) -> None:
     writes = [one.write(b"1"), one.write(b"2")]
     assert not any(each.called for each in writes)
     clock.advance(0)
-    # It was taken, though nobody has read it.
+    # The buffer took it, though it was not read yet.
     assert all(each.called for each in writes)
     assert other.read().result == bytes(100) + b"12"
 
@@ -232,7 +228,7 @@ def test_a_pair_whose_reader_is_slow(clock: Clock) -> None:
     assert closed.called
 
 
-def test_what_was_written_to_one_who_has_closed_loses_the_connection(
+def test_writing_to_a_closed_peer_loses_the_connection(
     clock: Clock,
 ) -> None:
     one, other = stream_pair(reactor=clock)
@@ -249,7 +245,7 @@ def test_what_was_written_to_one_who_has_closed_loses_the_connection(
 
 
 @pytest.mark.parametrize("wrong", [{"buffer_size": -1}, {"latency": -0.1}])
-def test_a_pair_that_cannot_be(clock: Clock, wrong: dict[str, Any]) -> None:
+def test_bad_options_of_a_pair(clock: Clock, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="0 is the least"):
         stream_pair(reactor=clock, **wrong)
 
@@ -326,7 +322,7 @@ def test_a_handler_that_only_writes() -> None:
     assert cancel_everywhere(handler) == 2
 
 
-def test_what_a_cancelled_handler_does_not_give_back() -> None:
+def test_cancel_everywhere_finds_unreleased_resources() -> None:
     seats = Seats()
 
     async def handler(stream: Stream) -> None:
@@ -400,12 +396,12 @@ async def _never_ends(stream: Stream) -> None:
         (_never_ends, "^the handler has not ended after [0-9]+ turns"),
     ],
 )
-def test_what_a_handler_does_wrong(handler: Any, wrong: str) -> None:
+def test_cancel_everywhere_finds_wrong_handlers(handler: Any, wrong: str) -> None:
     with pytest.raises(AssertionError, match=wrong.replace("()", r"\(\)")):
         cancel_everywhere(handler)
 
 
-def test_a_handler_may_be_collected_before_what_steps_through_it(
+def test_a_handler_is_collected_before_its_driver(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bodies = []
@@ -423,7 +419,7 @@ def test_a_handler_may_be_collected_before_what_steps_through_it(
     assert ignored == []
 
 
-def test_a_peer_that_is_left_alone_is_not_logged(logged: list[Any]) -> None:
+def test_a_peer_whose_handler_fails_is_not_logged(logged: list[Any]) -> None:
     async def fails(stream: Stream) -> None:
         raise KeyError("no good")
 
@@ -442,7 +438,7 @@ def test_a_peer_that_is_left_alone_is_not_logged(logged: list[Any]) -> None:
     assert not {peer.__qualname__, "_only_listen"}.intersection(names)
 
 
-def test_a_shield_puts_off_the_end() -> None:
+def test_a_shield_delays_the_cancellation() -> None:
     said: list[bytes] = []
 
     async def handler(stream: Stream) -> None:
@@ -518,13 +514,7 @@ assert "twisted.internet.reactor" not in sys.modules
 
 def test_without_a_reactor() -> None:
     """None is even imported, which would install one."""
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_A_REACTOR],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert output_of(WITHOUT_A_REACTOR) == ""
 
 
 # In trial

@@ -154,7 +154,7 @@ def test_limits_count_characters() -> None:
     in_memory(main)
 
 
-def test_bytes_that_are_no_text() -> None:
+def test_undecodable_bytes() -> None:
     async def main(one: Stream, other: Stream) -> None:
         text = TextStream(other)
         # What comes before is read before.
@@ -173,7 +173,7 @@ def test_bytes_that_are_no_text() -> None:
     in_memory(main)
 
 
-def test_no_byte_order_mark_where_there_must_be_one() -> None:
+def test_a_missing_byte_order_mark() -> None:
     """The codec raises another error, and knows nothing of where it is."""
 
     async def main(one: Stream, other: Stream) -> None:
@@ -230,7 +230,7 @@ def test_the_end_in_the_middle_of_a_line() -> None:
     in_memory(main)
 
 
-def test_a_read_that_is_given_up_takes_nothing() -> None:
+def test_a_cancelled_read_consumes_nothing() -> None:
     async def main(one: Stream, other: Stream) -> None:
         text = TextStream(other)
         await one.write("a €"[:2].encode() + b"\xe2\x82")

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import socket
-import ssl
 import sys
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from OpenSSL import SSL
-from twisted.internet.defer import succeed
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.endpoints import (
     SSL4ClientEndpoint,
     SSL4ServerEndpoint,
@@ -33,14 +31,25 @@ from twisted.logger import LogLevel
 from twisted.protocols.policies import WrappingFactory
 from zope.interface import implementer
 
+from tests.coro.peers import (
+    TLSPeer,
+    accepted,
+    secure_as_client,
+    socket_to,
+    tls_client,
+    tls_client_of,
+)
 from tests.coro.support import (
     STYLES,
+    Logged,
     call,
     client_endpoint,
+    failures,
     forgets_awaits,
     listen,
     run,
     tls_endpoint,
+    until,
 )
 from twisted_rtsig.coro import (
     CoroutineFactory,
@@ -62,134 +71,8 @@ from twisted_rtsig.coro import (
 # Twisted and pyOpenSSL hold different opinions on what is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-Logged = list[dict[str, Any]]
-
 LIMIT = 30
 MUCH = 1 << 22
-
-
-class Peer:
-    """
-    A TLS peer that does what it is told, and answers close_notify only then.
-
-    :param plain: a connected socket.
-    """
-
-    def __init__(
-        self, plain: socket.socket, context: ssl.SSLContext, server_side: bool
-    ) -> None:
-        plain.setblocking(False)
-        self.plain = plain
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side)
-
-    async def handshake(self) -> None:
-        await self._do(self._tls.do_handshake)
-
-    async def write(self, data: bytes) -> None:
-        await self._do(self._tls.write, data)
-
-    async def read(self, size: int = 1 << 16) -> bytes:
-        """Read something; no bytes after close_notify."""
-        try:
-            return await self._do(self._tls.read, size)  # type: ignore[no-any-return]
-        except ssl.SSLZeroReturnError:
-            return b""
-
-    async def close_notify(self) -> None:
-        # There may be something left to read.
-        with contextlib.suppress(ssl.SSLError):
-            self._tls.unwrap()
-        self._flush()
-
-    async def end(self) -> bytes:
-        """What comes after close_notify: no bytes at the end of the connection."""
-        while True:
-            try:
-                return self.plain.recv(1)
-            except BlockingIOError:
-                await sleep(0)
-
-    async def _do(self, function: Callable[..., Any], *args: Any) -> Any:
-        while True:
-            try:
-                return function(*args)
-            except ssl.SSLWantReadError:
-                self._flush()
-                await self._receive()
-            finally:
-                self._flush()
-
-    def _flush(self) -> None:
-        while data := self._outgoing.read():
-            self.plain.sendall(data)
-
-    async def _receive(self) -> None:
-        while True:
-            try:
-                data = self.plain.recv(1 << 16)
-            except BlockingIOError:
-                await sleep(0)
-            else:
-                self._incoming.write(data)
-                if not data:
-                    self._incoming.write_eof()
-                return
-
-
-def client_context() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-@pytest.fixture
-def server_context(certificate: PrivateCertificate, tmp_path: Path) -> ssl.SSLContext:
-    pem = tmp_path / "server.pem"
-    pem.write_bytes(certificate.dumpPEM())
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem)
-    return context
-
-
-@contextlib.asynccontextmanager
-async def accepted(reactor: Any) -> AsyncIterator[tuple[Any, Any]]:
-    """A client endpoint, and a function to accept its connection with."""
-    with contextlib.ExitStack() as sockets:
-        port = sockets.enter_context(socket.socket())
-        port.bind(("127.0.0.1", 0))
-        port.listen()
-        port.setblocking(False)
-
-        async def accept() -> socket.socket:
-            while True:
-                try:
-                    return sockets.enter_context(port.accept()[0])
-                except BlockingIOError:
-                    await sleep(0)
-
-        yield TCP4ClientEndpoint(reactor, *port.getsockname()), accept
-
-
-@contextlib.contextmanager
-def socket_to(server: Server, receive_buffer: int | None = None) -> Any:
-    with socket.socket() as plain:
-        if receive_buffer is not None:
-            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        plain.connect(("127.0.0.1", server.port.getHost().port))
-        plain.setblocking(False)
-        yield plain
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    while not condition():
-        await sleep(0)
-
-
-def tls_client(endpoint: Any, certificate: PrivateCertificate | None = None) -> Any:
-    """By default it trusts the system's certificates, and not that of the tests."""
-    return wrapClientTLS(optionsForClientTLS("127.0.0.1", certificate), endpoint)
 
 
 # Peers that do not answer
@@ -201,17 +84,18 @@ def serve_tls(
 ) -> Callable[..., Any]:
     """Serve TLS from the beginning, or from the beginning of the handler."""
 
-    async def serve_tls(handler: Any, **options: Any) -> Server:
-        if request.param == "endpoint":
-            endpoint = tls_endpoint(reactor, certificate)
-            return await serve(endpoint, handler, **options)
-
+    @contextlib.asynccontextmanager
+    async def serve_tls(handler: Any, **options: Any) -> Any:
         async def start_tls(stream: Stream) -> None:
             await stream.start_tls(certificate.options())
             await handler(stream)
 
-        plain = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
-        return await serve(plain, start_tls, **options)
+        if request.param == "endpoint":
+            server = await listen(reactor, handler, certificate, **options)
+        else:
+            server = await listen(reactor, start_tls, **options)
+        yield server
+        await server.stop()
 
     return serve_tls
 
@@ -220,107 +104,109 @@ async def say_hello(stream: Stream) -> None:
     await stream.write(b"hello")
 
 
-def test_a_client_that_does_not_answer_close_notify(
-    reactor: Any, serve_tls: Any
+async def closed_after(clock: Clock, connections: Any, limit: float) -> None:
+    """Let time pass: the connection is closed at the limit, and not before."""
+    clock.advance(limit - 1)
+    await sleep(0.01)
+    assert connections
+    clock.advance(1)
+    await until(lambda: not connections)
+
+
+async def closed_without_reset(server: Server, peer: TLSPeer) -> None:
+    await until(lambda: not server.factory.connections)
+    assert await peer.end() == b""
+
+
+async def done_after(clock: Clock, operation: Deferred[Any], limit: float) -> None:
+    """Let time pass: an operation ends at the limit, and not before."""
+    clock.advance(limit - 1)
+    await sleep(0.01)
+    assert not operation.called
+    clock.advance(1)
+    await operation
+
+
+def test_a_server_closes_when_the_client_does_not_answer_close_notify(
+    reactor: Any, serve_tls: Any, limits_clock: Clock
 ) -> None:
-    clock = Clock()
+    clock = limits_clock
 
     async def main() -> None:
-        server = await serve_tls(say_hello, close_timeout=LIMIT, reactor=clock)
-        with socket_to(server) as plain:
-            peer = Peer(plain, client_context(), server_side=False)
-            await peer.handshake()
-            assert [await peer.read(), await peer.read()] == [b"hello", b""]
+        async with (
+            serve_tls(say_hello, close_timeout=LIMIT, reactor=clock) as server,
+            tls_client_of(server) as peer,
+        ):
+            assert await peer.read_until_close_notify() == b"hello"
             clock.advance(LIMIT - 1)
-            # What it sends is no answer.
+            # Data is no answer.
             await peer.write(b"go on")
             await sleep(0.01)
             assert server.factory.connections
             clock.advance(1)
-            await until(lambda: not server.factory.connections)
-            # The end, and no reset.
-            assert await peer.end() == b""
-        await server.stop()
-        assert not clock.getDelayedCalls()
+            await closed_without_reset(server, peer)
 
     run(reactor, main)
 
 
-def test_a_client_that_answers_close_notify(reactor: Any, serve_tls: Any) -> None:
-    clock = Clock()
-
+def test_a_server_without_a_close_timeout_waits_for_close_notify(
+    reactor: Any, serve_tls: Any, limits_clock: Clock
+) -> None:
     async def main() -> None:
-        server = await serve_tls(say_hello, close_timeout=None, reactor=clock)
-        with socket_to(server) as plain:
-            peer = Peer(plain, client_context(), server_side=False)
-            await peer.handshake()
-            assert [await peer.read(), await peer.read()] == [b"hello", b""]
-            # Without a limit it may take as long as it likes.
-            clock.advance(1_000_000)
+        async with (
+            serve_tls(say_hello, close_timeout=None, reactor=limits_clock) as server,
+            tls_client_of(server) as peer,
+        ):
+            assert await peer.read_until_close_notify() == b"hello"
+            limits_clock.advance(1_000_000)
             await sleep(0.01)
             assert server.factory.connections
             await peer.close_notify()
-            await until(lambda: not server.factory.connections)
-            assert await peer.end() == b""
-        await server.stop()
-        assert not clock.getDelayedCalls()
+            await closed_without_reset(server, peer)
 
     run(reactor, main)
 
 
-def test_a_server_that_does_not_answer_close_notify(
-    reactor: Any, certificate: PrivateCertificate, server_context: ssl.SSLContext
+def test_a_client_closes_when_the_server_does_not_answer_close_notify(
+    reactor: Any, connecting: Any
 ) -> None:
-    clock = Clock()
-
     async def main() -> None:
-        async with accepted(reactor) as (endpoint, accept):
-            client = tls_client(endpoint, certificate)
+        async with connecting(close_timeout=LIMIT) as (clock, stream, _, secure):
 
             async def talk() -> None:
-                stream = await connect(client, clock, close_timeout=LIMIT)
                 async with stream:
                     await stream.write(b"hello")
 
             talking = spawn(talk)
-            peer = Peer(await accept(), server_context, server_side=True)
-            await peer.handshake()
-            assert [await peer.read(), await peer.read()] == [b"hello", b""]
-            clock.advance(LIMIT - 1)
-            await sleep(0.01)
-            assert not talking.done
-            clock.advance(1)
-            await talking
+            peer = await secure()
+            assert await peer.read_until_close_notify() == b"hello"
+            await done_after(clock, talking.as_deferred(), LIMIT)
             assert await peer.end() == b""
-        assert not clock.getDelayedCalls()
 
     run(reactor, main)
 
 
 def test_a_client_that_reads_slowly_gets_everything(
-    reactor: Any, serve_tls: Any
+    reactor: Any, serve_tls: Any, limits_clock: Clock
 ) -> None:
-    """The limit is for the answer, and not for what was written before."""
-    clock = Clock()
+    """``close_timeout`` begins when everything was sent that was written before."""
 
     async def handler(stream: Stream) -> None:
         await stream.write(bytes(MUCH))
 
     async def main() -> None:
-        server = await serve_tls(handler, close_timeout=LIMIT, reactor=clock)
-        with socket_to(server, receive_buffer=1 << 16) as plain:
-            peer = Peer(plain, client_context(), server_side=False)
-            await peer.handshake()
+        async with (
+            serve_tls(handler, close_timeout=LIMIT, reactor=limits_clock) as server,
+            tls_client_of(server, receive_buffer=1 << 16) as peer,
+        ):
             received = 0
             while data := await peer.read():
                 received += len(data)
                 await sleep(0)
                 # The limit is over long before everything was read.
-                clock.advance(LIMIT / 4)
+                limits_clock.advance(LIMIT / 4)
             assert received == MUCH
             await until(lambda: not server.factory.connections)
-        await server.stop()
-        assert not clock.getDelayedCalls()
 
     run(reactor, main)
 
@@ -329,9 +215,10 @@ def test_a_client_that_reads_slowly_gets_everything(
     not sys.platform.startswith(("linux", "darwin", "freebsd", "netbsd")),
     reason="the kernel does not tell what the peer has acknowledged",
 )
-def test_a_client_that_reads_slowly_is_not_idle(reactor: Any, serve_tls: Any) -> None:
+def test_a_client_that_reads_slowly_is_not_idle(
+    reactor: Any, serve_tls: Any, clock: Clock
+) -> None:
     """The kernel has all that was written, and the peer takes a little at a time."""
-    clock = Clock()
 
     async def handler(stream: Stream) -> None:
         layer: Any = stream.transport
@@ -340,10 +227,10 @@ def test_a_client_that_reads_slowly_is_not_idle(reactor: Any, serve_tls: Any) ->
         await stream.read()
 
     async def main() -> None:
-        server = await serve_tls(handler, idle_timeout=60, reactor=clock)
-        with socket_to(server, receive_buffer=1 << 13) as plain:
-            peer = Peer(plain, client_context(), server_side=False)
-            await peer.handshake()
+        async with (
+            serve_tls(handler, idle_timeout=60, reactor=clock) as server,
+            tls_client_of(server, receive_buffer=1 << 13) as peer,
+        ):
             received = 0
             while received < 1 << 18:
                 received += len(await peer.read(1 << 12))
@@ -352,44 +239,43 @@ def test_a_client_that_reads_slowly_is_not_idle(reactor: Any, serve_tls: Any) ->
                 assert server.factory.connections
             clock.pump([5] * 20)
             await until(lambda: not server.factory.connections)
-        await server.stop()
 
     run(reactor, main)
 
 
-def test_close_during_a_handshake_that_does_not_come(
-    reactor: Any, certificate: PrivateCertificate
+def test_close_during_a_handshake_that_the_server_does_not_answer(
+    reactor: Any, connecting: Any
 ) -> None:
     """What was written waits for the handshake, and with it the end."""
-    clock = Clock()
 
     async def main() -> None:
-        async with accepted(reactor) as (endpoint, accept):
-            stream = await connect(
-                tls_client(endpoint, certificate),
-                clock,
-                handshake_timeout=None,
-                close_timeout=LIMIT,
-            )
+        limits = {"handshake_timeout": None, "close_timeout": LIMIT}
+        async with connecting(**limits) as (clock, stream, accept, _):
             await accept()
             stream.write(b"hello")
-            closed = stream.close()
-            clock.advance(LIMIT - 1)
-            await sleep(0.01)
-            assert not closed.called
-            clock.advance(1)
-            await closed
-        assert not clock.getDelayedCalls()
+            await done_after(clock, stream.close(), LIMIT)
 
     run(reactor, main)
+
+
+async def serve_tls_from(
+    reactor: Any, certificate: PrivateCertificate, factory: Any, wrapped: bool
+) -> Server:
+    """
+    Serve TLS.
+
+    :param wrapped: behind a protocol that does not report the handshake.
+    """
+    outer = WrappingFactory(factory) if wrapped else factory
+    return Server(await tls_endpoint(reactor, certificate).listen(outer), factory)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_the_limit_of_the_answer_begins_after_the_handshake(
-    reactor: Any, certificate: PrivateCertificate, wrapped: bool
+def test_the_close_timeout_of_a_server_begins_after_the_handshake(
+    reactor: Any, certificate: PrivateCertificate, limits_clock: Clock, wrapped: bool
 ) -> None:
-    """Of a server whose handler has returned; also if nothing reports the handshake."""
-    clock = Clock()
+    """The handler has returned before; also if nothing reports the handshake."""
+    clock = limits_clock
 
     async def handler(stream: Stream) -> None:
         stream.write(b"hello")
@@ -401,75 +287,53 @@ def test_the_limit_of_the_answer_begins_after_the_handshake(
             close_timeout=LIMIT,
             reactor=clock,
         )
-        outer = WrappingFactory(factory) if wrapped else factory
-        listening = tls_endpoint(reactor, certificate).listen(outer)
-        server = Server(await listening, factory)
+        server = await serve_tls_from(reactor, certificate, factory, wrapped)
         with socket_to(server) as plain:
             await until(lambda: factory.connections)
             clock.advance(2 * LIMIT)
             await sleep(0.01)
             assert factory.connections
-            peer = Peer(plain, client_context(), server_side=False)
-            await peer.handshake()
-            assert [await peer.read(), await peer.read()] == [b"hello", b""]
-            # Now it is looked for the handshake.
+            peer = await secure_as_client(plain)
+            assert await peer.read_until_close_notify() == b"hello"
+            # Now the server looks whether the handshake is done.
             clock.advance(0.1)
-            clock.advance(LIMIT - 1)
-            await sleep(0.01)
-            assert factory.connections
-            clock.advance(1)
-            await until(lambda: not factory.connections)
+            await closed_after(clock, factory.connections, LIMIT)
             assert await peer.end() == b""
         await server.stop()
-        assert not clock.getDelayedCalls()
 
     run(reactor, main)
 
 
-def test_a_client_that_closes_waits_for_a_late_handshake(
-    reactor: Any, certificate: PrivateCertificate, server_context: ssl.SSLContext
+def test_the_close_timeout_of_a_client_begins_after_the_handshake(
+    reactor: Any, connecting: Any
 ) -> None:
-    clock = Clock()
-
     async def main() -> None:
-        async with accepted(reactor) as (endpoint, accept):
-            stream = await connect(
-                tls_client(endpoint, certificate),
-                clock,
-                handshake_timeout=3 * LIMIT,
-                close_timeout=LIMIT,
-            )
+        limits = {"handshake_timeout": 3 * LIMIT, "close_timeout": LIMIT}
+        async with connecting(**limits) as (clock, stream, _, secure):
             stream.write(b"hello")
             closed = stream.close()
             clock.advance(2 * LIMIT)
             await sleep(0.01)
             assert not closed.called
-            peer = Peer(await accept(), server_context, server_side=True)
-            await peer.handshake()
-            assert [await peer.read(), await peer.read()] == [b"hello", b""]
-            clock.advance(LIMIT - 1)
-            await sleep(0.01)
-            assert not closed.called
-            clock.advance(1)
-            await closed
-        assert not clock.getDelayedCalls()
+            peer = await secure()
+            assert await peer.read_until_close_notify() == b"hello"
+            await done_after(clock, closed, LIMIT)
 
     run(reactor, main)
 
 
-def test_delayed_calls_that_something_else_has_cancelled(
-    reactor: Any, serve_tls: Any
+def test_delayed_calls_that_other_code_has_cancelled(
+    reactor: Any, serve_tls: Any, clock: Clock
 ) -> None:
     """As trial does at the end of a test, before connections are lost."""
-    clock = Clock()
 
     async def main() -> None:
-        server = await serve_tls(say_hello, reactor=clock)
-        with socket_to(server) as plain:
-            peer = Peer(plain, client_context(), server_side=False)
-            await peer.handshake()
-            assert [await peer.read(), await peer.read()] == [b"hello", b""]
-            deadline = Deadline(1, clock)
+        deadline = Deadline(1, clock)
+        async with (
+            serve_tls(say_hello, reactor=clock) as server,
+            tls_client_of(server) as peer,
+        ):
+            assert await peer.read_until_close_notify() == b"hello"
             choosing = select(deadline, Event())
             # The limits of the handshake and of the end, the watchdog, the deadline.
             for each in clock.getDelayedCalls():
@@ -477,40 +341,26 @@ def test_delayed_calls_that_something_else_has_cancelled(
             choosing.cancel()
             await peer.close_notify()
             await until(lambda: not server.factory.connections)
-        await server.stop()
 
     run(reactor, main)
 
 
-def test_a_server_without_a_handshake(
-    reactor: Any, certificate: PrivateCertificate
-) -> None:
-    """Reads wait for the handshake, whose limit is their limit."""
-    clock = Clock()
-
+def test_read_raises_when_no_handshake_comes(reactor: Any, connecting: Any) -> None:
     async def main() -> None:
-        async with accepted(reactor) as (endpoint, accept):
-            client = tls_client(endpoint, certificate)
-            stream = await connect(client, clock, handshake_timeout=LIMIT)
+        async with connecting(handshake_timeout=LIMIT) as (clock, stream, accept, _):
             await accept()
-            reading = stream.read()
-            clock.advance(LIMIT - 1)
-            await sleep(0.01)
-            assert not reading.called
-            clock.advance(1)
             with pytest.raises(TLSError, match=f"no handshake within {LIMIT} s"):
-                await reading
-        assert not clock.getDelayedCalls()
+                await done_after(clock, stream.read(), LIMIT)
 
     run(reactor, main)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_handshake_that_is_done_is_not_overdue(
-    reactor: Any, certificate: PrivateCertificate, wrapped: bool
+def test_the_handshake_timeout_ends_with_the_handshake(
+    reactor: Any, certificate: PrivateCertificate, limits_clock: Clock, wrapped: bool
 ) -> None:
-    """With an endpoint that wraps protocols, and with a wrapper that tells nothing."""
-    clock = Clock()
+    """The endpoint wraps protocols, or a wrapper does not report the handshake."""
+    clock = limits_clock
     options = optionsForClientTLS("127.0.0.1", certificate)
 
     async def handler(stream: Stream) -> None:
@@ -519,9 +369,7 @@ def test_a_handshake_that_is_done_is_not_overdue(
 
     async def main() -> None:
         factory: Any = CoroutineFactory(handler, handshake_timeout=LIMIT, reactor=clock)
-        outer = WrappingFactory(factory) if wrapped else factory
-        listening = tls_endpoint(reactor, certificate).listen(outer)
-        server = Server(await listening, factory)
+        server = await serve_tls_from(reactor, certificate, factory, wrapped)
         port = server.port.getHost().port
         endpoint = SSL4ClientEndpoint(reactor, "127.0.0.1", port, options)
         stream = await connect(endpoint, clock, handshake_timeout=LIMIT)
@@ -532,17 +380,19 @@ def test_a_handshake_that_is_done_is_not_overdue(
         await stream.close()
         await until(lambda: not server.factory.connections)
         await server.stop()
-        assert not clock.getDelayedCalls()
 
     run(reactor, main)
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_start_tls_without_a_handshake(
-    reactor: Any, certificate: PrivateCertificate, logged: Logged, style: str
+def test_start_tls_raises_when_no_handshake_comes(
+    reactor: Any,
+    certificate: PrivateCertificate,
+    logged: Logged,
+    limits_clock: Clock,
+    style: str,
 ) -> None:
-    """Neither side of a server with start_tls waits longer than its limit."""
-    clock = Clock()
+    """On either side, when its limit is over."""
     got: list[Any] = []
 
     def handler(stream: Stream) -> Any:
@@ -550,34 +400,33 @@ def test_start_tls_without_a_handshake(
         return STYLES[style](reactor, steps, got)
 
     async def main() -> None:
+        limits: Any = {"handshake_timeout": LIMIT, "reactor": limits_clock}
         plain = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
-        server = await serve(plain, handler, handshake_timeout=LIMIT, reactor=clock)
+        server = await serve(plain, handler, **limits)
         with socket_to(server):
-            await until(lambda: server.factory.connections)
-            clock.advance(LIMIT - 1)
-            await sleep(0.01)
-            assert server.factory.connections
-            clock.advance(1)
-            await until(lambda: not server.factory.connections)
+            connections = server.factory.connections
+            await until(lambda: connections)
+            await closed_after(limits_clock, connections, LIMIT)
         await server.stop()
         async with accepted(reactor) as (endpoint, accept):
-            stream = await connect(endpoint, clock, handshake_timeout=LIMIT)
+            stream = await connect(endpoint, **limits)
             await accept()
             secured = stream.start_tls(optionsForClientTLS("127.0.0.1", certificate))
-            clock.advance(LIMIT)
+            limits_clock.advance(LIMIT)
             with pytest.raises(TLSError, match=f"no handshake within {LIMIT} s"):
                 await secured
-        assert not clock.getDelayedCalls()
 
     run(reactor, main)
     assert got == [TLSError]
     assert not failures(logged)
 
 
-def test_close_notify_while_output_waits(reactor: Any, serve_tls: Any) -> None:
+def test_writing_after_the_client_has_sent_close_notify_raises(
+    reactor: Any, serve_tls: Any
+) -> None:
     """
-    A client ends TLS and reads on: what is written then is an error, and does not
-    vanish.
+    The client ends TLS while the server's output waits for room, and reads on: what the
+    server writes is an error, and does not vanish.
     """
     outcome: list[Any] = []
     full = Event()
@@ -594,19 +443,15 @@ def test_close_notify_while_output_waits(reactor: Any, serve_tls: Any) -> None:
             outcome.append(error)
 
     async def main() -> None:
-        server = await serve_tls(handler, reactor=reactor)
-        with socket_to(server) as plain:
-            peer = Peer(plain, client_context(), server_side=False)
-            await peer.handshake()
+        async with serve_tls(handler) as server, tls_client_of(server) as peer:
             await full.wait()
             await peer.close_notify()
             # The server receives that before there is room again.
             for _ in range(20):
                 await sleep(0)
             while await peer.end():
-                plain.recv(1 << 20)
+                peer.plain.recv(1 << 20)
             await until(lambda: not server.factory.connections)
-        await server.stop()
 
     run(reactor, main)
     assert len(outcome) == 1
@@ -635,7 +480,7 @@ def with_alpn(certificate: PrivateCertificate) -> CertificateOptions:
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("by_start_tls", [False, True])
-def test_what_was_negotiated(
+def test_stream_tls_holds_what_was_negotiated(
     reactor: Any, certificate: PrivateCertificate, style: str, by_start_tls: bool
 ) -> None:
     seen: list[Any] = []
@@ -686,7 +531,7 @@ def test_what_was_negotiated(
     run(reactor, main)
 
 
-def test_the_name_and_the_certificate_of_a_client(
+def test_stream_tls_holds_the_name_and_certificate_of_a_client(
     reactor: Any, certificate: PrivateCertificate
 ) -> None:
     seen: list[Any] = []
@@ -720,7 +565,7 @@ def test_the_name_and_the_certificate_of_a_client(
 
 
 @forgets_awaits
-def test_a_handshake_to_wait_for(
+def test_stream_handshake(
     reactor: Any, certificate: PrivateCertificate, logged: Logged
 ) -> None:
     async def main() -> None:
@@ -754,7 +599,7 @@ def test_a_handshake_to_wait_for(
     assert not failures(logged)
 
 
-def test_a_handshake_that_a_protocol_in_between_keeps_to_itself(
+def test_handshake_behind_a_protocol_that_does_not_report_it(
     reactor: Any, certificate: PrivateCertificate
 ) -> None:
     secure = Event()
@@ -777,10 +622,6 @@ def test_a_handshake_that_a_protocol_in_between_keeps_to_itself(
 
 
 # TLS that fails
-
-
-def failures(logged: Logged) -> list[Any]:
-    return [each["log_failure"].value for each in logged if each.get("log_failure")]
 
 
 HTTP = b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n"
@@ -809,10 +650,8 @@ async def rejected_certificate(reactor: Any, server: Server) -> None:
 
 
 async def damaged_record(reactor: Any, server: Server) -> None:
-    with socket_to(server) as plain:
-        peer = Peer(plain, client_context(), server_side=False)
-        await peer.handshake()
-        plain.sendall(HTTP)
+    async with tls_client_of(server) as peer:
+        peer.plain.sendall(HTTP)
         await until(lambda: not server.factory.connections)
 
 
@@ -833,7 +672,7 @@ OFFENCES = [
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("offence", OFFENCES)
-def test_tls_fails_as_a_lost_connection(
+def test_failed_tls_raises_tls_error(
     reactor: Any, serve_tls: Any, logged: Logged, offence: Any, style: str
 ) -> None:
     """In the handler it is a TLSError, which is a ConnectionLost; nothing is logged."""
@@ -843,10 +682,9 @@ def test_tls_fails_as_a_lost_connection(
         await STYLES[style](reactor, [stream.read, lambda: stream.write(b"x")], got)
 
     async def main() -> None:
-        server = await serve_tls(handler, reactor=reactor)
-        await offence(reactor, server)
-        await until(lambda: not server.factory.connections)
-        await server.stop()
+        async with serve_tls(handler) as server:
+            await offence(reactor, server)
+            await until(lambda: not server.factory.connections)
 
     run(reactor, main)
     if got:
@@ -864,18 +702,17 @@ def quiet_lines(logged: Logged) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("offence", OFFENCES)
-def test_tls_that_fails_is_worth_one_line(
+def test_failed_tls_is_logged_in_one_line(
     reactor: Any, serve_tls: Any, logged: Logged, offence: Any
 ) -> None:
     async def handler(stream: Stream) -> None:
         await stream.read_line()
 
     async def main() -> None:
-        server = await serve_tls(handler, reactor=reactor)
-        for _ in range(3):
-            await offence(reactor, server)
-            await until(lambda: not server.factory.connections)
-        await server.stop()
+        async with serve_tls(handler) as server:
+            for _ in range(3):
+                await offence(reactor, server)
+                await until(lambda: not server.factory.connections)
 
     run(reactor, main)
     assert not failures(logged)
@@ -885,8 +722,8 @@ def test_tls_that_fails_is_worth_one_line(
 
 
 @pytest.mark.parametrize("wait", ["read", "handshake", "start_tls"])
-def test_a_certificate_for_another_name(
-    reactor: Any, certificate: PrivateCertificate, logged: Logged, wait: str
+def test_a_certificate_for_another_host_is_refused(
+    reactor: Any, certificate: PrivateCertificate, no_failures: None, wait: str
 ) -> None:
     """service_identity finds that out, and not OpenSSL."""
 
@@ -901,8 +738,7 @@ def test_a_certificate_for_another_name(
             stream = await call(reactor, server)
             waiting: Any = stream.start_tls(options)
         else:
-            endpoint = tls_endpoint(reactor, certificate)
-            server = await serve(endpoint, say_hello, reactor=reactor)
+            server = await listen(reactor, say_hello, certificate)
             to = wrapClientTLS(options, client_endpoint(reactor, server))
             stream = await connect(to)
             waiting = getattr(stream, wait)()
@@ -913,11 +749,10 @@ def test_a_certificate_for_another_name(
         await server.stop()
 
     run(reactor, main)
-    assert not failures(logged)
 
 
-def test_start_tls_with_a_server_that_speaks_no_tls(
-    reactor: Any, certificate: PrivateCertificate, logged: Logged
+def test_start_tls_raises_when_the_server_answers_plaintext(
+    reactor: Any, certificate: PrivateCertificate, no_failures: None
 ) -> None:
     async def handler(stream: Stream) -> None:
         await stream.read_line()
@@ -934,11 +769,10 @@ def test_start_tls_with_a_server_that_speaks_no_tls(
         await server.stop()
 
     run(reactor, main)
-    assert not failures(logged)
 
 
-def test_a_failure_that_nobody_awaits_is_not_logged(
-    reactor: Any, certificate: PrivateCertificate, logged: Logged
+def test_errors_of_tls_that_are_not_awaited_are_not_logged(
+    reactor: Any, certificate: PrivateCertificate, no_failures: None
 ) -> None:
     """A write and a handshake that were not awaited say nothing when they fail."""
 
@@ -956,5 +790,3 @@ def test_a_failure_that_nobody_awaits_is_not_logged(
         await stream.read()
 
     run(reactor, main)
-    gc.collect()
-    assert not failures(logged)

@@ -105,7 +105,7 @@ def test_the_failure_of_a_deferred_is_printed_whole(style: Callable[[], Any]) ->
 
 
 @frees_at_once
-def test_a_deferred_that_no_code_looks_at_is_logged_whole(logged: list[Any]) -> None:
+def test_an_unhandled_failure_of_a_deferred_is_logged_whole(logged: list[Any]) -> None:
     clock = Clock()
     deferred: Deferred[None] | None = spawn(in_async_def, reactor=clock).as_deferred()
     clock.pump([0] * 10)
