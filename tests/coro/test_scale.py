@@ -364,7 +364,7 @@ def test_the_traceback_of_an_operation_does_not_grow() -> None:
 
     async def awaits() -> None:
         for _ in range(300):
-            with pytest.raises(ConnectionDone) as caught:
+            with pytest.raises(IncompleteRead) as caught:
                 await reading
             seen.append(names(caught.value))
 
