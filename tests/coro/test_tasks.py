@@ -9,6 +9,8 @@ import sys
 import traceback
 from collections.abc import AsyncGenerator, Generator, Iterator
 from typing import Any
+from unittest import mock
+from weakref import ref
 
 import pytest
 from twisted.internet import defer
@@ -1276,3 +1278,32 @@ def test_a_keyboard_interrupt_leaves_the_other_tasks_of_the_turn_running(
     clock.advance(0)
     assert woken == [1, 2, 3]
     assert all(each.done for each in tasks)
+
+
+def test_the_installed_reactor_keeps_its_scheduler() -> None:
+    """Else each task that is spawned outside of tasks would make a new one."""
+
+    async def work() -> None:
+        pass
+
+    assert spawn(work).done
+    scheduler = ref(scheduler_of(None))
+    assert spawn(work).done
+    gc.collect()
+    assert scheduler() is scheduler_of(None)
+
+
+def test_a_task_resumes_what_awaits_it_without_callbacks(clock: Clock) -> None:
+    async def work() -> int:
+        await sleep(1)
+        return 4
+
+    async def wait() -> int:
+        return await awaited
+
+    awaited = spawn(work, reactor=clock)
+    waiting = [spawn(wait, reactor=clock) for _ in range(2)]
+    with mock.patch.object(Deferred, "_startRunCallbacks") as run_callbacks:
+        clock.advance(1)
+    assert not run_callbacks.called
+    assert [each.result() for each in waiting] == [4, 4]

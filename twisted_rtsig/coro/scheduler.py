@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary, ref
 
 from twisted.internet.defer import Deferred, fail
 
+from twisted import internet
 from twisted_rtsig.coro.async_generators import GeneratorHooks, restore
 from twisted_rtsig.coro.awaiting_asyncio import Asyncio, of_reactor
 from twisted_rtsig.coro.census import totals_of
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 
 # How many tasks run in a row before the reactor gets a turn, and how often each of
 # them transfers to another one.
-_STEPS_IN_A_TURN = range(500)
-_TRANSFERS_IN_A_STEP = range(100)
+# Tuples, since a range makes an int for each step.
+_STEPS_IN_A_TURN: Final = (None,) * 500
+_TRANSFERS_IN_A_STEP: Final = (None,) * 100
 
 # How many references to new tasks are kept before those to ended tasks are dropped.
 _NEW_REFERENCES = 500
@@ -397,9 +399,14 @@ def _steps() -> Generator[None, Scheduler, None]:
     clears its variables before.  It is never closed: CPython 3.12 would keep what
     closes it.
     """
+    # Local variables, which take less time than global ones.
+    current = running
     handover = HANDOVER
     waits = WAITS
     raised_type = Raised
+    operation_type = Operation
+    wait_type = Wait
+    class_of = type
     get_hooks = sys.get_asyncgen_hooks
     # Tasks in `ready` are active, so all that is used here is set.
     task: Any
@@ -408,7 +415,7 @@ def _steps() -> Generator[None, Scheduler, None]:
     scheduler: Any = yield
     while True:
         # That of another reactor, if one of its tasks has called this one.
-        before = running.task
+        before = current.task
         ready: Any = scheduler._ready
         hooks: Any = scheduler._hooks
         others: Any = hooks
@@ -424,13 +431,13 @@ def _steps() -> Generator[None, Scheduler, None]:
                 if not ready:
                     break
                 task = ready.popleft()
-                running.task = task
+                current.task = task
                 value = task._value
                 task._value = None
                 # Until it waits.
                 while True:
                     try:
-                        if type(value) is not raised_type:
+                        if class_of(value) is not raised_type:
                             awaited = task._context.run(
                                 task._origin.send, task._body, value
                             )
@@ -449,7 +456,7 @@ def _steps() -> Generator[None, Scheduler, None]:
                                     break
                                 task._waiting_on = handover
                                 target._waiting_on = None
-                                running.task = task = target
+                                current.task = task = target
                                 awaited = task._context.run(
                                     task._origin.send, task._body, handover.value
                                 )
@@ -461,8 +468,10 @@ def _steps() -> Generator[None, Scheduler, None]:
                     except BaseException as raised:
                         task._raise(raised)
                         break
-                    kind = type(awaited)
-                    if (kind is Operation or kind is Wait) and awaited.waiter is None:
+                    kind = class_of(awaited)
+                    if (
+                        kind is operation_type or kind is wait_type
+                    ) and awaited.waiter is None:
                         awaited.waiter = task
                         task._waiting_on = awaited
                         if task._cancels:
@@ -480,7 +489,7 @@ def _steps() -> Generator[None, Scheduler, None]:
                             break
         finally:
             scheduler._running = False
-            running.task = before
+            current.task = before
             nested = before is not None
             # They keep nothing alive.  What is dropped here may resume a task: it logs
             # a failure, for example, of which an observer tells a task.
@@ -525,6 +534,9 @@ def cancel_call(call: Any) -> None:
 # The code that calls every task's function.
 RUN: Final[CodeType] = _steps.__code__
 
+# To type checkers its attribute is the module of that name.
+_internet: Final[Any] = internet
+
 # By id of the reactor, which stays what it is as long as its scheduler lives.
 _schedulers: WeakValueDictionary[int, Scheduler] = WeakValueDictionary()
 
@@ -535,11 +547,38 @@ def schedulers() -> list[Scheduler]:
     return [each for each in found if each is not None]
 
 
+class _Installed:
+    """
+    The scheduler of the installed reactor.
+
+    It is kept, since that reactor lasts as long as the process: a program that spawns
+    tasks outside of tasks would make a new scheduler for each one of them.
+    """
+
+    __slots__ = ("scheduler",)
+
+    def __init__(self) -> None:
+        self.scheduler: Scheduler | None = None
+
+
+_installed: Final = _Installed()
+
+
 def scheduler_of(reactor: object) -> Scheduler:
     """The scheduler of a reactor, by default of the one that is installed."""
     if reactor is None:
-        from twisted.internet import reactor
+        try:
+            # As the import does, in less time.
+            reactor = _internet.reactor
+        except AttributeError:
+            # This installs the default reactor.
+            from twisted.internet import reactor
+    scheduler = _installed.scheduler
+    if scheduler is not None and scheduler.reactor is reactor:
+        return scheduler
     scheduler = _schedulers.get(id(reactor))
     if scheduler is None:
         scheduler = _schedulers[id(reactor)] = Scheduler(reactor)
+    if reactor is getattr(_internet, "reactor", None):
+        _installed.scheduler = scheduler
     return scheduler

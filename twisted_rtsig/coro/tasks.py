@@ -296,7 +296,7 @@ class Task(Generic[T]):
     def __await__(self) -> Generator[Deferred[T], Any, T]:
         if self._body is _SUCCEEDED:
             return cast(T, self._value)
-        if not self.done:
+        if type(self._body) is not int:
             ending: _Awaited[T] = _Awaited(self)
             self._when_done(ending.finish)
             # As in result().
@@ -521,8 +521,16 @@ class Task(Generic[T]):
         Wait for whatever it is, and return ``WAITS``; or return what to resume it with:
         the value, or a ``Raised``, if that is there.
         """
+        kind = type(awaited)
+        # Before isinstance(), which asks the abstract base class of Deferred.
+        if kind is _Awaited and awaited._task is not None:
+            awaited.waiter = self
+            self._waiting_on = awaited
+            if self._cancels:
+                self._interrupt()
+            return WAITS
         if isinstance(awaited, Deferred):
-            if type(awaited) in (Operation, Wait) and awaited.called:
+            if kind in (Operation, Wait) and awaited.called:
                 result = awaited.result
                 if isinstance(result, Failure):
                     return Raised(error_of(result))
@@ -725,7 +733,7 @@ class OfTask(Deferred[T]):
     """Fires when a task has ended, and not before, even if it is cancelled."""
 
     def __init__(self, task: Task[T]) -> None:
-        super().__init__()
+        Deferred.__init__(self)
         # None once the task has ended: the traceback of its error leads here.
         self._task: Task[T] | None = task
 
@@ -760,9 +768,27 @@ class OfTask(Deferred[T]):
 
 
 class _Awaited(OfTask[T]):
-    """What a coroutine yields that awaits a task: see ``Operation.takes_value``."""
+    """
+    What a coroutine yields that awaits a task: see ``Operation.takes_value``.
+
+    :ivar waiter: the task that is resumed when the awaited one has ended, in fewer
+        steps than a callback takes; None if another driver awaits it.
+    """
 
     takes_value = True
+    waiter: Task[Any] | None = None
+
+    def finish(self, task: Task[T]) -> None:
+        """See ``OfTask.finish``."""
+        waiter = self.waiter
+        if waiter is None:
+            super().finish(task)
+            return
+        self._task = None
+        # The task may hold this, and must not hold the waiter.
+        self.waiter = None
+        succeeded = task._body == _SUCCEEDED
+        waiter._fired(task._value if succeeded else task._see_failure(), self)
 
 
 def _not_awaitable(what: object) -> TypeError:
