@@ -30,7 +30,8 @@ from twisted.internet.error import ReactorAlreadyInstalledError
 from twisted_rtsig.coro.channels import Channel
 from twisted_rtsig.coro.errors import Cancelled, ChannelClosed, EndOfChannel
 from twisted_rtsig.coro.forgotten import set_debug, wanted_by_environment
-from twisted_rtsig.coro.tasks import Task, spawn
+from twisted_rtsig.coro.spawning import spawn
+from twisted_rtsig.coro.tasks import Task
 from twisted_rtsig.installation import installer_named
 from twisted_rtsig.notifiers import UnsupportedReactorError
 from twisted_rtsig.pytest_janitor import ALLOW_UNCLEAN, OTHER_PLUGINS, Janitor

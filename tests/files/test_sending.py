@@ -38,7 +38,7 @@ from twisted_rtsig.coro import (
     sleep,
     spawn,
 )
-from twisted_rtsig.coro.tasks import scheduler_for
+from twisted_rtsig.coro.scheduler import scheduler_for
 from twisted_rtsig.coro.testing import SansIO
 from twisted_rtsig.coro.testing.transports import Transport
 from twisted_rtsig.files import AsyncFile, open_file

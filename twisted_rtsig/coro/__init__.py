@@ -75,19 +75,14 @@ from twisted_rtsig.coro.selection import Deadline, select
 from twisted_rtsig.coro.services import CoroutineService
 from twisted_rtsig.coro.serving import Server, serve
 from twisted_rtsig.coro.signals import SignalReceiver, open_signal_receiver
+from twisted_rtsig.coro.sleeping import current_time, sleep
+from twisted_rtsig.coro.spawning import coroutine, spawn
 from twisted_rtsig.coro.stapled import StapledStream
 from twisted_rtsig.coro.stopping import Stopped
 from twisted_rtsig.coro.stream_protocols import ByteStream, ReceiveStream, SendStream
 from twisted_rtsig.coro.streams import Stream
 from twisted_rtsig.coro.symmetric import symmetric, transfer
-from twisted_rtsig.coro.tasks import (
-    Task,
-    coroutine,
-    current_task,
-    current_time,
-    sleep,
-    spawn,
-)
+from twisted_rtsig.coro.tasks import Task, current_task
 from twisted_rtsig.coro.text import TextStream
 from twisted_rtsig.coro.threads import from_thread, in_thread
 from twisted_rtsig.coro.tls import TLSInfo

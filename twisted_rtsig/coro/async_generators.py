@@ -68,7 +68,7 @@ class GeneratorHooks:
 
     def _close(self, generator: Any) -> None:
         from twisted_rtsig.coro.scheduler import running
-        from twisted_rtsig.coro.tasks import spawn
+        from twisted_rtsig.coro.spawning import spawn
 
         def close() -> None:
             name = f"the end of {generator.__qualname__}"

@@ -39,10 +39,10 @@ from twisted_rtsig.coro.interfaces import Address
 from twisted_rtsig.coro.locks import Lock
 from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.coro.reading import MAX_BYTES, TURNS_TO_RECEIVE
-from twisted_rtsig.coro.scheduler import cancel_call
+from twisted_rtsig.coro.scheduler import cancel_call, scheduler_for
+from twisted_rtsig.coro.sleeping import sleep
 from twisted_rtsig.coro.stacks import check_can_wait, wait
 from twisted_rtsig.coro.streams import Stream
-from twisted_rtsig.coro.tasks import scheduler_for, sleep
 from twisted_rtsig.coro.tls import below_tls
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ from twisted_rtsig.coro.commands import (
 )
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation, Wait
-from twisted_rtsig.coro.scheduler import Scheduler
-from twisted_rtsig.coro.tasks import scheduler_for, spawn
+from twisted_rtsig.coro.scheduler import Scheduler, scheduler_for
+from twisted_rtsig.coro.spawning import spawn
 
 if sys.version_info >= (3, 11):
     from typing import Unpack

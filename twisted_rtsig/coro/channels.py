@@ -26,7 +26,7 @@ from twisted_rtsig.coro.operations import (
     Wait,
     failed,
 )
-from twisted_rtsig.coro.tasks import running_scheduler
+from twisted_rtsig.coro.scheduler import running_scheduler
 from twisted_rtsig.coro.waiting import Entry, Waiters
 
 T = TypeVar("T")

@@ -12,9 +12,8 @@ from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.connections import HalfCloseable, StreamProtocol
 from twisted_rtsig.coro.handshakes import DEFAULT_TLS_LIMITS, TLSLimits
-from twisted_rtsig.coro.scheduler import Scheduler
+from twisted_rtsig.coro.scheduler import Scheduler, scheduler_for
 from twisted_rtsig.coro.streams import Stream
-from twisted_rtsig.coro.tasks import scheduler_for
 from twisted_rtsig.coro.time_limits import WRITE_TIMEOUT, check_timeouts
 
 if TYPE_CHECKING:

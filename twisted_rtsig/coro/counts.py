@@ -10,8 +10,7 @@ from twisted_rtsig.coro.channels import channels
 from twisted_rtsig.coro.children import processes
 from twisted_rtsig.coro.factories import servers
 from twisted_rtsig.coro.output import unsent_output
-from twisted_rtsig.coro.scheduler import Scheduler
-from twisted_rtsig.coro.tasks import scheduler_for
+from twisted_rtsig.coro.scheduler import Scheduler, scheduler_for
 
 if TYPE_CHECKING:
     from twisted.python.threadpool import ThreadPool

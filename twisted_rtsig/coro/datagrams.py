@@ -15,7 +15,7 @@ from twisted_rtsig.coro.errors import BusyResourceError, StreamError
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.interfaces import IPAddress
 from twisted_rtsig.coro.operations import Done, Finished, Operation, failed
-from twisted_rtsig.coro.tasks import scheduler_for
+from twisted_rtsig.coro.scheduler import scheduler_for
 
 Address = tuple[Any, ...]
 

@@ -22,9 +22,11 @@ from twisted_rtsig.coro.limits import (
 )
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.notices import Notice
+from twisted_rtsig.coro.runnables import name_of
+from twisted_rtsig.coro.scheduler import scheduler_for
+from twisted_rtsig.coro.spawning import spawn
 from twisted_rtsig.coro.stopping import CANCEL_TIMEOUT, Stop, Stopped
 from twisted_rtsig.coro.streams import Stream
-from twisted_rtsig.coro.tasks import name_of, scheduler_for, spawn
 from twisted_rtsig.coro.time_limits import (
     FIRST_BYTE_TIMEOUT,
     IDLE_TIMEOUT,

@@ -13,7 +13,7 @@ from twisted.internet.defer import Deferred
 
 from twisted_rtsig.coro.awaiting_asyncio import cancellation_of, loop_for, no_loop
 from twisted_rtsig.coro.forgotten import must_be_awaited
-from twisted_rtsig.coro.tasks import scheduler_for
+from twisted_rtsig.coro.scheduler import scheduler_for
 from twisted_rtsig.coro.tracebacks import WholeFailure
 
 T = TypeVar("T")

@@ -19,16 +19,11 @@ from twisted_rtsig.coro.awaiting_asyncio import again
 from twisted_rtsig.coro.errors import cancellation_in, reason_of
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation, Wait
+from twisted_rtsig.coro.runnables import Runnable, call_and_wait, name_of
 from twisted_rtsig.coro.scheduler import running
 from twisted_rtsig.coro.scopes import Scope
-from twisted_rtsig.coro.tasks import (
-    OfTask,
-    Runnable,
-    Task,
-    call_and_wait,
-    name_of,
-    spawn,
-)
+from twisted_rtsig.coro.spawning import spawn
+from twisted_rtsig.coro.tasks import OfTask, Task
 
 if sys.version_info >= (3, 11):
     from typing import TypeVarTuple, Unpack

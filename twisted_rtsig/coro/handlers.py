@@ -18,8 +18,10 @@ from twisted_rtsig.coro.errors import (
     TLSError,
     UnreadPlaintext,
 )
+from twisted_rtsig.coro.runnables import name_of
+from twisted_rtsig.coro.spawning import spawn
 from twisted_rtsig.coro.streams import Stream
-from twisted_rtsig.coro.tasks import Task, name_of, spawn
+from twisted_rtsig.coro.tasks import Task
 from twisted_rtsig.coro.tracebacks import causes, log_failure
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from twisted.logger import Logger
 
-from twisted_rtsig.coro.scheduler import Scheduler, running
-from twisted_rtsig.coro.tasks import Task, scheduler_for
+from twisted_rtsig.coro.scheduler import Scheduler, running, scheduler_for
+from twisted_rtsig.coro.tasks import Task
 
 if TYPE_CHECKING:
     from twisted_rtsig.coro.streams import Stream

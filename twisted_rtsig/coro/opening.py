@@ -39,9 +39,11 @@ from twisted_rtsig.coro.groups import TaskGroup
 from twisted_rtsig.coro.handshakes import DEFAULT_TLS_LIMITS
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.operations import Operation
+from twisted_rtsig.coro.scheduler import scheduler_for
 from twisted_rtsig.coro.selection import Deadline, select
+from twisted_rtsig.coro.spawning import spawn
 from twisted_rtsig.coro.streams import Stream
-from twisted_rtsig.coro.tasks import raise_if_cancelled, scheduler_for, spawn
+from twisted_rtsig.coro.tasks import raise_if_cancelled
 
 HAPPY_EYEBALLS_DELAY: Final = 0.25
 """Seconds between two attempts: the value that RFC 8305, section 8, recommends."""

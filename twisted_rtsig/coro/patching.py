@@ -28,8 +28,8 @@ from twisted_rtsig.coro.blocking_sockets import (
     create_connection,
 )
 from twisted_rtsig.coro.polling import BlockingPoll, BlockingSelector, blocking_select
+from twisted_rtsig.coro.sleeping import sleep
 from twisted_rtsig.coro.stacks import wait
-from twisted_rtsig.coro.tasks import sleep
 from twisted_rtsig.coro.threads import in_thread
 
 # The innermost block that the running code is in, or was spawned in.

@@ -18,8 +18,8 @@ from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.coro.output import descriptor
 from twisted_rtsig.coro.reading import TURNS_TO_RECEIVE
 from twisted_rtsig.coro.scopes import move_on_after
+from twisted_rtsig.coro.sleeping import sleep
 from twisted_rtsig.coro.stacks import wait
-from twisted_rtsig.coro.tasks import sleep
 
 if TYPE_CHECKING:
     from _typeshed import FileDescriptorLike

@@ -20,8 +20,11 @@ from twisted_rtsig.coro.closing import AsyncBlock
 from twisted_rtsig.coro.groups import TaskStatus
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.operations import ignore
+from twisted_rtsig.coro.runnables import Runnable, name_of
+from twisted_rtsig.coro.scheduler import scheduler_for
 from twisted_rtsig.coro.scopes import shield
-from twisted_rtsig.coro.tasks import Runnable, Task, name_of, scheduler_for, spawn
+from twisted_rtsig.coro.spawning import spawn
+from twisted_rtsig.coro.tasks import Task
 from twisted_rtsig.coro.tracebacks import drop_machinery_above
 
 if sys.version_info >= (3, 11):

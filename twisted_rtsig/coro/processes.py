@@ -16,9 +16,8 @@ from twisted_rtsig.coro.closing import AsyncBlock
 from twisted_rtsig.coro.commands import Argument, Command, StandardStream, Variables
 from twisted_rtsig.coro.errors import StreamError
 from twisted_rtsig.coro.operations import Operation, failed
-from twisted_rtsig.coro.scheduler import Scheduler
+from twisted_rtsig.coro.scheduler import Scheduler, scheduler_for
 from twisted_rtsig.coro.streams import Stream
-from twisted_rtsig.coro.tasks import scheduler_for
 
 _INPUT, _OUTPUT, _ERRORS = 0, 1, 2
 

@@ -23,6 +23,7 @@ from twisted_rtsig.coro.output import unread_input
 from twisted_rtsig.coro.pending import again
 from twisted_rtsig.coro.scheduler import Scheduler
 from twisted_rtsig.coro.selection import select
+from twisted_rtsig.coro.sleeping import sleep
 from twisted_rtsig.coro.takes import (
     CARRIAGE_RETURN,
     Take,
@@ -34,7 +35,6 @@ from twisted_rtsig.coro.takes import (
     take_until,
     wanted,
 )
-from twisted_rtsig.coro.tasks import sleep
 
 MAX_BYTES: Final = 1 << 16
 """How much a read returns at most, or a delimiter may be away, by default."""

@@ -582,3 +582,15 @@ def scheduler_of(reactor: object) -> Scheduler:
     if reactor is getattr(_internet, "reactor", None):
         _installed.scheduler = scheduler
     return scheduler
+
+
+def scheduler_for(reactor: object) -> Scheduler:
+    """The scheduler of a reactor, by default of the task that runs."""
+    if reactor is None and running.task is not None:
+        return running.task._scheduler
+    return scheduler_of(reactor)
+
+
+def running_scheduler() -> Scheduler | None:
+    """The scheduler of the task that runs; None if no task runs."""
+    return None if running.task is None else running.task._scheduler

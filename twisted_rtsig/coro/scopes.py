@@ -14,8 +14,8 @@ from twisted.internet.error import AlreadyCancelled
 
 from twisted_rtsig.coro.awaiting_asyncio import enter_shield, exit_shield
 from twisted_rtsig.coro.errors import Cancelled, cancellation_in
-from twisted_rtsig.coro.scheduler import cancel_call
-from twisted_rtsig.coro.tasks import Task, held_open, scheduler_for, task_of_caller
+from twisted_rtsig.coro.scheduler import cancel_call, scheduler_for
+from twisted_rtsig.coro.tasks import Task, held_open, task_of_caller
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall

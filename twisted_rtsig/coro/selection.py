@@ -26,8 +26,9 @@ from twisted_rtsig.coro.operations import (
     failed,
     ignore,
 )
-from twisted_rtsig.coro.scheduler import cancel_call
-from twisted_rtsig.coro.tasks import Task, scheduler_for, spawn
+from twisted_rtsig.coro.scheduler import cancel_call, scheduler_for
+from twisted_rtsig.coro.spawning import spawn
+from twisted_rtsig.coro.tasks import Task
 from twisted_rtsig.coro.tracebacks import drop_machinery_above, log_failure
 from twisted_rtsig.coro.waiting import Entry, Waiters
 

@@ -24,7 +24,8 @@ from twisted.internet.interfaces import IReactorFDSet, ISSLTransport
 from twisted_rtsig.coro.errors import FileEnded
 from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.coro.scopes import shield
-from twisted_rtsig.coro.tasks import Task, spawn
+from twisted_rtsig.coro.spawning import spawn
+from twisted_rtsig.coro.tasks import Task
 
 if TYPE_CHECKING:
     from twisted_rtsig.coro.file_queue import FileQueue

@@ -24,8 +24,8 @@ from twisted_rtsig.coro.serving import (
     ServerOptions,
     server_endpoint,
 )
+from twisted_rtsig.coro.spawning import spawn
 from twisted_rtsig.coro.stopping import CANCEL_TIMEOUT, GRACE, Stopped, check_stop_times
-from twisted_rtsig.coro.tasks import spawn
 from twisted_rtsig.coro.tracebacks import log_failure
 
 if sys.version_info >= (3, 11):

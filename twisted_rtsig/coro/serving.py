@@ -18,13 +18,14 @@ from twisted_rtsig.coro.handlers import Handler
 from twisted_rtsig.coro.interfaces import ListeningPort
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.operations import error_of
+from twisted_rtsig.coro.scheduler import scheduler_for
+from twisted_rtsig.coro.spawning import spawn
 from twisted_rtsig.coro.stopping import (
     CANCEL_TIMEOUT,
     GRACE,
     Stopped,
     check_stop_times,
 )
-from twisted_rtsig.coro.tasks import scheduler_for, spawn
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IStreamServerEndpoint

@@ -12,7 +12,7 @@ from typing import Any, Final
 from twisted_rtsig.coro.errors import BusyResourceError
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Finished, Operation, failed
-from twisted_rtsig.coro.tasks import scheduler_for
+from twisted_rtsig.coro.scheduler import scheduler_for
 
 
 class SignalReceiver:

@@ -24,8 +24,10 @@ from twisted_rtsig.coro.blocking_sockets import (
 )
 from twisted_rtsig.coro.blocking_tls import BlockingSSLSocket, allow_blocking_sockets
 from twisted_rtsig.coro.patching import patched
+from twisted_rtsig.coro.runnables import name_of
+from twisted_rtsig.coro.scheduler import scheduler_for
 from twisted_rtsig.coro.stacks import NoStackError, drive, stack_of, wait
-from twisted_rtsig.coro.tasks import Task, name_of, scheduler_for
+from twisted_rtsig.coro.tasks import Task
 
 if sys.version_info >= (3, 11):
     from typing import TypeVarTuple, Unpack

@@ -31,8 +31,9 @@ from twisted.logger import Logger
 from twisted_rtsig.coro.errors import Cancelled, NoTaskError
 from twisted_rtsig.coro.inspection import stack_of_body
 from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
+from twisted_rtsig.coro.runnables import name_of
 from twisted_rtsig.coro.scheduler import Stacks, running, schedulers
-from twisted_rtsig.coro.tasks import Task, name_of, task_of_caller
+from twisted_rtsig.coro.tasks import Task, task_of_caller
 from twisted_rtsig.coro.tracebacks import log_failure
 
 try:

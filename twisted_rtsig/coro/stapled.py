@@ -9,8 +9,9 @@ from twisted.internet.defer import Deferred
 
 from twisted_rtsig.coro.closing import AbortedOnError
 from twisted_rtsig.coro.reading import MAX_BYTES
+from twisted_rtsig.coro.scheduler import scheduler_for
+from twisted_rtsig.coro.spawning import spawn
 from twisted_rtsig.coro.stream_protocols import ReceiveStream, SendStream
-from twisted_rtsig.coro.tasks import scheduler_for, spawn
 
 
 class StapledStream(AbortedOnError):

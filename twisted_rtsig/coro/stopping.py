@@ -9,7 +9,9 @@ from twisted.logger import Logger
 from twisted_rtsig.coro.errors import Cancelled
 from twisted_rtsig.coro.inspection import describe_first
 from twisted_rtsig.coro.scopes import shield, timeout
-from twisted_rtsig.coro.tasks import OfTask, Task, current_task, sleep, spawn
+from twisted_rtsig.coro.sleeping import sleep
+from twisted_rtsig.coro.spawning import spawn
+from twisted_rtsig.coro.tasks import OfTask, Task, current_task
 
 if TYPE_CHECKING:
     from twisted_rtsig.coro.factories import CoroutineFactory

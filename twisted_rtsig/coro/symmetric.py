@@ -11,14 +11,9 @@ from collections.abc import Awaitable, Callable, Generator
 from typing import Any, TypeVar, overload
 
 from twisted_rtsig.coro.forgotten import must_be_awaited
-from twisted_rtsig.coro.scheduler import HANDOVER
-from twisted_rtsig.coro.tasks import (
-    Beginning,
-    SymmetricTask,
-    Task,
-    name_of,
-    scheduler_for,
-)
+from twisted_rtsig.coro.runnables import Beginning, name_of
+from twisted_rtsig.coro.scheduler import HANDOVER, scheduler_for
+from twisted_rtsig.coro.tasks import SymmetricTask, Task
 
 if sys.version_info >= (3, 11):
     from typing import TypeVarTuple, Unpack

@@ -1,40 +1,21 @@
 """
 Tasks: coroutines and generators that run by themselves, and wait for Deferreds.
 
-:func:`spawn` starts one.  It steps through its function from one wait to the
-next; whatever it waits for resumes it.  See ``docs/coroutines.md``.
+A task steps through its function from one wait to the next; whatever it waits for
+resumes it.  ``spawn`` in spawning.py starts one.  See ``docs/coroutines.md``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import inspect
-import sys
-import types
 import weakref
-from collections.abc import (
-    Awaitable,
-    Callable,
-    Coroutine,
-    Generator,
-    Iterator,
-    Sequence,
-)
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextvars import copy_context
 from time import monotonic
-from types import CodeType, FrameType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Final,
-    Generic,
-    ParamSpec,
-    TypeVar,
-    cast,
-    overload,
-)
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 from weakref import ref
 
 from twisted.internet import defer
@@ -51,29 +32,18 @@ from twisted_rtsig.coro.errors import (
     cancellation_in,
     reason_of,
 )
-from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation, Wait, error_of
+from twisted_rtsig.coro.runnables import Beginning, Runnable
 from twisted_rtsig.coro.scheduler import (
     HANDOVER,
     RUN,
     WAITS,
     Raised,
     Scheduler,
-    cancel_call,
     frame_below,
     running,
-    scheduler_of,
 )
-from twisted_rtsig.coro.tracebacks import (
-    WholeFailure,
-    log_failure,
-    without_machinery,
-)
-
-if sys.version_info >= (3, 11):
-    from typing import TypeVarTuple, Unpack
-else:
-    from typing_extensions import TypeVarTuple, Unpack
+from twisted_rtsig.coro.tracebacks import WholeFailure, log_failure, without_machinery
 
 if TYPE_CHECKING:
     from twisted_rtsig.coro.scopes import Scope
@@ -81,10 +51,6 @@ if TYPE_CHECKING:
 _log = Logger()
 
 T = TypeVar("T")
-P = ParamSpec("P")
-Args = TypeVarTuple("Args")
-
-Runnable = Coroutine[Any, Any, T] | Generator[Any, Any, T]
 
 # What a task is: see Task._state, and Totals.tasks.
 _ACTIVE = 0
@@ -545,7 +511,9 @@ class Task(Generic[T]):
             awaited = awaited.as_deferred()
         elif inspect.iscoroutine(awaited) or inspect.isgenerator(awaited):
             # As under inlineCallbacks of Twisted.
-            awaited = spawn(awaited, reactor=self.reactor).as_deferred()
+            task: Task[Any] = Task(awaited, awaited.__qualname__, self._scheduler)
+            self._scheduler.resume(task, None)
+            awaited = task.as_deferred()
         else:
             return self._wait_for_asyncio(awaited)
         self._waiting_on = awaited
@@ -715,20 +683,6 @@ def _collecting(told: list[Task[Any]], reason: str | None) -> Iterator[None]:
         it.told, it.reason, it.within = before
 
 
-class Beginning:
-    """How a task begins that was not started yet: with the first transfer to it."""
-
-    __slots__ = ("_args", "_function")
-
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        self._function = function
-        self._args = args
-
-    def begin(self, value: Any) -> Runnable[Any]:
-        """What runs, after a transfer of ``value``."""
-        return _runnable(self._function, (*self._args, value))
-
-
 class OfTask(Deferred[T]):
     """Fires when a task has ended, and not before, even if it is cancelled."""
 
@@ -807,178 +761,6 @@ def held_open(scope: object) -> RuntimeError:
     )
 
 
-def name_of(function: object) -> str:
-    """The name of a function; of any other callable, its ``repr``."""
-    return getattr(function, "__qualname__", None) or repr(function)
-
-
-# Starting
-
-
-# A reactor is an object wherever it is passed.  Type checkers take
-# twisted.internet.reactor for the module of that name, and do not see that a Clock
-# provides IReactorTime.  With Any mypy would not know which overload is right for a
-# function that takes one, such as sleep().
-
-
-@overload
-def spawn(
-    function: Callable[[Unpack[Args]], Awaitable[T]],
-    *args: Unpack[Args],
-    name: str | None = None,
-    reactor: object = None,
-) -> Task[T]: ...
-
-
-@overload
-def spawn(
-    function: Callable[[Unpack[Args]], Generator[Any, Any, T]],
-    *args: Unpack[Args],
-    name: str | None = None,
-    reactor: object = None,
-) -> Task[T]: ...
-
-
-@overload
-def spawn(
-    function: Runnable[T],
-    *,
-    name: str | None = None,
-    reactor: object = None,
-) -> Task[T]: ...
-
-
-@overload
-def spawn(
-    function: Callable[[Unpack[Args]], T],
-    *args: Unpack[Args],
-    name: str | None = None,
-    reactor: object = None,
-) -> Task[T]: ...
-
-
-# mypy finds that no implementation accepts variadic overloads.
-def spawn(  # type: ignore[misc]
-    function: Callable[..., Any] | Runnable[Any],
-    *args: Any,
-    name: str | None = None,
-    reactor: object = None,
-) -> Task[Any]:
-    """
-    Run ``function(*args)`` as a task.
-
-    It begins at once; or, if a task calls this, when that one waits.
-
-    :param function: an ``async def`` or generator function, one decorated with
-        :func:`coroutine` or ``inlineCallbacks``, any other; or the coroutine or
-        generator that such a function has returned, without arguments.
-    :param name: what it is called in logs; by default the name of the function.
-    :param reactor: an ``IReactorTime`` provider, ``task.Clock`` for example; by
-        default that of the task that calls this, or the installed one.
-    :raises TypeError: if there is nothing to run.
-    """
-    if reactor is None and running.task is not None:
-        scheduler = running.task._scheduler
-    else:
-        scheduler = scheduler_of(reactor)
-    called: Any = function
-    code = getattr(called, "__code__", None)
-    # Nearly always it is an async def, or a generator function.
-    if code is not None and code.co_flags & _RUNNABLE_CODE:
-        runnable = called(*args)
-    else:
-        runnable = _runnable(function, args)
-    task: Task[Any] = Task(runnable, name or runnable.__qualname__, scheduler)
-    scheduler.resume(task, None)
-    return task
-
-
-def scheduler_for(reactor: object) -> Scheduler:
-    """That of a reactor; None for the one of the task that runs."""
-    if reactor is None and running.task is not None:
-        return running.task._scheduler
-    return scheduler_of(reactor)
-
-
-def running_scheduler() -> Scheduler | None:
-    """That of the task that runs, if any does."""
-    return None if running.task is None else running.task._scheduler
-
-
-def _runnable(function: Any, args: tuple[Any, ...]) -> Runnable[Any]:
-    # That of what @coroutine has decorated makes no task of its own.
-    inner = getattr(function, "generator_function", function)
-    code: CodeType | None = getattr(inner, "__code__", None)
-    if code is not None and code.co_flags & _RUNNABLE_CODE:
-        made: Runnable[Any] = inner(*args)
-        return made
-    # Of in_stackful().
-    make_runnable = getattr(function, "make_runnable", None)
-    if make_runnable is not None:
-        return cast(Runnable[Any], make_runnable(*args))
-    if inspect.iscoroutine(function) or inspect.isgenerator(function):
-        if args:
-            raise TypeError(f"{function!r} runs already: it cannot take {args!r}")
-        return function
-    if not callable(function):
-        raise TypeError(
-            f"spawn() needs a function and its arguments, or a coroutine: {function!r} "
-            "is neither"
-        )
-    runnable: Any = call_and_wait(function, args)
-    runnable.__qualname__ = name_of(function)
-    return cast(Runnable[Any], runnable)
-
-
-_RUNNABLE_CODE = inspect.CO_COROUTINE | inspect.CO_GENERATOR
-
-
-async def call_and_wait(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Call a function of any style, and wait for what it returns if that can wait."""
-    result = function(*args)
-    if inspect.isgenerator(result):
-        return await awaitable(result)
-    if not inspect.isawaitable(result):
-        return result
-    try:
-        return await result
-    finally:
-        # The traceback holds this frame, and an operation its error.
-        del result
-
-
-@types.coroutine
-def awaitable(generator: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
-    """A generator, for a coroutine to await."""
-    return (yield from generator)
-
-
-def coroutine(
-    function: Callable[P, Generator[Any, Any, T]],
-) -> Callable[P, Deferred[T]]:
-    """
-    Decorate a generator function: each call runs as a task of its own, and
-    returns a Deferred of the result.
-
-    As ``inlineCallbacks``, with all that a task can do.  An ``async def`` needs
-    no decoration.
-
-    :raises TypeError: if it is no generator function.
-    """
-    if not inspect.isgeneratorfunction(function):
-        raise TypeError(
-            f"@coroutine is for generator functions, and {function!r} is none: an "
-            "async def needs no decoration"
-        )
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
-        return spawn(function(*args, **kwargs)).as_deferred()
-
-    call.generator_function = function  # type: ignore[attr-defined]
-    return call
-
-
 def current_task() -> Task[Any]:
     """
     The task that calls this.
@@ -1015,61 +797,3 @@ def raise_if_cancelled() -> None:
     cancelled = None if running.task is None else running.task._next_cancel()
     if cancelled is not None:
         raise cancelled
-
-
-# Time
-
-
-def current_time(reactor: object = None) -> float:
-    """
-    The time in seconds by which deadlines are given: that of the reactor.
-
-    :param reactor: an ``IReactorTime`` provider; by default that of the task.
-    """
-    seconds: float = scheduler_for(reactor).reactor.seconds()
-    return seconds
-
-
-@must_be_awaited
-def sleep(seconds: float, reactor: object = None) -> Operation[None]:
-    """
-    Wait for some time.  ``sleep(0)`` lets everybody else who is ready go first:
-    other tasks and the reactor.
-
-    :param reactor: an ``IReactorTime`` provider; by default that of the task.
-    :raises ValueError: if the time is negative.
-    """
-    if not seconds >= 0:
-        raise ValueError(f"cannot sleep for {seconds} seconds: 0 is the least")
-    scheduler = scheduler_for(reactor)
-    operation: Operation[None] = Wait()
-    if seconds == 0:
-        scheduler.next_turn(functools.partial(_wake, operation))
-    else:
-        call = scheduler.reactor.callLater(seconds, _wake, operation)
-        operation.owner = _Alarm(call, scheduler)
-    return operation
-
-
-class _Alarm:
-    """What finishes a ``sleep``."""
-
-    __slots__ = ("_call", "_scheduler")
-
-    def __init__(self, call: Any, scheduler: Scheduler) -> None:
-        self._call = call
-        self._scheduler = scheduler
-
-    def forget(self, operation: Operation[None]) -> None:
-        cancel_call(self._call)
-
-    def waits_for(self, operation: Operation[None]) -> str:
-        left = self._call.getTime() - self._scheduler.reactor.seconds()
-        return f"{left:.1f} more seconds of sleep"
-
-
-def _wake(operation: Operation[None]) -> None:
-    # The alarm holds the call, which holds the operation.
-    operation.owner = None
-    if not operation.called:
-        operation.succeed(None)

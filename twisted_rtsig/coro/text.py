@@ -19,13 +19,10 @@ from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.locks import Event
 from twisted_rtsig.coro.operations import Finished, failed
 from twisted_rtsig.coro.reading import MAX_BYTES
+from twisted_rtsig.coro.scheduler import scheduler_for
+from twisted_rtsig.coro.spawning import spawn
 from twisted_rtsig.coro.stream_protocols import ByteStream
-from twisted_rtsig.coro.tasks import (
-    Task,
-    raise_if_cancelled,
-    scheduler_for,
-    spawn,
-)
+from twisted_rtsig.coro.tasks import Task, raise_if_cancelled
 
 MAX_CHARS: Final = 1 << 16
 """How many characters a read returns at most, or a line may have, by default."""

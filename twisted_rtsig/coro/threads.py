@@ -11,7 +11,8 @@ from typing import Any, ParamSpec, TypeVar, overload
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.coro.portals import Calls, calls_of
-from twisted_rtsig.coro.tasks import Runnable, scheduler_for
+from twisted_rtsig.coro.runnables import Runnable
+from twisted_rtsig.coro.scheduler import scheduler_for
 from twisted_rtsig.coro.tracebacks import drop_machinery_above
 
 if sys.version_info >= (3, 11):

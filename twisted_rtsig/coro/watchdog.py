@@ -11,8 +11,7 @@ from typing import Any
 from twisted.logger import Logger
 
 from twisted_rtsig.coro.inspection import in_words, stack_of_running
-from twisted_rtsig.coro.scheduler import cancel_call, running
-from twisted_rtsig.coro.tasks import scheduler_for
+from twisted_rtsig.coro.scheduler import cancel_call, running, scheduler_for
 
 _log = Logger()
 

@@ -12,7 +12,8 @@ from zope.interface import implementer
 
 from twisted_rtsig.coro.errors import FileEnded, StreamError
 from twisted_rtsig.coro.operations import Operation, Wait
-from twisted_rtsig.coro.tasks import Task, spawn
+from twisted_rtsig.coro.spawning import spawn
+from twisted_rtsig.coro.tasks import Task
 from twisted_rtsig.files.asyncfile import AsyncFile
 
 # Twice as much takes longer: memory of that size comes from the system each time.

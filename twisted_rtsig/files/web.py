@@ -24,7 +24,7 @@ from twisted.web.util import Redirect
 
 from twisted_rtsig.coro.errors import StreamError
 from twisted_rtsig.coro.scopes import shield
-from twisted_rtsig.coro.tasks import spawn
+from twisted_rtsig.coro.spawning import spawn
 from twisted_rtsig.files.asyncfile import AsyncFile
 from twisted_rtsig.files.descriptors import FURTHEST, Descriptor
 from twisted_rtsig.files.open_calls import open_cached, open_descriptor

@@ -17,8 +17,7 @@ from weakref import WeakKeyDictionary
 from twisted.internet.interfaces import IReactorInThreads
 
 from twisted_rtsig.coro.operations import Operation
-from twisted_rtsig.coro.scheduler import Scheduler
-from twisted_rtsig.coro.tasks import scheduler_for
+from twisted_rtsig.coro.scheduler import Scheduler, scheduler_for
 
 if TYPE_CHECKING:
     from twisted_rtsig.notifiers.completion_port import CompletionPortNotifier

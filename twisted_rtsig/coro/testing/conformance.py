@@ -24,8 +24,9 @@ from twisted_rtsig.coro.errors import (
 )
 from twisted_rtsig.coro.groups import TaskGroup
 from twisted_rtsig.coro.scopes import timeout
+from twisted_rtsig.coro.sleeping import sleep
+from twisted_rtsig.coro.spawning import spawn
 from twisted_rtsig.coro.stream_protocols import ByteStream
-from twisted_rtsig.coro.tasks import sleep, spawn
 
 MakePair = Callable[[], Awaitable[tuple[ByteStream, ByteStream]]]
 StreamCheck = Callable[[MakePair], Coroutine[Any, Any, None]]

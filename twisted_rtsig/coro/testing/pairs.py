@@ -7,9 +7,8 @@ from typing import Any, Final
 
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 
-from twisted_rtsig.coro.scheduler import Scheduler
+from twisted_rtsig.coro.scheduler import Scheduler, scheduler_for
 from twisted_rtsig.coro.streams import Stream
-from twisted_rtsig.coro.tasks import scheduler_for
 from twisted_rtsig.coro.testing.transports import BUFFER_SIZE, Transport
 
 # What arrives in answer to data for a side that is gone, like an RST of TCP.

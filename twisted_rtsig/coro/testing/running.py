@@ -9,8 +9,10 @@ from typing import Any, ParamSpec, TypeVar
 from twisted.internet.defer import Deferred
 
 from twisted_rtsig.coro.handlers import Handler
+from twisted_rtsig.coro.runnables import Runnable
+from twisted_rtsig.coro.spawning import spawn
 from twisted_rtsig.coro.streams import Stream
-from twisted_rtsig.coro.tasks import Runnable, Task, spawn
+from twisted_rtsig.coro.tasks import Task
 
 T = TypeVar("T")
 P = ParamSpec("P")
