@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
-from twisted.internet.defer import inlineCallbacks
+from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.endpoints import (
     UNIXClientEndpoint,
     UNIXServerEndpoint,
@@ -396,6 +396,16 @@ async def look_until(clock: Clock, happens: Callable[[], object]) -> None:
         await look(clock, 1)
 
 
+async def aborted_by_the_write_limit(clock: Clock, closed: Deferred[None]) -> None:
+    """Let time pass: ``close`` is done when the peer has read nothing for the limit."""
+    for _ in range(200):
+        await sleep(0)
+    await look(clock, WRITE // LOOK - 1)
+    assert not closed.called
+    await look_until(clock, lambda: closed.called)
+    await closed
+
+
 async def secure_and_do_not_read(
     plain: socket.socket, server: Server, clock: Clock
 ) -> None:
@@ -455,12 +465,7 @@ def test_a_tls_server_that_does_not_read_is_aborted_after_close(
             await look(clock, 2 * WRITE // LOOK)
             assert not closed.called
             await secure()
-            for _ in range(100):
-                await sleep(0)
-            await look(clock, WRITE // LOOK - 1)
-            assert not closed.called
-            await look_until(clock, lambda: closed.called)
-            await closed
+            await aborted_by_the_write_limit(clock, closed)
 
     run(reactor, main)
 
@@ -553,12 +558,7 @@ def test_a_server_that_does_not_read_is_aborted_after_close(
             if file:
                 stream.send_file(opened)
             closed = stream.close()
-            for _ in range(200):
-                await sleep(0)
-            await look(clock, WRITE // LOOK - 1)
-            assert not closed.called
-            await look_until(clock, lambda: closed.called)
-            await closed
+            await aborted_by_the_write_limit(clock, closed)
         assert stream.lost
         left.set()
         await server.stop()
