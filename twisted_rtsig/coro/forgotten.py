@@ -16,16 +16,14 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from twisted.internet.defer import Deferred
 
 from twisted_rtsig.coro.errors import UnawaitedWarning
 from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
 from twisted_rtsig.coro.scheduler import HANDOVER, WAITS, Handover
-
-if TYPE_CHECKING:
-    from twisted_rtsig.coro.tasks import Task
+from twisted_rtsig.coro.tasks import Task
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -83,9 +81,6 @@ def set_debug(enabled: bool) -> None:
     _mode.on = enabled
     for function in _functions:
         (_watch if enabled else _restore)(function)
-    # Tasks are made of what this module watches.
-    from twisted_rtsig.coro.tasks import Task
-
     task: Any = Task
     if enabled:
         _saved.wait_for = task._wait_for
