@@ -1,9 +1,9 @@
 """
 The end of asynchronous generators that are left early.
 
-One that is left in the middle, by ``break`` for example, may have to wait in its
-``finally``.  Python hands it to the hook that was set when it was first iterated over
-(PEP 525), and a task closes it.
+A generator that is left in the middle, by ``break`` for example, may have to wait in
+its ``finally``.  Python hands it to the hook that was set when it was first iterated
+over (PEP 525), and a task closes it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The exceptions of this package: those of conversations, and those of tasks."""
+"""The exceptions of conversations and of tasks."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Cancelled(CancelledError):
 
 def cancellation_in(error: BaseException | None) -> CancelledError | None:
     """
-    The cancellation that ``error`` is, of this package or of asyncio; or one of those
-    that a group consists of.
+    ``error`` if it is a cancellation, of this package or of asyncio; the first one in
+    it if it is a group of cancellations.
 
     asyncio's TaskGroup of Python 3.11 and 3.12 takes ``Cancelled`` for an error.
     """

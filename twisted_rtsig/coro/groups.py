@@ -189,8 +189,8 @@ class TaskGroup(Scope):
         owner = self._task
         if owner is None:
             return
-        # All are cancelled before any of them runs: to a task that waits for another
-        # one of the group, the end of that one is a part of its own cancellation.
+        # All are cancelled before any of them runs: for a task that waits for another
+        # task of the group, the end of that task is a part of its own cancellation.
         with owner._scheduler.holding():
             if self._in_block:
                 owner._cancel_for(self, reason)

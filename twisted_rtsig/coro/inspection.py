@@ -46,11 +46,11 @@ def format_tasks(reactor: Any | None = None) -> str:
         return "There are no tasks."
     known = set(tasks)
     below: dict[Task[Any] | None, list[Task[Any]]] = {}
-    # The order of those that have the same time is kept.
+    # Tasks of the same time keep their order.
     for task in sorted(tasks, key=lambda task: task._origin.since):
         reference = task._origin.spawner
         spawner = None if reference is None else reference()
-        # The tasks of one that has ended are nobody's.
+        # Tasks whose spawner has ended stand at the top.
         below.setdefault(spawner if spawner in known else None, []).append(task)
     lines = []
     rest = [(task, "") for task in reversed(below[None])]
@@ -62,12 +62,12 @@ def format_tasks(reactor: Any | None = None) -> str:
 
 
 def tasks_of(reactor: Any | None) -> set[Task[Any]]:
-    """All that have not ended; those of one reactor, if one is given."""
+    """The tasks that have not ended: of all reactors, or of one if it is given."""
     return set(_in_order(reactor))
 
 
 def _in_order(reactor: Any | None) -> list[Task[Any]]:
-    """Those of each reactor in the order in which they were spawned."""
+    """The same tasks, those of each reactor in the order in which they were spawned."""
     return [
         task
         for scheduler in schedulers()
@@ -135,7 +135,7 @@ def describe(task: Task[Any], now: float | None = None) -> Iterator[str]:
 
 
 def in_words(frames: Iterable[FrameType]) -> Iterator[str]:
-    """Of those that the user has written, each with its line."""
+    """The frames of the user's own functions, each with its line."""
     for frame in frames:
         if not is_machinery(frame):
             code, line = frame.f_code, frame.f_lineno

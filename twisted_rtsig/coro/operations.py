@@ -31,17 +31,17 @@ C = TypeVar("C", bound=type)
 
 
 HOOK: Final = "_hook_of_select"
-"""The attribute of a Deferred that ``select`` was given: what tells it of the end."""
+"""The attribute of a Deferred given to ``select`` that tells ``select`` of its end."""
 
 NOTHING: Final = object()
-"""Where a value could be, and is none."""
+"""Sentinel: there is no value."""
 
 
 class Owner(Protocol):
-    """Who has made an operation, and finishes it."""
+    """The object that has made an operation, and finishes it."""
 
     def forget(self, operation: Operation[Any]) -> None:
-        """Nobody wants the result any more: do not finish it."""
+        """The operation was abandoned: do not finish it."""
 
     def waits_for(self, operation: Operation[Any]) -> str:
         """What the operation waits for, in words."""
@@ -83,14 +83,15 @@ class Operation(Deferred[T]):
     """
     Something that is under way.
 
-    One that is used as a Deferred, in other ways than to await it, becomes one of
-    another class: so that nobody need ask whether it has callbacks, and that what
-    they take is made for those only which have some.
+    An operation that is used as a Deferred, in other ways than to await it, changes its
+    class.  So no method has to ask whether there are callbacks, and only operations
+    with callbacks pay for what these need.
 
     :ivar waiter: the task that is resumed when it is finished; ``OVER`` once it is,
         or has been abandoned.
-    :ivar owner: who is to finish it; None if nobody need know that it is abandoned.
-    :ivar value: of a send: what waits to be sent.
+    :ivar owner: the object that finishes it; None if nothing has to know that it was
+        abandoned.
+    :ivar value: the value that waits to be sent; only of a send.
     """
 
     # Nothing is set until it is needed, since one is made for each read and each
@@ -136,7 +137,7 @@ class Operation(Deferred[T]):
                     scheduler.run_anew()
 
     def settle(self, value: T) -> None:
-        """Finish with a value, of which :meth:`tell` tells."""
+        """Finish with a value; :meth:`tell` resumes the waiter later."""
         self.called = True
         self.result = value
         waiter: Task[Any] | None = self.waiter
@@ -149,7 +150,7 @@ class Operation(Deferred[T]):
             waiter._value = value
 
     def tell(self) -> None:
-        """Tell of the value that it was settled with."""
+        """Resume the waiter with the value that :meth:`settle` has set."""
         waiter, self.waiter = self.waiter, OVER
         if waiter is not OVER:
             waiter._resume(waiter._value)
@@ -158,7 +159,7 @@ class Operation(Deferred[T]):
         """
         Finish with an error.
 
-        :param quietly: do not log it if nobody ever asks for it.
+        :param quietly: do not log the error if nothing ever asks for it.
         """
         waiter: Task[Any] | None = self.waiter
         self.waiter = OVER
@@ -179,12 +180,12 @@ class Operation(Deferred[T]):
         result = self.result
         if isinstance(result, Failure) and result.value is error:
             self.addErrback(ignore)
-            # For what asks for it later.
+            # For a caller that asks for it later.
             self.result = result
 
     def abandon(self) -> None:
         """
-        Cancel, for a task that is about to be told itself: it is not resumed.
+        Cancel for the waiting task, which is resumed by its caller and not by this.
         """
         self.waiter = OVER
         self.cancel()
@@ -227,7 +228,7 @@ class Operation(Deferred[T]):
             self.__class__ = _UsedAsDeferred
             Deferred.__init__(self)
 
-    # To type checkers they are those of Deferred.
+    # Type checkers see the methods of Deferred.
     if not TYPE_CHECKING:
 
         def addCallbacks(self, *args: Any, **kwargs: Any) -> Any:
@@ -253,12 +254,12 @@ class Operation(Deferred[T]):
 
 @_with_room_for("owner", "waiter", "called", "result", "value")
 class Wait(Operation[None]):
-    """One that has no value: to await it takes less time and memory."""
+    """An operation without a value: to await it takes less time and memory."""
 
     takes_value = False
 
     def __await__(self) -> Any:
-        # An iterator that comes to nothing, which no frame is needed for.
+        # An iterator without a result, which needs no frame.
         return repeat(self, 1)
 
     if not TYPE_CHECKING:
@@ -266,12 +267,12 @@ class Wait(Operation[None]):
 
 
 OVER: Final = object()
-"""Whom an operation resumes that is finished or abandoned: nobody."""
+"""Sentinel: the operation is finished or abandoned, and has no waiter."""
 
 
 @_with_room_for("result")
 class Finished(Operation[T]):
-    """An operation that was done at once, with the result None or what is set."""
+    """An operation that was done at once; its result is None unless it is set."""
 
     called: bool = True
     waiter = OVER
@@ -291,10 +292,10 @@ class Finished(Operation[T]):
 
 
 class Done(Finished[None]):
-    """One without a value: to await it is to iterate over nothing, in no time."""
+    """A finished operation without a value: to await it is to iterate over nothing."""
 
     if not TYPE_CHECKING:
-        # An iterator is its own iterator, and one that is exhausted serves all.
+        # An iterator is its own iterator, and one exhausted iterator serves all.
         __await__ = MethodType(iter, iter(()))
 
 
@@ -306,7 +307,7 @@ class _UsedAsDeferred(Operation[T]):
             return (yield from super().__await__())
         result = self.result
         if isinstance(result, Failure):
-            # It is not unhandled any more.
+            # The error is handled now.
             self.addErrback(ignore)
             self.result = result
             error = error_of(result)
@@ -338,7 +339,7 @@ class _UsedAsDeferred(Operation[T]):
 
     def tell(self) -> None:
         """See ``Operation.tell``."""
-        # Unless somebody has asked for callbacks only meanwhile.
+        # It is not paused if the first callback was added after settle().
         if self.paused:
             self.unpause()
         super().tell()
@@ -357,7 +358,7 @@ def error_of(failure: Failure) -> BaseException:
 
 
 def ignore(failure: Failure) -> None:
-    """An errback: somebody has seen to it."""
+    """An errback that handles a failure by ignoring it."""
 
 
 def failed(error: BaseException, quietly: bool = False) -> Operation[Any]:

@@ -25,7 +25,12 @@ def name_of(function: object) -> str:
 
 
 def runnable_of(function: Any, args: tuple[Any, ...]) -> Runnable[Any]:
-    # That of what @coroutine has decorated makes no task of its own.
+    """
+    The coroutine or generator of ``function(*args)``.
+
+    :raises TypeError: if there is nothing to run.
+    """
+    # The function that @coroutine has decorated makes no task of its own.
     inner = getattr(function, "generator_function", function)
     code: CodeType | None = getattr(inner, "__code__", None)
     if code is not None and code.co_flags & RUNNABLE_CODE:
@@ -70,7 +75,7 @@ def awaitable(generator: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
 
 
 class Beginning:
-    """How a task begins that was not started yet: with the first transfer to it."""
+    """The beginning of a task that starts with the first transfer to it."""
 
     __slots__ = ("_args", "_function")
 
@@ -79,5 +84,5 @@ class Beginning:
         self._args = args
 
     def begin(self, value: Any) -> Runnable[Any]:
-        """What runs, after a transfer of ``value``."""
+        """The coroutine or generator that runs after a transfer of ``value``."""
         return runnable_of(self._function, (*self._args, value))

@@ -44,12 +44,12 @@ _NEW_REFERENCES = 500
 
 class _Running:
     """
-    Which task runs.
+    The task that runs, and the stacks that tasks may run on.
 
-    An attribute of a slot, since a step would take longer to set a global variable.
+    Both are slots, since a step would take longer to set a global variable.
 
-    :ivar task: the task.
-    :ivar stacks: the stacks that there are besides those of threads.
+    :ivar task: the task that runs; None while none does.
+    :ivar stacks: the stacks besides the stacks of threads.
     """
 
     __slots__ = ("stacks", "task")
@@ -60,13 +60,13 @@ class _Running:
 
 
 class Stacks:
-    """There are no stacks but those of threads: see stackful.py for others."""
+    """No stacks besides the stacks of threads.  A subclass in stacks.py has others."""
 
     def frame_below(self, frame: FrameType) -> FrameType | None:
-        """The frame that has resumed the stack whose outermost frame this is."""
+        """The frame that has resumed the stack whose outermost frame is ``frame``."""
 
     def waiting_frames(self, frame: FrameType) -> Sequence[FrameType]:
-        """Of a frame that drives a stack: the frames there that wait."""
+        """The waiting frames of the stack that ``frame`` drives."""
         return ()
 
 
@@ -80,12 +80,12 @@ def frame_below(frame: FrameType) -> FrameType | None:
 
 class Handover(Deferred[Any]):
     """
-    What a task yields to transfer to another one, and waits for afterwards.
+    What a task yields to transfer to another task, and waits for afterwards.
 
-    There is only one, since to make one for each transfer would take longer.
+    There is only one instance, since to make one for each transfer would take longer.
 
-    :ivar target: the one that takes over.
-    :ivar value: what it gets.
+    :ivar target: the task that takes over.
+    :ivar value: the value that it is resumed with.
     """
 
     target: Task[Any] | None = None
@@ -99,7 +99,7 @@ class Handover(Deferred[Any]):
     # For yield from.
     __iter__ = __await__
 
-    # Whatever else drives a coroutine asks for callbacks.
+    # Any other driver of a coroutine asks for callbacks.
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         return fail(NoTaskError("transfer()")).addBoth(*args, **kwargs)
@@ -112,9 +112,9 @@ HANDOVER: Final = Handover()
 
 class Raised:
     """
-    What a task is resumed with, for an error to be raised there.
+    An error that a task is resumed with, to be raised where it waits.
 
-    Made for each error, so that a value needs no check but that of its class.
+    It has a class of its own, so that one look at the class tells it from a value.
     """
 
     __slots__ = ("error",)
@@ -129,8 +129,8 @@ WAITS: Final = object()
 
 _Run = Callable[["Scheduler"], None]
 
-# All generators that run tasks, which are never closed, and those of schedulers that
-# are gone, to be used again.  See _steps.
+# All generators that run tasks, which are never closed; and the generators of
+# schedulers that are gone, to be used again.  See _steps.
 _kept: Final[list[_Run]] = []
 _idle: Final[list[_Run]] = []
 
@@ -139,18 +139,18 @@ class Scheduler:
     """
     Resumes the tasks of one reactor.
 
-    :ivar reactor: an ``IReactorTime`` provider, for what lies in the future.
-    :ivar references: to the newest tasks, in the order in which they were spawned,
-        those that have ended among them.  They are weak, since a task that nothing can
-        resume is garbage.  To drop each one when its task ends would take longer, and a
-        set more memory.
-    :ivar most_references: with more of them, ``task_added`` is called for each new
-        task.
-    :ivar origin: that of the task which was spawned last.
+    :ivar reactor: an ``IReactorTime`` provider, for delayed calls.
+    :ivar references: weak references to the newest tasks, ended tasks included, in the
+        order in which they were spawned.  They are weak, since a task that nothing can
+        resume is garbage.  To drop each reference when its task ends would take longer,
+        and a set would take more memory.
+    :ivar most_references: if there are more references, ``task_added`` is called for
+        each new task.
+    :ivar origin: the origin of the task that was spawned last.
     :ivar totals: the counts of the reactor.
-    :ivar task_counts: the ``tasks`` of these; see ``count_spawned``.
-    :ivar instruments: None without any.
-    :ivar asyncio: what asyncio sees of the tasks; None where it does not run.
+    :ivar task_counts: ``totals.tasks``; see ``count_spawned``.
+    :ivar instruments: the instruments of the reactor; None without any.
+    :ivar asyncio: what asyncio sees of the tasks; None where asyncio does not run.
     """
 
     __slots__ = (
@@ -177,7 +177,7 @@ class Scheduler:
     def __init__(self, reactor: Any) -> None:
         self.reactor: Any = reactor
         self.references: list[ref[Task[Any]]] = []
-        # How many of them the totals count as spawned.
+        # How many of the references the totals count as spawned.
         self._counted = 0
         self.origin: Origin | None = None
         # The references to tasks that were spawned earlier, in the same order, and how
@@ -195,7 +195,7 @@ class Scheduler:
         self._ready: deque[Task[Any]] = deque()
         self._next_turn: list[Callable[[], object]] = []
         self._running = False
-        # Whether those who are ready are run already, or will be in the next turn.
+        # Whether the ready tasks run already, or will run in the next turn.
         self._busy = False
         self._hooks = GeneratorHooks(reactor).pair()
         # Takes this scheduler, and runs the tasks that are ready; if there are too
@@ -210,7 +210,7 @@ class Scheduler:
     def resume(
         self, task: Task[Any], value: Any, error: BaseException | None = None
     ) -> None:
-        """Run a task until it waits again: now, or after those that are ready."""
+        """Run a task until it waits again: now, or after the tasks that are ready."""
         task._value = value if error is None else Raised(error)
         self._ready.append(task)
         if not self._busy:
@@ -257,13 +257,13 @@ class Scheduler:
 
     def _turn(self) -> None:
         functions, self._next_turn = iter(self._next_turn), []
-        # Each of them resumes tasks, which come after those that are ready already.
+        # Each function resumes tasks, which run after the tasks that are ready already.
         self._busy = True
         try:
             for function in functions:
                 function()
         except BaseException:
-            # A KeyboardInterrupt, which must not drop the others.
+            # A KeyboardInterrupt, for example, must not drop the other functions.
             for function in functions:
                 self.next_turn(function)
             raise
@@ -273,7 +273,7 @@ class Scheduler:
                 self.run()
 
     def _nothing(self) -> None:
-        """The turn itself runs who is ready."""
+        """Do nothing: the turn itself runs the ready tasks."""
 
     # Observation
 
@@ -370,7 +370,7 @@ class Scheduler:
         self.most_references = -1 if observed else _NEW_REFERENCES
 
     def use_asyncio(self, asyncio: Asyncio) -> None:
-        """From now on asyncio sees the tasks, and those that there are already."""
+        """Let asyncio see all tasks from now on, and the tasks that exist already."""
         self.asyncio = asyncio
         for task in self.active_tasks():
             asyncio.adopt_active(task)
@@ -524,8 +524,8 @@ def _start_steps() -> _Run:
 
 def cancel_call(call: Any) -> None:
     """
-    Cancel a delayed call, if there is one that has not happened and that nothing else
-    has cancelled: trial cancels all delayed calls at the end of a test.
+    Cancel a delayed call, unless it is None, has happened or was cancelled already:
+    trial cancels all delayed calls at the end of a test.
     """
     if call is not None and call.active():
         call.cancel()
@@ -542,7 +542,7 @@ _schedulers: WeakValueDictionary[int, Scheduler] = WeakValueDictionary()
 
 
 def schedulers() -> list[Scheduler]:
-    """Those of all reactors that have tasks."""
+    """The schedulers of all reactors that have tasks."""
     found = [reference() for reference in _schedulers.valuerefs()]
     return [each for each in found if each is not None]
 
@@ -565,7 +565,7 @@ _installed: Final = _Installed()
 
 
 def scheduler_of(reactor: object) -> Scheduler:
-    """The scheduler of a reactor, by default of the one that is installed."""
+    """The scheduler of a reactor, by default of the installed one."""
     if reactor is None:
         try:
             # As the import does, in less time.

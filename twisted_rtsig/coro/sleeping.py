@@ -25,8 +25,8 @@ def current_time(reactor: object = None) -> float:
 @must_be_awaited
 def sleep(seconds: float, reactor: object = None) -> Operation[None]:
     """
-    Wait for some time.  ``sleep(0)`` lets everybody else who is ready go first:
-    other tasks and the reactor.
+    Wait for some time.  ``sleep(0)`` lets the reactor and all other ready tasks go
+    first.
 
     :param reactor: an ``IReactorTime`` provider; by default that of the task.
     :raises ValueError: if the time is negative.
@@ -44,7 +44,7 @@ def sleep(seconds: float, reactor: object = None) -> Operation[None]:
 
 
 class _Alarm:
-    """What finishes a ``sleep``."""
+    """The owner of a ``sleep``: the delayed call that finishes it."""
 
     __slots__ = ("_call", "_scheduler")
 

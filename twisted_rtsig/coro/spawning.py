@@ -80,7 +80,7 @@ def spawn(  # type: ignore[misc]
     """
     Run ``function(*args)`` as a task.
 
-    It begins at once; or, if a task calls this, when that one waits.
+    It begins at once; or, if a task calls this, when that task waits.
 
     :param function: an ``async def`` or generator function, one decorated with
         :func:`coroutine` or ``inlineCallbacks``, any other; or the coroutine or

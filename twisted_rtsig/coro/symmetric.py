@@ -59,20 +59,21 @@ def symmetric(  # type: ignore[misc]
     reactor: object = None,
 ) -> Task[Any]:
     """
-    Make a coroutine that somebody can :func:`transfer` to.
+    Make a coroutine that tasks can :func:`transfer` to.
 
     It is a task that has not begun.  The first transfer to it calls
     ``function(*args, value)``.
 
-    When it ends, whoever was the first to transfer to it gets the control, with
-    what it has returned, or raised.  If that one has ended itself, then it is the
-    one that was the first to transfer to that one, and so on.
+    When it ends, the task that was the first to transfer to it gets the control, with
+    the value that it has returned, or the error that it has raised.  If that task has
+    ended itself, the control goes to the task that was the first to transfer to that
+    one, and so on.
 
     :param function: whatever :func:`spawn` takes, but no coroutine that runs.
     :param name: what it is called in logs; by default the name of the function.
     :param reactor: an ``IReactorTime`` provider; by default that of the task that
         calls this, or the installed one.
-    :raises TypeError: if that is no function.
+    :raises TypeError: if ``function`` cannot be called.
     """
     if not callable(function):
         raise TypeError(
@@ -86,17 +87,17 @@ def symmetric(  # type: ignore[misc]
 @must_be_awaited
 def transfer(target: Task[Any], value: Any = None) -> Any:
     """
-    Hand over to another coroutine, and wait until somebody hands over to this one::
+    Hand over to another coroutine, and wait until a task hands over to this one::
 
         answer = await transfer(other, question)
 
-    Await, or yield, it where it is called.  Nobody is kept on a stack: any task that
-    has transferred can be the target of any other.
+    Await, or yield, it where it is called.  There is no stack of transfers: any task
+    that has transferred can be the target of any other.
 
     :param target: what :func:`symmetric` has returned, or a task that waits in a
         ``transfer`` itself.
     :param value: what its ``transfer`` returns.
-    :return: what is transferred to this one.
+    :return: the value that is transferred to this task.
     :raises TransferError: (when awaited) if the target has ended, runs already or
         waits for something else.
     :raises NoTaskError: (when awaited) outside of a task.

@@ -52,7 +52,7 @@ _log = Logger()
 
 T = TypeVar("T")
 
-# What a task is: see Task._state, and Totals.tasks.
+# The states of a task: see Task._state, and Totals.tasks.
 _ACTIVE = 0
 _SUCCEEDED = 1
 _FAILED = 2
@@ -100,15 +100,15 @@ class _Failed:
 
 class Origin:
     """
-    What tasks have in common that are spawned at once, by the same task or by none,
-    and with the same name: it takes less memory than these attributes in each task.
+    The attributes that tasks share if they are spawned in one burst, by the same task
+    or outside of tasks, with the same name.  To share them takes less memory.
 
     :ivar name: of the tasks.
-    :ivar kind: the class of their coroutines or generators; ``Beginning`` of tasks that
-        have not begun.
-    :ivar send: the method of that class which resumes one.  A bound method would be
-        one more object for each task.
-    :ivar spawner: the task that has spawned them; None if there was none.
+    :ivar kind: the class of their coroutines or generators; ``Beginning`` if they have
+        not begun.
+    :ivar send: the method of that class that resumes a coroutine.  A bound method would
+        be one more object for each task.
+    :ivar spawner: the task that has spawned them; None outside of tasks.
     :ivar since: when the first of them was spawned, in the time of ``time.monotonic``.
     """
 
@@ -149,9 +149,9 @@ class Task(Generic[T]):
         "_waiting_on",
     )
 
-    # Of a task that is ready: what it is resumed with, a Raised for an error.  Of one
-    # that has ended: the result; if it has failed, a _Failed; if it was cancelled, the
-    # reason.  Unset until it is ready for the first time.
+    # While the task is ready: the value that it is resumed with, or a Raised for an
+    # error.  Once it has ended: the result; a _Failed if it has failed; the reason if
+    # it was cancelled.  Unset until it is ready for the first time.
     _value: Any
 
     # The task that was the first to transfer to this one: see SymmetricTask.
@@ -196,7 +196,7 @@ class Task(Generic[T]):
 
     @property
     def name(self) -> str:
-        """What it is called in logs."""
+        """The name of the task in logs."""
         return self._origin.name
 
     @name.setter
@@ -381,8 +381,8 @@ class Task(Generic[T]):
 
     def _interrupt(self) -> None:
         """
-        Cancel what it waits for, if that is to be; where that is the end of another
-        task, what that one waits for, and so on.
+        Cancel what it waits for, unless a shield keeps the cancellation out.  If it
+        waits for the end of another task, cancel what that task waits for, and so on.
         """
         # Tasks that wait for each other, in a chain of any length: directly, or through
         # Deferreds, which tell the next task to be cancelled.
@@ -435,7 +435,7 @@ class Task(Generic[T]):
         # That it ends may take a while, or succeed all the same.
         task = awaited.awaited_task() if isinstance(awaited, OfTask) else None
         if self in chain or task is self or task in chain:
-            # A circle, in which nobody would ever be told.
+            # The tasks wait for each other in a circle: none of them would ever end.
             self._resume(None, cancelled._raised())
             return None
         chain[self] = None
@@ -639,7 +639,7 @@ class SymmetricTask(Task[T]):
 
     def _end(self, state: int, result: Any) -> None:
         super()._end(state, result)
-        # Kept for the tasks that this one has started.  Those that have ended are not.
+        # Kept for the tasks that this one has started.  Ended tasks are skipped.
         starter = self._starter
         while starter is not None and starter.done:
             starter = starter._starter
@@ -655,10 +655,10 @@ class _Collected:
     """
     The tasks that are cancelled by the Deferred that is cancelled now.
 
-    :ivar told: those tasks; None if no task cancels a Deferred.
-    :ivar reason: why.
-    :ivar within: the task that ran before: another one that runs meanwhile cancels
-        on its own account.
+    :ivar told: these tasks; None while no task cancels a Deferred.
+    :ivar reason: the reason of the cancellation.
+    :ivar within: the task that ran before.  If another task runs meanwhile and cancels,
+        that is a cancellation of its own.
     """
 
     __slots__ = ("reason", "told", "within")
@@ -772,8 +772,8 @@ def current_task() -> Task[Any]:
 
 def task_of_caller(what: str) -> Task[Any]:
     """
-    The task whose function has called ``what``, and not, say, a function under
-    ``inlineCallbacks`` which that one has called.
+    The task whose function has called ``what``.  A function under ``inlineCallbacks``
+    that this function has called does not count.
 
     :raises NoTaskError: if there is none.
     """
@@ -791,8 +791,8 @@ def task_of_caller(what: str) -> Task[Any]:
 
 def raise_if_cancelled() -> None:
     """
-    Raise the cancellation of the task that runs, if it was not told of one: what waited
-    for the task may be gone, and with it what would use the result.
+    Raise the cancellation of the task that runs, if one is pending: what waited for the
+    task may be gone, and with it what would use the result.
     """
     cancelled = None if running.task is None else running.task._next_cancel()
     if cancelled is not None:

@@ -7,39 +7,40 @@ from typing import Any, Protocol
 
 
 class Entry(Protocol):
-    """Who waits: an operation, or one of the cases of a ``select``."""
+    """A waiter: an operation, or one of the cases of a ``select``."""
 
     called: bool
     """Whether it is finished, or was given up."""
 
     value: Any
-    """Of one who sends: what."""
+    """The value to send, if it is a sender."""
 
     owner: Any
-    """Of all the cases of one ``select``: the same."""
+    """The object that has made it: the same for all cases of one ``select``."""
 
     def succeed(self, value: Any) -> None:
-        """It waits no more."""
+        """End the wait with ``value``."""
 
     def settle(self, value: Any) -> None:
-        """It waits no more, and is told of it by ``tell``."""
+        """End the wait with ``value``, and let ``tell`` resume the waiter."""
 
     def tell(self) -> None:
-        """It is told."""
+        """Resume the waiter after ``settle``."""
 
     def fail(self, error: BaseException) -> None:
-        """It waited for nothing."""
+        """End the wait with an error."""
 
 
 class Waiters:
     """
-    Those who wait.
+    The entries that wait, in order.
 
-    Who was given up stays where it is until it is its turn, or until half of all are
-    like that: so that each is gone in constant time, however many there are.
+    An entry that was given up stays in the queue until its turn comes, or until half of
+    all entries were given up.  So each one is removed in constant time, however many
+    there are.
 
-    :ivar entries: all of them; the first one always still waits.
-    :ivar given_up: how many do not.
+    :ivar entries: all entries; the first one always still waits.
+    :ivar given_up: how many entries do not wait any more.
     """
 
     __slots__ = ("entries", "given_up")
@@ -52,18 +53,18 @@ class Waiters:
 
     @property
     def waiting(self) -> int:
-        """How many still wait."""
+        """How many entries still wait."""
         return len(self.entries) - self.given_up
 
     def next(self) -> Any:
-        """Take out the first; there must be one."""
+        """Take out the first entry; there must be one."""
         first = self.entries.popleft()
         if self.given_up:
             self.strip()
         return first
 
     def forget(self, entry: Any) -> None:
-        """One of them is given up: it is called, or is about to be."""
+        """Give up an entry, which is called, or is about to be."""
         entries = self.entries
         if entries[0] is entry:
             self.next()
@@ -76,7 +77,7 @@ class Waiters:
             self.given_up = 0
 
     def strip(self) -> None:
-        """Let the first one be one that still waits."""
+        """Drop entries until the first one is one that still waits."""
         entries = self.entries
         while entries and entries[0].called:
             entries.popleft()
