@@ -67,13 +67,13 @@ _BROKEN = windows.AFD_ABORT | windows.AFD_CONNECT_FAIL
 
 _ALWAYS = _BROKEN | windows.AFD_LOCAL_CLOSE
 
-# Indexed by interest: nothing, READ, WRITE, READ | WRITE.
-_MASKS = (
+MASKS = (
     0,
     _READABLE | _ALWAYS,
     _WRITABLE | _ALWAYS,
     _READABLE | _WRITABLE | _ALWAYS,
 )
+"""The events to ask for, by interest: nothing, READ, WRITE, READ | WRITE."""
 
 MORE_THAN_INPUT = ~(windows.AFD_RECEIVE | windows.AFD_DISCONNECT)
 """Events without any of these are plain input: a read finds data, or the end."""
@@ -98,9 +98,12 @@ _EVENTS_OFFSET = (
 # In 32-bit words.
 STATUS = 0
 """Where a poll has its status."""
-_ASKED = (_QUESTION + _EVENTS_OFFSET) // 4
-_ANSWERED = (_ANSWER + _EVENTS_OFFSET) // 4
-_ANSWERS = (_ANSWER + windows.AFDPollInfo.number_of_handles.offset) // 4
+ASKED = (_QUESTION + _EVENTS_OFFSET) // 4
+"""Where the poll of one socket has the events that it asks for."""
+ANSWERED = (_ANSWER + _EVENTS_OFFSET) // 4
+"""Where the poll of one socket has the events that its answer reports."""
+ANSWERS = (_ANSWER + windows.AFDPollInfo.number_of_handles.offset) // 4
+"""Where the poll of one socket has the number of sockets that its answer reports."""
 
 # The same for a shared poll, whose question and answer are longer.
 _HANDLES = windows.AFDPollInfo.handles.offset
@@ -213,6 +216,7 @@ class SocketPoll:
     :ivar registration: the registration that it asks for; None if that has ended.
     :ivar pending: the interest that the driver was asked for, while the poll is
         pending; otherwise 0.
+    :ivar words: the buffer: the status, the question and the answer.
     """
 
     __slots__ = (
@@ -233,7 +237,8 @@ class SocketPoll:
         self.registration: Registration | None = None
         self.pending = 0
         self.base = 0
-        # The turn of the shared poll that last reported the socket.
+        # The turn of the shared poll that last reported the socket, while the socket is
+        # a member of it.
         self.reported = 0
         # A bytearray cannot be resized, and so does not move, while views of it exist.
         self._buffer = bytearray(_POLL_BYTES)
@@ -254,18 +259,6 @@ class SocketPoll:
         self.registration = registration
         self.base = base
         self._question.handles.handle = base
-
-    def ask_for(self, interest: int) -> None:
-        """Ask for the events of these directions."""
-        self.words[_ASKED] = _MASKS[interest]
-
-    def answer(self) -> int:
-        """The events that the answer reports; 0 if Windows has cancelled the poll."""
-        words = self.words
-        if words[STATUS] == windows.STATUS_SUCCESS and words[_ANSWERS]:
-            return words[_ANSWERED]
-        # The buffer holds the answer before.
-        return 0
 
 
 class SharedPoll:
@@ -296,7 +289,7 @@ class SharedPoll:
         self._sockets = long_words[asked : answer // 8 : 2]
         self._masks = words[2 * asked + 2 : answer // 4 : 4]
         self._masks[0 : len(self._masks)] = memoryview(
-            array("I", [_MASKS[READ]] * len(self._masks))
+            array("I", [MASKS[READ]] * len(self._masks))
         )
         answered = (answer + _HANDLES) // 8
         self._sockets_reported = long_words[answered::2]
@@ -330,6 +323,10 @@ class SharedPoll:
 
 
 __all__ = [
+    "ANSWERED",
+    "ANSWERS",
+    "ASKED",
+    "MASKS",
     "MORE_THAN_INPUT",
     "MOST_THAT_SHARE",
     "STATUS",

@@ -11,6 +11,10 @@ from collections.abc import Iterable, Iterator
 
 from twisted_rtsig.notifiers import Event
 from twisted_rtsig.notifiers.afd import (
+    ANSWERED,
+    ANSWERS,
+    ASKED,
+    MASKS,
     MORE_THAN_INPUT,
     MOST_THAT_SHARE,
     STATUS,
@@ -190,7 +194,7 @@ class Polls:
             poll = self._new_poll()
             poll.ask_about(registration, base)
             self.by_registration[registration] = poll
-        poll.ask_for(interest)
+        poll.words[ASKED] = MASKS[interest]
         if not self._ask(poll, interest):
             poll.pending = 0
             self.gone.append(registration)
@@ -351,10 +355,11 @@ class Polls:
         if poll.registration is None:
             self._release(poll)
             return
-        answer = poll.answer()
-        if answer:
-            self._add(poll, answer, plain, events)
+        words = poll.words
+        if words[STATUS] == windows.STATUS_SUCCESS and words[ANSWERS]:
+            self._add(poll, words[ANSWERED], plain, events)
         else:
+            # Windows has cancelled it, and the buffer holds the answer before.
             self._answered.append(poll)
 
     def report_shared(
