@@ -47,7 +47,7 @@ class EdgeEPollReactor(PollingReactor, EPollReactor):
     A reactor that gets events from edge-triggered epoll.
 
     :raises twisted_rtsig.notifiers.UnsupportedReactorError: on other systems than
-        Linux, or if the process has no descriptors left for a reactor.
+        Linux, or if no descriptors are left for a reactor.
     """
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ class KQueueReactor(EngineReactor):
 
     :param calls: kqueue(2) and kevent(2), for tests; None for those of the system.
     :raises twisted_rtsig.notifiers.UnsupportedReactorError: on other systems than BSD
-        and macOS, or if the process has no descriptors left for a reactor.
+        and macOS, or if no descriptors are left for a reactor.
     """
 
     def __init__(self, calls: KernelCalls | None = None) -> None:

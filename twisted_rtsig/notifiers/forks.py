@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 count = 0
-"""The number of forks since the first import of this module."""
+"""The number of forks between the first import of this module and this process."""
 
 
 def _after_fork_in_child() -> None:

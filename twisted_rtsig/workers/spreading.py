@@ -27,7 +27,8 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-# The number of the system call bpf(2), on little-endian machines.
+# The number of the system call bpf(2) by machine.  They are all little-endian, as the
+# registers in the second byte of _instruction() change places on others.
 _BPF: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361}
 
 _SO_ATTACH_REUSEPORT_EBPF: Final = 52

@@ -31,7 +31,8 @@ _log = Logger()
 MOST_WORKERS: Final = 250
 """A message can carry the sockets of so many workers (SCM_RIGHTS in unix(7))."""
 
-# A worker that ends within so many seconds of its start is a failure of its slot.
+# A worker that ends before it is ready, or within so many seconds of its start, is a
+# failure of its slot.
 _LIVED: Final = 60.0
 _FIRST_PAUSE: Final = 0.5
 _LONGEST_PAUSE: Final = 60.0
