@@ -304,7 +304,7 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
     "twisted.internet.tcp.Connection.doRead": (
         f"{_TRANSPORT}.doRead",
         f"{_REACTOR}._read_plain_input",
-        f"{_REACTOR}._read_till_empty",
+        f"{_REACTOR}._read_repeatedly",
     ),
     "twisted.internet.tcp.Connection.writeSomeData": (
         f"{_TRANSPORT}.doWrite",

@@ -1,13 +1,14 @@
 """
-The engine: a reactor that records which descriptors are read and written, and lets a
-notifier find out when they are ready.
+The engine: a reactor that keeps track of which descriptors are watched for reading and
+writing, and lets a notifier find out when they are ready.
 
 A subclass for each kernel interface chooses the notifier.  The contract between the
 engine and a notifier, and the terms used here (*registration*, *unchecked*, *armed*,
 *plain input*), are described in :mod:`twisted_rtsig.notifiers`.
 
-The engine works in passes.  A pass waits for events, calls ``doRead`` and ``doWrite``
-of the selectables that are ready, and sends what was written meanwhile.
+The engine works in passes.  A pass sends what was written since the last one, waits for
+events, calls ``doRead`` and ``doWrite`` of the selectables that are ready, and sends
+what these calls have written.  Timers run between passes.
 """
 
 from __future__ import annotations
@@ -46,50 +47,51 @@ from twisted_rtsig.notifiers import (
     Registration,
 )
 
-# The number of reads from one connection before other connections get their turn.  With
-# Twisted's size of a read that is 256 KiB.
+# The number of reads from one connection before other connections get their turn.
+# Twisted reads 64 KiB at a time, so this makes 256 KiB.
 _READS_IN_A_ROW = 4
 
-# The number of passes in a row that may report a hang-up or an error of a descriptor
-# and nothing else.  If reading and writing have not cleared the condition by then, the
-# selectable is disconnected, as the loop would spin.  Twisted's epoll reactor
-# disconnects at once; it takes an error that a single read would clear (an ICMP
-# message, for example) for a lost connection.  The number is greater than 2, since a
-# reader that clears an error may itself cause the next one.
+# The number of passes in a row that may get nothing but a hang-up or an error for a
+# descriptor.  If reading and writing have not cleared the condition by then, the
+# selectable is disconnected, since otherwise the loop would spin.  Twisted's epoll
+# reactor disconnects at once, so there an error that a single read would clear (an ICMP
+# message, for example) counts as a lost connection.  The number is greater than 2,
+# since a reader that clears an error may itself cause the next one.
 _HANG_UPS_IN_A_ROW = 10
 
 _LOST = "File descriptor lost"
 
 LogContext = dict[Any, Any]
 
-# The logger of Twisted's main loop.
+# It logs under the namespace of Twisted's main loop.
 _log = Logger(namespace="twisted.internet.base")
 
 
 def _observed(
     wait: Callable[[float | None, Any], Any],
-    begins: Callable[[], None],
-    ends: Callable[[], None],
+    on_begin: Callable[[], None],
+    on_end: Callable[[], None],
 ) -> Callable[[float | None, Any], Any]:
     """Wrap ``Notifier.wait``: each call ends one observed pass and begins the next."""
 
     def observed_wait(delay: float | None, unchecked: Any) -> Any:
-        ends()
+        on_end()
         try:
             return wait(delay, unchecked)
         finally:
-            begins()
+            on_begin()
 
     return observed_wait
 
 
 def _reads_errors(reader: Any) -> bool:
     """
-    Whether ``reader`` is a connected datagram port.
+    Whether ``reader`` is a connected datagram port, whose hang-ups are not counted.
 
-    It clears each error and passes it to its protocol, which may cause the next error
-    at once.  Other ports get errors only through an error queue, which they do not read
-    (IP_RECVERR in ip(7)).
+    Its ``doRead`` clears the error and tells the protocol, and a datagram that the
+    protocol then sends may cause the next error at once.  Unconnected datagram ports
+    get errors only through an error queue, which they do not read (IP_RECVERR in
+    ip(7)).
     """
     return isinstance(reader, Port) and bool(reader._connectedAddr)
 
@@ -103,13 +105,13 @@ class EngineReactor(
 
     Registrations are found by selectable (``_reading``, ``_writing``), since
     ``fileno()`` may return -1 by the time ``removeReader`` is called, and by descriptor
-    (``_registrations``), since the kernel knows only descriptors.
+    (``_registrations``), to notice that a descriptor is registered already.
 
-    One descriptor has at most one reader and one writer.  If a selectable is added
-    whose descriptor is already registered for another one, then the former selectable
-    has either closed the descriptor, whose number was reused, or shares it and uses the
-    other direction.  If the former selectable still has the descriptor, it keeps the
-    other direction.
+    One descriptor has at most one reader and one writer.  If a selectable is added and
+    its descriptor is already registered for a different one, then either the older one
+    has closed the descriptor and the number was reused, or both share the descriptor.
+    The new selectable gets its direction in any case.  The older one keeps the other
+    direction if it still has the descriptor.
     """
 
     def __init__(self, notifier: Notifier) -> None:
@@ -118,33 +120,36 @@ class EngineReactor(
         self._reading: dict[Any, Registration] = {}
         self._writing: dict[Any, Registration] = {}
         self._unchecked: dict[Registration, int] = {}
-        # Transports with data to send at the end of the pass, in the order of writes.
+        # The transports to call at the end of the pass, so that they send their data or
+        # close, in the order in which they were queued.
         self._queued: list[StreamTransport] = []
-        # Transports that the current pass still has to send for, in reverse order.
+        # A stack of those that this pass, and the passes around it, have still to call;
+        # the next one is last.
         self._sending: list[StreamTransport] = []
-        # An ordered set: transports to read from in the next pass without an event, and
-        # in the passes after it, until a read finds no data.
+        # An ordered set of registrations to read from in the next pass even without an
+        # event, and in the passes after it, until a read would block.
         self._read_on: dict[Registration, None] = {}
-        # Registrations whose last read filled the buffer, in the last pass.
+        # Registrations whose read filled the buffer in the last pass with plain input.
         self._full: set[Registration] = set()
-        # The parts of the current pass that are still to be dispatched.
+        # What the current pass has still to dispatch.  An inner pass uses them up.
         self._plain_input: Iterator[Registration] = iter(())
         self._reading_on: Iterator[Registration] = iter(())
         self._events: Iterator[Event] = iter(())
-        # The registration being dispatched.
+        # The registration whose event is being dispatched.
         self._dispatched: Registration | None = None
-        # For each registration: the number of passes in a row that have reported only a
-        # hang-up or an error, which was still there afterwards.
+        # For each registration: the number of passes in a row that got only a hang-up
+        # or an error, which was still there after doRead and doWrite.
         self._hung_up: dict[Registration, int] = {}
         # For each observer: the functions to call when a pass begins and ends.
         self._pass_observers: dict[
             object, tuple[Callable[[], None], Callable[[], None]]
         ] = {}
-        # Whether the notifier waits.
+        # Whether the notifier is waiting now.
         self._waiting = False
-        # Whether a pass dispatches its events.
+        # Whether a pass is dispatching its events now.
         self._dispatching = False
-        # The fields of the log context of the main loop, while it calls doIteration.
+        # The fields of the main loop's log context, for the next doIteration, which
+        # takes them at once; None in a call from elsewhere, such as iterate().
         self._fields: LogContext | None = None
         super().__init__()
 
@@ -173,14 +178,14 @@ class EngineReactor(
             self._attach_writer(registration, writer)
 
     def removeReader(self, reader: Any) -> None:
-        """Do not call ``reader.doRead`` any more, not even in the current pass."""
+        """Stop calling ``reader.doRead``, even within the current pass."""
         registration = self._reading.pop(reader, None)
         if registration is not None:
             registration.reader = None
             self._interest_ends(registration, READ)
 
     def removeWriter(self, writer: Any) -> None:
-        """Do not call ``writer.doWrite`` any more, not even in the current pass."""
+        """Stop calling ``writer.doWrite``, even within the current pass."""
         if isinstance(writer, StreamTransport):
             writer.write_state = NOT_WRITING
         registration = self._writing.pop(writer, None)
@@ -188,6 +193,7 @@ class EngineReactor(
             registration.writer = None
             self._interest_ends(registration, WRITE)
             if self._held_ends:
+                # See StandardIOReactor.
                 self._has_written(writer)
 
     def removeAll(self) -> list[Any]:
@@ -197,17 +203,23 @@ class EngineReactor(
         :return: the removed ones.
         """
         readers = self.getReaders()
+        # First, since the removal of the writers would report the ends.
         self._held_ends.clear()
         removed: list[Any] = self._removeAll(readers, self.getWriters())
         return removed
 
     def getReaders(self) -> list[Any]:
-        """Return all readers, including the reactor's own."""
+        """
+        Return all readers, including the reactor's own and those whose end of input
+        waits for their output.
+        """
         held = [reader for reader, _ in self._held_ends.values()]
         return list(dict.fromkeys([*self._reading, *held]))
 
     def getWriters(self) -> list[Any]:
-        """Return all writers, including those that wait for the end of the pass."""
+        """
+        Return all writers, including the transports queued for the end of the pass.
+        """
         queued = [
             each
             for each in (*self._sending, *self._queued)
@@ -219,9 +231,10 @@ class EngineReactor(
 
     def begin_reading(self, stream: StreamTransport) -> None:
         """
-        Like :meth:`addReader`, for a new transport, whose descriptor is rarely
-        registered.
+        Like :meth:`addReader`, for a new transport, whose descriptor is usually not
+        registered yet.
 
+        :raises ValueError: if its descriptor is negative.
         :raises OSError: if its descriptor cannot be watched.
         """
         descriptor = stream.fileno()
@@ -238,19 +251,19 @@ class EngineReactor(
             self.wakeUp()
 
     def look_again(self, stream: StreamTransport) -> None:
-        """Check the transport again: its last read may have left data."""
+        """Let the next wait check the transport again: its read may have left data."""
         registration = self._reading.get(stream)
         if registration is not None:
             self._mark_unchecked(registration, READ)
 
     def is_reading(self, stream: StreamTransport) -> bool:
-        """Whether the transport is a reader, which means connected and not paused."""
+        """Whether the transport is a reader; one that is paused or closing is not."""
         return stream in self._reading
 
     def write_soon(self, stream: StreamTransport) -> None:
         """
-        Call ``stream.doWrite`` at the end of the pass, without asking the kernel
-        whether the descriptor is writable.
+        Call ``stream.doWrite`` at the end of this pass, or at the beginning of the next
+        one, without asking the kernel whether the descriptor is writable.
 
         :param stream: a transport whose ``write_state`` is ``NOT_WRITING``.
         """
@@ -263,7 +276,8 @@ class EngineReactor(
 
     def _registration_for(self, selectable: Any, direction: int) -> Registration:
         """
-        Return the registration of ``selectable`` and its descriptor, or begin one.
+        Return the registration of ``selectable`` for its present descriptor.  Begin one
+        if there is none.
         """
         descriptor: int = selectable.fileno()
         known = (self._reading if direction == READ else self._writing).get(selectable)
@@ -278,18 +292,22 @@ class EngineReactor(
         if descriptor < 0:
             raise ValueError(
                 f"{selectable!r} has no descriptor to watch: its fileno() is "
-                f"{descriptor}; add it before it is closed, not after"
+                f"{descriptor}; add it while it is open"
             )
         registration = self._registrations.get(descriptor)
         if registration is not None:
             if registration.reader is selectable or registration.writer is selectable:
                 return registration
-            return self._succeed(registration, selectable, direction)
-        return self._begin(descriptor, direction, selectable)
+            return self._replace_registration(registration, selectable, direction)
+        return self._begin_registration(descriptor, direction, selectable)
 
-    def _begin(
+    def _begin_registration(
         self, descriptor: int, interest: int, newcomer: Any, *others: Any
     ) -> Registration:
+        """
+        Watch a descriptor for ``newcomer``, and for ``others`` that share it.  A shared
+        one is treated as of ``Origin.SHARED``.
+        """
         if isinstance(newcomer, StreamTransport) and not others:
             registration = Registration(
                 descriptor, newcomer.origin, newcomer.tells_drained
@@ -302,17 +320,19 @@ class EngineReactor(
         self._registrations[descriptor] = registration
         return registration
 
-    def _succeed(
+    def _replace_registration(
         self, former: Registration, newcomer: Any, direction: int
     ) -> Registration:
         """
-        Replace ``former``, the registration of the descriptor that ``newcomer`` has.
+        Replace ``former``, the registration of the descriptor number that ``newcomer``
+        has.
 
-        The descriptor may have been closed and its number reused.  Then the kernel has
-        forgotten what it was told about the number.  So the registration begins anew,
-        for ``newcomer`` and for the former selectables that still have the descriptor.
+        The descriptor may have been closed and its number reused, and then the kernel
+        no longer watches it.  So the registration begins anew, for ``newcomer`` and for
+        the former selectables that still have the descriptor.
 
         :param direction: the direction that ``newcomer`` is added for.
+        :raises OSError: if the descriptor cannot be watched.
         """
         reader, writer = former.reader, former.writer
         descriptor = former.descriptor
@@ -324,20 +344,22 @@ class EngineReactor(
             reader = None
         if writer is not None and not self._still_has(writer, descriptor):
             writer = None
-        owners = [each for each in (reader, writer) if each is not None]
+        remaining = [each for each in (reader, writer) if each is not None]
         interest = direction
         if reader is not None:
             interest |= READ
         if writer is not None:
             interest |= WRITE
         try:
-            registration = self._begin(descriptor, interest, newcomer, *owners)
+            registration = self._begin_registration(
+                descriptor, interest, newcomer, *remaining
+            )
         except OSError:
-            for owner in dict.fromkeys(owners):
+            for each in dict.fromkeys(remaining):
                 log.callWithLogger(
-                    owner,
+                    each,
                     self._disconnectSelectable,
-                    owner,
+                    each,
                     ConnectionFdescWentAway(_LOST),
                     False,
                 )
@@ -348,9 +370,9 @@ class EngineReactor(
             self._attach_writer(registration, writer)
         return registration
 
-    def _still_has(self, owner: Any, descriptor: int) -> bool:
+    def _still_has(self, selectable: Any, descriptor: int) -> bool:
         try:
-            number: int = owner.fileno()
+            number: int = selectable.fileno()
         except Exception:
             log.err()
             return False
@@ -373,7 +395,7 @@ class EngineReactor(
         self._writing[writer] = registration
         self._interest_begins(registration, WRITE)
 
-    def _end(self, registration: Registration) -> None:
+    def _end_registration(self, registration: Registration) -> None:
         del self._registrations[registration.descriptor]
         self._unchecked.pop(registration, None)
         self._notifier.unwatch(registration)
@@ -384,7 +406,8 @@ class EngineReactor(
         if not registration.interest & direction:
             registration.interest |= direction
             self._notifier.update(registration)
-        # An edge may have come and gone while there was no interest.
+        # It may have become ready while there was no interest, and an edge-triggered
+        # kernel does not report that again.
         self._mark_unchecked(registration, direction)
         if self._waiting:
             # A signal handler may call this while the loop sleeps.
@@ -398,7 +421,7 @@ class EngineReactor(
             if unchecked:
                 self._unchecked[registration] = unchecked
         else:
-            self._end(registration)
+            self._end_registration(registration)
 
     def _mark_unchecked(self, registration: Registration, directions: int) -> None:
         if directions:
@@ -416,7 +439,8 @@ class EngineReactor(
 
     def _in_log_context(self, function: Callable[..., None], *arguments: Any) -> None:
         """
-        Set up once, for many calls, what ``log.callWithLogger`` sets up for each.
+        Call ``function`` in a log context that serves many calls of selectables;
+        ``log.callWithLogger`` makes a context for each call.
 
         :param function: called with the fields of the log context and ``arguments``.
             It sets the field ``"system"`` before each call of a selectable.
@@ -443,7 +467,7 @@ class EngineReactor(
         """
         fields, self._fields = self._fields, None
         if fields is None:
-            # iterate() has called it, in any log context, and not the main loop.
+            # Called by iterate(), not by the main loop: the log context may be any.
             self._in_log_context(self._pass, delay)
         else:
             self._pass(fields, delay)
@@ -451,15 +475,16 @@ class EngineReactor(
     def _pass(self, fields: LogContext, delay: float | None) -> None:
         inside_another = self._dispatching
         if inside_another:
-            # A selectable that a pass has called iterates the reactor.  The inner pass
-            # checks again what the outer one still had to dispatch.
-            self._check_rest_again()
+            # A selectable that the outer pass has called has called iterate().  This
+            # inner pass checks again what the outer one has not dispatched yet.
+            self._mark_rest_unchecked()
         system = fields["system"]
         try:
             if self._queued:
                 self._send_queued(fields)
                 fields["system"] = system
-                # The calls may have asked for another pass, with callLater for example.
+                # doWrite calls protocols and producers, which may have called
+                # callLater, for example.  So do not sleep.
                 delay = 0
             unchecked = self._unchecked
             if unchecked:
@@ -480,7 +505,7 @@ class EngineReactor(
                 self._plain_input = iter(plain_input)
                 self._read_plain_input(fields)
             if read_on:
-                self._read_till_empty(fields, self._reading_on)
+                self._read_repeatedly(fields, self._reading_on)
             if events:
                 for registration, ready, disarmed in self._events:
                     self._dispatch(fields, registration, ready, disarmed)
@@ -489,28 +514,28 @@ class EngineReactor(
             if self._queued:
                 self._send_queued(fields)
         except BaseException:
-            # KeyboardInterrupt, raised by a signal handler.  It is unknown which events
-            # the notifier had received, and which selectable was being called.
-            self._check_all_again()
+            # Usually KeyboardInterrupt, raised by a signal handler.  Which events the
+            # notifier had received, and which selectable was being called, is unknown.
+            self._mark_all_unchecked()
             raise
         finally:
             self._waiting = False
             self._dispatching = inside_another
             fields["system"] = system
 
-    def _check_all_again(self) -> None:
+    def _mark_all_unchecked(self) -> None:
         for registration in self._registrations.values():
             self._mark_unchecked(registration, registration.interest)
-        # The next pass first sends for the transports that are left over.
+        # The next pass first calls the transports that are left over.
         self._queued[:0] = reversed(self._sending)
         self._sending.clear()
         self._dispatched = None
 
-    def _check_rest_again(self) -> None:
+    def _mark_rest_unchecked(self) -> None:
         """
         Mark as unchecked what the outer pass has not dispatched yet.
 
-        This uses up the iterators of the outer pass, which will dispatch nothing more.
+        This uses up the iterators of the outer pass, so it dispatches nothing more.
         """
         for registration in (*self._plain_input, *self._reading_on):
             self._mark_unchecked(registration, registration.interest)
@@ -521,8 +546,8 @@ class EngineReactor(
             self._mark_unchecked(self._dispatched, self._dispatched.interest)
 
     def _read_plain_input(self, fields: LogContext) -> None:
-        # Nearly all traffic passes through here and through _send_queued.  To be fast,
-        # this repeats the code of StreamTransport.doRead in place of calling it.
+        # Nearly all traffic passes through here and through _send_queued.  For speed,
+        # this repeats the code of StreamTransport.doRead instead of calling it.
         full_before = self._full
         if full_before:
             self._full = set()
@@ -539,10 +564,11 @@ class EngineReactor(
                     why = stream.why_lost(error)
                 else:
                     if len(data) == size:
-                        # There may be more.  A level-triggered socket is reported again
-                        # if so.  An edge-triggered one is not, and one whose reads have
-                        # filled the buffer twice in a row has so much data that waiting
-                        # for an event is a waste: read on in the next pass.
+                        # There may be more data.  A level-triggered socket is then
+                        # reported again, but an edge-triggered one is not.  And if the
+                        # buffer was filled twice in a row, there is so much data that
+                        # waiting for an event is a waste.  In both cases, read on in
+                        # the next pass.
                         if registration.edges or registration in full_before:
                             self._read_on[registration] = None
                         else:
@@ -564,15 +590,15 @@ class EngineReactor(
             if why:
                 self._disconnect(stream, why, True)
 
-    def _read_till_empty(
+    def _read_repeatedly(
         self, fields: LogContext, registrations: Iterable[Registration]
     ) -> None:
         """
-        Read a few times from each transport.
+        Read from each transport, up to ``_READS_IN_A_ROW`` times.
 
-        A transport from which something was read is read from in the next pass again.
-        Only a read that would block proves that nothing is left; after a short read,
-        more may have arrived.
+        If a read gives data, the next pass reads from the transport again, until a read
+        would block.  Nothing less proves that the socket is empty: after a short read,
+        more data may have arrived.
         """
         for registration in registrations:
             stream = registration.reader
@@ -598,7 +624,7 @@ class EngineReactor(
                     why
                     or len(data) < size
                     or registration.reader is not stream
-                    # The call has run an inner pass, which reads on in its place.
+                    # The protocol has run an inner pass, which has taken over.
                     or self._read_on is not read_on
                 ):
                     break
@@ -606,16 +632,20 @@ class EngineReactor(
                 self._disconnect(stream, why, True)
 
     def _send_queued(self, fields: LogContext) -> None:
-        """Send for each transport that is queued now; some may be queued again."""
+        """
+        Call each transport that is queued now.  One that is queued meanwhile waits for
+        the next time.
+        """
         sending = self._sending
-        # Below the entries that an outer (re-entrant) pass still has to send.
+        # At the bottom of the stack: the entries of an outer pass come first.
         sending[:0] = reversed(self._queued)
         self._queued.clear()
         while sending:
             stream = sending[-1]
             try:
-                # An interrupt before this line leaves the transport in the list.  One
-                # after it counts as an error of the transport, which is disconnected.
+                # A KeyboardInterrupt before this line leaves the transport in the list.
+                # After this line it is handled like an error of the transport, which is
+                # disconnected.
                 del sending[-1]
                 if stream.write_state == ONE_CHUNK:
                     data = stream.dataBuffer
@@ -624,7 +654,7 @@ class EngineReactor(
                         try:
                             sent = stream.socket.send(data)
                         except Exception:
-                            sent = 0  # doWrite gets the error again, and handles it.
+                            sent = 0  # doWrite tries again, and handles an error.
                     if sent == len(data):
                         stream.dataBuffer = b""
                         stream.write_state = NOT_WRITING
@@ -636,7 +666,8 @@ class EngineReactor(
                         self.addWriter(stream)
                         continue
                 elif stream.write_state != QUEUED:
-                    # The call of another transport may have disconnected it.
+                    # Since it was queued, it has stopped writing, was aborted, or waits
+                    # for the kernel to report room.
                     continue
                 stream.write_state = NOT_WRITING
                 fields["system"] = stream.logstr
@@ -657,12 +688,14 @@ class EngineReactor(
             and registration.reader is not None
             and registration.reader.reads_by_recv
         ):
-            # If it is in _read_on, this pass has read from it, and the next one will.
+            # If it is in _read_on, this pass has already read from it and the next one
+            # reads again, so that the event says nothing new.
             if registration not in self._read_on:
-                self._read_till_empty(fields, (registration,))
+                self._read_repeatedly(fields, (registration,))
             return
-        around, self._dispatched = self._dispatched, registration
+        outer, self._dispatched = self._dispatched, registration
         if ready & (HANGUP | GONE):
+            # Check both directions again afterwards.
             disarmed = READ | WRITE
             hung_up = self._hung_up
             hang_ups = hung_up.pop(registration, 0) + 1
@@ -671,8 +704,8 @@ class EngineReactor(
             if ready & GONE or hang_ups > _HANG_UPS_IN_A_ROW:
                 self._abandon(fields, registration, ready)
             else:
-                # doRead and doWrite find out what has happened, more exactly than the
-                # event tells.
+                # doRead and doWrite find out what has happened, in more detail than the
+                # event has.
                 called = self._call(fields, registration, READ | WRITE)
                 if (
                     hang_ups
@@ -687,25 +720,25 @@ class EngineReactor(
             self._call(fields, registration, ready)
             disarmed |= ready
         self._mark_unchecked(registration, disarmed & registration.interest)
-        self._dispatched = around
+        self._dispatched = outer
 
     def _forget_hang_ups(self, events: Sequence[Event]) -> None:
-        """Drop the counts of registrations that this pass has not reported."""
+        """Drop the counts of registrations that are not among ``events``."""
         reported = {registration for registration, _, _ in events}
         for registration in self._hung_up.keys() - reported:
             del self._hung_up[registration]
 
     def _call(self, fields: LogContext, registration: Registration, ready: int) -> bool:
         """
-        Call the reader and the writer, as far as their directions are ready.
+        Call the reader and the writer, each only if its direction is ready.
 
         :return: whether either was called.
         """
         called = False
         for direction in (READ, WRITE):
             # Earlier calls of this pass may have ended the interest.  They may also
-            # have begun it anew; then the direction is unchecked, and the event is not
-            # for it.
+            # have begun it anew; then the direction is unchecked, and the event belongs
+            # to the former interest.
             if (
                 ready & registration.interest & direction
                 and not self._unchecked.get(registration, 0) & direction
@@ -714,7 +747,7 @@ class EngineReactor(
                 selectable = (
                     registration.reader if direction == READ else registration.writer
                 )
-                # Before the call, since the call may run an inner pass.
+                # Mark it before the call, which may run an inner pass.
                 self._mark_unchecked(registration, direction)
                 fields["system"] = self._log_prefix(selectable)
                 self._read_or_write(selectable, direction)
@@ -731,15 +764,18 @@ class EngineReactor(
         return prefix
 
     def _read_or_write(self, selectable: Any, direction: int) -> None:
-        """Call ``selectable``; disconnect it if it returns a reason or raises."""
+        """
+        Call ``doRead`` or ``doWrite``; disconnect if that returns a reason or raises.
+        """
         reading = False
         try:
-            # As Twisted's own reactors do: notice a descriptor that was closed, and a
+            # Like Twisted's own reactors, notice a descriptor that was closed, and a
             # fileno() that raises.
             if selectable.fileno() == -1:
                 why: Any = ConnectionFdescWentAway(_LOST)
             elif direction == READ:
                 why = selectable.doRead()
+                # As in Twisted: not if doRead raises.
                 reading = True
             else:
                 why = selectable.doWrite()
@@ -752,18 +788,20 @@ class EngineReactor(
     def _abandon(
         self, fields: LogContext, registration: Registration, ready: int
     ) -> None:
-        """Disconnect selectables whose descriptor is closed, or stays hung up."""
-        # Interest that has begun anew since the event is unchecked; leave it.
+        """Disconnect what uses a descriptor that is closed or stays hung up."""
+        # If interest has begun anew after the event, its direction is unchecked.  Leave
+        # that selectable alone.
         unchecked = self._unchecked.get(registration, 0)
         reader = None if unchecked & READ else registration.reader
         writer = None if unchecked & WRITE else registration.writer
         why: Exception
         if reader is not None:
-            # The reasons that Twisted's reactors give for a hang-up.
+            # For a hang-up, the reasons are those of Twisted's poll and epoll reactors.
             why = ConnectionFdescWentAway(_LOST) if ready & GONE else CONNECTION_DONE
             fields["system"] = self._log_prefix(reader)
             self._disconnect(reader, why, True)
-        # Unless disconnecting the reader has removed it, or it is the reader itself.
+        # Skip the writer if it is the reader, or if disconnecting the reader has
+        # removed it.
         if writer is not None and registration.writer is writer is not reader:
             why = ConnectionFdescWentAway(_LOST) if ready & GONE else CONNECTION_LOST
             fields["system"] = self._log_prefix(writer)
@@ -777,12 +815,14 @@ class EngineReactor(
         except BaseException:
             log.err()
 
-    # Life of the process
+    # Start
 
     def startRunning(self, *args: Any, **kwargs: Any) -> None:
         """
+        Open the notifier, then start as Twisted does.
+
         :raises UnsupportedReactorError: if the kernel refuses what the reactor
-            needs, or if the reactor has run in another thread.
+            needs, or if the notifier is open in another thread.
         """
         if self._started:
             super().startRunning(*args, **kwargs)
@@ -791,18 +831,18 @@ class EngineReactor(
         try:
             super().startRunning(*args, **kwargs)
         except BaseException:
-            # For example, a reactor cannot be started a second time.
+            # For example, a reactor that has stopped cannot be started again.
             self._notifier.close()
             raise
 
     # IReactorDaemonize
 
     def beforeDaemonize(self) -> None:
-        """Release all kernel resources, so that the parent process exits with none."""
+        """Release all kernel resources: the processes of a fork must not share them."""
         self._notifier.close()
 
     def afterDaemonize(self) -> None:
-        """Note that the parent process has exited, and shares nothing any more."""
+        """Tell the notifier that the parent process no longer uses the reactor."""
         self._notifier.daemonized()
 
     # Observation
@@ -816,21 +856,23 @@ class EngineReactor(
         """
         Call functions when a pass begins and when it ends.
 
-        Here a pass begins when the reactor has waited for events and ends when it is
-        about to wait again.  So it includes the timers that are due.  The functions
-        must not raise errors.
+        For observers, a pass begins when a wait has returned and ends when the next
+        wait begins.  So it includes the timers, and the calls from threads, that are
+        made in between.  The functions must not raise errors.
 
-        :param begins: called after each wait; None to end the observation.
-        :param ends: called before each wait; None to end the observation.
-        :param observer: a key; there is one pair of functions for each.
+        :param begins: called after each wait.
+        :param ends: called before each wait.  If either is None, the functions of
+            ``observer`` are removed.
+        :param observer: a key.  A new pair of functions replaces the observer's former
+            one.
         """
         observers = self._pass_observers
         observers.pop(observer, None)
         if begins is not None and ends is not None:
             observers[observer] = (begins, ends)
         notifier: Any = self._notifier
-        # An attribute of the notifier hides the method of its class.  So a pass that is
-        # not observed does not even have to check for observers.
+        # Observers wrap ``wait`` in an attribute of the notifier itself, so that passes
+        # that are not observed need not even check for observers.
         vars(notifier).pop("wait", None)
         for begins, ends in observers.values():
             notifier.wait = _observed(notifier.wait, begins, ends)
@@ -839,8 +881,8 @@ class EngineReactor(
         """
         Return counts for monitoring.
 
-        :return: ``readers`` and ``writers`` at the moment, and the counts of the
-            notifier since the reactor was made (:meth:`Notifier.statistics`).
+        :return: the present numbers of ``readers`` and of ``writers`` that wait for the
+            kernel to report room, and what :meth:`Notifier.statistics` returns.
         """
         return {
             "readers": len(self._reading),

@@ -5,12 +5,12 @@ reactor that make them.
 They are subclasses of Twisted's transports, with a shorter path between the socket and
 the protocol:
 
-- ``doRead`` tells the engine whether it has emptied the socket, which saves another
-  check of the socket.
+- ``doRead`` asks the engine for another check of the socket only if the read may have
+  left data.
 - Written data is sent at the end of the pass, and the engine asks for write events only
-  when the kernel's buffer is full.  So most answers need one system call.
+  when the kernel's buffer is full.  So most responses are sent with one system call.
 
-TLS, producers, half close and aborts are inherited.
+TLS is inherited.  Producers, half close and aborts behave as in Twisted.
 """
 
 from __future__ import annotations
@@ -42,31 +42,34 @@ if TYPE_CHECKING:
     from twisted_rtsig.engine.reactor import EngineReactor
 
 
-# Some systems fail with ENOBUFS when there is no room.
-_LATER = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.ENOBUFS})
+# After these errors a call is tried again later.  Some systems fail with ENOBUFS when
+# the buffer for sending is full.
+_TRY_LATER = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.ENOBUFS})
 
-# The descriptor was closed.  Windows reports that it is no socket.
+# The descriptor was closed.  Windows reports that it is not a socket.
 _CLOSED = frozenset({errno.EBADF, errno.ENOTSOCK})
 
-# The most bytes that one send(2) gets, and that a connection sends before others get
-# their turn.  The kernel takes as much as it has room for, and fewer calls wake up the
-# peer less often.  Windows locks the memory of all the data it gets, so there the limit
-# is that of Twisted.
+# The largest number of bytes that are passed to one send(2), and that a connection
+# sends before others get their turn.  The kernel takes as much as it has room for, and
+# with fewer calls the peer is woken less often.  Windows locks the memory of all the
+# data it gets, so there the limit is that of Twisted.
 _SEND_LIMIT = 2 * 1024 * 1024 if sys.platform != "win32" else tcp.Connection.SEND_LIMIT
 
-# The most unsent bytes that are copied to join them with data that was written later.
-_COPIED_AT_MOST = tcp.Connection.SEND_LIMIT
+# If fewer unsent bytes than this are left, they are copied to join them with data that
+# was written later.
+_COPY_LIMIT = tcp.Connection.SEND_LIMIT
 
-# The most bytes that several writes join to one chunk: copying them costs less than
-# keeping them apart.
-_ONE_CHUNK_AT_MOST = 16 * 1024
+# The largest chunk into which several writes are joined: copying that much costs less
+# than keeping the writes apart.
+_CHUNK_LIMIT = 16 * 1024
 
 # The values of ``StreamTransport.write_state``.
 NOT_WRITING = 0
 """There is nothing to send."""
 ONE_CHUNK = 1
 """
-The engine sends ``dataBuffer`` at the end of the pass; there is nothing else to do.
+The engine sends ``dataBuffer`` at the end of the pass.  Then nothing is left to do: no
+producer is resumed, and nothing is closed.
 """
 QUEUED = 2
 """The engine calls ``doWrite`` at the end of the pass."""
@@ -74,25 +77,28 @@ REGISTERED = 3
 """The transport is a writer of the reactor: it waits for a write event."""
 ABORTED = 4
 """
-The connection was aborted: written data is dropped, even if it is still connected.
+The connection was aborted: written data is dropped, although the connection is not lost
+yet.
 """
 
 
 class StreamTransport(tcp.Connection):
     """
-    A stream connection.  As a base class it comes before the class of Twisted that it
+    A stream connection.  List it among the bases before the class of Twisted that it
     changes.
 
     In the simplest cases (plain input; one chunk to send) the engine does not call
     ``doRead`` and ``doWrite``, but does the same itself.
 
     :cvar origin: where the descriptor comes from.
-    :ivar reads_by_recv: whether ``doRead`` only calls recv(2) and ``dataReceived``.
+    :ivar reads_by_recv: whether the engine may call recv(2) and ``dataReceived`` itself
+        instead of ``doRead``.
     :ivar write_state: one of the constants above.
     """
 
-    # The attributes that each request uses.  In Twisted most of them are attributes of
-    # the class until they are set, and finding these takes longer than finding slots.
+    # The attributes that every read and write uses.  In Twisted most of them are
+    # attributes of the class until they are set, and finding these takes longer than
+    # finding slots.
     __slots__ = (
         "SEND_LIMIT",
         "TLS",
@@ -117,7 +123,7 @@ class StreamTransport(tcp.Connection):
         super().__init__(*args, **kwargs)
 
     def _set_attributes(self) -> None:
-        """Set the slots to the values that they have in Twisted's class."""
+        """Set the slots, but for ``reactor``, to their first values."""
         self.SEND_LIMIT = _SEND_LIMIT
         self.TLS = False
         self._writeDisconnected = False
@@ -128,6 +134,7 @@ class StreamTransport(tcp.Connection):
         self.disconnecting = 0
         self.offset = 0
         self.producer = None
+        # Otherwise Twisted uses the result of dataReceived.
         self.reads_by_recv = RESULT_IGNORED
         self.write_state = NOT_WRITING
 
@@ -165,14 +172,15 @@ class StreamTransport(tcp.Connection):
         """
         Handle an error of send(2).
 
-        Data that arrived before a reset (tcp(7)) can still be read.  It must not be
-        lost when a write is the first to fail: often it says why the peer has closed.
+        Data that arrived before a reset can still be read.  It must not be lost when a
+        write fails before the read: often it says why the peer has closed.
 
         :param why: the result of :meth:`why_lost`.
         :return: the result of ``doWrite``.
         """
         if why is CONNECTION_LOST:
-            # Until the protocol pauses, closes or aborts the connection.
+            # Read on until the socket is empty, or the protocol pauses, closes or
+            # aborts the connection.
             while self.reactor.is_reading(self):
                 try:
                     received = self._receive()
@@ -181,13 +189,13 @@ class StreamTransport(tcp.Connection):
                 if self._deliver(received):
                     break
             if self.write_state == ABORTED or not self.connected:
-                # It is lost, or will be lost, for another reason.
+                # The connection is lost, or will be lost, for another reason.
                 return None
         return why
 
     def why_lost(self, error: OSError) -> Exception | None:
         """The result of ``doRead`` or ``doWrite`` after an error; None to go on."""
-        if error.errno in _LATER:
+        if error.errno in _TRY_LATER:
             return None
         if error.errno in _CLOSED:
             return ConnectionFdescWentAway("File descriptor lost")
@@ -202,21 +210,22 @@ class StreamTransport(tcp.Connection):
             if (
                 self.write_state == ONE_CHUNK
                 and producer is None
-                and len(self.dataBuffer) + len(data) <= _ONE_CHUNK_AT_MOST
+                and len(self.dataBuffer) + len(data) <= _CHUNK_LIMIT
             ):
                 self.dataBuffer += data
             elif (
                 self.write_state
                 or self.dataBuffer
                 or self._tempDataLen
-                # When all is sent, the connection is to be closed.
+                # When all is sent, the connection or its sending half must be closed.
                 or self.disconnecting
                 or self._writeDisconnecting
                 or (
                     producer is not None
                     and (
                         not self.streamingProducer
-                        # A former producer was paused: sending all resumes this one.
+                        # An earlier producer was paused, so this one must be resumed
+                        # when all is sent.
                         or self.producerPaused
                         or len(data) > self.bufferSize
                     )
@@ -234,7 +243,7 @@ class StreamTransport(tcp.Connection):
                 if self.write_state != QUEUED:
                     self.startWriting()
             else:
-                # write_soon() without the call, as each request comes here.
+                # Like write_soon(), but inlined, since most responses come here.
                 self.dataBuffer = data
                 self.write_state = ONE_CHUNK
                 reactor = self.reactor
@@ -257,12 +266,12 @@ class StreamTransport(tcp.Connection):
         """See ``IConsumer.registerProducer``."""
         super().registerProducer(producer, streaming)
         if self.write_state == ONE_CHUNK:
-            # Sending the chunk is not all any more: the producer must be asked for
+            # Sending the chunk is no longer enough: the producer must be asked for
             # more.
             self.write_state = QUEUED
 
     def startWriting(self) -> None:
-        """Have ``doWrite`` called at the end of the pass."""
+        """Let the engine call ``doWrite`` at the end of the pass."""
         if not self.connected:
             # The connection is being made, so wait for the kernel's write event.
             self.reactor.addWriter(self)
@@ -278,7 +287,10 @@ class StreamTransport(tcp.Connection):
             self.write_state = ABORTED
 
     def doWrite(self) -> Any:
-        """Like ``FileDescriptor.doWrite``, for a transport that may only be queued."""
+        """
+        Like ``FileDescriptor.doWrite``, for a transport that may be queued without
+        being a writer of the reactor.
+        """
         data = self.dataBuffer
         if self._tempDataLen or self.offset or len(data) > self.SEND_LIMIT:
             return self._write_part()
@@ -286,7 +298,7 @@ class StreamTransport(tcp.Connection):
             try:
                 sent = self.socket.send(data)
             except OSError as error:
-                if error.errno not in _LATER:
+                if error.errno not in _TRY_LATER:
                     return self._send_failed(self.why_lost(error))
                 sent = 0
             if sent < len(data):
@@ -297,8 +309,9 @@ class StreamTransport(tcp.Connection):
         return self._wrote_all()
 
     def _write_part(self) -> Any:
+        """Send a part of much data; the result is that of ``doWrite``."""
         data, start = self.dataBuffer, self.offset
-        if self._tempDataLen and len(data) - start < _COPIED_AT_MOST:
+        if self._tempDataLen and len(data) - start < _COPY_LIMIT:
             data = b"".join([memoryview(data)[start:], *self._tempDataBuffer])
             start = 0
             self._tempDataBuffer.clear()
@@ -307,7 +320,7 @@ class StreamTransport(tcp.Connection):
         try:
             start += self.socket.send(memoryview(data)[start:end])
         except OSError as error:
-            if error.errno not in _LATER:
+            if error.errno not in _TRY_LATER:
                 return self._send_failed(self.why_lost(error))
         if start < len(data) or self._tempDataLen:
             self.dataBuffer = data
@@ -322,6 +335,7 @@ class StreamTransport(tcp.Connection):
         return self._wrote_all()
 
     def _wrote_all(self) -> Any:
+        """Resume the producer, or close; the result is that of ``doWrite``."""
         if self.write_state:
             self.stopWriting()
         producer: Any = self.producer
@@ -337,7 +351,10 @@ class StreamTransport(tcp.Connection):
 
 
 class ServerTransport(StreamTransport):
-    """A connection of a server, which the reactor lists until it is lost."""
+    """
+    A connection to a server.  It is in the reactor's ``server_connections`` until it is
+    lost.
+    """
 
     __slots__ = ()
 
@@ -357,8 +374,8 @@ class TCPServer(ServerTransport, tcp.Server):
     """
     A TCP connection that the reactor has accepted.
 
-    As each connection runs ``__init__`` and ``connectionLost``, these repeat the code
-    of Twisted's classes in place of calling it.
+    Since each connection runs ``__init__`` and ``connectionLost``, these repeat the
+    code of Twisted's classes instead of calling it.
     """
 
     def __init__(
@@ -411,9 +428,9 @@ class TCPServer(ServerTransport, tcp.Server):
         self.__dict__["repstr"] = text
 
     def connectionLost(self, reason: Any) -> None:
-        """See ``abstract.FileDescriptor.connectionLost``."""
+        """See ``tcp.Connection.connectionLost``."""
         if not hasattr(self, "socket"):
-            # It was called before.
+            # This is a second call.
             return
         try:
             # FileDescriptor
@@ -439,7 +456,7 @@ class TCPServer(ServerTransport, tcp.Server):
 
 
 class AdoptedTCPServer(TCPServer):
-    """A TCP connection that other code has made, and may still have a descriptor of."""
+    """A TCP connection that other code has made and may have open elsewhere."""
 
     origin = Origin.SHARED
 
@@ -449,7 +466,7 @@ class TCPClient(StreamTransport, tcp.Client):
 
     @property
     def tells_drained(self) -> bool:
-        """Whether it is connected; until then it has another ``doRead``."""
+        """Whether it is connected; until then ``doRead`` is another method."""
         return bool(self.connected)
 
 
@@ -460,15 +477,17 @@ class TCPPort(tcp.Port):
 
     def doRead(self) -> None:
         """
-        Like ``tcp.Port.doRead``, but faster: that makes a logger, and members of
-        enumerations, for each socket.  It is called to handle errors.
+        Like ``tcp.Port.doRead``, but faster: Twisted's method makes a logger for each
+        call and members of enumerations for each socket.  It still handles errors,
+        Windows, and subclasses of ``socket.socket``.
         """
         listening: Any = self.socket
         factory: Any = self.factory
         if platformType != "posix" or type(self.socket) is not socket.socket:
             super().doRead()
             return
-        # The same attributes of socket.socket would make members of enumerations.
+        # Plain integers: the properties of socket.socket would make members of
+        # enumerations each time.
         handle: Any = super(socket.socket, listening)
         family, kind, proto = handle.family, handle.type, handle.proto
         most, accepted = self.numberAccepts, 0
@@ -485,7 +504,7 @@ class TCPPort(tcp.Port):
                 client = socket.socket(family, kind, proto, fileno=descriptor)
                 try:
                     if len(address) == 4:
-                        # It adds the scope to an IPv6 address.
+                        # getnameinfo() adds the scope to an IPv6 address.
                         host = socket.getnameinfo(
                             address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
                         )
@@ -500,7 +519,7 @@ class TCPPort(tcp.Port):
                         client, protocol, address, self, number, self.reactor
                     )
                 except BaseException:
-                    # The logged failure keeps the socket.
+                    # The logged failure refers to the socket, which would stay open.
                     client.close()
                     raise
                 protocol.makeConnection(transport)
@@ -523,7 +542,7 @@ if unixEnabled:
     from twisted.internet import unix
 
     # The size of the buffer for ancillary data, as in Twisted.  On Linux a message can
-    # carry up to 253 descriptors (SCM_RIGHTS in unix(7)), which takes a quarter of it.
+    # carry up to 253 descriptors (SCM_RIGHTS in unix(7)), which need a quarter of this.
     _ANCILLARY_BYTES = 4096
 
     class UNIXTransport(StreamTransport):
@@ -535,7 +554,7 @@ if unixEnabled:
             super().__init__(*args, **kwargs)
             self.reads_by_recv = False
 
-        # Of unix._SendmsgMixin.
+        # Attributes of unix._SendmsgMixin.
         _sendmsgQueue: list[int]
         _ancillaryLevelSOLSOCKETTypeSCMRIGHTS: Callable[[bytes], None]
 
@@ -585,7 +604,7 @@ if unixEnabled:
         """A UNIX connection that the reactor has accepted."""
 
     class AdoptedUNIXServer(UNIXServer):
-        """A UNIX connection that other code has made, and may still have open."""
+        """A UNIX connection that other code has made and may have open elsewhere."""
 
         origin = Origin.SHARED
 
@@ -594,7 +613,7 @@ if unixEnabled:
 
         @property
         def tells_drained(self) -> bool:
-            """Whether it is connected; until then it has another ``doRead``."""
+            """Whether it is connected; until then ``doRead`` is another method."""
             return bool(self.connected)
 
     class UNIXPort(unix.Port):
@@ -611,15 +630,17 @@ if unixEnabled:
 
 class StreamReactor(PosixReactorBase):
     """
-    Makes the transports of this module in place of Twisted's.
+    Makes the transports of this module instead of Twisted's.
 
     :cvar tcp_port: the class of listening TCP ports.  In a worker process
-        (:mod:`twisted_rtsig.workers`) the reactor has an attribute with another class.
+        (:mod:`twisted_rtsig.workers`) an attribute of the reactor with the same name
+        replaces it.
     :cvar unix_port: likewise, the class of listening UNIX ports.
-    :ivar server_connections: the connections that were accepted or adopted, and are not
-        lost, in order.  They include paused ones, which are neither readers nor
-        writers.
-    :ivar when_servers_idle: called when the last server connection was lost; or None.
+    :ivar server_connections: the connections that were accepted or adopted and have not
+        been lost yet, the oldest first.  They include paused ones, which are neither
+        readers nor writers.
+    :ivar when_servers_idle: called whenever the last server connection has been lost;
+        None for no call.
     """
 
     tcp_port: type[TCPPort] = TCPPort
