@@ -1,4 +1,4 @@
-"""What runs on a reactor, in numbers."""
+"""Statistics of a reactor: counts of its tasks, connections, servers and threads."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from twisted_rtsig.coro.scheduler import Scheduler, scheduler_for
 if TYPE_CHECKING:
     from twisted.python.threadpool import ThreadPool
 
-# With so many references to tasks, of which some may be collected: they are counted at
-# once, in less than a millisecond.
+# Up to this many references to tasks, look for collected tasks at each call: that takes
+# less than a millisecond.
 _FEW = 5000
 
 
 @dataclass(frozen=True)
 class TaskCounts:
     """
-    The tasks of a reactor: those that there are, and how many there were since the
-    reactor was first used with tasks.
+    The tasks of a reactor: the active tasks, and totals since the reactor was first
+    used with tasks.
 
-    :ivar running: 1 if a task runs, which calls this then.
+    :ivar running: 1 if a task runs, which is the caller of :func:`statistics`; else 0.
     :ivar ready: tasks that are about to run.
-    :ivar waiting: tasks that wait.  Where there are thousands, some that were garbage
-        collected count as waiting for a while.
+    :ivar waiting: tasks that wait.  With thousands of tasks, garbage collected tasks
+        count as waiting for a while.
     :ivar spawned: all tasks.
     :ivar succeeded: tasks whose function has returned.
     :ivar failed: tasks whose function has raised an error.
@@ -61,8 +61,9 @@ class StreamCounts:
     :ivar open: connections that are not lost.
     :ivar made: all connections since the reactor was first used with tasks.
     :ivar unread: bytes that have arrived and were not read yet.
-    :ivar unsent: bytes that were written, and that the transports hold, since the
-        kernel has no room for them.  What TLS and files hold is not among them.
+    :ivar unsent: bytes that were written, and that the transports hold because the
+        kernel has no room for them.  Bytes held by TLS, and files that wait to be sent,
+        do not count.
     """
 
     open: int
@@ -76,10 +77,11 @@ class ServerCounts:
     """
     One server, or :class:`CoroutineFactory`.
 
-    :ivar name: what its handlers are called in logs.
-    :ivar connections: those whose connection or handler has not ended.
+    :ivar name: the name of its handlers in logs.
+    :ivar connections: connections that are open, or whose handler has not ended.
     :ivar limits: how often each limit has refused or aborted a connection, by the name
-        of its option; ``"stopping"`` for connections that came when it had stopped.
+        of its option; ``"stopping"`` for connections that arrived after the server had
+        stopped.
     """
 
     name: str
@@ -90,7 +92,7 @@ class ServerCounts:
 @dataclass(frozen=True)
 class ChannelCounts:
     """
-    All channels of the process: they belong to no reactor.
+    All channels of the process: channels belong to no reactor.
 
     :ivar open: channels that are not closed.
     :ivar buffered: values that were sent and not received yet.
@@ -110,8 +112,8 @@ class ThreadCounts:
     The threads of the reactor's pool.
 
     :ivar busy: threads that run a function.
-    :ivar idle: threads that wait for one.
-    :ivar most: how many threads there may be.
+    :ivar idle: threads that wait for a function.
+    :ivar most: the maximum number of threads.
     """
 
     busy: int
@@ -138,14 +140,14 @@ class Statistics:
 
 def statistics(reactor: Any | None = None) -> Statistics:
     """
-    What runs on a reactor, in numbers; for its selectables, see the ``statistics`` of
-    this package's reactors.
+    Count what runs on a reactor.  For its selectables, see the ``statistics`` of this
+    package's reactors.
 
-    It looks at each stream, server, channel and process, and not at each task.  Must be
-    called in the reactor's thread.
+    This looks at each stream, server, channel and process, and not at each task.  It
+    must be called in the reactor's thread.
 
-    :param reactor: an ``IReactorTime`` provider; by default that of the task that calls
-        this, or the installed one.
+    :param reactor: an ``IReactorTime`` provider; by default the reactor of the calling
+        task, or the installed reactor.
     """
     scheduler = scheduler_for(reactor)
     of = scheduler.reactor
@@ -208,7 +210,7 @@ def _channel_counts() -> ChannelCounts:
 
 
 def _thread_counts(pool: ThreadPool | None) -> ThreadCounts:
-    # To ask the reactor for its pool would make it.
+    # Not getThreadPool(): that would create the pool.
     if pool is None:
         return ThreadCounts(0, 0, 0)
     return ThreadCounts(len(pool.working), len(pool.waiters), pool.max)

@@ -43,19 +43,19 @@ class TaskGroup(Scope):
             group.spawn(serve, first)
             group.spawn(serve, second)
 
-    The block ends when all of them have ended.  If one of them fails, or the
-    block does, then the others and the block are cancelled, and all errors are
-    raised in one ``ExceptionGroup``.  For generators there is :func:`run_group`.
+    The block ends when all of the tasks have ended.  If a task or the block fails,
+    then the other tasks and the block are cancelled, and all errors are raised in one
+    ``ExceptionGroup``.  For generators there is :func:`run_group`.
 
     :raises NoTaskError: at the beginning of the block, outside of a task.
-    :ivar cancelled: whether :meth:`cancel` was called, by this class after a failure
-        for example.
+    :ivar cancelled: whether :meth:`cancel` was called: by user code, or by the group
+        itself after a failure.
     """
 
     _name = "TaskGroup"
 
     def __init__(self) -> None:
-        # Each with the start() that has spawned it; None for spawn().
+        # By task: the start() that has spawned it; None for spawn().
         self._tasks: dict[Task[Any], _Starting | None] = {}
         self._errors: list[BaseException] = []
         self.cancelled: bool = False
@@ -63,7 +63,7 @@ class TaskGroup(Scope):
         self._in_block = False
         self._last_ends: Operation[None] | None = None
         # What each task calls at its end: the same object for all of them.  It refers
-        # to this one, and so it is there within the block only.
+        # to this group, so it is set only within the block.
         self._when_task_ends: tuple[Callable[[Task[Any]], None], ...] = ()
 
     @overload
@@ -128,7 +128,7 @@ class TaskGroup(Scope):
         self, function: Callable[..., Any], *args: Any, name: str | None = None
     ) -> Deferred[Any]:
         """
-        As :meth:`spawn`, and wait until the task says that it is ready::
+        As :meth:`spawn`, and wait until the task reports that it is ready::
 
             async def listen(*, task_status=TASK_STATUS_IGNORED):
                 async with open_datagrams() as port:
@@ -137,17 +137,17 @@ class TaskGroup(Scope):
 
             address = await group.start(listen)
 
-        What the task raises before that is raised here, and does not cancel the group.
-        If this is cancelled before, then the task is, and this waits for its end.
+        An error that the task raises before that is raised here, and does not cancel
+        the group.  If this wait is cancelled before that, then the task is cancelled,
+        and this waits for its end.
 
         :param function: called with ``args``, and with ``task_status``, a
             :class:`TaskStatus`.
-        :param name: what the task is called in logs; by default the name of the
-            function.
-        :return: what ``task_status.started`` was called with.
+        :param name: the name of the task in logs; by default the name of the function.
+        :return: the value that ``task_status.started`` was called with.
         :raises RuntimeError: before or after the block; or (when awaited) if the task
-            has returned and not called ``task_status.started``.
-        :raises CancelledError: (when awaited) if the task was cancelled before.
+            has returned without a call of ``task_status.started``.
+        :raises CancelledError: (when awaited) if the task was cancelled before that.
         """
         reactor = self._owner("start()").reactor
         starting = _Starting()
@@ -177,8 +177,9 @@ class TaskGroup(Scope):
 
     def cancel(self, reason: str | None = None) -> None:
         """
-        Cancel all tasks of the group, and the block: once, so that they can clean up.
-        Tasks that are spawned later are cancelled as well, where they first wait.
+        Cancel all tasks of the group, and the block.  They are cancelled once, so that
+        they can wait while they clean up.  Tasks that are spawned later are cancelled
+        as well, where they first wait.
 
         :param reason: as of :meth:`Task.cancel`.
         """
@@ -200,7 +201,7 @@ class TaskGroup(Scope):
     def _ended(self, task: Task[Any]) -> None:
         starting = self._tasks[task]
         if starting is not None and not starting.end(task):
-            # It was not ready: its end is the result of start().
+            # The task was not ready: start() has its result or error.
             pass
         elif task.failed:
             error = task._see_error()
@@ -208,7 +209,7 @@ class TaskGroup(Scope):
             self.cancel(f"{task.name} has failed with {type(error).__name__}")
         del self._tasks[task]
         last = self._last_ends
-        # What waits for it may have been cancelled meanwhile.
+        # The block may have been cancelled while it waited for the last task.
         if not self._tasks and last is not None and not last.called:
             last.succeed(None)
 
@@ -223,7 +224,7 @@ class TaskGroup(Scope):
     async def __aexit__(
         self, kind: object, error: BaseException | None, traceback: object
     ) -> bool | None:
-        # Not bool, from which checkers would conclude that it may hide any error.
+        # Not annotated as bool: checkers would conclude that it may hide any error.
         self._in_block = False
         if isinstance(error, GeneratorExit):
             # Nothing can resume this coroutine any more, nor the tasks of the group.
@@ -252,13 +253,14 @@ class TaskGroup(Scope):
         self._exit()
         if isinstance(error, CancelledError) and not own:
             outer = error
-        # Tasks of the group may refer to it, and the errors to their frames.
+        # Break a circle of references: tasks of the group may refer to the group, and
+        # the errors refer to the frames of the tasks.
         errors, self._errors = self._errors, []
         if error is not None and not isinstance(error, CancelledError):
             errors.insert(0, error)
         if errors:
             if outer is not None:
-                # Where it waits next.
+                # Deliver the cancellation where the task waits next.
                 task._cancels += (again(outer),)
             raise BaseExceptionGroup(
                 f"{len(errors)} of a group of tasks have failed", errors
@@ -276,16 +278,16 @@ class TaskGroup(Scope):
 
 
 class StartedListener(Protocol):
-    """What waits until a task is ready."""
+    """An object that waits until a task is ready."""
 
     def started(self, value: Any) -> None:
-        """The task is ready."""
+        """Called when the task is ready."""
 
 
 class TaskStatus(Generic[T]):
     """
-    What a function gets as ``task_status`` that :meth:`TaskGroup.start` runs: by it the
-    task says that it is ready.
+    The ``task_status`` of a function that :meth:`TaskGroup.start` runs: the task calls
+    it to report that it is ready.
     """
 
     def __init__(self, starting: StartedListener) -> None:
@@ -300,9 +302,9 @@ class TaskStatus(Generic[T]):
 
     def started(self, value: Any = None) -> None:
         """
-        The task is ready: let :meth:`TaskGroup.start` return.
+        Report that the task is ready: let :meth:`TaskGroup.start` return.
 
-        :param value: what it returns.
+        :param value: what :meth:`TaskGroup.start` returns.
         :raises RuntimeError: if this was called before, or the task has ended.
         """
         starting, self._starting = self._starting, None
@@ -314,13 +316,13 @@ class TaskStatus(Generic[T]):
         starting.started(value)
 
     def _end(self) -> bool:
-        """The task has ended: return whether it was ready before."""
+        """Note that the task has ended; return whether it was ready before."""
         starting, self._starting = self._starting, None
         return starting is None
 
 
 class _Ignored(TaskStatus[Any]):
-    """For a function that is not run by :meth:`TaskGroup.start`."""
+    """The status of a function that :meth:`TaskGroup.start` does not run."""
 
     def __init__(self) -> None:
         pass
@@ -337,7 +339,7 @@ TASK_STATUS_IGNORED: Final[TaskStatus[Any]] = _Ignored()
 
 
 class _Starting(OfTask[Any]):
-    """Fires when a task of a group is ready, or has ended before that."""
+    """A Deferred that fires when a task of a group is ready, or has ended before."""
 
     def __init__(self) -> None:
         Deferred.__init__(self)
@@ -345,19 +347,19 @@ class _Starting(OfTask[Any]):
         self._status: TaskStatus[Any] | None = None
 
     def watch(self, task: Task[Any], status: TaskStatus[Any]) -> None:
-        """The task was spawned, and may be ready already."""
+        """Set the task, which was spawned and may be ready already."""
         self._status = status
         if not self.called:
             self._task = task
 
     def started(self, value: Any) -> None:
-        """The task is ready."""
+        """Fire: the task is ready."""
         self._task = None
         self.callback(value)
 
     def end(self, task: Task[Any]) -> bool:
-        """The task has ended: return whether it was ready before."""
-        # An error leads to the status, and that must not lead back.
+        """Note that the task has ended; return whether it was ready before."""
+        # Break a circle: an error refers to the status by its frames.
         status, self._status = self._status, None
         self._task = None
         if status is None or status._end():
@@ -407,8 +409,8 @@ def run_group(body: Callable[..., Any], *args: Any) -> Deferred[Any]:
 
         yield run_group(body)
 
-    :param body: called with the group and ``args``: the block.
-    :return: what ``body`` returns, when all tasks of the group have ended.
+    :param body: the block; called with the group and ``args``.
+    :return: what ``body`` returns, once all tasks of the group have ended.
     """
 
     async def block() -> Any:

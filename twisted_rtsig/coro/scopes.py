@@ -26,18 +26,19 @@ C = TypeVar("C", bound="CancelScope")
 
 class Scope:
     """
-    A block of code that a task is in, which may cancel what is inside of it.
+    A block of code within a task, which may cancel the code inside.
 
     :cvar shields: whether the block keeps out cancellation that comes from outside.
-    :ivar cancelled: whether it was cancelled as a whole.
+    :ivar cancelled: whether the block was cancelled as a whole.
     """
 
-    # What it is called in errors.
+    # The name in errors.
     _name: str
     shields: bool = False
     cancelled: bool = False
 
-    # The task, within the block: a task may end with an error that leads here.
+    # The task; None outside of the block, since an error that the task has ended with
+    # may refer to this scope.
     _task: Task[Any] | None = None
     _entered = False
 
@@ -59,11 +60,11 @@ class Scope:
         self._task = None
 
     def _cancels_at(self) -> float:
-        """When it cancels what is inside, in the time of the reactor."""
+        """The time of the reactor at which the scope cancels the code inside."""
         return -math.inf if self.cancelled else math.inf
 
     def _has_cancelled(self) -> bool:
-        """Whether it has cancelled what is inside."""
+        """Whether the scope has cancelled the code inside."""
         return self.cancelled
 
     def _has_caused(self, error: BaseException) -> bool:
@@ -71,28 +72,29 @@ class Scope:
         cancelled = cancellation_in(error)
         if isinstance(cancelled, Cancelled):
             return cancelled._scope is self
-        # Code for asyncio may raise another one in the place of what was raised there:
-        # asyncio.Condition does, for example.
+        # Code for asyncio may replace the cancellation by another one: for example,
+        # asyncio.Condition does.
         return cancelled is not None and self._was_delivered()
 
     def _was_delivered(self) -> bool:
-        """Whether what is inside was cancelled by this block, and was told."""
+        """Whether this block has cancelled the code inside, and that was delivered."""
         pending = () if self._task is None else self._task._cancels
         return self._has_cancelled() and all(e._scope is not self for e in pending)
 
 
 class _Limit(Scope):
     """
-    A block of code that has a deadline, or none.
+    A block of code that may have a deadline.
 
     :ivar expired: whether the deadline has passed before the block came to its end.
     """
 
-    # Set where it is not the default, since there may be one for each wait.
+    # Instances set only what differs from these defaults, since there may be a limit
+    # for each wait.
     expired: bool = False
-    # Why it has expired.
+    # The reason, once the limit has expired.
     _why: str | None = None
-    # None once the deadline is known, or was set.
+    # The seconds from the beginning of the block; None if the deadline is known.
     _seconds: float | None = None
     _deadline = math.inf
     _reactor: Any | None = None
@@ -102,10 +104,10 @@ class _Limit(Scope):
     def deadline(self) -> float:
         """
         When the block is cancelled, in the time of the reactor, which
-        :func:`current_time` tells; ``math.inf`` for never.
+        :func:`current_time` returns; ``math.inf`` for never.
 
-        It can be set, before the block and within it, by any code.  If it is set to a
-        time that has passed, then the block is cancelled at once.
+        Any code may set it, before the block and within it.  If it is set to a time
+        that has passed, then the block is cancelled at once.
 
         :raises ValueError: if it is set to NaN.
         """
@@ -176,7 +178,7 @@ class _Limit(Scope):
         return f"it took more than {self._seconds} s"
 
     def _finish(self, error: BaseException | None) -> bool:
-        """The block ends; return whether it does because of its own cancellation."""
+        """End the block; return whether it ends because of its own cancellation."""
         if self._call is not None:
             try:
                 self._call.cancel()
@@ -186,7 +188,7 @@ class _Limit(Scope):
         own = error is not None and self._has_caused(error)
         self._exit()
         if error is None:
-            # It came to its end all the same.
+            # The block came to its end in spite of the cancellation.
             self.expired = False
         return own
 
@@ -203,20 +205,20 @@ class _Limit(Scope):
 
 class timeout(_Limit):
     """
-    Let a block of code take only so long::
+    Limit how long a block of code takes::
 
         with timeout(5):
             line = await stream.read_line()
 
-    If it takes longer, then what it waits for is cancelled, and the block raises
-    ``TimeoutError``.  Of nested ones, each raises only its own.
+    If it takes longer, then the operation that it waits for is cancelled, and the block
+    raises ``TimeoutError``.  Of nested timeouts, each raises only its own error.
 
-    :param seconds: how long, from the beginning of the block; None for no limit.  With
+    :param seconds: the limit, from the beginning of the block; None for no limit.  With
         0 the block is cancelled where it first has to wait.
-    :param reactor: an ``IReactorTime`` provider; by default that of the task.
+    :param reactor: an ``IReactorTime`` provider; by default the reactor of the task.
     :raises ValueError: if the time is negative.
     :raises NoTaskError: at the beginning of the block, outside of a task.
-    :ivar expired: whether the time was over before the block had come to its end.
+    :ivar expired: whether the time was up before the block had come to its end.
     """
 
     _name = "timeout"
@@ -287,8 +289,9 @@ class CancelScope(_Limit):
 
     def cancel(self, reason: str | None = None) -> None:
         """
-        Cancel what is in the block, and leave the block; before it begins, what it
-        first waits for.  Can be called by any code, and only the first call counts.
+        Cancel the code in the block, and leave the block.  Before the block begins,
+        this cancels what it will first wait for.  Any code may call this; only the
+        first call counts.
 
         :param reason: as of :meth:`Task.cancel`.
         """
@@ -373,13 +376,13 @@ def _check_deadline(deadline: float) -> None:
 
 class shield(Scope):
     """
-    Let nothing outside of a block of code cancel what is inside::
+    Keep cancellation that comes from outside of a block of code out of the block::
 
         with shield():
             await stream.write(b"QUIT\\r\\n")
 
-    It is cancelled where it waits next after the block.  A ``timeout`` inside of
-    the block does what it always does.
+    The task is cancelled where it waits next after the block.  A :class:`timeout`
+    inside of the block works as usual.
 
     :raises NoTaskError: at the beginning of the block, outside of a task.
     """
@@ -405,14 +408,13 @@ class shield(Scope):
 
 def current_deadline() -> float:
     """
-    When the code that calls this is cancelled at the latest, in the time of the
-    reactor: the earliest deadline of the blocks that it is in, up to the innermost
-    ``shield``.
+    The deadline of the code that calls this, in the time of the reactor: the earliest
+    deadline of the blocks around it, up to the innermost :class:`shield`.
 
-    In a task of a group, also the blocks around the group count.
+    In a task of a group, the blocks around the group count as well.
 
-    :return: ``math.inf`` without a deadline; ``-math.inf`` if what calls this is
-        cancelled already.
+    :return: ``math.inf`` without a deadline; ``-math.inf`` if the caller is cancelled
+        already.
     :raises NoTaskError: outside of a task.
     """
     task: Task[Any] | None = task_of_caller("current_deadline()")
@@ -435,7 +437,7 @@ def current_deadline() -> float:
 
 def _group_of(task: Task[Any]) -> Scope | None:
     """The group that a task belongs to."""
-    # Known by the method that the task calls at its end: an attribute would take memory
-    # in every task.
+    # Found by the method that the task calls at its end: an attribute for the group
+    # would take memory in every task.
     owners = (getattr(each, "__self__", None) for each in task._done or ())
     return next((each for each in owners if isinstance(each, Scope)), None)
