@@ -1,11 +1,12 @@
 """
 Forgotten awaits: a debug mode that warns of operations that nothing has waited for.
 
-See ``docs/coroutines.md``.  While it is off, nothing is checked.  :func:`set_debug`
-puts other code into the functions that :func:`must_be_awaited` has decorated, wherever
-they were imported to.  This code gives the operation that a function returns a class
-that notices how the operation is used.  At the first use the operation gets its own
-class back, and from there on all is as if the mode was off.
+See ``docs/coroutines.md``.  While the mode is off, nothing is checked.
+:func:`set_debug` replaces the code of the functions that :func:`must_be_awaited` has
+decorated, so it also reaches names that were imported earlier.  The new code gives the
+operation that a function returns a class that notices how the operation is used.  At
+the first use the operation gets its own class back, and from then on behaves as if the
+mode was off.
 """
 
 from __future__ import annotations
@@ -38,21 +39,23 @@ class _Mode:
 
 _mode: Final = _Mode()
 
-# The functions that were decorated; and, while the mode is on, the same functions with
-# their own code.
+# The functions that were decorated; and, while the mode is on, by function a copy of it
+# with its own code.
 _functions: Final[list[types.FunctionType]] = []
 _originals: Final[dict[types.FunctionType, types.FunctionType]] = {}
 
 
 def must_be_awaited(function: F) -> F:
     """
-    Decorate a function that returns an operation for whose result, or moment, it is
-    called: in debug mode a call whose operation nothing waits for is warned of.
+    Decorate a function that is useless unless its caller waits for the operation that
+    it returns, for a result or for a point in time.  In debug mode there is a warning
+    if nothing waits for the operation.
 
-    Not one such as ``Stream.write``, which does the same if nothing waits for it.
+    Do not decorate a function such as ``Stream.write``, which does its work even if
+    nothing waits for it.
     """
     assert isinstance(function, types.FunctionType)
-    # Else its code could not be replaced.
+    # The code of a closure cannot be replaced by code without free variables.
     assert function.__closure__ is None
     _functions.append(function)
     if _mode.on:
@@ -70,11 +73,12 @@ def set_debug(enabled: bool) -> None:
     Turn the debug mode on or off, for all of the process.
 
     While it is on, each operation that is called for its result has to be awaited,
-    yielded, given callbacks or cancelled.  For one that is collected before there is an
-    :class:`UnawaitedWarning`, with the line of the call.
+    yielded, given callbacks or cancelled.  If an operation is garbage collected before
+    that, then Python shows an :class:`UnawaitedWarning` with the line of the call.
 
-    The environment variable ``TWISTED_RTSIG_DEBUG=1`` turns it on from the start, and
-    so does Python's development mode (``-X dev``), unless ``TWISTED_RTSIG_DEBUG=0``.
+    The environment variable ``TWISTED_RTSIG_DEBUG=1`` turns the mode on from the start,
+    and so does Python's development mode (``-X dev``), unless ``TWISTED_RTSIG_DEBUG=0``
+    is set.
     """
     if enabled == _mode.on:
         return
@@ -93,7 +97,7 @@ def wanted_by_environment(default: bool = sys.flags.dev_mode) -> bool:
     """
     Whether the mode is to be on from the start: see :func:`set_debug`.
 
-    :param default: the answer if the environment does not say it.
+    :param default: the answer if the environment variable is not set.
     """
     wanted = None
     if not sys.flags.ignore_environment:
@@ -105,7 +109,7 @@ def wanted_by_environment(default: bool = sys.flags.dev_mode) -> bool:
 
 
 class _Call(NamedTuple):
-    """Where a function was called."""
+    """The place where a function was called."""
 
     function: str
     file: str
@@ -113,7 +117,7 @@ class _Call(NamedTuple):
     module: str
 
     def warn(self) -> None:
-        """Nothing has waited for the operation that it returned."""
+        """Warn that nothing has waited for the operation that the call returned."""
         warnings.warn_explicit(
             f"{self.function}() was never awaited: write await before the call (in a "
             "generator yield), or cancel() what it returns if that is not needed",
@@ -121,7 +125,7 @@ class _Call(NamedTuple):
             self.file,
             self.line,
             self.module,
-            # By default Python shows a warning once for each line.
+            # By these Python shows a warning only once for each line, by default.
             _registries.setdefault(self.file, {}),
         )
 
@@ -130,7 +134,7 @@ _registries: Final[dict[str, dict[Any, Any]]] = {}
 
 
 def _watch(function: types.FunctionType) -> None:
-    """Let what the function returns be watched, whatever name it is called by."""
+    """Watch what the function returns, whatever name it is called by."""
     original = types.FunctionType(
         function.__code__, function.__globals__, function.__name__
     )
@@ -145,7 +149,8 @@ def _watch(function: types.FunctionType) -> None:
     call = functools.partial(_call_and_watch, original)
     function.__code__ = _replacement.__code__.replace(co_name=function.__name__)
     function.__defaults__ = None
-    # The code has the globals of the function, and finds nothing of this module.
+    # The code runs with the globals of the function, and cannot use those of this
+    # module.
     function.__kwdefaults__ = {"_call": call}
 
 
@@ -165,14 +170,15 @@ def _call_and_watch(
     original: types.FunctionType, /, *args: Any, **kwargs: Any
 ) -> Deferred[Any]:
     operation: Any = original(*args, **kwargs)
-    # The frame above is that of the replacement.
+    # Frame 1 is that of the replacement; frame 2 is the caller.
     frame: Any = sys._getframe(2)
     if _is_of_package(frame):
-        # This package knows what it does; what it returns is watched as its own.
+        # A call within this package is not a user's mistake.  If a function of the
+        # package returns the operation to a user, then that function watches it.
         return operation  # type: ignore[no-any-return]
     name = original.__qualname__
     if "." in name:
-        # A subclass has inherited it, perhaps.
+        # A subclass may have inherited the method: use the name of that class.
         name = f"{type(args[0]).__name__}.{original.__name__}"
     call = _Call(
         name,
@@ -200,7 +206,7 @@ def _is_of_package(frame: types.FrameType) -> bool:
 
 class _Watched:
     """
-    The methods of an operation that nothing has used yet.
+    The methods of an operation that was not used yet.
 
     :ivar _call: the call that has returned the operation.
     """
@@ -209,7 +215,7 @@ class _Watched:
     own_class: type
 
     def _be_used(self) -> Any:
-        """Something asks for the result, or does not want it any more."""
+        """Note a use: the result was asked for, or the operation was cancelled."""
         del vars(self)["_call"]
         self.__class__ = self.own_class
         return self
@@ -219,7 +225,7 @@ class _Watched:
 
     __iter__ = __await__
 
-    # Twisted reads it if a callback has returned this.
+    # Twisted reads this attribute if a callback has returned the operation.
     @property
     def result(self) -> Any:
         return self._be_used().result
@@ -232,8 +238,8 @@ class _Watched:
         self._call.warn()
 
 
-# A bound method may be called late, as by a timer, when the operation is used by then
-# and has its own class.
+# A bound method may be called late, by a timer for example.  By then the operation may
+# have been used, and have its own class.
 
 
 def _uses(name: str) -> Callable[..., Any]:
@@ -248,7 +254,11 @@ def _uses(name: str) -> Callable[..., Any]:
 
 
 def _does_not_use(name: str) -> Callable[..., Any]:
-    """A method that finishes the operation, which may become one of another class."""
+    """
+    A method that finishes the operation without using it.
+
+    The operation may change its class by that, so it is watched anew.
+    """
 
     def method(self: Any, *args: Any, **kwargs: Any) -> None:
         call = self._call if isinstance(self, _Watched) else None
@@ -263,19 +273,19 @@ def _does_not_use(name: str) -> Callable[..., Any]:
 
 for _name in ("addCallbacks", "addCallback", "addErrback", "addBoth", "cancel"):
     setattr(_Watched, _name, _uses(_name))
-# By another Deferred, of which a callback has returned this.
+# Called if a callback of another Deferred has returned the operation.
 _become_deferred = _uses("_become_deferred")
 for _name in ("succeed", "fail", "callback", "errback"):
     setattr(_Watched, _name, _does_not_use(_name))
 
 
 class _WatchedOperation(_Watched):
-    """That of an ``Operation``."""
+    """As :class:`_Watched`, for an ``Operation``."""
 
     _become_deferred = _become_deferred
 
 
-# From the class of an operation to that of one which nothing has used yet.
+# By class of an operation: its class until the operation is used.
 _classes: Final[dict[type, type]] = {}
 
 
@@ -283,8 +293,9 @@ def _watched(own_class: type) -> type:
     watched = _classes.get(own_class)
     if watched is None:
         mixin = _WatchedOperation if issubclass(own_class, Operation) else _Watched
-        # CPython assigns no class that has another first base.  So the methods are not
-        # inherited, since those of the operation would come before them.
+        # CPython does not let __class__ be set to a class that has another first base.
+        # So the class of the operation comes first, and the methods of the mixin are
+        # copied: if they were inherited, then those of the operation would come before.
         methods = {
             name: value
             for each in reversed(mixin.__mro__[:-1])
@@ -304,12 +315,12 @@ def _be_watched(operation: Any, call: _Call) -> None:
 
 
 class _WatchedTransfer(Handover):
-    """One transfer, which does not begin before it is awaited."""
+    """The handover of one transfer, which does not begin before it is awaited."""
 
     _call: _Call | None
 
     def begin(self) -> Any:
-        """Something awaits it."""
+        """Begin the transfer: it is awaited."""
         self._call = None
         HANDOVER.target, HANDOVER.value = self.target, self.value
         return HANDOVER
@@ -333,7 +344,7 @@ class _WatchedTransfer(Handover):
 
 
 class _Saved:
-    """:ivar wait_for: that of tasks, while another one is in its place."""
+    """:ivar wait_for: the original ``Task._wait_for``, while the mode is on."""
 
     wait_for: Any
 
@@ -342,14 +353,14 @@ _saved: Final = _Saved()
 
 
 def _wait_for(task: Task[Any], awaited: Any) -> Any:
-    """``Task._wait_for``, of what a generator yields before it is used otherwise."""
+    """Replaces ``Task._wait_for``: a generator that yields an operation uses it."""
     if isinstance(awaited, _WatchedTransfer):
         value = task._transfer(awaited.target, awaited.value)
         awaited.begin()
         HANDOVER.target = HANDOVER.value = None
         return value
     if isinstance(awaited, _Watched):
-        # As in the scheduler, which knows its operations by their class.
+        # As in the scheduler, which tells its operations apart by their class.
         used = awaited._be_used()
         kind = type(used)
         if kind in (Finished, Done):

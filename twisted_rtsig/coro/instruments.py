@@ -1,6 +1,6 @@
 """
-Instruments: objects that are called when tasks run, reactors work and connections
-come and go.
+Instruments: objects that are called when tasks run, when reactors work, and when
+connections come and go.
 
 As long as a reactor has no instrument, tasks and reactors do not look for any.
 """
@@ -28,9 +28,9 @@ class Instrument:
     """
     The base class of instruments: override the methods that you want to be called.
 
-    All are called in the reactor's thread.  They may read whatever they like, and
-    must not start, cancel or resume tasks.  An instrument that raises an error is
-    removed, and the error is logged.
+    All methods are called in the reactor's thread.  They may read anything, and must
+    not start, cancel or resume tasks.  An instrument that raises an error is removed,
+    and the error is logged.
 
     See :func:`add_instrument`.
     """
@@ -45,14 +45,14 @@ class Instrument:
         """``task`` has run: it waits now, or is about to end."""
 
     def task_exited(self, task: Task[Any]) -> None:
-        """A task has ended, in whatever way: see ``Task.cancelled`` and ``failed``."""
+        """A task has ended: see ``Task.cancelled`` and ``Task.failed`` for how."""
 
     def before_pass(self) -> None:
         """
-        The reactor has waited for events, and is about to call what they are for, and
-        then the delayed calls that are due.
+        The reactor has waited for events, and is about to call their handlers, and then
+        the delayed calls that are due.
 
-        Only the reactors of this package tell of their passes.
+        Only the reactors of this package report their passes.
         """
 
     def after_pass(self) -> None:
@@ -60,7 +60,7 @@ class Instrument:
 
     def connection_made(self, stream: Stream) -> None:
         """
-        A connection was made, to a server or by a client of this package: its handler
+        A connection was made, to a server or by a client of this package.  Its handler
         has not run yet.
         """
 
@@ -89,9 +89,9 @@ class Instruments:
 
     def remove(self, instrument: Instrument) -> None:
         """
-        Do not call it any more.
+        Do not call ``instrument`` any more.
 
-        :raises KeyError: if it is not there.
+        :raises KeyError: if it was not added, or was removed.
         """
         del self._instruments[instrument]
         self._changed()
@@ -99,7 +99,7 @@ class Instruments:
     def call(self, hook: str, *args: Any) -> None:
         """Call the instruments that override a hook."""
         for instrument, method in self._hooks[hook]:
-            # An earlier one may have removed it.
+            # The method of an earlier instrument may have removed this one.
             if instrument in self._instruments:
                 try:
                     method(*args)
@@ -113,7 +113,10 @@ class Instruments:
                     self._changed()
 
     def observe(self, task: Task[Any]) -> None:
-        """Call the instruments at each step of a task and at its end, if they ask."""
+        """
+        Call the instruments at each step of a task and at its end, if they override
+        those methods.
+        """
         hooks = self._hooks
         if hooks["before_task_step"] or hooks["after_task_step"]:
             task._context = cast(Any, _ObservedContext(task._context, self))
@@ -131,7 +134,7 @@ class Instruments:
         self.call("task_exited", task)
 
     def _changed(self) -> None:
-        """Be called for what the instruments ask for, and for nothing else."""
+        """Set up calls of the methods that the instruments override, and no others."""
         self._hooks = {
             name: [
                 (each, getattr(each, name))
@@ -161,7 +164,7 @@ class Instruments:
         return lambda: self.call(name)
 
 
-# A scheduler exists only while anything refers to it.
+# Keeps the schedulers that have instruments: nothing else may refer to them.
 _instrumented: Final[dict[Scheduler, None]] = {}
 
 
@@ -194,12 +197,13 @@ class _ObservedContext:
 
 def add_instrument(instrument: Instrument, reactor: Any | None = None) -> None:
     """
-    Call the methods of an instrument whenever what they are for happens on a reactor.
+    Call the methods of an instrument when their events happen on a reactor.
 
-    Does nothing if the reactor has it already.  Must be called in the reactor's thread.
+    This does nothing if the reactor has the instrument already.  It must be called in
+    the reactor's thread.
 
-    :param reactor: an ``IReactorTime`` provider; by default that of the task that calls
-        this, or the installed one.
+    :param reactor: an ``IReactorTime`` provider; by default the reactor of the calling
+        task, or the installed reactor.
     """
     scheduler = scheduler_for(reactor)
     (scheduler.instruments or Instruments(scheduler)).add(instrument)
@@ -210,8 +214,8 @@ def remove_instrument(instrument: Instrument, reactor: Any | None = None) -> Non
     Do not call the methods of an instrument any more.
 
     :param reactor: as for :func:`add_instrument`.
-    :raises KeyError: if the reactor does not have it: it was never added, or was
-        removed because it has raised an error.
+    :raises KeyError: if the reactor does not have the instrument: it was never added,
+        or was removed because it has raised an error.
     """
     instruments = scheduler_for(reactor).instruments
     if instruments is None:

@@ -1,8 +1,10 @@
 """
-What streams and servers show of Twisted, in types that every checker can read.
+Types for the objects of Twisted that streams and servers expose, which every type
+checker can read.
 
-Twisted describes it as interfaces of ``zope.interface``.  A checker without the plugin
-for these knows neither their methods nor what provides them.
+Twisted describes these objects by interfaces of ``zope.interface``.  A type checker
+without the plugin for ``zope.interface`` knows neither the methods of an interface nor
+the classes that provide it.
 """
 
 from __future__ import annotations
@@ -14,16 +16,16 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import ITCPTransport
 
 IPAddress: TypeAlias = IPv4Address | IPv6Address
-"""The address of a socket of the internet."""
+"""The address of a TCP or UDP socket, IPv4 or IPv6."""
 
 Address: TypeAlias = IPAddress | UNIXAddress
-"""The address of a socket, which ``isinstance`` tells from the others."""
+"""The address of a socket; ``isinstance`` tells which kind it is."""
 
 
 class Transport(Protocol):
     """
-    What every transport of a stream has: ``ITransport``, ``IPushProducer`` and
-    ``IConsumer``.
+    The methods that every transport of a stream has: those of ``ITransport``,
+    ``IPushProducer`` and ``IConsumer``.
     """
 
     def write(self, data: bytes, /) -> object:
@@ -52,8 +54,9 @@ class Transport(Protocol):
 
 
 class _Provided(type(Protocol)):  # type: ignore[misc]
-    # A protocol looks for the methods.  But TLS passes them on by __getattr__, which
-    # Python 3.12 does not look into, and those of Twisted's UNIX sockets do nothing.
+    # By default isinstance() of a protocol looks for the methods.  That fails in two
+    # ways: TLS passes the methods on by __getattr__, which Python 3.12 does not look
+    # into; and Twisted's UNIX sockets have methods of TCP that do nothing.
     def __instancecheck__(cls, instance: object) -> bool:
         return bool(ITCPTransport.providedBy(instance))
 
@@ -61,9 +64,10 @@ class _Provided(type(Protocol)):  # type: ignore[misc]
 @runtime_checkable
 class TCPTransport(Transport, Protocol, metaclass=_Provided):
     """
-    What a transport of TCP has besides, also below TLS: ``ITCPTransport``.
+    A transport over TCP, with TLS or without, which has the methods of
+    ``ITCPTransport`` besides.
 
-    ``isinstance`` tells whether :attr:`Stream.transport` is one.
+    ``isinstance`` tells whether :attr:`Stream.transport` is a transport over TCP.
     """
 
     def abortConnection(self) -> object:
@@ -85,10 +89,10 @@ class TCPTransport(Transport, Protocol, metaclass=_Provided):
 
 
 class ListeningPort(Protocol):
-    """What an endpoint listens on: ``IListeningPort``."""
+    """The port that an endpoint listens on: ``IListeningPort``."""
 
     def getHost(self) -> Any:
-        """See ``IListeningPort.getHost``: its kind depends on the endpoint."""
+        """See ``IListeningPort.getHost``: the kind depends on the endpoint."""
 
     def startListening(self) -> object:
         """See ``IListeningPort.startListening``."""

@@ -1,6 +1,6 @@
 """
-Errors in logs: with stack traces that show the user's code without what drives it,
-and with everything that Python itself would print of them.
+Errors in logs: with stack traces that show the user's code and not the code that
+drives it, and with everything that Python itself prints of an error.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ _MACHINERY = (
 
 def without_machinery(error: BaseException) -> BaseException:
     """
-    Take this package's and Twisted's drivers of coroutines out of the tracebacks
-    of ``error``, of what led to it and of what is in it; return ``error``.
+    Take this package's and Twisted's drivers of coroutines out of the tracebacks of
+    ``error``, of its causes and contexts, and of the errors in a group; return
+    ``error``.
 
-    An error that comes out of this package alone keeps its last line.  An error that
-    passes through many tasks is filtered by each: only what that task has added is
-    looked at.
+    If all of a traceback is machinery, then its last entry stays.  An error that passes
+    through many tasks is filtered by each of them, which looks only at the entries that
+    were added since the last time.
     """
     seen: set[int] = set()
     rest: list[BaseException | None] = [error]
@@ -51,8 +52,8 @@ def _filtered(traceback: TracebackType | None) -> tuple[TracebackType | None, bo
     """
     A traceback without machinery, and whether a part of it was filtered before.
 
-    That part is known by its ``tb_lasti``, which is odd.  Instructions are at even
-    offsets, and everything that looks for the position of one rounds down.
+    The filtered part is marked by an odd ``tb_lasti``.  Instructions are at even
+    offsets, and all code that looks up the position of an instruction rounds down.
     """
     entries = []
     while traceback is not None and not traceback.tb_lasti & 1:
@@ -78,13 +79,13 @@ def drop_machinery_above(error: BaseException) -> BaseException:
 
 
 def is_machinery(frame: FrameType) -> bool:
-    """Whether the code is this package's, or Twisted's, which drives coroutines."""
+    """Whether the code is a driver of coroutines: of this package, or of Twisted."""
     module = frame.f_globals.get("__name__", "")
     return isinstance(module, str) and module.startswith(_MACHINERY)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """``error`` itself, or if it is a group, all that are in it."""
+    """``error`` itself; or if it is a group, the errors in it and in nested groups."""
     if isinstance(error, BaseExceptionGroup):
         for each in error.exceptions:
             yield from causes(each)
@@ -108,26 +109,27 @@ class WholeFailure(Failure):
         elideFrameworkCode: bool = False,
         detail: str = "default",
     ) -> None:
-        """See ``Failure.printTraceback``; a ``detail`` that is given is Twisted's."""
+        """See ``Failure.printTraceback``, which serves any other ``detail``."""
         error = self.value
         if file is None or detail != "default" or not isinstance(error, BaseException):
             super().printTraceback(  # type: ignore[no-untyped-call]
                 file, elideFrameworkCode, detail
             )
             return
-        # Old Deferreds take the traceback away from the error, and keep a copy here.
+        # The Deferreds of older versions of Twisted take the traceback away from the
+        # error, and the failure keeps a copy.
         where = self.getTracebackObject()  # type: ignore[no-untyped-call]
         file.write("".join(_formatted(error, where)))
 
 
 def _formatted(error: BaseException, where: TracebackType | None) -> list[str]:
-    """As Python prints it."""
+    """The lines that Python itself prints for ``error``."""
     if sys.version_info < (3, 11) and isinstance(error, BaseExceptionGroup):
-        # This takes no other traceback than that of the error.
+        # format_exception() of the backport takes the traceback from the error alone.
         return exceptiongroup.format_exception(error)
     return traceback.format_exception(type(error), error, where)
 
 
 def log_failure(log: Logger, message: str, error: BaseException, **fields: Any) -> None:
-    """Log an error; a group is logged once, with all that is in it."""
+    """Log an error; a group is logged once, with all errors in it."""
     log.failure(message, WholeFailure(error), **fields)
