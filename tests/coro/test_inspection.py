@@ -279,7 +279,7 @@ def test_a_blocking_task_is_named(reactor: Any, logged: list[Any]) -> None:
         watch.stop()
 
     run(reactor, main)
-    assert told()[0].startswith("Task the culprit has let nobody else have a turn for")
+    assert told()[0].startswith("Task the culprit has blocked the reactor for")
     spin(reactor, lambda: all(each.name != "blocking tasks" for each in threads()))
 
 
@@ -295,7 +295,7 @@ def test_a_blocking_callback_is_reported(reactor: Any, logged: list[Any]) -> Non
     reactor.callLater(0.01, hold_up)
     spin(reactor, lambda: told)
     watch.stop()
-    assert told[0].startswith("Something that is no task has let nobody else")
+    assert told[0].startswith("Code outside of tasks has blocked the reactor")
 
 
 def threads() -> list[threading.Thread]:

@@ -515,7 +515,7 @@ def test_a_blocking_call_is_reported(
     spin(reactor, lambda: task.done)
     watch.stop()
     message = told()[0]
-    assert message.startswith("Task the culprit has let nobody else have a turn for")
+    assert message.startswith("Task the culprit has blocked the reactor for")
     names = ["main", *(["calls_by_coroutine"] if inner else []), "calls", "blocks"]
     assert lines(message) == names
 
@@ -550,7 +550,7 @@ def test_a_real_socket_is_reported(reactor: Any, logged: list[Any]) -> None:
         looking.join()
         watch.stop()
     assert task.result() == b"x"
-    assert found[0].startswith("Task the culprit has let nobody else have a turn")
+    assert found[0].startswith("Task the culprit has blocked the reactor")
     assert "received = ours.recv(1)" in found[0]
 
 

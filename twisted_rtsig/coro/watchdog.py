@@ -1,4 +1,4 @@
-"""Reporting the task that holds up all others."""
+"""Reports of the task that blocks the reactor."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from twisted_rtsig.coro.scheduler import cancel_call, running, scheduler_for
 
 _log = Logger()
 
-# How often it looks, in the time that is allowed.
+# The number of looks within the allowed time.
 _LOOKS = 4
 
 
 class watch_for_blocking:
     """
-    Log the name and the stack of a task that has not let others have their turn for
-    some time; or the stack of any other function that has not.
+    Log the name and the stack of a task that has blocked the reactor for some time; or
+    the stack of another function that has.
 
-    A thread looks.  To be called in the reactor's thread.
+    A thread watches the reactor.  This must be called in the reactor's thread.
 
-    :param seconds: for how long.
-    :param reactor: an ``IReactorTime`` and ``IReactorCore`` provider; by default
-        that of the task that calls this, or the installed one.
+    :param seconds: how long the reactor may be blocked.
+    :param reactor: an ``IReactorTime`` and ``IReactorCore`` provider; by default the
+        reactor of the calling task, or the installed reactor.
     :raises ValueError: if the time is not more than 0.
     """
 
@@ -38,7 +38,7 @@ class watch_for_blocking:
         self._seconds = seconds
         self._reactor = scheduler_for(reactor).reactor
         self._watched = threading.get_ident()
-        # When the reactor had its last turn, from the first one on.
+        # The time of the reactor's last turn; infinite before the first turn.
         self._last_turn = math.inf
         self._over = threading.Event()
         self._call: Any = self._reactor.callLater(0, self._turn)
@@ -47,7 +47,7 @@ class watch_for_blocking:
         thread.start()
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._over.set()
         cancel_call(self._call)
         self._call = None
@@ -61,7 +61,7 @@ class watch_for_blocking:
         while not self._over.wait(self._seconds / _LOOKS):
             last_turn = self._last_turn
             late = time.monotonic() - last_turn
-            # Once is enough.
+            # Report each block once.
             if late > self._seconds * (1 + 1 / _LOOKS) and told != last_turn:
                 told = last_turn
                 self._tell(late)
@@ -72,8 +72,8 @@ class watch_for_blocking:
         if frame is None:
             return
         _log.warn(
-            "{what} has let nobody else have a turn for {late:.1f} s:\n{stack}",
-            what="Something that is no task" if task is None else f"Task {task.name}",
+            "{what} has blocked the reactor for {late:.1f} s:\n{stack}",
+            what="Code outside of tasks" if task is None else f"Task {task.name}",
             late=late,
             stack="\n".join(
                 f"    at {line}" for line in in_words(stack_of_running(frame))
