@@ -19,14 +19,12 @@ from twisted_rtsig.coro.tracebacks import is_machinery
 if TYPE_CHECKING:
     from twisted_rtsig.coro.tasks import Task
 
-# In the local variables of a generator that was begun outside of tasks.
+# The local variable that marks a generator that was begun outside of tasks.
 _FOREIGN = "@begun outside of tasks"
 
 
 class GeneratorHooks:
-    """
-    The hooks for the asynchronous generators that the tasks of a reactor begin.
-    """
+    """The hooks for the asynchronous generators that the tasks of a reactor begin."""
 
     __slots__ = ("_reactor", "_thread")
 
@@ -42,20 +40,26 @@ class GeneratorHooks:
         from twisted_rtsig.coro.scheduler import running
 
         if running.task is None:
-            # A weak set would have lost it before it is finalized.
+            # Mark the generator itself: a weak set would have lost it before
+            # _finalize() is called.
             generator.ag_frame.f_locals[_FOREIGN] = True
         else:
             self._thread = threading.get_ident()
 
     def _finalize(self, generator: Any) -> None:
-        """No reference to a generator is left, and it has not come to its end."""
+        """
+        Close a generator to which no reference is left, and which has not come to its
+        end.
+        """
         frame = generator.ag_frame
         if generator.ag_running:
-            # It waits, and the task that it waits in was dropped with it: until Python
-            # 3.13 it takes no aclose() then, and nothing else can resume it.
+            # The generator waits, and the task that it waits in was dropped with it.
+            # Up to Python 3.13 it refuses aclose() then, and nothing else can resume
+            # it.
             return
         if is_machinery(frame) or _FOREIGN in frame.f_locals:
-            # That of stream.lines(), for example, has nothing to wait for.
+            # A generator of this package, stream.lines() for example, does not have to
+            # wait at its end.
             _close_at_once(generator)
         elif sys.is_finalizing():
             # The process ends, and no task runs any more.
@@ -63,7 +67,7 @@ class GeneratorHooks:
         elif threading.get_ident() == self._thread:
             self._close(generator)
         else:
-            # The garbage collector runs in any thread.
+            # The garbage collector may call this in any thread.
             self._reactor.callFromThread(self._close, generator)
 
     def _close(self, generator: Any) -> None:
@@ -75,7 +79,7 @@ class GeneratorHooks:
             spawn(_close, generator, name=name, reactor=self._reactor)
 
         if running.task is None:
-            # Not in the middle of what has dropped the last reference.
+            # Not now, in the middle of the code that has dropped the last reference.
             self._reactor.callLater(0, close)
         else:
             close()
@@ -83,13 +87,13 @@ class GeneratorHooks:
 
 def restore(others: Any, nested: bool) -> None:
     """
-    Tasks have run: set the hooks again that were set before.
+    Set the hooks again that were set before tasks ran.
 
-    To set hooks takes as long as to resume a task.  So those of this package stay
-    where there were none, or others of this package.
+    To set hooks takes as long as to resume a task.  So the hooks of this package stay
+    set if there were no hooks before, or other hooks of this package.
 
-    :param others: what ``sys.get_asyncgen_hooks`` has returned.
-    :param nested: a task of another reactor has called this one.
+    :param others: the hooks before, from ``sys.get_asyncgen_hooks``.
+    :param nested: whether the tasks ran within a step of a task of another reactor.
     """
     finalize = others[1]
     ours = isinstance(getattr(finalize, "__self__", None), GeneratorHooks)
@@ -98,7 +102,7 @@ def restore(others: Any, nested: bool) -> None:
 
 
 def _close_at_once(generator: AsyncGenerator[Any, Any]) -> None:
-    """As Python does without hooks."""
+    """Close a generator as Python does without hooks."""
     with contextlib.suppress(StopIteration):
         generator.aclose().send(None)
         raise RuntimeError("async generator ignored GeneratorExit")
@@ -109,5 +113,5 @@ async def _close(generator: AsyncGenerator[Any, Any]) -> None:
 
 
 def closes_generator(task: Task[Any]) -> bool:
-    """Whether a task does nothing but to end a generator that was left early."""
+    """Whether a task only closes a generator that was left early."""
     return getattr(task._body, "cr_code", None) is _close.__code__

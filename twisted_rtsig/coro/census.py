@@ -1,7 +1,7 @@
 """
 Counts of each reactor's tasks and connections, for statistics.
 
-Everything here is held weakly: to be counted keeps nothing alive.
+All references here are weak: to be counted keeps no object alive.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 class Registry(Generic[T]):
     """
-    Objects that are equal only to themselves, for as long as anything else refers to
-    them.
+    A set of weak references to objects that compare by identity.
 
-    As ``WeakSet``, in calls of C functions: one object is added for each connection.
+    As ``WeakSet``, but made of calls of C functions: an object is added for each
+    connection, so that has to be fast.
     """
 
     __slots__ = ("_discard", "_references")
@@ -32,18 +32,18 @@ class Registry(Generic[T]):
         self._discard = self._references.discard
 
     def add(self, item: T) -> None:
-        """Add ``item``, unless it is there."""
+        """Add ``item``, unless it is in the set."""
         self._references.add(ref(item, self._discard))
 
     def discard(self, item: T) -> None:
-        """Remove ``item`` if it is there."""
+        """Remove ``item`` if it is in the set."""
         self._discard(ref(item))
 
     def __len__(self) -> int:
         return len(self._references)
 
     def __iter__(self) -> Iterator[T]:
-        # A copy, since the garbage collector may remove some meanwhile.
+        # A copy, since the garbage collector may remove references meanwhile.
         for reference in self._references.copy():
             item = reference()
             if item is not None:
@@ -52,15 +52,15 @@ class Registry(Generic[T]):
 
 class Totals:
     """
-    Counts of one reactor that only grow, and its open connections.
+    Totals of one reactor, which only grow, and its open connections.
 
-    :ivar tasks: how many tasks were spawned, have succeeded, have failed, and were
-        cancelled: by the states of tasks.py, where the state 0 stands for all tasks.
-        The scheduler counts the spawned ones when it is asked to.
-    :ivar collected: how many tasks were garbage collected before they had ended, as
-        far as it was noticed.
-    :ivar connections_made: how many streams were made for connections.
-    :ivar streams: those of the connections that are not lost.
+    :ivar tasks: the numbers of tasks that were spawned, have succeeded, have failed,
+        and were cancelled.  The index is the state, as in tasks.py; index 0 is for all
+        spawned tasks, which the scheduler adds up only in ``count_spawned``.
+    :ivar collected: the number of tasks that were garbage collected before they had
+        ended, as far as the scheduler has noticed.
+    :ivar connections_made: the number of streams that were made for connections.
+    :ivar streams: the streams of the connections that are not lost.
     """
 
     __slots__ = ("__weakref__", "collected", "connections_made", "streams", "tasks")
@@ -77,15 +77,15 @@ _totals: Final[WeakKeyDictionary[Any, Totals]] = WeakKeyDictionary()
 
 def totals_of(reactor: Any) -> Totals:
     """
-    The totals of a reactor, which last as long as the reactor does.
-
-    Its scheduler exists only while there are tasks.
+    The totals of a reactor, which last as long as the reactor does.  Its scheduler
+    could not hold them, since that exists only while there are tasks.
     """
     try:
         totals = _totals.get(reactor)
         if totals is None:
             totals = _totals[reactor] = Totals()
     except TypeError:
-        # It has no weak references: its totals last as long as its scheduler.
+        # The reactor does not support weak references: its totals last as long as its
+        # scheduler.
         totals = Totals()
     return totals

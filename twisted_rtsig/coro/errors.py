@@ -19,30 +19,31 @@ if TYPE_CHECKING:
 
 class Cancelled(CancelledError):
     """
-    Raised where a task waits when the task, or the ``timeout`` or ``TaskGroup``
-    around what it does, is cancelled.
+    Raised where a task waits when the task is cancelled, or a :class:`timeout` or
+    :class:`TaskGroup` around the wait.
 
     Not an ``Exception``, so that ``except Exception`` does not swallow it.  Clean
-    up in ``finally``, or raise it again.  It never leaves its task: to the
-    outside, a cancelled task is Twisted's ``CancelledError``.
+    up in ``finally``, or raise it again.  It never leaves its task: outside of it,
+    a cancelled task is Twisted's ``CancelledError``.
 
-    To code for asyncio that runs in the task it is asyncio's ``CancelledError``.
+    For code for asyncio that runs in the task, it is asyncio's ``CancelledError``.
 
-    :ivar reason: what ``cancel`` was given, or what its caller in this package says;
-        None without a reason.
+    :ivar reason: the reason that was passed to ``cancel``, by user code or by this
+        package; None without a reason.
     """
 
-    # Whether what the task waits for was cancelled for this one: see tasks.py.
+    # Whether the operation that the task waits for was cancelled for this cancellation:
+    # see tasks.py.
     _requested = 0
 
     def __init__(self, reason: str | None = None, scope: Scope | None = None) -> None:
         super().__init__(*() if reason is None else (reason,))
         self.reason = reason
-        # What has cancelled: a timeout or group, or None for Task.cancel.
+        # The timeout or group that has cancelled; None for Task.cancel.
         self._scope = scope
 
     def _raised(self) -> CancelledError:
-        """What the task gets."""
+        """The error that is raised in the task."""
         return self
 
 
@@ -72,14 +73,14 @@ class BusyResourceError(RuntimeError):
 
 
 class StreamError(Exception):
-    """A read that cannot be done."""
+    """A stream cannot do what was asked for."""
 
 
 class IncompleteRead(StreamError):
     """
-    The stream has ended before all that was asked for.
+    The stream has ended before it had all the bytes that were asked for.
 
-    :ivar partial: what there was; it is not in the stream any more.
+    :ivar partial: the bytes that had arrived; they are not in the stream any more.
     """
 
     def __init__(self, partial: bytes, wanted: str) -> None:
@@ -95,7 +96,7 @@ class IncompleteText(IncompleteRead):
     """
     A stream of text has ended in the middle of a line.
 
-    :ivar text: what there was of it; ``partial`` has it in bytes.
+    :ivar text: the part of the line that had arrived; ``partial`` has it in bytes.
     """
 
     def __init__(self, text: str, encoding: str) -> None:
@@ -105,9 +106,10 @@ class IncompleteText(IncompleteRead):
 
 class DelimiterNotFound(StreamError):
     """
-    There is no end within the limit.  All of it is still in the stream.
+    The line or other item does not end within the limit.  Its bytes are still in the
+    stream.
 
-    :ivar max_bytes: the limit; of a ``TextStream`` in characters.
+    :ivar max_bytes: the limit in bytes; of a :class:`TextStream` in characters.
     """
 
     def __init__(self, wanted: str, max_bytes: int, unit: str = "bytes") -> None:
@@ -120,10 +122,10 @@ class DelimiterNotFound(StreamError):
 
 class UnreadPlaintext(StreamError):
     """
-    ``start_tls`` was called while there was something left to read.
+    ``start_tls`` was called while there were unread bytes in the stream.
 
-    It was not encrypted, so that anybody may have put it there: what follows it
-    must not be taken for a part of the encrypted conversation.  This is the
+    These bytes were not encrypted, so that an attacker on the network may have put them
+    there: they must not be taken for a part of the encrypted conversation.  This is the
     STARTTLS injection of CVE-2011-0411.
     """
 
@@ -140,7 +142,7 @@ class TLSError(ConnectionLost):
     side rejects the certificate of the other, there was no handshake in time, or what
     arrived was damaged.
 
-    ``__cause__`` is the error of OpenSSL or of ``service_identity``, if there was one.
+    ``__cause__`` is the error of OpenSSL or of ``service_identity``, if there is one.
     """
 
     MESSAGE = "TLS has failed"
@@ -150,12 +152,12 @@ class ConnectFailed(ConnectError, OSError):
     """
     No connection could be made.
 
-    ``__cause__`` is the error of the attempt, or an ``ExceptionGroup`` of those of all
-    attempts.
+    ``__cause__`` is the error of the attempt; after several attempts, an
+    ``ExceptionGroup`` of their errors.
 
-    :ivar host: the name or address of the host; of a UNIX socket its path.
-    :ivar port: the port; None of a UNIX socket.
-    :ivar errors: why each attempt has failed; empty if there was none.
+    :ivar host: the name or address of the host; for a UNIX socket, its path.
+    :ivar port: the port; None for a UNIX socket.
+    :ivar errors: the error of each attempt; empty if there was no attempt.
     """
 
     def __init__(
@@ -166,7 +168,7 @@ class ConnectFailed(ConnectError, OSError):
         errors: Sequence[Exception] = (),
     ) -> None:
         where = repr(host) if port is None else f"{host!r}, port {port}"
-        # That of ConnectError has no annotations.
+        # Not super().__init__(): ConnectError.__init__ has no annotations.
         OSError.__init__(self, f"cannot connect to {where}: {'; '.join(reasons)}")
         self.osError: int | None = None
         self.host = host
@@ -183,9 +185,9 @@ class ConnectFailed(ConnectError, OSError):
 
 class FileEnded(EOFError):
     """
-    A file has ended before all of it was sent that was asked for.
+    A file has ended before as many bytes were sent as were asked for.
 
-    :ivar sent: how many bytes were.
+    :ivar sent: the number of bytes that were sent.
     """
 
     def __init__(self, sent: int, count: int) -> None:
@@ -197,13 +199,13 @@ class FileEnded(EOFError):
 
 
 class WouldBlock(Exception):
-    """What was to be done at once can only be waited for."""
+    """An operation that must not wait cannot be done at once."""
 
 
 class ChannelClosed(Exception):
     """
-    A value was sent to a channel that is closed: nothing receives it.  Or a
-    ``ChannelSender`` or ``ChannelReceiver`` was used that is closed.
+    A value was sent to a closed channel, where nothing can receive it.  Or a closed
+    :class:`ChannelSender` or :class:`ChannelReceiver` was used.
     """
 
 
@@ -224,7 +226,7 @@ class TransferError(RuntimeError):
 
 
 class NoTaskError(RuntimeError):
-    """What needs a task was called outside of one."""
+    """A function that works only in a task was called outside of a task."""
 
     def __init__(self, what: str) -> None:
         super().__init__(

@@ -20,7 +20,10 @@ T = TypeVar("T")
 
 
 class _OfFuture(Deferred[T]):
-    """Fires when a future of asyncio is done, and not before, even if cancelled."""
+    """
+    Fires when a future of asyncio is done, and not before that, even if the Deferred
+    was cancelled.
+    """
 
     def __init__(self, future: Future[T]) -> None:
         super().__init__()
@@ -49,7 +52,7 @@ class _OfFuture(Deferred[T]):
         try:
             self.errback(WholeFailure(error))
         finally:
-            # The traceback holds this frame.
+            # Break a circle: the error's traceback refers to this frame.
             del self, future, error, cancellation
 
     def __repr__(self) -> str:
@@ -61,25 +64,27 @@ class _OfFuture(Deferred[T]):
 @must_be_awaited
 def from_asyncio(awaitable: Awaitable[T]) -> Deferred[T]:
     """
-    A Deferred of a future, coroutine or other awaitable of asyncio, for code that is
-    not in a task: for ``inlineCallbacks``, ``Deferred.fromCoroutine`` and callbacks::
+    Make a Deferred of a future, coroutine or other awaitable of asyncio, for code that
+    is not in a task: for ``inlineCallbacks``, ``Deferred.fromCoroutine`` and
+    callbacks::
 
         @inlineCallbacks
         def fetch(url):
             response = yield from_asyncio(session.get(url))
 
-    A coroutine runs in a task of asyncio of its own.  To cancel the Deferred is to
-    cancel what it is of; it fires when that has ended.  If that was cancelled, by
-    whatever, it fails with Twisted's ``CancelledError``.
+    A coroutine runs in a task of asyncio of its own.  Cancelling the Deferred cancels
+    the awaitable, and the Deferred fires when the awaitable has ended.  If the
+    awaitable was cancelled, by any code, then the Deferred fails with Twisted's
+    ``CancelledError``.
 
-    In a task nothing of this is needed: await the future or coroutine itself.
+    A task does not need this: it awaits the future or coroutine itself.
 
     :raises RuntimeError: if no event loop of asyncio runs in this thread.
     """
     loop = loop_for(scheduler_for(None))
     if loop is None:
         if inspect.iscoroutine(awaitable):
-            # Else Python says that nothing has awaited it.
+            # Otherwise Python warns that the coroutine was never awaited.
             awaitable.close()
         raise no_loop(f"{awaitable!r} is awaited by asyncio")
     return _OfFuture(asyncio.ensure_future(awaitable, loop=loop))

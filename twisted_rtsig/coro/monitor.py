@@ -1,4 +1,4 @@
-"""How long the steps of tasks and the passes of a reactor take."""
+"""Durations of the steps of tasks and of the passes of a reactor."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _BOUNDS: Final = [1 << n for n in range(27)]
 
 class Histogram:
     """
-    How often something has taken how long, in buckets whose bounds double, from one
-    microsecond to more than a minute.
+    Counts of durations, in buckets whose bounds double, from one microsecond to more
+    than a minute.
 
     A sample takes no memory.
 
-    :cvar bounds: the upper bounds of the buckets in seconds; what is above the last one
-        is in one more bucket.
-    :ivar counts: how many samples each bucket has.
+    :cvar bounds: the upper bounds of the buckets in seconds; one more bucket is for
+        samples above the last bound.
+    :ivar counts: the number of samples in each bucket.
     """
 
     bounds: Final[Sequence[float]] = tuple(each / 1e6 for each in _BOUNDS)
@@ -46,17 +46,17 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """How many samples there are."""
+        """The number of samples."""
         return sum(self.counts)
 
     @property
     def sum(self) -> float:
-        """The seconds of all samples."""
+        """The sum of all samples, in seconds."""
         return self._nanoseconds / 1e9
 
     def cumulative(self) -> list[tuple[float, int]]:
         """
-        For each bound, in seconds, how many samples are not above it; the last bound is
+        For each bound, in seconds, the number of samples up to it; the last bound is
         infinite.
         """
         bounds = (*self.bounds, float("inf"))
@@ -64,9 +64,12 @@ class Histogram:
 
     def quantile(self, fraction: float) -> float:
         """
-        The bound, in seconds, which ``fraction`` of the samples are not above: 0.5 for
-        the median.  0 if there are no samples; infinity if it is above all bounds.
+        The lowest bound, in seconds, that at least ``fraction`` of the samples do not
+        exceed.
 
+        :param fraction: 0.5 for the median, for example.
+        :return: 0 if there are no samples; infinity if the quantile is above all
+            bounds.
         :raises ValueError: if the fraction is not between 0 and 1.
         """
         if not 0 <= fraction <= 1:
@@ -80,12 +83,12 @@ class Histogram:
 @dataclass(frozen=True)
 class SlowStep:
     """
-    A step of a task, between two waits, that took long.
+    A step of a task, from one wait to the next, that took long.
 
     :ivar task: the name of the task.
-    :ivar seconds: how long it took.
-    :ivar stack: where the task waits since then, from the outermost function on; empty
-        if it has ended.
+    :ivar seconds: the duration of the step.
+    :ivar stack: where the task waited after the step, from the outermost function on;
+        empty if the task had ended.
     """
 
     task: str
@@ -100,13 +103,13 @@ class SlowStep:
 class LoopMonitor(Instrument):
     """
     An instrument that measures how long the steps of the tasks and the passes of the
-    reactor take.  While one goes on, all others wait.
+    reactor take.  During a step, all other tasks wait.
 
-    One is for one reactor.  It costs about a microsecond for each step.
+    Add each monitor to one reactor only.  It costs about a microsecond for each step.
 
-    :ivar steps: of the tasks, each from one wait to the next.
-    :ivar passes: of the reactor, each from one wait for events to the next.  Only this
-        package's reactors tell of them.
+    :ivar steps: the steps of the tasks, each from one wait to the next.
+    :ivar passes: the passes of the reactor, each from one wait for events to the next.
+        Only this package's reactors report them.
     """
 
     def __init__(self) -> None:
@@ -114,16 +117,16 @@ class LoopMonitor(Instrument):
         self.passes: Histogram = Histogram()
         self._slowest: SlowStep | None = None
         self._slowest_nanoseconds = -1
-        # When the step and the pass have begun that are under way.
+        # When the current step and the current pass have begun.
         self._step_began: int | None = None
         self._pass_began: int | None = None
 
     def take_slowest(self) -> SlowStep | None:
         """
-        The slowest step since this was last called; None if there was none.
+        The slowest step since this was last called; None if there was no step.
 
-        A step is slow because of what the task has done before it came to where it
-        waits now.
+        The cause is what the task did just before it came to the wait where the stack
+        of the :class:`SlowStep` ends.
         """
         slowest, self._slowest = self._slowest, None
         self._slowest_nanoseconds = -1
@@ -136,7 +139,7 @@ class LoopMonitor(Instrument):
     def after_task_step(self, task: Task[Any]) -> None:
         """See ``Instrument.after_task_step``."""
         began, self._step_began = self._step_began, None
-        # It was added in the middle of a step, if there is none.
+        # None if this instrument was added in the middle of the step.
         if began is not None:
             took = perf_counter_ns() - began
             self.steps.add(took)
