@@ -1,23 +1,23 @@
 """
-Measure the cost of tasks: of passing a value, of waiting, and of transferring control.
+Measure the cost of tasks: to pass a value, to wait, and to transfer control.
 
     python benchmarks/tasks.py [--work NAME,...] [--rounds N] [--count N]
 
 ping-pong  two coroutines and two queues for one value: a round trip
 parked     100,000 tasks that wait for an event: the memory and the CPU time of each
-group      100,000 tasks of a task group that wait for an event: as parked
+group      as parked, for 100,000 tasks of a task group
 million    a million parked tasks of this package: the resident set
-transfer   two symmetric coroutines: a transfer, beside a bare ``send``
+transfer   two symmetric coroutines: a transfer, compared with a bare ``send``
 
-Each contender is measured in a process of its own, and all of them in turns, round
-after round, on the same core.  The time is the CPU time of the measured part of the
-process, user and system, including garbage collection.  A ping-pong and a transfer are
-warmed up first, and then run in ten parts, of which the quickest counts.  The memory is
-the growth of the resident set in the measured part.
+Each contender runs in a process of its own.  The contenders take turns, round after
+round, on the same core.  The time is the CPU time of the measured part of the process,
+user and system, including garbage collection.  A ping-pong and a transfer are warmed up
+first, and then run in ten parts; the time is ten times that of the fastest part.  The
+memory is the growth of the resident set in the measured part.
 
 For CPU time, the least of all rounds is reported and compared, since other load on the
-machine can only add to it; for memory, it is the median.  The quartiles are those of
-the ratios within each round.  The exit status is 1 if a bar is missed.
+machine can only add to it; for memory, the median.  The quartiles are those of the
+ratios within each round.  The exit status is 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from rounds import (
 )
 
 WARM_UP = 10_000
-"""How often something is done before it is measured, at most."""
+"""The most repetitions before the measurement."""
 
 PARTS = 10
-"""Of what is measured in parts."""
+"""The number of parts of a measurement in parts."""
 
 MB = 1_000_000
 
@@ -61,7 +61,7 @@ MB = 1_000_000
 
 
 class Meter:
-    """Measures a process, from ``begin`` to ``end``, which ends the process, too."""
+    """Measures a process from ``begin`` to ``end``; ``end`` also ends the process."""
 
     def __init__(self) -> None:
         self._parts: list[float] = []
@@ -74,13 +74,13 @@ class Meter:
         parts = self._parts or [time.process_time() - self._start]
         seconds = min(parts) * len(parts)
         print(json.dumps([seconds, self._before, resident()]), flush=True)
-        # Nothing is left of the tasks: they need not be told.
+        # Exit at once: the parked tasks do not have to be ended.
         os._exit(0)
 
     def parts(self, count: int) -> Iterator[int]:
         """
-        How often to do something, time after time: to warm up, and then in parts,
-        of which the quickest counts.
+        The number of repetitions of each loop: first to warm up, then of each part.
+        The fastest part counts.
         """
         part = max(2, count // PARTS)
         yield min(part, WARM_UP)
@@ -99,7 +99,7 @@ def resident() -> int:
 
 
 def in_reactor(start: Callable[[], Any]) -> None:
-    """Run what returns a Deferred, in the rtsig-epoll reactor."""
+    """Run a function that returns a Deferred, in the rtsig-epoll reactor."""
     from twisted_rtsig import epollreactor
 
     epollreactor.install()
@@ -122,7 +122,7 @@ def in_task(function: Callable[[], Any]) -> None:
 
 
 def in_stackful_task(function: Callable[[], Any]) -> None:
-    """As ``in_task``, of a plain function that waits."""
+    """As ``in_task``, for a plain function that waits."""
     from twisted_rtsig.coro.stackful import spawn_stackful
 
     in_reactor(lambda: spawn_stackful(function).as_deferred())
@@ -260,7 +260,7 @@ def gevent_queues(count: int, meter: Meter) -> None:
     gevent.joinall([gevent.spawn(pong), gevent.spawn(ping)], raise_error=True)
 
 
-# Parked tasks.  The one that spawns them goes on when all of them wait.
+# Parked tasks.  The task that spawns them goes on when all of them wait.
 
 
 def parked_tasks(count: int, meter: Meter) -> None:
@@ -303,7 +303,7 @@ def parked_stackful_tasks(count: int, meter: Meter) -> None:
 def parked_deferreds(count: int, meter: Meter) -> None:
     from twisted.internet.defer import Deferred
 
-    # Who is to wake them has to know them.
+    # The code that wakes the waiters later needs their Deferreds.
     waiting: list[Deferred[None]] = []
 
     async def park() -> None:
@@ -350,7 +350,7 @@ def parked_in_trio(count: int, meter: Meter) -> None:
             meter.begin()
             for _ in range(count):
                 nursery.start_soon(event.wait)
-            # It runs those that are ready in random order.
+            # trio runs the tasks that are ready in random order.
             while event.statistics().tasks_waiting < count:
                 await trio.sleep(0)
             meter.end()
@@ -430,7 +430,7 @@ def parked_in_uvloop_group(count: int, meter: Meter) -> None:
 
 
 def transfers(first: Any, second: Any) -> None:
-    """Transfer from a task to the first coroutine; each is told of the other."""
+    """Transfer from a task to the first coroutine; both get the pair."""
     from twisted_rtsig.coro import symmetric, transfer
 
     async def main() -> None:
@@ -478,7 +478,7 @@ def coroutine_transfers(count: int, meter: Meter) -> None:
 
 @dataclass(slots=True)
 class Switched:
-    """What a switch is to, or where the next one is to."""
+    """A coroutine that can be switched to; or the next switch."""
 
     target: Any = None
     value: Any = None
@@ -497,9 +497,9 @@ def switch(target: Switched, value: Any) -> Switched:
 
 def bare_switches(count: int, meter: Meter) -> None:
     """
-    What a transfer cannot do without, and no more: the call, the yield, and the
-    resumption of the other in its own context.  Nothing is checked, nobody knows
-    who runs, and nobody can be cancelled.
+    The least that a transfer needs: the call, the yield, and the resumption of the
+    other generator in its own context.  Nothing is checked, nothing records which
+    generator runs, and none can be cancelled.
     """
     first, second = Switched(), Switched()
 
@@ -576,16 +576,16 @@ def greenlet_switches(count: int, meter: Meter) -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """One contender at one work in one round."""
+    """The measurement of one contender at one work in one round."""
 
     count: int
     seconds: float
     before: int
-    """Bytes that were resident."""
+    """The resident set, in bytes."""
     after: int
 
     def cpu(self) -> float:
-        """In microseconds, for each."""
+        """The CPU time of each unit of the work, in microseconds."""
         return self.seconds / self.count * 1e6
 
     def memory_of_each(self) -> float:
@@ -611,8 +611,8 @@ MEASURES: dict[Measure, str] = {
 @dataclass(frozen=True)
 class Work:
     """
-    :ivar yardstick: with whom all are compared, if with anybody.
-    :ivar memory: what of it is told.
+    :ivar yardstick: the contender that all others are compared with; empty for none.
+    :ivar memory: the measure of memory that is reported, if any.
     """
 
     what: str
@@ -716,7 +716,7 @@ if sys.version_info < (3, 11):
 
 @dataclass(frozen=True)
 class Bar:
-    """How much a contender may use: of what another does, or bytes."""
+    """The most that a contender may use: in bytes, or relative to another contender."""
 
     work: str
     contender: str
@@ -741,20 +741,20 @@ BARS = [
 ]
 
 
-# What is told
+# The report
 
 Measured = dict[str, list[Sample]]
-"""The samples of each contender at one work, of all rounds."""
+"""For one work, the samples of all rounds by contender."""
 
 
 def sum_up(measure: Measure, samples: list[Sample]) -> float:
-    """What counts of all rounds."""
+    """The result of all rounds: the least CPU time; of other measures the median."""
     values = [measure(each) for each in samples]
     return min(values) if measure is Sample.cpu else statistics.median(values)
 
 
 def ratio(measured: Measured, measure: Measure, name: str, against: str) -> str:
-    """Of what counts, and its quartiles within a round."""
+    """The ratio of two results, with the quartiles of the ratios within each round."""
     value = times(measured, measure, name, against)
     pairs = zip(measured[name], measured[against], strict=True)
     ratios = (measure(mine) / measure(other) for mine, other in pairs)
@@ -773,7 +773,7 @@ def in_words(measure: Measure, value: float) -> str:
 
 
 def table(work: Work, measured: Measured) -> str:
-    """A table of all who did a work, in Markdown."""
+    """A table of all contenders at a work, in Markdown."""
     columns: list[tuple[Measure, str]] = [(Sample.cpu, f"CPU per {work.unit}")]
     if work.memory is not None:
         columns.append((work.memory, MEASURES[work.memory]))
@@ -794,13 +794,13 @@ def table(work: Work, measured: Measured) -> str:
 
 
 def compared(work: Work, measure: Measure) -> bool:
-    # What grows, or is there in all, may well be nothing.
+    # Growth and totals may be 0, so they have no ratio.
     each = (Sample.cpu, Sample.memory_of_each)
     return bool(work.yardstick) and measure in each
 
 
 def judge(results: dict[str, Measured]) -> tuple[str, bool]:
-    """Return a table of the measured bars, and whether all are met."""
+    """Return a table of the bars that were measured, and whether all are met."""
     rows = []
     for bar in BARS:
         measured = results.get(bar.work, {})
