@@ -1,16 +1,17 @@
 """
 Deferreds in asyncio's tasks: ``await deferred`` waits there as in any coroutine.
 
-A task of asyncio takes what its coroutine yields for a future if that has the
-attribute ``_asyncio_future_blocking``, which CPython keeps for futures of other
-packages.  It then asks for the loop, and for a callback; to be cancelled, it cancels
-the future.  What waits for a Deferred yields the Deferred, so :func:`install` gives
-the class ``Deferred`` what such a task asks for.  Nothing that Deferreds have already
-is replaced, and nothing changes where asyncio is not used.
+A task of asyncio takes any object that its coroutine yields for a future, if the object
+has the attribute ``_asyncio_future_blocking``, which CPython supports for futures of
+other packages.  The task then asks the future for its loop, and adds a callback; when
+the task is cancelled, it cancels the future.  A coroutine that awaits a Deferred yields
+the Deferred, so :func:`install` gives the class ``Deferred`` the attributes that such a
+task needs.  It replaces no attribute that Deferreds have already, and nothing changes
+where asyncio is not used.
 
 A plain Deferred is asked for its result when the task goes on.  An operation of
-:mod:`twisted_rtsig.coro` takes the value from what drives it, and asyncio sends None.
-So the value is thrown there, in a :class:`Delivery`.
+:mod:`twisted_rtsig.coro` takes the value from the driver of the coroutine, and asyncio
+sends None.  So the value is thrown into the operation, in a :class:`Delivery`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from twisted.internet import defer
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-# The attribute of an operation that has fired: the value, in a tuple.
+# The attribute of an operation that has fired, for its value in a tuple.
 _VALUE: Final = "_value_for_asyncio"
 
 # The keyword of asyncio's Future.cancel, which no other caller passes.
@@ -35,9 +36,9 @@ _NOT_OF_ASYNCIO: Final = object()
 
 class Delivery(BaseException):
     """
-    Thrown into what waits for an operation: the operation's value.
+    Thrown into the coroutine that awaits an operation, to deliver the value.
 
-    :ivar value: the value.
+    :ivar value: the value of the operation.
     """
 
     def __init__(self, value: Any) -> None:
@@ -47,11 +48,12 @@ class Delivery(BaseException):
 
 class _Blocking:
     """
-    ``_asyncio_future_blocking`` of Deferreds: true when a task of asyncio looks at what
-    it was yielded, and not there for ``asyncio.isfuture``, which looks at the class.
+    ``_asyncio_future_blocking`` of Deferreds.  It is true for a task of asyncio, which
+    looks at the yielded object, and missing for ``asyncio.isfuture``, which looks at
+    the class.
 
     So functions such as ``asyncio.wait_for`` and ``asyncio.gather`` put a task around
-    a Deferred, as around anything else that can be awaited.
+    a Deferred, as around any other awaitable.
     """
 
     def __get__(self, deferred: Any, owner: type) -> bool:
@@ -60,11 +62,11 @@ class _Blocking:
         return True
 
     def __set__(self, deferred: Any, blocking: bool) -> None:
-        """The task says that it waits."""
+        """Ignore the flag, by which a task of asyncio reports that it waits."""
 
 
 def _get_loop(deferred: Deferred[Any]) -> asyncio.AbstractEventLoop:
-    """The loop of the task that asks: a Deferred belongs to none."""
+    """The loop of the calling task: a Deferred belongs to no loop."""
     return asyncio.get_running_loop()
 
 
@@ -75,19 +77,20 @@ def _add_done_callback(
     context: Context | None = None,
 ) -> None:
     """
-    Let a task of asyncio wait.
+    Let a task of asyncio wait for a Deferred.
 
-    :param callback: called by the loop with what has the result, as a future has it.
+    :param callback: called by the loop with an object that has the result, as a future
+        has.
     """
     cancel = vars(deferred).get("cancel")
     canceller = getattr(cancel, "__self__", None)
     if not isinstance(canceller, _Canceller):
         canceller = _Canceller(deferred)
-    # Before an operation becomes one that has callbacks.
+    # Read before addBoth(), by which an operation changes its class.
     takes_value = getattr(deferred, "takes_value", False)
     canceller.waiting += 1
     canceller.to_be_resumed += 1
-    # A task of asyncio passes a message to what it cancels, and Deferreds take none.
+    # A task of asyncio passes a message to cancel(), and that of Deferreds takes none.
     vars(deferred)["cancel"] = canceller.cancel
     waiter = _Waiter(canceller, takes_value, callback, context)
     deferred.addBoth(waiter.fired)
@@ -104,17 +107,17 @@ def install() -> None:
 
 class _Canceller:
     """
-    Cancels a Deferred that tasks of asyncio wait for.  As with a future, to cancel
-    one of the tasks is to cancel what all of them wait for.
+    Cancels a Deferred that tasks of asyncio wait for.  As with a future, if one of the
+    tasks is cancelled, then the Deferred is, for which all of them wait.
 
     :ivar deferred: a weak reference to the Deferred, which has this as an attribute.
-    :ivar waiting: how many tasks wait.
-    :ivar to_be_resumed: how many tasks wait, or were not yet resumed: until then each
-        of them cancels the Deferred.
-    :ivar cancelling: whether one of them cancels the Deferred at this moment.
-    :ivar asked: whether one of them has done so.
-    :ivar error: what the tasks get for that; None as long as the Deferred has not
-        failed because of it.
+    :ivar waiting: the number of tasks that wait.
+    :ivar to_be_resumed: the number of tasks that wait, or were not yet resumed: until
+        it is resumed, a task that is cancelled cancels the Deferred.
+    :ivar cancelling: whether a task cancels the Deferred at this moment.
+    :ivar asked: whether a task has cancelled the Deferred.
+    :ivar error: the error of the tasks after that; None as long as the Deferred has not
+        failed because of the cancellation.
     """
 
     __slots__ = (
@@ -136,14 +139,14 @@ class _Canceller:
 
     def cancel(self, msg: Any = _NOT_OF_ASYNCIO) -> bool | None:
         """
-        As ``Deferred.cancel``, and as ``asyncio.Future.cancel`` if there is a message.
+        As ``Deferred.cancel``; or with a message, as ``asyncio.Future.cancel``.
 
-        :return: whether the task will be told by what it waits for; else asyncio tells
-            the task itself.
+        :return: whether the Deferred delivers the cancellation to the task; otherwise
+            asyncio does.
         """
         deferred = self.deferred()
         if deferred is None:
-            # The garbage collector ends the task.
+            # The Deferred is gone: the garbage collector ends the task.
             return False
         if msg is _NOT_OF_ASYNCIO:
             type(deferred).cancel(deferred)
@@ -160,10 +163,13 @@ class _Canceller:
 
     def fired(self, error: BaseException | None) -> BaseException | None:
         """
-        The Deferred has fired, with this error if any: return the error for a task.
+        Note that the Deferred has fired; return the error for a task.
+
+        :param error: the error that the Deferred has failed with, if any.
         """
         self.waiting -= 1
-        # What fails at once fails because of it, whatever it calls that.
+        # A failure within the call of cancel() is due to the cancellation, whatever
+        # error it is.
         if error is not None and (
             self.cancelling or (self.asked and isinstance(error, defer.CancelledError))
         ):
@@ -174,7 +180,7 @@ class _Canceller:
         return error
 
     def resumed(self) -> None:
-        """A task goes on."""
+        """Note that a task goes on."""
         self.to_be_resumed -= 1
         deferred = self.deferred()
         if not self.to_be_resumed and deferred is not None:
@@ -216,12 +222,12 @@ class _Waiter:
         if not self._loop.is_closed():
             outcome = _Outcome(error, self._canceller)
             self._loop.call_soon(self._callback, outcome, context=self._context)
-        # What else waits for the Deferred gets the value as well.
+        # Other callbacks of the Deferred get the value as well.
         return result
 
 
 class _Outcome:
-    """What a task of asyncio asks for the result when it is resumed."""
+    """The object that a task of asyncio asks for the result when it is resumed."""
 
     __slots__ = ("_canceller", "_error")
 
@@ -237,14 +243,14 @@ class _Outcome:
             try:
                 raise error
             finally:
-                # The traceback holds this frame.
+                # Break a circle: the error's traceback refers to this frame.
                 del self, error
 
 
 def delivered(operation: Any, error: BaseException) -> tuple[Any] | None:
     """
-    The value that a task of asyncio resumes an operation with, by throwing ``error``;
-    None if that is an error.
+    The value, in a tuple, that a task of asyncio delivers to an operation by throwing
+    ``error``; None if ``error`` is a real error.
     """
     if isinstance(error, Delivery):
         return (error.value,)
@@ -259,9 +265,11 @@ if sys.version_info >= (3, 11):
 
     def _cancel_later(error: asyncio.CancelledError) -> bool:
         """
-        The task that runs was cancelled when the value for it was there already, which
-        would be lost.  Cancel the task where it waits next, unless the request was
-        withdrawn by then: by a timeout whose block has come to its end, for example.
+        Cancel the running task where it waits next, unless the request was withdrawn by
+        then: by a timeout whose block has come to its end, for example.
+
+        The task was cancelled when its value was there already.  If it were cancelled
+        now, then the value would be lost.
         """
         task = asyncio.current_task()
         if task is None or not task.cancelling():
@@ -271,12 +279,12 @@ if sys.version_info >= (3, 11):
 
     def _cancel_now(task: asyncio.Task[Any], requests: int, message: Any) -> None:
         if not task.done() and task.cancelling() >= requests:
-            # The same request, made again.
+            # Make the same request again, so that it counts once.
             task.uncancel()
             task.cancel(*message)
 
 else:
 
     def _cancel_later(error: asyncio.CancelledError) -> bool:
-        """Requests are not counted, so that they cannot be withdrawn: cancel now."""
+        """Cancel now: Python 3.10 does not count requests, and cannot withdraw them."""
         return False

@@ -1,11 +1,12 @@
 """
-What asyncio needs of a task: futures that the task waits for, and a task of asyncio's
-kind for ``asyncio.current_task()``.
+Coroutines of asyncio in tasks: how a task waits for futures of asyncio, and the object
+that stands for it as ``asyncio.current_task()``.
 
 See ``docs/asyncio.md``.  A coroutine of asyncio runs in the task that awaits it, in
-the same steps.  What it yields is a future, which the task waits for.  Meanwhile
-``asyncio.current_task()`` has to be something that ``asyncio.timeout``, for example,
-can cancel: a :class:`CurrentTask` stands for the task, set for each of its steps.
+the same steps.  It yields futures, and the task waits for each of them.  Meanwhile
+``asyncio.current_task()`` has to be an object that ``asyncio.timeout``, for example,
+can cancel.  So a :class:`CurrentTask` stands for the task, and is set for each of its
+steps.
 
 Tasks of a reactor without an event loop of asyncio pay nothing for this.
 """
@@ -38,16 +39,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Where asyncio keeps the tasks that run now is the same for all event loops.
+# asyncio keeps the running loop and the current tasks in one place for all kinds of
+# event loops, so these functions work with each of them.
 _get_running_loop: Final = asyncio._get_running_loop
 _set_running_loop: Final = asyncio._set_running_loop
-# They take any object for a task.
+# These two accept any object as a task.
 _enter_task: Final[Callable[[Any, Any], None]] = asyncio.tasks._enter_task
 _leave_task: Final[Callable[[Any, Any], None]] = asyncio.tasks._leave_task
 
 
 def swap_current_task(loop: AbstractEventLoop, task: Any) -> Any:
-    """Let ``task`` be the current one of a loop that runs; return the one before."""
+    """Set the current task of a running loop; return the task that was current."""
     before = asyncio.current_task(loop)
     if before is not None:
         _leave_task(loop, before)
@@ -61,10 +63,11 @@ def swap_current_task(loop: AbstractEventLoop, task: Any) -> Any:
 
 class Asyncio:
     """
-    The side of a scheduler that asyncio sees.
+    The part of a scheduler that deals with asyncio.
 
-    :ivar loop: the event loop of the reactor; None if it has none, and its tasks run
-        in the callbacks of another loop: those of a ``Clock``, for example.
+    :ivar loop: the event loop of the reactor.  None if the reactor has no event loop
+        and its tasks run in the callbacks of another loop: the tasks of a ``Clock``,
+        for example.
     """
 
     __slots__ = ("loop",)
@@ -73,27 +76,28 @@ class Asyncio:
         self.loop: AbstractEventLoop | None = loop
 
     def adopt(self, task: Task[Any]) -> None:
-        """Let each step of a new task have a current task of asyncio."""
+        """Set a current task of asyncio for each step of a new task."""
         context: Any = task._context
         task._context = cast(Any, CurrentTask(task, context, self.loop))
 
     def adopt_active(self, task: Task[Any] | None) -> None:
-        """As ``adopt``, of a task that runs already, or has ended."""
+        """As :meth:`adopt`, for a task that runs already, or has ended."""
         context: Any = None if task is None else task._context
         if task is None or context is None or current_task_of(task) is not None:
             return
         if isinstance(context, contextvars.Context):
             self.adopt(task)
         else:
-            # Its steps are observed, until instruments put back what is within.
+            # The steps of the task are observed.  When the instruments are removed,
+            # the inner context is put back: replace that.
             context.context = CurrentTask(task, context.context, self.loop)
 
     def note(self, task: Task[Any], reason: str | None, scope: Scope | None) -> None:
-        """A cancellation of this package was requested, and is not yet delivered."""
+        """Note a cancellation by this package that was requested and not delivered."""
         others = tuple(e for e in task._cancels if not _same_by_asyncio(e, scope))
         if any(each._scope is scope for each in others):
             return
-        # One request is delivered, as in asyncio.
+        # Of several requests only one is delivered, as in asyncio.
         task._cancels = (*others, Cancelled(reason, scope))
         current = current_task_of(task)
         if current is not None:
@@ -105,7 +109,10 @@ def _same_by_asyncio(cancelled: Cancelled, scope: Scope | None) -> bool:
 
 
 def of_reactor(reactor: Any) -> Asyncio | None:
-    """The side that asyncio sees of the tasks of a reactor, if that may see any."""
+    """
+    The :class:`Asyncio` of a reactor; None if there is no event loop, neither of the
+    reactor nor running in this thread.
+    """
     loop = getattr(reactor, "_asyncioEventloop", None)
     if loop is None and _get_running_loop() is None:
         return None
@@ -121,7 +128,7 @@ def loop_for(scheduler: Scheduler) -> AbstractEventLoop | None:
 
 
 def no_loop(what: str) -> RuntimeError:
-    """There is no such event loop."""
+    """The error for an action, ``what``, that needs an event loop of asyncio."""
     return RuntimeError(
         f"{what}, and no event loop of asyncio runs in the thread of this reactor: "
         "use the reactor rtsig-asyncio, by twistd --reactor=rtsig-asyncio, "
@@ -135,16 +142,16 @@ def no_loop(what: str) -> RuntimeError:
 
 def wait_for(task: Task[Any], awaited: Any) -> Wait | FutureWait | None:
     """
-    What ``task`` is to wait for, which has yielded ``awaited``; None if asyncio knows
-    nothing of it either.
+    The operation that ``task`` is to wait for after it has yielded ``awaited``; None if
+    ``awaited`` is not of asyncio.
 
-    :raises RuntimeError: if the task would never be told.
+    :raises RuntimeError: if the task would never be resumed.
     """
     scheduler = task._scheduler
     loop = loop_for(scheduler)
     if awaited is None:
         if loop is None and inspect.isgenerator(task._body):
-            # It has called a function that returns nothing.
+            # The generator has yielded the result of a function that returns nothing.
             return None
         # asyncio.sleep(0), for example.
         what = f"{task!r} has yielded to asyncio's event loop"
@@ -171,7 +178,7 @@ def wait_for(task: Task[Any], awaited: Any) -> Wait | FutureWait | None:
 
 
 class _Turn:
-    """Lets the event loop have a turn."""
+    """A wait until the event loop has had a turn."""
 
     __slots__ = ("_handle", "operation")
 
@@ -194,7 +201,7 @@ def _wake(operation: Operation[None]) -> None:
 
 class FutureWait:
     """
-    A task waits for a future of asyncio.
+    The wait of a task for a future of asyncio.
 
     :ivar future: the future.
     """
@@ -205,7 +212,8 @@ class FutureWait:
         self._task = task
         self.future: Future[Any] = future
         self._cancelling = self._was_cancelled = False
-        # What awaits it asks the future; a generator that has yielded it does not.
+        # Code that awaits the future asks the future for its result.  A generator that
+        # has yielded it does not, so the result is sent to the generator.
         self._sends = not future._asyncio_future_blocking
         future._asyncio_future_blocking = False
         future.add_done_callback(self._done)
@@ -214,9 +222,9 @@ class FutureWait:
         return repr(self.future)
 
     def cancel(self, cancelled: Cancelled) -> None:
-        """Cancel the future for the task, which is told when that has ended."""
+        """Cancel the future for the task, which is resumed when the future is done."""
         if self._cancelling:
-            # Tasks of both kinds wait for each other in a circle.
+            # Tasks of asyncio and of this package wait for each other in a circle.
             self._task._next_cancel()
             self._task._resume(None, cancelled._raised())
             return
@@ -234,7 +242,7 @@ class FutureWait:
         error: BaseException | None = None
         cancellation = cancellation_of(future)
         if cancellation is None:
-            # asyncio as well gives this precedence over what is there by then.
+            # asyncio, too, gives its cancellation precedence over the future's result.
             entry = task._cancel_to_raise()
             if isinstance(entry, _CancelledByAsyncio):
                 error = _take(task, None)
@@ -248,12 +256,12 @@ class FutureWait:
         try:
             task._resume(value, error)
         finally:
-            # The error's traceback holds this frame.
+            # Break a circle: the error's traceback refers to this frame.
             del self, task, value, error, cancellation, future
 
 
 def _take(task: Task[Any], cause: BaseException | None) -> BaseException | None:
-    """The error for the cancellation that is to be delivered next, if any is."""
+    """Take the next cancellation to deliver; return its error, or None."""
     cancelled = task._next_cancel()
     if cancelled is None:
         return None
@@ -263,9 +271,10 @@ def _take(task: Task[Any], cause: BaseException | None) -> BaseException | None:
 
 
 def cancellation_of(future: Future[Any]) -> CancelledError | None:
-    """Why a future was cancelled that is done; None if it was not."""
+    """The cancellation of a future that is done; None if it was not cancelled."""
     try:
-        # That of asyncio.gather fails with it, and is not cancelled.
+        # The future of asyncio.gather() fails with CancelledError, and does not count
+        # as cancelled.
         error = future.exception()
     except CancelledError as cancelled:
         return cancelled
@@ -277,8 +286,8 @@ def cancellation_of(future: Future[Any]) -> CancelledError | None:
 
 class _CancelledByAsyncio(Cancelled):
     """
-    What asks for it is code for asyncio, by ``cancel`` of the current task: a timeout
-    or group of asyncio, for example.
+    A cancellation that code for asyncio has requested by ``cancel`` of the current
+    task: a timeout or group of asyncio, for example.
     """
 
     def __init__(self, message: Any, scope: Scope | None) -> None:
@@ -286,24 +295,24 @@ class _CancelledByAsyncio(Cancelled):
         self._message = message
 
     def _raised(self) -> CancelledError:
-        # Some code asks whether the class is this one, and no other.
+        # Some code checks that the class is exactly this one.
         error = CancelledError(*() if self._message is None else (self._message,))
         error.__cause__ = self.__cause__
         return error
 
 
 def again(cancelled: CancelledError) -> Cancelled:
-    """The same cancellation, to be delivered once more."""
+    """A copy of a cancellation, to be delivered once more."""
     if isinstance(cancelled, Cancelled):
         return Cancelled(cancelled.reason, cancelled._scope)
     return _CancelledByAsyncio(reason_of(cancelled), None)
 
 
 def current_task_of(task: Task[Any]) -> CurrentTask | None:
-    """What stands for ``task`` in asyncio, outside of any ``shield``."""
+    """The object that stands for ``task`` in asyncio, outside of any ``shield``."""
     context: Any = task._context
     while context is not None and type(context) is not CurrentTask:
-        # That of a task whose steps are observed has the context in itself.
+        # If the steps of the task are observed, then this is a wrapper of the context.
         context = getattr(context, "context", None)
     current: CurrentTask | None = context
     return current
@@ -311,8 +320,8 @@ def current_task_of(task: Task[Any]) -> CurrentTask | None:
 
 def runs(task: Task[Any]) -> bool:
     """
-    Whether ``task`` is the current task of asyncio as well, and not one of asyncio that
-    ``task`` has started eagerly.
+    Whether ``task`` is also the current task of asyncio.  It is not while an eager task
+    of asyncio runs that ``task`` has started.
     """
     if _get_running_loop() is None:
         return True
@@ -322,8 +331,9 @@ def runs(task: Task[Any]) -> bool:
 
 def enter_shield(task: Task[Any], shield: Scope) -> None:
     """
-    Let another object stand for ``task`` within a ``shield``: what asks for the current
-    task there can cancel what is inside, and what has asked before cannot.
+    Let another object stand for ``task`` within a ``shield``.  So code that asks for
+    the current task within the shield can cancel the code inside, and code that has
+    asked before cannot.
     """
     current = current_task_of(task)
     if current is not None:
@@ -331,7 +341,7 @@ def enter_shield(task: Task[Any], shield: Scope) -> None:
 
 
 def exit_shield(task: Task[Any], shield: Scope) -> None:
-    """The task leaves its innermost ``shield``."""
+    """Undo :func:`enter_shield` when the task leaves its innermost ``shield``."""
     current = current_task_of(task)
     # A shield that was entered before the tasks used asyncio has no such object.
     if current is not None:
@@ -349,23 +359,24 @@ def _set_current(current: CurrentTask, inner: _WithinShield | None) -> None:
 
 class CurrentTask:
     """
-    Stands for a task of this package as ``asyncio.current_task()``; and for its
-    context, so that the scheduler runs each step with this as the current task.
+    Stands for a task of this package as ``asyncio.current_task()``.  It also stands for
+    the context of the task, so that the scheduler runs each step with this as the
+    current task.
 
-    It has what asyncio's tasks have, is an instance of their class to ``isinstance``,
-    and can be awaited by them.  It is not among ``asyncio.all_tasks()``.
+    It has the methods of asyncio's tasks, is an instance of their class to
+    ``isinstance``, and can be awaited by them.  It is not in ``asyncio.all_tasks()``.
 
     :ivar context: the context of the task.
-    :ivar loop: the event loop of its reactor, if that has one.
-    :ivar inner: what is the current task instead, within a ``shield``.
+    :ivar loop: the event loop of its reactor; None if the reactor has none.
+    :ivar inner: within a ``shield``, the object that is the current task instead.
     """
 
     __slots__ = ("__weakref__", "_more", "_ref", "context", "inner", "loop")
 
-    # The shield that it is for.
+    # The shield that this is for; None outside of any shield.
     root: Scope | None = None
 
-    # As of a future that nothing waits for: see asyncio.isfuture.
+    # False, as of a future that nothing waits for: see asyncio.isfuture.
     _asyncio_future_blocking = False
     # For asyncio.print_call_graph, and for messages in asyncio's debug mode.
     _asyncio_awaited_by = None
@@ -377,12 +388,12 @@ class CurrentTask:
         context: contextvars.Context,
         loop: AbstractEventLoop | None,
     ) -> None:
-        # The task leads here.
+        # Weak, since the task refers to this.
         self._ref = weakref.ref(task)
         self.context: contextvars.Context = context
         self.loop: AbstractEventLoop | None = loop
         self.inner: _WithinShield | None = None
-        # Set when it is needed, since one of these is made for each task.
+        # Set when it is needed, since a CurrentTask is made for each task.
         self._more: _More | None = None
 
     @property  # type: ignore[misc]
@@ -391,14 +402,13 @@ class CurrentTask:
 
     # Steps
 
-    # As contextvars.Context.run, with one or two arguments: a call with as many as
-    # there are would take longer.
+    # As contextvars.Context.run, with one or two arguments: *args would take longer.
     def run(self, function: Callable[..., T], first: Any, second: Any = NOTHING) -> T:
         """Run a step of the task."""
         if sys.version_info >= (3, 12):
             loop = _get_running_loop()
         else:
-            # There it takes a system call to ask for it.
+            # In these versions, to ask for the running loop takes a system call.
             loop = self.loop
             if loop is None or not loop.is_running():
                 loop = _get_running_loop()
@@ -420,7 +430,7 @@ class CurrentTask:
     def _run_within(
         self, loop: AbstractEventLoop, function: Callable[..., T], *args: Any
     ) -> T:
-        """Another task is current: one of asyncio that has resumed this one."""
+        """Run a step while a task of asyncio, which has resumed this, is current."""
         before = swap_current_task(loop, None)
         try:
             return self.run(function, *args)
@@ -429,7 +439,7 @@ class CurrentTask:
             del self, function, args, before
 
     def _run_outside(self, function: Callable[..., T], *args: Any) -> T:
-        """No loop runs: the reactor is about to start, for example."""
+        """Run a step while no loop runs: the reactor is about to start, for example."""
         loop = self.loop
         try:
             if loop is None or loop.is_closed():
@@ -445,13 +455,13 @@ class CurrentTask:
             del self, function, args
 
     def task(self) -> Task[Any] | None:
-        """The task; None if it has ended, and nothing refers to it any more."""
+        """The task; None once it has ended and nothing refers to it any more."""
         ended = None if self._more is None else self._more.ended
         return ended or self._ref()
 
     @property
     def more(self) -> _More:
-        """What not every task needs."""
+        """The attributes that few tasks need; made on first use."""
         if self._more is None:
             self._more = _More()
         return self._more
@@ -459,7 +469,7 @@ class CurrentTask:
     # Cancellation
 
     def around(self, task: Task[Any], scope: Scope | None) -> CurrentTask:
-        """What is the current task where a block of code begins."""
+        """The object that is the current task where the block of ``scope`` begins."""
         within = self.inner
         while within is not None:
             if scope in task._scopes[task._scopes.index(within.root) :]:
@@ -468,13 +478,13 @@ class CurrentTask:
         return self
 
     def count(self, scope: Scope | None) -> None:
-        """A cancellation was requested, for all of the task or a block of code."""
+        """Count a request to cancel a block of code, or if None, all of the task."""
         self.more.requests += 1
         if scope is not None:
             self.more.counted += (scope,)
 
     def cancelling(self) -> int:
-        """How many requests for a cancellation there are, and were not withdrawn."""
+        """The number of requests for a cancellation that were not withdrawn."""
         task = self.task()
         scopes = () if task is None else task._scopes
         left = tuple(each for each in self.more.counted if each in scopes)
@@ -483,7 +493,7 @@ class CurrentTask:
         return self.more.requests
 
     def uncancel(self) -> int:
-        """Withdraw a request, and return how many are left."""
+        """Withdraw a request; return the number of requests that are left."""
         if self.cancelling():
             self.more.requests -= 1
             task = self.task()
@@ -514,10 +524,10 @@ class CurrentTask:
             return True
         if isinstance(waiting, FutureWait):
             if waiting.future.cancel(msg=msg):
-                # The future tells the task.
+                # The future delivers the cancellation to the task.
                 task._cancels = before
         else:
-            # asyncio's tasks do not run within the call.
+            # Not now: asyncio's tasks do not run within a call of cancel() either.
             loop = _get_running_loop() or self.loop
             assert loop is not None
             loop.call_soon(task._interrupt)
@@ -549,7 +559,7 @@ class CurrentTask:
         return task is not None and task.cancelled
 
     def result(self) -> Any:
-        """What the function of the task has returned; or raise what it has raised."""
+        """Return what the function of the task returned, or raise its error."""
         error = self.exception()
         if error is not None:
             try:
@@ -561,7 +571,7 @@ class CurrentTask:
         return task.result()
 
     def exception(self) -> BaseException | None:
-        """What the function of the task has raised; None if it has returned."""
+        """The error of the function of the task; None if it has returned."""
         task = self.task()
         if task is None:
             raise InvalidStateError("the task has ended, and its result is gone")
@@ -586,7 +596,7 @@ class CurrentTask:
         *,
         context: contextvars.Context | None = None,
     ) -> None:
-        """Let the event loop call ``callback`` with this when the task has ended."""
+        """When the task has ended, let the event loop call ``callback`` with this."""
         more = self.more
         if more.callbacks is None:
             more.callbacks = []
@@ -598,7 +608,7 @@ class CurrentTask:
             self._call()
 
     def remove_done_callback(self, callback: Callable[[Any], object]) -> int:
-        """Do not call ``callback``; return how often it was added."""
+        """Do not call ``callback``; return how often it had been added."""
         callbacks = self.more.callbacks or []
         left = [each for each in callbacks if each[0] != callback]
         removed = len(callbacks) - len(left)
@@ -626,10 +636,10 @@ class CurrentTask:
 
     __iter__ = __await__
 
-    # To look at
+    # Inspection
 
     def get_loop(self) -> AbstractEventLoop:
-        """The event loop that runs; else that of the reactor."""
+        """The running event loop; if none runs, the event loop of the reactor."""
         loop = _get_running_loop() or self.loop
         if loop is None:
             raise RuntimeError("no event loop of asyncio runs")
@@ -649,7 +659,7 @@ class CurrentTask:
             task.name = str(name)
 
     def get_coro(self) -> Any:
-        """The coroutine or generator that runs; None once it has ended."""
+        """The coroutine or generator of the task; None once it has ended."""
         task = self.task()
         return None if task is None or task.done else task._body
 
@@ -684,7 +694,7 @@ class _WithinShield(CurrentTask):
     Stands for a task within a ``shield``.
 
     :ivar root: the shield.
-    :ivar outer: of one in another: that of the other.
+    :ivar outer: the object for the next outer shield; None if there is none.
     """
 
     __slots__ = ("outer", "root")
@@ -697,12 +707,12 @@ class _WithinShield(CurrentTask):
 
 class _More:
     """
-    What a ``CurrentTask`` has, and not every task needs.
+    Attributes of a :class:`CurrentTask` that few tasks need.
 
-    :ivar requests: how often a cancellation was requested and not withdrawn; those for
-        blocks of code are counted as long as the task is in there.
-    :ivar counted: these blocks.
-    :ivar callbacks: what to call at the end.
+    :ivar requests: the number of cancellations that were requested and not withdrawn.
+        A request for a block of code counts as long as the task is in the block.
+    :ivar counted: the blocks of such requests.
+    :ivar callbacks: the functions to call at the end of the task, with their contexts.
     :ivar ended: the task, once it has ended, if something waits for its result.
     """
 
