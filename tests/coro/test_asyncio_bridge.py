@@ -1,4 +1,4 @@
-"""Tasks await what belongs to asyncio, and asyncio's tasks what belongs to Twisted."""
+"""Tasks that await awaitables of asyncio, and asyncio's tasks that await Deferreds."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _ours() -> Any:
     return AsyncioReactor(asyncio.new_event_loop())
 
 
-# Those with an event loop of asyncio.
+# The reactors that have an event loop of asyncio.
 _REACTORS: dict[str, Callable[[], Any]] = {"asyncio": conftest._asyncio}
 if sys.platform.startswith("linux"):
     _REACTORS["rtsig-asyncio"] = _ours
@@ -93,11 +93,12 @@ def reactor(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     made._asyncioEventloop.close()
 
 
-# How it may end.
+# The errors that an awaited body may end with.
 ENDS = (ExpectedError, BaseExceptionGroup, asyncio.CancelledError, defer.CancelledError)
 
 
-# What a coroutine does, of either world; each tells in a list what happens to it
+# Bodies of coroutines, which pause by asyncio or by this package.  Each appends to a
+# list what happens to it.
 
 
 async def pause_of_asyncio() -> None:
@@ -129,7 +130,7 @@ def innermost() -> None:
 
 
 def waits(pause: Any, told: list[str]) -> Body:
-    """Until it is cancelled; and cleans up before it ends."""
+    """A body that waits until it is cancelled, and cleans up before it ends."""
 
     async def body() -> None:
         told.append("waits")
@@ -144,7 +145,7 @@ def waits(pause: Any, told: list[str]) -> Body:
     return body
 
 
-# What of asyncio can be awaited
+# Awaitables of asyncio
 
 
 async def in_group(body: Body) -> Any:
@@ -180,7 +181,8 @@ if sys.version_info >= (3, 11):
     OF_ASYNCIO["TaskGroup"] = in_group
 
 
-# Ways to await it: each returns a Deferred of what comes of that, and can be cancelled
+# Ways to await an awaitable: each returns a Deferred of its result, which can be
+# cancelled
 
 Make = Callable[[], Awaitable[Any]]
 
@@ -248,7 +250,7 @@ def stack(error: BaseException) -> list[str]:
 
 
 def stack_through_groups(error: Any) -> list[str]:
-    """The same, of the one error in a group, behind that of the group."""
+    """The stack of a group, followed by the stack of the only error in it."""
     names = stack(error)
     while isinstance(error, BaseExceptionGroup):
         [error] = error.exceptions
@@ -269,14 +271,14 @@ def test_cancelling_the_awaiting_task(reactor: Any, style: str, kind: str) -> No
         deferred.cancel()
         with pytest.raises(defer.CancelledError):
             await deferred
-        # Not before what it awaits has ended.
+        # The cancellation takes effect when the awaitable has ended.
         assert told == ["waits", "cleaned up"]
 
     run(reactor, main)
 
 
 @each_style
-def test_cancelling_what_is_awaited(reactor: Any, style: str) -> None:
+def test_cancelling_the_awaited_future(reactor: Any, style: str) -> None:
     async def main() -> None:
         future = asyncio.ensure_future(asyncio.sleep(DEADLINE))
         deferred = STYLES[style](lambda: future)
@@ -288,7 +290,7 @@ def test_cancelling_what_is_awaited(reactor: Any, style: str) -> None:
     run(reactor, main)
 
 
-def test_a_task_gets_the_cancellation_of_what_it_awaits(reactor: Any) -> None:
+def test_cancelling_the_awaited_future_cancels_the_task(reactor: Any) -> None:
     async def main() -> None:
         future = asyncio.get_running_loop().create_future()
         task = spawn(awaits, lambda: future)
@@ -304,7 +306,7 @@ def test_a_task_gets_the_cancellation_of_what_it_awaits(reactor: Any) -> None:
 
 
 def test_a_result_in_the_turn_of_a_cancellation(reactor: Any) -> None:
-    """It is not lost, and the task is cancelled where it waits next."""
+    """The result is not lost, and the task is cancelled where it waits next."""
     got: list[Any] = []
 
     async def awaits_twice(future: Any) -> None:
@@ -317,7 +319,7 @@ def test_a_result_in_the_turn_of_a_cancellation(reactor: Any) -> None:
         future = asyncio.get_running_loop().create_future()
         task = spawn(awaits_twice, future)
         await sleep(0)
-        # asyncio tells of it in the next turn of the loop.
+        # asyncio delivers the result in the next turn of the loop.
         future.set_result("value")
         task.cancel()
         with pytest.raises(defer.CancelledError):
@@ -370,7 +372,7 @@ def test_timeout_of_asyncio(reactor: Any, wait: str) -> None:
                 await waiting[wait]()
         current: Any = asyncio.current_task()
         assert current.cancelling() == 0
-        # Nothing of it is left.
+        # No cancellation is left over.
         await sleep(0)
         await asyncio.sleep(0)
 
@@ -378,12 +380,12 @@ def test_timeout_of_asyncio(reactor: Any, wait: str) -> None:
 
 
 @pytest.mark.parametrize("kind", OF_ASYNCIO)
-def test_timeout_of_ours(reactor: Any, kind: str) -> None:
+def test_timeout_of_this_package(reactor: Any, kind: str) -> None:
     told: list[str] = []
     limits: list[Any] = []
 
     async def pause() -> None:
-        # Only now: asyncio may begin a task later than a short time is over.
+        # Set the deadline only now: asyncio may begin a task after a short deadline.
         if not limits[-1].expired:
             limits[-1].deadline = reactor.seconds()
         await pause_of_asyncio()
@@ -422,7 +424,7 @@ def test_wait_for(reactor: Any) -> None:
 @pytest.mark.parametrize("first", ["ours", "asyncio"])
 @pytest.mark.parametrize("outer", ["ours", "asyncio"])
 def test_both_timeouts(reactor: Any, first: str, outer: str) -> None:
-    """Each raises its own error, whichever is around the other."""
+    """Each timeout raises its own error, inside or around the other timeout."""
     ours, theirs = (0.001, DEADLINE) if first == "ours" else (DEADLINE, 0.001)
     seen: list[str] = []
 
@@ -452,7 +454,7 @@ def test_both_timeouts(reactor: Any, first: str, outer: str) -> None:
 @since_311
 @pytest.mark.parametrize("wait", ["of asyncio", "of ours"])
 def test_both_timeouts_at_once(reactor: Any, wait: str) -> None:
-    """The outer one is not swallowed by the inner one."""
+    """The inner timeout does not swallow the outer one."""
 
     async def main() -> None:
         current: Any = asyncio.current_task()
@@ -471,7 +473,7 @@ def test_both_timeouts_at_once(reactor: Any, wait: str) -> None:
 
 @since_311
 def test_a_timeout_of_asyncio_whose_block_ends_in_time(reactor: Any) -> None:
-    """The request is withdrawn, though it was not delivered."""
+    """A cancellation that was not delivered can be withdrawn."""
 
     async def main() -> None:
         async with asyncio.timeout(DEADLINE):
@@ -487,7 +489,7 @@ def test_a_timeout_of_asyncio_whose_block_ends_in_time(reactor: Any) -> None:
 
 @since_311
 def test_a_shield_and_timeouts_of_asyncio(reactor: Any) -> None:
-    """A shield keeps out those around it, and none within it."""
+    """A shield keeps out the timeouts around it, and not the timeouts within it."""
     seen: list[str] = []
 
     async def main() -> None:
@@ -532,8 +534,8 @@ def test_both_timeouts_at_once_in_a_shield(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_requests_are_counted(reactor: Any) -> None:
-    """Those of this package for a block of code count as long as that lasts."""
+def test_cancellation_requests_are_counted(reactor: Any) -> None:
+    """A request of this package for a block of code counts as long as the block."""
 
     async def main() -> None:
         current: Any = asyncio.current_task()
@@ -554,8 +556,8 @@ def test_requests_are_counted(reactor: Any) -> None:
     run(reactor, main)
 
 
-def test_requests_of_both_kinds_at_once(reactor: Any) -> None:
-    """One is delivered, that of this package."""
+def test_requests_by_asyncio_and_by_this_package_at_once(reactor: Any) -> None:
+    """Only the request of this package is delivered."""
 
     async def main() -> None:
         current: Any = asyncio.current_task()
@@ -576,7 +578,7 @@ def test_requests_of_both_kinds_at_once(reactor: Any) -> None:
 
 
 def test_asyncio_cancels_a_task_whose_future_is_done(reactor: Any) -> None:
-    """The cancellation comes first, as in asyncio's tasks."""
+    """The cancellation has precedence, as in asyncio's tasks."""
 
     async def waits_for(future: Any, theirs: list[Any]) -> None:
         theirs.append(asyncio.current_task())
@@ -596,7 +598,7 @@ def test_asyncio_cancels_a_task_whose_future_is_done(reactor: Any) -> None:
 
 
 def test_cancellation_messages_of_any_type(reactor: Any) -> None:
-    """Some libraries know their own cancellations by the message."""
+    """Some libraries recognize their own cancellations by the message."""
     message = object()
 
     async def waits_for_asyncio(theirs: list[Any]) -> None:
@@ -620,7 +622,7 @@ def test_cancellation_messages_of_any_type(reactor: Any) -> None:
 
 
 def test_awaitables_that_replace_the_cancellation(reactor: Any) -> None:
-    """As asyncio.Condition does."""
+    """asyncio.Condition does that."""
 
     async def another() -> None:
         with contextlib.suppress(asyncio.CancelledError):
@@ -684,8 +686,8 @@ def test_current_task(reactor: Any) -> None:
     assert asyncio._get_running_loop() is None
 
 
-def test_the_task_of_asyncio_that_runs_a_task(reactor: Any) -> None:
-    """It is current again afterwards."""
+def test_a_task_of_asyncio_that_resumes_a_task(reactor: Any) -> None:
+    """The task of asyncio is current again afterwards."""
     seen: list[Any] = []
 
     async def of_asyncio(event: Event) -> None:
@@ -711,7 +713,7 @@ def test_the_task_of_asyncio_that_runs_a_task(reactor: Any) -> None:
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="asyncio has it not")
 def test_eager_tasks(reactor: Any) -> None:
-    """They run within a step of a task, and are none of ours."""
+    """An eager task runs within a step of a task, and is a task of asyncio only."""
     channel: Channel[str] = Channel(0)
     seen: list[str] = []
 
@@ -724,7 +726,7 @@ def test_eager_tasks(reactor: Any) -> None:
         return await channel.receive()
 
     async def main() -> None:
-        # The loop runs, and not only the task.
+        # After this the loop runs, and not only the task.
         await sleep(0)
         loop: Any = asyncio.get_running_loop()
         current = asyncio.current_task()
@@ -740,7 +742,7 @@ def test_eager_tasks(reactor: Any) -> None:
 
 
 def test_the_current_task_can_be_awaited(reactor: Any) -> None:
-    """As a task of asyncio can, by others."""
+    """Tasks of asyncio can await it, as they await each other."""
     seen: list[Any] = []
     theirs: list[Any] = []
 
@@ -796,7 +798,7 @@ def test_asyncio_cancels_the_current_task(reactor: Any) -> None:
             task = spawn(waits_for, what, theirs)
             await sleep(0)
             assert theirs[0].cancel("enough")
-            # As of asyncio's own tasks: not within the call.
+            # Not within the call, as with asyncio's own tasks.
             assert not task.done
             with pytest.raises(defer.CancelledError, match="was cancelled: enough"):
                 await task
@@ -843,7 +845,7 @@ def test_a_group_of_asyncio(reactor: Any, wait: str) -> None:
     run(reactor, main)
 
 
-def test_a_group_of_ours(reactor: Any) -> None:
+def test_a_group_of_this_package(reactor: Any) -> None:
     told: list[str] = []
 
     async def main() -> None:
@@ -857,7 +859,7 @@ def test_a_group_of_ours(reactor: Any) -> None:
     assert told == ["waits", "cleaned up"]
 
 
-# asyncio's tasks await
+# Tasks of asyncio that await tasks and Deferreds
 
 
 def in_twisted(body: Body) -> Deferred[Any]:
@@ -881,7 +883,7 @@ each_of_ours = pytest.mark.parametrize("kind", OF_OURS)
 
 
 async def awaits_asyncio(kind: str, body: Body) -> Any:
-    """Await a task of asyncio, which awaits a body of ours."""
+    """Await a task of asyncio, which awaits a body of this package."""
 
     async def of_asyncio() -> Any:
         return await OF_OURS[kind](body)
@@ -912,7 +914,7 @@ def test_cancelling_a_task_of_asyncio(reactor: Any, kind: str) -> None:
     async def of_asyncio() -> Any:
         with pytest.raises(asyncio.CancelledError) as caught:
             await OF_OURS[kind](waits(pause_of_ours, told))
-        # That of the Deferred.
+        # The error of the Deferred.
         assert isinstance(caught.value.__cause__, defer.CancelledError)
         told.append("told")
         raise caught.value
@@ -931,8 +933,8 @@ def test_cancelling_a_task_of_asyncio(reactor: Any, kind: str) -> None:
 
 
 @each_of_ours
-def test_cancelling_what_asyncio_awaits(reactor: Any, kind: str) -> None:
-    """A task of asyncio gets Twisted's error, and was not cancelled itself."""
+def test_cancelling_a_deferred_that_asyncio_awaits(reactor: Any, kind: str) -> None:
+    """The task of asyncio gets Twisted's error, and is not cancelled itself."""
     made: list[Any] = []
 
     async def of_asyncio() -> None:
@@ -1058,7 +1060,7 @@ def test_asyncio_awaits_deferreds(reactor: Any) -> None:
                 await asyncio.gather(shared, shared),
                 await of_all,
                 await asyncio.wait_for(succeed(8), DEADLINE),
-                # It is still there.
+                # A Deferred keeps its result after the first await.
                 await later,
             ]
 
@@ -1068,7 +1070,7 @@ def test_asyncio_awaits_deferreds(reactor: Any) -> None:
 
 
 def test_asyncio_does_not_take_a_deferred_for_a_future() -> None:
-    """So that it puts a task around it."""
+    """Therefore asyncio puts a task around the Deferred."""
     assert not asyncio.isfuture(Deferred())
     operation = sleep(0, Clock())
     assert not asyncio.isfuture(operation)
@@ -1096,7 +1098,7 @@ def test_twisted_cancels_a_deferred_as_before(reactor: Any) -> None:
 
 
 def test_a_canceller_that_fails_with_another_error(reactor: Any) -> None:
-    """What fails at once fails because of the cancellation."""
+    """Any failure within the call of the canceller is due to the cancellation."""
 
     async def of_asyncio(deferred: Deferred[None]) -> None:
         with pytest.raises(asyncio.CancelledError, match="enough") as caught:
@@ -1117,7 +1119,7 @@ def test_a_canceller_that_fails_with_another_error(reactor: Any) -> None:
 
 
 def test_cancelling_one_of_two_that_share_a_deferred(reactor: Any) -> None:
-    """As of two tasks that await one future."""
+    """The Deferred is cancelled, as a future is that two tasks await."""
 
     async def main() -> None:
         deferred: Deferred[None] = Deferred()
@@ -1136,7 +1138,7 @@ def test_cancelling_one_of_two_that_share_a_deferred(reactor: Any) -> None:
 
 @since_311
 def test_a_value_in_the_turn_of_a_cancellation_by_asyncio(reactor: Any) -> None:
-    """What a channel has given away is not lost; the task is cancelled later."""
+    """A value that a channel has delivered is not lost; the task is cancelled later."""
     got: list[Any] = []
     channel: Channel[str] = Channel(0)
 
@@ -1150,7 +1152,7 @@ def test_a_value_in_the_turn_of_a_cancellation_by_asyncio(reactor: Any) -> None:
         task = asyncio.ensure_future(of_asyncio())
         await sleep(0.001)
         await channel.send("value")
-        # The task is told in the next turn of the loop.
+        # The task is resumed in the next turn of the loop.
         task.cancel("enough")
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -1162,7 +1164,7 @@ def test_a_value_in_the_turn_of_a_cancellation_by_asyncio(reactor: Any) -> None:
 
 @since_311
 def test_a_value_in_the_turn_of_a_timeout_of_asyncio(reactor: Any) -> None:
-    """The block has come to its end: nothing is cancelled after it."""
+    """The block has come to its end, so nothing after it is cancelled."""
     channel: Channel[str] = Channel(0)
 
     async def of_asyncio() -> str:
@@ -1250,7 +1252,7 @@ def test_context_variables(reactor: Any) -> None:
 
     async def main() -> None:
         variable.set("of the task")
-        # A coroutine runs in the task itself, and a task has a copy.
+        # A coroutine runs in the task itself; a task of asyncio has a copy.
         assert await sets("set by a coroutine") == "of the task"
         assert variable.get() == "set by a coroutine"
         assert await asyncio.ensure_future(sets("not seen")) == "set by a coroutine"
@@ -1389,8 +1391,8 @@ def test_an_abandoned_failure_is_not_logged(reactor: Any, logged: list[Any]) -> 
     assert [each for each in logged if "log_failure" in each] == []
 
 
-# The TaskGroups of asyncio and of this package, asyncio.wait_for and inlineCallbacks
-# leave some of their own.
+# These tests leave out the TaskGroups of asyncio and of this package, asyncio.wait_for
+# and inlineCallbacks, which leave garbage of their own.
 
 
 @frees_at_once
@@ -1431,11 +1433,11 @@ def left_by(reactor: Any, start: Any, cancels: bool) -> list[str]:
         with contextlib.suppress(*ENDS):
             await it
         del it
-        # For what the loop has still to call.
+        # Let the loop make the calls that are pending.
         await sleep(0.005)
 
     async def main() -> list[str]:
-        # What is made once.
+        # Fill the caches.
         await once()
         with without_collector():
             await once()
@@ -1511,7 +1513,7 @@ def test_instruments(reactor: Any) -> None:
 
 
 def test_instruments_added_before_asyncio() -> None:
-    """They can be removed all the same."""
+    """Instruments that were added before asyncio was used can be removed."""
     clock = Clock()
     steps: list[str] = []
     channel: Channel[Any] = Channel(0)
@@ -1595,7 +1597,7 @@ def test_awaiting_asyncio_without_a_loop_raises() -> None:
         ):
             with pytest.raises(RuntimeError, match="--reactor=rtsig-asyncio"):
                 spawn(function, reactor=clock).result()
-        # A mistake that has nothing to do with asyncio.
+        # A yield of None is a mistake that has nothing to do with asyncio.
         with pytest.raises(TypeError, match="cannot wait for None"):
             spawn(yields_nothing, reactor=clock).result()
     finally:
@@ -1617,7 +1619,7 @@ def test_a_future_of_another_loop_raises(reactor: Any) -> None:
 
 
 def test_tasks_of_a_clock_in_a_loop() -> None:
-    """A reactor of any kind, whose thread runs a loop."""
+    """Tasks of any reactor can await asyncio if its thread runs a loop."""
     clock = Clock()
 
     async def ours() -> Any:
@@ -1677,8 +1679,8 @@ def test_tasks_before_the_reactor_runs(reactor: Any) -> None:
     assert seen == [reactor._asyncioEventloop] * 2
 
 
-def test_asyncio_awaits_deferreds_without_tasks_of_ours() -> None:
-    """The import is enough."""
+def test_asyncio_awaits_deferreds_without_tasks_of_this_package() -> None:
+    """The import of ``twisted_rtsig.coro`` is enough."""
     program = """
         import asyncio, sys
         import twisted_rtsig.coro
@@ -1703,7 +1705,7 @@ def test_asyncio_awaits_deferreds_without_tasks_of_ours() -> None:
 
 
 def test_yielded_coroutines(reactor: Any) -> None:
-    """As Twisted's inlineCallbacks takes them."""
+    """Twisted's inlineCallbacks accepts them as well."""
 
     def generator() -> Any:
         got = [(yield returns(pause_of_ours, [])())]
@@ -1713,7 +1715,7 @@ def test_yielded_coroutines(reactor: Any) -> None:
     assert run(reactor, generator) == ["value", "value"]
 
 
-def test_failures_of_deferreds_reach_asyncio_as_they_are(reactor: Any) -> None:
+def test_failures_of_deferreds_reach_asyncio_unchanged(reactor: Any) -> None:
     async def of_asyncio(deferred: Deferred[None]) -> None:
         with pytest.raises(ExpectedError, match="why"):
             await deferred
@@ -1733,7 +1735,7 @@ def test_failures_of_deferreds_reach_asyncio_as_they_are(reactor: Any) -> None:
 
 
 async def speaks_asyncio(stream: Stream) -> None:
-    """Waits for asyncio in every way, and cleans up."""
+    """Waits in every way of asyncio, and cleans up."""
     await asyncio.sleep(0)
     await asyncio.sleep(60)
     body = returns(pause_of_asyncio, [])
@@ -1765,7 +1767,7 @@ async def peer_of_asyncio(stream: Stream) -> None:
 
 
 def test_cancel_everywhere() -> None:
-    # Eleven waits that are there on each Python, and those of other kinds.
+    # Eleven waits exist on each Python; a newer Python adds other kinds.
     assert cancel_everywhere(speaks_asyncio, peer_of_asyncio) > 11
 
 
@@ -1832,12 +1834,12 @@ def test_cancel_everywhere_finds_faults(
     with pytest.raises(AssertionError, match=why):
         cancel_everywhere(handler)
     for task in left_behind:
-        # It says nothing of its end, which does not come.
+        # The task never ends: do not let asyncio log that.
         task._log_destroy_pending = False
     left_behind.clear()
 
 
-# anyio, where it is installed
+# anyio, if it is installed
 
 
 def test_anyio(reactor: Any) -> None:
@@ -1860,7 +1862,7 @@ def test_anyio(reactor: Any) -> None:
                 await wait(DEADLINE)
         with pytest.raises(BaseExceptionGroup):
             await fails_together(body)
-        # anyio cancels the cleaning up as well.
+        # anyio cancels the waits of the cleaning up as well.
         assert told == ["waits"]
         told.clear()
         with move_on_after(0.01) as limit:
