@@ -56,19 +56,19 @@ from twisted_rtsig.coro.testing import stream_pair
 
 pytestmark = frees_at_once
 
-# What starts when it is called, and may be left alone.
+# Functions that start their work when they are called, and need not be awaited.
 MAY_BE_LEFT = {
     *("Stream.write", "Stream.write_eof", "Stream.send_file", "Stream.start_tls"),
     *("Stream.close", "Stream.abort", "Channel.send", "ChannelSender.send"),
     *("DatagramSocket.send_to", "DatagramSocket.close"),
     *("AsyncFile.write", "AsyncFile.write_at", "AsyncFile.close"),
-    # One after the other, in the order of their calls.
+    # These are carried out one after the other, in the order of the calls.
     *("AsyncFile.seek", "AsyncFile.truncate"),
     *("AsyncTextFile.write", "AsyncTextFile.seek", "AsyncTextFile.truncate"),
     *("AsyncTextFile.close", "TemporaryFile.close", "NamedTemporaryFile.close"),
     *("SpooledTemporaryFile.close", "TemporaryDirectory.cleanup", "Process.stop"),
     *("StapledStream.close", "StapledStream.abort", "Portal.stop"),
-    # A server or a connection is there without a wait for it.
+    # These take effect without a wait.
     *("serve", "connect", "Server.stop", "CoroutineFactory.stop"),
     "CoroutineService.stopService",
     *("Task.as_deferred", "FileProducer.start", "FileProducer.startProducing"),
@@ -81,10 +81,10 @@ def debug(debug_as_before: None) -> None:
 
 
 def warned(function: Callable[[], Any]) -> list[str]:
-    """Of which calls in this file there was a warning, each with its line of code."""
+    """The calls in this file that a warning was shown for, each with its code line."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        # A file that was opened, and that nothing has closed.
+        # open_file() without await leaves a file open, which is warned of as well.
         warnings.simplefilter("ignore", ResourceWarning)
         function()
         gc.collect()
@@ -98,7 +98,7 @@ def warned(function: Callable[[], Any]) -> list[str]:
     return found
 
 
-# What is warned of
+# Calls that warn
 
 
 def test_tasks_and_time(clock: Clock) -> None:
@@ -158,7 +158,7 @@ async def _leaves_out_awaits_of_channels_and_locks() -> None:
     await condition.lock.acquire()
     condition.notify()
     condition.lock.release()
-    # The wait has the lock again.
+    # The wait above has acquired the lock again.
     condition.wait_for(lambda: False)
 
 
@@ -248,7 +248,8 @@ def test_threads_processes_and_connections(reactor: Any, tmp_path: Any) -> None:
         files.rename(tmp_path / "new", tmp_path / "newer")
         await in_thread(wait_for_file, tmp_path / "newer")
         files.remove(tmp_path / "newer")
-        # All threads have given back what they have, and then one more.
+        # Let the results of all threads arrive: wait for the threads, and then for one
+        # more call.
         while reactor.getThreadPool().working:
             await sleep(0.001)
         await in_thread(len, "")
@@ -269,8 +270,8 @@ def wait_for_file(path: Any) -> None:
         pass
 
 
-def test_the_lost_error_of_an_unawaited_operation(clock: Clock) -> None:
-    """It is logged as well, as without the debug mode."""
+def test_unawaited_operations_that_fail(clock: Clock) -> None:
+    """They warn, and an operation that is awaited still raises its error."""
     errors: list[Any] = []
 
     async def main() -> None:
@@ -309,7 +310,7 @@ def test_each_line_is_shown_once(clock: Clock) -> None:
     )
 
 
-# What is not
+# Calls that do not warn
 
 
 async def _uses(stream: Stream, other: Stream) -> None:
@@ -318,7 +319,7 @@ async def _uses(stream: Stream, other: Stream) -> None:
     await sleep(0)
     assert await reading == b""
     reading = stream.read_line()
-    # Neither a look at it, nor a second wait, is anything special.
+    # To look at an operation, or to wait for it again, is harmless.
     assert reading.called
     assert "Finished" in repr(reading)
     assert [await reading, await reading] == [b"", b""]
@@ -328,7 +329,7 @@ async def _uses(stream: Stream, other: Stream) -> None:
     stream.read_line().addBoth(got.append)
     stream.read_line().addErrback(got.append)
     assert got == [b"", b"", b""]
-    # Callbacks that return what is there, and what comes.
+    # Callbacks that return finished operations, and operations that finish later.
     assert await sleep(0).addCallback(lambda _: stream.read_line()) == b""
     assert await sleep(0).addCallback(lambda _: stream.read_exactly(0)) == b""
     clock = current_task().reactor
@@ -365,7 +366,7 @@ async def _uses(stream: Stream, other: Stream) -> None:
     await spawn(_transfers_in_generator)
     async for _ in stream.lines(until=event):
         pass
-    # These do the same if they are left alone.
+    # These do their work without a wait.
     stream.write(b"x")
     stream.close()
 
@@ -441,7 +442,7 @@ def test_used_operations_do_not_warn_in_each_style(reactor: Any, style: str) -> 
                 lambda: select(channel, event),
                 lambda: sleep(0.001),
                 lambda: in_thread(len, "abc"),
-                # Each of them waits for another operation within this package.
+                # These wait for other operations within this package.
                 lambda: CapacityLimiter(1).in_thread(len, "abc"),
                 lambda: spawn(_leave_a_process).as_deferred(),
             ]
@@ -467,7 +468,7 @@ async def _leave_a_process() -> None:
 def test_a_method_that_was_looked_up_before_the_operation_was_used(
     clock: Clock, late: str
 ) -> None:
-    """As a timer does, which is given ``operation.cancel``."""
+    """A timer may hold such a method: ``operation.cancel``, for example."""
     arguments: dict[str, list[Any]] = {
         "cancel": [],
         "succeed": [3],
@@ -549,7 +550,7 @@ def _functions() -> Iterator[tuple[str, types.FunctionType]]:
 
 
 def test_every_function_is_tested_here() -> None:
-    """What returns an operation either must be awaited or may be left."""
+    """A function that returns an operation is decorated, or is in MAY_BE_LEFT."""
     decorated = set()
     for name, function in _functions():
         returned = str(function.__annotations__.get("return"))

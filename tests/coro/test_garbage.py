@@ -1,7 +1,7 @@
 """
-Tasks leave nothing to the garbage collector, whatever they wait for and however they
-end. So the failure of a task that no code awaits is logged when the last reference to
-the task goes, and not some time later.
+Tasks leave no garbage to the collector, whatever they wait for and however they end.
+So the failure of a task that no code awaits is logged when the last reference to the
+task is dropped, and not some time later.
 """
 
 from __future__ import annotations
@@ -86,14 +86,15 @@ from twisted_rtsig.files import (
 
 pytestmark = frees_at_once
 
-# For each of its calls, Twisted's thread pool leaves a function that refers to itself.
+# Types of the garbage of Twisted's thread pool, which leaves a function that refers to
+# itself for each call.
 OF_THREAD_POOL = (FunctionType, CellType, tuple, dict)
 
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
     gc.collect()
-    # Objects of earlier tests may become garbage only now.
+    # Leave out objects of earlier tests, which may become garbage only now.
     gc.freeze()
     gc.disable()
     try:
@@ -118,7 +119,7 @@ def garbage() -> list[str]:
 
 
 def advance(clock: Clock) -> None:
-    """Let some seconds pass, and all turns."""
+    """Let 15 seconds pass, and all turns of the reactor."""
     for _ in range(30):
         clock.advance(0.5)
         clock.advance(0)
@@ -239,7 +240,7 @@ async def timed_out(fails: Any) -> None:
 
 
 async def alone(fails: Any) -> None:
-    # The name of what spawn() is given.
+    # The inner task has the name of its function; the failure is logged for "main".
     await spawn(fails).as_deferred()
 
 
@@ -281,7 +282,7 @@ def test_a_failure_is_logged_when_the_last_reference_goes(
         assert set(names) == {"main"}
 
 
-# Everything that waits
+# Every kind of wait
 
 
 async def sleeps(clock: Clock) -> None:
@@ -613,7 +614,7 @@ def test_waits_leave_no_garbage(waits: Any) -> None:
             advance(clock)
         task.result()
 
-    # What is made once.
+    # Fill the caches.
     wait()
     with without_collector():
         wait()
@@ -644,7 +645,8 @@ def channel_that_is_closed(clock: Clock) -> Channel[int]:
     return channel
 
 
-# Of an error, Twisted's own drivers leave garbage whatever it comes from.
+# The styles of this package alone: when an operation fails, Twisted's own drivers leave
+# garbage.
 OURS = ["async def", "generator", "@coroutine"]
 
 
@@ -726,7 +728,7 @@ async def threads(reactor: Any) -> None:
         await each
     with contextlib.suppress(TimeoutError), timeout(0):
         await in_thread(time.sleep, 0.001)
-    # The thread goes on: wait for it.
+    # The thread goes on after its wait was cancelled: wait for it.
     while reactor.getThreadPool().working:
         await sleep(0.001)
 
@@ -737,7 +739,7 @@ async def signals(reactor: Any) -> None:
         await receiver.receive()
         with contextlib.suppress(TimeoutError), timeout(0.001):
             await receiver.receive()
-        # It fails at the end of the block.
+        # This wait fails at the end of the block.
         receiver.receive()
 
 
@@ -819,12 +821,12 @@ async def datagrams(reactor: Any) -> None:
 )
 def test_waits_on_a_reactor_leave_no_garbage(reactor: Any, waits: Any) -> None:
     async def main() -> list[str]:
-        # What is made once.
+        # Fill the caches.
         await waits(reactor)
         await sleep(0.01)
         with without_collector():
             await waits(reactor)
-            # The connections need some turns to end.
+            # The connections take some turns to end.
             await sleep(0.01)
             return garbage()
 
@@ -848,7 +850,7 @@ def test_open_tcp_leaves_no_more_garbage_than_twisted(
                     async with await connecting():
                         pass
                 await sleep(0.01)
-                # Addresses in memory differ.
+                # Compare the types alone: a repr may have an address in memory.
                 left = sorted(each.partition(":")[0] for each in garbage())
         return left
 

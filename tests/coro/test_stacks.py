@@ -63,7 +63,8 @@ def start(request: Any) -> Callable[..., Task[Any]]:
     return started
 
 
-# Before, the caller of a function keeps the arguments, and with them what it waits for.
+# In Python 3.10 the caller of a function keeps the arguments, and thereby the operation
+# that the function waits for.
 since_311 = pytest.mark.skipif(
     sys.version_info < (3, 11), reason="it stays until the process ends"
 )
@@ -73,7 +74,7 @@ since_311 = pytest.mark.skipif(
 
 
 def functions_of(error: BaseException | None) -> list[str]:
-    """Where an error was raised: the functions of this file, the outermost first."""
+    """The functions of this file in the traceback of an error, the outermost first."""
     assert error is not None
     frames = traceback.extract_tb(error.__traceback__)
     return [each.name for each in frames if each.filename == HERE]
@@ -108,14 +109,14 @@ def test_an_error_has_the_whole_stack(clock: Clock, logged: list[Any]) -> None:
         clock.advance(1)
     error = task._see_error()
     assert functions_of(error) == ["outer", "middle", "inner", "innermost"]
-    # None of the machinery.
+    # The machinery is not in the traceback.
     assert files_of(error) == {HERE}
     with pytest.raises(ExpectedError):
         task.result()
 
 
 def test_an_error_from_another_task(clock: Clock) -> None:
-    """From another task, with the frames that it has there."""
+    """The error keeps the frames of the other task."""
     errors: list[BaseException] = []
 
     def waits() -> None:
@@ -145,7 +146,7 @@ def test_a_failure_is_logged_once(clock: Clock, logged: list[Any]) -> None:
 def test_each_stack_has_its_own_handled_error(
     clock: Clock, start: Callable[..., Any]
 ) -> None:
-    """Each stack has its own, and what is raised there has it as its context."""
+    """The handled error of a stack is the context of errors that are raised there."""
     seen: list[Any] = []
 
     def main(number: int) -> None:
@@ -186,7 +187,7 @@ def _waits() -> None:
 
 
 def test_an_error_keeps_its_context(clock: Clock, start: Callable[..., Any]) -> None:
-    """It keeps that, whatever is handled where it is waited for."""
+    """Even if the function that waits handles another error."""
 
     async def fails() -> None:
         await sleep(1)
@@ -208,7 +209,7 @@ def test_an_error_keeps_its_context(clock: Clock, start: Callable[..., Any]) -> 
 
 
 def test_the_error_that_a_coroutine_handles(clock: Clock) -> None:
-    """A function that it calls sees it, as any function that it would call."""
+    """A stackful function that the coroutine awaits sees the error as any function."""
 
     def again() -> None:
         assert isinstance(sys.exc_info()[1], ExpectedError)
@@ -257,7 +258,7 @@ def test_errors_of_the_coroutine_protocol(
     task = start(lambda: main(GreenletExit()), reactor=clock)
     finish_anyhow(clock, task)
     assert task.cancelled
-    # The same of what it waits for.
+    # The same error from the awaitable that the task waits for.
     task = start(lambda: wait(fail(GreenletExit())), reactor=clock)
     finish_anyhow(clock, task)
     assert task.cancelled
@@ -295,7 +296,7 @@ def test_a_deep_stack(clock: Clock, start: Callable[..., Any]) -> None:
 
 
 def test_context_variables(clock: Clock, start: Callable[..., Any]) -> None:
-    """It runs in a copy of the context that it was started in, as other tasks."""
+    """A task runs in a copy of the context that it was started in, as other tasks."""
 
     def main() -> None:
         assert variable.get() == "outer"
@@ -356,7 +357,7 @@ def test_the_context_of_a_coroutine_is_that_of_its_function(clock: Clock) -> Non
         assert variable.get() == "changed"
 
     finish(clock, spawn(main, reactor=clock))
-    # Without a task.
+    # The same without a task.
     done: list[Any] = []
     Deferred.fromCoroutine(main_without_task(clock)).addCallback(done.append)
     clock.advance(1)
@@ -373,7 +374,7 @@ async def main_without_task(clock: Clock) -> str:
 
 
 def test_the_first_context_of_a_thread() -> None:
-    """There is none before something is set."""
+    """A thread has no context before a variable is set."""
     seen: list[str] = []
 
     def in_thread() -> None:
@@ -430,7 +431,7 @@ def test_the_stack_of_a_waiting_task(clock: Clock) -> None:
     assert stackful.__file__ not in listing
     event.set()
     assert task.done
-    # From a coroutine.
+    # The stack of a task that a coroutine begins.
     event = Event()
     task = spawn(third, name="it", reactor=clock)
     assert lines(format_tasks(clock)) == ["third", "fourth", "fifth"]
@@ -450,7 +451,7 @@ def test_the_stack_of_a_running_task(clock: Clock) -> None:
     def third() -> None:
         wait(sleep(1))
         seen.append(format_tasks(clock))
-        # A thread, as that of watch_for_blocking, sees it as well.
+        # Another thread, such as that of watch_for_blocking, sees the stack as well.
         other = threading.Thread(target=lambda: seen.append(format_tasks(clock)))
         other.start()
         other.join()
@@ -486,14 +487,14 @@ def test_the_task_of_code_at_any_depth(clock: Clock) -> None:
 def test_a_blocking_call_is_reported(
     reactor: Any, logged: list[Any], inner: bool
 ) -> None:
-    """By its name and its whole stack: a real sleep, for example."""
+    """The watchdog reports a task that calls time.sleep() by its name and stack."""
 
     def told() -> list[str]:
         messages = [each["log_format"].format(**each) for each in list(logged)]
         return [each for each in messages if " in blocks: " in each]
 
     def main() -> None:
-        # On a busy machine others are reported as well, and each only once.
+        # On a busy machine other calls are reported as well, and a block only once.
         while not told():
             wait(sleep(0.01))
             if inner:
@@ -520,14 +521,14 @@ def test_a_blocking_call_is_reported(
     assert lines(message) == names
 
 
-def test_a_real_socket_is_reported(reactor: Any, logged: list[Any]) -> None:
+def test_a_blocking_socket_is_reported(reactor: Any, logged: list[Any]) -> None:
     import socket
 
     ours, theirs = socket.socketpair()
     found: list[str] = []
 
     def look() -> None:
-        """In a thread: let the socket go on after a while."""
+        """In a thread: let ``recv`` go on after a while."""
         while not found:
             time.sleep(0.3)
             messages = [each["log_format"].format(**each) for each in list(logged)]
@@ -554,16 +555,16 @@ def test_a_real_socket_is_reported(reactor: Any, logged: list[Any]) -> None:
     assert "received = ours.recv(1)" in found[0]
 
 
-# The end of what nothing can resume
+# The end of tasks that nothing can resume
 
 
 class Log(list[str]):
-    """What has happened, which can be referred to weakly."""
+    """A list that supports weak references."""
 
 
 @since_311
 def test_a_task_freed_by_its_last_reference(clock: Clock) -> None:
-    """Nothing of this is left to the collector."""
+    """A waiting task ends with GeneratorExit when nothing refers to it any more."""
     seen: list[str] = []
 
     def main() -> None:
@@ -609,7 +610,7 @@ def test_a_freed_task_cleans_up(
             wait(WAITS[what]())
         finally:
             seen.append("finally")
-            # It can do what need not wait, and cannot wait.
+            # Operations that are done at once work; a wait ends the function.
             channel: Channel[int] = Channel(1)
             wait(channel.send(1))
             assert wait(channel.receive()) == 1
@@ -657,7 +658,7 @@ def main(name):
         with shield():
             wait(event.wait())
     finally:
-        # All modules are still there.
+        # No module was torn down yet.
         print(name, sys.modules is not None, flush=True)
         if name == "fails":
             raise KeyError(name)
@@ -679,7 +680,7 @@ print(format_tasks().count(" waits for "), "left", flush=True)
 
 
 def test_tasks_left_at_the_end_of_the_process() -> None:
-    """Whatever refers to them."""
+    """They clean up, whatever refers to them."""
     done = subprocess.run(
         [sys.executable, "-c", LEFT], capture_output=True, text=True, check=True
     )
@@ -720,7 +721,7 @@ print("the end", flush=True)
 
 
 def test_a_function_that_ignores_its_end_is_abandoned() -> None:
-    """Neither the collector nor the end of the process wait for it for ever."""
+    """The function blocks neither the collector nor the end of the process for ever."""
     done = subprocess.run(
         [sys.executable, "-c", ENDLESS],
         capture_output=True,
@@ -729,7 +730,8 @@ def test_a_function_that_ignores_its_end_is_abandoned() -> None:
         timeout=120,
     )
     assert done.stdout == "the end\n"
-    # Of the one that was dropped elsewhere greenlet tells, if it was: see since_311.
+    # The task that was dropped in another thread is reported by greenlet; but in Python
+    # 3.10 it was not dropped: see since_311.
     told = 2 if sys.version_info >= (3, 11) else 3
     assert done.stderr.count("\nRuntimeError: the function of a stackful task") == told
     assert done.stderr.count("Task left has failed to clean up") == 1
@@ -748,9 +750,9 @@ def test_a_coroutine_that_is_closed(clock: Clock) -> None:
     coroutine.send(None)
     coroutine.close()
     assert seen == ["finally"]
-    # One that has not begun.
+    # A coroutine that has not begun.
     in_stackful(main).close()
-    # One that raises something else.
+    # A coroutine that raises another error.
 
     def fails() -> None:
         try:
@@ -766,7 +768,7 @@ def test_a_coroutine_that_is_closed(clock: Clock) -> None:
 
 @since_311
 def test_a_task_freed_in_another_thread(clock: Clock) -> None:
-    """It ends in its own one, as soon as any stack is switched there."""
+    """The task ends in its own thread, at the next switch of any stack there."""
     seen: list[int] = []
 
     def main() -> None:
@@ -794,7 +796,7 @@ def test_a_task_freed_in_another_thread(clock: Clock) -> None:
 
 
 def test_a_task_resumed_in_another_thread_fails(clock: Clock) -> None:
-    """It fails, and cleans up in its own one."""
+    """The task fails, and cleans up in its own thread."""
     seen: list[int] = []
 
     def main() -> None:
@@ -814,8 +816,6 @@ def test_a_task_resumed_in_another_thread_fails(clock: Clock) -> None:
 
 
 def test_ended_tasks_leave_no_garbage(clock: Clock) -> None:
-    """To the collector."""
-
     async def coroutine(fails: bool) -> None:
         await sleep(1)
         if fails:
@@ -854,7 +854,7 @@ def test_ended_tasks_leave_no_garbage(clock: Clock) -> None:
         with contextlib.suppress(NoStackError):
             wait(Deferred())
 
-    # What is made once.
+    # Fill the caches.
     all_ways()
     with without_collector():
         all_ways()
@@ -862,7 +862,7 @@ def test_ended_tasks_leave_no_garbage(clock: Clock) -> None:
 
 
 def test_arguments_are_freed(clock: Clock) -> None:
-    """Once the function has dropped it."""
+    """An argument is freed once the function has dropped it."""
     log = Log()
     reference = weakref.ref(log)
     event = Event()
@@ -901,7 +901,7 @@ def test_received_values_are_freed(clock: Clock) -> None:
 
 
 def test_other_greenlets_within_a_stackful_task(clock: Clock) -> None:
-    """As of SQLAlchemy, which awaits for a function on its own greenlet."""
+    """For example those of SQLAlchemy, which awaits for a function on a greenlet."""
 
     def main() -> str:
         here = getcurrent()
@@ -922,7 +922,7 @@ def test_other_greenlets_within_a_stackful_task(clock: Clock) -> None:
 
 
 def test_a_greenlet_that_ends_elsewhere(clock: Clock) -> None:
-    """Its result is not that of the task."""
+    """The result of the greenlet is not taken for the result of the task."""
     seen: list[str] = []
     root = getcurrent()
 
@@ -952,7 +952,7 @@ def test_a_reactor_that_runs_in_a_greenlet(clock: Clock) -> None:
         return "value"
 
     task = spawn_stackful(main, reactor=clock)
-    # Now in one, then in another one, which is gone by then.
+    # Each turn runs in another greenlet, when the one before is gone.
     for _ in range(3):
         greenlet(lambda: clock.advance(1)).switch()
         gc.collect()
