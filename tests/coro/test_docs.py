@@ -1,18 +1,19 @@
 """
-Every example of docs/ runs, and says what its page says.
+Every example of docs/ runs, and prints what its page says.
 
-What a block of code is, is seen from what is around it:
+The text around a block of code tells what kind of block it is:
 
-- After a comment with the name of a file it is a quotation, of as many whole lines
-  of that file, which has tests of its own.
-- After the comment ``program`` it runs in a process of its own, which must end well.
-- Any other block of Python runs: the blocks of one section (of the second level)
+- After a comment with the name of a file, a block is a quotation: whole lines of that
+  file, which has tests of its own.
+- After the comment ``program``, a block runs in a process of its own, which must
+  succeed.
+- Any other block of Python runs.  The blocks of one section (of the second level) run
   one after the other in one namespace, and in a task, so that they may await.
-- A block of text with C: and S: is a conversation.  It is had with each function
-  that takes a stream and was defined in the section since the last conversation:
-  the client says what is behind C:, and closes its side after the last of it; the
-  server says what is behind S:, and nothing else, and closes.
-- Any other block of text is what was printed since the last such block.
+- A block of text with C: and S: is a conversation.  The test has it with each function
+  that takes a stream and was defined in the section since the last conversation.  The
+  client sends the lines after C:, and closes its side after the last of them.  The
+  server must send the lines after S:, and nothing else, and close.
+- Any other block of text is the output since the last such block.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ from twisted_rtsig import coro, files, workers
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-# tests/test_first_server.py runs that page, in a shell.
+# tests/test_first_server.py runs first-server.md, in a shell.
 PAGES = sorted(set(DOCS.glob("*.md")) - {DOCS / "first-server.md"})
 README = ROOT / "README.md"
-# What protocols, transports and watchdogs call.
+# Methods of streams that protocols, transports and watchdogs call.
 NOT_FOR_HANDLERS = [
     *("feed", "feed_eof", "finish_output", "lose", "lose_output"),
     *("limit_handshake", "secure"),
@@ -64,7 +65,8 @@ NOT_FOR_HANDLERS = [
     *("activity", "full", "resumed", "signs", "timed_out", "time_out"),
     *("waits_for_first_byte", "written"),
 ]
-# What tasks share; and what operations and select call of it.
+# Classes of objects that tasks share; and methods of these that operations and select
+# call.
 SHARED = [
     *(coro.Channel, coro.Event, coro.Semaphore, coro.Lock, coro.Condition),
     *(coro.ChannelSender, coro.ChannelReceiver, coro.CapacityLimiter),
@@ -77,8 +79,10 @@ CHAT = "The chat, with coroutines and with callbacks"
 
 class Block(NamedTuple):
     """
-    :ivar quoted: the file that it is a part of.
-    :ivar line: where it begins in its page.
+    A block of code in a page.
+
+    :ivar quoted: the comment before it: the name of a file, ``program``, or None.
+    :ivar line: the line of the page where the block begins.
     """
 
     page: Path
@@ -111,7 +115,7 @@ def _blocks(page: Path) -> list[Block]:
 
 
 def run_program(block: Block) -> str:
-    """What a program prints."""
+    """Run a program; return its output."""
     done = subprocess.run(
         [sys.executable, "-c", block.code],
         capture_output=True,
@@ -164,7 +168,7 @@ class Section:
     def run_code(self, block: Block) -> None:
         before = dict(self.namespace)
         compiled = compile(
-            # So that the lines in tracebacks are those of the page.
+            # Let tracebacks show the line numbers of the page.
             "\n" * block.line + block.code,
             str(block.page),
             "exec",
@@ -225,7 +229,7 @@ def test_the_examples_of_a_page_run(
     if ON_PYPY and title == "Forgotten awaits":
         pytest.skip("PyPy warns some time later")
     monkeypatch.chdir(tmp_path)
-    # A reactor that is only iterated is not told that a child has ended.
+    # This reactor is iterated and does not run, so it gets no SIGCHLD: reap children.
     LoopingCall(reapAllProcesses).start(0.01)
     Section(reactor, page, title).run()
     assert failures(logged) == []
@@ -243,7 +247,7 @@ def test_the_examples_of_a_page_run(
 def test_quotations_are_up_to_date(block: Block) -> None:
     assert block.quoted is not None
     assert f"\n{block.code}" in "\n" + (ROOT / block.quoted).read_text()
-    # Not the end of one thing and the beginning of another.
+    # A quotation must not begin in the middle of a function or class.
     assert not textwrap.dedent(block.code).startswith(" ")
 
 

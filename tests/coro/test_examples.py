@@ -1,4 +1,4 @@
-"""The examples, driven by the clients that people use with such servers."""
+"""The examples, tested with clients in common use for such servers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from twisted_rtsig.coro import (
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-# Of pyOpenSSL's, about what Twisted does with certificates.
+# pyOpenSSL warns of how Twisted uses certificates.
 pytestmark = pytest.mark.filterwarnings("ignore:Passing pyOpenSSL:DeprecationWarning")
 
 T = TypeVar("T")
@@ -45,10 +45,11 @@ T = TypeVar("T")
 @pytest.fixture
 def reactor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """
-    One reactor is enough for the examples.  It has threads, for the clients.
+    One reactor with threads, for the clients.  The examples need no other kind of
+    reactor.
 
-    It is the installed one, as in a program: Twisted's TLS asks no other for
-    the time.
+    It is installed, as in a program: Twisted's TLS uses the installed reactor for its
+    timeouts.
     """
     made: Any
     if sys.platform.startswith("linux"):
@@ -70,7 +71,7 @@ def reactor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @functools.cache
 def example(name: str) -> Any:
-    """An example, as a module, which all tests share."""
+    """An example as a module, which all tests share."""
     path = EXAMPLES / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"examples.{name}", path)
     assert spec is not None
@@ -81,20 +82,20 @@ def example(name: str) -> Any:
 
 
 def serving(reactor: Any, handler: Any, **options: Any) -> int:
-    """The port on which a handler is served."""
+    """Serve a handler; return the port."""
     server: Server = run(reactor, lambda: listen(reactor, handler, **options))
     port: int = server.port.getHost().port
     return port
 
 
 def meanwhile(reactor: Any, function: Callable[..., T], *args: Any) -> T:
-    """What a function returns that blocks, while the reactor turns."""
+    """Call a function that blocks in a thread, while the reactor turns."""
     result: T = run(reactor, in_thread, function, *args)
     return result
 
 
 def program(name: str) -> str:
-    """Where a program is."""
+    """The path of a program; skip the test if it is not installed."""
     path = shutil.which(name)
     if path is None:
         pytest.skip(f"there is no {name}: install it (Debian: redis-tools, curl)")
@@ -102,14 +103,14 @@ def program(name: str) -> str:
 
 
 def output(*command: str) -> str:
-    """What a program prints, if it goes well."""
+    """Run a program, which must succeed; return its output."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 0, (command, done.stdout, done.stderr)
     return done.stdout
 
 
 class Client:
-    """A client in a thread: lines, there and back."""
+    """A client in a thread, which sends and receives lines."""
 
     def __init__(self, port: int) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=DEADLINE)
@@ -136,8 +137,8 @@ class Client:
         self.close()
 
 
-# The chat.  It is written with callbacks as well, in docs/coroutines.md, and the
-# tests of that page have the same conversations with it.
+# The chat.  docs/coroutines.md also has it with callbacks, and the tests of that page
+# use the same conversations.
 
 
 def converse_in_chat(port: int) -> None:
@@ -146,7 +147,7 @@ def converse_in_chat(port: int) -> None:
         assert ann.ask(b"Ann") == b"Hello, Ann!"
         assert bob.ask(b"Ann") == b"Choose another one."
         assert bob.ask(b" \x1b ") == b"Choose another one."
-        # In two pieces, and as telnet and netcat end their lines.
+        # A name in two pieces; and the line ends of telnet and of netcat.
         bob.send(b"B")
         assert ann.ask(b"/who") == b"* Ann"
         assert bob.ask(b"ob") == b"Hello, Bob!"
@@ -169,7 +170,7 @@ def converse_in_chat(port: int) -> None:
 
 
 def flood_chat(port: int) -> None:
-    """Write until the chat throws out the client that does not read."""
+    """Write until the chat drops the client that does not read."""
     with Client(port) as ann, Client(port) as bob:
         assert [bob.line(), bob.ask(b"Bob")][1] == b"Hello, Bob!"
         assert [ann.line(), ann.ask(b"Ann")][1] == b"Hello, Ann!"
@@ -212,7 +213,7 @@ def test_chat_without_a_name(
 
 
 class Mail:
-    """The server, and what it has delivered."""
+    """The server, and the messages that it has delivered."""
 
     def __init__(self, reactor: Any, folder: Path) -> None:
         self.certificate, key = make_certificate(folder)
@@ -226,7 +227,7 @@ class Mail:
         self.port = serving(reactor, handler.session)
 
     def context(self) -> ssl.SSLContext:
-        """A client's, which believes this certificate and no other."""
+        """The context of a client that trusts only the certificate of this server."""
         return ssl.create_default_context(cafile=str(self.certificate))
 
     def connect(self) -> smtplib.SMTP:
@@ -258,7 +259,7 @@ def test_smtp(reactor: Any, mail: Mail, mechanism: str) -> None:
                 assert client.mail("ann@here.example")[0] == 250
                 assert client.rcpt("bob@there.example")[0] == 250
                 assert client.rcpt("eve@there.example")[0] == 250
-                # Not with data(), which would mend the bare newlines.
+                # Not by data(), which would replace the bare newlines.
                 assert client.docmd("DATA")[0] == 354
                 client.send(TEXT.replace(b"\r\n.", b"\r\n..") + b".\r\n")
                 assert client.getreply()[0] == 250
@@ -269,7 +270,7 @@ def test_smtp(reactor: Any, mail: Mail, mechanism: str) -> None:
     assert mail.messages == [(b"ann", "ann@here.example", recipients, TEXT)] * 2
 
 
-def test_smtp_the_simple_way(reactor: Any, mail: Mail) -> None:
+def test_smtp_sendmail(reactor: Any, mail: Mail) -> None:
     def send() -> None:
         with mail.connect_encrypted() as client:
             client.login("ann", "secret")
@@ -289,7 +290,7 @@ def test_smtp_wrong_password(reactor: Any, mail: Mail) -> None:
                 with pytest.raises(smtplib.SMTPAuthenticationError, match="535"):
                     client.auth("PLAIN", client.auth_plain)
             assert client.mail("ann@here.example")[0] == 530
-            # The third one: right, but for another role.
+            # The third attempt: the right password, but of another user.
             given = b64encode(b"bob\0ann\0secret").decode()
             assert client.docmd("AUTH", f"PLAIN {given}")[0] == 535
             with pytest.raises(smtplib.SMTPServerDisconnected):
@@ -316,10 +317,10 @@ def test_smtp_wrong_password(reactor: Any, mail: Mail) -> None:
         ("AUTH \xff", 504),
     ],
 )
-def test_smtp_authentication_that_is_no_attempt(
+def test_smtp_malformed_or_abandoned_authentication(
     reactor: Any, mail: Mail, asked: str, code: int
 ) -> None:
-    """RFC 4954, 4: it may be given up, and tried again, as often as one likes."""
+    """RFC 4954, 4: a client may abandon authentication, and retry, without a limit."""
 
     def ask() -> None:
         with mail.connect_encrypted() as client:
@@ -364,7 +365,7 @@ def test_smtp_authentication_that_is_no_attempt(
     ],
 )
 def test_smtp_commands(reactor: Any, mail: Mail, asked: str, code: int) -> None:
-    """After a sender, and before a recipient; what is refused changes nothing."""
+    """After a sender, before a recipient: a refused command changes nothing."""
 
     def ask() -> None:
         with mail.connect_encrypted() as client:
@@ -428,7 +429,7 @@ def test_smtp_without_tls(reactor: Any, mail: Mail) -> None:
 
 
 def test_smtp_injection(reactor: Any, mail: Mail) -> None:
-    """What comes behind STARTTLS in clear is not taken for encrypted."""
+    """Plaintext after STARTTLS is not taken for encrypted data."""
 
     def inject() -> list[bytes]:
         with Client(mail.port) as client:
@@ -471,7 +472,7 @@ def socks(reactor: Any) -> int:
 
 
 def fetch_by_curl(reactor: Any, *arguments: str) -> Any:
-    # Whatever the environment says about proxies.
+    # --noproxy "" overrides the proxy settings of the environment.
     command = [program("curl"), "--silent", "--show-error", "--noproxy", "", *arguments]
     return meanwhile(
         reactor, lambda: subprocess.run(command, capture_output=True, timeout=DEADLINE)
@@ -498,7 +499,7 @@ def test_curl_through_socks5(
     assert failures(logged) == []
 
 
-def test_socks5_to_nowhere(reactor: Any, socks: int, logged: list[Any]) -> None:
+def test_socks5_to_a_refusing_port(reactor: Any, socks: int, logged: list[Any]) -> None:
     proxy = f"127.0.0.1:{socks}"
     with refusing_port() as port:
         done = fetch_by_curl(reactor, "--socks5", proxy, f"http://127.0.0.1:{port}/")
@@ -519,7 +520,7 @@ REFUSED = b"\x00\x01" + bytes(6)
         (b"\x05\x02\x01\x02", b"\x05\xff"),
         (HELLO + b"\x05\x01\x00\x02", WELCOME + b"\x05\x08" + REFUSED),
         (HELLO + b"\x05\x02\x00\x01" + bytes(6), WELCOME + b"\x05\x07" + REFUSED),
-        # A name that no resolver takes.
+        # Names that no resolver accepts.
         *(
             (
                 HELLO + b"\x05\x01\x00\x03%c%b\x00\x50" % (len(name), name),
@@ -613,7 +614,7 @@ class Redis:
 
     @contextlib.contextmanager
     def client(self) -> Iterator[Any]:
-        """One of redis-py."""
+        """A client of redis-py."""
         with redis.Redis(
             port=self.port, protocol=2, socket_timeout=DEADLINE
         ) as connected:
@@ -716,13 +717,13 @@ def test_redis_commands_in_pieces(reactor: Any, server: Redis, pieces: int) -> N
         ),
         b"*1\r\n$99999999\r\n",
         b"*2\r\n$9999999\r\n" + bytes(9999999) + b"\r\n$9999999\r\n",
-        # What comes behind an item is not the end of a line.
+        # An item is not followed by the end of a line.
         b"*1\r\n$4\r\nPINGPING\r\n",
         b"*1\r\n$4\r\nPING\n\r\n",
     ],
     ids=lambda sent: repr(sent[:20]),
 )
-def test_redis_nonsense(
+def test_redis_malformed_commands(
     reactor: Any, server: Redis, sent: bytes, logged: list[Any]
 ) -> None:
     def converse() -> bytes:
@@ -758,7 +759,7 @@ MOST = (1 << 63) - 1
 def test_redis_numbers(
     reactor: Any, server: Redis, digits: bytes, logged: list[Any]
 ) -> None:
-    """What Redis does not take for a number, wherever one is expected."""
+    """Strings that Redis does not accept as a number are refused for each argument."""
 
     def converse() -> None:
         with server.client() as client:
@@ -798,10 +799,10 @@ def test_redis_numbers_have_64_bits(reactor: Any, server: Redis) -> None:
 @pytest.mark.parametrize(
     "seconds", ["inf", "nan", "-1", "1_0", " 1", "1e999", "9" * 400, ".", ""]
 )
-def test_redis_blpop_for_no_time(
+def test_redis_blpop_with_a_bad_timeout(
     reactor: Any, server: Redis, seconds: str, logged: list[Any]
 ) -> None:
-    """That is refused also if there is something in the list."""
+    """A bad timeout is refused even if there is a value in the list."""
 
     def converse() -> None:
         with server.client() as client:
@@ -855,14 +856,14 @@ def test_redis_blpop_in_order(reactor: Any, server: Redis) -> None:
     assert not waiting
 
 
-def test_redis_blpop_of_one_who_has_gone(
+def test_redis_blpop_of_a_client_that_has_left(
     reactor: Any, server: Redis, logged: list[Any]
 ) -> None:
     waiting = server.database.waiting
     gone = Client(server.port)
     gone.send(b"PING\r\nBLPOP a 0\r\n")
     spin(reactor, lambda: waiting)
-    # What came before was answered, though this is not.
+    # The command before BLPOP was answered.
     assert gone.line() == b"+PONG"
     gone.close()
     spin(reactor, lambda: not waiting)
@@ -916,7 +917,7 @@ def test_redis_publish(reactor: Any, server: Redis, logged: list[Any]) -> None:
     assert failures(logged) == []
 
 
-def test_redis_subscriber_who_does_not_read(reactor: Any, server: Redis) -> None:
+def test_redis_subscriber_that_does_not_read(reactor: Any, server: Redis) -> None:
     def converse() -> None:
         with server.client() as client, Client(server.port) as deaf:
             deaf.send(b"SUBSCRIBE news\r\n")
@@ -1006,7 +1007,7 @@ ANSWERS: dict[str, bytes] = {
 
 
 async def proxy(stream: Stream) -> None:
-    """Answers what it is asked for by name, whatever the host."""
+    """Answer by the name in the URL, for any host."""
     method, url, version = (await stream.read_line()).decode().split()
     assert (method, version) == ("GET", "HTTP/1.1")
     scheme, _, host, name = url.split("/")
@@ -1020,7 +1021,7 @@ async def proxy(stream: Stream) -> None:
         return
     await stream.write(ANSWERS[name])
     if name.startswith("silence"):
-        # Until the client goes.
+        # Wait until the client leaves.
         await stream.read()
 
 
@@ -1070,11 +1071,11 @@ def test_http_fetch_without_a_body(reactor: Any) -> None:
         ("headers", "more than 100 headers"),
     ],
 )
-def test_http_fetch_of_nonsense(reactor: Any, name: str, why: str) -> None:
+def test_http_fetch_of_malformed_responses(reactor: Any, name: str, why: str) -> None:
     assert why in str(fetch(reactor, name))
 
 
-def test_http_fetch_of_what_ends_too_early(reactor: Any) -> None:
+def test_http_fetch_of_truncated_responses(reactor: Any) -> None:
     for name in ("short", "short-chunk"):
         with pytest.raises(IncompleteRead) as caught:
             fetch(reactor, name)
@@ -1088,7 +1089,7 @@ def test_http_fetch_times_out(reactor: Any, name: str, logged: list[Any]) -> Non
     assert failures(logged) == []
 
 
-def test_http_fetch_sends_no_line_of_its_own(reactor: Any) -> None:
+def test_http_fetch_refuses_bad_urls(reactor: Any) -> None:
     for url in (
         "http://site.test/\r\nX: y",
         "http://site.test/ x",
@@ -1105,21 +1106,21 @@ def test_http_fetch_sends_no_line_of_its_own(reactor: Any) -> None:
             run(reactor, example("http_fetch").fetch, None, f"http://{user}@site.test/")
 
 
-def test_http_fetch_keeps_the_fragment_to_itself(reactor: Any) -> None:
+def test_http_fetch_does_not_send_the_fragment(reactor: Any) -> None:
     for fragment in ("#", "#top", "#?a=b", "#@there.test"):
-        # Which the proxy would not find with a fragment.
+        # The proxy would not find the name with a fragment.
         assert fetch(reactor, f"length{fragment}").status == 200
 
 
-# As programs
+# The examples as programs
 
 
 @pytest.mark.processes
-def test_the_servers_are_programs(tmp_path: Path) -> None:
+def test_the_servers_run_as_programs(tmp_path: Path) -> None:
     certificate, key = make_certificate(tmp_path)
     pem = tmp_path / "both.pem"
     pem.write_bytes(key.read_bytes() + certificate.read_bytes())
-    # All at once, for they take their time to start.
+    # Start all at once, since each takes some time.
     running = [
         subprocess.Popen(
             [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments, "0"],
@@ -1151,14 +1152,14 @@ def test_the_servers_are_programs(tmp_path: Path) -> None:
                 assert client.line() == answered
     finally:
         for each in running:
-            # SIGINT is ignored in the background of a shell.
+            # Not SIGINT, which is ignored in the background of a shell.
             each.terminate()
         for each in running:
             each.communicate(timeout=DEADLINE)
 
 
 @pytest.mark.processes
-def test_http_fetch_is_a_program(reactor: Any) -> None:
+def test_http_fetch_runs_as_a_program(reactor: Any) -> None:
     program = [sys.executable, str(EXAMPLES / "http_fetch.py")]
     program += [f"127.0.0.1:{serving(reactor, proxy)}"]
     assert meanwhile(reactor, output, *program, "http://site.test/chunks") == "hello"
@@ -1186,7 +1187,7 @@ def test_http_fetch_is_a_program(reactor: Any) -> None:
         (("127.0.0.1:{closed}", "http://site.test/length"), "ConnectionRefusedError"),
     ],
 )
-def test_http_fetch_says_what_is_wrong_in_a_line(
+def test_http_fetch_reports_an_error_in_one_line(
     reactor: Any, arguments: tuple[str, ...], says: str
 ) -> None:
     address = f"127.0.0.1:{serving(reactor, proxy)}"

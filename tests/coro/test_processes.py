@@ -1,4 +1,4 @@
-"""Running commands, and what child processes are started with and ended by."""
+"""Running commands; and how child processes are started and ended."""
 
 from __future__ import annotations
 
@@ -44,28 +44,28 @@ def shell(script: str) -> list[str]:
 
 
 class Left(Exception):
-    """What a block ends by."""
+    """The error that a block ends with."""
 
 
-# Says that it runs, and takes no notice of SIGTERM; builtins alone, so that nothing
-# is left when it is killed.
+# Prints that it runs, and ignores SIGTERM.  It loops by builtins of the shell, so that
+# no process is left over when it is killed.
 STUBBORN = "trap '' TERM; echo ready; while :; do read line <&0 || sleep 0.01; done"
 
 
 async def leave_by_error(process: Process, first: Awaitable[Any]) -> None:
-    """Leave the block of a process by an error, when something has happened."""
+    """Leave the block of a process by an error, after ``first`` has fired."""
     async with process:
         await first
         raise Left
 
 
 async def until_gone(pid: int) -> None:
-    """Wait until a process that is no child of this one has ended."""
+    """Wait until a process that is not a child of this process has ended."""
     with contextlib.suppress(ProcessLookupError):
         while True:
             os.kill(pid, 0)
             if state_of(pid) == "Z":
-                # Nothing reaps what init does not.
+                # A zombie counts as ended: in a container init may not reap it.
                 return
             await sleep(0.001)
 
@@ -155,7 +155,7 @@ def test_the_results_are_those_of_subprocess(reactor: Any, check: bool) -> None:
                 found[case] = outcome(error)
 
     run_for_real(reactor, main)
-    # It says at once what subprocess stumbles over.
+    # run_process() checks the type of the input; subprocess fails when it uses it.
     assert expected.pop("bytes for text")[0] is AttributeError
     assert found.pop("bytes for text")[0] is TypeError
     assert found == expected
@@ -212,7 +212,7 @@ def test_a_command_that_is_cancelled_is_terminated(
     reactor: Any, tmp_path: Path
 ) -> None:
     """It has time to clean up, and has ended when the cancellation takes effect."""
-    # It cleans up, and writes more than a pipe holds meanwhile.
+    # While it cleans up, the command writes more than a pipe holds.
     script = """
     trap 'head -c 1000000 /dev/zero; rm running; touch cleaned; exit 0' TERM
     touch running
@@ -253,7 +253,7 @@ async def number_in(path: Path) -> int:
     return int(path.read_text())
 
 
-def test_a_second_cancellation_kills_it(reactor: Any, tmp_path: Path) -> None:
+def test_a_second_cancellation_kills_the_command(reactor: Any, tmp_path: Path) -> None:
     async def main() -> None:
         script = f"trap '' TERM; echo $$ > {tmp_path}/pid; {STUBBORN}"
         running = run_process(shell(script), grace=3600)
@@ -287,7 +287,7 @@ def test_a_command_that_writes_too_much_is_stopped(
         assert (written, error.limit) == (b"y\ny\ny", 5)
         done = await run_process(["printf", "12345"], max_bytes=5)
         assert done.stdout == b"12345"
-        # By default the limit is great, and None is no limit.
+        # The default is a large limit; None is no limit.
         default = inspect.signature(run_process).parameters["max_bytes"].default
         assert default == 1 << 26
         script = f"exec head -c 100000 /dev/zero {redirection}"
@@ -298,7 +298,7 @@ def test_a_command_that_writes_too_much_is_stopped(
 
 
 def test_a_command_that_ends_before_the_wait(reactor: Any, tmp_path: Path) -> None:
-    """So many tasks are ready that the reactor has its turn before they have run."""
+    """So many tasks are ready that the reactor has a turn before all have run."""
     written = tmp_path / "written"
 
     async def wait_until_written() -> None:
@@ -328,7 +328,7 @@ def test_a_command_that_ends_before_the_wait(reactor: Any, tmp_path: Path) -> No
 
 
 def test_a_grandchild_that_keeps_the_output_open(reactor: Any, tmp_path: Path) -> None:
-    """It has to end as well, as for subprocess; but a cancellation does not wait."""
+    """run_process() waits for its end, as subprocess does; a cancellation does not."""
 
     async def main() -> None:
         running = run_process(shell(f"sleep 60 & echo $! > {tmp_path}/pid"))
@@ -340,7 +340,7 @@ def test_a_grandchild_that_keeps_the_output_open(reactor: Any, tmp_path: Path) -
     run_for_real(reactor, main)
 
 
-# What they are started with
+# How processes are started
 
 
 async def output_of(process: Process) -> bytes:
@@ -411,7 +411,7 @@ def test_a_single_pipe(reactor: Any) -> None:
 
 @pytest.mark.parametrize("folder", [None, "/"], ids=["spawned", "forked"])
 def test_inherited_streams(reactor: Any, tmp_path: Path, folder: str | None) -> None:
-    """They are those of this process, as they are; one that is closed stays so."""
+    """With None the child has this process's streams; a closed one stays closed."""
     path = tmp_path / "output"
 
     async def main() -> None:
@@ -514,7 +514,7 @@ def test_only_root_can_change_the_user(
 
 
 def test_a_reactor_with_its_own_spawn_process(reactor: Any) -> None:
-    """What another reactor does in ``spawnProcess`` is done; what it cannot is told."""
+    """The reactor's own ``spawnProcess`` is called; an option that it lacks raises."""
     started = []
 
     class Wrapping(type(reactor)):  # type: ignore[misc]
@@ -556,11 +556,11 @@ def test_no_descriptor_stays_open(reactor: Any) -> None:
     run_for_real(reactor, main)
 
 
-# How they are ended
+# How processes are ended
 
 
 def test_a_block_that_raises_terminates_first(reactor: Any, tmp_path: Path) -> None:
-    """It can clean up, and write whatever it wants to, which is not read."""
+    """The process can clean up; output that it writes meanwhile is not read."""
     script = f"""
     trap 'head -c 1000000 /dev/zero; touch {tmp_path}/cleaned; exit 7' TERM
     echo ready
@@ -623,7 +623,7 @@ def test_stop(reactor: Any) -> None:
         for end in (process.terminate, process.kill):
             with pytest.raises(ProcessLookupError):
                 end()
-        # What waits for it may be cancelled: it is killed all the same.
+        # The process is killed even if the waits for it are cancelled.
         process = open_process(shell(STUBBORN))
         await process.stream.read_line()
         process.stop(3600).cancel()
@@ -660,7 +660,7 @@ def test_signals_by_number_and_name(reactor: Any) -> None:
 def test_signals_reach_the_whole_process_group(
     reactor: Any, session: bool, tmp_path: Path
 ) -> None:
-    # The last one does not mind SIGTERM, and outlives its parent.
+    # The child in the background ignores SIGTERM, and outlives its parent.
     script = f"(trap '' TERM; {STUBBORN}) & echo $! > {tmp_path}/pid; sleep 60"
 
     async def main() -> None:
@@ -672,7 +672,7 @@ def test_signals_reach_the_whole_process_group(
             await leave_by_error(process, number_in(path))
         await until_gone(await number_in(path))
         path.unlink()
-        # Not so without.
+        # Without signal_group the child in the background lives on.
         process = open_process(
             shell(f"sleep 60 & echo $! > {path}; sleep 60"), start_new_session=session
         )
@@ -695,12 +695,12 @@ def test_signals_reach_the_whole_process_group(
 def test_a_signal_sent_before_exec_is_not_lost(
     reactor: Any, group: bool, session: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A forked child has the handlers of this process until it runs its program."""
+    """Until it runs its program, a forked child has the handlers of this process."""
     stay, go = os.pipe()
     execute = ChildProcess._execChild
 
     def wait_first(self: Any, *args: Any) -> None:
-        # All other descriptors are closed in the child by now.
+        # By now the child has closed all descriptors but its standard streams.
         os.read(0, 1)
         execute(self, *args)
 
@@ -718,7 +718,7 @@ def test_a_signal_sent_before_exec_is_not_lost(
         os.write(go, b"x")
         assert await process.wait() == -signal.SIGTERM
 
-    # So that this process has a handler, as under a reactor that handles signals.
+    # run_for_real() gives this process a handler, as a reactor that handles signals.
     run_for_real(reactor, main)
     os.close(stay)
     os.close(go)
@@ -734,7 +734,7 @@ def test_the_signal_mask_of_this_thread_is_restored(reactor: Any) -> None:
     run_for_real(reactor, main)
 
 
-# What both functions take
+# The options of both functions
 
 
 def test_the_options_that_run_process_passes_on_are_those_of_open_process() -> None:
