@@ -131,8 +131,8 @@ class UnreadPlaintext(StreamError):
 
     def __init__(self, size: int) -> None:
         super().__init__(
-            f"{size} bytes came before TLS was started and were not read: whoever "
-            "sent them could speak for the peer, so close the connection"
+            f"{size} bytes came before TLS was started and were not read: an attacker "
+            "may have injected them, so close the connection"
         )
 
 
@@ -192,8 +192,8 @@ class FileEnded(EOFError):
 
     def __init__(self, sent: int, count: int) -> None:
         super().__init__(
-            f"the file has ended after {sent} of the {count} bytes to be sent: it has "
-            "become shorter, or always was"
+            f"the file has ended after {sent} of the {count} bytes to be sent: it was "
+            "truncated, or count is too large"
         )
         self.sent = sent
 
