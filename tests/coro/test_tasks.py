@@ -18,7 +18,7 @@ from twisted.internet import defer
 from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
 from twisted.internet.task import Clock
 
-from tests.coro.support import cancel, failures
+from tests.coro.support import cancel, failures, output_of
 from tests.support import frees_at_once
 from twisted_rtsig.coro import (
     Cancelled,
@@ -1292,6 +1292,51 @@ def test_the_installed_reactor_keeps_its_scheduler() -> None:
     assert spawn(work).done
     gc.collect()
     assert scheduler() is scheduler_of(None)
+
+
+OUTSIDE_OF_ASYNCIO_AND_WITHIN = """
+import asyncio
+from twisted_rtsig.coro import spawn
+
+async def current_task():
+    try:
+        return type(asyncio.current_task())
+    except RuntimeError:
+        return None
+
+async def main():
+    return spawn(current_task).result()
+
+print(spawn(current_task).result())
+print(asyncio.run(main()).__name__)
+print(spawn(current_task).result())
+"""
+
+
+def test_asyncio_sees_tasks_though_the_scheduler_was_made_before() -> None:
+    """In the thread of the reactor a loop of asyncio may run for a while."""
+    output = output_of(OUTSIDE_OF_ASYNCIO_AND_WITHIN)
+    assert output.split() == ["None", "CurrentTask", "None"]
+
+
+def test_tasks_run_though_trial_has_cancelled_the_turn_of_others(clock: Clock) -> None:
+    """It cancels all delayed calls at the end of a test."""
+
+    async def wait_for_ever() -> None:
+        while True:
+            await sleep(0)
+
+    async def work() -> int:
+        await sleep(0)
+        return 4
+
+    left = spawn(wait_for_ever, reactor=clock)
+    for call in clock.getDelayedCalls():
+        call.cancel()
+    task = spawn(work, reactor=clock)
+    clock.advance(0)
+    assert task.result() == 4
+    assert not left.done
 
 
 def test_a_task_resumes_what_awaits_it_without_callbacks(clock: Clock) -> None:

@@ -114,9 +114,12 @@ def of_reactor(reactor: Any) -> Asyncio | None:
     reactor nor running in this thread.
     """
     loop = getattr(reactor, "_asyncioEventloop", None)
-    if loop is None and _get_running_loop() is None:
-        return None
-    return Asyncio(loop)
+    return Asyncio(loop) if loop is not None or a_loop_runs() else None
+
+
+def a_loop_runs() -> bool:
+    """Whether an event loop of asyncio runs in this thread."""
+    return _get_running_loop() is not None
 
 
 def loop_for(scheduler: Scheduler) -> AbstractEventLoop | None:

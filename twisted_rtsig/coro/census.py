@@ -77,8 +77,9 @@ _totals: Final[WeakKeyDictionary[Any, Totals]] = WeakKeyDictionary()
 
 def totals_of(reactor: Any) -> Totals:
     """
-    The totals of a reactor, which last as long as the reactor does.  Its scheduler
-    could not hold them, since that exists only while there are tasks.
+    The totals of a reactor, which last as long as the reactor does.
+
+    A scheduler may exist only while there are tasks.
     """
     try:
         totals = _totals.get(reactor)

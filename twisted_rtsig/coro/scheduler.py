@@ -21,7 +21,7 @@ from twisted.internet.defer import Deferred, fail
 
 from twisted import internet
 from twisted_rtsig.coro.async_generators import GeneratorHooks, restore
-from twisted_rtsig.coro.awaiting_asyncio import Asyncio, of_reactor
+from twisted_rtsig.coro.awaiting_asyncio import Asyncio, a_loop_runs, of_reactor
 from twisted_rtsig.coro.census import totals_of
 from twisted_rtsig.coro.errors import NoTaskError
 from twisted_rtsig.coro.operations import Done, Finished, Operation, Wait
@@ -164,6 +164,7 @@ class Scheduler:
         "_ready",
         "_run",
         "_running",
+        "_turn_call",
         "asyncio",
         "instruments",
         "most_references",
@@ -194,6 +195,8 @@ class Scheduler:
         # see a tuple for each.
         self._ready: deque[Task[Any]] = deque()
         self._next_turn: list[Callable[[], object]] = []
+        # The delayed call that calls them; None without any.
+        self._turn_call: Any = None
         self._running = False
         # Whether the ready tasks run already, or will run in the next turn.
         self._busy = False
@@ -238,8 +241,15 @@ class Scheduler:
     def next_turn(self, function: Callable[[], object]) -> None:
         """Call ``function`` when the reactor has had a turn."""
         if not self._next_turn:
-            self.reactor.callLater(0, self._turn)
+            self._turn_call = self.reactor.callLater(0, self._turn)
         self._next_turn.append(function)
+
+    def has_lost_turn(self) -> bool:
+        """
+        Whether something has cancelled the call of the next turn, as trial cancels all
+        delayed calls at the end of a test.  Then nothing resumes the tasks any more.
+        """
+        return bool(self._next_turn) and not self._turn_call.active()
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
@@ -257,6 +267,8 @@ class Scheduler:
 
     def _turn(self) -> None:
         functions, self._next_turn = iter(self._next_turn), []
+        # The call holds this scheduler.
+        self._turn_call = None
         # Each function resumes tasks, which run after the tasks that are ready already.
         self._busy = True
         try:
@@ -542,7 +554,7 @@ _schedulers: WeakValueDictionary[int, Scheduler] = WeakValueDictionary()
 
 
 def schedulers() -> list[Scheduler]:
-    """The schedulers of all reactors that have tasks."""
+    """The schedulers of all reactors that have tasks, and perhaps of others."""
     found = [reference() for reference in _schedulers.valuerefs()]
     return [each for each in found if each is not None]
 
@@ -553,6 +565,8 @@ class _Installed:
 
     It is kept, since that reactor lasts as long as the process: a program that spawns
     tasks outside of tasks would make a new scheduler for each one of them.
+    ``scheduler_of`` lets asyncio see its tasks once a loop of asyncio runs, and drops
+    it when a new one would not need asyncio, or would run tasks again.
     """
 
     __slots__ = ("scheduler",)
@@ -575,9 +589,18 @@ def scheduler_of(reactor: object) -> Scheduler:
             from twisted.internet import reactor
     scheduler = _installed.scheduler
     if scheduler is not None and scheduler.reactor is reactor:
-        return scheduler
+        loop_runs = a_loop_runs()
+        if loop_runs and scheduler.asyncio is None:
+            scheduler.use_asyncio(Asyncio(None))
+        asyncio = scheduler.asyncio
+        # Once no loop runs any more, tasks would pay for asyncio in vain.
+        keeps = loop_runs or asyncio is None or asyncio.loop is not None
+        if keeps and not (scheduler._next_turn and scheduler.has_lost_turn()):
+            return scheduler
+        # Unless it has tasks, it ends here.
+        _installed.scheduler = scheduler = None
     scheduler = _schedulers.get(id(reactor))
-    if scheduler is None:
+    if scheduler is None or scheduler.has_lost_turn():
         scheduler = _schedulers[id(reactor)] = Scheduler(reactor)
     if reactor is getattr(_internet, "reactor", None):
         _installed.scheduler = scheduler
