@@ -37,7 +37,8 @@ class ServerProtocol(StreamProtocol):
     """
     The connection of a server: runs the handler.
 
-    :ivar network: the address that the connection counts for; None if its limit is off.
+    :ivar network: the address that the connection counts for; None if it counts for
+        none, or there is no limit.
     :ivar stopped: whether a stop of the server has cancelled the handler.
     """
 
