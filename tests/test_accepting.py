@@ -162,8 +162,8 @@ def test_a_factory_refuses_or_fails(reactor: Any) -> None:
     assert [each.transport.sessionno for each in factory.connections] == [0, 1]
     (failure,) = (each["failure"] for each in logged if each["isError"])
     assert failure.check(ZeroDivisionError)
-    # With Twisted's reactors it refers to the socket, which nothing else closes, and the
-    # log may keep it.
+    # With Twisted's reactors it refers to the socket, which nothing else closes, and
+    # the log may keep it.
     for frame, _ in traceback.walk_tb(failure.getTracebackObject()):
         if "skt" in frame.f_locals:
             frame.f_locals["skt"].close()
