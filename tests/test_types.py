@@ -163,6 +163,7 @@ NO_INTERFACE = re.compile(
     r"twisted_rtsig\.(engine|notifiers|asyncio_support|windows|pytest_\w+|\w*reactor)\."
     r"|twisted_rtsig\.coro\.scheduler\.Handover\."
     r"|twisted_rtsig\.files\.accesses\."
+    r"|twisted_rtsig\.typing_backports\."
     r"|twisted_rtsig\.workers\.(?!Worker|draining\.(drain|Drained|IDrainable)\.|\w+\.$)"
 )
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import io
 import socket
-import sys
 from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypedDict, overload
 
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-else:
-    from typing_extensions import Unpack
+from twisted_rtsig.typing_backports import Unpack
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer

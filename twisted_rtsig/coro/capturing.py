@@ -30,11 +30,7 @@ from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation, Wait
 from twisted_rtsig.coro.scheduler import Scheduler, scheduler_for
 from twisted_rtsig.coro.spawning import spawn
-
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-else:
-    from typing_extensions import Unpack
+from twisted_rtsig.typing_backports import Unpack
 
 MAX_OUTPUT: Final = 1 << 26
 """The default limit of the output: 64 MiB of either stream."""
@@ -123,10 +119,10 @@ def run_process(
 def run_process(
     command: Sequence[Argument],
     *,
-    errors: str,
-    encoding: str | None = None,
-    input: str | None = None,
     text: bool = False,
+    encoding: str | None = None,
+    errors: str,
+    input: str | None = None,
     **options: Unpack[RunOptions],
 ) -> Deferred[CompletedProcess[str]]: ...
 

@@ -24,12 +24,10 @@ from twisted_rtsig.coro.scheduler import running
 from twisted_rtsig.coro.scopes import Scope
 from twisted_rtsig.coro.spawning import spawn
 from twisted_rtsig.coro.tasks import OfTask, Task
+from twisted_rtsig.typing_backports import TypeVarTuple, Unpack
 
-if sys.version_info >= (3, 11):
-    from typing import TypeVarTuple, Unpack
-else:
+if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
-    from typing_extensions import TypeVarTuple, Unpack
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -86,11 +84,7 @@ class TaskGroup(Scope):
 
     @overload
     def spawn(
-        self,
-        function: Runnable[T],
-        *,
-        name: str | None = None,
-        reactor: object = None,
+        self, function: Runnable[T], *, name: str | None = None, reactor: object = None
     ) -> Task[T]: ...
 
     @overload

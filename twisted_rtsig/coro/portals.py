@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import sys
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Generator, Iterator
@@ -26,11 +25,7 @@ from twisted_rtsig.coro.scopes import shield
 from twisted_rtsig.coro.spawning import spawn
 from twisted_rtsig.coro.tasks import Task
 from twisted_rtsig.coro.tracebacks import drop_machinery_above
-
-if sys.version_info >= (3, 11):
-    from typing import TypeVarTuple, Unpack
-else:
-    from typing_extensions import TypeVarTuple, Unpack
+from twisted_rtsig.typing_backports import TypeVarTuple, Unpack
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")

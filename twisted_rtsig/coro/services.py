@@ -6,7 +6,6 @@ See ``docs/running.md``.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from twisted.application.service import Service
@@ -27,11 +26,7 @@ from twisted_rtsig.coro.serving import (
 from twisted_rtsig.coro.spawning import spawn
 from twisted_rtsig.coro.stopping import CANCEL_TIMEOUT, GRACE, Stopped, check_stop_times
 from twisted_rtsig.coro.tracebacks import log_failure
-
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-else:
-    from typing_extensions import Unpack
+from twisted_rtsig.typing_backports import Unpack
 
 _log = Logger()
 

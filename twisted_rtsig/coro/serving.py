@@ -26,14 +26,10 @@ from twisted_rtsig.coro.stopping import (
     Stopped,
     check_stop_times,
 )
+from twisted_rtsig.typing_backports import Unpack
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IStreamServerEndpoint
-
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-else:
-    from typing_extensions import Unpack
 
 
 class _ListensOn(StructuralType):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, ParamSpec, TypeVar, overload
 
@@ -18,11 +17,7 @@ from twisted.internet.defer import Deferred
 from twisted_rtsig.coro.runnables import RUNNABLE_CODE, Runnable, runnable_of
 from twisted_rtsig.coro.scheduler import running, scheduler_of
 from twisted_rtsig.coro.tasks import Task
-
-if sys.version_info >= (3, 11):
-    from typing import TypeVarTuple, Unpack
-else:
-    from typing_extensions import TypeVarTuple, Unpack
+from twisted_rtsig.typing_backports import TypeVarTuple, Unpack
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -54,10 +49,7 @@ def spawn(
 
 @overload
 def spawn(
-    function: Runnable[T],
-    *,
-    name: str | None = None,
-    reactor: object = None,
+    function: Runnable[T], *, name: str | None = None, reactor: object = None
 ) -> Task[T]: ...
 
 

@@ -28,11 +28,7 @@ from twisted_rtsig.coro.runnables import name_of
 from twisted_rtsig.coro.scheduler import scheduler_for
 from twisted_rtsig.coro.stacks import NoStackError, drive, stack_of, wait
 from twisted_rtsig.coro.tasks import Task
-
-if sys.version_info >= (3, 11):
-    from typing import TypeVarTuple, Unpack
-else:
-    from typing_extensions import TypeVarTuple, Unpack
+from twisted_rtsig.typing_backports import TypeVarTuple, Unpack
 
 __all__ = [
     "BlockingSSLSocket",

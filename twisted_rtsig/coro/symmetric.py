@@ -1,12 +1,10 @@
 """
-Symmetric coroutines, which hand over to each other, and not back to a caller.
-
-See ``docs/symmetric.md``.
+Symmetric coroutines, which hand over to each other, and not back to a caller: see
+``docs/symmetric.md``.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, TypeVar, overload
 
@@ -14,11 +12,7 @@ from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.runnables import Beginning, name_of
 from twisted_rtsig.coro.scheduler import HANDOVER, scheduler_for
 from twisted_rtsig.coro.tasks import SymmetricTask, Task
-
-if sys.version_info >= (3, 11):
-    from typing import TypeVarTuple, Unpack
-else:
-    from typing_extensions import TypeVarTuple, Unpack
+from twisted_rtsig.typing_backports import TypeVarTuple, Unpack
 
 T = TypeVar("T")
 Value = TypeVar("Value")

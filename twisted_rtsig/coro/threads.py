@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import sys
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, ParamSpec, TypeVar, overload
 
@@ -14,11 +13,7 @@ from twisted_rtsig.coro.portals import Calls, calls_of
 from twisted_rtsig.coro.runnables import Runnable
 from twisted_rtsig.coro.scheduler import scheduler_for
 from twisted_rtsig.coro.tracebacks import drop_machinery_above
-
-if sys.version_info >= (3, 11):
-    from typing import TypeVarTuple, Unpack
-else:
-    from typing_extensions import TypeVarTuple, Unpack
+from twisted_rtsig.typing_backports import TypeVarTuple, Unpack
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -85,6 +80,12 @@ class ThreadCall:
         else:
             reactor.callFromThread(self._succeed, result)
 
+    def _ended(self) -> Operation[Any] | None:
+        operation, self.operation = self.operation, None
+        if self.when_ended is not None:
+            self.when_ended()
+        return operation
+
     def _succeed(self, result: Any) -> None:
         operation = self._ended()
         if operation is not None:
@@ -94,12 +95,6 @@ class ThreadCall:
         operation = self._ended()
         if operation is not None:
             operation.fail(error)
-
-    def _ended(self) -> Operation[Any] | None:
-        operation, self.operation = self.operation, None
-        if self.when_ended is not None:
-            self.when_ended()
-        return operation
 
     def forget(self, operation: Operation[Any]) -> None:
         """See ``Owner.forget``: the thread goes on."""

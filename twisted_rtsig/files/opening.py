@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from typing import Any, Final, Literal, TypedDict, overload
+from typing import Any, Final, Literal, TypedDict, TypeVar, overload
 
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Finished, Operation
@@ -13,11 +12,9 @@ from twisted_rtsig.files.open_calls import open_cached, open_descriptor, open_te
 from twisted_rtsig.files.textfile import AsyncTextFile
 from twisted_rtsig.files.turns import Path
 from twisted_rtsig.files.workers import Job, Workers, finish, workers_of
+from twisted_rtsig.typing_backports import Unpack
 
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-else:
-    from typing_extensions import Unpack
+F = TypeVar("F", AsyncFile, AsyncTextFile)
 
 # By mode, without its "b".
 _FLAGS: Final = {
@@ -87,6 +84,12 @@ class OpenOptions(TextOptions, total=False):
     permissions: int
 
 
+class OpenFileOptions(OpenOptions, total=False):
+    """The options of :func:`open_file` for text."""
+
+    reactor: object
+
+
 @overload
 def open_file(
     path: Path,
@@ -99,21 +102,13 @@ def open_file(
 
 @overload
 def open_file(
-    path: Path,
-    mode: TextMode,
-    *,
-    reactor: object = None,
-    **options: Unpack[OpenOptions],
+    path: Path, mode: TextMode, **options: Unpack[OpenFileOptions]
 ) -> Operation[AsyncTextFile]: ...
 
 
 @overload
 def open_file(
-    path: Path,
-    mode: str,
-    *,
-    reactor: object = None,
-    **options: Unpack[OpenOptions],
+    path: Path, mode: str, **options: Unpack[OpenFileOptions]
 ) -> Operation[Any]: ...
 
 
@@ -196,31 +191,7 @@ def check_mode(
     return True
 
 
-class _OpenText(Job[AsyncTextFile]):
-    __slots__ = ("_mode", "_newline", "_path", "_workers")
-
-    def __init__(
-        self, path: Path, mode: str, newline: str | None, workers: Workers
-    ) -> None:
-        super().__init__(f"to open {path!r}")
-        self._path = path
-        self._mode = mode
-        self._newline = newline
-        self._workers = workers
-
-    def end(self, result: Any, error: BaseException | None) -> None:
-        file = None
-        if error is None:
-            file = AsyncTextFile(
-                *(result, self._path, self._mode, self._newline, self._workers)
-            )
-            if self.operation.called:
-                # It was cancelled too late.
-                file.close()
-        finish(self.operation, file, error)
-
-
-class _Open(Job[AsyncFile]):
+class _Opening(Job[F]):
     __slots__ = ("_mode", "_path", "_workers")
 
     def __init__(self, path: Path, mode: str, workers: Workers) -> None:
@@ -229,12 +200,37 @@ class _Open(Job[AsyncFile]):
         self._mode = mode
         self._workers = workers
 
+    def _file_of(self, result: Any) -> F:
+        raise NotImplementedError
+
     def end(self, result: Any, error: BaseException | None) -> None:
         file = None
         if error is None:
-            descriptor, found = result
-            file = AsyncFile(descriptor, self._path, self._mode, found, self._workers)
-        if file is not None and self.operation.called:
-            # It was cancelled too late.
-            file.close()
+            file = self._file_of(result)
+            if self.operation.called:
+                # It was cancelled too late.
+                file.close()
         finish(self.operation, file, error)
+
+
+class _OpenText(_Opening[AsyncTextFile]):
+    __slots__ = ("_newline",)
+
+    def __init__(
+        self, path: Path, mode: str, newline: str | None, workers: Workers
+    ) -> None:
+        super().__init__(path, mode, workers)
+        self._newline = newline
+
+    def _file_of(self, result: Any) -> AsyncTextFile:
+        return AsyncTextFile(
+            *(result, self._path, self._mode, self._newline, self._workers)
+        )
+
+
+class _Open(_Opening[AsyncFile]):
+    __slots__ = ()
+
+    def _file_of(self, result: Any) -> AsyncFile:
+        descriptor, found = result
+        return AsyncFile(descriptor, self._path, self._mode, found, self._workers)

@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, overload
+from typing import Any, TypedDict, TypeVar, overload
 
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation
@@ -27,11 +27,7 @@ from twisted_rtsig.files.directories import (
 from twisted_rtsig.files.opening import BytesMode, OpenOptions, TextMode, open_file
 from twisted_rtsig.files.textfile import AsyncTextFile
 from twisted_rtsig.files.workers import workers_of
-
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-else:
-    from typing_extensions import Unpack
+from twisted_rtsig.typing_backports import Unpack
 
 if sys.platform == "win32":
     from pathlib import PureWindowsPath as _PurePath
@@ -40,6 +36,13 @@ else:
 
 T = TypeVar("T")
 Name = str | os.PathLike[str]
+
+
+class CopyOptions(TypedDict, total=False):
+    """The options of :meth:`Path.copy`."""
+
+    follow_symlinks: bool
+    preserve_metadata: bool
 
 
 class Path(_PurePath):
@@ -142,21 +145,14 @@ class Path(_PurePath):
 
     @must_be_awaited
     def copy_into(
-        self,
-        target_dir: Name,
-        *,
-        follow_symlinks: bool = True,
-        preserve_metadata: bool = False,
+        self, target_dir: Name, **options: Unpack[CopyOptions]
     ) -> Operation[Path]:
         """
         As :meth:`copy`, under the same name in another directory.
 
         :raises ValueError: if this path has no name.
         """
-        target = self._within(target_dir)
-        return self._to(
-            "copy", self._copied, target, follow_symlinks, preserve_metadata
-        )
+        return self.copy(self._within(target_dir), **options)
 
     @must_be_awaited
     def move(self, target: Name) -> Operation[Path]:

@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any
 
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.operations import Operation
 from twisted_rtsig.files.making import Making
 from twisted_rtsig.files.workers import workers_of
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
 
-@overload
-def mkstemp(
-    suffix: str | None = None,
-    prefix: str | None = None,
-    dir: str | os.PathLike[str] | None = None,
-    text: bool = False,
-    *,
-    reactor: Any | None = None,
-) -> Operation[tuple[int, str]]: ...
-
-
-@overload
-def mkstemp(
-    suffix: bytes | None = None,
-    prefix: bytes | None = None,
-    dir: bytes | os.PathLike[bytes] | None = None,
-    text: bool = False,
-    *,
-    reactor: Any | None = None,
-) -> Operation[tuple[int, bytes]]: ...
+    # Without an argument the names are text.
+    Name = TypeVar("Name", str, bytes, default=str)
 
 
 @must_be_awaited
 def mkstemp(
-    suffix: Any = None,
-    prefix: Any = None,
-    dir: Any = None,
+    suffix: Name | None = None,
+    prefix: Name | None = None,
+    dir: Name | os.PathLike[Name] | None = None,
     text: bool = False,
     *,
     reactor: Any | None = None,
-) -> Operation[Any]:
+) -> Operation[tuple[int, Name]]:
     """
     As ``tempfile.mkstemp``: make a file, which you have to remove.
 
@@ -51,10 +36,8 @@ def mkstemp(
     :return: the descriptor and the path of the file.
     :raises OSError: (when awaited) if the file cannot be made.
     """
-    return _make(
-        *("to make a temporary file", reactor, _remove_file),
-        *(tempfile.mkstemp, suffix, prefix, dir, text),
-    )
+    make = functools.partial(tempfile.mkstemp, suffix, prefix, dir, text)
+    return _make("to make a temporary file", reactor, _remove_file, make)
 
 
 def _remove_file(made: tuple[int, Any]) -> None:
@@ -62,34 +45,14 @@ def _remove_file(made: tuple[int, Any]) -> None:
     os.remove(made[1])
 
 
-@overload
-def mkdtemp(
-    suffix: str | None = None,
-    prefix: str | None = None,
-    dir: str | os.PathLike[str] | None = None,
-    *,
-    reactor: Any | None = None,
-) -> Operation[str]: ...
-
-
-@overload
-def mkdtemp(
-    suffix: bytes | None = None,
-    prefix: bytes | None = None,
-    dir: bytes | os.PathLike[bytes] | None = None,
-    *,
-    reactor: Any | None = None,
-) -> Operation[bytes]: ...
-
-
 @must_be_awaited
 def mkdtemp(
-    suffix: Any = None,
-    prefix: Any = None,
-    dir: Any = None,
+    suffix: Name | None = None,
+    prefix: Name | None = None,
+    dir: Name | os.PathLike[Name] | None = None,
     *,
     reactor: Any | None = None,
-) -> Operation[Any]:
+) -> Operation[Name]:
     """
     As ``tempfile.mkdtemp``: make a directory, which you have to remove.
 
@@ -97,22 +60,19 @@ def mkdtemp(
     :return: the path of the directory.
     :raises OSError: (when awaited) if the directory cannot be made.
     """
-    return _make(
-        *("to make a temporary directory", reactor, os.rmdir),
-        *(tempfile.mkdtemp, suffix, prefix, dir),
-    )
+    make = functools.partial(tempfile.mkdtemp, suffix, prefix, dir)
+    return _make("to make a temporary directory", reactor, os.rmdir, make)
 
 
 def _make(
     what: str,
     reactor: Any | None,
     undo: Callable[[Any], object],
-    function: Callable[..., Any],
-    *args: Any,
+    make: Callable[[], Any],
 ) -> Operation[Any]:
     workers = workers_of(reactor)
     making: Making[Any] = Making(what, workers, lambda made: made, undo)
-    workers.run(making, function, *args)
+    workers.run(making, make)
     return making.operation
 
 

@@ -29,11 +29,7 @@ from twisted_rtsig.files.spooled import SpooledDescriptor, SpooledRaw
 from twisted_rtsig.files.textfile import AsyncTextFile
 from twisted_rtsig.files.turns import Call
 from twisted_rtsig.files.workers import workers_of
-
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-else:
-    from typing_extensions import Unpack
+from twisted_rtsig.typing_backports import Unpack
 
 F = TypeVar("F", AsyncFile, AsyncTextFile)
 
@@ -61,12 +57,12 @@ class _Temporary(ClosedAtExit, Generic[F]):
         self,
         mode: str,
         *,
+        dir: str | os.PathLike[str] | None = None,
         encoding: str | None = None,
         errors: str | None = None,
         newline: str | None = None,
         suffix: str | None = None,
         prefix: str | None = None,
-        dir: str | os.PathLike[str] | None = None,
         reactor: object = None,
     ) -> None:
         self._binary = check_mode(mode, encoding, errors, newline)
