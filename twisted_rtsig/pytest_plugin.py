@@ -20,7 +20,7 @@ import inspect
 import math
 import sys
 import types
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
 from typing import Any, Final, ParamSpec, TypeVar
 
 import pytest
@@ -43,6 +43,7 @@ _TIMEOUT: Final = "twisted_timeout"
 _Limit = Callable[[], float | None]
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 P = ParamSpec("P")
 
 
@@ -214,7 +215,7 @@ class _Plugin:
         with self._tearing_down(name):
             self._janitor.cancel_all()
             reactor.fireSystemEvent("shutdown")
-            self._wait_for(shut_down, shut_down.cancel, name)
+            self._wait_for(None, shut_down, shut_down.cancel, name)
 
     def pytest_unconfigure(self) -> None:
         self._runner.close()
@@ -235,10 +236,10 @@ class _Plugin:
 
     def _wait_for(
         self,
+        limit: _Limit | None,
         deferred: Deferred[Any],
         cancel: Callable[[], object],
         name: str,
-        limit: _Limit | None = None,
     ) -> Any:
         # After Ctrl-C nothing may block for ever.
         if self._runner.interrupted:
@@ -248,7 +249,7 @@ class _Plugin:
         return self._runner.wait_for(deferred, cancel, name, whole, left)
 
     def _wait_for_task(self, task: Task[Any], limit: _Limit) -> Any:
-        return self._wait_for(task.as_deferred(), task.cancel, task.name, limit)
+        return self._wait_for(limit, task.as_deferred(), task.cancel, task.name)
 
     @contextlib.contextmanager
     def _tearing_down(self, name: str) -> Iterator[None]:
@@ -283,7 +284,7 @@ class _Plugin:
                 return self._wait_for_task(spawn(result, name=name), limit)
             if isinstance(result, Deferred):
                 # The result is dropped: pytest warns of a test that returns something.
-                self._wait_for(result, result.cancel, name, limit)
+                self._wait_for(limit, result, result.cancel, name)
                 return None
             return result
 
@@ -320,13 +321,13 @@ class _Plugin:
 
             def next_value() -> Any:
                 turn = spawn(turns.receive, name=name).as_deferred()
-                return self._wait_for(turn, task.cancel, name, limit)
+                return self._wait_for(limit, turn, task.cancel, name)
 
             with contextlib.suppress(ChannelClosed, EndOfChannel):
                 yield next_value()
                 with self._tearing_down(name):
                     go_on = spawn(turns.send, None, name=name).as_deferred()
-                    self._wait_for(go_on, task.cancel, name, limit)
+                    self._wait_for(limit, go_on, task.cancel, name)
                     # A second value: pytest reports that the fixture yields twice.
                     yield next_value()
             with self._tearing_down(name):
@@ -350,27 +351,32 @@ class _Late(BaseException):
 def _last_if_late(function: Callable[P, T]) -> Callable[P, T]:
     """Wrap the function for one example: after a timeout, no further example runs."""
 
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return function(*args, **kwargs)
-        except Timeout as timeout:
-            example = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
-            timeout.msg = f"{timeout.msg}\nThe example: {example}"
-            raise _Late(timeout) from None
+    def name_example(timeout: Timeout, values: Mapping[str, Any]) -> _Late:
+        example = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        timeout.msg = f"{timeout.msg}\nThe example: {example}"
+        return _Late(timeout)
 
-    return call
+    return _raising_in_place_of(Timeout, name_example, function)
 
 
 def _failing_if_late(function: Callable[P, T]) -> Callable[P, T]:
     """Wrap the test function: the timeout of an example fails the test."""
+    return _raising_in_place_of(_Late, lambda late, _: late.timeout, function)
+
+
+def _raising_in_place_of(
+    kind: type[E],
+    other: Callable[[E, Mapping[str, Any]], BaseException],
+    function: Callable[P, T],
+) -> Callable[P, T]:
+    """Replace an error of a function; ``other`` gets it, and the keyword arguments."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return function(*args, **kwargs)
-        except _Late as late:
-            raise late.timeout from None
+        except kind as error:
+            raise other(error, kwargs) from None
 
     return call
 

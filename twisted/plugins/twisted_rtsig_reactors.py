@@ -29,51 +29,37 @@ class _NotHere:
         raise ImportError(f"it needs {self._needs}, and this is {sys.platform}")
 
 
-rtsig: Reactor | _NotHere = Reactor(
-    "rtsig",
-    "twisted_rtsig.rtsigreactor",
-    "Linux realtime signals: the kernel queues each event (twisted-rtsig).",
-)
+_ON_LINUX = sys.platform.startswith("linux")
+_WITH_KQUEUE = hasattr(select, "kqueue")
+_ON_WINDOWS = sys.platform == "win32"
 
-rtsig_epoll: Reactor | _NotHere = Reactor(
-    "rtsig-epoll",
-    "twisted_rtsig.epollreactor",
-    "Linux epoll, edge-triggered, under the same engine (twisted-rtsig).",
-)
+_DESCRIPTIONS = {
+    "rtsig": "Linux realtime signals: the kernel queues each event",
+    "rtsig-epoll": "Linux epoll, edge-triggered, under the same engine",
+    "rtsig-kqueue": "BSD and macOS kqueue, under the same engine",
+    "rtsig-iocp": "Windows completion port, for sockets of any kind and number",
+    "rtsig-asyncio": "One loop for Twisted and asyncio, at the speed of the engine",
+}
 
-rtsig_kqueue: Reactor | _NotHere = Reactor(
-    "rtsig-kqueue",
-    "twisted_rtsig.kqreactor",
-    "BSD and macOS kqueue, under the same engine (twisted-rtsig).",
-)
 
-rtsig_iocp: Reactor | _NotHere = Reactor(
-    "rtsig-iocp",
-    "twisted_rtsig.iocpreactor",
-    "Windows completion port, for sockets of any kind and number (twisted-rtsig).",
-)
+def _reactor(name: str, module: str, needs: str, here: bool) -> Reactor | _NotHere:
+    description = f"{_DESCRIPTIONS[name]} (twisted-rtsig)."
+    reactor = Reactor(name, f"twisted_rtsig.{module}", description)
+    return reactor if here else _NotHere(reactor, needs)
 
-rtsig_asyncio: Reactor | _NotHere = Reactor(
-    "rtsig-asyncio",
-    "twisted_rtsig.asyncioreactor",
-    "One loop for Twisted and asyncio, at the speed of the engine (twisted-rtsig).",
-)
 
+rtsig = _reactor("rtsig", "rtsigreactor", "Linux", _ON_LINUX)
+rtsig_epoll = _reactor("rtsig-epoll", "epollreactor", "Linux", _ON_LINUX)
+rtsig_kqueue = _reactor("rtsig-kqueue", "kqreactor", "BSD or macOS", _WITH_KQUEUE)
+rtsig_iocp = _reactor("rtsig-iocp", "iocpreactor", "Windows", _ON_WINDOWS)
+rtsig_asyncio = _reactor(
+    "rtsig-asyncio", "asyncioreactor", "Linux, BSD or macOS", not _ON_WINDOWS
+)
 rtsig_auto = Reactor(
     "rtsig-auto",
     "twisted_rtsig.autoreactor",
     "The reactor of twisted-rtsig for this system.",
 )
-
-if not sys.platform.startswith("linux"):
-    rtsig = _NotHere(rtsig, "Linux")
-    rtsig_epoll = _NotHere(rtsig_epoll, "Linux")
-if not hasattr(select, "kqueue"):
-    rtsig_kqueue = _NotHere(rtsig_kqueue, "BSD or macOS")
-if sys.platform == "win32":
-    rtsig_asyncio = _NotHere(rtsig_asyncio, "Linux, BSD or macOS")
-else:
-    rtsig_iocp = _NotHere(rtsig_iocp, "Windows")
 
 __all__ = [
     "rtsig",

@@ -49,7 +49,7 @@ def connect_tcp(
     numeric = str(where[0])
     if len(address) == 4 and address[3] and "%" not in numeric:
         numeric = f"{numeric}%{address[3]}"
-    return connect_to_host(numeric, port, timeout, source)
+    return connect_to_host((numeric, port), timeout, source)
 
 
 def connect_unix(address: Any, timeout: float | None) -> Stream:
@@ -63,14 +63,14 @@ def connect_unix(address: Any, timeout: float | None) -> Stream:
 
 
 def connect_to_host(
-    host: str,
-    port: int | str,
+    address: tuple[str | None, int | str],
     timeout: float | None,
     source: tuple[str, int] | None,
     all_errors: bool = False,
 ) -> Stream:
     """Connect to the first address of a name, as ``socket.create_connection``."""
     check_can_wait()
+    host, port = address
     number: Any = port
     if isinstance(port, str):
         # The port may be the name of a service.
@@ -79,7 +79,12 @@ def connect_to_host(
         raise os_error(errno.ECONNREFUSED)
     try:
         return wait(
-            open_tcp(host, number, local_address=source, connect_timeout=timeout)
+            open_tcp(
+                host or "localhost",
+                number,
+                local_address=source,
+                connect_timeout=timeout,
+            )
         )
     except ConnectFailed as error:
         failed = error

@@ -675,10 +675,7 @@ def create_connection(
     if timeout is _DEFAULT_TIMEOUT:
         timeout = socket.getdefaulttimeout()
     check_timeout(timeout)
-    host, port = address
-    stream = connect_to_host(
-        host or "localhost", port, timeout, source_address, all_errors
-    )
+    stream = connect_to_host(address, timeout, source_address, all_errors)
     made = BlockingSocket(stream)
     made.settimeout(timeout)
     made._connected(stream)

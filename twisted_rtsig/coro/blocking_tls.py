@@ -308,6 +308,11 @@ class BlockingSSLSocket(BlockingSocket):
             self._tls.context = context
 
     @property
+    def session_reused(self) -> bool | None:
+        """Whether an earlier session was resumed."""
+        return None if self._tls is None else self._tls.session_reused
+
+    @property
     def session(self) -> ssl.SSLSession | None:
         """The TLS session, for the next connection to the same server."""
         return self._session if self._tls is None else self._tls.session
@@ -318,10 +323,9 @@ class BlockingSSLSocket(BlockingSocket):
         if self._tls is not None:
             self._tls.session = session
 
-    @property
-    def session_reused(self) -> bool | None:
-        """Whether an earlier session was resumed."""
-        return None if self._tls is None else self._tls.session_reused
+    def cipher(self) -> tuple[str, str, int] | None:
+        """See ``ssl.SSLSocket.cipher``."""
+        return None if self._tls is None else self._tls.cipher()
 
     @overload
     def getpeercert(
@@ -334,10 +338,6 @@ class BlockingSSLSocket(BlockingSocket):
     def getpeercert(self, binary_form: bool = False) -> dict[str, Any] | bytes | None:
         """See ``ssl.SSLSocket.getpeercert``."""
         return self._object().getpeercert(binary_form)
-
-    def cipher(self) -> tuple[str, str, int] | None:
-        """See ``ssl.SSLSocket.cipher``."""
-        return None if self._tls is None else self._tls.cipher()
 
     def shared_ciphers(self) -> list[tuple[str, str, int]] | None:
         """See ``ssl.SSLSocket.shared_ciphers``."""

@@ -31,17 +31,12 @@ class StapledStream(AbortedOnError):
         self.receive_stream = receive_stream
         self._reactor = scheduler_for(None).reactor
 
+    # Reading
+
     @property
     def ended(self) -> bool:
         """Whether nothing more will arrive.  There may be data left to read."""
         return self.receive_stream.ended
-
-    @property
-    def lost(self) -> bool:
-        """Whether the stream to write to is gone."""
-        return self.send_stream.lost
-
-    # Reading
 
     def read(self, max_bytes: int = MAX_BYTES) -> Awaitable[bytes]:
         """See :meth:`Stream.read`."""
@@ -76,6 +71,11 @@ class StapledStream(AbortedOnError):
         return self.receive_stream.lines(max_bytes)
 
     # Writing, and the end
+
+    @property
+    def lost(self) -> bool:
+        """Whether the stream to write to is gone."""
+        return self.send_stream.lost
 
     def write(self, data: bytes | bytearray | memoryview) -> Awaitable[None]:
         """See :meth:`Stream.write`."""

@@ -122,10 +122,10 @@ class Stream(StreamInput, AbortedOnError):
         self._wrote_eof: Operations | None = None
         self._output_finished = False
         self._closed = NO_OPERATIONS
+        self._aborted = False
         # Why nothing can be written any more; and why the peer takes nothing any more.
         self._unwritable: Exception | None = None
         self._output_lost: Exception | None = None
-        self._aborted = False
         # The error to report in place of the transport's.
         self._abort_reason: Exception | None = None
         # The files that are being sent, and what follows them.

@@ -242,14 +242,14 @@ class Task(Generic[T]):
         state = self._state
         if state == _ACTIVE:
             raise RuntimeError(f"{self!r} has not ended yet: await it before")
-        if state == _SUCCEEDED:
-            return cast(T, self._value)
-        error = self._see_error()
-        try:
-            raise error
-        finally:
-            # The traceback holds this frame, and the task the error.
-            del self, error
+        if state != _SUCCEEDED:
+            error = self._see_error()
+            try:
+                raise error
+            finally:
+                # The traceback holds this frame, and the task the error.
+                del self, error
+        return cast(T, self._value)
 
     def as_deferred(self) -> Deferred[T]:
         """

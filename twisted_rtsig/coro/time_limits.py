@@ -35,6 +35,12 @@ Seconds in which a peer takes nothing of what was written, by default: long enou
 system that acknowledges in steps, each of which is a part of a large receive buffer.
 """
 
+# The limits by their names in TimeLimits, and what has not happened.
+_FIRST_BYTE: Final = "first_byte", "the peer has sent nothing"
+_READ: Final = "read", "the rest of a message has not arrived"
+_WRITE: Final = "write", "the peer has taken nothing of the output"
+_IDLE: Final = "idle", "nothing was sent or received"
+
 # How often the watchdog looks within its shortest limit.
 _LOOKS: Final = 4
 
@@ -135,7 +141,6 @@ class Watchdog:
             stream.signs = Signs(stream, now)
             return
         alive = signs.update(stream, now)
-        limits = self._limits
         reading = stream.unfinished_read
         # A read that begins after this look is seen in the next one at the earliest.
         if reading is None:
@@ -148,19 +153,18 @@ class Watchdog:
         elif alive:
             signs.silent_since = now
         if now - signs.silent_since >= self._first_byte:
-            name, what = "first_byte_timeout", "the peer has sent nothing"
-            seconds = limits.first_byte
+            exceeded = _FIRST_BYTE
         elif now - signs.reading_since >= self._read:
-            name, what = "read_timeout", "the rest of a message has not arrived"
-            seconds = limits.read
+            exceeded = _READ
         elif now - signs.taken_at >= self._write:
-            name, what = "write_timeout", "the peer has taken nothing of the output"
-            seconds = limits.write
+            exceeded = _WRITE
         elif now - signs.alive >= self._idle:
-            name, what = "idle_timeout", "nothing was sent or received"
-            seconds = limits.idle
+            exceeded = _IDLE
         else:
             return
+        limit, what = exceeded
+        name = f"{limit}_timeout"
+        seconds = getattr(self._limits, limit)
         error = ConnectionAborted(f"{what} for {seconds} s ({name})")
         self._exceeded(stream, name, error)
 

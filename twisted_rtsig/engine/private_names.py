@@ -261,6 +261,17 @@ _ASYNCIO_REACTOR = "twisted_rtsig.asyncioreactor.AsyncioEngineReactor"
 _LISTENING = "twisted_rtsig.workers.listening"
 _SELECTOR = "twisted_rtsig.asyncio_support.selector.EngineSelector"
 
+_REACTOR_BASE = "twisted.internet.base.ReactorBase"
+_POSIX_REACTOR = "twisted.internet.posixbase.PosixReactorBase"
+
+
+def _same_names(
+    twisteds: str, ours: str, *methods: str
+) -> Mapping[str, tuple[str, ...]]:
+    """The methods of a class of Twisted, each mirrored under its name in a class."""
+    return {f"{twisteds}.{each}": (f"{ours}.{each}",) for each in methods}
+
+
 MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
     # Streams
     "twisted.internet._newtls.ConnectionMixin.write": (f"{_TRANSPORT}.write",),
@@ -333,32 +344,22 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "twisted.python.sendmsg.recvmsg": (f"{_UNIX_TRANSPORT}.doRead",),
     # Ports and connectors
-    "twisted.internet.posixbase.PosixReactorBase.adoptDatagramPort": (
-        f"{_DATAGRAM_REACTOR}.adoptDatagramPort",
+    **_same_names(
+        _POSIX_REACTOR,
+        _STREAM_REACTOR,
+        "adoptStreamConnection",
+        "adoptStreamPort",
+        "connectTCP",
+        "connectUNIX",
+        "listenTCP",
+        "listenUNIX",
     ),
-    "twisted.internet.posixbase.PosixReactorBase.adoptStreamConnection": (
-        f"{_STREAM_REACTOR}.adoptStreamConnection",
-    ),
-    "twisted.internet.posixbase.PosixReactorBase.adoptStreamPort": (
-        f"{_STREAM_REACTOR}.adoptStreamPort",
-    ),
-    "twisted.internet.posixbase.PosixReactorBase.connectTCP": (
-        f"{_STREAM_REACTOR}.connectTCP",
-    ),
-    "twisted.internet.posixbase.PosixReactorBase.connectUNIX": (
-        f"{_STREAM_REACTOR}.connectUNIX",
-    ),
-    "twisted.internet.posixbase.PosixReactorBase.listenMulticast": (
-        f"{_DATAGRAM_REACTOR}.listenMulticast",
-    ),
-    "twisted.internet.posixbase.PosixReactorBase.listenTCP": (
-        f"{_STREAM_REACTOR}.listenTCP",
-    ),
-    "twisted.internet.posixbase.PosixReactorBase.listenUDP": (
-        f"{_DATAGRAM_REACTOR}.listenUDP",
-    ),
-    "twisted.internet.posixbase.PosixReactorBase.listenUNIX": (
-        f"{_STREAM_REACTOR}.listenUNIX",
+    **_same_names(
+        _POSIX_REACTOR,
+        _DATAGRAM_REACTOR,
+        "adoptDatagramPort",
+        "listenMulticast",
+        "listenUDP",
     ),
     # The listening sockets of workers
     "twisted.internet.tcp.Port.createInternetSocket": (f"{_LISTENING}._bound",),
@@ -379,20 +380,16 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
     # Timers
     "twisted.internet.base.DelayedCall.__init__": (f"{_TIMERS}.Timer.__init__",),
     "twisted.internet.base.DelayedCall.cancel": (f"{_TIMERS}.Timer.cancel",),
-    "twisted.internet.base.ReactorBase._insertNewDelayedCalls": (
-        f"{_TIMER_REACTOR}._insertNewDelayedCalls",
+    **_same_names(
+        _REACTOR_BASE,
+        _TIMER_REACTOR,
+        "_insertNewDelayedCalls",
+        "_moveCallLaterSooner",
+        "callLater",
+        "getDelayedCalls",
+        "runUntilCurrent",
+        "timeout",
     ),
-    "twisted.internet.base.ReactorBase._moveCallLaterSooner": (
-        f"{_TIMER_REACTOR}._moveCallLaterSooner",
-    ),
-    "twisted.internet.base.ReactorBase.callLater": (f"{_TIMER_REACTOR}.callLater",),
-    "twisted.internet.base.ReactorBase.getDelayedCalls": (
-        f"{_TIMER_REACTOR}.getDelayedCalls",
-    ),
-    "twisted.internet.base.ReactorBase.runUntilCurrent": (
-        f"{_TIMER_REACTOR}.runUntilCurrent",
-    ),
-    "twisted.internet.base.ReactorBase.timeout": (f"{_TIMER_REACTOR}.timeout",),
     # The loop
     "twisted.internet.base.ReactorBase.crash": (f"{_ASYNCIO_REACTOR}.crash",),
     "twisted.internet.base.ReactorBase.iterate": (f"{_ASYNCIO_REACTOR}.iterate",),

@@ -270,11 +270,11 @@ if unixEnabled:
             self._child = child
             self._descriptor = os.pidfd_open(child.pid)
 
-        def fileno(self) -> int:
-            return self._descriptor
-
         def logPrefix(self) -> str:
             return "child process"
+
+        def fileno(self) -> int:
+            return self._descriptor
 
         def doRead(self) -> None:
             self._reactor._removeInternalReader(self)

@@ -461,13 +461,15 @@ class AdoptedTCPServer(TCPServer):
     origin = Origin.SHARED
 
 
+def _is_connected(client: Any) -> bool:
+    """Whether a client is connected; until then ``doRead`` is another method."""
+    return bool(client.connected)
+
+
 class TCPClient(StreamTransport, tcp.Client):
     """A TCP connection that the reactor makes."""
 
-    @property
-    def tells_drained(self) -> bool:
-        """Whether it is connected; until then ``doRead`` is another method."""
-        return bool(self.connected)
+    tells_drained = property(_is_connected)
 
 
 class TCPPort(tcp.Port):
@@ -611,10 +613,7 @@ if unixEnabled:
     class UNIXClient(UNIXTransport, unix.Client):
         """A UNIX connection that the reactor makes."""
 
-        @property
-        def tells_drained(self) -> bool:
-            """Whether it is connected; until then ``doRead`` is another method."""
-            return bool(self.connected)
+        tells_drained = property(_is_connected)
 
     class UNIXPort(unix.Port):
         """A listening UNIX port."""
@@ -677,13 +676,21 @@ class StreamReactor(PosixReactorBase):
         connector.connect()
         return connector
 
+    def _is_unix(self, family: int) -> bool:
+        """
+        Whether an address family is that of UNIX sockets.
+
+        :raises UnsupportedAddressFamily: if the reactor does not serve it.
+        """
+        if family not in self._supportedAddressFamilies:
+            raise UnsupportedAddressFamily(family)
+        return unixEnabled and family == socket.AF_UNIX
+
     def adoptStreamPort(
         self, fileDescriptor: int, addressFamily: int, factory: Any
     ) -> Any:
         """See ``IReactorSocket.adoptStreamPort``."""
-        if addressFamily not in self._supportedAddressFamilies:
-            raise UnsupportedAddressFamily(addressFamily)
-        if unixEnabled and addressFamily == socket.AF_UNIX:
+        if self._is_unix(addressFamily):
             listening = self.unix_port._fromListeningDescriptor(
                 self, fileDescriptor, factory
             )
@@ -698,9 +705,7 @@ class StreamReactor(PosixReactorBase):
         self, fileDescriptor: int, addressFamily: int, factory: Any
     ) -> Any:
         """See ``IReactorSocket.adoptStreamConnection``."""
-        if addressFamily not in self._supportedAddressFamilies:
-            raise UnsupportedAddressFamily(addressFamily)
-        if unixEnabled and addressFamily == socket.AF_UNIX:
+        if self._is_unix(addressFamily):
             return AdoptedUNIXServer._fromConnectedSocket(fileDescriptor, factory, self)
         return AdoptedTCPServer._fromConnectedSocket(
             fileDescriptor, addressFamily, factory, self

@@ -46,10 +46,10 @@ class Entries(Generic[T], AsyncIterator[T]):
         self._what = what
         self._workers = workers
         self._iterate = iterate
-        self._most = most
-        self._on_error = on_error
         # Made in the first thread.
         self._iterator: Iterator[T | OSError] | None = None
+        self._most = most
+        self._on_error = on_error
         self._found: deque[T] = deque()
         self._ended = False
         self._error: BaseException | None = None
