@@ -118,23 +118,29 @@ def gauge(
     name: str, documentation: str, value: float | None = None, **states: float
 ) -> Metric:
     """Return a gauge with one value, or with one for each state."""
-    if value is not None:
-        return GaugeMetricFamily(name, documentation, value=value)
-    return labelled(
-        GaugeMetricFamily(name, documentation, labels=["state"]),
-        {(state,): count for state, count in states.items()},
-    )
+    return family(GaugeMetricFamily, name, documentation, value, "state", states)
 
 
 def counter(
     name: str, documentation: str, value: float | None = None, **how: float
 ) -> Metric:
     """Return a counter with one value, or with one for each kind of end."""
+    return family(CounterMetricFamily, name, documentation, value, "how", how)
+
+
+def family(
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    name: str,
+    documentation: str,
+    value: float | None,
+    label: str,
+    values: Mapping[str, float],
+) -> Metric:
     if value is not None:
-        return CounterMetricFamily(name, documentation, value=value)
+        return kind(name, documentation, value=value)
     return labelled(
-        CounterMetricFamily(name, documentation, labels=["how"]),
-        {(each,): count for each, count in how.items()},
+        kind(name, documentation, labels=[label]),
+        {(each,): count for each, count in values.items()},
     )
 
 

@@ -380,14 +380,7 @@ def _waiting(descriptor: int) -> int:
     return count
 
 
-CALLS = KernelCalls(
-    kqueue=LibKQueue,
-    kevent=KEvent,
-    read=READ,
-    write=WRITE,
-    process=PROCESS,
-    user=USER,
-)
+CALLS = KernelCalls(LibKQueue, KEvent, READ, WRITE, PROCESS, USER)
 
 
 class KQueueReactor(kqreactor.KQueueReactor):

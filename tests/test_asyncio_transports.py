@@ -312,6 +312,15 @@ def test_debug_mode_measures_the_protocol(
     assert "_SelectorSocketTransport._read_ready" in caplog.text
 
 
+def run_until_stopped(loop: Any, pair: Pair) -> None:
+    """Send a byte, and run the loop until the protocol stops it."""
+    pair.handle.sendall(b"x")
+    late = loop.call_later(DEADLINE, loop.stop)
+    loop.run_forever()
+    assert not late.cancelled()
+    late.cancel()
+
+
 def test_cancelled_timers_do_not_pile_up(loop: Any) -> None:
     """The loop itself has no work: the engine calls the protocol."""
     most = [0]
@@ -326,10 +335,7 @@ def test_cancelled_timers_do_not_pile_up(loop: Any) -> None:
             loop.stop()
 
     pair: Pair = run(loop, connected(set_and_cancel))
-    pair.handle.sendall(b"x")
-    late = loop.call_later(DEADLINE, loop.stop)
-    loop.run_forever()
-    assert not late.cancelled()
+    run_until_stopped(loop, pair)
     assert len(pair.protocol.data) == 100
     # 5,000 timers were set.
     assert most[0] < 1000
@@ -398,11 +404,7 @@ def test_writes_of_a_pass_are_sent_as_one(loop: Any) -> None:
         loop.stop()
 
     pair: Pair = run(loop, connected(answer))
-    pair.handle.sendall(b"x")
-    late = loop.call_later(DEADLINE, loop.stop)
-    loop.run_forever()
-    assert not late.cancelled()
-    late.cancel()
+    run_until_stopped(loop, pair)
     assert seen == [b"", b"", b"", b"one two three four"]
     run(loop, end(pair))
 

@@ -312,16 +312,21 @@ def test_urgent_data_alone_does_not_make_the_reactor_spin(served: Served) -> Non
     spin(served.reactor, lambda: connection.data == b"data")
 
 
-def test_a_pipe_without_a_reader_is_reported(reactor: EngineReactor) -> None:
-    """The watcher of the write end waits as a reader."""
-    read_end, write_end = os.pipe()
-    watcher = Watcher(reactor, write_end)
+def assert_reported(reactor: EngineReactor, descriptor: int, other: int) -> None:
+    """Check that a descriptor is readable once the other one is closed, not before."""
+    watcher = Watcher(reactor, descriptor)
     watcher.on_read = lambda: CONNECTION_DONE
     reactor.addReader(watcher)
     settle(reactor)
     assert watcher.reads == 0
-    os.close(read_end)
+    os.close(other)
     spin(reactor, lambda: watcher.lost)
+
+
+def test_a_pipe_without_a_reader_is_reported(reactor: EngineReactor) -> None:
+    """The watcher of the write end waits as a reader."""
+    read_end, write_end = os.pipe()
+    assert_reported(reactor, write_end, read_end)
     os.close(write_end)
 
 
@@ -606,13 +611,7 @@ def test_a_pidfd_is_watched(reactor: EngineReactor) -> None:
         os.close(write_end)
         os.waitpid(pid, 0)
         pytest.skip(f"no pidfd_open(2) here: {error}")
-    watcher = Watcher(reactor, descriptor)
-    watcher.on_read = lambda: CONNECTION_DONE
-    reactor.addReader(watcher)
-    settle(reactor)
-    assert watcher.reads == 0
-    os.close(write_end)
-    spin(reactor, lambda: watcher.lost)
+    assert_reported(reactor, descriptor, write_end)
     os.waitpid(pid, 0)
     os.close(descriptor)
 

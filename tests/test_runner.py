@@ -455,15 +455,21 @@ STUCK = {
 }
 
 
+def stuck_program(start: Start, stuck: str, options: str, number: int) -> Program:
+    """Start a program, and send it a signal after which it is stuck."""
+    program = start(f"{textwrap.dedent(STUCK[stuck])}\nrun(main, {options})")
+    assert program.line() == "waits"
+    program.send(number)
+    assert program.line() == "stuck"
+    return program
+
+
 @pytest.mark.parametrize("stuck", STUCK)
 @both_signals
 def test_a_second_signal_ends_the_process_at_once(
     start: Start, stuck: str, number: int
 ) -> None:
-    program = start(textwrap.dedent(STUCK[stuck]) + "\nrun(main, grace=None)")
-    assert program.line() == "waits"
-    program.send(number)
-    assert program.line() == "stuck"
+    program = stuck_program(start, stuck, "grace=None", number)
     second = signal.SIGTERM if number == signal.SIGINT else signal.SIGINT
     program.send(second)
     assert program.end() == (-second, "", "")
@@ -473,11 +479,7 @@ def test_a_second_signal_ends_the_process_at_once(
 def test_a_second_signal_of_the_same_kind_ends_the_process(
     start: Start, name: str
 ) -> None:
-    code = textwrap.dedent(STUCK["main"])
-    program = start(f"{code}\nrun(main, reactor={name!r})")
-    assert program.line() == "waits"
-    program.send(signal.SIGTERM)
-    assert program.line() == "stuck"
+    program = stuck_program(start, "main", f"reactor={name!r}", signal.SIGTERM)
     program.send(signal.SIGTERM)
     assert program.end() == (-signal.SIGTERM, "", "")
 
@@ -487,10 +489,7 @@ def test_a_second_signal_of_the_same_kind_ends_the_process(
 def test_the_process_ends_when_the_grace_is_over(
     start: Start, stuck: str, number: int
 ) -> None:
-    program = start(textwrap.dedent(STUCK[stuck]) + "\nrun(main, grace=1)")
-    assert program.line() == "waits"
-    program.send(number)
-    assert program.line() == "stuck"
+    program = stuck_program(start, stuck, "grace=1", number)
     status, output, errors = program.end()
     assert (status, output) == (-number, "")
     name = signal.Signals(number).name

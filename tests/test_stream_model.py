@@ -98,21 +98,22 @@ class Talk(Protocol):
 
     transport: Any
 
+    written = b""
+    received = b""
+    reads = 0
+    meets_the_reset = False
+    reading = True
+    closing = False
+    half_closing = False
+    aborted = False
+    over = False
+    forgotten = False
+    interrupted = False
+    why: BaseException | type[Exception] | None = None
+
     def __init__(self, machine: StreamMachine, descriptor: int) -> None:
         self.machine = machine
         self.socket = StreamSocket(machine.notifier, descriptor)
-        self.written = b""
-        self.received = b""
-        self.reads = 0
-        self.meets_the_reset = False
-        self.reading = True
-        self.closing = False
-        self.half_closing = False
-        self.aborted = False
-        self.over = False
-        self.forgotten = False
-        self.interrupted = False
-        self.why: BaseException | type[Exception] | None = None
         self.plans: list[Action] = []
 
     def dataReceived(self, data: bytes) -> None:

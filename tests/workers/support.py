@@ -14,8 +14,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+import pytest
+
+needs_fork = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="workers need a POSIX system"
+)
 
 DEADLINE = 60.0
 """How many seconds a test waits, as twistd and each worker import all of Twisted."""
@@ -101,12 +106,7 @@ class Twistd:
     def __enter__(self) -> Twistd:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         # All its processes are in its session.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)

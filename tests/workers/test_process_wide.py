@@ -30,17 +30,14 @@ from tests.workers.support import (
     RUN_TWISTD,
     Twistd,
     ask,
+    needs_fork,
     wait_until,
     write_tac,
 )
 from twisted_rtsig.workers.notify import Notifier
 from twisted_rtsig.workers.status import Status, read_status
 
-pytestmark = [
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="workers need a POSIX system"),
-    pytest.mark.slow,
-    pytest.mark.processes,
-]
+pytestmark = [needs_fork, pytest.mark.slow, pytest.mark.processes]
 
 LINES = 9000
 

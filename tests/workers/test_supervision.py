@@ -19,16 +19,14 @@ from tests.workers.support import (
     Twistd,
     ask,
     is_running,
+    needs_fork,
     read_answer,
     wait_until,
     write_tac,
 )
 from twisted_rtsig.workers.supervisor import pause_before_restart
 
-pytestmark = [
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="workers need a POSIX system"),
-    pytest.mark.processes,
-]
+pytestmark = [needs_fork, pytest.mark.processes]
 
 
 @pytest.mark.slow

@@ -24,16 +24,14 @@ from tests.workers.support import (
     Twistd,
     ask,
     is_running,
+    needs_fork,
     wait_until,
     write_tac,
 )
 from twisted import version  # type: ignore[attr-defined]
 from twisted_rtsig.workers.options import Options
 
-pytestmark = [
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="workers need a POSIX system"),
-    pytest.mark.processes,
-]
+pytestmark = [needs_fork, pytest.mark.processes]
 
 # The exit status of twistd for wrong options.
 WRONG_OPTIONS = 0 if version < Version("Twisted", 24, 3, 0) else 1
