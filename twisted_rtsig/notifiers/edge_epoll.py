@@ -192,7 +192,7 @@ class EdgeEPollNotifier:
                 plain.append(registration)
                 continue
             if event & select.EPOLLPRI:
-                self._distrust(registration)
+                self._watch_by_level(registration)
             ready = _READY[event & 31]
             if ready:
                 events.append((registration, ready, 0))
@@ -304,10 +304,10 @@ class EdgeEPollNotifier:
                 self._checks += 1
                 self._modify(epoll, registration)
 
-    def _distrust(self, registration: Registration) -> None:
+    def _watch_by_level(self, registration: Registration) -> None:
         """
         Watch by level from now on: a read stops at the mark of urgent data, so a short
-        read does not prove any more that the descriptor is empty.
+        read no longer proves that the descriptor is empty.
         """
         registration.edges = 0
         self.update(registration)

@@ -35,58 +35,59 @@ from twisted_rtsig.notifiers.signal_queue import (
 # Some facts about realtime-signal I/O
 # ------------------------------------
 #
-# A descriptor is armed by three calls.  F_SETOWN_EX names the thread that gets the
-# signals.  F_SETSIG chooses a realtime signal; these are queued, and carry the
-# descriptor and a band, which is a mask like that of poll(2).  FIOASYNC switches the
-# signals on.  All three calls change the open file description, not the descriptor.
+# In this file a descriptor is *armed* when its signals are switched on, which takes
+# three calls.  F_SETOWN_EX names the thread that gets the signals.  F_SETSIG chooses a
+# realtime signal; these are queued, and carry the descriptor and a band, which is a
+# mask like that of poll(2).  FIOASYNC switches the signals on.  All three calls change
+# the open file description, not the descriptor.
 # Most of what this file does follows from that:
 #
 # * A description that two processes share has one owner.  When one process arms it,
-#   the other one gets no more signals, for good.  And after a dup(2), si_fd is the
-#   number that was armed last, even if that number is closed.  So only descriptions
-#   that this process has opened itself and cannot share are armed: connections that
-#   the reactor has accepted or made.  The others are few (listening ports, pipes, the
-#   terminal, adopted and inherited descriptors), and stay in the set of poll(2).  The
-#   same set has descriptors without fasync support (regular files, eventfd, pidfd,
-#   timerfd), terminals, which send signals for data but not for a hang-up, and UNIX
-#   datagram sockets, whose writers get no signal when the peer's queue drains.
+#   the other one stops getting signals.  And after a dup(2), si_fd is the number
+#   through which FIOASYNC was last switched from off to on, even if that number is
+#   closed.  So only descriptions that this process has opened itself and cannot share
+#   are armed: connections that the reactor has accepted or made.  The others are few
+#   (listening ports, pipes, the terminal, adopted and inherited descriptors), and are
+#   polled in each pass.  Among them are some that signals would not serve anyway:
+#   files without fasync support (regular files, eventfd, pidfd, timerfd), terminals,
+#   which send signals for data but not for a hang-up, and UNIX datagram sockets, whose
+#   writers get no signal when the peer's queue drains.
 #
 # * A signal is an edge, and only a hint.  There is no signal for data that was there
 #   before the descriptor was armed.  A signal may be stale: si_fd was closed, and its
 #   number was reused.  Its band is wrong at the end of a connection: a reset comes
 #   without POLLIN, and so does the close of the other end of a socketpair.  So a
-#   signal only makes a descriptor a candidate, and poll(2) confirms it.  Only a
-#   signal for input and nothing else is not confirmed: it leads to a read of a socket
-#   that does not block.
+#   signal only makes a descriptor a candidate, and poll(2) confirms it.  One kind of
+#   signal needs no confirmation, that for input and nothing else: the socket is
+#   non-blocking, so it is simply read.
 #
 # * The end of a stream is not marked: a FIN arrives as plain input.  But data that
 #   carries a FIN queues two signals or three, never one.  So a read that returns less
 #   than it asked for has emptied the socket if exactly one signal came since the
 #   socket was last found empty.  If more came, another poll is needed to know.
 #   Urgent data (POLLPRI) is an exception: a read stops at its mark, though there is
-#   more data.  So a descriptor that has ever had urgent data stays in the set of
-#   poll(2) from then on.
+#   more data.  So a descriptor that has ever had urgent data is polled in each pass
+#   from then on.
 #
-# * The kernel sends POLL_OUT when it knows that a process waits for room to write:
-#   after a write that met a full buffer, or, for TCP, after a poll that found the
-#   socket not writable.  The poll of a UNIX stream does not tell the kernel, so its
-#   writers stay in the set of poll(2) while they wait.
+# * The kernel sends a signal for POLLOUT when it knows that a process waits for room
+#   to write: after a write that met a full buffer, or, for TCP, after a poll that found
+#   the socket not writable.  The poll of a UNIX stream leaves no such note, so UNIX
+#   streams are polled while they wait to write.
 #
-# * Signals have a cost too: three calls to switch them on, one to switch them off, and
-#   for each signal a record that is queued, read and looked up.  poll(2) is cheaper
-#   for a connection that is ready most of the times that it is polled, or is closed
-#   soon, or sends several signals for each read (which would also fill the queue).
-#   So a connection is armed only after it was found not ready a few times, and is
-#   polled again when it sends more than one signal.  Provos and Lever, "Scalable
-#   Network I/O in Linux" (2000), describe such hybrids.
+# * Signals are not free: three calls to switch them on, one to switch them off, and
+#   for each signal a record that is queued, read and looked up.  poll(2) is cheaper for
+#   a connection that is ready most of the times that it is polled, or is closed soon,
+#   or sends several signals for each read (which would also fill the queue).  So a
+#   connection is armed only after it was found not ready _PATIENCE times, and is polled
+#   again when one batch has several signals for its input.
 #
 # * The queue is finite: RLIMIT_SIGPENDING, for all processes of the user together.
-#   When it is full, the kernel sends one SIGIO instead, and all descriptors are
-#   checked.  The signals that are still queued count as well.
+#   When it is full, the kernel sends one SIGIO instead, and the notifier then checks
+#   all descriptors.  Signals that are read together with the SIGIO are handled too.
 #
 # * The owner is a thread, and signalfd(2) reads the signals of the thread that calls
-#   read(2).  So all this happens in the thread that runs the reactor, which may be
-#   another one than the thread that made it.
+#   read(2).  So arming and reading happen in the thread that runs the reactor, which
+#   may not be the thread that made the reactor.
 #
 # * A forked child shares all descriptions with its parent, and must not change them.
 #   It polls the descriptors that it has inherited, and arms those that it opens.
@@ -102,9 +103,9 @@ _OFF = struct.pack("i", 0)
 # often costs about as much as arming it.  The larger number is for a connection that
 # was armed and has sent several signals at once: polling it is cheaper.
 _PATIENCE = 16
-_PATIENCE_WITH_THE_NOISY = 128
+_PATIENCE_AFTER_SEVERAL = 128
 
-# The directions for which a signal comes when they become ready.
+# For each origin: the directions whose readiness the kernel signals.
 _EDGES = {Origin.SHARED: 0, Origin.OWN_TCP: READ | WRITE, Origin.OWN_UNIX: READ}
 
 # Indexed by interest: nothing, READ, WRITE, READ | WRITE.
@@ -125,7 +126,7 @@ _SEVERAL = 1 << 16
 
 def _probe(signal_number: int) -> None:
     """
-    Try the calls of the notifier on a socket made for it.
+    Try the calls of the notifier on a temporary socket.
 
     :raises UnsupportedReactorError: if the kernel refuses.
     """
@@ -138,7 +139,7 @@ def _probe(signal_number: int) -> None:
             fcntl.ioctl(one, termios.FIOASYNC, _OFF)
         except OSError as error:
             raise refuse(
-                f"this kernel refuses realtime-signal I/O (F_SETSIG: {error})"
+                f"this kernel refuses realtime-signal I/O ({error})"
             ) from error
 
 
@@ -156,15 +157,17 @@ class RealtimeSignalNotifier:
         self._registrations: dict[int, Registration] = {}
         self._poll = select.poll()
         self._polled: dict[int, int] = {}
-        # For each registration that may be armed but is still polled: how many more
-        # times it may be found not ready before it is armed.
+        # For each registration that can be armed but is still polled: how many more
+        # times it must be found not ready until it is armed.
         self._patience: dict[Registration, int] = {}
-        # Registrations that were armed after the last check, and need another one.
+        # Registrations that were armed after the last check, and need another one.  The
+        # values are not used.
         self._just_armed: dict[Registration, int] = {}
         self._queue: SignalQueue | None = None
         self._thread = 0
         self._owner = b""
         self._forks = forks.count
+        # The inode numbers of what a forked child has inherited.
         self._inherited: set[int] = set()
         self._check_all = False
         self._waits = 0
@@ -183,7 +186,7 @@ class RealtimeSignalNotifier:
             raise refuse(
                 f"this reactor has run in thread {self._thread} and cannot go on "
                 f"in thread {thread}, because its signals are sent to the former: "
-                "run it in one thread, or another reactor here"
+                "run it in that thread only, or run another reactor here"
             )
         self._queue = SignalQueue.join(self.signal_number, self)
         self._thread = thread
@@ -246,7 +249,7 @@ class RealtimeSignalNotifier:
     def wait(self, timeout: float | None, unchecked: Unchecked) -> Reported:
         """See :meth:`Notifier.wait`."""
         queue = self._queue
-        # is_of_this_thread() without the call, as each pass comes here.
+        # Like is_of_this_thread(), but inlined, since every pass comes here.
         if (
             queue is None
             or self._forks != forks.count
@@ -263,11 +266,11 @@ class RealtimeSignalNotifier:
             self._just_armed.clear()
         milliseconds = None if timeout is None else timeout * 1000
         if unchecked:
-            checking = self._poll_too(unchecked)
+            checking = self._add_to_poll(unchecked)
             try:
                 polled = self._poll.poll(milliseconds)
             finally:
-                self._poll_no_more(checking)
+                self._remove_from_poll(checking)
         else:
             polled = self._poll.poll(milliseconds)
         self._waits += 1
@@ -296,7 +299,7 @@ class RealtimeSignalNotifier:
             if ready:
                 idle -= ready.keys()
             if idle:
-                self._arm_the_idle(idle)
+                self._lose_patience(idle)
         if signalled:
             plain += self._take_signals(queue, ready)
         if ready:
@@ -311,9 +314,10 @@ class RealtimeSignalNotifier:
         """
         See :meth:`Notifier.statistics`.
 
-        ``waits`` counts the passes, ``signals`` the signals that were read,
-        ``checks`` the level checks of descriptors that may be armed, and
-        ``overflows`` how often the kernel found the signal queue full.
+        ``armed`` is the number of descriptors that are armed now, ``waits`` counts the
+        waits, ``signals`` the signals that were read, ``checks`` the level checks of
+        armed descriptors, and ``overflows`` how often the kernel found the signal queue
+        full.
         """
         return {
             "armed": sum(1 for each in self._registrations.values() if each.edges),
@@ -338,11 +342,16 @@ class RealtimeSignalNotifier:
     def poller(self, poller: Any) -> None:
         self._poll = poller
 
-    # Signals make candidates
+    # Reading signals
 
     def _take_signals(
         self, queue: SignalQueue, ready: dict[Registration, int]
     ) -> Sequence[Registration]:
+        """
+        Read a batch of signals, and add what was confirmed to ``ready``.
+
+        :return: the registrations with plain input.
+        """
         descriptors, bands, overflowed = queue.read()
         self._signals += len(descriptors)
         registrations = self._registrations
@@ -366,7 +375,7 @@ class RealtimeSignalNotifier:
                 band |= merged[descriptor] | _SEVERAL
             merged[descriptor] = band
         plain = []
-        suspects: dict[Registration, int] = {}
+        candidates: dict[Registration, int] = {}
         unknown = False
         for descriptor, band in merged.items():
             registration = registrations.get(descriptor)
@@ -377,33 +386,34 @@ class RealtimeSignalNotifier:
                 continue
             elif band & ~_SEVERAL != PLAIN_INPUT:
                 if band & select.POLLPRI:
-                    self._distrust(registration)
-                suspects[registration] = 0
+                    self._poll_for_good(registration)
+                candidates[registration] = 0
             elif band & _SEVERAL or overflowed or registration in ready:
                 ready[registration] = ready.get(registration, 0) | READ
                 if band & _SEVERAL:
                     self._disarm(registration)
                     self._begin_with_poll(registration)
-                    self._patience[registration] = _PATIENCE_WITH_THE_NOISY
+                    self._patience[registration] = _PATIENCE_AFTER_SEVERAL
             else:
                 plain.append(registration)
         if overflowed:
             self._overflow()
-            suspects = {each: 0 for each in registrations.values() if each.edges}
+            candidates = {each: 0 for each in registrations.values() if each.edges}
         if overflowed or unknown:
-            # Reactors that run in turn in this thread share the queue, and the same
-            # SIGIO stands for all queues.
+            # Reactors that run in turn in this thread share the queue, so a signal for
+            # an unknown descriptor may belong to another one.  A SIGIO may mean that
+            # signals of any queue were lost.
             for member in members_in_this_thread():
                 if member is not self:
                     member._check_all = True  # type: ignore[attr-defined]
-        if suspects:
-            self._confirm(suspects, ready)
+        if candidates:
+            self._confirm(candidates, ready)
         return plain
 
-    def _distrust(self, registration: Registration) -> None:
+    def _poll_for_good(self, registration: Registration) -> None:
         """
-        Poll from now on: a read stops at the mark of urgent data, so a short read does
-        not prove any more that the descriptor is empty.
+        Poll from now on: a read stops at the mark of urgent data, so a short read no
+        longer proves that the descriptor is empty.
         """
         self._disarm(registration)
         self.update(registration)
@@ -413,16 +423,22 @@ class RealtimeSignalNotifier:
             _log.warn(
                 "The queue of realtime signals was full (RLIMIT_SIGPENDING, see "
                 "getrlimit(2)), so all {count} descriptors are checked by poll. "
-                "Nothing is lost, but if it happens often, raise the limit "
-                "(ulimit -i) or use another reactor.",
+                "Nothing is lost.  This is logged only once; reactor.statistics() "
+                'counts "overflows".  If there are many, raise the limit (ulimit -i) '
+                "or use another reactor.",
                 count=len(self._registrations),
             )
         self._overflows += 1
 
-    # Poll confirms
+    # Confirming by poll
 
-    def _poll_too(self, unchecked: Mapping[Registration, int]) -> list[Registration]:
-        """Add the registrations that must be checked to the set of poll."""
+    def _add_to_poll(self, unchecked: Mapping[Registration, int]) -> list[Registration]:
+        """
+        Add those of ``unchecked`` that are armed to the poll object; the others are in
+        it already.
+
+        :return: those that were added.
+        """
         checking = []
         registrations = self._registrations
         for registration in unchecked:
@@ -433,29 +449,29 @@ class RealtimeSignalNotifier:
         self._checks += len(checking)
         return checking
 
-    def _poll_no_more(self, checking: list[Registration]) -> None:
+    def _remove_from_poll(self, checking: list[Registration]) -> None:
         for registration in checking:
             descriptor = registration.descriptor
             mask = self._polled.get(descriptor)
             if mask is not None:
                 self._poll.register(descriptor, mask)
                 continue
-            # It is not in the set any more if a signal handler has ended the interest.
+            # It is gone already if a signal handler has ended the interest.
             with contextlib.suppress(KeyError):
                 self._poll.unregister(descriptor)
 
     def _confirm(
-        self, suspects: Mapping[Registration, int], ready: dict[Registration, int]
+        self, candidates: Mapping[Registration, int], ready: dict[Registration, int]
     ) -> None:
-        checking = self._poll_too(suspects)
+        checking = self._add_to_poll(candidates)
         try:
             polled = self._poll.poll(0)
         finally:
-            self._poll_no_more(checking)
+            self._remove_from_poll(checking)
         for descriptor, revents in polled:
             registration = self._registrations.get(descriptor)
-            # The others in the set were polled by the wait.
-            if registration is not None and registration in suspects:
+            # wait() has polled the others already.
+            if registration is not None and registration in candidates:
                 ready[registration] = ready.get(registration, 0) | _READY[revents & 63]
 
     # Polled or armed
@@ -465,14 +481,17 @@ class RealtimeSignalNotifier:
         if _EDGES[registration.origin]:
             self._patience[registration] = _PATIENCE
 
-    def _arm_the_idle(self, idle: Set[Registration]) -> None:
-        """Arm registrations that were polled and found not ready often enough."""
+    def _lose_patience(self, idle: Set[Registration]) -> None:
+        """
+        Count down the patience with each of ``idle``, and arm those for which it has
+        run out.
+        """
         for registration in idle:
             self._patience[registration] -= 1
             if self._patience[registration]:
                 continue
             del self._patience[registration]
-            # If it was closed meanwhile, poll will find out.
+            # If the descriptor was closed meanwhile, poll will find out.
             with contextlib.suppress(OSError):
                 if self._arm(registration):
                     self.update(registration)
@@ -482,10 +501,11 @@ class RealtimeSignalNotifier:
 
     def _arm(self, registration: Registration) -> bool:
         """
-        Have signals sent to this thread, if the description cannot be shared.
+        Switch on signals to this thread, unless another process may share the
+        description.
 
-        :return: whether it was done.
-        :raises OSError: EBADF
+        :return: whether they were switched on.
+        :raises OSError: if the descriptor is closed (EBADF).
         """
         edges = _EDGES[registration.origin]
         if not edges:
@@ -500,27 +520,27 @@ class RealtimeSignalNotifier:
         return True
 
     def _disarm(self, registration: Registration) -> None:
-        """Have no more signals sent, which would go on after the interest has ended."""
+        """Switch the signals off; otherwise they would go on after the interest."""
         if not registration.edges:
             return
         registration.edges = 0
         try:
             fcntl.ioctl(registration.descriptor, termios.FIOASYNC, _OFF)
         except OSError:
-            # It was closed while it was watched.  If there is a duplicate of it, the
-            # signals go on.
+            # The descriptor was closed while it was watched.  If it has a duplicate,
+            # the signals go on.
             if self._queue is not None:
                 self._queue.keep_blocked = True
 
     def _inherit(self) -> None:
-        """Start anew in a forked child, whose parent may go on with the reactor."""
+        """Start anew in a forked child; the parent may still run the reactor."""
         self._forks = forks.count
         self._queue = None
         self._poll = select.poll()
         self._polled = {}
         self._patience.clear()
         self._just_armed.clear()
-        # This includes descriptors that are not watched now, of paused connections.
+        # This includes descriptors of paused connections, which are not watched now.
         for name in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):
                 self._inherited.add(os.fstat(int(name)).st_ino)
