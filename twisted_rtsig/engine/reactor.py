@@ -55,15 +55,15 @@ _READS_IN_A_ROW = 4
 # descriptor.  If reading and writing have not cleared the condition by then, the
 # selectable is disconnected, since otherwise the loop would spin.  Twisted's epoll
 # reactor disconnects at once, so there an error that a single read would clear (an ICMP
-# message, for example) counts as a lost connection.  The number is greater than 2,
-# since a reader that clears an error may itself cause the next one.
+# message, for example) counts as a lost connection.  The number is well
+# above 1, since a reader that clears an error may itself cause the next one.
 _HANG_UPS_IN_A_ROW = 10
 
 _LOST = "File descriptor lost"
 
 LogContext = dict[Any, Any]
 
-# It logs under the namespace of Twisted's main loop.
+# The main loop logs under the namespace of Twisted's.
 _log = Logger(namespace="twisted.internet.base")
 
 
@@ -86,11 +86,11 @@ def _observed(
 
 def _reads_errors(reader: Any) -> bool:
     """
-    Whether ``reader`` is a connected datagram port, whose hang-ups are not counted.
+    Whether ``reader`` is a connected UDP port, whose hang-ups are not counted.
 
     Its ``doRead`` clears the error and tells the protocol, and a datagram that the
-    protocol then sends may cause the next error at once.  Unconnected datagram ports
-    get errors only through an error queue, which they do not read (IP_RECVERR in
+    protocol then sends may cause the next error at once.  Unconnected UDP ports get
+    errors only through an error queue, which they do not read (IP_RECVERR in
     ip(7)).
     """
     return isinstance(reader, Port) and bool(reader._connectedAddr)
@@ -123,19 +123,20 @@ class EngineReactor(
         # The transports to call at the end of the pass, so that they send their data or
         # close, in the order in which they were queued.
         self._queued: list[StreamTransport] = []
-        # A stack of those that this pass, and the passes around it, have still to call;
-        # the next one is last.
+        # Those that this pass, and the passes around it, have still to call, in reverse
+        # order: the next one is last.
         self._sending: list[StreamTransport] = []
         # An ordered set of registrations to read from in the next pass even without an
         # event, and in the passes after it, until a read would block.
         self._read_on: dict[Registration, None] = {}
-        # Registrations whose read filled the buffer in the last pass with plain input.
+        # Registrations whose read filled the buffer in the last pass that had plain
+        # input, except those put into _read_on instead.
         self._full: set[Registration] = set()
         # What the current pass has still to dispatch.  An inner pass uses them up.
         self._plain_input: Iterator[Registration] = iter(())
         self._reading_on: Iterator[Registration] = iter(())
         self._events: Iterator[Event] = iter(())
-        # The registration whose event is being dispatched.
+        # The registration whose event is being dispatched by _call or _abandon.
         self._dispatched: Registration | None = None
         # For each registration: the number of passes in a row that got only a hang-up
         # or an error, which was still there after doRead and doWrite.
@@ -149,7 +150,7 @@ class EngineReactor(
         # Whether a pass is dispatching its events now.
         self._dispatching = False
         # The fields of the main loop's log context, for the next doIteration, which
-        # takes them at once; None in a call from elsewhere, such as iterate().
+        # first resets this to None.  So it is None when iterate() calls doIteration.
         self._fields: LogContext | None = None
         super().__init__()
 
@@ -201,7 +202,7 @@ class EngineReactor(
         :return: the removed ones.
         """
         readers = self.getReaders()
-        # First, since the removal of the writers would report the ends.
+        # Before the writers are removed: their removal would report the held ends.
         self._held_ends.clear()
         removed: list[Any] = self._removeAll(readers, self.getWriters())
         return removed
@@ -473,7 +474,7 @@ class EngineReactor(
     def _pass(self, fields: LogContext, delay: float | None) -> None:
         inside_another = self._dispatching
         if inside_another:
-            # A selectable that the outer pass has called has called iterate().  This
+            # The outer pass has called a selectable, which has called iterate().  This
             # inner pass checks again what the outer one has not dispatched yet.
             self._mark_rest_unchecked()
         system = fields["system"]
@@ -533,7 +534,7 @@ class EngineReactor(
         """
         Mark as unchecked what the outer pass has not dispatched yet.
 
-        This uses up the iterators of the outer pass, so it dispatches nothing more.
+        This uses up the iterators of the outer pass, which then takes no further event.
         """
         for registration in (*self._plain_input, *self._reading_on):
             self._mark_unchecked(registration, registration.interest)
@@ -562,11 +563,11 @@ class EngineReactor(
                     why = stream.why_lost(error)
                 else:
                     if len(data) == size:
-                        # There may be more data.  A level-triggered socket is then
-                        # reported again, but an edge-triggered one is not.  And if the
-                        # buffer was filled twice in a row, there is so much data that
-                        # waiting for an event is a waste.  In both cases, read on in
-                        # the next pass.
+                        # There may be more data.  An edge-triggered socket is not
+                        # reported again, so read on in the next pass.  A
+                        # level-triggered one is reported again.  But if it has filled
+                        # the buffer twice in a row, waiting for an event is a waste, so
+                        # read on as well.
                         if registration.edges or registration in full_before:
                             self._read_on[registration] = None
                         else:
@@ -595,8 +596,10 @@ class EngineReactor(
         Read from each transport, up to ``_READS_IN_A_ROW`` times.
 
         If a read gives data, the next pass reads from the transport again, until a read
-        would block.  Nothing less proves that the socket is empty: after a short read,
-        more data may have arrived.
+        would block.  A short read is not enough here.  It proves that the socket is
+        empty only after plain input; here the event may already have reported what
+        follows the data, such as the end of the stream, and :meth:`_dispatch` drops
+        events while this goes on.
         """
         for registration in registrations:
             stream = registration.reader
@@ -635,7 +638,8 @@ class EngineReactor(
         the next time.
         """
         sending = self._sending
-        # At the bottom of the stack: the entries of an outer pass come first.
+        # At the front of the list, which is called last: the entries of an outer pass
+        # are called before these.
         sending[:0] = reversed(self._queued)
         self._queued.clear()
         while sending:
@@ -664,8 +668,8 @@ class EngineReactor(
                         self.addWriter(stream)
                         continue
                 elif stream.write_state != QUEUED:
-                    # Since it was queued, it has stopped writing, was aborted, or waits
-                    # for the kernel to report room.
+                    # After it was queued, it stopped writing, was aborted, or began to
+                    # wait for the kernel to report room.
                     continue
                 stream.write_state = NOT_WRITING
                 fields["system"] = stream.logstr
@@ -703,7 +707,7 @@ class EngineReactor(
                 self._abandon(fields, registration, ready)
             else:
                 # doRead and doWrite find out what has happened, in more detail than the
-                # event has.
+                # event tells.
                 called = self._call(fields, registration, READ | WRITE)
                 if (
                     hang_ups
@@ -773,7 +777,7 @@ class EngineReactor(
                 why: Any = ConnectionFdescWentAway(_LOST)
             elif direction == READ:
                 why = selectable.doRead()
-                # As in Twisted: not if doRead raises.
+                # As in Twisted, only if doRead has returned.
                 reading = True
             else:
                 why = selectable.doWrite()
@@ -787,8 +791,8 @@ class EngineReactor(
         self, fields: LogContext, registration: Registration, ready: int
     ) -> None:
         """Disconnect what uses a descriptor that is closed or stays hung up."""
-        # If interest has begun anew after the event, its direction is unchecked.  Leave
-        # that selectable alone.
+        # If interest has begun anew after the event, its direction is unchecked.  Do
+        # not disconnect anything because of that direction.
         unchecked = self._unchecked.get(registration, 0)
         reader = None if unchecked & READ else registration.reader
         writer = None if unchecked & WRITE else registration.writer
@@ -869,8 +873,8 @@ class EngineReactor(
         if begins is not None and ends is not None:
             observers[observer] = (begins, ends)
         notifier: Any = self._notifier
-        # Observers wrap ``wait`` in an attribute of the notifier itself, so that passes
-        # that are not observed need not even check for observers.
+        # For observers, an attribute of the notifier replaces the method ``wait`` of
+        # its class, so that passes that are not observed need not even check for them.
         vars(notifier).pop("wait", None)
         for begins, ends in observers.values():
             notifier.wait = _observed(notifier.wait, begins, ends)
@@ -879,8 +883,9 @@ class EngineReactor(
         """
         Return counts for monitoring.
 
-        :return: the present numbers of ``readers`` and of ``writers`` that wait for the
-            kernel to report room, and what :meth:`Notifier.statistics` returns.
+        :return: the present number of ``readers``; that of ``writers``, which wait for
+            the kernel to report room (queued transports are not counted); and what
+            :meth:`Notifier.statistics` returns.
         """
         return {
             "readers": len(self._reading),

@@ -249,7 +249,7 @@ class TimerReactor(PosixReactorBase):
 
     def _make_calls(self) -> float | None:
         """
-        Make the calls of threads and timers, as each pass does first.
+        Make the calls of threads and timers, as is done before each pass.
 
         :return: how long the reactor may sleep then, in seconds; None for no limit.
         """
