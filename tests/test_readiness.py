@@ -237,6 +237,30 @@ def test_a_descriptor_that_cannot_be_watched_is_refused_at_once(
         reactor.addWriter(Watcher(reactor, -1))
 
 
+def test_a_reactor_that_gets_no_descriptor_says_what_to_do(
+    reactor_class: type[EngineReactor],
+) -> None:
+    output = run_program(
+        """
+        import os, resource
+        from twisted_rtsig.notifiers import UnsupportedReactorError
+
+        one_more = os.dup(0)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for limit in range(one_more, one_more + 10):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            try:
+                Reactor()
+            except UnsupportedReactorError as error:
+                print("ulimit -n" in str(error))
+            else:
+                break
+        """,
+        reactor_class=reactor_class,
+    )
+    assert set(output.splitlines()) == {"True"}
+
+
 def test_the_end_of_a_stream_arrives_with_its_last_data(served: Served) -> None:
     """The event of such an end is an event of data, in 200 cases of 200."""
     for turn in range(200):

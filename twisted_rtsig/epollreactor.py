@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from twisted.internet.main import installReactor
 
 from twisted_rtsig.engine.polling import PollingReactor
-from twisted_rtsig.notifiers import UnsupportedReactorError
+from twisted_rtsig.notifiers import UnsupportedReactorError, explain_lack_of_descriptors
 
 if sys.platform.startswith("linux"):
     from twisted.internet.epollreactor import EPollReactor
@@ -51,12 +51,8 @@ class EdgeEPollReactor(PollingReactor, EPollReactor):
     """
 
     def __init__(self) -> None:
-        try:
+        with explain_lack_of_descriptors():
             super().__init__(_notifier())
-        except OSError as error:
-            raise UnsupportedReactorError(
-                f"the system has no descriptors left for a reactor ({error})"
-            ) from error
 
 
 def install() -> None:

@@ -17,7 +17,7 @@ from twisted.internet.main import installReactor
 
 from twisted_rtsig.engine.processes import reap
 from twisted_rtsig.engine.reactor import EngineReactor
-from twisted_rtsig.notifiers import UnsupportedReactorError
+from twisted_rtsig.notifiers import explain_lack_of_descriptors
 from twisted_rtsig.notifiers.kqueue import KQueueNotifier
 from twisted_rtsig.notifiers.kqueue_calls import KernelCalls, native_calls
 
@@ -32,13 +32,9 @@ class KQueueReactor(EngineReactor):
     """
 
     def __init__(self, calls: KernelCalls | None = None) -> None:
-        try:
+        with explain_lack_of_descriptors():
             self._kqueue = KQueueNotifier(native_calls() if calls is None else calls)
             super().__init__(self._kqueue)
-        except OSError as error:
-            raise UnsupportedReactorError(
-                f"the system has no descriptors left for a reactor ({error})"
-            ) from error
 
     def installWaker(self) -> None:
         """Make a pipe that wakes the loop, if kqueue itself cannot."""

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from twisted.internet.main import installReactor
 
 from twisted_rtsig.engine.polling import PollingReactor
-from twisted_rtsig.notifiers.signal_queue import choose_signal, refuse
+from twisted_rtsig.notifiers import explain_lack_of_descriptors
+from twisted_rtsig.notifiers.signal_queue import choose_signal
 
 if sys.platform.startswith("linux"):
     from twisted.internet.pollreactor import PollReactor
@@ -50,12 +51,8 @@ class RealtimeSignalReactor(PollingReactor, PollReactor):
     """
 
     def __init__(self, signal_number: int | None = None) -> None:
-        try:
+        with explain_lack_of_descriptors():
             super().__init__(_notifier(signal_number))
-        except OSError as error:
-            raise refuse(
-                f"the system has no descriptors left for a reactor ({error})"
-            ) from error
 
 
 def install(signal_number: int | None = None) -> None:

@@ -45,7 +45,8 @@ AFD:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from twisted_rtsig.notifiers.registration import READ, WRITE, Registration
@@ -74,6 +75,23 @@ class UnsupportedReactorError(Exception):
     The reactor cannot run on this system, or not with these arguments.  The message
     says why, and what to use instead.
     """
+
+
+@contextlib.contextmanager
+def explain_lack_of_descriptors() -> Iterator[None]:
+    """
+    A context for the making of a reactor's own descriptors.
+
+    :raises UnsupportedReactorError: if a system call fails, since neither the process
+        nor the system may have more descriptors (EMFILE, ENFILE).
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UnsupportedReactorError(
+            f"there are no descriptors left for a reactor ({error}): raise the limit "
+            "of open files (ulimit -n), or make the reactor before others are opened"
+        ) from error
 
 
 class Notifier(Protocol):
