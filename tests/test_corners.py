@@ -25,8 +25,9 @@ if not sys.platform.startswith("linux"):
 from twisted.internet.error import ConnectionDone, ConnectionFdescWentAway
 from twisted.internet.interfaces import IHalfCloseableDescriptor
 from twisted.internet.protocol import ClientFactory
+from twisted.logger import ILogObserver, formatEvent, globalLogPublisher
 from twisted.python.failure import Failure
-from zope.interface import implementer
+from zope.interface import implementer, provider
 
 from tests.support import (
     DEADLINE,
@@ -462,6 +463,33 @@ def test_a_unix_writer_that_is_done_does_not_spin(reactor: Any, tmp_path: Path) 
         start = time.monotonic()
         reactor.iterate(0.1)
         assert time.monotonic() - start > 0.09
+
+
+def test_a_signal_is_logged_after_its_handler_has_returned(
+    reactor: Any,
+) -> None:
+    """A handler may interrupt the main thread while that takes the lock of a log."""
+    logged: list[str | None] = []
+    in_handler = []
+
+    @provider(ILogObserver)
+    def observe(event: Any) -> None:
+        logged.append(formatEvent(event))
+
+    def interrupt() -> None:
+        reactor.sigTerm(signal.SIGTERM)
+        in_handler.extend(logged)
+
+    reactor.callWhenRunning(interrupt)
+    globalLogPublisher.addObserver(observe)
+    try:
+        reactor.run(installSignalHandlers=False)
+    finally:
+        globalLogPublisher.removeObserver(observe)
+    received = "Received SIGTERM, shutting down."
+    assert received not in in_handler
+    assert logged.count(received) == 1
+    assert reactor._exitSignal == signal.SIGTERM
 
 
 def test_a_signal_that_was_blocked_before_stays_blocked() -> None:

@@ -140,8 +140,10 @@ class Twistd:
                     return found
                 left = end - time.monotonic()
                 if self._ended or left <= 0:
+                    state = "ended" if self._ended else f"run for {seconds} s more"
                     raise AssertionError(
-                        f"{pattern!r} was logged {len(found)} times:\n{self._output}"
+                        f"twistd has {state}, and {pattern!r} was logged {len(found)} "
+                        f"times:\n{self._output}"
                     )
                 self._changed.wait(left)
 

@@ -73,6 +73,7 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
         "_cancelCallLater",
         "_cancellations",
         "_eventTriggers",
+        "_exitSignal",
         "_insertNewDelayedCalls",
         "_installSignalHandlers",
         "_internalReaders",
@@ -390,6 +391,7 @@ MIRRORED: Final[Mapping[str, tuple[str, ...]]] = {
         "runUntilCurrent",
         "timeout",
     ),
+    **_same_names(_REACTOR_BASE, _REACTOR, "sigBreak", "sigInt", "sigTerm"),
     # The loop
     "twisted.internet.base.ReactorBase.crash": (f"{_ASYNCIO_REACTOR}.crash",),
     "twisted.internet.base.ReactorBase.iterate": (f"{_ASYNCIO_REACTOR}.iterate",),

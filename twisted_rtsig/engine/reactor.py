@@ -837,6 +837,28 @@ class EngineReactor(
             self._notifier.close()
             raise
 
+    # Signals
+
+    def sigInt(self, number: int, frame: object = None) -> None:
+        """See ``ReactorBase.sigInt``."""
+        self._stop_by_signal("SIGINT", number)
+
+    def sigBreak(self, number: int, frame: object = None) -> None:
+        """See ``ReactorBase.sigBreak``."""
+        self._stop_by_signal("SIGBREAK", number)
+
+    def sigTerm(self, number: int, frame: object = None) -> None:
+        """See ``ReactorBase.sigTerm``."""
+        self._stop_by_signal("SIGTERM", number)
+
+    def _stop_by_signal(self, name: str, number: int) -> None:
+        # Twisted logs in the signal handler.  If that has interrupted the main thread
+        # while it was taking the lock of a log file (threadable.XLock, which is written
+        # in Python), it waits for this lock without end.
+        self.callFromThread(_log.info, "Received {signal}, shutting down.", signal=name)
+        self.callFromThread(self.stop)
+        self._exitSignal = number
+
     # IReactorDaemonize
 
     def beforeDaemonize(self) -> None:
