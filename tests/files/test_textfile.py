@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.coro.support import STYLES, run
@@ -117,6 +117,12 @@ STEPS = st.one_of(
     content=st.text("aä\n\r", max_size=40),
     times=st.sampled_from([1, 20_000]),
 )
+@example(
+    steps=[("read", 65534), ("truncate", None)],
+    newline=None,
+    content="aaa\ra\r\naaa",
+    times=20_000,
+)
 @settings(
     deadline=None,
     max_examples=60,
@@ -159,7 +165,9 @@ def test_operations_behave_like_those_of_a_file_of_python(
                         plain.seek(in_plain)
                     elif what == "end":
                         assert await file.seek(0, 2) == plain.seek(0, 2)
-                    else:
+                    elif plain.tell() < 1 << 64:
+                        # Otherwise Python's decoder holds a carriage return that was
+                        # not read yet, and its file would keep that.
                         assert await file.truncate() == plain.truncate()
                         positions = [(0, 0)]
         assert found.read_bytes() == expected.read_bytes()
