@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
+from twisted.logger import ILogObserver, globalLogPublisher
+from zope.interface import provider
 
 from tests.coro.support import connected, run, run_for_real, spin
-from tests.support import frees_at_once
+from tests.support import DEADLINE, frees_at_once
 from twisted_rtsig.coro import (
     Channel,
     Event,
@@ -226,6 +228,29 @@ def test_tasks_are_logged_on_a_signal(
     (text,) = tasks()
     assert "test_tasks_are_logged_on_a_signal.<locals>.main: " in text
     assert f"{HERE}:" in text
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="needs SIGUSR2")
+def test_the_handler_of_the_signal_does_not_log() -> None:
+    """The main thread may be taking the lock of a log file, which it would wait for."""
+    threads: list[int] = []
+    happened = threading.Event()
+
+    @provider(ILogObserver)
+    def observe(event: Any) -> None:
+        threads.append(threading.get_ident())
+        happened.set()
+
+    before = signal.getsignal(signal.SIGUSR2)
+    log_tasks_on_signal()
+    globalLogPublisher.addObserver(observe)
+    try:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert happened.wait(DEADLINE)
+    finally:
+        globalLogPublisher.removeObserver(observe)
+        signal.signal(signal.SIGUSR2, before)
+    assert threading.get_ident() not in threads
 
 
 def test_log_tasks_on_signal_without_the_signal_raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import linecache
 import signal
 import sys
@@ -76,6 +77,10 @@ def _in_order(reactor: Any | None) -> list[Task[Any]]:
     ]
 
 
+def _log_tasks(tasks: str) -> None:
+    _log.info("Tasks:\n{tasks}", tasks=tasks)
+
+
 def log_tasks_on_signal(number: int | None = None) -> None:
     """
     Log what :func:`format_tasks` returns whenever a signal comes, even while a task
@@ -93,7 +98,9 @@ def log_tasks_on_signal(number: int | None = None) -> None:
             )
 
     def log_tasks(number: int, frame: FrameType | None) -> None:
-        _log.info("Tasks:\n{tasks}", tasks=format_tasks())
+        # In a thread, since the main thread may be taking the lock of a log file right
+        # now (EngineReactor._stop_by_signal); not threading.Thread, which takes locks.
+        _thread.start_new_thread(_log_tasks, (format_tasks(),))
 
     signal.signal(number, log_tasks)
 
