@@ -67,6 +67,11 @@ class AsyncTextFile(OpenFile):
         self._line_end = _LINE_ENDS[newline]
         # Whether a \r alone ends a line as well, and stays in the text.
         self._universal = newline == ""
+        # The size in bytes of a carriage return that the decoder may hold.
+        self._held_size = 0
+        if not newline:
+            two, one = (len(each.encode(file.encoding)) for each in ("\r\r", "\r"))
+            self._held_size = two - one
         # The text that was read ahead, and how many characters of it the reader has.
         self._ahead = ""
         self._start = 0
@@ -229,7 +234,7 @@ class AsyncTextFile(OpenFile):
         The position, for :meth:`seek`.  It counts neither characters nor bytes.
         """
         self._check_open()
-        return self._in_turn(_Settled("the position in", self, _tell))
+        return self._in_turn(_Settled("the position in", self, _tell, self._held_size))
 
     def seek(self, position: int, whence: int = os.SEEK_SET) -> Operation[int]:
         """
@@ -382,8 +387,8 @@ class _Settled(Turn[Any]):
     def begin(self) -> None:
         file = self._file
         file._workers.run(
-            *(self, _settle_and_call, file._file, file._position()),
-            *(self._function, self._args),
+            *(self, _settle_and_call, file._file, file._held_size),
+            *(file._position(), self._function, self._args),
         )
 
     def end(self, result: Any, error: BaseException | None) -> None:
@@ -408,6 +413,7 @@ def _read_more(file: io.TextIOWrapper, size: int) -> tuple[int, str]:
 
 def _settle_and_call(
     file: io.TextIOWrapper,
+    held_size: int,
     position: _Position | None,
     function: Callable[..., T],
     args: tuple[Any, ...],
@@ -417,7 +423,7 @@ def _settle_and_call(
         file.seek(begins)
         file.read(passed)
         # TextIOWrapper has read ahead as well, and would write behind that.
-        file.seek(file.tell())
+        file.seek(_tell(file, held_size))
     return function(file, *args)
 
 
@@ -437,8 +443,25 @@ def _sync(file: io.TextIOWrapper) -> None:
         os.fsync(file.fileno())
 
 
-def _tell(file: io.TextIOWrapper) -> int:
-    return file.tell()
+def _tell(file: io.TextIOWrapper, held_size: int) -> int:
+    """
+    The position, without a carriage return that was not read yet.
+
+    The decoder of a file with universal newlines holds a carriage return until it has
+    the next character.  Then ``TextIOWrapper.tell`` gives the position behind it, with
+    a flag and the number of characters to skip, which is 0 if it was not read.  Text
+    that is written there would not replace it.  See ``_pack_cookie`` in CPython's
+    ``Lib/_pyio.py``.
+
+    :param held_size: the size of such a carriage return in bytes, or 0.
+    """
+    packed = file.tell()
+    flags = packed >> 64 & 0xFFFFFFFF
+    if held_size and flags & 1:
+        position = packed & (1 << 64) - 1
+        skipped = packed >> 128 & 0xFFFFFFFF
+        return (position if skipped else position - held_size) | (flags ^ 1) << 64
+    return packed
 
 
 def _seek(file: io.TextIOWrapper, position: int, whence: int) -> int:
