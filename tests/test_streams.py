@@ -708,6 +708,23 @@ def test_both_directions_half_close(link: Link) -> None:
     spin(link.reactor, lambda: link.protocol.lost)
 
 
+@pytest.mark.parametrize("size", [1, MEGABYTE])
+def test_a_protocol_that_raises_connection_done_is_not_half_closed(
+    link: Link, size: int
+) -> None:
+    ends = record_half_closes(link.protocol)
+
+    def fail(data: bytes) -> None:
+        raise ConnectionDone()
+
+    link.protocol.dataReceived = fail
+    link.peer.setblocking(False)
+    link.peer.send(bytes(size))
+    with logged_errors() as errors:
+        spin(link.reactor, lambda: link.protocol.lost or ends)
+    assert (ends, len(link.protocol.lost), len(errors)) == ([], 1, 1)
+
+
 def test_a_write_after_the_peer_has_left_ends_the_connection(link: Link) -> None:
     link.transport.pauseProducing()
     settle(link.reactor)

@@ -578,14 +578,14 @@ class EngineReactor(
                             continue
                         why = CONNECTION_DONE
                     except BaseException:
-                        why = sys.exc_info()[1]
-                        log.err()
+                        self._disconnect_failed(stream)
+                        continue
             else:
                 try:
                     why = stream.doRead()
                 except BaseException:
-                    why = sys.exc_info()[1]
-                    log.err()
+                    self._disconnect_failed(stream)
+                    continue
             if why:
                 self._disconnect(stream, why, True)
 
@@ -619,8 +619,9 @@ class EngineReactor(
                 try:
                     why = stream._dataReceived(data)
                 except BaseException:
-                    why = sys.exc_info()[1]
-                    log.err()
+                    self._disconnect_failed(stream)
+                    why = None
+                    break
                 if (
                     why
                     or len(data) < size
@@ -816,6 +817,13 @@ class EngineReactor(
             raise
         except BaseException:
             log.err()
+
+    def _disconnect_failed(self, stream: StreamTransport) -> None:
+        """Log the exception that is handled; it ends both directions of ``stream``."""
+        error = sys.exc_info()[1]
+        log.err()
+        # ConnectionDone is not taken for the end of the input, as in Twisted.
+        self._disconnect(stream, error, False)
 
     # Start
 
