@@ -55,15 +55,16 @@ _READS_IN_A_ROW = 4
 # descriptor.  If reading and writing have not cleared the condition by then, the
 # selectable is disconnected, since otherwise the loop would spin.  Twisted's epoll
 # reactor disconnects at once, so there an error that a single read would clear (an ICMP
-# message, for example) counts as a lost connection.  The number is well
-# above 1, since a reader that clears an error may itself cause the next one.
+# message, for example) counts as a lost connection.  The number is well above 1, since
+# a reader that clears an error may itself cause the next one.  (Connected UDP ports,
+# the usual case, are not counted at all: see _is_connected_udp.)
 _HANG_UPS_IN_A_ROW = 10
 
 _LOST = "File descriptor lost"
 
 LogContext = dict[Any, Any]
 
-# The main loop logs under the namespace of Twisted's.
+# The main loop logs under the namespace of Twisted's main loop.
 _log = Logger(namespace="twisted.internet.base")
 
 
@@ -84,14 +85,14 @@ def _observed(
     return observed_wait
 
 
-def _reads_errors(reader: Any) -> bool:
+def _is_connected_udp(reader: Any) -> bool:
     """
     Whether ``reader`` is a connected UDP port, whose hang-ups are not counted.
 
     Its ``doRead`` clears the error and tells the protocol, and a datagram that the
-    protocol then sends may cause the next error at once.  Unconnected UDP ports get
-    errors only through an error queue, which they do not read (IP_RECVERR in
-    ip(7)).
+    protocol then sends may cause the next error at once.  Hang-ups of an unconnected
+    UDP port are counted: it gets errors only through an error queue (IP_RECVERR in
+    ip(7)), and its ``doRead`` does not read that queue.
     """
     return isinstance(reader, Port) and bool(reader._connectedAddr)
 
@@ -120,11 +121,12 @@ class EngineReactor(
         self._reading: dict[Any, Registration] = {}
         self._writing: dict[Any, Registration] = {}
         self._unchecked: dict[Registration, int] = {}
-        # The transports to call at the end of the pass, so that they send their data or
-        # close, in the order in which they were queued.
+        # The transports that have to send data or to close at the end of the pass (or
+        # at the beginning of the next one, see write_soon), in the order in which they
+        # were queued.
         self._queued: list[StreamTransport] = []
-        # Those that this pass, and the passes around it, have still to call, in reverse
-        # order: the next one is last.
+        # Transports taken from _queued that this pass and its outer passes have still
+        # to process, in reverse order: the next one is last.
         self._sending: list[StreamTransport] = []
         # An ordered set of registrations to read from in the next pass even without an
         # event, and in the passes after it, until a read would block.
@@ -132,9 +134,10 @@ class EngineReactor(
         # Registrations whose read filled the buffer in the last pass that had plain
         # input, except those put into _read_on instead.
         self._full: set[Registration] = set()
-        # What the current pass has still to dispatch.  An inner pass uses them up.
+        # Iterators over what the current pass has not dispatched yet.  An inner pass
+        # first exhausts those of its outer pass: see _mark_rest_unchecked.
         self._plain_input: Iterator[Registration] = iter(())
-        self._reading_on: Iterator[Registration] = iter(())
+        self._read_on_rest: Iterator[Registration] = iter(())
         self._events: Iterator[Event] = iter(())
         # The registration whose event is being dispatched by _call or _abandon.
         self._dispatched: Registration | None = None
@@ -147,7 +150,7 @@ class EngineReactor(
         ] = {}
         # Whether the notifier is waiting now.
         self._waiting = False
-        # Whether a pass is dispatching its events now.
+        # Whether the wait of a pass has returned, and the pass has not ended yet.
         self._dispatching = False
         # The fields of the main loop's log context, for the next doIteration, which
         # first resets this to None.  So it is None when iterate() calls doIteration.
@@ -169,8 +172,10 @@ class EngineReactor(
 
     def addWriter(self, writer: Any) -> None:
         """
-        Call ``writer.doWrite`` whenever its descriptor is writable.  It raises what
-        :meth:`addReader` raises.
+        Call ``writer.doWrite`` whenever its descriptor is writable.
+
+        :raises ValueError: if its descriptor is negative.
+        :raises OSError: if its descriptor cannot be watched.
         """
         registration = self._registration_for(writer, WRITE)
         if registration.writer is not writer:
@@ -192,12 +197,14 @@ class EngineReactor(
             registration.writer = None
             self._interest_ends(registration, WRITE)
             if self._held_ends:
-                # See StandardIOReactor.
-                self._has_written(writer)
+                # Report the end of input that waited for the output: see
+                # StandardIOReactor.
+                self._output_ended(writer)
 
     def removeAll(self) -> list[Any]:
         """
-        Remove all readers and writers except the reactor's own.
+        Remove all readers and writers except the reactor's internal ones, such as the
+        waker.
 
         :return: the removed ones.
         """
@@ -209,8 +216,8 @@ class EngineReactor(
 
     def getReaders(self) -> list[Any]:
         """
-        Return all readers, including the reactor's own and those whose end of input
-        waits for their output.
+        Return all readers, including the reactor's internal ones, and the readers of a
+        StandardIO whose end of input waits until its output is written.
         """
         held = [reader for reader, _ in self._held_ends.values()]
         return list(dict.fromkeys([*self._reading, *held]))
@@ -261,8 +268,9 @@ class EngineReactor(
 
     def write_soon(self, stream: StreamTransport) -> None:
         """
-        Call ``stream.doWrite`` at the end of this pass, or at the beginning of the next
-        one, without asking the kernel whether the descriptor is writable.
+        Call ``stream.doWrite`` without asking the kernel whether the descriptor is
+        writable: at the end of the pass that calls this or, if the loop waits or is
+        just processing queued transports, at the beginning of the next pass.
 
         :param stream: a transport whose ``write_state`` is ``NOT_WRITING``.
         """
@@ -301,18 +309,18 @@ class EngineReactor(
         return self._begin_registration(descriptor, direction, selectable)
 
     def _begin_registration(
-        self, descriptor: int, interest: int, newcomer: Any, *others: Any
+        self, descriptor: int, interest: int, added: Any, *others: Any
     ) -> Registration:
         """
-        Watch a descriptor for ``newcomer``, and for ``others`` that share it.  A shared
-        one is treated as of ``Origin.SHARED``.
+        Watch a descriptor for ``added``, and for ``others`` that share it.
+
+        The registration has the origin of ``added`` if that is a StreamTransport and
+        does not share its descriptor, and ``Origin.SHARED`` otherwise.
         """
-        if isinstance(newcomer, StreamTransport) and not others:
-            registration = Registration(
-                descriptor, newcomer.origin, newcomer.tells_drained
-            )
+        if isinstance(added, StreamTransport) and not others:
+            registration = Registration(descriptor, added.origin, added.tells_drained)
         else:
-            tells_drained = not others and getattr(newcomer, "tells_drained", False)
+            tells_drained = not others and getattr(added, "tells_drained", False)
             registration = Registration(descriptor, tells_drained=tells_drained)
         registration.interest = interest
         self._notifier.watch(registration)
@@ -320,17 +328,17 @@ class EngineReactor(
         return registration
 
     def _replace_registration(
-        self, former: Registration, newcomer: Any, direction: int
+        self, former: Registration, added: Any, direction: int
     ) -> Registration:
         """
-        Replace ``former``, the registration of the descriptor number that ``newcomer``
+        Replace ``former``, the registration of the descriptor number that ``added``
         has.
 
         The descriptor may have been closed and its number reused, and then the kernel
-        no longer watches it.  So the registration begins anew, for ``newcomer`` and for
+        no longer watches it.  So the registration begins anew, for ``added`` and for
         the former selectables that still have the descriptor.
 
-        :param direction: the direction that ``newcomer`` is added for.
+        :param direction: the direction that ``added`` is added for.
         :raises OSError: if the descriptor cannot be watched.
         """
         reader, writer = former.reader, former.writer
@@ -351,7 +359,7 @@ class EngineReactor(
             interest |= WRITE
         try:
             registration = self._begin_registration(
-                descriptor, interest, newcomer, *remaining
+                descriptor, interest, added, *remaining
             )
         except OSError:
             for each in dict.fromkeys(remaining):
@@ -405,8 +413,8 @@ class EngineReactor(
         if not registration.interest & direction:
             registration.interest |= direction
             self._notifier.update(registration)
-        # It may have become ready while there was no interest, and an edge-triggered
-        # kernel does not report that again.
+        # The direction may have become ready before the interest began, and an
+        # edge-triggered kernel may not report that later.
         self._mark_unchecked(registration, direction)
         if self._waiting:
             # A signal handler may call this while the loop sleeps.
@@ -438,11 +446,12 @@ class EngineReactor(
 
     def _in_log_context(self, function: Callable[..., None], *arguments: Any) -> None:
         """
-        Call ``function`` in a log context that serves many calls of selectables;
-        ``log.callWithLogger`` makes a context for each call.
+        Call ``function`` in a log context that serves for many calls to selectables.
+        (Twisted's ``log.callWithLogger``, in whose place it is, makes a context for
+        each call.)
 
         :param function: called with the fields of the log context and ``arguments``.
-            It sets the field ``"system"`` before each call of a selectable.
+            It sets the field ``"system"`` before each call to a selectable.
         """
         fields = {"system": "-", **context.get(log.ILogContext)}
         context.call({log.ILogContext: fields}, function, fields, *arguments)
@@ -451,6 +460,7 @@ class EngineReactor(
         while self._started:
             try:
                 while self._started:
+                    # Run due timers and the calls from threads.
                     delay = self._make_calls()
                     self._fields = fields
                     self.doIteration(self.running and delay)
@@ -482,8 +492,8 @@ class EngineReactor(
             if self._queued:
                 self._send_queued(fields)
                 fields["system"] = system
-                # doWrite calls protocols and producers, which may have called
-                # callLater, for example.  So do not sleep.
+                # doWrite calls protocols and producers.  What they have asked for, by
+                # callLater for example, is not considered in delay.  So do not sleep.
                 delay = 0
             unchecked = self._unchecked
             if unchecked:
@@ -499,12 +509,12 @@ class EngineReactor(
             if events:
                 self._events = iter(events)
             if read_on:
-                self._reading_on = iter(read_on)
+                self._read_on_rest = iter(read_on)
             if plain_input:
                 self._plain_input = iter(plain_input)
                 self._read_plain_input(fields)
             if read_on:
-                self._read_repeatedly(fields, self._reading_on)
+                self._read_repeatedly(fields, self._read_on_rest)
             if events:
                 for registration, ready, disarmed in self._events:
                     self._dispatch(fields, registration, ready, disarmed)
@@ -513,19 +523,22 @@ class EngineReactor(
             if self._queued:
                 self._send_queued(fields)
         except BaseException:
-            # Usually KeyboardInterrupt, raised by a signal handler.  Which events the
-            # notifier had received, and which selectable was being called, is unknown.
-            self._mark_all_unchecked()
+            # Usually KeyboardInterrupt, raised by a signal handler outside of the calls
+            # whose errors are caught, such as those of doRead.  Which events the
+            # notifier had received, and which registration was being dispatched, is
+            # unknown.  So check all again.
+            self._recover_interrupted_pass()
             raise
         finally:
             self._waiting = False
             self._dispatching = inside_another
             fields["system"] = system
 
-    def _mark_all_unchecked(self) -> None:
+    def _recover_interrupted_pass(self) -> None:
+        """Mark everything as unchecked; queue again what was not processed."""
         for registration in self._registrations.values():
             self._mark_unchecked(registration, registration.interest)
-        # The next pass first calls the transports that are left over.
+        # The transports that were not processed come before those queued since.
         self._queued[:0] = reversed(self._sending)
         self._sending.clear()
         self._dispatched = None
@@ -534,9 +547,10 @@ class EngineReactor(
         """
         Mark as unchecked what the outer pass has not dispatched yet.
 
-        This uses up the iterators of the outer pass, which then takes no further event.
+        This exhausts the iterators of the outer pass, so that it dispatches none of its
+        remaining events.
         """
-        for registration in (*self._plain_input, *self._reading_on):
+        for registration in (*self._plain_input, *self._read_on_rest):
             self._mark_unchecked(registration, registration.interest)
         for registration, _, _ in self._events:
             self._mark_unchecked(registration, registration.interest)
@@ -546,7 +560,8 @@ class EngineReactor(
 
     def _read_plain_input(self, fields: LogContext) -> None:
         # Nearly all traffic passes through here and through _send_queued.  For speed,
-        # this repeats the code of StreamTransport.doRead instead of calling it.
+        # this does the work of StreamTransport.doRead instead of calling it.  After a
+        # read that has filled the buffer it differs: doRead calls look_again.
         full_before = self._full
         if full_before:
             self._full = set()
@@ -563,11 +578,11 @@ class EngineReactor(
                     why = stream.why_lost(error)
                 else:
                     if len(data) == size:
-                        # There may be more data.  An edge-triggered socket is not
-                        # reported again, so read on in the next pass.  A
-                        # level-triggered one is reported again.  But if it has filled
-                        # the buffer twice in a row, waiting for an event is a waste, so
-                        # read on as well.
+                        # There may be more data.  An edge-triggered socket (one that
+                        # has any edges) is not reported again, so read on in the next
+                        # pass.  A level-triggered one is reported again.  But if it has
+                        # filled the buffer in two passes with plain input in a row, to
+                        # ask the kernel again is a waste, so read on as well.
                         if registration.edges or registration in full_before:
                             self._read_on[registration] = None
                         else:
@@ -596,26 +611,27 @@ class EngineReactor(
         Read from each transport, up to ``_READS_IN_A_ROW`` times.
 
         If a read gives data, the next pass reads from the transport again, until a read
-        would block.  A short read is not enough here.  It proves that the socket is
-        empty only after plain input; here the event may already have reported what
-        follows the data, such as the end of the stream, and :meth:`_dispatch` drops
-        events while this goes on.
+        would block.  A short read ends the reading in this pass, but not in the next
+        ones: it would prove that the socket is empty only if plain input was reported.
+        Here the event may already have reported what follows the data, such as the end
+        of the stream.  And while a registration is in ``_read_on``, :meth:`_dispatch`
+        drops its edges that report input alone.
         """
         for registration in registrations:
             stream = registration.reader
             if stream is None:
                 continue
             fields["system"] = stream.logstr
-            read_on = self._read_on
+            next_read_on = self._read_on
             for _ in range(_READS_IN_A_ROW):
                 size = stream.bufferSize
                 try:
                     data = stream.socket.recv(size)
                 except OSError as error:
-                    read_on.pop(registration, None)
+                    next_read_on.pop(registration, None)
                     why = stream.why_lost(error)
                     break
-                read_on[registration] = None
+                next_read_on[registration] = None
                 try:
                     why = stream._dataReceived(data)
                 except BaseException:
@@ -626,8 +642,8 @@ class EngineReactor(
                     why
                     or len(data) < size
                     or registration.reader is not stream
-                    # The protocol has run an inner pass, which has taken over.
-                    or self._read_on is not read_on
+                    # The protocol has run an inner pass, which reads on from this set.
+                    or self._read_on is not next_read_on
                 ):
                     break
             if why:
@@ -635,20 +651,21 @@ class EngineReactor(
 
     def _send_queued(self, fields: LogContext) -> None:
         """
-        Call each transport that is queued now.  One that is queued meanwhile waits for
-        the next time.
+        Send from each transport (or close it) that outer passes have left in
+        ``_sending`` or that is queued now.  A transport that is queued meanwhile waits
+        for the next call of this method.
         """
         sending = self._sending
-        # At the front of the list, which is called last: the entries of an outer pass
-        # are called before these.
+        # Insert them at the front, as the list is processed from its end: the entries
+        # of an outer pass come first.
         sending[:0] = reversed(self._queued)
         self._queued.clear()
         while sending:
             stream = sending[-1]
             try:
                 # A KeyboardInterrupt before this line leaves the transport in the list.
-                # After this line it is handled like an error of the transport, which is
-                # disconnected.
+                # A KeyboardInterrupt after this line is handled like an error of the
+                # transport: the transport is disconnected.
                 del sending[-1]
                 if stream.write_state == ONE_CHUNK:
                     data = stream.dataBuffer
@@ -669,8 +686,8 @@ class EngineReactor(
                         self.addWriter(stream)
                         continue
                 elif stream.write_state != QUEUED:
-                    # After it was queued, it stopped writing, was aborted, or began to
-                    # wait for the kernel to report room.
+                    # After it was queued, it stopped writing, was aborted, or was
+                    # registered as a writer, to wait until it is writable.
                     continue
                 stream.write_state = NOT_WRITING
                 fields["system"] = stream.logstr
@@ -691,15 +708,15 @@ class EngineReactor(
             and registration.reader is not None
             and registration.reader.reads_by_recv
         ):
-            # If it is in _read_on, this pass has already read from it and the next one
-            # reads again, so that the event says nothing new.
+            # An edge that reports input alone: read on, as there may be more than one
+            # read takes.  If the registration is in _read_on, this pass has already
+            # read from it and the next one will, so the event says nothing new.
             if registration not in self._read_on:
                 self._read_repeatedly(fields, (registration,))
             return
         outer, self._dispatched = self._dispatched, registration
         if ready & (HANGUP | GONE):
-            # Check both directions again afterwards.
-            disarmed = READ | WRITE
+            check_again = READ | WRITE
             hung_up = self._hung_up
             hang_ups = hung_up.pop(registration, 0) + 1
             if ready & registration.interest:
@@ -713,7 +730,7 @@ class EngineReactor(
                 if (
                     hang_ups
                     and called
-                    and not _reads_errors(registration.reader)
+                    and not _is_connected_udp(registration.reader)
                     and self._notifier.is_hung_up(registration)
                 ):
                     hung_up[registration] = hang_ups
@@ -721,8 +738,8 @@ class EngineReactor(
             if self._hung_up:
                 self._hung_up.pop(registration, None)
             self._call(fields, registration, ready)
-            disarmed |= ready
-        self._mark_unchecked(registration, disarmed & registration.interest)
+            check_again = disarmed | ready
+        self._mark_unchecked(registration, check_again & registration.interest)
         self._dispatched = outer
 
     def _forget_hang_ups(self, events: Sequence[Event]) -> None:
@@ -733,7 +750,8 @@ class EngineReactor(
 
     def _call(self, fields: LogContext, registration: Registration, ready: int) -> bool:
         """
-        Call the reader and the writer, each only if its direction is ready.
+        Call the reader and the writer for the directions in ``ready``, except those
+        whose interest has ended, or has begun anew, since the event.
 
         :return: whether either was called.
         """
@@ -778,7 +796,7 @@ class EngineReactor(
                 why: Any = ConnectionFdescWentAway(_LOST)
             elif direction == READ:
                 why = selectable.doRead()
-                # As in Twisted, only if doRead has returned.
+                # It stays False if doRead raises, as in Twisted.
                 reading = True
             else:
                 why = selectable.doWrite()
@@ -792,8 +810,9 @@ class EngineReactor(
         self, fields: LogContext, registration: Registration, ready: int
     ) -> None:
         """Disconnect what uses a descriptor that is closed or stays hung up."""
-        # If interest has begun anew after the event, its direction is unchecked.  Do
-        # not disconnect anything because of that direction.
+        # If the interest in a direction has begun anew after the event, that direction
+        # is unchecked, and the event is no reason to disconnect its selectable, unless
+        # that has the other direction as well.
         unchecked = self._unchecked.get(registration, 0)
         reader = None if unchecked & READ else registration.reader
         writer = None if unchecked & WRITE else registration.writer
@@ -860,9 +879,9 @@ class EngineReactor(
         self._stop_by_signal("SIGTERM", number)
 
     def _stop_by_signal(self, name: str, number: int) -> None:
-        # Twisted logs in the signal handler.  If that has interrupted the main thread
-        # while it was taking the lock of a log file (threadable.XLock, which is written
-        # in Python), it waits for this lock without end.
+        # Twisted logs in the signal handler.  If the signal interrupts the main thread
+        # while that takes the lock of a log file (threadable.XLock, which is written in
+        # Python), the handler waits for this lock without end.  So log in the loop.
         self.callFromThread(_log.info, "Received {signal}, shutting down.", signal=name)
         self.callFromThread(self.stop)
         self._exitSignal = number
@@ -889,12 +908,13 @@ class EngineReactor(
         Call functions when a pass begins and when it ends.
 
         For observers, a pass begins when a wait has returned and ends when the next
-        wait begins.  So it includes the timers, and the calls from threads, that are
-        made in between.  The functions must not raise errors.
+        wait begins.  So it includes the timers, and the functions that threads have
+        given to ``callFromThread``, that run between the two waits.  The functions must
+        not raise errors.  If ``begins`` or ``ends`` is None, those of ``observer`` are
+        removed.
 
         :param begins: called after each wait.
-        :param ends: called before each wait.  If either is None, the functions of
-            ``observer`` are removed.
+        :param ends: called before each wait.
         :param observer: a key.  A new pair of functions replaces the observer's former
             one.
         """
@@ -903,8 +923,8 @@ class EngineReactor(
         if begins is not None and ends is not None:
             observers[observer] = (begins, ends)
         notifier: Any = self._notifier
-        # For observers, an attribute of the notifier replaces the method ``wait`` of
-        # its class, so that passes that are not observed need not even check for them.
+        # While there are observers, an attribute ``wait`` of the notifier hides the
+        # method of its class.  So without observers, a pass need not check for any.
         vars(notifier).pop("wait", None)
         for begins, ends in observers.values():
             notifier.wait = _observed(notifier.wait, begins, ends)
@@ -913,9 +933,9 @@ class EngineReactor(
         """
         Return counts for monitoring.
 
-        :return: the present number of ``readers``; that of ``writers``, which wait for
-            the kernel to report room (queued transports are not counted); and what
-            :meth:`Notifier.statistics` returns.
+        :return: the present number of ``readers``; the present number of ``writers``,
+            which wait until their descriptors are writable (queued transports are not
+            counted); and what :meth:`Notifier.statistics` returns.
         """
         return {
             "readers": len(self._reading),

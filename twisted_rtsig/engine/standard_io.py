@@ -58,7 +58,7 @@ class StandardIOReactor(PosixReactorBase):
                 return
         super()._disconnectSelectable(selectable, why, isRead, *rest)
 
-    def _has_written(self, writer: Any) -> None:
+    def _output_ended(self, writer: Any) -> None:
         """Report the end in the next pass: the output is written, or never will be."""
         if writer in self._held_ends:
             self.callLater(0, self._tell_held_end, writer)
