@@ -12,7 +12,7 @@ import pytest
 from tests.support import reactor_classes, spin_with_timers
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.workers import channel as channel_module
-from twisted_rtsig.workers.channel import Channel
+from twisted_rtsig.workers.channel import ControlChannel
 
 LIMIT = 10_000
 
@@ -33,7 +33,9 @@ def test_memory_is_limited(
     lost: list[None] = []
     one, other = socket.socketpair()
     with one, other:
-        channel = Channel(reactor, one, lambda message: None, lambda: lost.append(None))
+        channel = ControlChannel(
+            reactor, one, lambda message: None, lambda: lost.append(None)
+        )
         channel.start()
         while channel.send({"type": "filler", "text": "x" * 1000}):
             assert len(channel._output) <= LIMIT

@@ -34,7 +34,7 @@ from tests.workers.support import (
     wait_until,
     write_tac,
 )
-from twisted_rtsig.workers.notify import Notifier
+from twisted_rtsig.workers.notify import SystemdNotifier
 from twisted_rtsig.workers.status import Status, read_status
 
 pytestmark = [needs_fork, pytest.mark.slow, pytest.mark.processes]
@@ -313,7 +313,7 @@ def test_watchdog(
     monkeypatch.setenv("NOTIFY_SOCKET", "@nobody-listens-here")
     for name, value in variables.items():
         monkeypatch.setenv(name, str(os.getpid()) if value == "self" else value)
-    notifier = Notifier()
+    notifier = SystemdNotifier()
     assert notifier.watchdog == seconds
     # Nothing receives this, which is no error.
     notifier.alive()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from twisted_rtsig.coro.census import Totals
     from twisted_rtsig.coro.instruments import Instruments
     from twisted_rtsig.coro.streams import Stream
-    from twisted_rtsig.coro.tasks import Origin, Task
+    from twisted_rtsig.coro.tasks import Task, TaskOrigin
 
 # How many tasks run in a row before the reactor gets a turn, and how often each of
 # them transfers to another one.
@@ -180,7 +180,7 @@ class Scheduler:
         self.references: list[ref[Task[Any]]] = []
         # How many of the references the totals count as spawned.
         self._counted = 0
-        self.origin: Origin | None = None
+        self.origin: TaskOrigin | None = None
         # The references to tasks that were spawned earlier, in the same order, and how
         # many of these lists there may be before they are swept.
         self._older: list[list[ref[Task[Any]]]] = []

@@ -98,7 +98,7 @@ class _Failed:
             log_failure(_log, message, self.see(), name=self._name)
 
 
-class Origin:
+class TaskOrigin:
     """
     The attributes that tasks share if they are spawned in one burst, by the same task
     or outside of tasks, with the same name.  To share them takes less memory.
@@ -186,8 +186,8 @@ class Task(Generic[T]):
             or (origin.spawner and origin.spawner()) is not spawner
         ):
             reference = None if spawner is None else ref(spawner)
-            origin = scheduler.origin = Origin(name, kind, reference, now)
-        self._origin: Origin = origin
+            origin = scheduler.origin = TaskOrigin(name, kind, reference, now)
+        self._origin: TaskOrigin = origin
         # An instrument may look at it, so that all of it has to be there.
         references = scheduler.references
         references.append(ref(self))
@@ -202,7 +202,7 @@ class Task(Generic[T]):
     @name.setter
     def name(self, name: str) -> None:
         origin = self._origin
-        self._origin = Origin(name, origin.kind, origin.spawner, origin.since)
+        self._origin = TaskOrigin(name, origin.kind, origin.spawner, origin.since)
 
     @property
     def reactor(self) -> Any:
@@ -634,7 +634,9 @@ class SymmetricTask(Task[T]):
         else:
             self._body = body
             origin = self._origin
-            self._origin = Origin(origin.name, type(body), origin.spawner, origin.since)
+            self._origin = TaskOrigin(
+                origin.name, type(body), origin.spawner, origin.since
+            )
             self._resume(None)
 
     def _end(self, state: int, result: Any) -> None:

@@ -27,7 +27,7 @@ LIMIT: Final = 16 * 1024 * 1024
 
 
 @implementer(IReadWriteDescriptor)
-class Channel:
+class ControlChannel:
     """
     One end of a control channel.
 
@@ -172,4 +172,4 @@ class Channel:
             self._lost()
 
 
-__all__ = ["LIMIT", "Channel", "Message"]
+__all__ = ["LIMIT", "ControlChannel", "Message"]

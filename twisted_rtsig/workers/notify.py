@@ -12,7 +12,7 @@ from typing import Final
 _FIRST: Final = 3
 
 
-class Notifier:
+class SystemdNotifier:
     """
     Tells systemd the state of this service, if systemd asks for it.
 
@@ -92,4 +92,4 @@ def passed_sockets() -> tuple[list[socket.socket], list[str]]:
     return sockets, names[: len(sockets)]
 
 
-__all__ = ["Notifier", "passed_sockets"]
+__all__ = ["SystemdNotifier", "passed_sockets"]

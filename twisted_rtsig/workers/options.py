@@ -198,7 +198,7 @@ def makeService(options: Options) -> Any:
     """Return the supervisor, as a service for ``twistd``."""
     from twisted.internet import reactor
 
-    from twisted_rtsig.workers.notify import Notifier, passed_sockets
+    from twisted_rtsig.workers.notify import SystemdNotifier, passed_sockets
 
     # Before the next import: twisted.internet.endpoints would take the variables.
     sockets, names = passed_sockets()
@@ -236,7 +236,7 @@ def makeService(options: Options) -> Any:
         euid=bool(twistd["euid"]),
         pidfile=twistd["pidfile"],
     )
-    return Supervisor(reactor, settings, sockets, names, Notifier())
+    return Supervisor(reactor, settings, sockets, names, SystemdNotifier())
 
 
 __all__ = ["NAME", "Options", "makeService"]

@@ -22,7 +22,7 @@ from zope.interface import implementer
 
 from twisted_rtsig.engine.processes import reap
 from twisted_rtsig.workers.boot import CONTROL, INHERITED, LIFELINE, SOCKETS, Boot
-from twisted_rtsig.workers.channel import Channel, Message
+from twisted_rtsig.workers.channel import ControlChannel, Message
 from twisted_rtsig.workers.logs import LogPipe, make_pipe
 
 _log = Logger()
@@ -113,7 +113,9 @@ class WorkerProcess(ProcessProtocol):
             theirs.callback(os.close, null)
             reading, writing = make_pipe()
             theirs.callback(os.close, writing)
-            self.control = Channel(start.reactor, control, self._received, lambda: None)
+            self.control = ControlChannel(
+                start.reactor, control, self._received, lambda: None
+            )
             self._requests = _Requests(start.reactor, asking, self._answer)
             self._log_pipe = LogPipe(
                 start.reactor, reading, start.write_log(boot.number)

@@ -24,7 +24,7 @@ from twisted.scripts._twistd_unix import (
 
 from twisted_rtsig.workers import current
 from twisted_rtsig.workers.boot import Boot
-from twisted_rtsig.workers.channel import Channel, Message
+from twisted_rtsig.workers.channel import ControlChannel, Message
 from twisted_rtsig.workers.draining import Drained, drain
 from twisted_rtsig.workers.logs import worker_observer
 from twisted_rtsig.workers.snapshot import Observer
@@ -97,7 +97,7 @@ class WorkerSide:
     ) -> None:
         self.reactor = reactor
         self.boot = boot
-        self.control = Channel(
+        self.control = ControlChannel(
             reactor, connection, self._received, self._channel_lost, rest
         )
         self.held = HeldSockets(sockets)

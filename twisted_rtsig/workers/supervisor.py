@@ -22,7 +22,7 @@ from twisted_rtsig.workers.boot import Boot
 from twisted_rtsig.workers.channel import Message
 from twisted_rtsig.workers.listening import Listening
 from twisted_rtsig.workers.logs import LineLog, text_output
-from twisted_rtsig.workers.notify import Notifier
+from twisted_rtsig.workers.notify import SystemdNotifier
 from twisted_rtsig.workers.process import Events, Start, WorkerProcess
 from twisted_rtsig.workers.status import Status
 
@@ -141,7 +141,7 @@ class Supervisor(Service, Events):
         settings: Settings,
         passed: list[socket.socket],
         passed_names: list[str],
-        notifier: Notifier,
+        notifier: SystemdNotifier,
     ) -> None:
         self.reactor = reactor
         self.settings = settings
