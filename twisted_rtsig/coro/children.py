@@ -18,7 +18,7 @@ from twisted.python.failure import Failure
 
 from twisted_rtsig.coro.census import Registry
 from twisted_rtsig.coro.forgotten import must_be_awaited
-from twisted_rtsig.coro.operations import Finished, Operation
+from twisted_rtsig.coro.operations import Operation, finished
 from twisted_rtsig.coro.scheduler import Scheduler, cancel_call
 
 GRACE: Final = 5.0
@@ -64,9 +64,7 @@ class Child:
             process, if one did.
         """
         if self._status is not None:
-            finished: Finished[int] = Finished()
-            finished.result = self._status
-            return finished
+            return finished(self._status)
         operation: Operation[int] = Operation()
         operation.owner = self
         self._waiters[operation] = None

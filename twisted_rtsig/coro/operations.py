@@ -78,6 +78,19 @@ def _with_room_for(*names: str) -> Callable[[C], C]:
     return decorate
 
 
+def _method_of_deferred(name: str) -> Any:
+    """The method of an operation that makes a Deferred of it and calls its method."""
+
+    def call(self: Operation[Any], *args: Any, **kwargs: Any) -> Any:
+        self._become_deferred()
+        return getattr(self, name)(*args, **kwargs)
+
+    call.__name__ = name
+    call.__qualname__ = f"Operation.{name}"
+    call.__doc__ = f"See ``Deferred.{name}``."
+    return call
+
+
 @_with_room_for("owner", "waiter", "called", "result", "value")
 class Operation(Deferred[T]):
     """
@@ -230,26 +243,10 @@ class Operation(Deferred[T]):
 
     # Type checkers see the methods of Deferred.
     if not TYPE_CHECKING:
-
-        def addCallbacks(self, *args: Any, **kwargs: Any) -> Any:
-            """See ``Deferred.addCallbacks``."""
-            self._become_deferred()
-            return self.addCallbacks(*args, **kwargs)
-
-        def addCallback(self, *args: Any, **kwargs: Any) -> Any:
-            """See ``Deferred.addCallback``."""
-            self._become_deferred()
-            return self.addCallback(*args, **kwargs)
-
-        def addErrback(self, *args: Any, **kwargs: Any) -> Any:
-            """See ``Deferred.addErrback``."""
-            self._become_deferred()
-            return self.addErrback(*args, **kwargs)
-
-        def addBoth(self, *args: Any, **kwargs: Any) -> Any:
-            """See ``Deferred.addBoth``."""
-            self._become_deferred()
-            return self.addBoth(*args, **kwargs)
+        addCallbacks = _method_of_deferred("addCallbacks")
+        addCallback = _method_of_deferred("addCallback")
+        addErrback = _method_of_deferred("addErrback")
+        addBoth = _method_of_deferred("addBoth")
 
 
 @_with_room_for("owner", "waiter", "called", "result", "value")
@@ -359,6 +356,13 @@ def error_of(failure: Failure) -> BaseException:
 
 def ignore(failure: Failure) -> None:
     """An errback that handles a failure by ignoring it."""
+
+
+def finished(result: T) -> Operation[T]:
+    """An operation that was done at once."""
+    operation: Finished[T] = Finished()
+    operation.result = result
+    return operation
 
 
 def failed(error: BaseException, quietly: bool = False) -> Operation[Any]:

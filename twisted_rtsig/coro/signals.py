@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from twisted_rtsig.coro.errors import BusyResourceError
 from twisted_rtsig.coro.forgotten import must_be_awaited
-from twisted_rtsig.coro.operations import Finished, Operation, failed
+from twisted_rtsig.coro.operations import Operation, failed, finished
 from twisted_rtsig.coro.scheduler import scheduler_for
 
 
@@ -47,9 +47,7 @@ class SignalReceiver:
         if self._receiving is not None:
             raise BusyResourceError(f"another task receives from {self!r} already")
         if self._pending:
-            finished: Finished[int] = Finished()
-            finished.result = self._next()
-            return finished
+            return finished(self._next())
         operation: Operation[int] = Operation()
         operation.owner = self
         self._receiving = operation

@@ -17,7 +17,7 @@ from twisted_rtsig.coro.errors import (
 )
 from twisted_rtsig.coro.forgotten import must_be_awaited
 from twisted_rtsig.coro.locks import Event
-from twisted_rtsig.coro.operations import Finished, failed
+from twisted_rtsig.coro.operations import failed, finished
 from twisted_rtsig.coro.reading import MAX_BYTES
 from twisted_rtsig.coro.scheduler import scheduler_for
 from twisted_rtsig.coro.spawning import spawn
@@ -146,9 +146,7 @@ class TextStream(AsyncBlock):
             # The frames of the traceback refer to the error.
             return failed(error.with_traceback(None))
         if taken is not None:
-            finished: Finished[str] = Finished()
-            finished.result = taken
-            return finished
+            return finished(taken)
         reading = self._reading = spawn(
             self._read_until_taken,
             take,

@@ -172,10 +172,8 @@ class EngineReactor(
 
     def addWriter(self, writer: Any) -> None:
         """
-        Call ``writer.doWrite`` whenever its descriptor is writable.
-
-        :raises ValueError: if its descriptor is negative.
-        :raises OSError: if its descriptor cannot be watched.
+        Call ``writer.doWrite`` whenever its descriptor is writable.  The errors are
+        those of :meth:`addReader`.
         """
         registration = self._registration_for(writer, WRITE)
         if registration.writer is not writer:

@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 
 from twisted_rtsig.coro.errors import DelimiterNotFound
 from twisted_rtsig.coro.forgotten import must_be_awaited
-from twisted_rtsig.coro.operations import Finished, Operation
+from twisted_rtsig.coro.operations import Operation, finished
 from twisted_rtsig.files.accesses import (
     Access,
     Read,
@@ -101,9 +101,7 @@ class AsyncFile(OpenFile):
             data = self._read_cached(size, self._position)
             if data is not None:
                 self._position += len(data)
-                finished: Finished[bytes] = Finished()
-                finished.result = data
-                return finished
+                return finished(data)
         self._check_readable()
         return self._in_turn(Read(self, _not_negative("size", size)))
 
@@ -112,9 +110,7 @@ class AsyncFile(OpenFile):
         """As :meth:`read`, at an offset; the position stays where it is."""
         data = self._read_cached(size, offset)
         if data is not None:
-            finished: Finished[bytes] = Finished()
-            finished.result = data
-            return finished
+            return finished(data)
         self._check_readable()
         offset = _not_negative("offset", offset)
         return self._elsewhere_at(Read(self, _not_negative("size", size), offset))
@@ -132,9 +128,7 @@ class AsyncFile(OpenFile):
             line = self._read_cached_line(max_bytes, self._position)
             if line is not None:
                 self._position += len(line)
-                finished: Finished[bytes] = Finished()
-                finished.result = line
-                return finished
+                return finished(line)
         self._check_readable()
         return self._in_turn(ReadLine(self, _not_negative("max_bytes", max_bytes)))
 

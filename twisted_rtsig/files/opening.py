@@ -6,7 +6,7 @@ import os
 from typing import Any, Final, Literal, TypedDict, TypeVar, overload
 
 from twisted_rtsig.coro.forgotten import must_be_awaited
-from twisted_rtsig.coro.operations import Finished, Operation
+from twisted_rtsig.coro.operations import Operation, finished
 from twisted_rtsig.files.asyncfile import AsyncFile
 from twisted_rtsig.files.open_calls import open_cached, open_descriptor, open_text
 from twisted_rtsig.files.textfile import AsyncTextFile
@@ -154,9 +154,7 @@ def open_file(
     flags = _FLAGS[mode.replace("b", "")]
     opened = open_cached(path) if flags == os.O_RDONLY else None
     if opened is not None:
-        finished: Finished[AsyncFile] = Finished()
-        finished.result = AsyncFile(opened[0], path, mode, opened[1], workers)
-        return finished
+        return finished(AsyncFile(opened[0], path, mode, opened[1], workers))
     opening = _Open(path, mode, workers)
     workers.run(opening, open_descriptor, path, flags, permissions)
     return opening.operation

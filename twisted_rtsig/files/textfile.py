@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 
 from twisted_rtsig.coro.errors import DelimiterNotFound
 from twisted_rtsig.coro.forgotten import must_be_awaited
-from twisted_rtsig.coro.operations import Finished, Operation
+from twisted_rtsig.coro.operations import Operation, finished
 from twisted_rtsig.files.turns import OpenFile, Path, Turn
 from twisted_rtsig.files.workers import Workers
 
@@ -118,7 +118,7 @@ class AsyncTextFile(OpenFile):
         if size < 0:
             raise ValueError(f"size={size}: 0 is the least")
         if not self._turns and len(self._ahead) - self._start >= size:
-            return _finished(self._take(size))
+            return finished(self._take(size))
         return self._in_turn(_ReadText(self, size))
 
     @must_be_awaited
@@ -139,7 +139,7 @@ class AsyncTextFile(OpenFile):
         if not self._turns:
             end = self._end_of_line(limit)
             if end is not None:
-                return _finished(self._take(end - self._start))
+                return finished(self._take(end - self._start))
         return self._in_turn(_ReadTextLine(self, limit))
 
     async def lines(self, max_characters: int = MAX_CHARACTERS) -> AsyncIterator[str]:
@@ -252,12 +252,6 @@ class AsyncTextFile(OpenFile):
 
     def _close_file(self) -> None:
         self._file.close()
-
-
-def _finished(text: str) -> Operation[str]:
-    finished: Finished[str] = Finished()
-    finished.result = text
-    return finished
 
 
 class _ReadingText(Turn[str]):
