@@ -691,6 +691,45 @@ def test_a_write_after_abort_connection_is_discarded(link: Link) -> None:
         assert link.peer.recv(10) == b""
 
 
+def test_a_transport_that_is_resumed_after_abort_connection_reads_nothing(
+    link: Link,
+) -> None:
+    link.transport.pauseProducing()
+    link.peer.sendall(b"never read")
+
+    def abort() -> None:
+        # The connection is lost in the next call of callLater(), after a pass.
+        link.transport.abortConnection()
+        link.transport.resumeProducing()
+
+    link.reactor.callLater(0, abort)
+    spin(link.reactor, lambda: link.protocol.lost)
+    assert link.protocol.data == b""
+    assert link.protocol.lost[0].check(ConnectionAborted)
+
+
+@pytest.mark.parametrize("kind", ["UNIX server", "UNIX client", "adopted UNIX"])
+def test_a_peer_that_sends_on_but_does_not_read_is_lost(
+    any_reactor: Any, kind: str, tmp_path: Any
+) -> None:
+    link = Link(any_reactor, kind, tmp_path)
+
+    def ask_for_more(data: bytes) -> None:
+        # Without a limit to the reading, this goes on without end.
+        assert len(received) < 100
+        received.append(data)
+        link.transport.write(b"x")
+        link.peer.send(b"more")
+
+    received: list[bytes] = []
+    link.protocol.dataReceived = ask_for_more
+    link.peer.shutdown(socket.SHUT_RD)
+    link.peer.send(b"the first")
+    spin(link.reactor, lambda: link.protocol.lost)
+    assert link.protocol.lost[0].check(ConnectionLost)
+    link.close()
+
+
 def test_both_directions_half_close(link: Link) -> None:
     """One closes after the other."""
     ends = record_half_closes(link.protocol)

@@ -9,6 +9,8 @@ import struct
 import sys
 from typing import Any, Final
 
+from twisted_rtsig.engine.receive_buffers import bytes_to_read
+
 _SIZE: Final = struct.Struct("i")
 
 if sys.platform != "win32":
@@ -62,15 +64,7 @@ def unread_input(transport: Any) -> int | None:
     number = descriptor(transport)
     if number is None or number < 0:
         return None
-    if sys.platform == "win32":
-        from twisted_rtsig.windows.calls import bytes_to_read
-
-        return bytes_to_read(number)
-    try:
-        answer = fcntl.ioctl(number, termios.FIONREAD, bytes(_SIZE.size))
-    except OSError:
-        return None
-    return int(_SIZE.unpack(answer)[0])
+    return bytes_to_read(number)
 
 
 def descriptor(transport: Any) -> int | None:

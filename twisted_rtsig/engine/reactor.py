@@ -617,7 +617,8 @@ class EngineReactor(
         """
         for registration in registrations:
             stream = registration.reader
-            if stream is None:
+            # An aborted transport does not read by recv.
+            if stream is None or not stream.reads_by_recv:
                 continue
             fields["system"] = stream.logstr
             next_read_on = self._read_on

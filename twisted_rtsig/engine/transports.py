@@ -36,6 +36,7 @@ from twisted.python import log
 from twisted.python.runtime import platformType
 
 from twisted_rtsig.engine.private_names import RESULT_IGNORED
+from twisted_rtsig.engine.receive_buffers import bytes_to_read
 from twisted_rtsig.notifiers.registration import Origin
 
 if TYPE_CHECKING:
@@ -162,6 +163,11 @@ class StreamTransport(tcp.Connection):
         """
         return self.socket.recv(self.bufferSize)
 
+    @staticmethod
+    def _size(received: Any) -> int:
+        """The number of bytes in the result of :meth:`_receive`."""
+        return len(received)
+
     def _deliver(self, received: Any) -> Any:
         """Pass the result of :meth:`_receive` to the protocol."""
         if len(received) == self.bufferSize:
@@ -179,13 +185,20 @@ class StreamTransport(tcp.Connection):
         :return: the result of ``doWrite``.
         """
         if why is CONNECTION_LOST:
-            # Read on until the socket is empty, or the protocol pauses, closes or
-            # aborts the connection.
-            while self.reactor.is_reading(self):
+            # Read what has arrived so far, unless the protocol pauses, closes or aborts
+            # the connection.  The peer of a UNIX socket may send on without end: there
+            # EPIPE only means that the peer does not read.
+            left = bytes_to_read(self.fileno()) or 0
+            while (
+                left > 0
+                and self.reactor.is_reading(self)
+                and self.write_state != ABORTED
+            ):
                 try:
                     received = self._receive()
                 except OSError:
                     break
+                left -= self._size(received)
                 if self._deliver(received):
                     break
             if self.write_state == ABORTED or not self.connected:
@@ -285,6 +298,8 @@ class StreamTransport(tcp.Connection):
         super().abortConnection()
         if self.connected:
             self.write_state = ABORTED
+            # The call above has replaced doRead().
+            self.reads_by_recv = False
 
     def doWrite(self) -> Any:
         """
@@ -567,6 +582,10 @@ if unixEnabled:
             :raises OSError: if recvmsg(2) fails.
             """
             return self.socket.recvmsg(self.bufferSize, _ANCILLARY_BYTES)
+
+        @staticmethod
+        def _size(received: Any) -> int:
+            return len(received[0])
 
         def _deliver(self, received: Any) -> Any:
             """Like ``unix.Server.doRead``, after recvmsg(2)."""
