@@ -13,7 +13,7 @@ from typing import Any, cast
 import h2.connection
 import pytest
 from hyperframe.frame import DataFrame, Frame, GoAwayFrame
-from twisted.internet.protocol import ClientFactory
+from twisted.internet.protocol import ClientFactory, connectionDone
 from twisted.internet.selectreactor import SelectReactor
 from twisted.internet.ssl import PrivateCertificate
 from twisted.logger import ILogObserver, globalLogPublisher
@@ -648,6 +648,23 @@ def test_drainable_protocol_that_fails(
     failures = [each["log_failure"] for each in logged if "log_failure" in each]
     assert [each.type for each in failures] == [ZeroDivisionError]
     faulty.close()
+
+
+def test_drain_while_a_connection_is_lost(
+    reactor: EngineReactor, logged: list[Any]
+) -> None:
+    class Last(Recorder):
+        """Drains the reactor when its connection is lost."""
+
+        def connectionLost(self, reason: Any = connectionDone) -> None:
+            drain(reactor, LONG).addCallback(drained.append)
+
+    drained: list[Drained] = []
+    _connected(reactor, RecorderFactory(Last)).close()
+    # The port is closed by a timer.
+    spin_with_timers(reactor, lambda: drained and not reactor.getDelayedCalls())
+    assert drained == [Drained(finished=1, aborted=0)]
+    assert [each for each in logged if "log_failure" in each] == []
 
 
 # The grace

@@ -280,7 +280,8 @@ _drainages: Final[WeakKeyDictionary[EngineReactor, _Drainage]] = WeakKeyDictiona
 
 def protocols_of(connection: ServerTransport) -> Iterator[Any]:
     """Yield the protocol of a connection, then each one that it wraps (as TLS does)."""
-    protocol: Any = connection.protocol
+    # A connection that is being lost has no protocol any more.
+    protocol: Any = getattr(connection, "protocol", None)
     while protocol is not None:
         yield protocol
         protocol = getattr(protocol, "wrappedProtocol", None)

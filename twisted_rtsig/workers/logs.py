@@ -96,11 +96,11 @@ class LogPipe:
         self._pause: Any = None
         self._finished = False
         self._ended = False
-        capacity = _SMALL_CAPACITY
+        self._capacity = _SMALL_CAPACITY
         if hasattr(fcntl, "F_GETPIPE_SZ"):
-            capacity = fcntl.fcntl(descriptor, fcntl.F_GETPIPE_SZ)
-        self._much = capacity // 2
-        self._seconds = _PAUSES[capacity >= _LARGE]
+            self._capacity = fcntl.fcntl(descriptor, fcntl.F_GETPIPE_SZ)
+        self._much = self._capacity // 2
+        self._seconds = _PAUSES[self._capacity >= _LARGE]
 
     def start(self) -> None:
         """Start reading."""
@@ -167,12 +167,16 @@ class LogPipe:
         the pipe, go on reading until that child ends too.
         """
         self._finished = True
-        while self._descriptor >= 0:
+        # The pipe holds no more than this of the worker's own.  The child may write on
+        # without end.
+        left = self._capacity
+        while self._descriptor >= 0 and left > 0:
             count = self.read()
             if count is None:
                 break
             if count == 0:
                 self.close()
+            left -= count
 
     def close(self) -> None:
         """Close the pipe."""
