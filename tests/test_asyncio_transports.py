@@ -19,7 +19,14 @@ from typing import Any
 
 import pytest
 
-from tests.support import DEADLINE, RESET, dispose, each_of, reactor_classes
+from tests.support import (
+    DEADLINE,
+    RESET,
+    dispose,
+    each_of,
+    reactor_classes,
+    run_program,
+)
 
 if sys.platform == "win32" or not reactor_classes():
     pytest.skip("it is for Linux, BSD and macOS", allow_module_level=True)
@@ -261,6 +268,30 @@ def test_an_exit_in_the_protocol_leaves_the_loop(
     run(loop, go_on())
 
 
+def test_each_exit_in_a_protocol_leaves_the_loop(loop: Any) -> None:
+    """The loop runs again after each of them."""
+
+    def leave(protocol: Recorder, data: bytes) -> None:
+        raise SystemExit(data.decode())
+
+    async def connect() -> list[Pair]:
+        return [await connected(leave) for _ in range(3)]
+
+    pairs: list[Pair] = run(loop, connect())
+    statuses = set()
+    for number, pair in enumerate(pairs):
+        pair.handle.sendall(b"%d" % number)
+    for _ in pairs:
+        late = loop.call_later(DEADLINE, loop.stop)
+        with pytest.raises(SystemExit) as exit_:
+            loop.run_forever()
+        late.cancel()
+        statuses.add(exit_.value.code)
+    assert statuses == {"0", "1", "2"}
+    for pair in pairs:
+        run(loop, end(pair))
+
+
 def test_a_transport_gets_another_protocol(loop: Any) -> None:
     """One of the protocols reads into a buffer of its own."""
 
@@ -457,6 +488,61 @@ def test_a_write_is_sent_before_another_call_of_the_transport(
     assert seen == [b"first"]
     assert pair.protocol.transport.get_write_buffer_size() == 0
     run(loop, end(pair))
+
+
+def test_writes_are_sent_at_once_if_the_buffer_may_hold_nothing(loop: Any) -> None:
+    """Otherwise ``drain()`` would return before they are sent."""
+    seen = []
+
+    async def main() -> None:
+        pair = await connected()
+        transport = pair.protocol.transport
+        transport.set_write_buffer_limits(high=0)
+        transport.write(b"one")
+        seen.append(peeked(pair.handle))
+        transport.set_write_buffer_limits(high=5)
+        transport.write(b"two")
+        seen.append(peeked(pair.handle))
+        transport.write(b"three")
+        seen.append(peeked(pair.handle))
+        transport.set_write_buffer_limits()
+        transport.write(b"four")
+        seen.append(peeked(pair.handle))
+        await end(pair)
+
+    run(loop, main())
+    assert seen == [b"one", b"one", b"onetwothree", b"onetwothree"]
+
+
+@pytest.mark.parametrize("reactor_class", CLASSES)
+def test_a_write_before_a_fork_is_sent_once(
+    reactor_class: type[AsyncioEngineReactor],
+) -> None:
+    program = """
+import asyncio, os, socket, sys
+
+async def main():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        handle = socket.create_connection(listening.getsockname())
+        reader, writer = await asyncio.open_connection(sock=listening.accept()[0])
+    writer.write(b"written once")
+    pid = os.fork()
+    if pid == 0:
+        writer.close()
+        sys.exit()
+    os.waitpid(pid, 0)
+    writer.close()
+    await writer.wait_closed()
+    received = b""
+    while data := handle.recv(100):
+        received += data
+    print(received.decode(), flush=True)
+
+loop = asyncio.SelectorEventLoop()
+Reactor(loop)
+loop.run_until_complete(main())
+"""
+    assert run_program(program, reactor_class=reactor_class) == "written once\n"
 
 
 def test_a_write_before_a_file_is_sent_first(loop: Any, tmp_path: Any) -> None:

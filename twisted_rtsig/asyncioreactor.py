@@ -489,6 +489,19 @@ def _nothing() -> None:
     pass
 
 
+def _send_collected_before_fork() -> None:
+    """Otherwise a child that goes on, or that ends the loop, would send it again."""
+    loop: Any = events._get_running_loop()
+    reactor = getattr(loop, "reactor", None)
+    if isinstance(reactor, AsyncioEngineReactor):
+        reactor.send_collected()
+
+
+# Windows has no fork.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_send_collected_before_fork)
+
+
 class AsyncioReactor(AsyncioEngineReactor, SystemReactor):
     """
     The reactor of this package for this system (epoll on Linux, kqueue on BSD and

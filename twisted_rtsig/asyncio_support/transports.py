@@ -35,13 +35,15 @@ class SocketTransport(asyncio.selector_events._SelectorSocketTransport):  # type
     Every other method first sends the collected data.  So the transport differs from
     that of asyncio only in when it sends.
 
-    :ivar collected: data that was written and not sent yet.
+    :ivar collected: data that was written and not sent yet: at most 16 KiB, and no more
+        than the limit above which the protocol is paused.
     """
 
     max_size = MOST_AT_ONCE
 
     def __init__(self, loop: Any, *args: Any, **kwargs: Any) -> None:
         self.collected = b""
+        self._collected_at_most = _COLLECTED_AT_MOST
         # Whether the write() of asyncio would send at once.
         self._sends_at_once = True
         self._reactor: AsyncioEngineReactor = loop.reactor
@@ -57,7 +59,7 @@ class SocketTransport(asyncio.selector_events._SelectorSocketTransport):  # type
             self._sends_at_once
             and reactor.in_plain_run
             and type(data) is bytes
-            and len(data) <= _COLLECTED_AT_MOST
+            and len(data) <= self._collected_at_most
             # If the reactor waits, a signal handler writes during the sleep.
             and not reactor._waiting
         ):
@@ -66,7 +68,7 @@ class SocketTransport(asyncio.selector_events._SelectorSocketTransport):  # type
                 self.collected = data
                 reactor.collecting.append(self)
                 return
-            if len(collected) + len(data) <= _COLLECTED_AT_MOST:
+            if len(collected) + len(data) <= self._collected_at_most:
                 self.collected = collected + data
                 return
         self._send_first()
@@ -116,6 +118,13 @@ class SocketTransport(asyncio.selector_events._SelectorSocketTransport):  # type
         """See ``BaseTransport.close``."""
         self._send_first()
         super().close()
+
+    def set_write_buffer_limits(
+        self, high: int | None = None, low: int | None = None
+    ) -> None:
+        """See ``WriteTransport.set_write_buffer_limits``."""
+        super().set_write_buffer_limits(high, low)
+        self._collected_at_most = min(_COLLECTED_AT_MOST, self._high_water)
 
     def get_write_buffer_size(self) -> int:
         """See ``WriteTransport.get_write_buffer_size``."""

@@ -103,6 +103,11 @@ class WatchedTransport(Watched):
     def doRead(self) -> None:
         """Do what ``_read_ready__data_received`` of the transport does."""
         transport = self._transport
+        if self._reactor.raised is not None:
+            # The error of another protocol ends the loop.  Read when the loop runs
+            # again, as asyncio does.
+            self._reactor.look_again(self)
+            return
         try:
             if (
                 transport._read_ready_cb is not self._mode
