@@ -200,6 +200,8 @@ class EngineSelector(selectors.BaseSelector):
         while True:
             try:
                 delay = reactor._make_calls()
+                # As in _pass(): from here on, a signal handler sends what it writes.
+                reactor._waiting = True
                 if reactor.collecting:
                     reactor.send_collected()
                 # Not earlier: the calls above may have given asyncio something to do.
@@ -209,6 +211,7 @@ class EngineSelector(selectors.BaseSelector):
                     delay = self._sleep(delay, deadline)
                 reactor._pass(fields, delay)
             except Exception:
+                reactor._waiting = False
                 _log.failure("Unexpected error in main loop.")
             if reactor.raised is not None:
                 try:

@@ -229,6 +229,7 @@ OF_ASYNCIO: Final[Mapping[str, tuple[str, ...]]] = {
         "_sock",
     ),
     "asyncio.tasks": ("_enter_task", "_leave_task"),
+    "asyncio.transports._FlowControlMixin": ("_high_water",),
     # Of the standard library; multiprocessing uses it as well.
     "subprocess": ("_args_from_interpreter_flags",),
     # Of the standard library as well.

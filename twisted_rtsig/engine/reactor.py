@@ -148,7 +148,7 @@ class EngineReactor(
         self._pass_observers: dict[
             object, tuple[Callable[[], None], Callable[[], None]]
         ] = {}
-        # Whether the notifier is waiting now.
+        # Whether wakeUp() is needed, as the notifier is waiting now, or is about to.
         self._waiting = False
         # Whether the wait of a pass has returned, and the pass has not ended yet.
         self._dispatching = False
@@ -487,7 +487,11 @@ class EngineReactor(
             self._mark_rest_unchecked()
         system = fields["system"]
         try:
+            # From here on, what a signal handler asks for ends the wait.  Before, it is
+            # found by the checks below.
+            self._waiting = True
             if self._queued:
+                self._waiting = False
                 self._send_queued(fields)
                 fields["system"] = system
                 # doWrite calls protocols and producers.  What they have asked for, by
@@ -500,7 +504,6 @@ class EngineReactor(
             if read_on:
                 self._read_on = {}
                 delay = 0
-            self._waiting = True
             plain_input, events = self._notifier.wait(delay, unchecked)
             self._waiting = False
             self._dispatching = True
