@@ -128,6 +128,67 @@ def exact_position(plain: io.TextIOWrapper, path: Path, newline: str | None) -> 
     return sum(map(len, characters[: len(characters) - rest]))
 
 
+@pytest.mark.parametrize(
+    ("data", "size", "options"),
+    [
+        (b"\r\xff-rest", 2, {"encoding": "utf-8", "errors": "backslashreplace"}),
+        (b"\r\xe2(x", 2, {"encoding": "utf-8", "errors": "replace"}),
+        (b"a\r\xff", 1, {"encoding": "utf-8", "errors": "ignore"}),
+        (b"\r+AOkA6Q-", 2, {"encoding": "utf-7"}),
+        (b"a\r", 1, {"encoding": "utf-8"}),
+        (b"a\r", 2, {"encoding": "utf-8"}),
+        ("\r漢\r".encode("iso2022_jp"), 2, {"encoding": "iso2022_jp"}),
+    ],
+)
+@pytest.mark.parametrize("newline", [None, ""])
+def test_a_position_after_a_return_that_the_decoder_holds(
+    reactor: Any,
+    path: Path,
+    newline: str | None,
+    data: bytes,
+    size: int,
+    options: dict[str, Any],
+) -> None:
+    """To ask for the position, and to return to it, changes nothing."""
+    path.write_bytes(data)
+    options = {"newline": newline, **options}
+    with open(path, "r+", **options) as plain:
+        text = plain.read()
+
+    async def main() -> None:
+        async with await open_file(path, "r+", **options) as file:
+            first = await file.read(size)
+            position = await file.tell()
+            assert first + await file.read(100) == text
+            await file.seek(position)
+            assert first + await file.read(100) == text
+
+    run(reactor, main)
+
+
+def test_text_after_a_held_return_is_written_where_python_writes_it(
+    reactor: Any, path: Path
+) -> None:
+    """It is not clear where the return is: Python's position is taken."""
+    data = b"a\r\xff\xff"
+    options: dict[str, Any] = {"encoding": "utf-8", "errors": "ignore", "newline": ""}
+    path.write_bytes(data)
+    with open(path, "r+", **options) as plain:
+        plain.read(1)
+        plain.seek(plain.tell())
+        plain.write("x")
+    expected = path.read_bytes()
+    path.write_bytes(data)
+
+    async def main() -> None:
+        async with await open_file(path, "r+", **options) as file:
+            await file.read(1)
+            await file.write("x")
+
+    run(reactor, main)
+    assert path.read_bytes() == expected
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-8", "utf-16", "utf-8-sig"])
 @pytest.mark.parametrize("newline", [None, ""])
 def test_text_is_written_directly_behind_what_was_read(

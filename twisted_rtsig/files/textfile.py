@@ -67,9 +67,11 @@ class AsyncTextFile(OpenFile):
         self._line_end = _LINE_ENDS[newline]
         # Whether a \r alone ends a line as well, and stays in the text.
         self._universal = newline == ""
-        # The size in bytes of a carriage return that the decoder may hold.
+        # The size in bytes of a carriage return that the decoder may hold when the file
+        # is written to.
         self._held_size = 0
-        if not newline:
+        if not newline and "+" in mode:
+            # The first one may follow a byte order mark.
             two, one = (len(each.encode(file.encoding)) for each in ("\r\r", "\r"))
             self._held_size = two - one
         # The text that was read ahead, and how many characters of it the reader has.
@@ -205,7 +207,9 @@ class AsyncTextFile(OpenFile):
         self._check_writable()
         if not isinstance(text, str):
             raise TypeError(f"{text!r} is not text: open the file with 'b' for bytes")
-        return self._in_turn(_Settled("to write to", self, _write, text))
+        return self._in_turn(
+            _Settled("to write to", self, _write, self._held_size, text)
+        )
 
     def truncate(self, size: int | None = None) -> Operation[int]:
         """
@@ -214,7 +218,9 @@ class AsyncTextFile(OpenFile):
         :param size: the size in bytes; by default the position.
         """
         self._check_writable()
-        return self._in_turn(_Settled("to truncate", self, _truncate, size))
+        return self._in_turn(
+            _Settled("to truncate", self, _truncate, self._held_size, size)
+        )
 
     @must_be_awaited
     def sync(self) -> Operation[None]:
@@ -234,7 +240,7 @@ class AsyncTextFile(OpenFile):
         The position, for :meth:`seek`.  It counts neither characters nor bytes.
         """
         self._check_open()
-        return self._in_turn(_Settled("the position in", self, _tell, self._held_size))
+        return self._in_turn(_Settled("the position in", self, _tell))
 
     def seek(self, position: int, whence: int = os.SEEK_SET) -> Operation[int]:
         """
@@ -381,8 +387,8 @@ class _Settled(Turn[Any]):
     def begin(self) -> None:
         file = self._file
         file._workers.run(
-            *(self, _settle_and_call, file._file, file._held_size),
-            *(file._position(), self._function, self._args),
+            *(self, _settle_and_call, file._file, file._position()),
+            *(self._function, self._args),
         )
 
     def end(self, result: Any, error: BaseException | None) -> None:
@@ -407,7 +413,6 @@ def _read_more(file: io.TextIOWrapper, size: int) -> tuple[int, str]:
 
 def _settle_and_call(
     file: io.TextIOWrapper,
-    held_size: int,
     position: _Position | None,
     function: Callable[..., T],
     args: tuple[Any, ...],
@@ -417,17 +422,68 @@ def _settle_and_call(
         file.seek(begins)
         file.read(passed)
         # TextIOWrapper has read ahead as well, and would write behind that.
-        file.seek(_tell(file, held_size))
+        file.seek(file.tell())
     return function(file, *args)
 
 
-def _write(file: io.TextIOWrapper, text: str) -> None:
+def _write(file: io.TextIOWrapper, held_size: int, text: str) -> None:
+    _seek_behind_what_was_read(file, held_size)
     file.write(text)
     file.flush()
 
 
-def _truncate(file: io.TextIOWrapper, size: int | None) -> int:
+def _truncate(file: io.TextIOWrapper, held_size: int, size: int | None) -> int:
+    _seek_behind_what_was_read(file, held_size)
     return file.truncate(size)
+
+
+def _skip_shift() -> int:
+    """
+    Return by how many bits ``TextIOWrapper.tell`` shifts the number of characters to
+    skip.  PyPy does not pack it as CPython does.
+    """
+    file = io.TextIOWrapper(io.BytesIO(b"\ra"), "ascii", newline="")
+    # The position is behind the carriage return, with one byte to decode and one
+    # character to skip.
+    file.read(1)
+    return file.tell().bit_length() - 1
+
+
+_SKIP_SHIFT: Final = _skip_shift()
+
+
+def _seek_behind_what_was_read(file: io.TextIOWrapper, held_size: int) -> None:
+    """
+    Move the position before a carriage return that was not read yet.
+
+    The decoder of a file with universal newlines holds a carriage return until it has
+    the next character.  Then ``TextIOWrapper`` would write behind it, or behind what
+    has shown whether it is half of a line's end.  What ``TextIOWrapper.tell`` returns
+    holds, after 64 bits for the position of the file below, the state of the decoder,
+    the number of bytes to decode and that of characters to skip.
+
+    :param held_size: the size of such a carriage return in bytes, or 0.
+    """
+    packed = file.tell() if held_size else 0
+    position, state = packed & (1 << 64) - 1, packed >> 64 & 0xFFFFFFFF
+    if not state & 1:
+        return
+    if packed >> 96:
+        # If more than the carriage return was read since the position below, leave it
+        # to Python.
+        exact = packed >> _SKIP_SHIFT & 0xFFFFFFFF == 1
+    else:
+        # Nothing was read.  What the decoder has ignored may follow the return.
+        position -= held_size
+        exact = position >= 0
+        if exact:
+            below: Any = file.buffer
+            behind = below.tell()
+            below.seek(position)
+            exact = below.read(held_size).strip(b"\0") == b"\r"
+            below.seek(behind)
+    if exact:
+        file.seek(position | (state ^ 1) << 64)
 
 
 def _sync(file: io.TextIOWrapper) -> None:
@@ -437,25 +493,8 @@ def _sync(file: io.TextIOWrapper) -> None:
         os.fsync(file.fileno())
 
 
-def _tell(file: io.TextIOWrapper, held_size: int) -> int:
-    """
-    The position, without a carriage return that was not read yet.
-
-    The decoder of a file with universal newlines holds a carriage return until it has
-    the next character.  Then ``TextIOWrapper.tell`` gives the position behind it, with
-    a flag and the number of characters to skip, which is 0 if it was not read.  Text
-    that is written there would not replace it.  See ``_pack_cookie`` in CPython's
-    ``Lib/_pyio.py``.
-
-    :param held_size: the size of such a carriage return in bytes, or 0.
-    """
-    packed = file.tell()
-    flags = packed >> 64 & 0xFFFFFFFF
-    if held_size and flags & 1:
-        position = packed & (1 << 64) - 1
-        skipped = packed >> 128 & 0xFFFFFFFF
-        return (position if skipped else position - held_size) | (flags ^ 1) << 64
-    return packed
+def _tell(file: io.TextIOWrapper) -> int:
+    return file.tell()
 
 
 def _seek(file: io.TextIOWrapper, position: int, whence: int) -> int:
