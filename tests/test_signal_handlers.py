@@ -1,8 +1,9 @@
 """
-What a signal handler asks for is done at once, wherever it interrupts the loop.
+What a signal handler asks for is done at once, wherever it interrupts the loop on its
+way to sleep.
 
 A signal cannot be sent at a chosen line.  So a trace function does what a handler would
-do, at each line from the timers to the sleep of the loop.
+do, at each line from the timers to the sleep.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ from twisted_rtsig.asyncioreactor import AsyncioEngineReactor
 
 assert make  # A fixture.
 
-LOOP = {EngineReactor._pass.__code__, EngineSelector._run_passes.__code__}
+LOOP = {
+    EngineReactor._pass.__code__,
+    EngineReactor._send_queued.__code__,
+    EngineSelector._run_passes.__code__,
+}
 
 
 class Interruption:
@@ -39,13 +44,20 @@ class Interruption:
     :ivar slept: whether it was called as late as in the sleep.
     """
 
-    def __init__(self, reactor: EngineReactor, function: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        reactor: EngineReactor,
+        function: Callable[[], object],
+        send: Callable[[], object],
+    ) -> None:
         self._sleep = type(reactor._notifier).wait.__code__
+        self._send = send
         self._function = function
         self.slept = False
 
     def arm(self, lines: int) -> None:
-        """Interrupt after a number of lines."""
+        """Interrupt after a number of lines.  Before, there is something to send."""
+        self._send()
         self._left = lines
         frame: FrameType | None = sys._getframe()
         while frame is not None:
@@ -74,13 +86,18 @@ class Interruption:
 
 
 def interrupt_everywhere(
-    reactor: EngineReactor, peer: socket.socket, function: Callable[[], object]
+    reactor: EngineReactor,
+    peer: socket.socket,
+    function: Callable[[], object],
+    send: Callable[[], object],
 ) -> None:
     """
     Interrupt at each line, one after the other, with a function that lets the peer
     receive one byte.
+
+    :param send: lets another transport send.
     """
-    interruption = Interruption(reactor, function)
+    interruption = Interruption(reactor, function, send)
     received = []
 
     def receive() -> None:
@@ -108,10 +125,16 @@ def test_a_handler_of_a_signal_interrupts_the_reactor(
 ) -> None:
     factory = RecorderFactory(Recorder)
     port = reactor.listenTCP(0, factory, interface="127.0.0.1")
-    with socket.create_connection(("127.0.0.1", port.getHost().port), DEADLINE) as peer:
-        while not factory.connections:
+    address = ("127.0.0.1", port.getHost().port)
+    with (
+        socket.create_connection(address, DEADLINE) as peer,
+        socket.create_connection(address, DEADLINE),
+    ):
+        while len(factory.connections) < 2:
             reactor.iterate(0.01)
-        transport: Any = factory.connections[0].transport
+        transport: Any
+        further: Any
+        transport, further = (each.transport for each in factory.connections)
         one, other = socket.socketpair()
         with one, other:
             one.send(b"input")
@@ -127,7 +150,7 @@ def test_a_handler_of_a_signal_interrupts_the_reactor(
                 if by == "write"
                 else (lambda: reactor.addReader(watcher))
             )
-            interrupt_everywhere(reactor, peer, function)
+            interrupt_everywhere(reactor, peer, function, lambda: further.write(b"y"))
 
 
 def test_a_handler_of_a_signal_interrupts_the_loop_of_asyncio(
@@ -144,7 +167,11 @@ def test_a_handler_of_a_signal_interrupts_the_loop_of_asyncio(
         return transport, peer
 
     transport, peer = loop.run_until_complete(connect())
-    with peer:
-        interrupt_everywhere(reactor, peer, lambda: transport.write(b"x"))
-    transport.abort()
+    further, other = loop.run_until_complete(connect())
+    with peer, other:
+        interrupt_everywhere(
+            *(reactor, peer), lambda: transport.write(b"x"), lambda: further.write(b"y")
+        )
+    for each in (transport, further):
+        each.abort()
     loop.run_until_complete(asyncio.sleep(0))

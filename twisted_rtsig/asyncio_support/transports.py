@@ -59,18 +59,15 @@ class SocketTransport(asyncio.selector_events._SelectorSocketTransport):  # type
             self._sends_at_once
             and reactor.in_plain_run
             and type(data) is bytes
-            and len(data) <= self._collected_at_most
+            and len(self.collected) + len(data) <= self._collected_at_most
             # If the reactor waits, a signal handler writes during the sleep.
             and not reactor._waiting
         ):
-            collected = self.collected
-            if not collected:
-                self.collected = data
+            if not self.collected:
                 reactor.collecting.append(self)
-                return
-            if len(collected) + len(data) <= self._collected_at_most:
-                self.collected = collected + data
-                return
+            # A signal handler, which runs after a call, may have written as well.
+            self.collected += data
+            return
         self._send_first()
         super().write(data)
         self._sends_at_once = not (

@@ -660,8 +660,10 @@ class EngineReactor(
         sending = self._sending
         # Insert them at the front, as the list is processed from its end: the entries
         # of an outer pass come first.
-        sending[:0] = reversed(self._queued)
-        self._queued.clear()
+        # A signal handler may queue more at any time.  So replace the list, rather than
+        # clear it.
+        queued, self._queued = self._queued, []
+        sending[:0] = reversed(queued)
         while sending:
             stream = sending[-1]
             try:
