@@ -17,7 +17,7 @@ def bytes_to_read(descriptor: int) -> int | None:
     """
     The number of bytes that a socket or a pipe can read at once.
 
-    :return: None if the kernel does not tell.
+    :return: None if the kernel does not tell, or if the descriptor is closed.
     """
     if sys.platform == "win32":
         from twisted_rtsig.windows import calls
@@ -26,7 +26,8 @@ def bytes_to_read(descriptor: int) -> int | None:
     try:
         # For sockets it is called SIOCINQ in tcp(7) and unix(7).
         answer = fcntl.ioctl(descriptor, termios.FIONREAD, bytes(_SIZE.size))
-    except OSError:
+    except (OSError, ValueError):
+        # A descriptor of -1 is a ValueError.
         return None
     return int(_SIZE.unpack(answer)[0])
 
