@@ -519,7 +519,7 @@ def test_a_write_before_a_fork_is_sent_once(
     reactor_class: type[AsyncioEngineReactor],
 ) -> None:
     program = """
-import asyncio, os, socket, sys
+import asyncio, os, socket
 
 async def main():
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -529,7 +529,7 @@ async def main():
     pid = os.fork()
     if pid == 0:
         writer.close()
-        sys.exit()
+        os._exit(0)
     os.waitpid(pid, 0)
     writer.close()
     await writer.wait_closed()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.coro.support import STYLES, run
 from tests.files.support import Gate, hold, open_in, results_in
 from tests.files.support import busy_threads as busy_threads
-from tests.support import DEADLINE
+from tests.support import DEADLINE, ON_PYPY
 from twisted_rtsig.coro import DelimiterNotFound
 from twisted_rtsig.files import open_file
 
@@ -134,7 +134,10 @@ def exact_position(plain: io.TextIOWrapper, path: Path, newline: str | None) -> 
         (b"\r\xff-rest", 2, {"encoding": "utf-8", "errors": "backslashreplace"}),
         (b"\r\xe2(x", 2, {"encoding": "utf-8", "errors": "replace"}),
         (b"a\r\xff", 1, {"encoding": "utf-8", "errors": "ignore"}),
-        (b"\r+AOkA6Q-", 2, {"encoding": "utf-7"}),
+        pytest.param(
+            *(b"\r+AOkA6Q-", 2, {"encoding": "utf-7"}),
+            marks=pytest.mark.skipif(ON_PYPY, reason="PyPy loses such positions"),
+        ),
         (b"a\r", 1, {"encoding": "utf-8"}),
         (b"a\r", 2, {"encoding": "utf-8"}),
         ("\r漢\r".encode("iso2022_jp"), 2, {"encoding": "iso2022_jp"}),

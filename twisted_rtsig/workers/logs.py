@@ -167,9 +167,9 @@ class LogPipe:
         the pipe, go on reading until that child ends too.
         """
         self._finished = True
-        # The pipe holds no more than this of the worker's own.  The child may write on
-        # without end.
-        left = self._capacity
+        # The pipe holds no more than this of the worker's own, even if the system does
+        # not tell its capacity.  The child may write on without end.
+        left = max(self._capacity, _READ)
         while self._descriptor >= 0 and left > 0:
             count = self.read()
             if count is None:
