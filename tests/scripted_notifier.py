@@ -366,6 +366,9 @@ class StreamSocket(File):
         self.room += size
         self._arrives(WRITE)
 
+    def bytes_to_read(self) -> int:
+        return len(self.arrived) - self._taken
+
     def all_is_read(self) -> bool:
         return self._taken == len(self.arrived)
 

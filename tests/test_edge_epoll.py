@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 if not sys.platform.startswith("linux"):
     pytest.skip("epoll exists on Linux only", allow_module_level=True)
 
-from twisted.internet.error import ConnectionFdescWentAway
+from twisted.internet.error import ConnectionFdescWentAway, ConnectionLost
 
 from tests.support import (
     Served,
@@ -24,8 +25,10 @@ from tests.support import (
     run_program,
     settle,
     spin,
+    spin_with_timers,
     watch,
 )
+from tests.test_streams import Link, logged_errors
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.epollreactor import EdgeEPollReactor
 
@@ -209,3 +212,21 @@ def test_no_set_is_left_after_a_run(reactor: EngineReactor) -> None:
     reactor.callWhenRunning(reactor.stop)
     reactor.run(installSignalHandlers=False)
     assert open_descriptors() <= descriptors
+
+
+def test_a_closed_socket_that_should_send_a_descriptor_is_lost(
+    reactor: EngineReactor, tmp_path: Path
+) -> None:
+    """
+    Its error is not logged.  (The realtime signals of a socket that was closed like
+    this must stay blocked, so they are not tested.)
+    """
+    link = Link(reactor, "UNIX client", tmp_path)
+    link.transport.sendFileDescriptor(0)
+    link.transport.write(b"x")
+    link.transport.socket.close()
+    with logged_errors() as errors:
+        spin_with_timers(reactor, lambda: link.protocol.lost)
+    assert link.protocol.lost[0].check(ConnectionLost)
+    assert errors == []
+    link.close()

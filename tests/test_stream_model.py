@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any, NamedTuple, NoReturn
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -33,6 +34,7 @@ from tests.models import run_model
 from tests.scripted_notifier import FAKE, StreamNotifier, StreamSocket
 from tests.support import dispose
 from tests.test_engine import LoggedFailures
+from twisted_rtsig.engine import transports
 from twisted_rtsig.engine.reactor import EngineReactor
 from twisted_rtsig.engine.transports import StreamTransport
 from twisted_rtsig.notifiers import READ, WRITE, Event
@@ -142,6 +144,9 @@ class StreamMachine(RuleBasedStateMachine):
         self.log = LoggedFailures()
         self.notifier = StreamNotifier()
         self.reactor = EngineReactor(self.notifier)
+        # The kernel does not know the scripted sockets.
+        self.patches = pytest.MonkeyPatch()
+        self.patches.setattr(transports, "bytes_to_read", self.bytes_to_read)
         self.notifier.on_events = self.wait_returns
         self.talks: list[Talk] = []
         self.bytes: Iterator[int] = itertools.cycle(range(251))
@@ -168,7 +173,14 @@ class StreamMachine(RuleBasedStateMachine):
             self.notifier.files.pop(talk.socket.descriptor, None)
         self.reactor.removeAll()
         dispose(self.reactor)
+        self.patches.undo()
         self.log.stop()
+
+    def bytes_to_read(self, descriptor: int) -> int | None:
+        for talk in self.talks:
+            if talk.socket.descriptor == descriptor:
+                return talk.socket.bytes_to_read()
+        return None
 
     # Events of the streams
 

@@ -730,20 +730,6 @@ def test_a_peer_that_sends_on_but_does_not_read_is_lost(
     link.close()
 
 
-def test_a_closed_socket_that_should_send_a_descriptor_is_lost(
-    make_reactor: Callable[[], EngineReactor], tmp_path: Any
-) -> None:
-    link = Link(make_reactor(), "UNIX client", tmp_path)
-    link.transport.sendFileDescriptor(0)
-    link.transport.write(b"x")
-    link.transport.socket.close()
-    with logged_errors() as errors:
-        spin(link.reactor, lambda: link.protocol.lost)
-    assert link.protocol.lost[0].check(ConnectionLost)
-    assert errors == []
-    link.close()
-
-
 def test_both_directions_half_close(link: Link) -> None:
     """One closes after the other."""
     ends = record_half_closes(link.protocol)
