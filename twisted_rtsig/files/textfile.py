@@ -67,13 +67,8 @@ class AsyncTextFile(OpenFile):
         self._line_end = _LINE_ENDS[newline]
         # Whether a \r alone ends a line as well, and stays in the text.
         self._universal = newline == ""
-        # The size in bytes of a carriage return that the decoder may hold when the file
-        # is written to.
-        self._held_size = 0
-        if not newline and "+" in mode:
-            # The first one may follow a byte order mark.
-            two, one = (len(each.encode(file.encoding)) for each in ("\r\r", "\r"))
-            self._held_size = two - one
+        # Whether the decoder may hold a carriage return when the file is written to.
+        self._may_hold = not newline and "+" in mode
         # The text that was read ahead, and how many characters of it the reader has.
         self._ahead = ""
         self._start = 0
@@ -208,7 +203,7 @@ class AsyncTextFile(OpenFile):
         if not isinstance(text, str):
             raise TypeError(f"{text!r} is not text: open the file with 'b' for bytes")
         return self._in_turn(
-            _Settled("to write to", self, _write, self._held_size, text)
+            _Settled("to write to", self, _write, self._may_hold, text)
         )
 
     def truncate(self, size: int | None = None) -> Operation[int]:
@@ -219,7 +214,7 @@ class AsyncTextFile(OpenFile):
         """
         self._check_writable()
         return self._in_turn(
-            _Settled("to truncate", self, _truncate, self._held_size, size)
+            _Settled("to truncate", self, _truncate, self._may_hold, size)
         )
 
     @must_be_awaited
@@ -426,14 +421,16 @@ def _settle_and_call(
     return function(file, *args)
 
 
-def _write(file: io.TextIOWrapper, held_size: int, text: str) -> None:
-    _seek_behind_what_was_read(file, held_size)
+def _write(file: io.TextIOWrapper, may_hold: bool, text: str) -> None:
+    if may_hold:
+        _seek_behind_what_was_read(file)
     file.write(text)
     file.flush()
 
 
-def _truncate(file: io.TextIOWrapper, held_size: int, size: int | None) -> int:
-    _seek_behind_what_was_read(file, held_size)
+def _truncate(file: io.TextIOWrapper, may_hold: bool, size: int | None) -> int:
+    if may_hold:
+        _seek_behind_what_was_read(file)
     return file.truncate(size)
 
 
@@ -452,7 +449,7 @@ def _skip_shift() -> int:
 _SKIP_SHIFT: Final = _skip_shift()
 
 
-def _seek_behind_what_was_read(file: io.TextIOWrapper, held_size: int) -> None:
+def _seek_behind_what_was_read(file: io.TextIOWrapper) -> None:
     """
     Move the position before a carriage return that was not read yet.
 
@@ -461,29 +458,31 @@ def _seek_behind_what_was_read(file: io.TextIOWrapper, held_size: int) -> None:
     has shown whether it is half of a line's end.  What ``TextIOWrapper.tell`` returns
     holds, after 64 bits for the position of the file below, the state of the decoder,
     the number of bytes to decode and that of characters to skip.
-
-    :param held_size: the size of such a carriage return in bytes, or 0.
     """
-    packed = file.tell() if held_size else 0
+    packed = file.tell()
     position, state = packed & (1 << 64) - 1, packed >> 64 & 0xFFFFFFFF
     if not state & 1:
         return
     if packed >> 96:
-        # If more than the carriage return was read since the position below, leave it
-        # to Python.
-        exact = packed >> _SKIP_SHIFT & 0xFFFFFFFF == 1
+        if packed >> _SKIP_SHIFT & 0xFFFFFFFF != 1:
+            # More than the carriage return was read since the position of the file
+            # below: leave it to Python.
+            return
     else:
-        # Nothing was read.  What the decoder has ignored may follow the return.
-        position -= held_size
-        exact = position >= 0
-        if exact:
-            below: Any = file.buffer
-            behind = below.tell()
-            below.seek(position)
-            exact = below.read(held_size).strip(b"\0") == b"\r"
-            below.seek(behind)
-    if exact:
-        file.seek(position | (state ^ 1) << 64)
+        # Nothing was read.  What the decoder has ignored may follow the return.  (The
+        # first one that is encoded may follow a byte order mark.)
+        size = len("\r\r".encode(file.encoding)) - len("\r".encode(file.encoding))
+        position -= size
+        if position < 0:
+            return
+        below: Any = file.buffer
+        behind = below.tell()
+        below.seek(position)
+        held = below.read(size)
+        below.seek(behind)
+        if held.strip(b"\0") != b"\r":
+            return
+    file.seek(position | (state ^ 1) << 64)
 
 
 def _sync(file: io.TextIOWrapper) -> None:
