@@ -370,7 +370,7 @@ class StreamSocket(File):
         return len(self.arrived) - self._taken
 
     def all_is_read(self) -> bool:
-        return self._taken == len(self.arrived)
+        return not self.bytes_to_read()
 
     def ends_behind_data(self) -> bool:
         return self.ended and not self.reset and self._taken < len(self.arrived)

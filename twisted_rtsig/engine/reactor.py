@@ -697,8 +697,8 @@ class EngineReactor(
                 fields["system"] = stream.logstr
                 why = stream.doWrite()
             except BaseException:
-                why = sys.exc_info()[1]
-                log.err()
+                self._disconnect_failed(stream)
+                continue
             if why:
                 self._disconnect(stream, why, False)
 
@@ -800,13 +800,12 @@ class EngineReactor(
                 why: Any = ConnectionFdescWentAway(_LOST)
             elif direction == READ:
                 why = selectable.doRead()
-                # It stays False if doRead raises, as in Twisted.
                 reading = True
             else:
                 why = selectable.doWrite()
         except BaseException:
-            why = sys.exc_info()[1]
-            log.err()
+            self._disconnect_failed(selectable)
+            return
         if why:
             self._disconnect(selectable, why, reading)
 
@@ -841,12 +840,12 @@ class EngineReactor(
         except BaseException:
             log.err()
 
-    def _disconnect_failed(self, stream: StreamTransport) -> None:
-        """Log the exception that is handled; it ends both directions of ``stream``."""
+    def _disconnect_failed(self, selectable: Any) -> None:
+        """Log the exception that is being handled, and disconnect for it."""
         error = sys.exc_info()[1]
         log.err()
         # ConnectionDone is not taken for the end of the input, as in Twisted.
-        self._disconnect(stream, error, False)
+        self._disconnect(selectable, error, False)
 
     # Start
 
