@@ -18,14 +18,12 @@ if unixEnabled:
     from twisted.internet.stdio import StandardIO
 
 
-def _output_of(reader: Any) -> Any:
+def _output_of(reader: ProcessReader) -> Any:
     """
     The writer of the ``StandardIO`` that ends when ``reader`` does.
 
     :return: None if there is none.
     """
-    if not unixEnabled or not isinstance(reader, ProcessReader):
-        return None
     transport: Any = reader.proc
     if (
         not isinstance(reader.proc, StandardIO)
@@ -50,7 +48,7 @@ class StandardIOReactor(PosixReactorBase):
     def _disconnectSelectable(
         self, selectable: Any, why: Any, isRead: Any, *rest: Any
     ) -> None:
-        if isRead:
+        if isRead and unixEnabled and isinstance(selectable, ProcessReader):
             writer = _output_of(selectable)
             if writer is not None and writer in self.getWriters():
                 self.removeReader(selectable)

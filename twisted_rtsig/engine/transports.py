@@ -455,8 +455,9 @@ class TCPServer(ServerTransport, tcp.Server):
             if producer is not None:
                 producer.stopProducing()
                 self.producer = None
-            self.stopReading()
-            self.stopWriting()
+            reactor = self.reactor
+            reactor.removeReader(self)
+            reactor.removeWriter(self)
             # Connection
             orderly = type(reason.value) is ConnectionDone
             self._closeSocket(orderly or not reason.check(ConnectionAborted))

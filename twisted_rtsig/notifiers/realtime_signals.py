@@ -193,7 +193,8 @@ class RealtimeSignalNotifier:
         self._owner = struct.pack("ii", _F_OWNER_TID, thread)
         self._poll.register(self._queue.descriptor, select.POLLIN)
         for registration in self._registrations.values():
-            self._begin_with_poll(registration)
+            if registration.origin is not Origin.SHARED:
+                self._patience[registration] = _PATIENCE
 
     def close(self) -> None:
         """See :meth:`Notifier.close`."""
@@ -217,12 +218,13 @@ class RealtimeSignalNotifier:
         """See :meth:`Notifier.watch`."""
         if self._forks != forks.count:
             self._inherit()
-        # Fails with EBADF now; poll would find out later.
-        fcntl.fcntl(registration.descriptor, fcntl.F_GETFD)
+        if registration.origin is Origin.SHARED:
+            # Fails with EBADF now; poll would find out later.
+            fcntl.fcntl(registration.descriptor, fcntl.F_GETFD)
+        elif self._queue is not None:
+            self._patience[registration] = _PATIENCE
         self._registrations[registration.descriptor] = registration
         self.update(registration)
-        if self._queue is not None:
-            self._begin_with_poll(registration)
 
     def update(self, registration: Registration) -> None:
         """See :meth:`Notifier.update`."""
@@ -244,7 +246,8 @@ class RealtimeSignalNotifier:
         self._just_armed.pop(registration, None)
         if self._polled.pop(descriptor, None) is not None:
             self._poll.unregister(descriptor)
-        self._disarm(registration)
+        if registration.edges:
+            self._disarm(registration)
 
     def wait(self, timeout: float | None, unchecked: Unchecked) -> Reported:
         """See :meth:`Notifier.wait`."""
@@ -392,7 +395,7 @@ class RealtimeSignalNotifier:
                 ready[registration] = ready.get(registration, 0) | READ
                 if band & _SEVERAL:
                     self._disarm(registration)
-                    self._begin_with_poll(registration)
+                    self.update(registration)
                     self._patience[registration] = _PATIENCE_AFTER_SEVERAL
             else:
                 plain.append(registration)
@@ -476,21 +479,18 @@ class RealtimeSignalNotifier:
 
     # Polled or armed
 
-    def _begin_with_poll(self, registration: Registration) -> None:
-        self.update(registration)
-        if _EDGES[registration.origin]:
-            self._patience[registration] = _PATIENCE
-
     def _lose_patience(self, idle: Set[Registration]) -> None:
         """
         Count down the patience with each of ``idle``, and arm those for which it has
         run out.
         """
+        patience = self._patience
         for registration in idle:
-            self._patience[registration] -= 1
-            if self._patience[registration]:
+            left = patience[registration] - 1
+            if left:
+                patience[registration] = left
                 continue
-            del self._patience[registration]
+            del patience[registration]
             # If the descriptor was closed meanwhile, poll will find out.
             with contextlib.suppress(OSError):
                 if self._arm(registration):
