@@ -129,6 +129,9 @@ class StreamTransport(tcp.Connection):
         self.TLS = False
         self._writeDisconnected = False
         self._writeDisconnecting = False
+        # A byte more would spare messages of 64 KiB a second read that finds nothing.
+        # But a proxy's write of such a chunk would pause its producer each time, and a
+        # stream that reads up to 64 KiB would give the last byte alone.
         self.bufferSize = tcp.Connection.bufferSize
         self.connected = 0
         self.dataBuffer = b""
