@@ -764,6 +764,27 @@ def test_a_protocol_that_raises_connection_done_is_not_half_closed(
     assert (ends, len(link.protocol.lost), len(errors)) == ([], 1, 1)
 
 
+def test_a_transport_that_cannot_wait_to_write_is_named_in_the_log(
+    our_link: Link,
+) -> None:
+    """The kernel took a part of the data, and refuses to watch for the rest."""
+
+    def refuse(writer: Any) -> None:
+        raise OSError(errno.ENOSPC, "by the test")
+
+    handle = our_link.transport.socket
+    handle.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    prefix = our_link.transport.logPrefix()
+    our_link.transport.write(bytes(MEGABYTE))
+    our_link.reactor.addWriter = refuse
+    with logged_errors() as errors:
+        spin(our_link.reactor, lambda: our_link.protocol.lost)
+    del our_link.reactor.addWriter
+    (event,) = errors
+    assert event["system"] == prefix
+    assert our_link.protocol.lost[0].check(OSError)
+
+
 def test_a_write_after_the_peer_has_left_ends_the_connection(link: Link) -> None:
     link.transport.pauseProducing()
     settle(link.reactor)

@@ -8,7 +8,8 @@ engine and a notifier, and the terms used here (*registration*, *unchecked*, *ar
 
 The engine works in passes.  A pass sends what was written since the last one, waits for
 events, calls ``doRead`` and ``doWrite`` of the selectables that are ready, and sends
-what these calls have written.  Timers run between passes.
+what these calls have written.  Timers run between passes.  If a pass calls code that
+calls ``reactor.iterate()``, this runs an *inner* pass within the *outer* one.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ _READS_IN_A_ROW = 4
 # reactor disconnects at once, so there an error that a single read would clear (an ICMP
 # message, for example) counts as a lost connection.  The number is well above 1, since
 # a reader that clears an error may itself cause the next one.  (Connected UDP ports,
-# the usual case, are not counted at all: see _is_connected_udp.)
+# which do so most often, are not counted at all: see _is_connected_udp.)
 _HANG_UPS_IN_A_ROW = 10
 
 _LOST = "File descriptor lost"
@@ -87,12 +88,12 @@ def _observed(
 
 def _is_connected_udp(reader: Any) -> bool:
     """
-    Whether ``reader`` is a connected UDP port, whose hang-ups are not counted.
+    Whether ``reader`` is a connected UDP port, whose errors do not count as hang-ups.
 
-    Its ``doRead`` clears the error and tells the protocol, and a datagram that the
-    protocol then sends may cause the next error at once.  Hang-ups of an unconnected
-    UDP port are counted: it gets errors only through an error queue (IP_RECVERR in
-    ip(7)), and its ``doRead`` does not read that queue.
+    Its ``doRead`` clears an error and tells the protocol, and a datagram that the
+    protocol then sends may cause the next error at once.  Errors of an unconnected UDP
+    port do count: it gets them only through an error queue (IP_RECVERR in ip(7)), and
+    its ``doRead`` does not read that queue.
     """
     return isinstance(reader, Port) and bool(reader._connectedAddr)
 
@@ -140,7 +141,7 @@ class EngineReactor(
         self._read_on_rest: Iterator[Registration] = iter(())
         self._events: Iterator[Event] = iter(())
         # The registration whose event is being dispatched by _call or _abandon.
-        self._dispatched: Registration | None = None
+        self._current: Registration | None = None
         # For each registration: the number of passes in a row that got only a hang-up
         # or an error, which was still there after doRead and doWrite.
         self._hung_up: dict[Registration, int] = {}
@@ -148,7 +149,8 @@ class EngineReactor(
         self._pass_observers: dict[
             object, tuple[Callable[[], None], Callable[[], None]]
         ] = {}
-        # Whether wakeUp() is needed, as the notifier is waiting now, or is about to.
+        # Whether a request must call wakeUp(), since the notifier is waiting or about
+        # to wait.
         self._waiting = False
         # Whether the wait of a pass has returned, and the pass has not ended yet.
         self._dispatching = False
@@ -235,8 +237,8 @@ class EngineReactor(
 
     def begin_reading(self, stream: StreamTransport) -> None:
         """
-        Like :meth:`addReader`, for a new transport, whose descriptor is usually not
-        registered yet.
+        Like :meth:`addReader`, but faster, for a new transport, whose descriptor is
+        usually not registered yet.
 
         :raises ValueError: if its descriptor is negative.
         :raises OSError: if its descriptor cannot be watched.
@@ -266,9 +268,12 @@ class EngineReactor(
 
     def write_soon(self, stream: StreamTransport) -> None:
         """
-        Call ``stream.doWrite`` without asking the kernel whether the descriptor is
-        writable: at the end of the pass that calls this or, if the loop waits or is
-        just processing queued transports, at the beginning of the next pass.
+        Queue the transport: the engine calls ``stream.doWrite`` without asking the
+        kernel whether the descriptor is writable.
+
+        It does so at the end of the current pass.  After a call between passes (by a
+        timer, for example), or while the transports queued for the end of the pass are
+        being processed, it does so at the beginning of the next pass.
 
         :param stream: a transport whose ``write_state`` is ``NOT_WRITING``.
         """
@@ -283,6 +288,9 @@ class EngineReactor(
         """
         Return the registration of ``selectable`` for its present descriptor.  Begin one
         if there is none.
+
+        :raises ValueError: if the descriptor is negative.
+        :raises OSError: if the descriptor cannot be watched.
         """
         descriptor: int = selectable.fileno()
         known = (self._reading if direction == READ else self._writing).get(selectable)
@@ -314,6 +322,8 @@ class EngineReactor(
 
         The registration has the origin of ``added`` if that is a StreamTransport and
         does not share its descriptor, and ``Origin.SHARED`` otherwise.
+
+        :raises OSError: if the descriptor cannot be watched.
         """
         if isinstance(added, StreamTransport) and not others:
             registration = Registration(descriptor, added.origin, added.tells_drained)
@@ -332,12 +342,13 @@ class EngineReactor(
         Replace ``former``, the registration of the descriptor number that ``added``
         has.
 
-        The descriptor may have been closed and its number reused, and then the kernel
-        no longer watches it.  So the registration begins anew, for ``added`` and for
-        the former selectables that still have the descriptor.
+        The former descriptor may have been closed and its number reused, and then the
+        kernel does not watch the new descriptor.  So a new registration begins, for
+        ``added`` and for the former selectables that still have the descriptor.
 
         :param direction: the direction that ``added`` is added for.
-        :raises OSError: if the descriptor cannot be watched.
+        :raises OSError: if the descriptor cannot be watched.  Then the former
+            selectables have been disconnected or removed.
         """
         reader, writer = former.reader, former.writer
         descriptor = former.descriptor
@@ -445,8 +456,8 @@ class EngineReactor(
     def _in_log_context(self, function: Callable[..., None], *arguments: Any) -> None:
         """
         Call ``function`` in a log context that serves for many calls to selectables.
-        (Twisted's ``log.callWithLogger``, in whose place it is, makes a context for
-        each call.)
+        (Twisted's reactors call ``log.callWithLogger``, which makes a context for each
+        call to a selectable.)
 
         :param function: called with the fields of the log context and ``arguments``.
             It sets the field ``"system"`` before each call to a selectable.
@@ -474,7 +485,8 @@ class EngineReactor(
         """
         fields, self._fields = self._fields, None
         if fields is None:
-            # Called by iterate(), not by the main loop: the log context may be any.
+            # Not called by the main loop (but by iterate(), for example), so make a log
+            # context.
             self._in_log_context(self._pass, delay)
         else:
             self._pass(fields, delay)
@@ -487,8 +499,8 @@ class EngineReactor(
             self._mark_rest_unchecked()
         system = fields["system"]
         try:
-            # From here on, what a signal handler asks for ends the wait.  Before, it is
-            # found by the checks below.
+            # From here on, a request of a signal handler (addReader, for example) ends
+            # the wait.  The checks below find the requests that came earlier.
             self._waiting = True
             if self._queued:
                 self._waiting = False
@@ -525,9 +537,9 @@ class EngineReactor(
                 self._send_queued(fields)
         except BaseException:
             # Usually KeyboardInterrupt, raised by a signal handler outside of the calls
-            # whose errors are caught, such as those of doRead.  Which events the
-            # notifier had received, and which registration was being dispatched, is
-            # unknown.  So check all again.
+            # whose errors are caught, such as those of doRead.  The events that the
+            # notifier had received may be lost, and a read or write may be unfinished.
+            # So check everything again.
             self._recover_interrupted_pass()
             raise
         finally:
@@ -542,7 +554,7 @@ class EngineReactor(
         # The transports that were not processed come before those queued since.
         self._queued[:0] = reversed(self._sending)
         self._sending.clear()
-        self._dispatched = None
+        self._current = None
 
     def _mark_rest_unchecked(self) -> None:
         """
@@ -555,9 +567,9 @@ class EngineReactor(
             self._mark_unchecked(registration, registration.interest)
         for registration, _, _ in self._events:
             self._mark_unchecked(registration, registration.interest)
-        if self._dispatched is not None:
+        if self._current is not None:
             # Its other direction may be ready as well, or disarmed by the event.
-            self._mark_unchecked(self._dispatched, self._dispatched.interest)
+            self._mark_unchecked(self._current, self._current.interest)
 
     def _read_plain_input(self, fields: LogContext) -> None:
         # Nearly all traffic passes through here and through _send_queued.  For speed,
@@ -612,11 +624,11 @@ class EngineReactor(
         Read from each transport, up to ``_READS_IN_A_ROW`` times.
 
         If a read gives data, the next pass reads from the transport again, until a read
-        would block.  A short read ends the reading in this pass, but not in the next
-        ones: it would prove that the socket is empty only if plain input was reported.
-        Here the event may already have reported what follows the data, such as the end
-        of the stream.  And while a registration is in ``_read_on``, :meth:`_dispatch`
-        drops its edges that report input alone.
+        would block.  A short read ends the reading in this pass only: it does not prove
+        that the socket is empty, unless plain input was reported.  There are two
+        reasons.  The event may already have reported what follows the data, such as the
+        end of the stream.  And while a registration is in ``_read_on``,
+        :meth:`_dispatch` drops the events that report input alone.
         """
         for registration in registrations:
             stream = registration.reader
@@ -658,11 +670,11 @@ class EngineReactor(
         for the next call of this method.
         """
         sending = self._sending
-        # Insert them at the front, as the list is processed from its end: the entries
-        # of an outer pass come first.
         # A signal handler may queue more at any time.  So replace the list, rather than
         # clear it.
         queued, self._queued = self._queued, []
+        # The list is processed from its end, and the transports of outer passes come
+        # first.  So insert the newly queued ones at its front.
         sending[:0] = reversed(queued)
         while sending:
             stream = sending[-1]
@@ -687,6 +699,7 @@ class EngineReactor(
                         # The kernel's buffer is full.
                         stream.offset = sent
                         stream.write_state = NOT_WRITING
+                        fields["system"] = stream.logstr
                         self.addWriter(stream)
                         continue
                 elif stream.write_state != QUEUED:
@@ -712,13 +725,14 @@ class EngineReactor(
             and registration.reader is not None
             and registration.reader.reads_by_recv
         ):
-            # An edge that reports input alone: read on, as there may be more than one
-            # read takes.  If the registration is in _read_on, this pass has already
-            # read from it and the next one will, so the event says nothing new.
+            # An event that reports input alone, and not as plain input: read on, since
+            # one read may leave data.  If the registration is in _read_on, this pass
+            # has already read from it and the next one will, so the event says nothing
+            # new.
             if registration not in self._read_on:
                 self._read_repeatedly(fields, (registration,))
             return
-        outer, self._dispatched = self._dispatched, registration
+        outer, self._current = self._current, registration
         if ready & (HANGUP | GONE):
             check_again = READ | WRITE
             hung_up = self._hung_up
@@ -744,7 +758,7 @@ class EngineReactor(
             self._call(fields, registration, ready)
             check_again = disarmed | ready
         self._mark_unchecked(registration, check_again & registration.interest)
-        self._dispatched = outer
+        self._current = outer
 
     def _forget_hang_ups(self, events: Sequence[Event]) -> None:
         """Drop the counts of registrations that are not among ``events``."""
@@ -814,8 +828,8 @@ class EngineReactor(
     ) -> None:
         """Disconnect what uses a descriptor that is closed or stays hung up."""
         # If the interest in a direction has begun anew after the event, that direction
-        # is unchecked, and the event is no reason to disconnect its selectable, unless
-        # that has the other direction as well.
+        # is unchecked, and the event is no reason to disconnect its selectable.  But if
+        # the selectable also has the other direction, unchanged, that one is a reason.
         unchecked = self._unchecked.get(registration, 0)
         reader = None if unchecked & READ else registration.reader
         writer = None if unchecked & WRITE else registration.writer
@@ -844,7 +858,8 @@ class EngineReactor(
         """Log the exception that is being handled, and disconnect for it."""
         error = sys.exc_info()[1]
         log.err()
-        # ConnectionDone is not taken for the end of the input, as in Twisted.
+        # False, as in Twisted: a ConnectionDone that was raised, not returned, ends the
+        # whole connection, even if the selectable supports half closes.
         self._disconnect(selectable, error, False)
 
     # Start
@@ -892,7 +907,7 @@ class EngineReactor(
     # IReactorDaemonize
 
     def beforeDaemonize(self) -> None:
-        """Release all kernel resources: the processes of a fork must not share them."""
+        """Close the notifier: parent and child must not share its kernel resources."""
         self._notifier.close()
 
     def afterDaemonize(self) -> None:
