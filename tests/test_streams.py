@@ -785,6 +785,24 @@ def test_a_transport_that_cannot_wait_to_write_is_named_in_the_log(
     assert our_link.protocol.lost[0].check(OSError)
 
 
+def test_reading_a_closed_descriptor_is_refused(link: Link) -> None:
+    """As on Twisted's reactor, even if other code has closed the descriptor."""
+    link.transport.pauseProducing()
+    settle(link.reactor)
+    descriptor = link.transport.fileno()
+    kept = os.dup(descriptor)
+    os.close(descriptor)
+    try:
+        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+            link.transport.resumeProducing()
+    finally:
+        os.dup2(kept, descriptor)
+        os.close(kept)
+    link.transport.resumeProducing()
+    link.peer.sendall(b"x")
+    spin(link.reactor, lambda: link.protocol.data == b"x")
+
+
 def test_a_write_after_the_peer_has_left_ends_the_connection(link: Link) -> None:
     link.transport.pauseProducing()
     settle(link.reactor)

@@ -218,13 +218,12 @@ class RealtimeSignalNotifier:
         """See :meth:`Notifier.watch`."""
         if self._forks != forks.count:
             self._inherit()
-        if registration.origin is Origin.SHARED:
-            # Fails with EBADF now; poll would find out later.
-            fcntl.fcntl(registration.descriptor, fcntl.F_GETFD)
-        elif self._queue is not None:
-            self._patience[registration] = _PATIENCE
+        # Fails with EBADF now; poll would find out later.
+        fcntl.fcntl(registration.descriptor, fcntl.F_GETFD)
         self._registrations[registration.descriptor] = registration
         self.update(registration)
+        if self._queue is not None and registration.origin is not Origin.SHARED:
+            self._patience[registration] = _PATIENCE
 
     def update(self, registration: Registration) -> None:
         """See :meth:`Notifier.update`."""
@@ -246,8 +245,7 @@ class RealtimeSignalNotifier:
         self._just_armed.pop(registration, None)
         if self._polled.pop(descriptor, None) is not None:
             self._poll.unregister(descriptor)
-        if registration.edges:
-            self._disarm(registration)
+        self._disarm(registration)
 
     def wait(self, timeout: float | None, unchecked: Unchecked) -> Reported:
         """See :meth:`Notifier.wait`."""
